@@ -1,0 +1,39 @@
+"""What every test shares: thread counts and the data beside the repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep torch to two threads: the tests' tensors are small, more threads only wait."""
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by what they are: parity by folder, shared by the fixture they ask for."""
+    for item in items:
+        if "parity" in item.path.relative_to(REPOSITORY).parts:
+            item.add_marker(pytest.mark.parity)
+        if "shared_dir" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.shared)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the repository, for tests that read its files."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder ``shared`` beside the repository, or a skip that says it is absent."""
+    folder = REPOSITORY.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("needs ../shared beside the repository (reference data and checkpoints)")
+    return folder

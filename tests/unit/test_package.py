@@ -1,0 +1,26 @@
+"""The package as a user first meets it: importing it, and running it as a module."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import pet_finetune
+
+
+def test_importing_the_package_does_not_import_torch() -> None:
+    code = "import sys, pet_finetune; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("name", pet_finetune.__all__)
+def test_public_names_can_be_imported(name: str) -> None:
+    assert getattr(pet_finetune, name) is not None
+    assert name in dir(pet_finetune)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'PETCalculater'"):
+        pet_finetune.PETCalculater  # noqa: B018
