@@ -1,0 +1,61 @@
+"""The options of a run: schema, loading, overrides and legacy spellings."""
+
+from __future__ import annotations
+
+from pet_finetune.config.dataset import (
+    DatasetOptions,
+    ExtraDataOptions,
+    GradientOptions,
+    IndexedSet,
+    SetOptions,
+    SystemsOptions,
+    TargetOptions,
+)
+from pet_finetune.config.finetune import (
+    DEFAULT_TARGET_MODULES,
+    FinetuneConfig,
+    FinetuneMethod,
+    FinetuneOptions,
+    LegacyStart,
+    LoraOptions,
+)
+from pet_finetune.config.load import LoadedOptions, load_options, parse_options
+from pet_finetune.config.loss import LossTerm, LossType, TargetLoss
+from pet_finetune.config.model import LongRangeOptions, ModelOptions
+from pet_finetune.config.options import ArchitectureOptions, Options
+from pet_finetune.config.training import (
+    BaselineOptions,
+    BestModelMetric,
+    EarlyStopping,
+    TrainingOptions,
+)
+
+__all__ = [
+    "DEFAULT_TARGET_MODULES",
+    "ArchitectureOptions",
+    "BaselineOptions",
+    "BestModelMetric",
+    "DatasetOptions",
+    "EarlyStopping",
+    "ExtraDataOptions",
+    "FinetuneConfig",
+    "FinetuneMethod",
+    "FinetuneOptions",
+    "GradientOptions",
+    "IndexedSet",
+    "LegacyStart",
+    "LongRangeOptions",
+    "LoadedOptions",
+    "LoraOptions",
+    "LossTerm",
+    "LossType",
+    "ModelOptions",
+    "Options",
+    "SetOptions",
+    "SystemsOptions",
+    "TargetLoss",
+    "TargetOptions",
+    "TrainingOptions",
+    "load_options",
+    "parse_options",
+]

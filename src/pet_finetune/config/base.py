@@ -1,0 +1,187 @@
+"""The pieces all option sections are made of: the section itself and its checked value types.
+
+Each value type carries the words an error message uses for it ("a positive integer"), so that
+the message, the options reference and the check can never say different things.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+__all__ = [
+    "Expects",
+    "Flag",
+    "Fraction",
+    "Ignored",
+    "NonNegativeFloat",
+    "NonNegativeInt",
+    "Number",
+    "OneOf",
+    "OpenFraction",
+    "OptionalText",
+    "PositiveFloat",
+    "PositiveInt",
+    "Section",
+    "Text",
+    "TextList",
+    "ignored_field",
+    "real_number",
+    "without_nulls",
+]
+
+
+class Section(BaseModel):
+    """A group of options. Unknown keys are errors and values cannot be changed after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=False)
+
+
+def without_nulls(section: type[BaseModel], value: Any) -> Any:
+    """Take out options of ``section`` that are null: a name with nothing under it in YAML."""
+    if not isinstance(value, dict):
+        return value
+    known = section.model_fields
+    return {key: item for key, item in value.items() if item is not None or key not in known}
+
+
+@dataclass(frozen=True)
+class Expects:
+    """Annotation that replaces pydantic's own check of a field by ours.
+
+    :param phrase: completes "expected ..." in messages and is the type in the reference.
+    :param convert: returns the accepted value or raises :class:`ValueError`; the text of the
+        error, if any, is added to the message.
+    """
+
+    phrase: str
+    convert: Callable[[Any], Any]
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        """Build the plain validator pydantic runs for the annotated field."""
+        return core_schema.no_info_plain_validator_function(self._validate)
+
+    def _validate(self, value: Any) -> Any:
+        try:
+            return self.convert(value)
+        except ValueError as why:
+            raise PydanticCustomError(
+                "expected", "{phrase}", {"phrase": self.phrase, "why": str(why)}
+            ) from None
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Annotation for a ``Literal`` field: the message lists the choices and the nearest one."""
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        """Build a validator from the choices of the annotated ``Literal``."""
+        choices = get_args(source)
+
+        def validate(value: Any) -> Any:
+            for choice in choices:
+                if type(value) is type(choice) and value == choice:
+                    return choice
+            raise PydanticCustomError("one_of", "one of", {"choices": list(choices)})
+
+        return core_schema.no_info_plain_validator_function(validate)
+
+
+def _integer(minimum: int | None = None) -> Callable[[Any], int]:
+    def convert(value: Any) -> int:
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError
+        if minimum is not None and value < minimum:
+            raise ValueError
+        return value
+
+    return convert
+
+
+def real_number(
+    least: float = -math.inf,
+    *,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> Callable[[Any], float]:
+    """Build the check of a finite number with ``least <= x`` and ``above < x < below``."""
+
+    def convert(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError
+        number = float(value)
+        if not math.isfinite(number) or not (number >= least and above < number < below):
+            raise ValueError
+        return number
+
+    return convert
+
+
+def _flag(value: Any) -> bool:
+    """YAML 1.1 reads on/off and yes/no as booleans, but quoted ones arrive as text."""
+    words = {"on": True, "off": False, "yes": True, "no": False, "true": True, "false": False}
+    if isinstance(value, str) and value.casefold() in words:
+        return words[value.casefold()]
+    if not isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError
+    return value
+
+
+def _optional_text(value: Any) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ValueError
+    return value
+
+
+def _text_list(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return (_text(value),)
+    if not isinstance(value, (list, tuple)):
+        raise ValueError
+    return tuple(_text(item) for item in value)
+
+
+PositiveInt = Annotated[int, Expects("a positive integer", _integer(1))]
+NonNegativeInt = Annotated[int, Expects("a non-negative integer", _integer(0))]
+Number = Annotated[float, Expects("a number", real_number())]
+PositiveFloat = Annotated[float, Expects("a positive number", real_number(above=0.0))]
+NonNegativeFloat = Annotated[float, Expects("a non-negative number", real_number(0.0))]
+Fraction = Annotated[
+    float, Expects("a number from 0 up to, but not including, 1", real_number(0.0, below=1.0))
+]
+OpenFraction = Annotated[
+    float, Expects("a number between 0 and 1, both excluded", real_number(above=0.0, below=1.0))
+]
+Flag = Annotated[bool, Expects("true or false", _flag)]
+Text = Annotated[str, Expects("text", _text)]
+OptionalText = Annotated[str, Expects("text", _optional_text)]
+TextList = Annotated[tuple[str, ...], Expects("a name or a list of names", _text_list)]
+Ignored = Annotated[Any, Expects("any value", lambda value: value)]
+
+_IGNORED: dict[str, Any] = {"ignored": True}
+
+
+def ignored_field(why: str) -> Any:
+    """A metatrain option that is accepted and has no effect here; giving it makes a notice."""
+    return Field(
+        default=None, description=f"Accepted, no effect: {why}", json_schema_extra=_IGNORED
+    )

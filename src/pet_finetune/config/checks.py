@@ -1,0 +1,200 @@
+"""Options that are fine one by one and contradict each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from pet_finetune.config.checks_data import check_data
+from pet_finetune.config.finetune import HEADS_ONLY_KEYS, LORA_ONLY_KEYS
+from pet_finetune.config.options import Options
+from pet_finetune.config.problems import Path, Problem, format_path
+from pet_finetune.errors import did_you_mean
+
+__all__ = ["check"]
+
+_MODEL: Path = ("architecture", "model")
+_TRAINING: Path = ("architecture", "training")
+_FINETUNE: Path = (*_TRAINING, "finetune")
+
+
+def check(options: Options, raw: dict[str, Any]) -> Iterator[Problem]:
+    """Yield everything that cannot be meant.
+
+    :param options: options each of which is valid.
+    :param raw: what they were made from, which tells given values from defaults.
+    """
+    yield from _check_model(options)
+    yield from _check_batches(options)
+    yield from _check_finetune(options, raw)
+    yield from _check_baseline(options)
+    yield from _check_target_names(options)
+    yield from _check_loss(options)
+    yield from _check_metric(options)
+    yield from check_data(options, raw)
+
+
+def _check_model(options: Options) -> Iterator[Problem]:
+    model = options.model
+    if model.d_pet % model.num_heads:
+        yield Problem(
+            (*_MODEL, "num_heads"),
+            f"{model.num_heads} heads cannot share d_pet = {model.d_pet} equally. "
+            f"Allowed: divisors of {model.d_pet}, for instance "
+            f"{_largest_divisor(model.d_pet, model.num_heads)}.",
+            also=((*_MODEL, "d_pet"),),
+        )
+    if model.long_range.enable:
+        yield Problem(
+            (*_MODEL, "long_range", "enable"),
+            "long-range features are not supported. Set it to false, or train with metatrain.",
+        )
+    if model.cutoff_width > model.cutoff:
+        yield Problem(
+            (*_MODEL, "cutoff_width"),
+            f"{model.cutoff_width:g} Å is wider than the cutoff, {model.cutoff:g} Å.",
+            also=((*_MODEL, "cutoff"),),
+        )
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return max(d for d in range(1, min(number, limit) + 1) if number % d == 0)
+
+
+def _check_batches(options: Options) -> Iterator[Problem]:
+    training = options.training
+    most, least = training.max_atoms_per_batch, training.min_atoms_per_batch
+    if most is not None and least > most:
+        yield Problem(
+            (*_TRAINING, "min_atoms_per_batch"),
+            f"{least} is more than max_atoms_per_batch, {most}: no batch would be left.",
+            also=((*_TRAINING, "max_atoms_per_batch"),),
+        )
+
+
+def _check_finetune(options: Options, raw: dict[str, Any]) -> Iterator[Problem]:
+    method = options.finetune.method
+    given = _given(raw, (*_FINETUNE, "config"))
+    foreign = {"lora": HEADS_ONLY_KEYS, "heads": LORA_ONLY_KEYS}.get(method, frozenset())
+    owner = {"lora": "heads", "heads": "lora"}
+    for key in sorted(given & foreign):
+        yield Problem(
+            (*_FINETUNE, "config", key),
+            f"belongs to method {owner[method]}, but the method is {method}. Remove it or change "
+            "finetune.method.",
+            also=((*_FINETUNE, "method"),),
+        )
+
+
+def _check_baseline(options: Options) -> Iterator[Problem]:
+    training = options.training
+    mode = training.baseline.mode
+    path: Path = (*_TRAINING, "baseline", "mode")
+    others = (
+        (*_FINETUNE, "read_from"),
+        (*_FINETUNE, "legacy_start"),
+        (*_TRAINING, "atomic_baseline"),
+    )
+    if mode in ("keep", "refit") and not options.is_finetuning:
+        yield Problem(
+            path,
+            f"{mode} needs a model to start from, but training is from scratch. Use fit, or give "
+            "a checkpoint with -c or finetune.read_from.",
+            also=others,
+        )
+    if mode == "values" and not training.atomic_baseline:
+        yield Problem(path, "values needs the numbers: give atomic_baseline.", also=others)
+    if mode == "keep" and training.atomic_baseline:
+        yield Problem(
+            path,
+            "keep contradicts atomic_baseline, which sets other values. Remove one of them.",
+            also=others,
+        )
+
+
+def _check_target_names(options: Options) -> Iterator[Problem]:
+    """Options that name targets must name targets of the data."""
+    training = options.training
+    named: dict[Path, Any] = {
+        (*_TRAINING, "loss"): {} if isinstance(training.loss, str) else training.loss,
+        (*_TRAINING, "atomic_baseline"): training.atomic_baseline,
+        (*_TRAINING, "fixed_scaling_weights"): training.fixed_scaling_weights,
+        (*_FINETUNE, "inherit_heads"): training.finetune.inherit_heads,
+    }
+    known = list(options.target_specs())
+    for path, names in named.items():
+        for name in names:
+            if name not in known:
+                yield Problem(
+                    (*path, name),
+                    f"the data have no target of this name.{did_you_mean(name, known)} "
+                    f"Targets: {', '.join(known)}.",
+                    also=(("training_set",),),
+                )
+    for name in training.per_structure_targets:
+        if name not in known:
+            yield Problem(
+                (*_TRAINING, "per_structure_targets"),
+                f"the data have no target {name!r}.{did_you_mean(name, known)} "
+                f"Targets: {', '.join(known)}.",
+                also=(("training_set",),),
+            )
+
+
+def _check_loss(options: Options) -> Iterator[Problem]:
+    if isinstance(options.training.loss, str):
+        return
+    specs = options.target_specs()
+    for name, loss in options.training.loss.items():
+        path: Path = (*_TRAINING, "loss", name)
+        for keys in loss.repeated():
+            yield Problem(path, f"{' and '.join(keys)} set the same loss. Keep one of them.")
+        if loss.has_gradients and name in specs and not specs[name].is_energy:
+            yield Problem(
+                path,
+                "only an energy has forces and stress; this target's quantity is "
+                f"{specs[name].quantity or 'not given'}.",
+                also=(("training_set",),),
+            )
+    weights = [
+        weight
+        for name, spec in specs.items()
+        for loss in (options.training.loss_for(name),)
+        for weight in (
+            loss.weight,
+            *((loss.forces_term().weight, loss.stress_term().weight) if spec.is_energy else ()),
+        )
+    ]
+    if weights and not any(weights):
+        yield Problem(
+            (*_TRAINING, "loss"),
+            "all weights are zero: nothing would be learned.",
+            also=(("training_set",),),
+        )
+
+
+def _check_metric(options: Options) -> Iterator[Problem]:
+    metric = options.training.best_model_metric
+    targets = [target for dataset in options.training_set for target in dataset.targets.values()]
+    path: Path = (*_TRAINING, "best_model_metric")
+    if metric == "forces_mae" and not any(target.forces.wanted for target in targets):
+        yield Problem(
+            path,
+            "forces_mae needs forces, but no target has them. Give `forces` in "
+            f"{format_path(('training_set', 'targets'))}, or use mae_prod.",
+            also=(("training_set",),),
+        )
+    if metric == "energy_mae" and not any(target.is_energy for target in targets):
+        yield Problem(
+            path,
+            "energy_mae needs an energy, but no target is one. Use mae_prod.",
+            also=(("training_set",),),
+        )
+
+
+def _given(raw: dict[str, Any], path: Path) -> set[str]:
+    """Keys written in the section at ``path``."""
+    node: Any = raw
+    for key in path:
+        node = node.get(key) if isinstance(node, dict) else None
+    return set(node) if isinstance(node, dict) else set()

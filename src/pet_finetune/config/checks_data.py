@@ -1,0 +1,146 @@
+"""Contradictions in and between the training, validation and test sets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pet_finetune.config.dataset import DatasetOptions, IndexedSet, TargetOptions
+from pet_finetune.config.options import Options
+from pet_finetune.config.problems import Path, Problem, format_path
+from pet_finetune.errors import did_you_mean
+
+__all__ = ["check_data", "located_datasets"]
+
+
+def check_data(options: Options, raw: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield everything about the data that cannot be meant."""
+    for path, dataset in located_datasets(options, raw):
+        if not dataset.targets:
+            yield Problem((*path, "targets"), "empty; name at least one target, such as `energy`.")
+        for name, target in dataset.targets.items():
+            yield from _check_target((*path, "targets", name), target)
+    yield from _check_same_target(options, raw)
+    yield from _check_held_out_targets(options, raw)
+    yield from _check_fractions(options)
+    yield from _check_indices(options)
+
+
+def located_datasets(
+    options: Options, raw: Mapping[str, Any]
+) -> Iterator[tuple[Path, DatasetOptions]]:
+    """All data sets with the place where the user wrote them."""
+    for name in ("training_set", "validation_set", "test_set"):
+        chosen = getattr(options, name)
+        if isinstance(chosen, (float, IndexedSet)):
+            continue
+        listed = isinstance(raw.get(name), (list, tuple))
+        for index, dataset in enumerate(chosen):
+            yield ((name, index) if listed else (name,)), dataset
+
+
+def _check_target(path: Path, target: TargetOptions) -> Iterator[Problem]:
+    problem = target.unit_problem()
+    if problem:
+        yield Problem((*path, "unit"), problem)
+    if target.stress.required and target.virial.required:
+        yield Problem(
+            (*path, "virial"),
+            "stress and virial are the same quantity in two forms. Set one of them to off.",
+        )
+    wanted = [name for name in ("forces", "stress", "virial") if getattr(target, name).wanted]
+    if wanted and not target.is_energy:
+        yield Problem(
+            (*path, wanted[0]),
+            "only an energy has forces, stress or virial; this target's quantity is "
+            f"{target.quantity or 'not given'}. Set `quantity: energy`, or remove it.",
+        )
+    elif wanted and (target.per_atom or target.type != "scalar" or target.num_subtargets > 1):
+        yield Problem(
+            (*path, wanted[0]),
+            "forces, stress and virial need one energy for each structure. Set "
+            f"`{wanted[0]}: off`, or `sample_kind: system`, `type: scalar`, `num_subtargets: 1`.",
+        )
+
+
+def _check_same_target(options: Options, raw: Mapping[str, Any]) -> Iterator[Problem]:
+    """A target of several training sets must be the same thing in all of them."""
+    specs = options.target_specs()
+    for path, dataset in located_datasets(options, raw):
+        for name, target in dataset.targets.items():
+            if name not in specs:
+                continue
+            first, own = specs[name], target.spec(name)
+            for what in ("quantity", "kind", "per_atom", "num_outputs"):
+                if getattr(first, what) != getattr(own, what):
+                    yield Problem(
+                        (*path, "targets", name),
+                        f"its {what} is {getattr(own, what)!r}, but {getattr(first, what)!r} "
+                        "where training_set first names the target. Use two names.",
+                    )
+
+
+def _check_held_out_targets(options: Options, raw: Mapping[str, Any]) -> Iterator[Problem]:
+    known = list(options.target_specs())
+    for path, dataset in located_datasets(options, raw):
+        for name in dataset.targets:
+            if name not in known:
+                yield Problem(
+                    (*path, "targets", name),
+                    f"training_set has no such target.{did_you_mean(name, known)} "
+                    f"Targets: {', '.join(known)}.",
+                    also=(("training_set",),),
+                )
+
+
+def _check_fractions(options: Options) -> Iterator[Problem]:
+    validation, test = options.validation_set, options.test_set
+    if validation == 0.0:
+        yield Problem(
+            ("validation_set",),
+            "expected a number between 0 and 1, got 0. Without validation data no best model can "
+            "be picked; 0.1 is common.",
+        )
+    if isinstance(validation, float) and isinstance(test, float) and validation + test >= 1.0:
+        yield Problem(
+            ("test_set",),
+            f"validation_set ({validation:g}) and test_set ({test:g}) together leave nothing to "
+            "train on.",
+            also=(("validation_set",),),
+        )
+
+
+def _check_indices(options: Options) -> Iterator[Problem]:
+    """Index lists point into the one training file and must not share frames."""
+    held_out = {
+        name: chosen.indices
+        for name, chosen in (
+            ("validation_set", options.validation_set),
+            ("test_set", options.test_set),
+        )
+        if isinstance(chosen, IndexedSet)
+    }
+    if not held_out:
+        return
+    if len(options.training_set) > 1:
+        for name in held_out:
+            yield Problem(
+                (name, "indices"),
+                "which of the training files is meant is not clear. Give data sets with their "
+                "own `systems` instead.",
+                also=(("training_set",),),
+            )
+        return
+    given = {"training_set": options.training_set[0].indices, **held_out}
+    lists = {name: indices for name, indices in given.items() if isinstance(indices, tuple)}
+    for position, later in enumerate(lists):
+        for earlier in list(lists)[:position]:
+            shared = sorted(set(lists[earlier]) & set(lists[later]))
+            if shared:
+                shown = ", ".join(map(str, shared[:5])) + (", ..." if len(shared) > 5 else "")
+                yield Problem(
+                    (later, "indices"),
+                    f"frames {shown} are also in {format_path((earlier, 'indices'))}; a frame may "
+                    "be in one set only.",
+                    also=((earlier,),),
+                )

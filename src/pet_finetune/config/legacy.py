@@ -1,0 +1,224 @@
+"""Older and foreign spellings, rewritten to today's before the options are checked.
+
+Each function changes the raw options in place and adds to a :class:`Rewriting` one notice for
+each older spelling, or a problem where it contradicts what today's spelling says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from pet_finetune.config.problems import Path, Problem, format_path
+
+__all__ = ["Rewriting", "rewrite"]
+
+_TRAINING: Path = ("architecture", "training")
+_FINETUNE: Path = (*_TRAINING, "finetune")
+_CONFIG: Path = (*_FINETUNE, "config")
+
+#: Names of the first PET code with the same meaning as one of today's.
+_RENAMED_TRAINING = {
+    "EPOCH_NUM": "num_epochs",
+    "INITIAL_LR": "learning_rate",
+    "STRUCTURAL_BATCH_SIZE": "batch_size",
+}
+_LEGACY_START = {
+    "MODEL_TO_START_WITH": "model",
+    "ALL_SPECIES_PATH": "all_species",
+    "SELF_CONTRIBUTIONS_PATH": "self_contributions",
+}
+_PEFT_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
+
+
+@dataclass
+class Rewriting:
+    """What was found while rewriting."""
+
+    raw: dict[str, Any]
+    notices: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    def section(self, path: Path, *, create: bool = False) -> dict[str, Any] | None:
+        """The section at ``path``, made if wanted; None if there is something else."""
+        node: Any = self.raw
+        for key in path:
+            if not isinstance(node, dict):
+                return None
+            if node.get(key) is None:
+                if not create:
+                    return None
+                node[key] = {}
+            node = node[key]
+        return node if isinstance(node, dict) else None
+
+    def move(self, old: Path, new: Path, *, notice: bool = True) -> None:
+        """Move a value to today's place; a problem if another value is already there."""
+        source = self.section(old[:-1])
+        if source is None or old[-1] not in source:
+            return
+        value = source.pop(old[-1])
+        target = self.section(new[:-1], create=True)
+        if target is None:
+            return
+        name = str(new[-1])
+        if target.get(name) is not None and target[name] != value:
+            self.problems.append(
+                Problem(
+                    old,
+                    f"is {value!r}, but today's spelling {format_path(new)} is {target[name]!r}. "
+                    "Keep only the latter.",
+                )
+            )
+            return
+        target[name] = value
+        if notice:
+            self.tell(old, new)
+
+    def tell(self, old: Path, new: Path | str, remark: str = "") -> None:
+        """Add the line that tells today's spelling."""
+        today = new if isinstance(new, str) else format_path(new)
+        self.notices.append(f"{format_path(old)} is an older spelling; today: {today}.{remark}")
+
+
+def rewrite(raw: dict[str, Any]) -> Rewriting:
+    """Rewrite all older spellings in ``raw``, which is changed."""
+    rewriting = Rewriting(raw)
+    steps: tuple[Callable[[Rewriting], None], ...] = (
+        _architecture_name,
+        _device,
+        _renamed_training,
+        _lora_switch,
+        _legacy_start,
+        _peft_names,
+        _per_atom,
+    )
+    for step in steps:
+        step(rewriting)
+    return rewriting
+
+
+def _architecture_name(rewriting: Rewriting) -> None:
+    architecture = rewriting.section(("architecture",))
+    if architecture is not None and architecture.get("name") in (
+        "nativepet",
+        "experimental.nativepet",
+        "experimental.pet",
+    ):
+        rewriting.notices.append(
+            f"architecture.name: {architecture['name']} is an older name; today: pet."
+        )
+        architecture["name"] = "pet"
+
+
+def _device(rewriting: Rewriting) -> None:
+    if rewriting.raw.get("device") in ("multi-gpu", "multi-cuda"):
+        rewriting.notices.append(
+            f"device: {rewriting.raw['device']} is not supported; one GPU is used (device: gpu)."
+        )
+        rewriting.raw["device"] = "gpu"
+
+
+def _renamed_training(rewriting: Rewriting) -> None:
+    for old, new in _RENAMED_TRAINING.items():
+        rewriting.move((*_TRAINING, old), (*_TRAINING, new))
+
+
+def _lora_switch(rewriting: Rewriting) -> None:
+    """``USE_LORA_PEFT``, ``LORA_RANK`` and ``LORA_ALPHA``; the latter two alone mean LoRA."""
+    training = rewriting.section(_TRAINING)
+    names = ("USE_LORA_PEFT", "LORA_RANK", "LORA_ALPHA")
+    if training is None or not any(name in training for name in names):
+        return
+    given = {name for name in names if training.get(name) is not None}
+    wanted = training.pop("USE_LORA_PEFT", None)
+    if wanted is not None and not isinstance(wanted, bool):
+        rewriting.problems.append(
+            Problem((*_TRAINING, "USE_LORA_PEFT"), f"expected true or false, got {wanted!r}.")
+        )
+        wanted = None
+    if wanted is None:
+        wanted = bool(given & {"LORA_RANK", "LORA_ALPHA"})
+        if not given:
+            training.pop("LORA_RANK", None)
+            training.pop("LORA_ALPHA", None)
+            return
+    method = "lora" if wanted else "full"
+    finetune = rewriting.section(_FINETUNE, create=True)
+    if finetune is None:
+        return
+    named = "USE_LORA_PEFT" if "USE_LORA_PEFT" in given else sorted(given)[0]
+    if finetune.get("method") not in (None, method):
+        rewriting.problems.append(
+            Problem(
+                (*_TRAINING, named),
+                f"means method {method}, but today's spelling "
+                f"{format_path((*_FINETUNE, 'method'))} is {finetune['method']!r}. "
+                "Keep only the latter.",
+            )
+        )
+    else:
+        finetune["method"] = method
+        rewriting.tell((*_TRAINING, named), f"{format_path((*_FINETUNE, 'method'))}: {method}")
+    for old, new in (("LORA_RANK", "rank"), ("LORA_ALPHA", "alpha")):
+        if wanted and training.get(old) is not None:
+            rewriting.move((*_TRAINING, old), (*_CONFIG, new))
+        elif training.pop(old, None) is not None:
+            rewriting.notices.append(
+                f"{format_path((*_TRAINING, old))} has no effect: USE_LORA_PEFT is false."
+            )
+
+
+def _legacy_start(rewriting: Rewriting) -> None:
+    training = rewriting.section(_TRAINING)
+    if training is None:
+        return
+    for old, new in _LEGACY_START.items():
+        if old in training and training[old] is None:
+            del training[old]
+        rewriting.move((*_TRAINING, old), (*_FINETUNE, "legacy_start", new))
+
+
+def _peft_names(rewriting: Rewriting) -> None:
+    """PEFT's names are welcome, not outdated: no notice."""
+    for old, new in _PEFT_NAMES.items():
+        rewriting.move((*_CONFIG, old), (*_CONFIG, new), notice=False)
+
+
+def _per_atom(rewriting: Rewriting) -> None:
+    for name in ("training_set", "validation_set", "test_set"):
+        sets = rewriting.raw.get(name)
+        listed = isinstance(sets, list)
+        for index, dataset in enumerate(sets if isinstance(sets, list) else [sets]):
+            targets = dataset.get("targets") if isinstance(dataset, dict) else None
+            if not isinstance(targets, dict):
+                continue
+            where: Path = (name, index) if listed else (name,)
+            for target_name, target in targets.items():
+                if isinstance(target, dict):
+                    _per_atom_of(rewriting, target, (*where, "targets", str(target_name)))
+
+
+def _per_atom_of(rewriting: Rewriting, target: dict[str, Any], path: Path) -> None:
+    per_atom = target.get("per_atom")
+    if not isinstance(per_atom, bool):
+        if "per_atom" in target:
+            rewriting.problems.append(
+                Problem((*path, "per_atom"), f"expected true or false, got {per_atom!r}.")
+            )
+            del target["per_atom"]
+        return
+    target.pop("per_atom")
+    kind = "atom" if per_atom else "system"
+    if target.get("sample_kind") not in (None, kind):
+        rewriting.problems.append(
+            Problem(
+                (*path, "per_atom"),
+                f"means sample_kind {kind}, but sample_kind is {target['sample_kind']!r}. "
+                "Keep only the latter.",
+            )
+        )
+        return
+    target["sample_kind"] = kind
+    rewriting.tell((*path, "per_atom"), f"sample_kind: {kind}")

@@ -1,0 +1,137 @@
+"""Reading an options file: YAML, interpolations, overrides, checks. One error for all problems."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any
+
+from pydantic import ValidationError
+
+from pet_finetune.config.checks import check
+from pet_finetune.config.legacy import rewrite
+from pet_finetune.config.notices import notices
+from pet_finetune.config.options import Options
+from pet_finetune.config.problems import Path, Problem, config_error, problems_of
+from pet_finetune.config.start import apply_start
+from pet_finetune.config.yaml_file import read_yaml
+
+__all__ = ["LoadedOptions", "load_options", "parse_options"]
+
+_DATA_SECTIONS = ("training_set", "validation_set", "test_set")
+#: Stands in for a training set that is wrong, so that the rest can be checked.
+_PLACEHOLDER = {"systems": {"read_from": "-"}, "targets": {"energy": {}}}
+
+
+@dataclass(frozen=True)
+class LoadedOptions:
+    """Options, what there is to say about them, and what they were made from."""
+
+    options: Options
+    #: One line for each older spelling, assumption, or option without effect.
+    notices: tuple[str, ...]
+    #: The file after overrides and interpolations, before older spellings are rewritten.
+    raw: dict[str, Any]
+
+
+def load_options(
+    path: str | FilePath,
+    overrides: Sequence[str] = (),
+    checkpoint: str | FilePath | None = None,
+    *,
+    require_start: bool = True,
+) -> LoadedOptions:
+    """Read and check an options file.
+
+    :param path: a YAML file in metatrain's layout.
+    :param overrides: ``key=value`` strings, e.g. ``architecture.training.num_epochs=5``.
+    :param checkpoint: model to start from (``-c``); sets ``finetune.read_from``.
+    :param require_start: set to False where no new run is started (evaluation, restart): a
+        method such as ``lora`` then needs no ``read_from``.
+    :raises ConfigError: if the file is missing or no YAML, or with one line for every problem.
+    """
+    raw = read_yaml(path, overrides)
+    return parse_options(raw, checkpoint, require_start=require_start, source=str(path))
+
+
+def parse_options(
+    raw: Mapping[str, Any],
+    checkpoint: str | FilePath | None = None,
+    *,
+    require_start: bool = True,
+    source: str = "options",
+) -> LoadedOptions:
+    """Check options given as plain dictionaries and lists; else like :func:`load_options`.
+
+    :param source: what the error message calls the options.
+    """
+    start = None if checkpoint is None else str(checkpoint)
+    rewriting = rewrite(copy.deepcopy(dict(raw)))
+    apply_start(rewriting, start, require_start=require_start)
+    problems = list(rewriting.problems)
+    plain = rewriting.raw
+    options: Options | None = None
+    blamed = [problem.path for problem in problems]
+    try:
+        options = Options.model_validate(plain)
+    except ValidationError as error:
+        found = problems_of(error, Options, plain)
+        problems += found
+        options, plain, removed = _without_wrong(plain, found)
+        blamed += removed
+    if options is not None:
+        problems += [
+            problem
+            for problem in check(options, plain)
+            if not any(problem.rests_on(path) for path in blamed)
+        ]
+    if problems or options is None:
+        raise config_error(problems, source)
+    lines = (*rewriting.notices, *notices(options, plain))
+    return LoadedOptions(options, lines, copy.deepcopy(dict(raw)))
+
+
+def _without_wrong(
+    plain: dict[str, Any], found: list[Problem]
+) -> tuple[Options | None, dict[str, Any], list[Path]]:
+    """Options without the wrong ones, to look for contradictions among the others.
+
+    :return: the options, what they were made from, and where something was taken out. First the
+        wrong values alone are taken out; if that is not enough, whole data sets.
+    """
+    for whole_sets in (False, True):
+        rest = copy.deepcopy(plain)
+        removed: list[Path] = []
+        for problem in found:
+            path = problem.path
+            if whole_sets and path and path[0] in _DATA_SECTIONS:
+                path = path[:1]
+            removed.append(_remove(rest, path))
+        if ("training_set",) in removed:
+            rest["training_set"] = copy.deepcopy(_PLACEHOLDER)
+        try:
+            return Options.model_validate(rest), rest, removed
+        except ValidationError:
+            continue
+    return None, plain, []
+
+
+def _remove(plain: dict[str, Any], path: Path) -> Path:
+    """Delete the option at ``path``; if it is not there, the section it is missing from."""
+    node: Any = plain
+    for depth, key in enumerate(path[:-1]):
+        try:
+            node = node[key]
+        except (KeyError, IndexError, TypeError):
+            return _remove(plain, path[:depth])
+    if not path or not isinstance(node, dict):
+        return path
+    if path[-1] not in node:
+        return _remove(plain, path[:-1]) if len(path) > 1 else path
+    if len(path) > 1 and path[-2] == "targets":
+        node[path[-1]] = {}  # other options may name the target
+    else:
+        del node[path[-1]]
+    return path

@@ -1,0 +1,200 @@
+"""The whole options file as one object."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from pet_finetune.config.base import (
+    Expects,
+    Flag,
+    Ignored,
+    NonNegativeInt,
+    Section,
+    ignored_field,
+    without_nulls,
+)
+from pet_finetune.config.dataset import DatasetOptions, IndexedSet, SetOptions
+from pet_finetune.config.finetune import HEADS_ONLY_KEYS, LORA_ONLY_KEYS, FinetuneOptions
+from pet_finetune.config.model import ModelOptions
+from pet_finetune.config.plain import to_plain
+from pet_finetune.config.shorthands import expand_datasets, expand_set
+from pet_finetune.config.training import TrainingOptions
+from pet_finetune.keys import TargetSpec
+
+__all__ = ["ArchitectureOptions", "Options"]
+
+_DEVICE = re.compile(r"auto|cpu|gpu|mps|cuda(:\d+)?")
+
+#: The learning rate used when none is given, by how training starts.
+DEFAULT_LEARNING_RATES = {"scratch": 5e-4, "full": 3e-4, "lora": 1e-3, "heads": 1e-3}
+
+
+def _architecture(value: Any) -> str:
+    if value == "pet":
+        return "pet"
+    raise ValueError("This package trains the PET architecture only.")
+
+
+def _device(value: Any) -> str:
+    if not isinstance(value, str) or not _DEVICE.fullmatch(value.casefold()):
+        raise ValueError
+    return value.casefold()
+
+
+def _precision(value: Any) -> int:
+    if value == 16 and not isinstance(value, bool):
+        raise ValueError(
+            "Forces are derivatives of a sum of large energies and lose their digits in 16 bits."
+        )
+    if isinstance(value, bool) or value not in (32, 64):
+        raise ValueError
+    return int(value)
+
+
+def _atomic_types(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ValueError
+    if any(isinstance(z, bool) or not isinstance(z, int) or not 1 <= z <= 118 for z in value):
+        raise ValueError
+    return tuple(sorted(set(value)))
+
+
+class ArchitectureOptions(Section):
+    """The network and its training."""
+
+    name: Annotated[Literal["pet"], Expects("'pet'", _architecture)] = Field(
+        default="pet", description="The architecture; always `pet`."
+    )
+    model: ModelOptions = Field(
+        default=ModelOptions(), description="Size and shape of a network trained from scratch."
+    )
+    training: TrainingOptions = Field(default=TrainingOptions(), description="The training run.")
+    atomic_types: Annotated[
+        tuple[int, ...] | None, Expects("a list of atomic numbers, 1 to 118", _atomic_types)
+    ] = Field(
+        default=None,
+        description="Atomic numbers the model shall know. Null: those in the training data, and "
+        "those of the model it starts from.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections(cls, value: Any) -> Any:
+        return without_nulls(cls, value)
+
+
+class Options(Section):
+    """Everything a run is told, as read from ``options.yaml``."""
+
+    seed: NonNegativeInt | None = Field(
+        default=None,
+        description="Start of all random numbers. Null draws one, which is written to the log.",
+    )
+    device: Annotated[
+        str, Expects("auto, cpu, cuda, cuda:0 (or another number), mps or gpu", _device)
+    ] = Field(
+        default="auto", description="Where to compute. `auto` and `gpu` choose what is there."
+    )
+    base_precision: Annotated[Literal[32, 64], Expects("32 or 64", _precision)] = Field(
+        default=32, description="Bits of a floating-point number."
+    )
+    architecture: ArchitectureOptions = Field(
+        default=ArchitectureOptions(), description="The network and its training."
+    )
+    training_set: tuple[DatasetOptions, ...] = Field(
+        description="Data to learn from: a path, a section, or a list of sections."
+    )
+    validation_set: SetOptions = Field(
+        default=0.1,
+        description="Data to pick the best model with: a fraction of the training data, "
+        "`indices` into the training file, or data sets of its own. metatrain has no default.",
+    )
+    test_set: SetOptions = Field(
+        default=0.0, description="Data to judge the final model with; given like `validation_set`."
+    )
+    final_eval: Flag = Field(
+        default=True, description="Evaluate the final model on all three sets after training."
+    )
+    print_stats: Ignored = ignored_field("what the data hold is always checked and logged.")
+    wandb: Ignored = ignored_field("metrics go to `train.csv` and the log file.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        full = without_nulls(cls, value)
+        if "training_set" in full:
+            full["training_set"] = expand_datasets(full["training_set"])
+        for name in ("validation_set", "test_set"):
+            if name in full:
+                full[name] = expand_set(full[name])
+        return full
+
+    @property
+    def model(self) -> ModelOptions:
+        """Short for ``architecture.model``."""
+        return self.architecture.model
+
+    @property
+    def training(self) -> TrainingOptions:
+        """Short for ``architecture.training``."""
+        return self.architecture.training
+
+    @property
+    def finetune(self) -> FinetuneOptions:
+        """Short for ``architecture.training.finetune``."""
+        return self.architecture.training.finetune
+
+    @property
+    def is_finetuning(self) -> bool:
+        """Whether training starts from existing weights rather than from scratch."""
+        return self.finetune.starts_from_model
+
+    def learning_rate(self) -> float:
+        """The learning rate given, or the one that suits how training starts."""
+        if self.training.learning_rate is not None:
+            return self.training.learning_rate
+        return DEFAULT_LEARNING_RATES[self.finetune.method if self.is_finetuning else "scratch"]
+
+    def baseline_mode(self) -> Literal["refit", "fit", "keep", "values"]:
+        """How the species' energies are found, with ``auto`` resolved."""
+        mode = self.training.baseline.mode
+        if mode == "auto":
+            return "refit" if self.is_finetuning else "fit"
+        return mode
+
+    def datasets(self) -> tuple[DatasetOptions, ...]:
+        """All data sets named anywhere: training, then validation, then test."""
+        sets: tuple[DatasetOptions, ...] = self.training_set
+        for chosen in (self.validation_set, self.test_set):
+            if not isinstance(chosen, (float, IndexedSet)):
+                sets += chosen
+        return sets
+
+    def target_specs(self) -> dict[str, TargetSpec]:
+        """The targets to learn, by name, in the order of the training sets."""
+        specs: dict[str, TargetSpec] = {}
+        for dataset in self.training_set:
+            for name, target in dataset.targets.items():
+                specs.setdefault(name, target.spec(name))
+        return specs
+
+    def resolved(self) -> dict[str, Any]:
+        """All options with their defaults, as plain values that YAML can hold.
+
+        Reading the result back gives the same run; the learning rate is written out, and
+        metatrain's options that have no effect here are left out.
+        """
+        plain: dict[str, Any] = to_plain(self)
+        training = plain["architecture"]["training"]
+        training["learning_rate"] = self.learning_rate()
+        settings = {"lora": LORA_ONLY_KEYS, "heads": HEADS_ONLY_KEYS, "full": frozenset()}
+        config = training["finetune"]["config"]
+        training["finetune"]["config"] = {
+            key: config[key] for key in config if key in settings[self.finetune.method]
+        }
+        return plain

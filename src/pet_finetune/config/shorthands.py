@@ -1,0 +1,109 @@
+"""Short ways of writing options (a path for a section, ``on`` for a label) spelled out in full.
+
+All functions take what the YAML file holds and never raise: what they do not understand is
+returned as it stands, so that validation reports it at its own place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["expand_dataset", "expand_datasets", "expand_gradient", "expand_set"]
+
+_SWITCHES = {
+    True: "on",
+    False: "off",
+    None: "off",
+    "on": "on",
+    "off": "off",
+    "yes": "on",
+    "no": "off",
+    "true": "on",
+    "false": "off",
+    "auto": "auto",
+}
+
+
+def expand_gradient(value: Any) -> Any:
+    """``on``, ``off``, ``auto`` or a path as the keys of a gradient section."""
+    if value is None or isinstance(value, bool):
+        return {"mode": _SWITCHES[value]}
+    if isinstance(value, str):
+        switch = _SWITCHES.get(value.casefold())
+        return {"mode": switch} if switch else {"read_from": value}
+    return value
+
+
+def expand_datasets(value: Any) -> Any:
+    """A data set, a path, or a list of either as a list of data sets."""
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def expand_set(value: Any) -> Any:
+    """A validation or test set: a fraction and indices stay, all else becomes a list."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value
+    if isinstance(value, Mapping) and set(value) == {"indices"}:
+        return value
+    return expand_datasets(value)
+
+
+def expand_dataset(value: Any) -> Any:
+    """One data set in full: every target knows its file and its key, and gradients their own."""
+    if isinstance(value, str):
+        value = {"systems": value, "targets": {"energy": {}}}
+    if not isinstance(value, Mapping):
+        return value
+    full = dict(value)
+    systems = full.get("systems")
+    if isinstance(systems, str):
+        systems = full["systems"] = {"read_from": systems}
+    source = systems.get("read_from") if isinstance(systems, Mapping) else None
+    if isinstance(full.get("targets"), Mapping):
+        full["targets"] = {
+            name: _expand_target(name, target, source) for name, target in full["targets"].items()
+        }
+    if full.get("extra_data", ...) is None:
+        del full["extra_data"]
+    elif isinstance(full.get("extra_data"), Mapping):
+        full["extra_data"] = {
+            name: _inherit(extra, source, str(name)) for name, extra in full["extra_data"].items()
+        }
+    return full
+
+
+def _expand_target(name: Any, target: Any, source: Any) -> Any:
+    target = _inherit(target, source, str(name))
+    if not isinstance(target, dict):
+        return target
+    # Only a target named or declared an energy has gradients by default, and a virial takes the
+    # place of a stress that is not asked for by name. "energy/x" is a variant of the energy.
+    if not target.get("quantity"):
+        target["quantity"] = "energy" if str(name).split("/")[0] == "energy" else ""
+    energy = target["quantity"] == "energy"
+    virial = expand_gradient(target.get("virial"))
+    virial_given = isinstance(virial, Mapping) and virial.get("mode", "on") != "off"
+    defaults = {"forces": energy, "stress": energy and not virial_given, "virial": False}
+    for label, default in defaults.items():
+        gradient = expand_gradient(target.get(label, "auto" if default else "off"))
+        target[label] = _inherit(gradient, target.get("read_from"), label)
+    if energy and not target.get("unit"):
+        target["unit"] = "eV"
+    return target
+
+
+def _inherit(section: Any, source: Any, key: str) -> Any:
+    """Fill in the file and the name in the file where they are not given."""
+    if section is None:
+        section = {}
+    if isinstance(section, str):
+        section = {"read_from": section}
+    if not isinstance(section, Mapping):
+        return section
+    filled = dict(section)
+    if not filled.get("read_from") and isinstance(source, str):
+        filled["read_from"] = source
+    if not filled.get("key"):
+        filled["key"] = key
+    return filled

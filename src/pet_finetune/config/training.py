@@ -1,0 +1,217 @@
+"""Options of a training run: ``architecture.training``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from pet_finetune.config.base import (
+    Expects,
+    Flag,
+    Fraction,
+    Ignored,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OneOf,
+    OpenFraction,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    TextList,
+    ignored_field,
+)
+from pet_finetune.config.finetune import FinetuneOptions
+from pet_finetune.config.loss import LossOptions, LossTerm, TargetLoss
+
+__all__ = [
+    "BaselineOptions",
+    "BestModelMetric",
+    "EarlyStopping",
+    "FixedBaselines",
+    "TrainingOptions",
+]
+
+BestModelMetric = Literal["mae_prod", "rmse_prod", "loss", "energy_mae", "forces_mae"]
+BaselineMode = Literal["auto", "refit", "fit", "keep", "values"]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _baselines(value: Any) -> dict[str, float | dict[int, float]]:
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        raise ValueError("A composition model in a file of its own is not read: give the numbers.")
+    if not isinstance(value, Mapping):
+        raise ValueError
+    checked: dict[str, float | dict[int, float]] = {}
+    for target, baseline in value.items():
+        if _is_number(baseline):
+            checked[str(target)] = float(baseline)
+            continue
+        if not isinstance(baseline, Mapping):
+            raise ValueError
+        for number, energy in baseline.items():
+            if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= 118:
+                raise ValueError(f"{number!r} is not an atomic number.")
+            if not _is_number(energy):
+                raise ValueError(f"The value of element {number} is {energy!r}.")
+        checked[str(target)] = {number: float(energy) for number, energy in baseline.items()}
+    return checked
+
+
+def _scales(value: Any) -> dict[str, float]:
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        raise ValueError("A scaler in a file of its own is not read: give the numbers.")
+    if not isinstance(value, Mapping):
+        raise ValueError
+    for scale in value.values():
+        if isinstance(scale, Mapping):
+            raise ValueError("One scale a target is supported, not one a species.")
+        if not _is_number(scale) or scale <= 0:
+            raise ValueError
+    return {str(target): float(scale) for target, scale in value.items()}
+
+
+FixedBaselines = Annotated[
+    dict[str, float | dict[int, float]],
+    Expects("{target: number} or {target: {atomic number: number}}", _baselines),
+]
+FixedScales = Annotated[dict[str, float], Expects("{target: positive number}", _scales)]
+
+
+class BaselineOptions(Section):
+    """How the energy of each species, which the network need not learn, is found."""
+
+    mode: Annotated[BaselineMode, OneOf()] = Field(
+        default="auto",
+        description="`refit`: least squares on what the starting model leaves over; `fit`: least "
+        "squares on the labels; `keep`: those of the starting model; `values`: only the given "
+        "`atomic_baseline`. `auto`: `refit` when starting from a model, else `fit`.",
+    )
+    ridge: NonNegativeFloat = Field(
+        default=1e-5,
+        description="Weight of the regularisation relative to the data; makes sets with a single "
+        "composition solvable.",
+    )
+
+
+class EarlyStopping(Section):
+    """When to stop before the last epoch. In a file also just the patience."""
+
+    patience: PositiveInt = Field(
+        default=20, description="Stop after this many epochs without improvement."
+    )
+    min_delta: NonNegativeFloat = Field(
+        default=0.0,
+        description="Smallest relative decrease of the metric that counts as improvement.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _patience_alone(cls, value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            return value
+        return {"patience": value}
+
+
+class TrainingOptions(Section):
+    """The training run. Defaults that differ from metatrain's say so."""
+
+    batch_size: PositiveInt = Field(default=16, description="Structures in a batch.")
+    max_atoms_per_batch: PositiveInt | None = Field(
+        default=None,
+        description="Fill batches up to this many atoms instead of counting structures.",
+    )
+    min_atoms_per_batch: NonNegativeInt = Field(
+        default=0, description="Drop batches with fewer atoms; with `max_atoms_per_batch` only."
+    )
+    num_epochs: PositiveInt = Field(
+        default=100, description="Passes over the training data. metatrain's default is 1000."
+    )
+    learning_rate: PositiveFloat | None = Field(
+        default=None,
+        description="Highest learning rate. Null chooses: 1e-3 for `lora` and `heads`, 3e-4 for "
+        "`full` fine-tuning, 5e-4 from scratch. metatrain's default is 1e-4 for all.",
+    )
+    scheduler: Annotated[Literal["cosine", "constant"], OneOf()] = Field(
+        default="cosine", description="Course of the learning rate after the warm-up."
+    )
+    warmup_fraction: Fraction = Field(
+        default=0.01,
+        description="Part of all steps during which the learning rate rises from zero.",
+    )
+    weight_decay: NonNegativeFloat | None = Field(
+        default=None, description="Weight decay of AdamW. Null is zero."
+    )
+    grad_clip_norm: PositiveFloat | None = Field(
+        default=1.0, description="Gradients are scaled down to this norm. Null leaves them."
+    )
+    ema: OpenFraction | None = Field(
+        default=None,
+        description="Decay of an exponential moving average of the weights, which is then "
+        "validated and saved, e.g. 0.999. Null is off.",
+    )
+    early_stopping: EarlyStopping | None = Field(
+        default=None, description="Stop when the metric no longer improves. Null is off."
+    )
+    loss: LossOptions = Field(
+        default="mse", description="One of mse, mae, huber; or a section for each target."
+    )
+    per_structure_targets: TextList = Field(
+        default=(),
+        description="Targets whose loss and errors are not divided by the number of atoms.",
+    )
+    best_model_metric: Annotated[BestModelMetric, OneOf()] = Field(
+        default="mae_prod",
+        description="Validation figure that picks the best model: a product over energy, forces "
+        "and stress (`mae_prod`, `rmse_prod`), the loss, or one mean absolute error.",
+    )
+    rotational_augmentation: Flag = Field(
+        default=True, description="Turn and mirror each structure at random in each epoch."
+    )
+    baseline: BaselineOptions = Field(
+        default=BaselineOptions(), description="How the energy of each species is found."
+    )
+    atomic_baseline: FixedBaselines = Field(
+        default={},
+        description="Given energies of the species, eV, by target: one number, or one for each "
+        "atomic number; species left out are fitted.",
+    )
+    scale_targets: Flag = Field(
+        default=True, description="Let the network learn targets divided by their spread."
+    )
+    fixed_scaling_weights: FixedScales = Field(
+        default={},
+        description="Given scale by target, in the target's unit, instead of the spread.",
+    )
+    log_interval: PositiveInt = Field(default=1, description="Epochs between two log lines.")
+    checkpoint_interval: PositiveInt = Field(
+        default=10,
+        description="Epochs between two saves of `last.ckpt`. metatrain's default is 100.",
+    )
+    finetune: FinetuneOptions = Field(
+        default=FinetuneOptions(), description="Where training starts and which weights it changes."
+    )
+    distributed: Ignored = ignored_field("training runs in one process.")
+    distributed_port: Ignored = ignored_field("training runs in one process.")
+    num_workers: Ignored = ignored_field("the data are prepared once and kept in memory.")
+    log_mae: Ignored = ignored_field("mean absolute and root mean square errors are both logged.")
+    log_separate_blocks: Ignored = ignored_field("errors are logged for each target.")
+
+    def loss_for(self, target: str) -> TargetLoss:
+        """The loss of ``target``, with the short ways of writing it spelled out.
+
+        A single type for everything applies to forces and stress too; a type given for one
+        target does not (metatrain's rule): those stay with the mean squared error.
+        """
+        if isinstance(self.loss, str):
+            term = LossTerm(type=self.loss)
+            return TargetLoss(type=self.loss, forces=term, stress=term)
+        return self.loss.get(target, TargetLoss())

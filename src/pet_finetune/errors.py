@@ -1,0 +1,73 @@
+"""Every exception the package raises on purpose, and the spelling helper their messages use.
+
+A user who catches :class:`PetFinetuneError` catches all of them. A message says what is wrong,
+where, what is allowed and what to do; the command line prints it without a traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "AdapterError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "PetFinetuneError",
+    "SpeciesError",
+    "TrainingError",
+    "UnitError",
+    "did_you_mean",
+]
+
+
+class PetFinetuneError(Exception):
+    """Base of all errors this package raises for a reason the user can act on."""
+
+
+class ConfigError(PetFinetuneError):
+    """The options are wrong; holds one line for each problem in :attr:`problems`."""
+
+    def __init__(self, message: str, problems: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.problems: tuple[str, ...] = tuple(problems) or (message,)
+
+
+class DataError(PetFinetuneError):
+    """A data file is missing, unreadable, empty, or holds labels that cannot be used."""
+
+
+class UnitError(PetFinetuneError):
+    """A unit is unknown or cannot be converted to the one asked for."""
+
+
+class CheckpointError(PetFinetuneError):
+    """A checkpoint is missing, damaged, unsafe, or of another kind than expected."""
+
+
+class AdapterError(PetFinetuneError):
+    """An adapter cannot be injected, merged, saved, or does not belong to this base."""
+
+
+class TrainingError(PetFinetuneError):
+    """Training cannot start or cannot go on."""
+
+
+class SpeciesError(PetFinetuneError):
+    """A structure holds a chemical element that the model does not know."""
+
+
+def did_you_mean(name: str, allowed: Iterable[str]) -> str:
+    """Suggest the valid name nearest to ``name``.
+
+    :param name: what the user wrote.
+    :param allowed: the names that would have been accepted.
+    :return: ``" Did you mean 'x'?"`` (with the leading space, so it can be appended to a
+        sentence), or ``""`` when nothing is near.
+    """
+    by_folded: dict[str, str] = {}
+    for candidate in allowed:
+        by_folded.setdefault(candidate.casefold(), candidate)
+    near = difflib.get_close_matches(name.casefold(), by_folded, n=1, cutoff=0.6)
+    return f" Did you mean {by_folded[near[0]]!r}?" if near else ""

@@ -1,0 +1,65 @@
+"""Logging of the package: one tree of loggers, pretty on a terminal, plain anywhere else."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+__all__ = ["get_logger", "setup_logging"]
+
+_ROOT = "pet_finetune"
+_PLAIN_FORMAT = "%(asctime)s %(levelname)-7s %(message)s"
+_DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
+
+
+def get_logger(name: str = "") -> logging.Logger:
+    """Return the logger ``pet_finetune.<name>``; a full module name is taken as it stands."""
+    if not name or name == _ROOT:
+        return logging.getLogger(_ROOT)
+    if name.startswith(f"{_ROOT}."):
+        return logging.getLogger(name)
+    return logging.getLogger(f"{_ROOT}.{name}")
+
+
+def setup_logging(level: int | str = "INFO", file: str | Path | None = None) -> logging.Logger:
+    """Send the package's log to stderr and, if given, to a file. May be called again.
+
+    :param level: the lowest level shown, as a name (``"INFO"``) or number.
+    :param file: a log file to append to; its folder is made when missing.
+    :return: the package's root logger.
+    :raises OSError: if the log file cannot be opened.
+    """
+    root = logging.getLogger(_ROOT)
+    handlers: list[logging.Handler] = [_stream_handler()]
+    if file is not None:
+        path = Path(file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        to_file = logging.FileHandler(path, encoding="utf-8")
+        to_file.setFormatter(logging.Formatter(_PLAIN_FORMAT, _DATE_FORMAT))
+        handlers.append(to_file)
+    for old in list(root.handlers):
+        root.removeHandler(old)
+        old.close()
+    for handler in handlers:
+        root.addHandler(handler)
+    root.setLevel(level.upper() if isinstance(level, str) else level)
+    # An application with its own root handler would print every line twice otherwise.
+    root.propagate = False
+    return root
+
+
+def _stream_handler() -> logging.Handler:
+    """A rich handler when stderr is a terminal, plain lines otherwise (files, batch queues)."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.logging import RichHandler
+
+        rich_handler = RichHandler(
+            console=Console(stderr=True), show_path=False, markup=False, rich_tracebacks=True
+        )
+        rich_handler.setFormatter(logging.Formatter("%(message)s", datefmt="[%X]"))
+        return rich_handler
+    plain = logging.StreamHandler(sys.stderr)
+    plain.setFormatter(logging.Formatter(_PLAIN_FORMAT, _DATE_FORMAT))
+    return plain

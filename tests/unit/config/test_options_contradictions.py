@@ -1,0 +1,143 @@
+"""Options that are fine one by one and contradict each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pet_finetune.config import Options, parse_options
+from pet_finetune.errors import ConfigError
+
+
+def problems(model: Any = None, training: Any = None, **kwargs: Any) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        load(model, training, **kwargs)
+    return caught.value.problems
+
+
+def load(model: Any = None, training: Any = None, **kwargs: Any) -> Options:
+    raw = {"training_set": "a.xyz", "architecture": {"model": model, "training": training}}
+    return parse_options(raw, **kwargs).options
+
+
+def test_heads_must_share_the_width() -> None:
+    (line,) = problems({"d_pet": 130})
+    assert line == (
+        "architecture.model.num_heads: 8 heads cannot share d_pet = 130 equally. Allowed: "
+        "divisors of 130, for instance 5."
+    )
+
+
+@pytest.mark.parametrize("width", [64, 128, 200])
+def test_heads_that_do_share_the_width(width: int) -> None:
+    assert load({"d_pet": width}).model.d_pet == width
+
+
+def test_long_range_is_refused_clearly() -> None:
+    (line,) = problems({"long_range": {"enable": True}})
+    assert line.startswith("architecture.model.long_range.enable: long-range features are not")
+    assert load({"long_range": {"enable": False, "smearing": 2.0}}).model.long_range.smearing == 2.0
+
+
+def test_the_step_fits_inside_the_cutoff() -> None:
+    (line,) = problems({"cutoff": 0.4})
+    assert line.startswith("architecture.model.cutoff_width: 0.5 Å is wider than the cutoff")
+
+
+def test_the_adaptive_method_without_a_number_is_fine() -> None:
+    assert load({"adaptive_cutoff_method": "grid"}).model.num_neighbors_adaptive is None
+
+
+def test_no_batch_would_be_left() -> None:
+    (line,) = problems(training={"max_atoms_per_batch": 100, "min_atoms_per_batch": 200})
+    assert line.startswith("architecture.training.min_atoms_per_batch: 200 is more than")
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "owner"),
+    [("lora", "head_modules", "heads"), ("heads", "rank", "lora"), ("heads", "alpha", "lora")],
+)
+def test_settings_of_another_method(method: str, key: str, owner: str) -> None:
+    value: Any = ["a"] if key == "head_modules" else 4
+    finetune = {"read_from": "m.ckpt", "method": method, "config": {key: value}}
+    (line,) = problems(training={"finetune": finetune})
+    assert line.startswith(
+        f"architecture.training.finetune.config.{key}: belongs to method {owner}, but the "
+        f"method is {method}."
+    )
+
+
+@pytest.mark.parametrize("mode", ["keep", "refit"])
+def test_baselines_of_a_starting_model_need_one(mode: str) -> None:
+    baseline = {"baseline": {"mode": mode}}
+    (line,) = problems(training=baseline)
+    assert f"{mode} needs a model to start from" in line
+    assert load(training=baseline, checkpoint="m.ckpt").baseline_mode() == mode
+
+
+def test_given_baselines_and_their_mode() -> None:
+    (line,) = problems(training={"baseline": {"mode": "values"}})
+    assert "values needs the numbers: give atomic_baseline." in line
+    both = {"baseline": {"mode": "keep"}, "atomic_baseline": {"energy": 1.0}}
+    (line,) = problems(training=both, checkpoint="m.ckpt")
+    assert "keep contradicts atomic_baseline" in line
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"loss": {"enrgy": "mae"}},
+        {"atomic_baseline": {"enrgy": 1.0}},
+        {"fixed_scaling_weights": {"enrgy": 1.0}},
+        {"finetune": {"inherit_heads": {"enrgy": "energy"}}},
+        {"per_structure_targets": ["enrgy"]},
+    ],
+)
+def test_options_may_only_name_targets_of_the_data(training: Any) -> None:
+    (line,) = problems(training=training)
+    assert "enrgy" in line
+    assert "Did you mean 'energy'?" in line
+    assert "Targets: energy." in line
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"forces": "mae", "gradients": {"positions": "mse"}},
+        {"stress": "mae", "virial": "mse"},
+        {"virial": "mae", "gradients": {"strain": "mse"}},
+    ],
+)
+def test_one_loss_given_twice(loss: Any) -> None:
+    (line,) = problems(training={"loss": {"energy": loss}})
+    assert "set the same loss. Keep one of them." in line
+
+
+def test_weights_that_are_all_zero() -> None:
+    zero = {"weight": 0, "forces": {"weight": 0}, "stress": {"weight": 0}}
+    (line,) = problems(training={"loss": {"energy": zero}})
+    assert "all weights are zero" in line
+    assert (
+        load(training={"loss": {"energy": {"weight": 0}}}).training.loss_for("energy").weight == 0
+    )
+
+
+def test_gradient_losses_of_something_without_gradients() -> None:
+    raw = {
+        "training_set": {"systems": "a", "targets": {"dipole": {"quantity": "dipole"}}},
+        "architecture": {"training": {"loss": {"dipole": {"forces": "mae"}}}},
+    }
+    with pytest.raises(ConfigError, match="only an energy has forces and stress"):
+        parse_options(raw)
+
+
+@pytest.mark.parametrize("metric", ["forces_mae", "energy_mae"])
+def test_a_metric_the_data_do_not_have(metric: str) -> None:
+    raw = {
+        "training_set": {"systems": "a", "targets": {"dipole": {"quantity": "dipole"}}},
+        "architecture": {"training": {"best_model_metric": metric}},
+    }
+    with pytest.raises(ConfigError, match=f"{metric} needs"):
+        parse_options(raw)
+    assert load(training={"best_model_metric": metric}).training.best_model_metric == metric

@@ -1,0 +1,199 @@
+"""What options are turned into: plain values, losses, notices, the reference page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+from pydantic import BaseModel
+
+from pet_finetune.config import Options, parse_options
+from pet_finetune.config.reference import option_entries, options_reference
+from pet_finetune.config.schema import section_in
+from pet_finetune.errors import ConfigError
+
+PLAIN: dict[str, Any] = {
+    "training_set": {
+        "systems": {"read_from": "a.xyz", "length_unit": "angstrom"},
+        "targets": {"energy": {"unit": "eV"}},
+    }
+}
+
+
+def load(training: Any = None, checkpoint: str | None = None, **raw: Any) -> Any:
+    return parse_options({**PLAIN, "architecture": {"training": training}, **raw}, checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("training", "checkpoint", "raw"),
+    [
+        (None, None, {}),
+        ({"learning_rate": 1e-5, "grad_clip_norm": None}, None, {"seed": 4}),
+        (None, "m.ckpt", {}),
+        ({"finetune": {"method": "heads", "config": {"head_modules": ["h"]}}}, "m.ckpt", {}),
+        ({"finetune": {"config": {"rank": 4, "modules_to_save": []}}}, "m.ckpt", {}),
+        ({"finetune": {"method": "full"}}, "m.ckpt", {}),
+        ({"MODEL_TO_START_WITH": "a", "ALL_SPECIES_PATH": "b", "SELF_CONTRIBUTIONS_PATH": "c"},)
+        + (None, {}),
+        ({"loss": {"energy": {"type": "mae", "forces": "huber", "weight": 2}}}, None, {}),
+        ({"early_stopping": 5, "num_workers": 3}, None, {"wandb": {"project": "x"}}),
+        ({"atomic_baseline": {"energy": {1: -1.0}}}, None, {"validation_set": {"indices": [1]}}),
+        (None, None, {"training_set": ["a.xyz", "b.xyz"], "test_set": "c.xyz"}),
+        (None, None, {"training_set": {"systems": "a", "targets": {"energy": {"virial": "on"}}}}),
+        (
+            None,
+            None,
+            {
+                "training_set": {
+                    "systems": "a",
+                    "targets": {"d": {"type": {"cartesian": {"rank": 1}}}},
+                    "extra_data": {"charge": {"key": "q"}},
+                    "indices": [1, 2],
+                }
+            },
+        ),
+    ],
+)
+def test_resolved_options_describe_the_same_run(training: Any, checkpoint: Any, raw: Any) -> None:
+    first = load(training, checkpoint, **raw).options
+    plain = first.resolved()
+    again = parse_options(OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(plain))))
+    assert again.options.resolved() == plain
+    assert again.options.training_set == first.training_set
+    assert again.options.finetune == first.finetune
+    assert again.options.training.loss == first.training.loss
+    assert again.options.learning_rate() == first.learning_rate()
+
+
+def test_resolved_options_hold_plain_values_only() -> None:
+    def walk(value: Any) -> None:
+        assert type(value) in (dict, list, str, int, float, bool, type(None))
+        for item in value.values() if isinstance(value, dict) else ():
+            walk(item)
+        for item in value if isinstance(value, list) else ():
+            walk(item)
+
+    walk(load(checkpoint="m.ckpt").options.resolved())
+
+
+def test_one_loss_for_everything_is_for_the_gradients_too() -> None:
+    loss = load({"loss": "huber"}).options.training.loss_for("energy")
+    assert (loss.type, loss.forces_term().type, loss.stress_term().type) == ("huber",) * 3
+
+
+def test_a_loss_of_one_target_is_not_for_its_gradients() -> None:
+    loss = load({"loss": {"energy": "mae"}}).options.training.loss_for("energy")
+    assert (loss.type, loss.forces_term().type, loss.stress_term().type) == ("mae", "mse", "mse")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"forces": {"type": "mae", "weight": 3}},
+        {"gradients": {"positions": {"type": "mae", "weight": 3}}},
+    ],
+)
+def test_both_places_of_the_force_loss(given: Any) -> None:
+    training = load({"loss": {"energy": given}}).options.training
+    term = training.loss_for("energy").forces_term()
+    assert (term.type, term.weight) == ("mae", 3.0)
+    assert training.loss_for("another").forces_term().type == "mse"
+
+
+@pytest.mark.parametrize("key", ["stress", "virial"])
+def test_stress_and_virial_are_one_loss(key: str) -> None:
+    loss = load({"loss": {"energy": {key: "mae"}}}).options.training.loss_for("energy")
+    assert loss.stress_term().type == "mae"
+
+
+@pytest.mark.parametrize(
+    ("training", "checkpoint", "raw", "notice"),
+    [
+        ({"batch_size": 4, "max_atoms_per_batch": 99}, None, {}, "batch_size has no effect"),
+        ({"min_atoms_per_batch": 9}, None, {}, "min_atoms_per_batch has no effect without"),
+        ({"num_workers": 0}, None, {}, "without effect here: architecture.training.num_workers."),
+        (None, None, {"wandb": {"a": 1}}, "without effect here: wandb."),
+        (None, None, {"device": "multi-gpu"}, "one GPU is used (device: gpu)."),
+        (
+            None,
+            None,
+            {"validation_set": "a.xyz"},
+            "validation_set reads a.xyz, which is also trained on",
+        ),
+        (
+            {"finetune": {"inherit_heads": {"energy": "e"}}},
+            None,
+            {},
+            "inherit_heads has no effect: training is from scratch.",
+        ),
+    ],
+)
+def test_remarks(training: Any, checkpoint: Any, raw: Any, notice: str) -> None:
+    notices = load(training, checkpoint, **raw).notices
+    assert any(notice in line for line in notices), notices
+
+
+def test_a_model_section_beside_a_checkpoint_is_remarked_on() -> None:
+    raw = {**PLAIN, "architecture": {"model": {"d_pet": 64}}}
+    assert (
+        "architecture.model has no effect: the model's shape comes from m.ckpt."
+        in parse_options(raw, "m.ckpt").notices
+    )
+    assert parse_options(raw).notices == ()
+
+
+def test_older_names_of_the_architecture() -> None:
+    raw = {**PLAIN, "architecture": {"name": "nativepet"}}
+    loaded = parse_options(raw)
+    assert loaded.options.architecture.name == "pet"
+    assert loaded.notices == ("architecture.name: nativepet is an older name; today: pet.",)
+
+
+def test_per_atom_and_sample_kind_that_disagree() -> None:
+    target = {"quantity": "charge", "per_atom": True, "sample_kind": "system"}
+    raw = {"training_set": [{"systems": "a", "targets": {"q": target}}]}
+    with pytest.raises(ConfigError) as caught:
+        parse_options(raw)
+    assert "training_set[0].targets.q.per_atom: means sample_kind atom" in str(caught.value)
+    del target["sample_kind"]
+    assert parse_options(raw).options.target_specs()["q"].per_atom
+
+
+def _sections(section: type[BaseModel]) -> set[type[BaseModel]]:
+    found = {section}
+    for field in section.model_fields.values():
+        inner, _ = section_in(field.annotation)
+        if inner is not None and inner not in found:
+            found |= _sections(inner)
+    return found
+
+
+def test_every_option_says_what_it_means() -> None:
+    for section in _sections(Options):
+        assert section.__doc__, section
+        for name, field in section.model_fields.items():
+            assert field.description, f"{section.__name__}.{name}"
+            assert field.description.endswith("."), f"{section.__name__}.{name}"
+
+
+def test_every_entry_of_the_reference_is_complete() -> None:
+    entries = option_entries()
+    assert len({entry.name for entry in entries}) == len(entries)
+    for entry in entries:
+        assert entry.type, entry
+        assert entry.meaning, entry
+
+
+def test_the_reference_lists_options_with_type_and_default() -> None:
+    page = options_reference()
+    assert (
+        "| `architecture.training.finetune.config.rank` | a positive integer | `8` | Rank" in page
+    )
+    assert "| `training_set` | section or list of sections | required |" in page
+    assert '| `architecture.model.activation` | `SiLU`, `SwiGLU` | `"SwiGLU"` |' in page
+    assert "| `wandb` | " in page.split("## Accepted without effect")[1]
+    assert page.count("\n## General\n") == 1
+    for line in page.splitlines():
+        if line.startswith("|"):
+            assert line.replace("\\|", "").count("|") in (3, 5), line
