@@ -1,0 +1,259 @@
+"""The frozen ``Batch``: several structures as one disconnected graph, the model's only input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from ase import Atoms
+from torch import Tensor
+
+from pet_finetune.data.neighbors import NeighborList, edge_vectors, structure_neighbors
+from pet_finetune.data.structure import Structure, atoms_to_structure
+from pet_finetune.errors import DataError
+from pet_finetune.keys import forces_key, stress_key
+
+__all__ = [
+    "Batch",
+    "PreparedStructure",
+    "batch_from_atoms",
+    "collate",
+    "collate_prepared",
+    "is_forces",
+    "is_stress",
+    "prepare",
+]
+
+
+def is_forces(label: str) -> bool:
+    """Whether a label name holds forces, ``[n, 3]`` in a batch."""
+    return label.endswith(forces_key(""))
+
+
+def is_stress(label: str) -> bool:
+    """Whether a label name holds stresses, ``[b, 3, 3]`` in a batch."""
+    return label.endswith(stress_key(""))
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """``b`` structures with ``n`` atoms and ``e`` directed edges in all; lengths in Å.
+
+    Edges may be longer than the model's cutoff (a skin); the model filters them. Atoms and edges
+    of one structure are contiguous, in the order of the structures.
+    """
+
+    #: Atomic numbers, ``[n]`` int64.
+    numbers: Tensor
+    #: Vectors from centre to neighbour, ``[e, 3]``.
+    edge_vectors: Tensor
+    #: Central atom of each edge, ``[e]`` int64, ascending.
+    centers: Tensor
+    #: Neighbouring atom of each edge, ``[e]`` int64.
+    neighbors: Tensor
+    #: The opposite edge of each edge, ``[e]`` int64.
+    reverse: Tensor
+    #: Structure of each atom, ``[n]`` int64, ascending.
+    structure_index: Tensor
+    #: Cell vectors as rows, ``[b, 3, 3]``; zero rows where not periodic.
+    cells: Tensor
+    #: Total charges, ``[b]`` int64.
+    charges: Tensor
+    #: Spin multiplicities 2S+1, ``[b]`` int64.
+    spins: Tensor
+    #: ``"<t>"`` ``[b]`` (always float64: a total energy of -20,000 eV has steps of 2 meV in
+    #: float32, so the baseline must be subtracted first), ``"<t>/forces"`` ``[n, 3]``,
+    #: ``"<t>/stress"`` ``[b, 3, 3]``. NaN where one structure lacks a label others have; a name
+    #: that no structure of this batch has is absent.
+    labels: Mapping[str, Tensor]
+    #: ``Structure.index`` of each structure, ``[b]`` int64.
+    frames: Tensor
+    #: ``Structure.source`` of each structure.
+    sources: tuple[str, ...] = ()
+
+    @property
+    def num_atoms(self) -> int:
+        """Number of atoms ``n``."""
+        return int(self.numbers.shape[0])
+
+    @property
+    def num_structures(self) -> int:
+        """Number of structures ``b``."""
+        return int(self.cells.shape[0])
+
+    @property
+    def num_edges(self) -> int:
+        """Number of directed edges ``e``."""
+        return int(self.centers.shape[0])
+
+    @property
+    def atoms_per_structure(self) -> Tensor:
+        """Number of atoms of each structure, ``[b]`` int64."""
+        return torch.bincount(self.structure_index, minlength=self.num_structures)
+
+    @property
+    def volumes(self) -> Tensor:
+        """Cell volumes in Å³, ``[b]``; 0 where not periodic in all three directions."""
+        determinants: Tensor = torch.linalg.det(self.cells)
+        return determinants.abs()
+
+    @property
+    def where(self) -> str:
+        """The structures of the batch as a user would look them up, for error messages."""
+        frames = self.frames.tolist()
+        by_source: dict[str, list[int]] = {}
+        for source, frame in zip(self.sources or ("",) * len(frames), frames, strict=True):
+            by_source.setdefault(source, []).append(frame)
+        return "; ".join(
+            f"frames {', '.join(map(str, indices))}" + (f" of {source}" if source else "")
+            for source, indices in by_source.items()
+        )
+
+    def to(
+        self,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        non_blocking: bool = False,
+    ) -> Batch:
+        """Move to a device and cast the floating-point tensors.
+
+        Integers keep their type, and so do the float64 totals in :attr:`labels`, except on
+        devices without float64 (``mps``).
+        """
+        target = None if device is None else torch.device(device)
+        total = torch.float32 if target is not None and target.type == "mps" else None
+
+        def move(tensor: Tensor, cast: torch.dtype | None = None) -> Tensor:
+            return tensor.to(device=target, dtype=cast, non_blocking=non_blocking)
+
+        def move_label(name: str, value: Tensor) -> Tensor:
+            return move(value, dtype if is_forces(name) or is_stress(name) else total)
+
+        return replace(
+            self,
+            numbers=move(self.numbers),
+            edge_vectors=move(self.edge_vectors, dtype),
+            centers=move(self.centers),
+            neighbors=move(self.neighbors),
+            reverse=move(self.reverse),
+            structure_index=move(self.structure_index),
+            cells=move(self.cells, dtype),
+            charges=move(self.charges),
+            spins=move(self.spins),
+            labels={name: move_label(name, value) for name, value in self.labels.items()},
+            frames=move(self.frames),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedStructure:
+    """A structure with its edges in the types of a batch, so that collating only concatenates."""
+
+    #: Atomic numbers, ``[n]`` int64.
+    numbers: Tensor
+    #: Rows: centres, neighbours, reverse; ``[3, e]`` int32 (half the memory of a kept list).
+    edges: Tensor
+    #: ``[e, 3]`` in the dtype of the batches.
+    edge_vectors: Tensor
+    #: ``[3, 3]`` in the dtype of the batches.
+    cell: Tensor
+    #: Total charge.
+    charge: int
+    #: Spin multiplicity.
+    spin: int
+    #: Labels; totals ``[1]`` float64, forces ``[n, 3]`` and stress ``[1, 3, 3]`` in the dtype.
+    labels: Mapping[str, Tensor]
+    #: ``Structure.index``.
+    frame: int
+    #: ``Structure.source``.
+    source: str
+
+
+def prepare(structure: Structure, pairs: NeighborList, dtype: torch.dtype) -> PreparedStructure:
+    """Compute what a batch needs of one structure; vectors are formed in float64, then cast."""
+    vectors = edge_vectors(structure.positions, structure.cell, pairs)
+    labels = {}
+    for name, value in structure.labels.items():
+        if is_forces(name):
+            labels[name] = value.to(dtype)
+        elif is_stress(name):
+            labels[name] = value.to(dtype).reshape(1, 3, 3)
+        else:
+            labels[name] = value.to(torch.float64).reshape(1)
+    return PreparedStructure(
+        numbers=structure.numbers,
+        edges=torch.stack([pairs.centers, pairs.neighbors, pairs.reverse]).to(torch.int32),
+        edge_vectors=vectors.to(dtype),
+        cell=structure.cell.to(dtype),
+        charge=structure.charge,
+        spin=structure.spin,
+        labels=labels,
+        frame=structure.index,
+        source=structure.source,
+    )
+
+
+def collate(items: Sequence[tuple[Structure, NeighborList]], dtype: torch.dtype) -> Batch:
+    """Join structures and their neighbour lists into one batch of the given float dtype."""
+    return collate_prepared([prepare(structure, pairs, dtype) for structure, pairs in items])
+
+
+def collate_prepared(items: Sequence[PreparedStructure]) -> Batch:
+    """Join prepared structures: concatenation and index offsets, nothing else.
+
+    :raises DataError: when ``items`` is empty.
+    """
+    if not items:
+        raise DataError("A batch needs at least one structure.")
+    num_atoms = torch.tensor([item.numbers.shape[0] for item in items])
+    num_edges = torch.tensor([item.edges.shape[1] for item in items])
+    # Rows of `edges` are offset by atoms, atoms and edges respectively.
+    before = torch.stack([num_atoms, num_atoms, num_edges])
+    before = before.cumsum(1) - before
+    offsets = before.repeat_interleave(num_edges, dim=1)
+    centers, neighbors, reverse = (torch.cat([i.edges for i in items], dim=1) + offsets).unbind(0)
+    return Batch(
+        numbers=torch.cat([item.numbers for item in items]),
+        edge_vectors=torch.cat([item.edge_vectors for item in items]),
+        centers=centers,
+        neighbors=neighbors,
+        reverse=reverse,
+        structure_index=torch.arange(len(items)).repeat_interleave(num_atoms),
+        cells=torch.stack([item.cell for item in items]),
+        charges=torch.tensor([item.charge for item in items]),
+        spins=torch.tensor([item.spin for item in items]),
+        labels=_collate_labels(items),
+        frames=torch.tensor([item.frame for item in items]),
+        sources=tuple(item.source for item in items),
+    )
+
+
+def batch_from_atoms(
+    atoms: Atoms | Sequence[Atoms], cutoff: float, dtype: torch.dtype = torch.float64
+) -> Batch:
+    """Make an unlabelled batch of ASE structures.
+
+    :param atoms: one structure or a sequence of them.
+    :param cutoff: neighbour list cutoff in Å.
+    :param dtype: float dtype of the batch.
+    """
+    frames = [atoms] if isinstance(atoms, Atoms) else list(atoms)
+    structures = [atoms_to_structure(frame, index) for index, frame in enumerate(frames)]
+    return collate([(s, structure_neighbors(s, cutoff)) for s in structures], dtype)
+
+
+def _collate_labels(items: Sequence[PreparedStructure]) -> dict[str, Tensor]:
+    """Concatenate labels; structures without one that others have contribute NaN."""
+    names = dict.fromkeys(name for item in items for name in item.labels)
+    return {name: torch.cat([_label_or_nan(item, name, items) for item in items]) for name in names}
+
+
+def _label_or_nan(item: PreparedStructure, name: str, items: Sequence[PreparedStructure]) -> Tensor:
+    """The label of one structure, or NaN in the shape and dtype that it would have."""
+    if name in item.labels:
+        return item.labels[name]
+    known = next(other.labels[name] for other in items if name in other.labels)
+    rows = item.numbers.shape[0] if is_forces(name) else 1
+    return known.new_full((rows, *known.shape[1:]), float("nan"))

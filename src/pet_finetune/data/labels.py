@@ -1,0 +1,170 @@
+"""Values of one name in the frames of a file: found, shaped, converted and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pet_finetune.data.files import list_frames
+from pet_finetune.data.structure import place
+from pet_finetune.errors import DataError, did_you_mean
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+__all__ = ["Column", "Shape", "find_value", "to_forces", "to_scalar", "to_stress"]
+
+#: Makes an array of the expected shape of the raw one, given the number of atoms; raises
+#: ValueError with the shapes that are allowed.
+Shape = Callable[[np.ndarray, int], np.ndarray]
+
+# Arrays that describe the structure itself and are no labels.
+_STRUCTURE_ARRAYS = frozenset({"numbers", "positions"})
+
+
+def to_scalar(raw: np.ndarray, num_atoms: int) -> np.ndarray:
+    """One number, also when it stands in an array of length 1."""
+    if raw.size != 1:
+        raise ValueError("one number for each structure")
+    return raw.reshape(())
+
+
+def to_forces(raw: np.ndarray, num_atoms: int) -> np.ndarray:
+    """Three numbers for each atom, as ``[n, 3]`` or flattened."""
+    if raw.shape not in ((num_atoms, 3), (3 * num_atoms,)):
+        raise ValueError(f"one row of 3 for each atom, that is ({num_atoms}, 3)")
+    return raw.reshape(num_atoms, 3)
+
+
+def to_stress(raw: np.ndarray, num_atoms: int) -> np.ndarray:
+    """A symmetric 3x3 matrix from 3x3, 9 or (in Voigt order xx yy zz yz xz xy) 6 numbers.
+
+    Only the symmetric part of a matrix is kept: a strain turns nothing.
+    """
+    if raw.shape == (6,):
+        xx, yy, zz, yz, xz, xy = raw
+        return np.array([[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]])
+    if raw.shape not in ((3, 3), (9,)):
+        raise ValueError("(3, 3), (9,) or in Voigt order xx yy zz yz xz xy (6,)")
+    matrix = raw.reshape(3, 3)
+    return (matrix + matrix.T) / 2
+
+
+def find_value(atoms: Atoms, key: str) -> Any:
+    """A value by its name in the file, or None.
+
+    ASE keeps what it knows (``energy``, ``forces``, ``stress``...) as results of a calculator and
+    everything else in ``info`` (of the structure) or ``arrays`` (of its atoms). Calculator results
+    are taken as they stand, without applying constraints.
+    """
+    for place_in_atoms in (atoms.info, atoms.arrays, _results(atoms)):
+        if place_in_atoms.get(key) is not None:
+            return place_in_atoms[key]
+    return None
+
+
+@dataclass(frozen=True)
+class Column:
+    """The values of one name in chosen frames of a file."""
+
+    #: What the values are, for messages, e.g. ``forces of target 'energy'``.
+    what: str
+    #: The file.
+    source: str
+    #: The name in the file.
+    key: str
+    #: All frames of the file.
+    frames: Sequence[Atoms]
+    #: The frames wanted.
+    chosen: Sequence[int]
+    #: Expected shape.
+    shape: Shape
+
+    def read(
+        self, factor: float = 1.0, usable: Sequence[bool] | None = None
+    ) -> list[Tensor | None]:
+        """The values of the chosen frames as float64, None where a frame has none.
+
+        :param factor: multiplies the values, to convert their unit.
+        :param usable: for each chosen frame, whether its value counts; others give None.
+        :raises DataError: wrong shapes, values that are no numbers, NaN or infinity.
+        """
+        values: list[Tensor | None] = []
+        broken = []
+        for position, index in enumerate(self.chosen):
+            raw = find_value(self.frames[index], self.key)
+            if raw is None or (usable is not None and not usable[position]):
+                values.append(None)
+                continue
+            array = self._shaped(raw, index)
+            if not np.isfinite(array).all():
+                broken.append(index)
+            values.append(torch.as_tensor(array * factor, dtype=torch.float64))
+        if broken:
+            raise DataError(
+                f"The {self.what} ({self.key!r}) are NaN or infinite in {list_frames(broken)} of "
+                f"{self.source} ({len(broken)} of {len(self.chosen)} frames). Remove these frames "
+                "or compute them again."
+            )
+        return values
+
+    def missing(self, index: int, count: int) -> DataError:
+        """The error for a frame that lacks the value.
+
+        :param index: the first frame that lacks it.
+        :param count: how many of the chosen frames lack it.
+        """
+        atoms = self.frames[index]
+        names = ", ".join(repr(name) for name in _names(atoms)) or "nothing but the structure"
+        return DataError(
+            f"The {self.what} should be under {self.key!r} in {self.source}, but "
+            f"{place(index)} has no such value ({count} of {len(self.chosen)} frames lack it). "
+            f"It has: {names}.{self.suggestion(index)} Name the right one with `key`."
+        )
+
+    def suggestion(self, index: int) -> str:
+        """Which other name of a frame may be meant, as a sentence with a leading space, or ""."""
+        atoms = self.frames[index]
+        fitting = [name for name in _names(atoms) if self._fits(atoms, name)]
+        near = did_you_mean(self.key, fitting)
+        if near:
+            return near
+        inside = [name for name in fitting if self.key.casefold().rstrip("s") in name.casefold()]
+        return f" Did you mean {inside[0]!r}?" if inside else ""
+
+    def _fits(self, atoms: Atoms, name: str) -> bool:
+        """Whether a value has numbers of the right shape."""
+        try:
+            self.shape(np.asarray(find_value(atoms, name), dtype=np.float64), len(atoms))
+        except (TypeError, ValueError):
+            return False
+        return True
+
+    def _shaped(self, raw: Any, index: int) -> np.ndarray:
+        """A raw value as an array of the right shape."""
+        where = f"{place(index, self.source)}: the {self.what} ({self.key!r})"
+        try:
+            array = np.asarray(raw, dtype=np.float64)
+        except (TypeError, ValueError):
+            raise DataError(f"{where} must be numbers, found {raw!r}.") from None
+        try:
+            return self.shape(array, len(self.frames[index]))
+        except ValueError as allowed:
+            raise DataError(f"{where} have the shape {array.shape}; expected {allowed}.") from None
+
+
+def _results(atoms: Atoms) -> dict[str, Any]:
+    """What a calculator read with the structure has stored; nothing is computed."""
+    return getattr(atoms.calc, "results", {})
+
+
+def _names(atoms: Atoms) -> list[str]:
+    """Names of all values that come with a structure."""
+    arrays = [name for name in atoms.arrays if name not in _STRUCTURE_ARRAYS]
+    results = [name for name, value in _results(atoms).items() if value is not None]
+    return list(dict.fromkeys([*map(str, atoms.info), *arrays, *results]))

@@ -1,0 +1,235 @@
+"""Structures with their labels from the files that the options name, in eV and Å."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from pet_finetune.config.dataset import (
+    DatasetOptions,
+    ExtraDataOptions,
+    GradientOptions,
+    TargetOptions,
+)
+from pet_finetune.data.batch import is_forces, is_stress
+from pet_finetune.data.files import frame_numbers, read_frames
+from pet_finetune.data.labels import Column, Shape, find_value, to_forces, to_scalar, to_stress
+from pet_finetune.data.structure import Structure, as_integer, atoms_to_structure, place
+from pet_finetune.errors import DataError
+from pet_finetune.keys import forces_key, stress_key
+from pet_finetune.log import get_logger
+from pet_finetune.units import energy_to_ev, length_to_angstrom
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+__all__ = ["read_structures"]
+
+_logger = get_logger(__name__)
+
+
+def read_structures(options: DatasetOptions) -> list[Structure]:
+    """Read the structures of one data set.
+
+    Energies are converted from the target's unit, positions from the systems' length unit, and
+    forces, stress and virial from the units these two make. Frames without forces or stress are
+    kept. A stress counts only where the structure is periodic in all three directions.
+
+    :param options: files, names and units.
+    :raises DataError: see :mod:`pet_finetune.data.files` and :class:`~.labels.Column`; also a
+        target's value or required label that is not in the file, and a target that is not one
+        number for each structure.
+    :raises UnitError: an unknown unit.
+    """
+    reading = _Reading(options)
+    labels: list[dict[str, Tensor]] = [{} for _ in reading.chosen]
+    for name, target in options.targets.items():
+        for label, values in _read_target(reading, name, target).items():
+            for of_structure, value in zip(labels, values, strict=True):
+                if value is not None:
+                    of_structure[label] = value
+    charges = _read_integers(reading, options.extra_data.get("charge"), "charge")
+    multiplicity = options.extra_data.get("spin_multiplicity")
+    spins = _read_integers(reading, multiplicity, "spin_multiplicity")
+    return [
+        atoms_to_structure(
+            reading.frames[index],
+            index,
+            source=reading.source,
+            labels=labels[position],
+            charge=charges[position],
+            spin=spins[position],
+            length_factor=reading.length,
+        )
+        for position, index in enumerate(reading.chosen)
+    ]
+
+
+@dataclass
+class _Reading:
+    """The files of one data set, each read once, and the frames that are wanted."""
+
+    options: DatasetOptions
+    files: dict[str, list[Atoms]] = field(default_factory=dict)
+    source: str = ""
+    frames: list[Atoms] = field(default_factory=list)
+    chosen: list[int] = field(default_factory=list)
+    length: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.source = self.options.systems.read_from
+        self.length = length_to_angstrom(self.options.systems.length_unit)
+        self.frames = self.files[self.source] = read_frames(self.source)
+        count = len(self.frames)
+        given = self.options.indices
+        self.chosen = (
+            list(range(count)) if given is None else frame_numbers(given, count, self.source)
+        )
+
+    def column(self, what: str, source: str, key: str, shape: Shape) -> Column:
+        """The values of a name; ``source`` may be another file with the same frames."""
+        source = source or self.source
+        if source not in self.files:
+            self.files[source] = read_frames(source)
+            if len(self.files[source]) != len(self.frames):
+                raise DataError(
+                    f"The {what} come from {source}, which has {len(self.files[source])} frames, "
+                    f"but {self.source} with the structures has {len(self.frames)}. They must "
+                    "hold the same frames in the same order."
+                )
+        return Column(what, source, key, self.files[source], self.chosen, shape)
+
+    def volumes(self) -> list[float]:
+        """Volumes of the chosen frames in Å³, 0 where not periodic in all three directions."""
+        chosen = (self.frames[index] for index in self.chosen)
+        return [
+            float(abs(atoms.cell.volume)) * self.length**3 if atoms.pbc.all() else 0.0
+            for atoms in chosen
+        ]
+
+
+def _read_target(
+    reading: _Reading, name: str, target: TargetOptions
+) -> Mapping[str, Sequence[Tensor | None]]:
+    """All labels of one target, by label name, one value or None for each chosen frame."""
+    _check_supported(name, target)
+    factor = energy_to_ev(target.unit or "eV") if target.is_energy else 1.0
+    what = f"values of target {name!r}"
+    column = reading.column(what, target.read_from, target.key or name, to_scalar)
+    values = column.read(factor)
+    absent = [index for index, value in zip(reading.chosen, values, strict=True) if value is None]
+    if absent:
+        raise column.missing(absent[0], len(absent))
+    labels: dict[str, Sequence[Tensor | None]] = {name: values}
+    if not target.is_energy:
+        return labels
+    forces = _Gradient(reading, "forces", name, target.forces, target.read_from, to_forces)
+    labels[forces_key(name)] = forces.read(factor / reading.length)
+    stress = _Gradient(reading, "stress", name, target.stress, target.read_from, to_stress)
+    virial = _Gradient(reading, "virial", name, target.virial, target.read_from, to_stress)
+    volumes = reading.volumes()
+    periodic = [volume > 0 for volume in volumes]
+    stresses = stress.read(factor / reading.length**3, periodic)
+    virials = virial.read(factor, periodic)
+    labels[stress_key(name)] = [
+        -w / volume if s is None and w is not None else s
+        for s, w, volume in zip(stresses, virials, volumes, strict=True)
+    ]
+    return labels
+
+
+@dataclass(frozen=True)
+class _Gradient:
+    """Forces, stress or virial of an energy."""
+
+    reading: _Reading
+    kind: str
+    target: str
+    options: GradientOptions
+    source: str
+    shape: Shape
+
+    def read(self, factor: float, usable: Sequence[bool] | None = None) -> list[Tensor | None]:
+        """Values of the chosen frames; None where missing or not ``usable``."""
+        if not self.options.wanted:
+            return [None] * len(self.reading.chosen)
+        what = f"{self.kind} of target {self.target!r}"
+        source = self.options.read_from or self.source
+        column = self.reading.column(what, source, self.options.key or self.kind, self.shape)
+        values = column.read(factor, usable)
+        count, found = len(values), sum(value is not None for value in values)
+        if found == 0:
+            self._none_found(column, usable)
+        elif found < count:
+            _logger.info(
+                "%s: %d of %d frames have the %s; it is left out of the loss for the others.",
+                column.source,
+                found,
+                count,
+                what,
+            )
+        return values
+
+    def _none_found(self, column: Column, usable: Sequence[bool] | None) -> None:
+        """Raise when the label was asked for, warn when it seems to have another name."""
+        first = self.reading.chosen[0]
+        if self.options.required:
+            if usable is not None and not any(usable):
+                raise DataError(
+                    f"The {column.what} is asked for, but no frame of {self.reading.source} is "
+                    "periodic in all three directions (pbc and a cell). Set it to `off`."
+                )
+            raise column.missing(first, len(self.reading.chosen))
+        suggestion = column.suggestion(first)
+        if suggestion and (usable is None or any(usable)):
+            _logger.warning(
+                "%s has no %r, so nothing is learned of the %s.%s Then write `%s: {key: ...}`.",
+                column.source,
+                column.key,
+                column.what,
+                suggestion,
+                self.kind,
+            )
+
+
+def _check_supported(name: str, target: TargetOptions) -> None:
+    """Refuse targets that are not one number for each structure."""
+    if target.per_atom or target.type != "scalar" or target.num_subtargets != 1:
+        raise DataError(
+            f"Target {name!r}: only one number for each structure (sample_kind: system, "
+            "type: scalar, num_subtargets: 1) can be learned, with its forces and stress."
+        )
+    if is_forces(name) or is_stress(name):
+        raise DataError(
+            f"Target {name!r}: the endings '/forces' and '/stress' are kept for the labels of an "
+            "energy. Choose another name."
+        )
+
+
+def _read_integers(
+    reading: _Reading, options: ExtraDataOptions | None, name: str
+) -> list[int | None]:
+    """Charges or multiplicities from a named place; None lets the usual names decide."""
+    if options is None:
+        return [None] * len(reading.chosen)
+    what = name.replace("_", " ")
+    column = reading.column(what, options.read_from, options.key or name, to_scalar)
+    integers: list[int | None] = []
+    absent = []
+    for index in reading.chosen:
+        raw = find_value(column.frames[index], column.key)
+        integer = None if raw is None else as_integer(raw)
+        if raw is None:
+            absent.append(index)
+        elif integer is None:
+            raise DataError(
+                f"{place(index, column.source)}: the {what} ({column.key!r}) must be an integer, "
+                f"found {raw!r}."
+            )
+        integers.append(integer)
+    if absent:
+        raise column.missing(absent[0], len(absent))
+    return integers

@@ -1,0 +1,64 @@
+"""Which chemical elements a set of structures holds, and whether a model knows them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import torch
+from ase.data import chemical_symbols
+from ase.data import covalent_radii as ase_covalent_radii
+from torch import Tensor
+
+from pet_finetune.data.structure import Structure
+from pet_finetune.errors import SpeciesError
+
+__all__ = ["check_species", "covalent_radii", "find_species"]
+
+_FRAMES_SHOWN = 5
+
+
+def find_species(structures: Sequence[Structure]) -> tuple[int, ...]:
+    """Atomic numbers that occur, ascending."""
+    return tuple(sorted({z for s in structures for z in np.unique(s.numbers.numpy()).tolist()}))
+
+
+def covalent_radii(species: Sequence[int]) -> Tensor:
+    """Covalent radii from ASE's table, ``[n_species]`` float64, Å; 0.2 Å where it has none."""
+    return torch.tensor([float(ase_covalent_radii[z]) for z in species], dtype=torch.float64)
+
+
+def check_species(structures: Sequence[Structure], species: Collection[int]) -> None:
+    """Make sure that a model knows all elements.
+
+    :param structures: what is to be predicted or trained on.
+    :param species: atomic numbers the model knows.
+    :raises SpeciesError: names each unknown element, how many atoms and structures have it and
+        the first frames.
+    """
+    known = set(species)
+    atoms: dict[int, int] = {}
+    frames: dict[int, list[str]] = {}
+    for structure in structures:
+        elements, counts = np.unique(structure.numbers.numpy(), return_counts=True)
+        for number, count in zip(elements.tolist(), counts.tolist(), strict=True):
+            if number not in known:
+                atoms[number] = atoms.get(number, 0) + count
+                frames.setdefault(number, []).append(structure.where)
+    if not atoms:
+        return
+    lines = []
+    for number in sorted(atoms):
+        shown = "; ".join(frames[number][:_FRAMES_SHOWN])
+        more = len(frames[number]) - _FRAMES_SHOWN
+        lines.append(
+            f"  {chemical_symbols[number]} (Z={number}): {atoms[number]} atoms in "
+            f"{len(frames[number])} structures: {shown}" + (f" and {more} more" if more > 0 else "")
+        )
+    symbols = " ".join(chemical_symbols[number] for number in sorted(known))
+    raise SpeciesError(
+        "The structures hold elements that the model does not know:\n"
+        + "\n".join(lines)
+        + f"\nThe model knows: {symbols}. Remove these structures or start from a model that "
+        "covers them."
+    )

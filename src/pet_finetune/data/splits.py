@@ -1,0 +1,274 @@
+"""Training, validation and test sets: cut from one file or read from several, and kept as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pet_finetune.config.dataset import DatasetOptions, IndexedSet
+from pet_finetune.config.options import Options
+from pet_finetune.data.files import check_file, frame_numbers, list_frames
+from pet_finetune.data.fingerprint import structures_fingerprint
+from pet_finetune.data.readers import read_structures
+from pet_finetune.data.structure import Structure
+from pet_finetune.errors import DataError
+
+__all__ = ["SplitPart", "Splits", "load_splits", "make_splits"]
+
+_FORMAT = "pet-finetune splits"
+_VERSION = 1
+_SETS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class SplitPart:
+    """Frames of one file that belong to a set."""
+
+    #: The option that names the file: ``training_set``, ``validation_set`` or ``test_set``.
+    section: str
+    #: Which data set of that option, from 0.
+    number: int
+    #: The file.
+    file: str
+    #: Frame numbers in the file, from 0, in the order of the set.
+    frames: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Splits:
+    """The three sets of structures; validation and test may be empty."""
+
+    #: What is learned from.
+    train: Sequence[Structure]
+    #: What chooses the best model.
+    validation: Sequence[Structure]
+    #: What the final model is judged by.
+    test: Sequence[Structure]
+    #: Where the structures of each set (``train``, ``validation``, ``test``) come from.
+    parts: Mapping[str, tuple[SplitPart, ...]]
+
+    def save(self, path: str | Path) -> None:
+        """Write files, frame numbers and fingerprints as JSON; the file appears whole or not."""
+        sets = {
+            name: {
+                "structures": len(getattr(self, name)),
+                "fingerprint": structures_fingerprint(getattr(self, name)),
+                "parts": [
+                    {
+                        "section": part.section,
+                        "number": part.number,
+                        "file": part.file,
+                        "frames": list(part.frames),
+                    }
+                    for part in self.parts[name]
+                ],
+            }
+            for name in _SETS
+        }
+        content = json.dumps({"format": _FORMAT, "version": _VERSION, "sets": sets})
+        file = Path(path)
+        partial = file.with_name(file.name + ".partial")
+        partial.write_text(content + "\n", encoding="utf-8")
+        os.replace(partial, file)
+
+
+def make_splits(options: Options, seed: int) -> Splits:
+    """Read the data and cut them into sets as the options say.
+
+    Frames named by ``indices`` of the validation or test set leave the training set first; then
+    the fractions are drawn from what is left, from every training file separately. Drawn frames
+    keep the order of the file.
+
+    :param options: the whole options.
+    :param seed: seed of the draw, at least 0.
+    :raises DataError: files that cannot be read (see :func:`~.readers.read_structures`), indices
+        that do not exist or belong to two sets, or nothing left to train on.
+    """
+    chosen = {"validation": options.validation_set, "test": options.test_set}
+    indexed = {name: _named_frames(options, name) for name in chosen}
+    pools = [_read_pool(dataset, indexed) for dataset in options.training_set]
+    members: dict[str, list[_Members]] = {name: [] for name in _SETS}
+    for name, frames in indexed.items():
+        if frames:
+            members[name].append(_Members("training_set", 0, pools[0].take(frames)))
+    fractions = {name: choice for name, choice in chosen.items() if isinstance(choice, float)}
+    for number, pool in enumerate(pools):
+        rng = np.random.default_rng([seed, number])
+        for name, frames in _draw(pool, fractions, rng).items():
+            members[name].append(_Members("training_set", number, pool.take(frames)))
+        members["train"].append(_Members("training_set", number, pool.take(pool.left)))
+    for name, choice in chosen.items():
+        if isinstance(choice, tuple):
+            for number, dataset in enumerate(choice):
+                own = read_structures(dataset)
+                members[name].append(_Members(f"{name}_set", number, own))
+    return _assemble(members)
+
+
+def load_splits(path: str | Path, options: Options) -> Splits:
+    """Read the data again and restore the sets that :meth:`Splits.save` wrote.
+
+    :param path: the JSON file.
+    :param options: the options of the run that wrote it (how to read its files).
+    :raises DataError: the file is none of ours, or the data have changed since.
+    """
+    sets = _read_json(Path(path))
+    wanted: dict[tuple[str, int], list[int]] = {}
+    for of_set in sets.values():
+        for part in of_set["parts"]:
+            wanted.setdefault((part["section"], part["number"]), []).extend(part["frames"])
+    read = {}
+    for key, frames in wanted.items():
+        dataset = _dataset(options, *key, path).model_copy(update={"indices": tuple(frames)})
+        try:
+            read[key] = {structure.index: structure for structure in read_structures(dataset)}
+        except DataError as error:
+            raise DataError(f"The sets of {path} cannot be restored. {error}") from error
+    members: dict[str, list[_Members]] = {name: [] for name in _SETS}
+    for name, of_set in sets.items():
+        for part in of_set["parts"]:
+            key = (part["section"], part["number"])
+            members[name].append(_Members(*key, [read[key][frame] for frame in part["frames"]]))
+    splits = _assemble(members)
+    for name, of_set in sets.items():
+        if structures_fingerprint(getattr(splits, name)) != of_set["fingerprint"]:
+            files = ", ".join(part.file for part in splits.parts[name])
+            raise DataError(
+                f"The {name} set is not the one that {path} was written for: the content of "
+                f"{files}, or how the options read it, has changed since. Start a new run."
+            )
+    return splits
+
+
+@dataclass(frozen=True, eq=False)
+class _Members:
+    """Structures of one data set that go into one of the three sets."""
+
+    section: str
+    number: int
+    structures: list[Structure]
+
+    def part(self) -> SplitPart:
+        """The same as it is saved."""
+        frames = tuple(structure.index for structure in self.structures)
+        return SplitPart(self.section, self.number, self.structures[0].source, frames)
+
+
+@dataclass(eq=False)
+class _Pool:
+    """The structures of one training data set, and the frames no set has taken yet."""
+
+    source: str
+    structures: dict[int, Structure]
+    left: list[int]
+
+    def take(self, frames: Sequence[int]) -> list[Structure]:
+        """Remove frames from the pool and return their structures."""
+        gone = set(frames)
+        self.left = [frame for frame in self.left if frame not in gone]
+        return [self.structures[frame] for frame in frames]
+
+
+def _named_frames(options: Options, name: str) -> list[int]:
+    """The frames of the training file that a set names by ``indices``; empty if it does not."""
+    choice = options.validation_set if name == "validation" else options.test_set
+    if not isinstance(choice, IndexedSet):
+        return []
+    if len(options.training_set) > 1:
+        raise DataError(
+            f"{name}_set.indices needs a single training set, found {len(options.training_set)}. "
+            "Give the set as data sets of its own, each with `indices`."
+        )
+    return frame_numbers(choice.indices, None, options.training_set[0].systems.read_from)
+
+
+def _read_pool(dataset: DatasetOptions, indexed: Mapping[str, list[int]]) -> _Pool:
+    """Read a training set and the frames other sets name, which must not be its own."""
+    source = dataset.systems.read_from
+    named = indexed["validation"] + indexed["test"]
+    _refuse_overlap(source, "validation_set", indexed["validation"], "test_set", indexed["test"])
+    if dataset.indices is None:
+        structures = read_structures(dataset)
+        frame_numbers(tuple(named) or (0,), len(structures), source)
+        left = [structure.index for structure in structures]
+    else:
+        left = frame_numbers(dataset.indices, None, source)
+        for name, frames in indexed.items():
+            _refuse_overlap(source, "training_set", left, f"{name}_set", frames)
+        everything = dataset.model_copy(update={"indices": (*left, *named)})
+        structures = read_structures(everything)
+    return _Pool(source, {structure.index: structure for structure in structures}, left)
+
+
+def _refuse_overlap(
+    source: str, first: str, frames: Sequence[int], second: str, others: Sequence[int]
+) -> None:
+    """Raise when two sets name the same frames."""
+    common = sorted(set(frames) & set(others))
+    if common:
+        raise DataError(
+            f"{first}.indices and {second}.indices both hold {list_frames(common)} of {source}. "
+            "A frame can be in one set only."
+        )
+
+
+def _draw(
+    pool: _Pool, fractions: Mapping[str, float], rng: np.random.Generator
+) -> dict[str, list[int]]:
+    """Draw each fraction of what is left in the pool, at least one frame if it is above 0."""
+    total = len(pool.left)
+    sizes = {
+        name: max(1, int(fraction * total + 0.5))
+        for name, fraction in fractions.items()
+        if fraction > 0
+    }
+    if total <= sum(sizes.values()):
+        drawn = ", ".join(f"{size} for the {name} set" for name, size in sizes.items())
+        raise DataError(
+            f"{pool.source}: of {total} structures{f', {drawn},' if drawn else ''} none is left "
+            "to train on. Give more structures or smaller fractions."
+        )
+    order = rng.permutation(total)
+    result, start = {}, 0
+    for name, size in sizes.items():
+        result[name] = [pool.left[k] for k in sorted(order[start : start + size].tolist())]
+        start += size
+    return result
+
+
+def _assemble(members: Mapping[str, list[_Members]]) -> Splits:
+    """Join the data sets of each set."""
+    sets = {name: [s for m in members[name] for s in m.structures] for name in _SETS}
+    parts = {name: tuple(m.part() for m in members[name] if m.structures) for name in _SETS}
+    return Splits(**sets, parts=parts)
+
+
+def _dataset(options: Options, section: str, number: int, path: str | Path) -> DatasetOptions:
+    """The data set of an option that a saved part refers to."""
+    datasets = getattr(options, section)
+    if not isinstance(datasets, tuple) or number >= len(datasets):
+        raise DataError(
+            f"{path} refers to data set {number} of {section}, which the options do not have. "
+            "Use the options it was written with."
+        )
+    dataset: DatasetOptions = datasets[number]
+    return dataset
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """The sets of a saved file, by name, checked to be of our making."""
+    check_file(file, "file of splits")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file} is no JSON file: {error}.") from None
+    found = (content.get("format"), content.get("version")) if isinstance(content, dict) else None
+    if found != (_FORMAT, _VERSION):
+        raise DataError(f"{file} is not a file of splits of version {_VERSION}; found {found}.")
+    return {name: content["sets"][name] for name in _SETS}

@@ -1,0 +1,178 @@
+"""One atomic structure with its labels, in eV and Å, as plain tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pet_finetune.errors import DataError
+from pet_finetune.log import get_logger
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+__all__ = ["Structure", "as_integer", "atoms_to_structure", "place"]
+
+#: Where a total charge is looked for in ``atoms.info`` when the options name no key.
+DEFAULT_CHARGE_KEYS = ("charge",)
+#: The same for the spin multiplicity 2S+1.
+DEFAULT_SPIN_KEYS = ("spin", "spin_multiplicity")
+
+_logger = get_logger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """An immutable structure: atoms, cell, charge, spin and the reference labels it has.
+
+    A label that is missing is absent from :attr:`labels`; it is never zero or NaN here.
+    """
+
+    #: Number of the frame within :attr:`source`, counted from 0.
+    index: int
+    #: The file (or other origin) the structure came from.
+    source: str
+    #: Atomic numbers, ``[n]`` int64.
+    numbers: Tensor
+    #: Positions in Å, ``[n, 3]`` float64.
+    positions: Tensor
+    #: Cell vectors as rows in Å, ``[3, 3]`` float64; a row is zero where not periodic.
+    cell: Tensor
+    #: Periodicity of the three cell vectors, ``[3]`` bool.
+    pbc: Tensor
+    #: Total charge in units of e.
+    charge: int = 0
+    #: Spin multiplicity 2S+1.
+    spin: int = 1
+    #: float64 labels: ``"<t>"`` (eV, no dimension), ``"<t>/forces"`` (eV/Å, ``[n, 3]``),
+    #: ``"<t>/stress"`` (eV/Å³, ``[3, 3]``, ASE's sign: negative when compressed).
+    labels: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def num_atoms(self) -> int:
+        """Number of atoms, at least 1."""
+        return int(self.numbers.shape[0])
+
+    @property
+    def volume(self) -> float:
+        """Cell volume in Å³; 0 where the structure is not periodic in all directions."""
+        return abs(float(torch.linalg.det(self.cell))) if bool(self.pbc.all()) else 0.0
+
+    @property
+    def where(self) -> str:
+        """The structure's place as a user would look it up, e.g. ``frame 3 of train.xyz``."""
+        return place(self.index, self.source)
+
+
+def place(index: int, source: str = "") -> str:
+    """How messages name a structure."""
+    return f"frame {index} of {source}" if source else f"frame {index}"
+
+
+def atoms_to_structure(
+    atoms: Atoms,
+    index: int = 0,
+    *,
+    source: str = "",
+    labels: Mapping[str, Tensor] | None = None,
+    charge: int | None = None,
+    spin: int | None = None,
+    length_factor: float = 1.0,
+) -> Structure:
+    """Convert an ASE ``Atoms`` object; the tensors share no memory with it.
+
+    :param atoms: the ASE structure.
+    :param index: number of the frame, kept for messages.
+    :param source: the file it came from, kept for messages.
+    :param labels: labels already in eV and Å.
+    :param charge: total charge. Without it, ``atoms.info["charge"]`` when that is an integer,
+        else 0.
+    :param spin: multiplicity 2S+1. Without it, ``atoms.info["spin"]`` or
+        ``atoms.info["spin_multiplicity"]``, else 1.
+    :param length_factor: Å per length unit of ``atoms``.
+    :raises DataError: no atoms, numbers that are not finite, an unknown element, a periodic
+        direction without a cell vector, or a multiplicity below 1.
+    """
+    where = place(index, source)
+    numbers = np.array(atoms.numbers, dtype=np.int64)
+    positions = np.array(atoms.positions, dtype=np.float64) * length_factor
+    pbc = np.array(atoms.pbc, dtype=bool)
+    cell = np.where(pbc[:, None], np.asarray(atoms.cell, dtype=np.float64) * length_factor, 0.0)
+    _check_geometry(numbers, positions, cell, pbc, where)
+    if charge is None:
+        charge = _usual_integer(atoms.info, DEFAULT_CHARGE_KEYS, 0, "charge", where)
+    if spin is None:
+        spin = _usual_integer(atoms.info, DEFAULT_SPIN_KEYS, 1, "spin multiplicity", where)
+    if spin < 1:
+        raise DataError(
+            f"{where}: the spin multiplicity is {spin}, but 2S+1 is at least 1 (1 = closed shell)."
+        )
+    return Structure(
+        index=index,
+        source=source,
+        numbers=torch.from_numpy(numbers),
+        positions=torch.from_numpy(positions),
+        cell=torch.from_numpy(cell),
+        pbc=torch.from_numpy(pbc),
+        charge=charge,
+        spin=spin,
+        labels=dict(labels or {}),
+    )
+
+
+def _check_geometry(
+    numbers: np.ndarray, positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray, where: str
+) -> None:
+    """Refuse geometries that no neighbour list can be computed for."""
+    if numbers.size == 0:
+        raise DataError(f"{where} has no atoms. Remove it from the file.")
+    if numbers.min() < 1:
+        raise DataError(
+            f"{where}: atom {int(numbers.argmin())} has no chemical element (number 0)."
+        )
+    if not (np.isfinite(positions).all() and np.isfinite(cell).all()):
+        raise DataError(f"{where} has positions or a cell that are NaN or infinite.")
+    if pbc.any() and np.linalg.matrix_rank(cell[pbc]) < int(pbc.sum()):
+        axes = ", ".join(axis for axis, periodic in zip("abc", pbc, strict=True) if periodic)
+        raise DataError(
+            f"{where} is periodic along {axes}, but the cell vectors there are zero or linearly "
+            f"dependent: {cell.tolist()}. Set the cell, or pbc to False."
+        )
+
+
+def as_integer(value: Any) -> int | None:
+    """The whole number that a file's value stands for (``1``, ``1.0``, ``[1]``), else None."""
+    try:
+        number = float(np.asarray(value).item())
+    except (TypeError, ValueError):
+        return None
+    return round(number) if np.isfinite(number) and abs(number - round(number)) < 1e-6 else None
+
+
+def _usual_integer(
+    info: Mapping[str, Any], keys: tuple[str, ...], default: int, name: str, where: str
+) -> int:
+    """Look for an integer under its usual names.
+
+    An entry that only happens to have the name and holds something else is passed over aloud.
+    """
+    for key in keys:
+        if key not in info:
+            continue
+        value = as_integer(info[key])
+        if value is not None:
+            return value
+        _logger.warning(
+            "%s: %r = %r is not an integer, so it is not taken as the %s; using %d.",
+            where,
+            key,
+            info[key],
+            name,
+            default,
+        )
+    return default

@@ -1,0 +1,1 @@
+"""Building blocks of the Point Edge Transformer: tensors in, tensors out."""

@@ -1,0 +1,41 @@
+"""Smooth cutoff functions: 1 inside, 0 at the cutoff, with a taper of a given width.
+
+Formulas: PET paper (arXiv:2305.19302) for the cosine; the bump is the C-infinity step
+``(1 + tanh(cot(pi x))) / 2`` that metatrain uses for its current models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# The bump is evaluated a hair inside its open interval, where cot() is still finite.
+_BUMP_MARGIN = 1e-6
+
+CutoffFunction = Callable[[Tensor, "Tensor | float", float], Tensor]
+
+
+def bump(distances: Tensor, cutoff: Tensor | float, width: float) -> Tensor:
+    """Bump cutoff, smooth to all orders.
+
+    Args:
+        distances: any shape, Angstrom.
+        cutoff: a number or a tensor that broadcasts with ``distances``, Angstrom.
+        width: width of the taper that ends at ``cutoff``, Angstrom.
+
+    Returns:
+        Factors between 0 and 1, the shape of ``distances``.
+    """
+    x = ((distances - (cutoff - width)) / width).clamp(_BUMP_MARGIN, 1.0 - _BUMP_MARGIN)
+    return 0.5 * (1.0 + torch.tanh(1.0 / torch.tan(torch.pi * x)))
+
+
+def cosine(distances: Tensor, cutoff: Tensor | float, width: float) -> Tensor:
+    """Cosine cutoff with a continuous first derivative; arguments as for :func:`bump`."""
+    x = ((distances - (cutoff - width)) / width).clamp(0.0, 1.0)
+    return 0.5 * (1.0 + torch.cos(torch.pi * x))
+
+
+CUTOFF_FUNCTIONS: dict[str, CutoffFunction] = {"Bump": bump, "Cosine": cosine}

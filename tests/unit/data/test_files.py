@@ -1,0 +1,114 @@
+"""Files that cannot be read and frame numbers that do not exist get one clear line."""
+
+from __future__ import annotations
+
+import gzip
+
+import pytest
+from ase.build import bulk, molecule
+from ase.io import write
+
+from pet_finetune.data import read_frames
+from pet_finetune.data.files import frame_numbers, list_frames
+from pet_finetune.errors import DataError
+
+
+def test_reads_all_frames_of_any_format(tmp_path):
+    frames = [molecule("H2O"), molecule("CO2")]
+    write(tmp_path / "a.xyz", frames)
+    write(tmp_path / "a.traj", frames)
+    write(tmp_path / "POSCAR", bulk("NaCl", "rocksalt", a=5.6))
+    (tmp_path / "b.xyz.gz").write_bytes(gzip.compress((tmp_path / "a.xyz").read_bytes()))
+    write(tmp_path / "at@1.xyz", frames)
+    for name in ("a.xyz", "a.traj", "b.xyz.gz", "at@1.xyz"):
+        assert [len(atoms) for atoms in read_frames(tmp_path / name)] == [3, 3], name
+    assert read_frames(str(tmp_path / "POSCAR"))[0].get_chemical_formula() == "ClNa"
+
+
+def test_missing_file_suggests_the_nearest_name(tmp_path, monkeypatch):
+    write(tmp_path / "train.xyz", molecule("H2O"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as error:
+        read_frames("trian.xyz")
+    message = str(error.value)
+    assert "'trian.xyz' does not exist" in message
+    assert str(tmp_path) in message
+    assert message.endswith("Did you mean 'train.xyz'?")
+
+
+def test_missing_folder_is_said(tmp_path):
+    with pytest.raises(DataError, match="folder does not exist"):
+        read_frames(tmp_path / "no" / "train.xyz")
+
+
+def test_folder_instead_of_file(tmp_path):
+    with pytest.raises(DataError, match="is a folder"):
+        read_frames(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["empty.xyz", "empty.traj", "empty"])
+def test_empty_file(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(DataError, match="is empty"):
+        read_frames(tmp_path / name)
+
+
+def test_file_without_structures(tmp_path):
+    (tmp_path / "notes.md").write_text("# no structures here\n")
+    with pytest.raises(DataError, match=r"notes\.md"):
+        read_frames(tmp_path / "notes.md")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("cut.xyz", "5\nProperties=species:S:1:pos:R:3\nH 0 0 0\n"),
+        ("words.xyz", "this is\nnot a structure\n"),
+        ("unknown.foo", "?"),
+    ],
+)
+def test_damaged_or_unknown_files_name_the_reason(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=rf"ASE cannot read .*{name}.*extended xyz"):
+        read_frames(tmp_path / name)
+
+
+def test_frame_numbers_from_list_and_file(tmp_path):
+    file = tmp_path / "numbers.txt"
+    file.write_text("# the good ones\n3\n1  # and this\n\n0 4\n")
+    assert frame_numbers((3, 1), 5, "a.xyz") == [3, 1]
+    assert frame_numbers(str(file), 5, "a.xyz") == [3, 1, 0, 4]
+    assert frame_numbers((7,), None, "a.xyz") == [7]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "there are none"),
+        ("1\n5", r"does not have frame 5\. It has frames 0 to 4"),
+        ("-1", "does not have frame -1"),
+        ("1\n2\n1", "more than once: frame 1"),
+        ("0\n1.5", "line 2: '1.5' is not a frame number"),
+    ],
+)
+def test_frame_numbers_that_cannot_be(tmp_path, text, message):
+    file = tmp_path / "numbers.txt"
+    file.write_text(text)
+    with pytest.raises(DataError, match=message) as error:
+        frame_numbers(str(file), 5, "a.xyz")
+    assert "numbers.txt" in str(error.value)
+
+
+def test_negative_numbers_without_a_count():
+    with pytest.raises(DataError, match="count from 0"):
+        frame_numbers((-2,), None, "a.xyz")
+
+
+def test_missing_index_file(tmp_path):
+    with pytest.raises(DataError, match=r"index file .* does not exist"):
+        frame_numbers(str(tmp_path / "no.txt"), 5, "a.xyz")
+
+
+def test_long_lists_of_frames_are_cut():
+    assert list_frames([4]) == "frame 4"
+    assert list_frames(list(range(12))) == "frames 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more"
