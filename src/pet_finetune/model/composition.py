@@ -1,0 +1,96 @@
+"""Per-species baselines: the part of an energy that counting atoms explains.
+
+Kept in float64 whatever the network's precision, because total energies of thousands of eV
+must not eat the meV that matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+_ITERATIONS = 6
+
+
+class DoubleBuffers(nn.Module):
+    """A module whose floating buffers stay float64 when the model's precision changes."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                self._buffers[name] = buffer.to(fn(buffer).device)
+        return self
+
+
+class Composition(DoubleBuffers):
+    """Energies per species for each target.
+
+    Args:
+        species: atomic numbers the model knows, ascending.
+    """
+
+    species_index: Tensor
+
+    def __init__(self, species: Sequence[int]) -> None:
+        super().__init__()
+        self.num_species = len(species)
+        table = torch.full((max(species) + 1,), -1)
+        table[list(species)] = torch.arange(len(species))
+        self.register_buffer("species_index", table, persistent=False)
+
+    def get(self, target: str) -> Tensor:
+        """The baselines of a target, [n_species] float64, eV; zeros when none were set."""
+        weights = self._buffers.get(f"weights_{target}")
+        if weights is None:
+            return torch.zeros(
+                self.num_species, dtype=torch.float64, device=self.species_index.device
+            )
+        return weights
+
+    def set(self, target: str, weights: Tensor) -> None:
+        """Replace the baselines of a target by [n_species] values in eV."""
+        if weights.shape != (self.num_species,):
+            raise ValueError(f"expected {self.num_species} baselines, got {tuple(weights.shape)}")
+        weights = weights.detach().to(torch.float64).to(self.species_index.device).clone()
+        self.register_buffer(f"weights_{target}", weights)
+
+    def forward(self, numbers: Tensor, target: str) -> Tensor:
+        """Baseline energy of each atom, [n_atoms] float64, eV."""
+        return self.get(target)[self.species_index[numbers]]
+
+
+def fit_composition(
+    counts: Tensor, energies: Tensor, ridge: float, atoms: Tensor | None = None
+) -> Tensor:
+    """Baselines per species that explain the energies best, per atom.
+
+    Least squares on energies per atom, regularised by Tikhonov iteration: each pass fits what
+    the last left over with the same small ridge. Directions that the data determine converge
+    to the plain least-squares answer; directions that they do not (a set with one composition
+    only) stay near zero, where the plain problem has no unique answer.
+
+    Args:
+        counts: [n_structures, n_species] atoms of each species.
+        energies: [n_structures] what is to be explained, eV: the labels, or the labels less the
+            predictions of a model whose baselines are to be shifted.
+        ridge: strength relative to the mean squared fraction of a species.
+        atoms: [n_structures] atoms of each structure, where ``counts`` leaves species out.
+
+    Returns:
+        [n_species] float64, eV; zero for species that do not occur.
+    """
+    atoms = (counts.sum(1) if atoms is None else atoms).to(torch.float64)
+    fractions = counts.to(torch.float64) / atoms.unsqueeze(1)
+    wanted = energies.to(torch.float64) / atoms
+    gram = fractions.T @ fractions
+    # A trace of regularisation always: species that do not occur make the matrix singular.
+    penalty = max(ridge, 1e-12) * gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    factor = torch.linalg.cholesky(gram + penalty * torch.eye(len(gram), dtype=torch.float64))
+    weights = torch.zeros(gram.shape[0], dtype=torch.float64)
+    for _ in range(_ITERATIONS):
+        left = wanted - fractions @ weights
+        step = torch.cholesky_solve((fractions.T @ left).unsqueeze(1), factor).squeeze(1)
+        weights = weights + step
+    return torch.where(counts.sum(0) > 0, weights, 0.0)

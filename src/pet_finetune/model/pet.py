@@ -1,0 +1,188 @@
+"""The Point Edge Transformer in one read (arXiv:2305.19302).
+
+Parameter names are those of metatrain's ``backend`` module, so that its state dicts load by
+taking that prefix off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from pet_finetune.config import ModelOptions
+from pet_finetune.data.batch import Batch
+from pet_finetune.keys import TargetSpec
+from pet_finetune.nn.attention import key_bias
+from pet_finetune.nn.block import Block
+from pet_finetune.nn.conditioning import SystemConditioning
+from pet_finetune.nn.gnn_layer import GNNLayer
+from pet_finetune.nn.heads import make_head, sum_over_edges
+from pet_finetune.nn.neighborhood import Neighborhood, build_neighborhood
+
+#: The parts of the network that belong to single targets.
+HEAD_GROUPS = ("node_heads", "edge_heads", "node_last_layers", "edge_last_layers")
+
+
+class PET(nn.Module):
+    """Maps a batch of structures to per-atom outputs of each target.
+
+    Args:
+        options: the architecture's hyperparameters.
+        species: atomic numbers the model knows, ascending.
+        targets: what the model predicts; heads are made for each.
+    """
+
+    species_to_species_index: Tensor
+
+    def __init__(
+        self, options: ModelOptions, species: Sequence[int], targets: Iterable[TargetSpec]
+    ) -> None:
+        super().__init__()
+        self.options = options
+        table = torch.full((max(species) + 1,), -1)
+        table[list(species)] = torch.arange(len(species))
+        self.register_buffer("species_to_species_index", table)
+        self.gnn_layers = nn.ModuleList(
+            GNNLayer(
+                options.d_pet,
+                len(species),
+                options.num_attention_layers,
+                self._make_block,
+                first=index == 0,
+            )
+            for index in range(options.num_gnn_layers)
+        )
+        self.feedforward = options.featurizer_type == "feedforward"
+        mixers = options.num_gnn_layers if self.feedforward else 0
+        double = 2 * options.d_pet
+        self.combination_norms = nn.ModuleList(nn.LayerNorm(double) for _ in range(mixers))
+        self.combination_mlps = nn.ModuleList(
+            nn.Sequential(nn.Linear(double, double), nn.SiLU(), nn.Linear(double, options.d_pet))
+            for _ in range(mixers)
+        )
+        self.num_readouts = 1 if self.feedforward else options.num_gnn_layers
+        self.node_embedders = nn.ModuleList(
+            nn.Embedding(len(species), options.d_node) for _ in range(self.num_readouts)
+        )
+        self.edge_embedder = nn.Embedding(len(species), options.d_pet)
+        self.system_conditioning = (
+            SystemConditioning(options.d_node, options.max_charge, options.max_spin_multiplicity)
+            if options.system_conditioning
+            else None
+        )
+        self.node_heads = nn.ModuleDict()
+        self.edge_heads = nn.ModuleDict()
+        self.node_last_layers = nn.ModuleDict()
+        self.edge_last_layers = nn.ModuleDict()
+        for target in targets:
+            self.add_target(target)
+
+    def _make_block(self) -> Block:
+        options = self.options
+        return Block(
+            options.d_pet,
+            options.d_node,
+            options.d_feedforward,
+            options.num_heads,
+            options.attention_temperature,
+            options.normalization,
+            options.activation,
+            options.transformer_type,
+        )
+
+    def add_target(self, target: TargetSpec) -> None:
+        """Make fresh heads and last layers for a target."""
+        options = self.options
+        for heads, last_layers, width in (
+            (self.node_heads, self.node_last_layers, options.d_node),
+            (self.edge_heads, self.edge_last_layers, options.d_pet),
+        ):
+            heads[target.name] = nn.ModuleList(
+                make_head(width, options.d_head) for _ in range(self.num_readouts)
+            )
+            last_layers[target.name] = nn.ModuleList(
+                nn.ModuleDict({target.block_key: nn.Linear(options.d_head, target.num_outputs)})
+                for _ in range(self.num_readouts)
+            )
+
+    def head_modules(self, target: str) -> dict[str, nn.ModuleList]:
+        """The four modules that belong to one target, by their path in the network."""
+        return {
+            f"{group}.{target}": cast("nn.ModuleList", getattr(self, group)[target])
+            for group in HEAD_GROUPS
+        }
+
+    def neighborhood(self, batch: Batch) -> Neighborhood:
+        """The edges of a batch within the cutoff, with their weights."""
+        options = self.options
+        return build_neighborhood(
+            batch.edge_vectors,
+            batch.centers,
+            batch.neighbors,
+            batch.reverse,
+            batch.num_atoms,
+            cutoff=options.cutoff,
+            cutoff_function=options.cutoff_function,
+            cutoff_width=options.cutoff_width,
+            num_neighbors_adaptive=options.num_neighbors_adaptive,
+            adaptive_method=options.adaptive_cutoff_method,
+            adaptive_width=options.cutoff_width_adaptive,
+        )
+
+    def features(self, batch: Batch, hood: Neighborhood) -> list[tuple[Tensor, Tensor]]:
+        """Centre and edge features, [n_atoms, d_node] and [n_edges, d_pet], per read-out."""
+        species = self.species_to_species_index[batch.numbers]
+        neighbor_species = species[hood.neighbors]
+        bias = key_bias(hood.factors, batch.num_atoms, hood.slots)
+        condition = None
+        if self.system_conditioning is not None:
+            condition = self.system_conditioning(batch.charges, batch.spins, batch.structure_index)
+        readouts = []
+        nodes = self.node_embedders[0](species)
+        messages = self.edge_embedder(neighbor_species)
+        for index, layer in enumerate(self.gnn_layers):
+            if not self.feedforward:
+                nodes = self.node_embedders[index](species)
+            nodes, edges = layer(nodes, messages, neighbor_species, bias, hood)
+            if condition is not None:
+                nodes = nodes + condition
+            turned = hood.reversed(edges)
+            if self.feedforward:
+                both = self.combination_norms[index](torch.cat([edges, turned], dim=-1))
+                messages = messages + edges + self.combination_mlps[index](both)
+            else:
+                messages = 0.5 * (messages + turned)
+                readouts.append((nodes, edges))
+        if self.feedforward:
+            readouts.append((nodes, messages))
+        return readouts
+
+    def forward(self, batch: Batch, targets: Sequence[str]) -> dict[str, Tensor]:
+        """Raw per-atom outputs, [n_atoms, num_outputs] a target: unscaled, without baseline."""
+        hood = self.neighborhood(batch)
+        readouts = self.features(batch, hood)
+        return {name: self._read_out(name, readouts, hood, batch.num_atoms) for name in targets}
+
+    def _read_out(
+        self,
+        target: str,
+        readouts: list[tuple[Tensor, Tensor]],
+        hood: Neighborhood,
+        num_atoms: int,
+    ) -> Tensor:
+        node_heads, edge_heads, node_last, edge_last = self.head_modules(target).values()
+        parts = []
+        for index, (nodes, edges) in enumerate(readouts):
+            on_nodes = _last(node_last[index])(node_heads[index](nodes))
+            on_edges = _last(edge_last[index])(edge_heads[index](edges))
+            parts += [on_nodes, sum_over_edges(on_edges, hood, num_atoms)]
+        return torch.stack(parts).sum(0)
+
+
+def _last(layers: nn.Module) -> nn.Module:
+    """The one layer of a target's last layers; checkpoints keep it under the target's block."""
+    (layer,) = layers.children()
+    return layer

@@ -1,0 +1,260 @@
+"""The whole potential: network times scale, plus baseline, plus repulsion, and its derivatives.
+
+    E = scale * sum_i PET_i + sum_i baseline(species_i) + ZBL        (eV)
+    F = -dE/dr (eV/Angstrom),  stress = dE/dstrain / V (eV/Angstrom^3, ASE's sign)
+
+Both derivatives come from one gradient, with respect to the edge vectors: the energy depends on
+positions and cell through them alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from pet_finetune.config import ModelOptions
+from pet_finetune.data.batch import Batch
+from pet_finetune.data.species import covalent_radii
+from pet_finetune.errors import PetFinetuneError, did_you_mean
+from pet_finetune.keys import TargetSpec
+from pet_finetune.nn.gather import permute_rows
+
+from .composition import Composition, DoubleBuffers
+from .pet import HEAD_GROUPS, PET
+from .zbl import ZBL
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a potential says of a batch.
+
+    Attributes:
+        energy: [n_structures] float64, eV.
+        atom_energies: [n_atoms] float64, eV; they sum to ``energy``.
+        forces: [n_atoms, 3], eV/Angstrom, or None.
+        stress: [n_structures, 3, 3], eV/Angstrom^3, symmetric, zero without a 3D cell; or None.
+    """
+
+    energy: Tensor
+    atom_energies: Tensor
+    forces: Tensor | None = None
+    stress: Tensor | None = None
+
+
+class Scale(DoubleBuffers):
+    """One factor per target between the network's outputs and eV."""
+
+    def get(self, target: str) -> Tensor:
+        """The factor of a target, a float64 scalar; 1 when none was set."""
+        factor = self._buffers.get(f"factor_{target}")
+        return torch.ones((), dtype=torch.float64) if factor is None else factor
+
+    def set(self, target: str, factor: float | Tensor) -> None:
+        """Replace the factor of a target."""
+        value = torch.as_tensor(factor, dtype=torch.float64).detach().reshape(()).clone()
+        self.register_buffer(f"factor_{target}", value)
+
+
+class Potential(nn.Module):
+    """A PET with everything around it that makes energies in eV.
+
+    Args:
+        hypers: the architecture's hyperparameters.
+        species: atomic numbers the model knows.
+        targets: what it predicts.
+    """
+
+    def __init__(
+        self, hypers: ModelOptions, species: Sequence[int], targets: Iterable[TargetSpec]
+    ) -> None:
+        super().__init__()
+        self.hypers = hypers
+        self.species = tuple(sorted(int(z) for z in species))
+        self.targets: dict[str, TargetSpec] = {}
+        self.network = PET(hypers, self.species, ())
+        self.composition = Composition(self.species)
+        self.scale = Scale()
+        self.zbl = ZBL(self.species, covalent_radii(self.species)) if hypers.zbl else None
+        #: What :func:`pet_finetune.adapters.inject` put in, if anything.
+        self.adapter: object | None = None
+        for target in targets:
+            self.add_target(target)
+
+    def add_target(self, target: TargetSpec, inherit_from: str | None = None) -> None:
+        """Add heads for a target, fresh or copied (with baseline and scale) from another.
+
+        Raises:
+            PetFinetuneError: the target exists already, or the one to inherit from does not
+                or has another shape.
+        """
+        if target.name in self.targets:
+            raise PetFinetuneError(f"The model has a target '{target.name}' already.")
+        if inherit_from is not None:
+            source = self.target(inherit_from)
+            if source.num_outputs != target.num_outputs:
+                raise PetFinetuneError(
+                    f"Target '{target.name}' has {target.num_outputs} outputs and cannot inherit "
+                    f"the heads of '{inherit_from}', which has {source.num_outputs}."
+                )
+        self.network.add_target(target)
+        self.targets[target.name] = target
+        reference = next(self.network.gnn_layers.parameters())
+        for module in self.network.head_modules(target.name).values():
+            module.to(device=reference.device, dtype=reference.dtype)
+        if inherit_from is not None:
+            self._copy_target(inherit_from, target.name)
+
+    def _copy_target(self, source: str, destination: str) -> None:
+        old = self.network.head_modules(source).values()
+        new = self.network.head_modules(destination).values()
+        with torch.no_grad():
+            for old_module, new_module in zip(old, new, strict=True):
+                pairs = zip(old_module.parameters(), new_module.parameters(), strict=True)
+                for old_weight, new_weight in pairs:
+                    new_weight.copy_(old_weight)
+        self.composition.set(destination, self.composition.get(source))
+        self.scale.set(destination, self.scale.get(source))
+
+    def remove_target(self, name: str) -> None:
+        """Forget a target and its heads."""
+        self.target(name)
+        del self.targets[name]
+        for group in HEAD_GROUPS:
+            del getattr(self.network, group)[name]
+        self.composition._buffers.pop(f"weights_{name}", None)
+        self.scale._buffers.pop(f"factor_{name}", None)
+
+    def target(self, name: str) -> TargetSpec:
+        """The description of a target; an unknown name is an error that lists the known ones."""
+        if name not in self.targets:
+            raise PetFinetuneError(
+                f"The model has no target '{name}'.{did_you_mean(name, self.targets)} "
+                f"It predicts: {', '.join(self.targets) or 'nothing'}."
+            )
+        return self.targets[name]
+
+    @property
+    def cutoff(self) -> float:
+        """Longest edge the potential needs, Angstrom."""
+        return max(self.hypers.cutoff, self.zbl.cutoff if self.zbl is not None else 0.0)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating type of the network."""
+        return self.network.edge_embedder.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network lives."""
+        return self.network.edge_embedder.weight.device
+
+    def num_parameters(self) -> int:
+        """How many numbers the network holds, adapters included."""
+        return sum(parameter.numel() for parameter in self.network.parameters())
+
+    def predict(
+        self,
+        batch: Batch,
+        target: str = "energy",
+        *,
+        forces: bool = True,
+        stress: bool = False,
+        create_graph: bool = False,
+    ) -> Prediction:
+        """Energies of a batch and, where asked for, forces and stresses.
+
+        Args:
+            batch: edges up to at least :attr:`cutoff`, on the model's device and dtype.
+            target: which energy.
+            forces, stress: what to derive.
+            create_graph: keep the graph of the derivatives, for training on them.
+        """
+        wanted = {target: (forces, stress)}
+        return self.predict_many(batch, wanted, create_graph=create_graph)[target]
+
+    def predict_many(
+        self,
+        batch: Batch,
+        wanted: Mapping[str, tuple[bool, bool]],
+        *,
+        create_graph: bool = False,
+    ) -> dict[str, Prediction]:
+        """Several energies from one pass through the network's body.
+
+        Args:
+            batch: as for :meth:`predict`.
+            wanted: for each target, whether its forces and its stress are wanted.
+            create_graph: as for :meth:`predict`.
+        """
+        for name in wanted:
+            self.target(name)
+        derive = any(forces or stress for forces, stress in wanted.values())
+        with torch.set_grad_enabled(derive or torch.is_grad_enabled()):
+            vectors = batch.edge_vectors.detach().requires_grad_(derive)
+            batch = replace(batch, edge_vectors=vectors)
+            outputs = self.network(batch, tuple(wanted))
+            repulsion = self._repulsion(batch)
+            results = {}
+            for index, (name, (forces, stress)) in enumerate(wanted.items()):
+                learned = outputs[name].squeeze(-1) * self.scale.get(name).to(outputs[name])
+                if repulsion is not None:
+                    learned = learned + repulsion
+                gradient = None
+                if forces or stress:
+                    (gradient,) = torch.autograd.grad(
+                        learned.sum(),
+                        vectors,
+                        create_graph=create_graph,
+                        retain_graph=create_graph or index + 1 < len(wanted),
+                        materialize_grads=True,
+                    )
+                if derive and not create_graph:
+                    learned = learned.detach()  # its graph went with the derivative
+                results[name] = self._prediction(batch, name, learned, gradient, forces, stress)
+        return results
+
+    def _prediction(
+        self,
+        batch: Batch,
+        target: str,
+        learned: Tensor,
+        gradient: Tensor | None,
+        forces: bool,
+        stress: bool,
+    ) -> Prediction:
+        atoms = learned.to(torch.float64) + self.composition(batch.numbers, target)
+        return Prediction(
+            energy=atoms.new_zeros(batch.num_structures).index_add(0, batch.structure_index, atoms),
+            atom_energies=atoms,
+            forces=_forces(batch, gradient) if forces and gradient is not None else None,
+            stress=_stress(batch, gradient) if stress and gradient is not None else None,
+        )
+
+    def _repulsion(self, batch: Batch) -> Tensor | None:
+        """ZBL energy of each atom, [n_atoms], or None without it."""
+        if self.zbl is None:
+            return None
+        distances = torch.linalg.vector_norm(batch.edge_vectors, dim=-1)
+        pairs = self.zbl(batch.numbers[batch.centers], batch.numbers[batch.neighbors], distances)
+        zeros: Tensor = pairs.new_zeros(batch.num_atoms)
+        return zeros.index_add(0, batch.centers, pairs)
+
+
+def _forces(batch: Batch, gradient: Tensor) -> Tensor:
+    """Forces from the energy's gradient on the edge vectors r_j - r_i, [n_atoms, 3]."""
+    pulls = gradient - permute_rows(gradient, batch.reverse, batch.reverse)
+    return gradient.new_zeros(batch.num_atoms, 3).index_add(0, batch.centers, pulls)
+
+
+def _stress(batch: Batch, gradient: Tensor) -> Tensor:
+    """Symmetric stress, [n_structures, 3, 3]; zero where no volume is defined."""
+    outer = batch.edge_vectors.detach().unsqueeze(-1) * gradient.unsqueeze(-2)
+    virial = gradient.new_zeros(batch.num_structures, 3, 3).index_add(
+        0, batch.structure_index[batch.centers], outer
+    )
+    volumes = batch.volumes.view(-1, 1, 1)
+    inverse = torch.where(volumes > 0, 1.0 / volumes.clamp_min(1e-30), 0.0)
+    return 0.5 * (virial + virial.transpose(1, 2)) * inverse

@@ -1,0 +1,82 @@
+"""Ziegler-Biersack-Littmark screened nuclear repulsion, switched off at bonding distance.
+
+The universal potential of Ziegler, Biersack and Littmark (1985) with the polynomial switch of
+LAMMPS' ``pair_style zbl`` (https://docs.lammps.org/pair_zbl.html), inner radius 0 and outer
+radius the sum of the covalent radii.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+_COULOMB = 14.399645478425668  # e^2 / (4 pi epsilon_0), eV Angstrom
+_LENGTH = 0.46850  # Angstrom
+_POWER = 0.23
+_AMPLITUDES = (0.02817, 0.28022, 0.50986, 0.18175)
+_DECAYS = (0.20162, 0.40290, 0.94229, 3.19980)
+
+
+class ZBL(nn.Module):
+    """Pair repulsion for the species of a model.
+
+    Args:
+        species: atomic numbers, ascending.
+        radii: covalent radii in Angstrom, [n_species].
+    """
+
+    covalent_radii: Tensor
+    species_index: Tensor
+
+    def __init__(self, species: Sequence[int], radii: Tensor) -> None:
+        super().__init__()
+        table = torch.full((max(species) + 1,), -1)
+        table[list(species)] = torch.arange(len(species))
+        self.register_buffer("species_index", table, persistent=False)
+        self.register_buffer("covalent_radii", radii.to(torch.float64))
+
+    @property
+    def cutoff(self) -> float:
+        """The longest distance at which any pair still repels, Angstrom."""
+        return 2.0 * float(self.covalent_radii.max())
+
+    def forward(self, z_i: Tensor, z_j: Tensor, distances: Tensor) -> Tensor:
+        """Half the pair energy of each directed edge, eV.
+
+        Args:
+            z_i, z_j: [n_edges] atomic numbers.
+            distances: [n_edges], Angstrom.
+
+        Returns:
+            [n_edges]; the sum over both directions of a pair is its energy.
+        """
+        radii = self.covalent_radii
+        outer = (radii[self.species_index[z_i]] + radii[self.species_index[z_j]]).to(distances)
+        # Single precision in any model: metatrain's rounding of what depends on the elements
+        # alone (1e-8 eV) is part of the potential.
+        single_i, single_j = z_i.to(torch.float32), z_j.to(torch.float32)
+        screening = _LENGTH / (single_i**_POWER + single_j**_POWER)
+        decays = distances.new_tensor(_DECAYS).unsqueeze(-1) / screening
+        strength = (_COULOMB * single_i * single_j).to(distances)
+        energy, _, _ = _screened(strength, distances, decays)
+        with torch.no_grad():
+            at_outer, slope, curvature = _screened(strength, outer, decays)
+            cubic = (-3 * slope + outer * curvature) / outer**2
+            quartic = (2 * slope - outer * curvature) / outer**3
+            constant = -at_outer + outer * slope / 2 - outer**2 * curvature / 12
+        switch = cubic / 3 * distances**3 + quartic / 4 * distances**4 + constant
+        return torch.where(distances > outer, 0.0, 0.5 * (energy + switch))
+
+
+def _screened(strength: Tensor, r: Tensor, decays: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Screened Coulomb energy and its first two derivatives with respect to r."""
+    terms = r.new_tensor(_AMPLITUDES).unsqueeze(-1) * torch.exp(-decays * r)
+    phi = terms.sum(0)
+    d_phi = -(decays * terms).sum(0)
+    d2_phi = (decays**2 * terms).sum(0)
+    energy = strength / r * phi
+    slope = strength / r * (d_phi - phi / r)
+    curvature = strength / r * (d2_phi - 2 / r * d_phi + 2 * phi / r**2)
+    return energy, slope, curvature
