@@ -1,0 +1,83 @@
+"""Merging an adapter into the weights it adapts, and taking it out again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from pet_finetune.model import Potential
+
+from .inject import adapter_state
+from .lora import LoraLinear
+
+
+def lora_layers(model: Potential) -> Iterator[tuple[str, LoraLinear]]:
+    """The adapted layers of a model with their paths in the network."""
+    for name, module in model.network.named_modules():
+        if isinstance(module, LoraLinear):
+            yield name, module
+
+
+def merge(model: Potential) -> None:
+    """Merge the adapter into the weights, in place; the outputs stay the same bit for bit."""
+    for _, layer in lora_layers(model):
+        layer.merge()
+
+
+def unmerge(model: Potential) -> None:
+    """Undo :func:`merge`: the base weights come back bit for bit."""
+    for _, layer in lora_layers(model):
+        layer.unmerge()
+
+
+@contextmanager
+def adapters_disabled(model: Potential) -> Iterator[None]:
+    """Within this context the model is its base again, bit for bit.
+
+    The low-rank updates are switched off, the heads trained beside them give way to those they
+    started from, and so do the baseline and the scale.
+    """
+    state = adapter_state(model)
+    target = state.config.target
+    layers = [layer for _, layer in lora_layers(model)]
+    before = [layer.enabled for layer in layers]
+    heads = {name: model.network.get_parameter(name) for name in state.saved}
+    trained = {name: parameter.detach().clone() for name, parameter in heads.items()}
+    composition, scale = model.composition.get(target), model.scale.get(target)
+    try:
+        for layer in layers:
+            layer.enabled = False
+        _copy_into(heads, state.saved)
+        model.composition.set(target, state.composition)
+        model.scale.set(target, state.scale)
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.enabled = enabled
+        _copy_into(heads, trained)
+        model.composition.set(target, composition)
+        model.scale.set(target, scale)
+
+
+@torch.no_grad()
+def _copy_into(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
+
+
+def merged_copy(model: Potential) -> Potential:
+    """An independent plain model, without adapters, that predicts the same bit for bit."""
+    plain = copy.deepcopy(model)
+    plain.adapter = None
+    for path, layer in list(lora_layers(plain)):
+        parent_path, _, name = path.rpartition(".")
+        parent = plain.network.get_submodule(parent_path)
+        if isinstance(parent, nn.Sequential):
+            parent[int(name)] = layer.to_linear()
+        else:
+            setattr(parent, name, layer.to_linear())
+    return plain
