@@ -1,0 +1,72 @@
+"""``pet-finetune eval``: errors of a model on labelled structures."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from pet_finetune.errors import ConfigError
+
+_EXAMPLES = """\
+examples:
+  pet-finetune eval options.yaml -c best_model.ckpt      the sets that the options name
+  pet-finetune eval best_model.ckpt structures.xyz       whole files, in eV and Angstrom
+"""
+_YAML = {".yaml", ".yml"}
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
+        "eval",
+        help="errors of a model on labelled structures",
+        description="Compare a model's energies, forces and stresses with labels.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("first", metavar="OPTIONS|CHECKPOINT", help="an options file or a model")
+    parser.add_argument("files", nargs="*", help="with a model: files of structures")
+    parser.add_argument("-c", "--checkpoint", help="with an options file: the model")
+    parser.add_argument("--adapter", help="folder of an adapter of this model")
+    parser.add_argument("--target", default="energy", help="which energy (default: energy)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument(
+        "-r", "--override", action="append", default=[], metavar="KEY=VALUE",
+        help="change an option; may be repeated",
+    )  # fmt: skip
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Carry the command out."""
+    if Path(arguments.first).suffix in _YAML:
+        return _with_options(arguments)
+    if arguments.checkpoint is not None:
+        raise ConfigError(
+            f"eval: with -c the first argument is an options file, but '{arguments.first}' does "
+            "not end in .yaml. Write: eval options.yaml -c MODEL, or: eval MODEL FILE..."
+        )
+    if not arguments.files:
+        raise ConfigError("eval: name the files to evaluate on: eval MODEL FILE...")
+    from pet_finetune.workflows import evaluate_files
+
+    evaluate_files(
+        arguments.first,
+        arguments.files,
+        adapter=arguments.adapter,
+        target=arguments.target,
+        device=arguments.device,
+    )
+    return 0
+
+
+def _with_options(arguments: argparse.Namespace) -> int:
+    from pet_finetune.config.load import load_options
+
+    if arguments.checkpoint is None:
+        raise ConfigError("eval: name the model: eval options.yaml -c MODEL")
+    loaded = load_options(arguments.first, arguments.override, require_start=False)
+    from pet_finetune.workflows import evaluate_options
+
+    evaluate_options(loaded.options, arguments.checkpoint, adapter=arguments.adapter)
+    return 0

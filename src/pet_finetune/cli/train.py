@@ -1,0 +1,109 @@
+"""``pet-finetune train``: fine-tune a checkpoint, or train from scratch."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+from pathlib import Path
+
+from pet_finetune.errors import TrainingError
+
+_OUTPUTS = Path("outputs")
+_EXAMPLES = """\
+examples:
+  pet-finetune train options.yaml -c best_model.ckpt     start from a checkpoint's weights
+  pet-finetune train options.yaml --restart auto         go on with the newest run
+  pet-finetune train options.yaml -r architecture.training.num_epochs=50
+"""
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
+        "train",
+        help="fine-tune a checkpoint, or train from scratch",
+        description="Train as an options file says (metatrain's layout).",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("options", help="the options file, YAML")
+    parser.add_argument(
+        "-c", "--checkpoint", help="start a new run from the weights of this checkpoint"
+    )
+    parser.add_argument(
+        "--restart",
+        metavar="auto|PATH",
+        help="go on exactly where a run stopped: its last.ckpt or its folder; "
+        "auto takes the newest",
+    )
+    parser.add_argument(
+        "-r",
+        "--override",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change an option; may be repeated",
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, help="folder of the run (default: outputs/DATE/TIME)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Carry the command out."""
+    from pet_finetune.config.load import load_options
+
+    if arguments.checkpoint is not None and arguments.restart is not None:
+        raise TrainingError(
+            "-c starts a new run from a checkpoint and --restart goes on with an old one: "
+            "give one of them."
+        )
+    loaded = load_options(
+        arguments.options,
+        arguments.override,
+        arguments.checkpoint,
+        require_start=arguments.restart is None,
+    )
+    restart = None
+    if arguments.restart is not None:
+        restart = find_restart(arguments.restart, arguments.output)
+    folder = arguments.output or (restart.parent if restart else new_folder())
+
+    from pet_finetune.workflows import train
+
+    outcome = train(
+        loaded.options,
+        folder,
+        restart=restart,
+        notices=loaded.notices,
+        source=arguments.options,
+    )
+    return 0 if outcome.result.finished else 130
+
+
+def new_folder() -> Path:
+    """``outputs/DATE/TIME``, as metatrain names them."""
+    return _OUTPUTS / datetime.datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
+
+
+def find_restart(wanted: str, output: Path | None) -> Path:
+    """The ``last.ckpt`` to go on from.
+
+    Raises:
+        TrainingError: there is none.
+    """
+    if wanted != "auto":
+        path = Path(wanted)
+        path = path / "last.ckpt" if path.is_dir() else path
+        if not path.exists():
+            raise TrainingError(f"--restart: there is no file '{path}'.")
+        return path
+    root = output or _OUTPUTS
+    found = sorted(root.rglob("last.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise TrainingError(
+            f"--restart auto: no last.ckpt below '{root}'. Start a new run without --restart, or "
+            "name the folder of the run: --restart FOLDER."
+        )
+    return found[-1]

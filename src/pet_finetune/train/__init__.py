@@ -1,0 +1,9 @@
+"""Training: loss, metrics, schedule, one step, the loop, and going on where a run stopped."""
+
+from __future__ import annotations
+
+from .baselines import prepare_baselines
+from .metrics import Metrics, evaluate
+from .trainer import Trainer, TrainingResult
+
+__all__ = ["Metrics", "Trainer", "TrainingResult", "evaluate", "prepare_baselines"]

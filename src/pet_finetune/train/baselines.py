@@ -1,0 +1,169 @@
+"""Baselines and scales before a run starts: what counting atoms explains is taken out first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from ase.data import chemical_symbols
+from torch import Tensor
+
+from pet_finetune.config import Options
+from pet_finetune.data.loader import Loader
+from pet_finetune.data.structure import Structure
+from pet_finetune.errors import TrainingError
+from pet_finetune.keys import forces_key
+from pet_finetune.model import Potential, fit_composition
+
+
+@dataclass(frozen=True)
+class BaselineTable:
+    """Baselines of one target before and after the fit.
+
+    Attributes:
+        target: its name.
+        mode: how they were found.
+        rows: symbol, atoms in the training set, baseline before, baseline after (eV).
+        scale: eV per unit of the network's output.
+    """
+
+    target: str
+    mode: str
+    rows: list[tuple[str, int, float, float]]
+    scale: float
+
+
+def _counts(structures: Sequence[Structure], species: Sequence[int]) -> Tensor:
+    """Atoms of each species in each structure, [n_structures, n_species]."""
+    wanted = torch.tensor(species)
+    return torch.stack([(s.numbers.unsqueeze(1) == wanted).sum(0) for s in structures])
+
+
+def _predicted_energies(model: Potential, loader: Loader, target: str) -> Tensor:
+    """Energies that the model predicts, baseline included, [n_structures] float64."""
+    parts = []
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        for batch in loader.view():
+            batch = batch.to(model.device, model.dtype)
+            parts.append(model.predict(batch, target, forces=False).energy.cpu())
+    model.train(training)
+    return torch.cat(parts)
+
+
+def _given(options: Options, target: str, model: Potential, fitted: Tensor) -> Tensor:
+    """Fitted baselines with those overridden that the options fix."""
+    given = options.training.atomic_baseline.get(target)
+    if given is None:
+        return fitted
+    if not isinstance(given, Mapping):
+        return torch.full_like(fitted, float(given))
+    values = fitted.clone()
+    for number, energy in given.items():
+        if number in model.species:
+            values[model.species.index(number)] = energy
+    return values
+
+
+def _fit(
+    options: Options, model: Potential, target: str, loader: Loader, mode: str
+) -> tuple[Tensor, Tensor]:
+    """New baselines, and the labels' energies less the baselines' share, eV a structure."""
+    structures = loader.structures
+    labels = torch.stack(
+        [s.labels.get(target, torch.tensor(math.nan, dtype=torch.float64)) for s in structures]
+    ).reshape(-1)
+    known = ~labels.isnan()
+    counts = _counts(structures, model.species)
+    old = model.composition.get(target).cpu()
+    if mode in ("keep", "values") or not bool(known.any()):
+        new = old
+    else:
+        explained = torch.zeros_like(labels)
+        if mode == "refit":
+            explained = _predicted_energies(model, loader, target)
+        # Fixed species leave the fit: their share goes to the other side.
+        fixed = options.training.atomic_baseline.get(target)
+        free = torch.ones(len(model.species), dtype=torch.bool)
+        start = torch.zeros_like(old) if mode == "fit" else old
+        if isinstance(fixed, Mapping):
+            for number in fixed:
+                if number in model.species:
+                    free[model.species.index(number)] = False
+            shift = _given(options, target, model, start) - start
+            explained = explained + counts.to(torch.float64) @ shift
+        left = (labels - explained)[known]
+        step = torch.zeros_like(old)
+        atoms = counts[known].sum(1)
+        step[free] = fit_composition(
+            counts[known][:, free], left, options.training.baseline.ridge, atoms
+        )
+        new = start + step
+    new = _given(options, target, model, new)
+    return new, (labels - counts.to(torch.float64) @ new)[known]
+
+
+def _scale(options: Options, loader: Loader, target: str, left: Tensor) -> float:
+    """The spread of what the network learns: of the forces where there are any, else energies.
+
+    Forces, because an output of 1 then also means a slope of about 1, whatever the spread of the
+    energies in the set is.
+    """
+    given = options.training.fixed_scaling_weights.get(target)
+    if given is not None:
+        return float(given)
+    if not options.training.scale_targets:
+        return 1.0
+    forces = [
+        s.labels[forces_key(target)] for s in loader.structures if forces_key(target) in s.labels
+    ]
+    values = torch.cat(forces).flatten() if forces else left
+    values = values[~values.isnan()]
+    spread = float((values.to(torch.float64) ** 2).mean().sqrt()) if len(values) else 1.0
+    return spread if spread > 1e-8 else 1.0
+
+
+def prepare_baselines(
+    options: Options, model: Potential, loader: Loader, targets: Sequence[str], fresh: Sequence[str]
+) -> list[BaselineTable]:
+    """Set baselines and scales of a model for the training set, in place.
+
+    Args:
+        options: say how (``baseline``, ``atomic_baseline``, ``scale_targets``...).
+        model: about to be trained.
+        loader: of the training set.
+        targets: the energies to train.
+        fresh: those whose heads are new, and whose scale is therefore free to choose.
+
+    Returns:
+        A table for each target, for the log.
+
+    Raises:
+        TrainingError: ``values`` was asked for and none are given.
+    """
+    tables = []
+    for target in targets:
+        mode = options.baseline_mode()
+        if mode == "refit" and target in fresh:
+            mode = "fit"
+        if mode == "values" and target not in options.training.atomic_baseline:
+            raise TrainingError(
+                f"architecture.training.baseline.mode is 'values', but atomic_baseline names no "
+                f"energies for '{target}'."
+            )
+        old = model.composition.get(target).cpu().clone()
+        new, left = _fit(options, model, target, loader, mode)
+        model.composition.set(target, new)
+        if target in fresh:
+            model.scale.set(target, _scale(options, loader, target, left))
+        atoms = _counts(loader.structures, model.species).sum(0).tolist()
+        rows = [
+            (chemical_symbols[z], int(count), float(before), float(after))
+            for z, count, before, after in zip(model.species, atoms, old, new, strict=True)
+            if count
+        ]
+        tables.append(BaselineTable(target, mode, rows, float(model.scale.get(target))))
+    return tables

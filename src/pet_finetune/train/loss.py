@@ -1,0 +1,98 @@
+"""The loss of a batch: energies per atom, forces, stresses, each with a type and a weight.
+
+Errors are divided by the target's scale, so that weights mean the same for any set of data, and
+stress errors count as a virial per atom (stress x volume / atoms, eV), which has the size of the
+energies and forces. Labels that a structure lacks are left out of the mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pet_finetune.config import LossTerm, TargetLoss
+from pet_finetune.data.batch import Batch
+from pet_finetune.keys import forces_key, stress_key
+from pet_finetune.model import Prediction
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is asked of one energy target.
+
+    Attributes:
+        target: its name.
+        loss: types and weights.
+        forces, stress: whether any training structure has such labels (and their weight is
+            not zero), hence whether they are computed at all.
+        scale: eV that count as an error of 1.
+        per_atom: whether energy errors are divided by the number of atoms.
+    """
+
+    target: str
+    loss: TargetLoss
+    forces: bool
+    stress: bool
+    scale: float
+    per_atom: bool = True
+
+
+def _values(errors: Tensor, term: LossTerm) -> Tensor:
+    if term.type == "mse":
+        return errors**2
+    if term.type == "mae":
+        return errors.abs()
+    return torch.nn.functional.huber_loss(
+        errors, torch.zeros_like(errors), reduction="none", delta=term.delta
+    )
+
+
+def _mean_of_known(errors: Tensor, known: Tensor, term: LossTerm) -> Tensor:
+    """Mean of the loss over the labels that exist; zero where none does."""
+    errors = torch.where(known, errors, torch.zeros_like(errors))
+    return _values(errors, term).sum() / known.sum().clamp_min(1)
+
+
+def batch_loss(
+    batch: Batch, predictions: Mapping[str, Prediction], objectives: Mapping[str, Objective]
+) -> Tensor:
+    """The weighted sum of all terms, a scalar.
+
+    Args:
+        batch: with labels, NaN where a structure lacks one.
+        predictions: one for each objective, with the derivatives it asks for.
+        objectives: by target.
+    """
+    total = batch.edge_vectors.new_zeros((), dtype=torch.float64)
+    for name, objective in objectives.items():
+        total = total + _target_loss(batch, predictions[name], objective)
+    return total
+
+
+def _target_loss(batch: Batch, prediction: Prediction, objective: Objective) -> Tensor:
+    name, loss = objective.target, objective.loss
+    atoms = batch.atoms_per_structure
+    total = prediction.energy.new_zeros(())
+    label = batch.labels.get(name)
+    if label is not None and loss.weight > 0:
+        errors = (prediction.energy - label) / objective.scale
+        if objective.per_atom:
+            errors = errors / atoms
+        total = total + loss.weight * _mean_of_known(errors, ~label.isnan(), loss)
+    label = batch.labels.get(forces_key(name))
+    if label is not None and objective.forces:
+        assert prediction.forces is not None
+        term = loss.forces_term()
+        errors = (prediction.forces - label) / objective.scale
+        total = total + term.weight * _mean_of_known(errors, ~label.isnan(), term)
+    label = batch.labels.get(stress_key(name))
+    if label is not None and objective.stress:
+        assert prediction.stress is not None
+        term = loss.stress_term()
+        volume_per_atom = (batch.volumes / atoms).view(-1, 1, 1)
+        errors = (prediction.stress - label) * volume_per_atom / objective.scale
+        total = total + term.weight * _mean_of_known(errors, ~label.isnan(), term)
+    return total

@@ -1,0 +1,107 @@
+"""Errors over a data set: energies per atom, force components, stress components."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from pet_finetune.data.batch import Batch
+from pet_finetune.keys import forces_key, stress_key
+from pet_finetune.model import Potential, Prediction
+
+#: Factor and unit in which each kind of error is shown.
+SHOWN = {
+    "energy": (1000.0, "meV/atom"),
+    "forces": (1000.0, "meV/A"),
+    "stress": (1000.0, "meV/A^3"),
+}
+
+
+class Metrics:
+    """Running sums of absolute and squared errors for one target.
+
+    Args:
+        target: the energy's name.
+        state: sums to go on from, as :meth:`state` gave them.
+    """
+
+    def __init__(self, target: str, state: Mapping[str, list[float]] | None = None) -> None:
+        self.target = target
+        self._sums: dict[str, list[float]] = {k: list(v) for k, v in (state or {}).items()}
+
+    def state(self) -> dict[str, list[float]]:
+        """The sums, as plain numbers."""
+        return {kind: list(sums) for kind, sums in self._sums.items()}
+
+    def _add(self, kind: str, errors: Tensor) -> None:
+        known = errors[~errors.isnan()].to(torch.float64)
+        sums = self._sums.setdefault(kind, [0.0, 0.0, 0.0])
+        new = torch.stack([known.abs().sum(), (known**2).sum()]).tolist()
+        sums[0] += new[0]
+        sums[1] += new[1]
+        sums[2] += known.numel()
+
+    @torch.no_grad()
+    def update(self, batch: Batch, prediction: Prediction) -> None:
+        """Add the errors of one batch; labels that are NaN do not count."""
+        label = batch.labels.get(self.target)
+        if label is not None:
+            self._add("energy", (prediction.energy - label) / batch.atoms_per_structure)
+        label = batch.labels.get(forces_key(self.target))
+        if label is not None and prediction.forces is not None:
+            self._add("forces", prediction.forces - label)
+        label = batch.labels.get(stress_key(self.target))
+        if label is not None and prediction.stress is not None:
+            self._add("stress", prediction.stress - label)
+
+    def mae(self, kind: str) -> float:
+        """Mean absolute error of ``energy`` (eV/atom), ``forces`` or ``stress``; NaN if none."""
+        total, _, count = self._sums.get(kind, [0.0, 0.0, 0.0])
+        return total / count if count else math.nan
+
+    def rmse(self, kind: str) -> float:
+        """Root mean squared error; units as for :meth:`mae`."""
+        _, total, count = self._sums.get(kind, [0.0, 0.0, 0.0])
+        return math.sqrt(total / count) if count else math.nan
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of label that were seen."""
+        return [kind for kind, sums in self._sums.items() if sums[2]]
+
+    def as_dict(self) -> dict[str, float]:
+        """All errors, ``energy_mae`` and so on."""
+        return {
+            f"{kind}_{name}": value
+            for kind in self.kinds
+            for name, value in (("mae", self.mae(kind)), ("rmse", self.rmse(kind)))
+        }
+
+
+def evaluate(
+    model: Potential, batches: Iterable[Batch], wanted: Mapping[str, tuple[bool, bool]]
+) -> dict[str, Metrics]:
+    """Errors of a model on labelled batches.
+
+    Args:
+        model: is put into evaluation mode, and back.
+        batches: any device and dtype; moved to the model's.
+        wanted: for each target, whether forces and stress are compared.
+
+    Returns:
+        Metrics by target.
+    """
+    metrics = {name: Metrics(name) for name in wanted}
+    training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            batch = batch.to(model.device, model.dtype)
+            for name, prediction in model.predict_many(batch, wanted).items():
+                metrics[name].update(batch, prediction)
+    finally:
+        model.train(training)
+    return metrics

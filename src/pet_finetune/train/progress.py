@@ -1,0 +1,108 @@
+"""Showing how a run goes: a progress bar on a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pet_finetune.log import get_logger
+
+from .metrics import SHOWN, Metrics
+from .trainer import EpochRecord
+
+_logger = get_logger(__name__)
+
+
+def describe(metrics: Mapping[str, Metrics]) -> str:
+    """The mean absolute errors of all targets in short."""
+    parts = []
+    for target, errors in metrics.items():
+        prefix = f"{target} " if len(metrics) > 1 else ""
+        for kind in errors.kinds:
+            factor, unit = SHOWN[kind]
+            parts.append(f"{prefix}{kind} {errors.mae(kind) * factor:.2f} {unit}")
+    return ", ".join(parts)
+
+
+class RunDisplay:
+    """Shows steps and epochs of a run.
+
+    Args:
+        num_epochs: in all.
+        log_interval: epochs between two lines.
+        epochs_done: where a resumed run goes on.
+    """
+
+    def __init__(self, num_epochs: int, log_interval: int, epochs_done: int = 0) -> None:
+        self._num_epochs = num_epochs
+        self._log_interval = log_interval
+        self._epoch = epochs_done
+        self._bar: Progress | None = None
+        if sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
+                BarColumn(bar_width=None),
+                TextColumn("loss {task.fields[loss]:.3g}  forces {task.fields[forces]} meV/A"),
+                TextColumn("{task.fields[rate]:.0f} structures/s"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+
+    def __enter__(self) -> RunDisplay:
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task(
+                "train", epoch=1, epochs=self._num_epochs, loss=math.nan, forces="-", rate=0.0
+            )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def step(
+        self, done: int, total: int, loss: float, metrics: Mapping[str, Metrics], rate: float
+    ) -> None:
+        """Move the bar."""
+        if self._bar is None:
+            return
+        forces = [m.mae("forces") for m in metrics.values() if "forces" in m.kinds]
+        self._bar.update(
+            self._task,
+            total=total * self._num_epochs,
+            completed=total * self._epoch + done,
+            epoch=self._epoch + 1,
+            loss=loss,
+            forces=f"{forces[0] * 1000:.1f}" if forces else "-",
+            rate=rate,
+        )
+
+    def epoch(self, record: EpochRecord) -> None:
+        """A line in the log."""
+        self._epoch = record.epoch
+        last = record.epoch == self._num_epochs
+        if record.epoch % self._log_interval and not last and record.epoch > 1:
+            return
+        _logger.info(
+            "epoch %*d/%d | loss %.4g | train %s | validation %s%s | %.1f s, %.0f structures/s",
+            len(str(self._num_epochs)),
+            record.epoch,
+            self._num_epochs,
+            record.loss,
+            describe(record.train),
+            describe(record.validation),
+            " (best)" if record.best else "",
+            record.seconds,
+            record.structures_per_second,
+        )

@@ -1,0 +1,343 @@
+"""The training loop.
+
+One epoch is: every batch once (turned at random), then validation with the averaged weights if
+there is an average, then the best model is kept. All that the next step depends on is in
+:meth:`Trainer.state`, so a run that goes on from it ends with the weights it would have had.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from pet_finetune.config import TrainingOptions
+from pet_finetune.data.batch import Batch
+from pet_finetune.data.loader import Loader
+from pet_finetune.errors import TrainingError
+from pet_finetune.model import Potential
+
+from .ema import WeightAverage
+from .interrupt import InterruptGuard
+from .loss import Objective, batch_loss
+from .metrics import Metrics, evaluate
+from .schedule import learning_rate_factor
+
+
+@dataclass
+class EpochRecord:
+    """One line of ``train.csv``.
+
+    Attributes:
+        epoch: from 1.
+        learning_rate: of the last step.
+        loss: mean training loss.
+        train, validation: errors by target, during the epoch and after it.
+        metric: what picks the best model (lower is better).
+        best: whether this epoch is the best so far.
+        seconds: of training and validation.
+        structures_per_second: training throughput.
+    """
+
+    epoch: int
+    learning_rate: float
+    loss: float
+    train: dict[str, Metrics]
+    validation: dict[str, Metrics]
+    metric: float
+    best: bool
+    seconds: float
+    structures_per_second: float
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a run ended.
+
+    Attributes:
+        finished: False when it was interrupted.
+        epochs: epochs completed.
+        best_epoch, best_metric: of the best model.
+        stopped_early: whether patience ran out.
+    """
+
+    finished: bool
+    epochs: int
+    best_epoch: int
+    best_metric: float
+    stopped_early: bool
+
+
+@dataclass
+class Callbacks:
+    """What the loop tells its surroundings; each may be left out.
+
+    Attributes:
+        step: after each step, with batches done, batches in the epoch, the epoch's mean loss
+            and metrics so far, and structures per second.
+        epoch: after each epoch.
+        best: after an epoch that is the best so far, with the model to keep.
+        save: when the state should be written.
+    """
+
+    step: Callable[[int, int, float, Mapping[str, Metrics], float], None] = lambda *a: None
+    epoch: Callable[[EpochRecord], None] = lambda record: None
+    best: Callable[[Potential, EpochRecord], None] = lambda model, record: None
+    save: Callable[[], None] = lambda: None
+
+
+@dataclass
+class _Progress:
+    """Where a run stands; plain numbers, part of the saved state."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    best_metric: float = math.inf
+    best_epoch: int = 0
+    waited: int = 0
+    epoch_metrics: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+
+
+class Trainer:
+    """Fits the trainable parameters of a model.
+
+    Args:
+        model: what trains is already chosen (``requires_grad``).
+        objectives: what is asked of each target.
+        training, validation: batches.
+        options: ``architecture.training``.
+        learning_rate: the highest.
+        callbacks: see :class:`Callbacks`.
+    """
+
+    def __init__(
+        self,
+        model: Potential,
+        objectives: Mapping[str, Objective],
+        training: Loader,
+        validation: Loader,
+        options: TrainingOptions,
+        learning_rate: float,
+        callbacks: Callbacks | None = None,
+    ) -> None:
+        self.model = model
+        self.objectives = dict(objectives)
+        self.wanted = {name: (o.forces, o.stress) for name, o in self.objectives.items()}
+        self.training, self.validation = training, validation
+        self.options = options
+        self.learning_rate = learning_rate
+        self.callbacks = callbacks or Callbacks()
+        self.parameters = {n: p for n, p in model.network.named_parameters() if p.requires_grad}
+        self.optimizer = _make_optimizer(self.parameters, learning_rate, options.weight_decay)
+        self.average = WeightAverage(self.parameters, options.ema) if options.ema else None
+        self.progress = _Progress()
+        self.total_steps = sum(training.num_batches(e) for e in range(options.num_epochs))
+
+    def fit(self) -> TrainingResult:
+        """Train until the last epoch, early stopping or an interrupt.
+
+        Raises:
+            TrainingError: the loss or its gradient is not a number.
+        """
+        stopped_early = False
+        with InterruptGuard() as guard:
+            while self.progress.epoch < self.options.num_epochs and not stopped_early:
+                record = self._run_epoch(guard)
+                if record is None:
+                    self.callbacks.save()
+                    return self._result(finished=False, stopped_early=False)
+                stopped_early = self._patience_ran_out()
+                last = stopped_early or self.progress.epoch == self.options.num_epochs
+                if last or self.progress.epoch % self.options.checkpoint_interval == 0:
+                    self.callbacks.save()
+        return self._result(finished=True, stopped_early=stopped_early)
+
+    def _result(self, finished: bool, stopped_early: bool) -> TrainingResult:
+        p = self.progress
+        return TrainingResult(finished, p.epoch, p.best_epoch, p.best_metric, stopped_early)
+
+    def _run_epoch(self, guard: InterruptGuard) -> EpochRecord | None:
+        """One epoch, from the batch where the progress stands; None when interrupted."""
+        started, progress = time.perf_counter(), self.progress
+        self.model.train()
+        metrics = {n: Metrics(n, progress.epoch_metrics.get(n)) for n in self.objectives}
+        num_batches, seen = self.training.num_batches(progress.epoch), 0
+        for batch in self.training.epoch(progress.epoch, start_batch=progress.batch):
+            progress.loss_sum += self._step(batch, metrics)
+            progress.batch += 1
+            progress.step += 1
+            seen += batch.num_structures
+            rate = seen / (time.perf_counter() - started)
+            mean_loss = progress.loss_sum / progress.batch
+            self.callbacks.step(progress.batch, num_batches, mean_loss, metrics, rate)
+            if guard.requested:
+                progress.epoch_metrics = {n: m.state() for n, m in metrics.items()}
+                return None
+        rate = seen / max(time.perf_counter() - started, 1e-9)
+        return self._end_epoch(metrics, num_batches, started, rate)
+
+    def _step(self, batch: Batch, metrics: Mapping[str, Metrics]) -> float:
+        """Forward, loss, backward, update; returns the loss."""
+        batch = batch.to(self.model.device, self.model.dtype)
+        rate = self.learning_rate * learning_rate_factor(
+            self.progress.step,
+            self.total_steps,
+            self.options.warmup_fraction,
+            self.options.scheduler,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        predictions = self.model.predict_many(batch, self.wanted, create_graph=True)
+        loss = batch_loss(batch, predictions, self.objectives)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise TrainingError(self._not_finite("loss", batch))
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(
+            self.parameters.values(), self.options.grad_clip_norm or math.inf
+        )
+        if not math.isfinite(float(norm)):
+            raise TrainingError(self._not_finite("gradient of the loss", batch))
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update()
+        for name, prediction in predictions.items():
+            metrics[name].update(batch, prediction)
+        return value
+
+    def _not_finite(self, what: str, batch: Batch) -> str:
+        return (
+            f"The {what} is not a finite number in epoch {self.progress.epoch + 1}, batch "
+            f"{self.progress.batch + 1}: {batch.where}. Look at the labels and the closest "
+            "distances of these structures; if they are sound, lower learning_rate. The state of "
+            "the last save is untouched."
+        )
+
+    def _end_epoch(
+        self, metrics: dict[str, Metrics], num_batches: int, started: float, rate: float
+    ) -> EpochRecord:
+        """Validate, remember the best, report."""
+        progress = self.progress
+        loss = progress.loss_sum / max(1, num_batches)
+        with self.average.applied() if self.average else nullcontext():
+            validation = evaluate(self.model, self.validation.view(), self.wanted)
+            metric = best_metric(validation, self.options.best_model_metric, self._validation_loss)
+            progress.epoch += 1
+            progress.batch, progress.loss_sum, progress.epoch_metrics = 0, 0.0, {}
+            better = metric < progress.best_metric * (1.0 - self._min_delta())
+            progress.waited = 0 if better else progress.waited + 1
+            best = metric < progress.best_metric or progress.best_epoch == 0
+            record = EpochRecord(
+                epoch=progress.epoch,
+                learning_rate=self.optimizer.param_groups[0]["lr"],
+                loss=loss,
+                train=metrics,
+                validation=validation,
+                metric=metric,
+                best=best,
+                seconds=time.perf_counter() - started,
+                structures_per_second=rate,
+            )
+            if best:
+                progress.best_metric, progress.best_epoch = metric, progress.epoch
+                self.callbacks.best(self.model, record)
+        self.callbacks.epoch(record)
+        return record
+
+    def _min_delta(self) -> float:
+        early = self.options.early_stopping
+        return early.min_delta if early and math.isfinite(self.progress.best_metric) else 0.0
+
+    def _patience_ran_out(self) -> bool:
+        early = self.options.early_stopping
+        return early is not None and self.progress.waited >= early.patience
+
+    def _validation_loss(self) -> float:
+        """Mean loss over the validation set, with the weights the model has now."""
+        self.model.eval()
+        total, count = 0.0, 0
+        for batch in self.validation.view():
+            batch = batch.to(self.model.device, self.model.dtype)
+            predictions = self.model.predict_many(batch, self.wanted)
+            total += float(batch_loss(batch, predictions, self.objectives)) * batch.num_structures
+            count += batch.num_structures
+        return total / count
+
+    def state(self) -> dict[str, Any]:
+        """All that the rest of the run depends on: tensors and plain values only."""
+        average = self.average
+        return {
+            "progress": dict(vars(self.progress)),
+            "trained": {n: p.detach().cpu().clone() for n, p in self.parameters.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "average": {n: v.cpu() for n, v in average.average.items()} if average else {},
+            "average_updates": average.updates if average else 0,
+            "rng": torch.get_rng_state(),
+            "total_steps": self.total_steps,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state`.
+
+        Raises:
+            TrainingError: the state belongs to another choice of trained parameters.
+        """
+        trained = state["trained"]
+        if trained.keys() != self.parameters.keys():
+            raise TrainingError(
+                "The saved run trains other parameters than these options choose: keep the "
+                "fine-tuning method and its settings when going on with --restart, or start a "
+                "new run with -c."
+            )
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(trained[name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None and state["average"]:
+            self.average.load(state["average"], state["average_updates"])
+        self.progress = _Progress(**state["progress"])
+        torch.set_rng_state(state["rng"].cpu())
+
+
+def best_metric(metrics: Mapping[str, Metrics], kind: str, loss: Callable[[], float]) -> float:
+    """The number that picks the best model; lower is better.
+
+    ``mae_prod`` and ``rmse_prod`` multiply the errors of all quantities of all targets, so that
+    none is forgotten because another has larger numbers.
+    """
+    if kind == "loss":
+        return loss()
+    if kind in ("energy_mae", "forces_mae"):
+        quantity = kind.split("_")[0]
+        values = [m.mae(quantity) for m in metrics.values() if quantity in m.kinds]
+    else:
+        name = kind.split("_")[0]
+        values = [getattr(m, name)(k) for m in metrics.values() for k in m.kinds]
+    if not values:
+        raise TrainingError(
+            f"best_model_metric '{kind}' needs labels that no validation structure has."
+        )
+    return math.prod(values)
+
+
+def _make_optimizer(
+    parameters: Mapping[str, nn.Parameter], learning_rate: float, weight_decay: float | None
+) -> torch.optim.Optimizer:
+    """AdamW; decay acts on matrices only, as biases and norms have no reason to vanish."""
+    matrices = [p for p in parameters.values() if p.dim() > 1]
+    others = [p for p in parameters.values() if p.dim() <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay or 0.0},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=True)

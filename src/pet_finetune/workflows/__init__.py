@@ -1,0 +1,16 @@
+"""What the commands do, as functions that a script can call."""
+
+from __future__ import annotations
+
+from .evaluate import EvaluationResult, evaluate_files, evaluate_options
+from .info import describe_checkpoint
+from .train import TrainOutcome, train
+
+__all__ = [
+    "EvaluationResult",
+    "TrainOutcome",
+    "describe_checkpoint",
+    "evaluate_files",
+    "evaluate_options",
+    "train",
+]

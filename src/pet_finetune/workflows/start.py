@@ -1,0 +1,165 @@
+"""The model that a run starts from, and which of its parameters train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ase.data import chemical_symbols
+
+from pet_finetune.adapters import AdapterConfig, freeze, inject
+from pet_finetune.adapters.inject import default_modules_to_save
+from pet_finetune.checkpoint import load_checkpoint, load_oldest_start
+from pet_finetune.config import Options
+from pet_finetune.data.species import find_species
+from pet_finetune.data.splits import Splits
+from pet_finetune.errors import ConfigError
+from pet_finetune.keys import TargetSpec
+from pet_finetune.log import get_logger
+from pet_finetune.model import Potential
+from pet_finetune.model.fingerprint import weights_fingerprint
+
+_logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """A model about to be trained.
+
+    Attributes:
+        model: with heads for every target of the options.
+        name: what it is called, in adapter files and logs.
+        fingerprint: of its weights as they were read; None from scratch.
+        provenance: what its file says of itself.
+        fresh: targets whose heads are new and random.
+        inherited: new targets and those whose heads they started from.
+    """
+
+    model: Potential
+    name: str
+    fingerprint: str | None
+    provenance: dict[str, Any]
+    fresh: tuple[str, ...]
+    inherited: dict[str, str]
+
+
+def start_model(options: Options, splits: Splits) -> Start:
+    """Read or make the model that the options start from.
+
+    Raises:
+        ConfigError: targets that cannot be trained or inherited.
+        CheckpointError: the checkpoint cannot be read.
+    """
+    specs = options.target_specs()
+    _check_targets(specs)
+    finetune = options.finetune
+    if finetune.read_from is not None:
+        checkpoint = load_checkpoint(finetune.read_from)
+        name = Path(finetune.read_from).stem
+        return _extend(checkpoint.model, name, checkpoint.provenance, options, specs)
+    if finetune.legacy_start is not None:
+        legacy = finetune.legacy_start
+        model = load_oldest_start(
+            legacy.model, legacy.all_species, legacy.self_contributions, options.model
+        )
+        return _extend(model, Path(legacy.model).stem, {}, options, specs)
+    structures = [*splits.train, *splits.validation, *splits.test]
+    species = options.architecture.atomic_types or find_species(structures)
+    model = Potential(options.model, species, specs.values())
+    _logger.info(
+        "a new model for %s", ", ".join(chemical_symbols[number] for number in model.species)
+    )
+    return Start(model, "scratch", None, {}, tuple(specs), {})
+
+
+def _check_targets(specs: dict[str, TargetSpec]) -> None:
+    wrong = [s for s in specs.values() if not s.is_energy or s.per_atom or s.num_outputs != 1]
+    if wrong:
+        names = ", ".join(f"'{spec.name}' ({spec.quantity or 'no quantity'})" for spec in wrong)
+        raise ConfigError(
+            f"training_set.targets: {names} cannot be trained. Only energies of whole structures "
+            "are, with their forces and stresses: set quantity: energy."
+        )
+
+
+def _extend(
+    model: Potential,
+    name: str,
+    provenance: dict[str, Any],
+    options: Options,
+    specs: dict[str, TargetSpec],
+) -> Start:
+    """Give a model that was read the targets of the options."""
+    fingerprint = weights_fingerprint(model)
+    fresh, inherited = [], {}
+    known = [n for n, s in model.targets.items() if s.is_energy and s.num_outputs == 1]
+    for target in options.finetune.inherit_heads:
+        if target not in specs:
+            raise ConfigError(
+                f"finetune.inherit_heads: '{target}' is no target of training_set. "
+                f"Its targets are {', '.join(specs)}."
+            )
+    for target, spec in specs.items():
+        if target in model.targets:
+            continue
+        source = options.finetune.inherit_heads.get(target)
+        if source is None and len(known) == 1:
+            source = known[0]
+        model.add_target(spec, inherit_from=source)
+        if source is None:
+            fresh.append(target)
+            _logger.info("target '%s' is new and starts with random heads", target)
+        else:
+            inherited[target] = source
+            _logger.info("target '%s' is new and starts with the heads of '%s'", target, source)
+    return Start(model, name, fingerprint, provenance, tuple(fresh), inherited)
+
+
+def choose_trainable(start: Start, options: Options) -> None:
+    """Inject adapters or freeze, as ``finetune.method`` says.
+
+    Heads of targets that are not trained go where the features under them change: they would
+    predict nonsense.
+    """
+    model, finetune = start.model, options.finetune
+    targets = list(options.target_specs())
+    method = finetune.method if options.is_finetuning else "full"
+    if method == "heads":
+        _freeze_heads(start, options, targets)
+        return
+    for stale in [name for name in model.targets if name not in targets]:
+        model.remove_target(stale)
+        _logger.info("target '%s' is not trained and is dropped from the new model", stale)
+    if method == "full":
+        freeze(model, train=None)
+        return
+    if len(targets) > 1:
+        raise ConfigError("finetune.method lora: an adapter is for one target; found "
+                          f"{', '.join(targets)}. Use method full.")  # fmt: skip
+    lora = finetune.lora
+    target_modules = lora.target_modules
+    config = AdapterConfig(
+        rank=lora.rank,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        target_modules="all-linear" if target_modules == ("all-linear",) else target_modules,
+        modules_to_save=lora.modules_to_save,
+        target=targets[0],
+    )
+    inject(
+        model,
+        config,
+        fingerprint=start.fingerprint,
+        inherited_from=start.inherited.get(targets[0]),
+    )
+
+
+def _freeze_heads(start: Start, options: Options, targets: list[str]) -> None:
+    config = options.finetune.config
+    if config.head_modules is None and config.last_layer_modules is None:
+        network = start.model.network
+        freeze(start.model, [p for t in targets for p in default_modules_to_save(network, t)])
+    else:
+        named = [*(config.head_modules or ()), *(config.last_layer_modules or ())]
+        freeze(start.model, [name.removeprefix("backend.") for name in named])

@@ -1,0 +1,62 @@
+"""The tables of a run: baselines before it, errors before and after at its end."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from pet_finetune.train.baselines import BaselineTable
+from pet_finetune.train.metrics import SHOWN, Metrics
+
+
+def _text(table: Table) -> str:
+    """A table as plain lines, for a log."""
+    console = Console(width=110, no_color=True, force_terminal=False)
+    with console.capture() as capture:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def baseline_text(table: BaselineTable) -> str:
+    """Baselines per species, before and after."""
+    out = Table(title=f"baseline of '{table.target}' ({table.mode})", title_justify="left")
+    for name in ("element", "atoms", "before (eV)", "after (eV)", "change (eV)"):
+        out.add_column(name, justify="right")
+    for symbol, atoms, before, after in table.rows:
+        out.add_row(symbol, f"{atoms}", f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")
+    return _text(out)
+
+
+def error_table(
+    columns: Mapping[str, Mapping[str, Metrics]], notes: Sequence[str] = (), title: str = ""
+) -> Table:
+    """Errors of several models (columns) by target and quantity (rows)."""
+    table = Table(title=title, title_justify="left", caption="\n".join(notes) or None)
+    table.add_column("error")
+    table.add_column("unit")
+    for name in columns:
+        table.add_column(name, justify="right")
+    first = next(iter(columns.values()))
+    for target in first:
+        for kind in first[target].kinds:
+            factor, unit = SHOWN[kind]
+            prefix = f"{target} " if len(first) > 1 else ""
+            for statistic in ("MAE", "RMSE"):
+                values = [
+                    getattr(metrics[target], statistic.lower())(kind) * factor
+                    for metrics in columns.values()
+                ]
+                cells = ["-" if math.isnan(v) else f"{v:.2f}" for v in values]
+                table.add_row(f"{prefix}{kind} {statistic}", unit, *cells)
+    return table
+
+
+def show(table: Table) -> str:
+    """Print a table to standard output and return it as plain text."""
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110)
+    console.print(table)
+    return _text(table)
