@@ -1,0 +1,186 @@
+"""The zip archive that ``torch.save`` writes, opened without PyTorch's unpickler.
+
+Inside are ``<root>/data.pkl`` (read by :mod:`pet_finetune.checkpoint.safe_pickle`), one entry
+``<root>/data/<key>`` for each storage, and ``<root>/byteorder``. Entries are stored uncompressed,
+which is also required here: a compressed entry could unfold to more than memory holds.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from pet_finetune.checkpoint.safe_pickle import StoredTensor, read_pickle
+from pet_finetune.errors import CheckpointError
+
+__all__ = ["TorchArchive"]
+
+#: Bytes read at a time.
+_CHUNK = 1 << 24
+
+#: How files that are mistaken for a checkpoint begin, and what to do about each.
+_NOT_AN_ARCHIVE: tuple[tuple[bytes, str], ...] = (
+    (b"\x1f\x8b", "it is gzip-compressed; unpack it first (gunzip)"),
+    (b"version https://git-lfs", "it is a Git LFS pointer, not the file; run 'git lfs pull'"),
+    (b"<", "it is a web page or XML, probably a download that failed"),
+    (b"\x80", "it is a bare pickle or the format of PyTorch before 1.6; re-save it there"),
+)
+
+
+class TorchArchive:
+    """A file written by ``torch.save``; use as a context manager."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Open ``path`` and check that it is such an archive; nothing is unpickled yet.
+
+        :raises CheckpointError: if the file is missing, a folder, unreadable, damaged or of
+            another kind; the message says which.
+        """
+        self.path = Path(path)
+        self._zip = _open_zip(self.path)
+        try:
+            self._root = self._find_root()
+            self._swap_bytes = self._byteorder() != sys.byteorder
+        except CheckpointError:
+            self._zip.close()
+            raise
+
+    def __enter__(self) -> TorchArchive:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._zip.close()
+
+    def content(self) -> Any:
+        """Read what was saved, with :class:`StoredTensor` in the place of tensors.
+
+        :raises CheckpointError: if the pickle is damaged or names anything not allowed.
+        """
+        return read_pickle(bytes(self._read(f"{self._root}/data.pkl")), str(self.path))
+
+    def tensor(self, stored: StoredTensor) -> torch.Tensor:
+        """Read one tensor from the archive, on the CPU, with memory of its own.
+
+        :raises CheckpointError: if its storage is missing, too short or damaged.
+        """
+        extent = 1 + sum((n - 1) * step for n, step in zip(stored.size, stored.stride, strict=True))
+        elements = 1
+        for n in stored.size:
+            elements *= n
+        if elements == 0:
+            return torch.empty(stored.size, dtype=stored.dtype)
+        # The second condition: a stride of zero could repeat one number beyond all memory.
+        if stored.offset + extent > stored.storage_size or elements > stored.storage_size:
+            raise self._damaged(f"a tensor reaches beyond its storage {stored.key!r}")
+        raw = self._read(f"{self._root}/data/{stored.key}")
+        itemsize = stored.dtype.itemsize
+        if len(raw) != stored.storage_size * itemsize:
+            raise self._damaged(f"storage {stored.key!r} has {len(raw)} bytes, which is not right")
+        if self._swap_bytes:
+            for start in range(itemsize // 2):
+                end = itemsize - 1 - start
+                raw[start::itemsize], raw[end::itemsize] = raw[end::itemsize], raw[start::itemsize]
+        flat = torch.frombuffer(raw, dtype=stored.dtype)
+        return flat.as_strided(stored.size, stored.stride, stored.offset).clone()
+
+    def tensors(self, state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Read all tensors among the values of ``state``; other values are left out."""
+        return {k: self.tensor(v) for k, v in state.items() if isinstance(v, StoredTensor)}
+
+    def _find_root(self) -> str:
+        names = self._zip.namelist()
+        roots = [name.removesuffix("/data.pkl") for name in names if name.endswith("/data.pkl")]
+        root = min(roots, key=len, default=None)
+        folder = names[0].split("/")[0] if names else ""
+        if any(n.startswith((f"{folder}/code/", f"{folder}/constants.pkl")) for n in names):
+            raise CheckpointError(
+                f"{self.path}: this is an exported model (TorchScript, as 'mtt export' and "
+                "metatomic write it), which cannot be trained further. Use the checkpoint (.ckpt) "
+                "it was exported from."
+            )
+        if root is None or "/" in root:
+            raise CheckpointError(
+                f"{self.path}: this zip archive is no checkpoint: it has no data.pkl inside. "
+                "A checkpoint is one file, e.g. best_model.ckpt, written by pet-finetune or "
+                "metatrain."
+            )
+        return root
+
+    def _byteorder(self) -> str:
+        name = f"{self._root}/byteorder"
+        if name not in self._zip.NameToInfo:
+            return "little"
+        return bytes(self._read(name)).decode("ascii", "replace").strip()
+
+    def _read(self, name: str) -> bytearray:
+        info = self._zip.NameToInfo.get(name)
+        if info is None:
+            raise self._damaged(f"the entry {name!r} is missing")
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 0x1:
+            raise self._damaged(f"the entry {name!r} is compressed, as PyTorch never writes it")
+        if info.file_size > self.path.stat().st_size:
+            raise self._damaged(f"the entry {name!r} claims to be longer than the file")
+        buffer = bytearray(info.file_size)
+        try:
+            with self._zip.open(info) as entry:
+                filled = 0
+                while chunk := entry.read(_CHUNK):
+                    buffer[filled : filled + len(chunk)] = chunk
+                    filled += len(chunk)
+        except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
+            raise self._damaged(str(error)) from error
+        if filled != info.file_size:
+            raise self._damaged(f"the entry {name!r} ends early")
+        return buffer
+
+    def _damaged(self, why: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path}: the file is damaged or incomplete ({why}). Copy or download it again."
+        )
+
+
+def _open_zip(path: Path) -> zipfile.ZipFile:
+    if path.is_dir():
+        if (path / "adapter_config.json").exists():
+            raise CheckpointError(
+                f"{path}: this is an adapter folder, and a checkpoint file is needed here. Give "
+                "the base checkpoint, and this folder as the adapter."
+            )
+        raise CheckpointError(
+            f"{path}: this is a folder, and a checkpoint file is needed here, e.g. "
+            f"{path / 'best_model.ckpt'}."
+        )
+    if not path.exists():
+        near = sorted(p.name for p in path.parent.glob("*.ckpt"))[:5]
+        there = f" Checkpoints in that folder: {', '.join(near)}." if near else ""
+        raise CheckpointError(f"{path}: no such checkpoint file.{there}")
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+        if not start:
+            raise CheckpointError(f"{path}: the file is empty. Copy or download it again.")
+        return zipfile.ZipFile(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        if start.startswith(b"PK\x03\x04"):
+            raise CheckpointError(
+                f"{path}: the file is damaged or incomplete (its end is missing). Copy or "
+                "download it again."
+            ) from error
+        why = next((text for magic, text in _NOT_AN_ARCHIVE if start.startswith(magic)), None)
+        raise CheckpointError(
+            f"{path}: not a checkpoint: {why or 'it is not a zip archive written by torch.save'}."
+        ) from error

@@ -1,0 +1,119 @@
+"""Making a :class:`Potential` from the parts that every kind of checkpoint comes down to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from pet_finetune.config import ModelOptions
+from pet_finetune.errors import CheckpointError
+from pet_finetune.keys import TargetSpec
+from pet_finetune.model.potential import Potential
+
+__all__ = ["build_potential", "model_options"]
+
+
+def model_options(values: Mapping[str, Any], where: str) -> ModelOptions:
+    """Check the hyperparameters found in a file.
+
+    :raises CheckpointError: naming each that is wrong or unknown, or long-range features.
+    """
+    long_range = values.get("long_range")
+    if isinstance(long_range, Mapping) and long_range.get("enable"):
+        raise CheckpointError(
+            f"{where}: this model uses long-range features (long_range.enable is true), which "
+            "pet-finetune does not have. Use a checkpoint without them, or metatrain."
+        )
+    try:
+        return ModelOptions.model_validate(dict(values))
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()
+        )
+        raise CheckpointError(
+            f"{where}: the hyperparameters in this file are not those of a PET this version "
+            f"knows ({problems}). Update pet-finetune if the file is newer."
+        ) from error
+
+
+def build_potential(
+    hypers: ModelOptions,
+    species: Sequence[int],
+    targets: Iterable[TargetSpec],
+    network: Mapping[str, Tensor],
+    *,
+    composition: Mapping[str, Tensor],
+    scale: Mapping[str, float | Tensor],
+    radii: Tensor | None,
+    where: str,
+) -> Potential:
+    """Build a potential and fill it; the global random state is left as it was.
+
+    :param network: the state dict of the network, names without prefix.
+    :param composition: eV, ``[n_species]``, for each target that has a baseline.
+    :param scale: factor for each target.
+    :param radii: ZBL's covalent radii, ``[n_species]`` Å; None for ASE's table.
+    :param where: what to call the file in messages.
+    :raises CheckpointError: if weights are missing, too many, or of another shape.
+    """
+    if any(not 1 <= z <= 150 for z in species) or len(set(species)) != len(species) or not species:
+        raise CheckpointError(f"{where}: the list of chemical elements is damaged: {species}.")
+    _check_sizes(hypers, network, where)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            model = Potential(hypers, species, targets)
+        except (ValueError, KeyError, RuntimeError, ZeroDivisionError) as error:
+            raise CheckpointError(f"{where}: no PET can be built from it ({error}).") from error
+    floating = [weight.dtype for weight in network.values() if weight.is_floating_point()]
+    if len(set(floating)) != 1:
+        raise CheckpointError(
+            f"{where}: the weights have {len(set(floating))} floating types "
+            f"({', '.join(sorted(map(str, set(floating))))}), and one is needed."
+        )
+    model.to(floating[0])
+    _check_names(model, network, where)
+    try:
+        model.network.load_state_dict(dict(network))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split("\n\t", 1)[-1].split())
+        raise CheckpointError(
+            f"{where}: weights do not fit the hyperparameters in the file ({reason})."
+        ) from error
+    for name in model.targets:
+        if name in composition:
+            model.composition.set(name, composition[name])
+        model.scale.set(name, scale.get(name, 1.0))
+    if model.zbl is not None and radii is not None:
+        model.zbl.covalent_radii = radii.to(model.zbl.covalent_radii)
+    return model.eval()
+
+
+def _check_sizes(hypers: ModelOptions, network: Mapping[str, Tensor], where: str) -> None:
+    """Refuse hyperparameters far beyond the weights before memory is taken for them."""
+    widest = max((n for weight in network.values() for n in weight.shape), default=0)
+    widths = (hypers.d_pet, hypers.d_node, hypers.d_head, hypers.d_feedforward)
+    blocks = hypers.num_gnn_layers * hypers.num_attention_layers
+    conditioning = max(hypers.max_charge, hypers.max_spin_multiplicity)
+    if (
+        max(widths) > widest
+        or blocks > len(network)
+        or (hypers.system_conditioning and conditioning > widest)
+    ):
+        raise CheckpointError(
+            f"{where}: the weights in the file are fewer than its hyperparameters need."
+        )
+
+
+def _check_names(model: Potential, network: Mapping[str, Tensor], where: str) -> None:
+    expected = model.network.state_dict().keys()
+    for problem, names in (
+        ("lacks weights", sorted(expected - network.keys())),
+        ("has weights that no PET of its hyperparameters has", sorted(network.keys() - expected)),
+    ):
+        if names:
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            raise CheckpointError(f"{where}: the file {problem}: {', '.join(names[:4])}{more}.")

@@ -1,0 +1,80 @@
+"""Opening any checkpoint: ours or metatrain's, told apart by what is inside."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pet_finetune.checkpoint.archive import TorchArchive
+from pet_finetune.checkpoint.metatrain import is_metatrain, read_metatrain
+from pet_finetune.checkpoint.native import is_native, read_native
+from pet_finetune.checkpoint.safe_pickle import StoredTensor
+from pet_finetune.errors import CheckpointError
+from pet_finetune.log import get_logger
+from pet_finetune.model import Potential
+
+__all__ = ["Checkpoint", "load_checkpoint"]
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint file, opened."""
+
+    #: The potential, in eV and angstrom, on the CPU, in evaluation mode.
+    model: Potential
+    #: Who wrote the file.
+    kind: Literal["pet-finetune", "metatrain"]
+    #: Where the weights come from, as far as the file says.
+    provenance: dict[str, Any]
+    #: What is needed to resume the run that wrote the file; None where it cannot be resumed.
+    training: dict[str, Any] | None
+    path: Path
+    #: What the user should know about the conversion, one line each; logged as well.
+    notices: tuple[str, ...] = ()
+
+
+def load_checkpoint(path: str | os.PathLike[str], *, keep_adapter: bool = False) -> Checkpoint:
+    """Open a checkpoint written by pet-finetune or by metatrain (PET, model format 1 to 16).
+
+    Nothing in the file is executed, and metatrain need not be installed.
+
+    :param keep_adapter: when the file is of an interrupted LoRA run, leave its adapter unmerged
+        in order to train it further; otherwise it is merged into the weights.
+    :raises CheckpointError: with one line saying what the file is instead, or what is wrong.
+    """
+    path = Path(path)
+    with TorchArchive(path) as archive:
+        content = archive.content()
+        if is_metatrain(content):
+            converted = read_metatrain(archive, content)
+            for notice in converted.notices:
+                _log.info("%s: %s", path, notice)
+            return Checkpoint(
+                model=converted.model,
+                kind="metatrain",
+                provenance=converted.provenance,
+                training=None,
+                path=path,
+                notices=converted.notices,
+            )
+    if not is_native(content):
+        raise CheckpointError(f"{path}: {_what_it_is(content)}")
+    native = read_native(path, keep_adapter)
+    return Checkpoint(native.model, "pet-finetune", native.provenance, native.training, path)
+
+
+def _what_it_is(content: Any) -> str:
+    wanted = "A checkpoint is a file written by pet-finetune or metatrain, e.g. best_model.ckpt."
+    if not isinstance(content, dict):
+        return f"the file holds a {type(content).__name__}, not a checkpoint. {wanted}"
+    if content and all(isinstance(value, StoredTensor) for value in content.values()):
+        return (
+            "the file is a bare state dict, which does not say what it is the state of. Start "
+            "from it with MODEL_TO_START_WITH, ALL_SPECIES_PATH and SELF_CONTRIBUTIONS_PATH."
+        )
+    names = ", ".join(sorted(str(key) for key in content)[:5])
+    return f"the file is no PET checkpoint (it holds: {names or 'nothing'}). {wanted}"

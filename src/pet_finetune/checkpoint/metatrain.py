@@ -1,0 +1,245 @@
+"""Reading PET checkpoints written by metatrain, of model format 1 to 16, into a Potential."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pet_finetune.checkpoint.archive import TorchArchive
+from pet_finetune.checkpoint.build import build_potential, model_options
+from pet_finetune.checkpoint.merge_lora import merge_lora_layers
+from pet_finetune.checkpoint.plain import plain_value
+from pet_finetune.checkpoint.safe_pickle import Inert
+from pet_finetune.checkpoint.targets import usable_targets
+from pet_finetune.checkpoint.upgrade import RawCheckpoint, upgrade
+from pet_finetune.errors import CheckpointError, UnitError
+from pet_finetune.model import Potential
+from pet_finetune.units import length_to_angstrom
+
+__all__ = ["MetatrainModel", "is_metatrain", "read_metatrain", "read_raw"]
+
+#: Architectures of metatrain that wrap another model, and what to use in their place.
+_WRAPPERS = {
+    "llpr": "an uncertainty estimate around another model; use the checkpoint it was made from",
+}
+
+_BACKEND = "backend."
+#: Parts of a state dict that say nothing the rest does not, or nothing about predictions.
+_IGNORED = ("system_conditioning.", "additive_models.0.", "scaler.", "additive_models.1.")
+
+
+@dataclass(frozen=True)
+class MetatrainModel:
+    """A converted checkpoint: the model in eV and angstrom, and what is known about its origin."""
+
+    model: Potential
+    provenance: dict[str, Any] = field(default_factory=dict)
+    #: What the user should know about the conversion, one line each.
+    notices: tuple[str, ...] = ()
+
+
+def is_metatrain(content: Any) -> bool:
+    """Whether what a file holds looks like a checkpoint of metatrain, of any architecture."""
+    return isinstance(content, dict) and "architecture_name" in content
+
+
+def read_metatrain(archive: TorchArchive, content: Mapping[str, Any]) -> MetatrainModel:
+    """Convert a checkpoint of metatrain's PET.
+
+    The weights of the best epoch are used, as metatrain does to fine-tune and to export.
+
+    :param archive: the open file.
+    :param content: what :meth:`TorchArchive.content` gave.
+    :raises CheckpointError: if it is of another architecture, uses long-range features, holds no
+        target that can be used, or is damaged.
+    """
+    where = str(archive.path)
+    notices: list[str] = []
+    written = _version(content, where)
+    raw = upgrade(read_raw(archive, content, notices), where)
+    info = _dataset_info(content, where)
+    species = _species(info, where)
+    state = merge_lora_layers(raw.state, raw.finetune, where, notices)
+    long_range = next((name for name in state if name.startswith("long_range_featurizer.")), None)
+    if long_range is not None:
+        raw.hypers["long_range"] = {"enable": True}
+    hypers = model_options(raw.hypers, where)
+    network = _network(state, where)
+    targets = usable_targets(
+        archive, _targets(info, where), state, raw.scales, species, hypers.zbl, notices
+    )
+    network = _without_other_heads(network, {stored.spec.name for stored in targets})
+    model = build_potential(
+        hypers,
+        species,
+        [stored.spec for stored in targets],
+        network,
+        composition={t.spec.name: t.composition for t in targets if t.composition is not None},
+        scale={t.spec.name: t.scale for t in targets},
+        radii=state.get("additive_models.1.covalent_radii"),
+        where=where,
+    )
+    _check_species_table(model, network, where)
+    return MetatrainModel(model, _provenance(content, written), tuple(notices))
+
+
+def read_raw(
+    archive: TorchArchive, content: Mapping[str, Any], notices: list[str] | None = None
+) -> RawCheckpoint:
+    """Read the parts of a checkpoint that decide predictions, in the format it was written in.
+
+    :raises CheckpointError: if it is of another architecture or lacks a part.
+    """
+    where = str(archive.path)
+    _check_architecture(content, where)
+    version = _version(content, where)
+    data = content.get("model_data")
+    if not isinstance(data, dict) or not isinstance(data.get("model_hypers"), dict):
+        raise CheckpointError(f"{where}: the checkpoint lacks its hyperparameters (model_data).")
+
+    def error(problem: str) -> CheckpointError:
+        return CheckpointError(f"{where}: {problem}, which no PET checkpoint needs.")
+
+    hypers = plain_value(data["model_hypers"], "model_hypers", error)
+    stored, finetune = _choose_state(content, version, where, [] if notices is None else notices)
+    info = _dataset_info(content, where)
+    return RawCheckpoint(
+        version=version,
+        hypers=hypers,
+        state=archive.tensors(stored),
+        targets=tuple(_targets(info, where)),
+        finetune=plain_value(finetune, "finetune_config", error),
+    )
+
+
+def _check_architecture(content: Mapping[str, Any], where: str) -> None:
+    name = content.get("architecture_name")
+    if name == "pet":
+        return
+    if name in _WRAPPERS:
+        raise CheckpointError(f"{where}: this checkpoint is of '{name}', {_WRAPPERS[name]}.")
+    raise CheckpointError(
+        f"{where}: this is a checkpoint of metatrain's architecture {name!r}, and only 'pet' can "
+        "be read."
+    )
+
+
+def _version(content: Mapping[str, Any], where: str) -> int:
+    # Files from before versions were counted are taken for the first, as metatrain does.
+    version = content.get("model_ckpt_version", 1)
+    if type(version) is not int:
+        raise CheckpointError(f"{where}: the format version {version!r} is not a number.")
+    return version
+
+
+def _choose_state(
+    content: Mapping[str, Any], version: int, where: str, notices: list[str]
+) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """The state dict that metatrain would evaluate, and how it was fine-tuned."""
+    best, last = content.get("best_model_state_dict"), content.get("model_state_dict")
+    # Format 7 and before: the large models were always used as of their last epoch.
+    large = version <= 7 and isinstance(last, dict) and "node_embedding.weight" in last
+    state: Any = last if large or not best else best
+    if not isinstance(state, dict) or not state:
+        raise CheckpointError(f"{where}: the checkpoint holds no weights (model_state_dict).")
+    if not best and not large and version >= 6:
+        notices.append("The file has no best epoch yet; the weights of its last epoch are used.")
+    training = content.get("train_hypers")
+    of_training = training.get("finetune") if isinstance(training, dict) else None
+    of_last = last.get("finetune_config") if isinstance(last, dict) else None
+    for finetune in (state.get("finetune_config"), of_last, of_training):
+        if isinstance(finetune, dict) and finetune:
+            return state, finetune
+    return state, {}
+
+
+def _dataset_info(content: Mapping[str, Any], where: str) -> Inert:
+    data = content.get("model_data")
+    info = data.get("dataset_info") if isinstance(data, dict) else None
+    if not isinstance(info, Inert) or not isinstance(info.state, dict):
+        raise CheckpointError(f"{where}: the checkpoint lacks its dataset_info (model_data).")
+    unit = info.get("length_unit") or "angstrom"
+    try:
+        in_angstrom = length_to_angstrom(str(unit)) == 1.0
+    except UnitError:
+        in_angstrom = False
+    if not in_angstrom:
+        raise CheckpointError(
+            f"{where}: this model was trained with lengths in {unit!r}; only models in angstrom "
+            "can be read."
+        )
+    return info
+
+
+def _species(info: Inert, where: str) -> list[int]:
+    types = info.get("_atomic_types", info.get("atomic_types"))
+    if not isinstance(types, (list, tuple, set)) or any(type(z) is not int for z in types):
+        raise CheckpointError(f"{where}: the list of chemical elements is damaged.")
+    return sorted(set(types))
+
+
+def _targets(info: Inert, where: str) -> dict[str, Inert]:
+    targets = info.get("targets")
+    if isinstance(targets, Inert):
+        targets = targets.state
+    if not isinstance(targets, dict) or not all(isinstance(t, Inert) for t in targets.values()):
+        raise CheckpointError(f"{where}: the description of the targets is damaged.")
+    return {str(name): target for name, target in targets.items()}
+
+
+def _network(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    known = (_BACKEND, *_IGNORED)
+    unknown = [name for name in state if not name.startswith(known)]
+    if unknown:
+        raise CheckpointError(
+            f"{where}: the checkpoint has parts that no PET known here has: "
+            f"{', '.join(unknown[:4])}{'...' if len(unknown) > 4 else ''}."
+        )
+    return {
+        name.removeprefix(_BACKEND): weight
+        for name, weight in state.items()
+        if name.startswith(_BACKEND)
+    }
+
+
+def _without_other_heads(network: dict[str, Tensor], targets: set[str]) -> dict[str, Tensor]:
+    """Leave out the heads of targets that are not converted."""
+    groups = ("node_heads.", "edge_heads.", "node_last_layers.", "edge_last_layers.")
+    kept = {}
+    for name, weight in network.items():
+        if name.startswith(groups) and name.split(".")[1] not in targets:
+            continue
+        kept[name] = weight
+    return kept
+
+
+def _check_species_table(model: Potential, network: Mapping[str, Tensor], where: str) -> None:
+    """The order of elements in the file's tables must be the one the model now assumes."""
+    expected = torch.full((max(model.species) + 1,), -1)
+    expected[list(model.species)] = torch.arange(len(model.species))
+    if not torch.equal(network["species_to_species_index"].cpu(), expected):
+        raise CheckpointError(f"{where}: the table of chemical elements contradicts their list.")
+
+
+def _provenance(content: Mapping[str, Any], version: int) -> dict[str, Any]:
+    """What the file says about its origin, plain values only."""
+    result: dict[str, Any] = {"format": "metatrain", "format_version": version}
+    for name in ("epoch", "best_epoch", "best_metric"):
+        value = content.get(name)
+        if type(value) in (int, float):
+            result[name] = value
+    state = content["metadata"].state if isinstance(content.get("metadata"), Inert) else None
+    if isinstance(state, tuple) and state and isinstance(state[0], str):
+        try:
+            metadata = json.loads(state[0])
+        except (ValueError, RecursionError):
+            metadata = None
+        if isinstance(metadata, dict):
+            names = ("name", "description", "authors", "references")
+            result["metadata"] = {n: metadata[n] for n in names if metadata.get(n)}
+    return result

@@ -1,0 +1,226 @@
+"""Our own checkpoint: a dictionary of tensors and plain values, nothing else.
+
+Opens with ``torch.load(path, weights_only=True)`` anywhere. Layout, version 1:
+
+=============== ===================================================================================
+``format``      ``"pet-finetune"``
+``version``     ``1``
+``hypers``      the hyperparameters of ``architecture.model``
+``species``     atomic numbers, ascending
+``targets``     for each target the fields of :class:`~pet_finetune.keys.TargetSpec`
+``weights``     the network's state dict; names are those of metatrain's PET below ``backend.``
+``composition`` for each target ``[n_species]`` float64, eV
+``scale``       for each target one number, eV
+``radii``       ZBL's covalent radii ``[n_species]``, Å, or None
+``provenance``  where the weights come from: parent, options, data, versions
+``adapter``     None, or the unmerged adapter of a run that can be resumed
+``training``    None, or the optimiser and the rest of such a run
+=============== ===================================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pet_finetune.adapters import AdapterConfig, inject, merged_copy, unmerge
+from pet_finetune.adapters.inject import adapter_state
+from pet_finetune.checkpoint.build import build_potential, model_options
+from pet_finetune.checkpoint.plain import plain_value
+from pet_finetune.errors import CheckpointError, PetFinetuneError
+from pet_finetune.keys import TargetSpec
+from pet_finetune.model import Potential
+
+__all__ = ["FORMAT", "VERSION", "NativeCheckpoint", "is_native", "read_native", "save_checkpoint"]
+
+FORMAT = "pet-finetune"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class NativeCheckpoint:
+    """What one of our files holds."""
+
+    model: Potential
+    provenance: dict[str, Any]
+    training: dict[str, Any] | None
+
+
+def is_native(content: Any) -> bool:
+    """Whether what a file holds says it is in our format, of any version."""
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    model: Potential,
+    *,
+    provenance: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a checkpoint in one step: either the whole new file is there, or the old one.
+
+    An adapter in the model is merged into the weights, so that the file needs nothing beside it;
+    with ``training`` it is kept apart instead, since the run goes on with it.
+
+    :param path: the file; its folder is made when missing.
+    :param model: what to save; it is not changed.
+    :param provenance: plain values (text, numbers, lists, dictionaries).
+    :param training: plain values and tensors needed to resume the run.
+    :raises CheckpointError: if the file cannot be written, or a value is not plain.
+    """
+    path = Path(path)
+    keep_adapter = training is not None and model.adapter is not None
+    adapter = None
+    if keep_adapter:
+        model = copy.deepcopy(model)
+        unmerge(model)
+        adapter = _adapter_content(model)
+    elif model.adapter is not None:
+        model = merged_copy(model)
+    network = model.network.state_dict()
+
+    def error(problem: str) -> CheckpointError:
+        return CheckpointError(f"{path}: cannot be saved: {problem}, which is not a plain value.")
+
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "hypers": model.hypers.model_dump(),
+        "species": list(model.species),
+        "targets": {name: asdict(spec) for name, spec in model.targets.items()},
+        "weights": {n: _stored(w) for n, w in network.items() if not _is_lora(n)},
+        "composition": {name: _stored(model.composition.get(name)) for name in model.targets},
+        "scale": {name: float(model.scale.get(name)) for name in model.targets},
+        "radii": None if model.zbl is None else _stored(model.zbl.covalent_radii),
+        "provenance": plain_value(provenance or {}, "provenance", error),
+        "adapter": adapter,
+        "training": plain_value(training, "training", error, keep=(Tensor,)),
+    }
+    _write(path, content)
+    return path
+
+
+def read_native(path: Path, keep_adapter: bool = False) -> NativeCheckpoint:
+    """Read a file in our format.
+
+    :param keep_adapter: leave the adapter of an interrupted run unmerged, to train it further.
+    :raises CheckpointError: if the file is of a newer version, or damaged.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise CheckpointError(f"{path}: the file is damaged ({reason}).") from error
+    if content.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path}: this file has version {content.get('version')!r} of our format, and this "
+            f"release of pet-finetune reads version {VERSION}. Update pet-finetune."
+        )
+    try:
+        model = _model(content, str(path))
+        if content["adapter"] is not None:
+            _restore_adapter(model, content["adapter"])
+            model = model if keep_adapter else merged_copy(model)
+        return NativeCheckpoint(model, dict(content["provenance"]), content["training"])
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, PetFinetuneError) as error:
+        raise CheckpointError(
+            f"{path}: the file is damaged: a part is missing or of the wrong kind ({error})."
+        ) from error
+
+
+def _model(content: Mapping[str, Any], where: str) -> Potential:
+    known = {field.name for field in fields(TargetSpec)}
+    targets = [
+        TargetSpec(**{name: value for name, value in spec.items() if name in known})
+        for spec in content["targets"].values()
+    ]
+    return build_potential(
+        model_options(content["hypers"], where),
+        content["species"],
+        targets,
+        content["weights"],
+        composition=content["composition"],
+        scale=content["scale"],
+        radii=content["radii"],
+        where=where,
+    )
+
+
+def _is_lora(name: str) -> bool:
+    return name.endswith((".lora_A", ".lora_B"))
+
+
+def _adapter_content(model: Potential) -> dict[str, Any]:
+    """An adapter and the way back to its base, as plain values and tensors."""
+    state = adapter_state(model)
+    config = asdict(state.config)
+    config["target_modules"] = list(state.config.target_modules)
+    config["modules_to_save"] = list(state.config.modules_to_save or ())
+    network = model.network.state_dict()
+    return {
+        "config": config,
+        "fingerprint": state.fingerprint,
+        "inherited_from": state.inherited_from,
+        "tensors": {n: _stored(w) for n, w in network.items() if _is_lora(n)},
+        "saved": {name: _stored(weight) for name, weight in state.saved.items()},
+        "composition": _stored(state.composition),
+        "scale": _stored(state.scale),
+    }
+
+
+def _restore_adapter(model: Potential, content: Mapping[str, Any]) -> None:
+    inject(
+        model,
+        AdapterConfig(**content["config"]),
+        fingerprint=content["fingerprint"],
+        inherited_from=content["inherited_from"],
+    )
+    with torch.no_grad():
+        for name, value in content["tensors"].items():
+            model.network.get_parameter(name).copy_(value)
+    model.adapter = replace(
+        adapter_state(model),
+        saved=dict(content["saved"]),
+        composition=content["composition"],
+        scale=content["scale"],
+    )
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    """A tensor on the CPU that brings no more than its own numbers into the file."""
+    tensor = tensor.detach().to("cpu").contiguous()
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
+    return tensor if whole else tensor.clone()
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    """Write beside the file, then put the new file in its place."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error).split("\n", 1)[0]
+        raise CheckpointError(
+            f"{path}: the checkpoint cannot be written ({reason}). An earlier file of this name "
+            "is as it was. Check that the folder exists, is writable and has space left."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,272 @@
+"""A pickle reader that can build nothing but inert records.
+
+A checkpoint written by ``torch.save`` is a zip archive around a pickle, and a pickle is a program
+that may call any function of any module. This reader runs the small part of the pickle machine
+that PyTorch's files use. Names in the file never reach ``import``: each must be listed in
+:mod:`pet_finetune.checkpoint.allowed_names` and is replaced by a builder from there, so that what
+comes out are numbers, strings, containers, :class:`StoredTensor` (where a tensor lies in the
+archive, not its data) and :class:`Inert` (the name of a foreign class beside what the file said
+about it). Everything else is refused by name before anything is done with it.
+
+Own machine rather than a subclass of ``pickle.Unpickler``: that one would still run
+``__setstate__``, ``__reduce__`` results and the extension registry, and it sizes its memo from
+the file.
+"""
+
+from __future__ import annotations
+
+import pickletools
+import struct
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pet_finetune.checkpoint.allowed_names import (
+    CALLS,
+    DTYPES,
+    INERT_CLASSES,
+    STORAGE_DTYPES,
+    Inert,
+    Storage,
+    StoredTensor,
+    as_count,
+    as_key,
+)
+from pet_finetune.errors import CheckpointError
+
+__all__ = ["Inert", "StoredTensor", "read_pickle"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Global:
+    """A name the file mentioned, with our own stand-in for calling it."""
+
+    name: str
+    build: Callable[..., Any]
+
+
+class _Mark:
+    pass
+
+
+_MARK = _Mark()
+
+#: Instructions that push the value they carry.
+_LITERALS = frozenset(
+    {
+        *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+        *("STRING", "BINSTRING", "SHORT_BINSTRING"),
+        *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+        *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+    }
+)
+
+_CONSTANTS: Mapping[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+
+_EMPTY: Mapping[str, Callable[[], Any]] = {
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_LIST": list,
+    "EMPTY_DICT": dict,
+    "EMPTY_SET": set,
+}
+
+
+@dataclass
+class _Machine:
+    """The stack, the memo and the instructions of the pickle machine that PyTorch's files use."""
+
+    where: str
+    stack: list[Any] = field(default_factory=list)
+    memo: dict[int, Any] = field(default_factory=dict)
+
+    def run(self, data: bytes) -> Any:
+        for opcode, argument, _ in pickletools.genops(data):
+            name = opcode.name
+            if name in _LITERALS:
+                self.stack.append(argument)
+            elif name in _CONSTANTS:
+                self.stack.append(_CONSTANTS[name])
+            elif name in _EMPTY:
+                self.stack.append(_EMPTY[name]())
+            elif name == "STOP":
+                return self.stack.pop()
+            else:
+                instruction = getattr(self, f"do_{name}", None)
+                if instruction is None:
+                    raise self.refusal(f"uses the pickle instruction {name}")
+                instruction(argument)
+        raise ValueError("the pickle has no end")
+
+    def refusal(self, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.where}: the file {what}, which no PET checkpoint needs. It was refused and "
+            "nothing in the file was executed. Get the checkpoint again from a source you trust."
+        )
+
+    def items_since_mark(self) -> list[Any]:
+        for position in range(len(self.stack) - 1, -1, -1):
+            if self.stack[position] is _MARK:
+                items = self.stack[position + 1 :]
+                del self.stack[position:]
+                return items
+        raise ValueError("a group of items has no beginning")
+
+    def find(self, module: str, name: str) -> Any:
+        """Our stand-in for ``module.name``; never an import."""
+        full = f"{module}.{name}"
+        if full in DTYPES:
+            return DTYPES[full]
+        if full in STORAGE_DTYPES:
+            # Only ever passed to BINPERSID, which looks the dtype up by this name.
+            return _Global(full, self._not_callable(full))
+        if full in CALLS:
+            return _Global(full, CALLS[full])
+        if full in INERT_CLASSES:
+            return _Global(full, lambda *args: Inert(full, args))
+        raise self.refusal(f"asks for {full}")
+
+    def _not_callable(self, name: str) -> Callable[..., Any]:
+        def refuse(*args: Any) -> Any:
+            raise self.refusal(f"calls {name}")
+
+        return refuse
+
+    def call(self, function: Any, args: Any) -> Any:
+        if not isinstance(function, _Global):
+            raise self.refusal(f"calls an object of type {type(function).__name__}")
+        if type(args) is not tuple:
+            raise ValueError("the arguments of a call are not a tuple")
+        return function.build(*args)
+
+    def do_PROTO(self, version: int) -> None:
+        if version > 5:
+            raise ValueError(f"pickle protocol {version} is unknown")
+
+    def do_FRAME(self, _: int) -> None:
+        pass
+
+    def do_MARK(self, _: None) -> None:
+        self.stack.append(_MARK)
+
+    def do_POP(self, _: None) -> None:
+        self.stack.pop()
+
+    def do_POP_MARK(self, _: None) -> None:
+        self.items_since_mark()
+
+    def do_DUP(self, _: None) -> None:
+        self.stack.append(self.stack[-1])
+
+    def do_PUT(self, index: int) -> None:
+        self.memo[index] = self.stack[-1]
+
+    do_BINPUT = do_LONG_BINPUT = do_PUT
+
+    def do_MEMOIZE(self, _: None) -> None:
+        self.memo[len(self.memo)] = self.stack[-1]
+
+    def do_GET(self, index: int) -> None:
+        self.stack.append(self.memo[index])
+
+    do_BINGET = do_LONG_BINGET = do_GET
+
+    def do_TUPLE(self, _: None) -> None:
+        self.stack.append(tuple(self.items_since_mark()))
+
+    def do_TUPLE1(self, _: None) -> None:
+        self.stack[-1:] = [tuple(self.stack[-1:])]
+
+    def do_TUPLE2(self, _: None) -> None:
+        self.stack[-2:] = [tuple(self.stack[-2:])]
+
+    def do_TUPLE3(self, _: None) -> None:
+        self.stack[-3:] = [tuple(self.stack[-3:])]
+
+    def do_LIST(self, _: None) -> None:
+        self.stack.append(self.items_since_mark())
+
+    def do_DICT(self, _: None) -> None:
+        items = self.items_since_mark()
+        self.stack.append({})
+        self._set_items(items)
+
+    def do_APPEND(self, _: None) -> None:
+        item = self.stack.pop()
+        self._list().append(item)
+
+    def do_APPENDS(self, _: None) -> None:
+        items = self.items_since_mark()
+        self._list().extend(items)
+
+    def _list(self) -> list[Any]:
+        if type(self.stack[-1]) is not list:
+            raise ValueError("items are appended to what is not a list")
+        return self.stack[-1]
+
+    def do_SETITEM(self, _: None) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set_items([key, value])
+
+    def do_SETITEMS(self, _: None) -> None:
+        self._set_items(self.items_since_mark())
+
+    def _set_items(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        if type(target) not in (dict, OrderedDict) or len(items) % 2:
+            raise ValueError("items are stored in what is not a dictionary")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            target[as_key(key)] = value
+
+    def do_ADDITEMS(self, _: None) -> None:
+        items = self.items_since_mark()
+        if type(self.stack[-1]) is not set:
+            raise ValueError("members are added to what is not a set")
+        self.stack[-1].update(as_key(item) for item in items)
+
+    def do_GLOBAL(self, both: str) -> None:
+        module, _, name = both.partition(" ")
+        self.stack.append(self.find(module, name))
+
+    def do_STACK_GLOBAL(self, _: None) -> None:
+        name, module = self.stack.pop(), self.stack.pop()
+        self.stack.append(self.find(str(module), str(name)))
+
+    def do_REDUCE(self, _: None) -> None:
+        args, function = self.stack.pop(), self.stack.pop()
+        self.stack.append(self.call(function, args))
+
+    do_NEWOBJ = do_REDUCE
+
+    def do_BUILD(self, _: None) -> None:
+        state = self.stack.pop()
+        target = self.stack[-1]
+        if isinstance(target, Inert):
+            target.state = state
+        elif not isinstance(target, (OrderedDict, StoredTensor)):
+            # A state dict carries its modules' version numbers this way; we have no use for them.
+            raise self.refusal(f"sets the state of an object of type {type(target).__name__}")
+
+    def do_BINPERSID(self, _: None) -> None:
+        reference = self.stack.pop()
+        if type(reference) is not tuple or len(reference) != 5 or reference[0] != "storage":
+            raise ValueError("a storage is not described as PyTorch does it")
+        _, kind, key, _, size = reference
+        if not isinstance(kind, _Global) or kind.name not in STORAGE_DTYPES:
+            raise ValueError("a storage has no element type")
+        self.stack.append(Storage(str(key), STORAGE_DTYPES[kind.name], as_count(size)))
+
+
+def read_pickle(data: bytes, where: str) -> Any:
+    """Read the pickle of a ``torch.save`` archive without executing anything in it.
+
+    :param data: the bytes of ``data.pkl``.
+    :param where: what to call the file in messages.
+    :return: plain Python values, :class:`StoredTensor` and :class:`Inert` objects.
+    :raises CheckpointError: if the pickle names anything that is not listed in this module, uses
+        an instruction PyTorch does not, or is damaged.
+    """
+    try:
+        return _Machine(where).run(data)
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError, struct.error) as error:
+        raise CheckpointError(f"{where}: the file is damaged ({error}).") from error
