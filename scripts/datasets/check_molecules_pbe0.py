@@ -30,7 +30,7 @@ from make_molecules_pbe0 import (
 
 STEP_ANGSTROM = 1e-3
 NET_FORCE_LIMIT = 1e-5  # eV/Angstrom; the files hold eight decimals
-SLOPE_LIMIT = 1e-3  # eV/Angstrom; third derivatives alone account for about 1e-4
+SLOPE_LIMIT = 1e-4  # eV/Angstrom; the third derivative of the energy accounts for about 1e-5
 REPRODUCTION_LIMIT = 1e-5  # eV and eV/Angstrom
 
 
