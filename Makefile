@@ -36,8 +36,13 @@ docs: env
 test: env lint docs
 	$(BIN)/python -m pytest
 
+# Side by side with metatrain; needs the 3BPA files and a checkpoint that metatrain wrote. Hours.
+BENCH_DATA ?= ../shared/data
+BENCH_FOUNDATION ?= ../shared/foundation/pet-xtb-v0.ckpt
+
 bench: env
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/accuracy.py --data $(BENCH_DATA) --foundation $(BENCH_FOUNDATION) \
+		--work runs/benchmarks
 
 clean:
 	rm -rf $(VENV) docs/_build docs/options.md runs build dist .mypy_cache .pytest_cache .ruff_cache \

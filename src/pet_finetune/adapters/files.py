@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from pet_finetune.errors import AdapterError
@@ -78,9 +78,7 @@ def save_adapter(model: Potential, directory: str | Path, base_name: str = "") -
         folder.mkdir(parents=True, exist_ok=True)
         _write_json(folder / CONFIG_FILE, _peft_config(config, base_name))
         _write_json(folder / EXTRA_FILE, extra)
-        temporary = folder / f".{WEIGHTS_FILE}.part"
-        save_file(adapter_tensors(model), temporary, metadata={"format": "pt"})
-        os.replace(temporary, folder / WEIGHTS_FILE)
+        _replace(folder / WEIGHTS_FILE, to_bytes(adapter_tensors(model), {"format": "pt"}))
     except OSError as error:
         raise AdapterError(f"Cannot write the adapter to '{folder}': {error}.") from error
     return folder
@@ -214,12 +212,14 @@ def _load_tensors(model: Potential, path: Path) -> None:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=2)
-        stream.write("\n")
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+    _replace(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file in one step: either the whole new one is there, or the old one."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
