@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from ase import Atoms, units
 from ase.io import read
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
+from ase.md.velocitydistribution import Stationary, thermalize_momenta  # ASE 3.29 or newer
 from ase.md.verlet import VelocityVerlet
 
 from pet_finetune import PETCalculator
@@ -24,9 +24,7 @@ from pet_finetune import PETCalculator
 
 def run(atoms: Atoms, steps: int, timestep: float, temperature: float, seed: int) -> np.ndarray:
     """Total energy (eV) after every step, [steps + 1]."""
-    MaxwellBoltzmannDistribution(
-        atoms, temperature_K=temperature, rng=np.random.default_rng(seed)
-    )
+    thermalize_momenta(atoms, temperature, rng=np.random.default_rng(seed))
     Stationary(atoms)
     energies = []
     dynamics = VelocityVerlet(atoms, timestep * units.fs)

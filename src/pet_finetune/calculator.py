@@ -1,0 +1,264 @@
+"""The ASE calculator: energies, forces and stress of any checkpoint the package reads."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
+from ase.stress import full_3x3_to_voigt_6_stress
+from torch import Tensor
+
+from pet_finetune.adapters import active_adapter, load_adapter, merged_copy
+from pet_finetune.checkpoint import load_checkpoint
+from pet_finetune.data.batch import Batch
+from pet_finetune.data.computable import charge_and_spin, check_atoms
+from pet_finetune.data.neighbors import NeighborList, edge_vectors
+from pet_finetune.data.skin import SkinNeighbors
+from pet_finetune.errors import ConfigError, DataError
+from pet_finetune.model import Potential
+
+__all__ = ["PETCalculator"]
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+class PETCalculator(Calculator):
+    """Energy, forces and stress from a PET potential, for everything ASE does with them.
+
+    One evaluation gives all properties, so asking for another one of the same atoms is free.
+    Results are in eV, eV/Å and eV/Å³; ``energies`` divides the energy over atoms as the model
+    happens to do, and only its sum has a meaning.
+
+    :param model: a checkpoint of pet-finetune or metatrain, or a potential, which is copied.
+    :param adapter: an adapter folder to put on top of it; merged into the weights.
+    :param target: the energy to use. Without it: the adapter's, else the only one there is, else
+        ``energy``.
+    :param device: ``auto`` (the first GPU, else the CPU), ``cpu``, ``cuda``, ``cuda:1``...
+    :param dtype: ``float32``, ``float64``, or None for the model's own.
+    :param skin: margin of the neighbour list in Å; it changes speed, never results.
+    :raises PetFinetuneError: of the kind that says what is wrong with checkpoint, adapter, target,
+        device or dtype. Structures that cannot be computed raise it when they are.
+    """
+
+    # ASE declares both of these as attributes that instances may change.
+    implemented_properties = ["energy", "free_energy", "energies", "forces", "stress"]  # noqa: RUF012
+    # The potential does not read them, so setting them costs no evaluation.
+    ignored_changes = {"initial_charges", "initial_magmoms"}  # noqa: RUF012
+    name = "pet"
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | Potential,
+        *,
+        adapter: str | os.PathLike[str] | None = None,
+        target: str | None = None,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype | None = None,
+        skin: float = 0.5,
+    ) -> None:
+        super().__init__()
+        if not skin >= 0.0:
+            raise ConfigError(f"skin: the margin is a length of 0 Å or more, got {skin}.")
+        self._wanted_device = str(device)
+        self._device = _choose_device(self._wanted_device)
+        floating = _choose_dtype(dtype)
+        potential, adapter_target = _open(model, adapter)
+        self._target = _choose_target(potential, target or adapter_target)
+        potential.to(device=self._device, dtype=floating)
+        self._model = potential.eval().requires_grad_(False)
+        self._conditioned = potential.hypers.system_conditioning
+        self._neighbors = SkinNeighbors(potential.cutoff, float(skin))
+        self._latest: NeighborList | None = None
+        self._pairs: NeighborList | None = None
+
+    @property
+    def model(self) -> Potential:
+        """The potential, adapter merged, frozen, in evaluation mode."""
+        return self._model
+
+    @property
+    def target(self) -> str:
+        """The energy that is computed."""
+        return self._target
+
+    @property
+    def device(self) -> torch.device:
+        """Where the potential is evaluated."""
+        return self._device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating type of the evaluation; sums of energies are float64 always."""
+        return self._model.dtype
+
+    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
+        """What changed since the last calculation; counts charge and spin where they matter."""
+        changes: list[str] = super().check_state(atoms, tol=tol)
+        if not changes and self.atoms is not None:
+            same = self._charge_and_spin(self.atoms) == self._charge_and_spin(atoms)
+            return [] if same else ["info"]
+        return changes
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] | None = None,
+        system_changes: Sequence[str] = all_changes,
+    ) -> None:
+        """Compute all properties of a structure; ASE calls this when one is asked for.
+
+        :raises PropertyNotImplementedError: a stress is wanted of a structure that is not
+            periodic in all directions.
+        :raises SpeciesError: elements the model does not know.
+        :raises DataError: no atoms, coordinates that are not finite, a cell that cannot be, or a
+            charge or spin beyond those the model was made for.
+        """
+        atoms = self.atoms if atoms is None else atoms
+        if atoms is None:
+            raise DataError("There is no structure to calculate: pass one.")
+        periodic = bool(atoms.pbc.all())
+        if "stress" in (properties or ()) and not periodic:
+            raise PropertyNotImplementedError(
+                "The stress needs a structure that is periodic in three directions, and this one "
+                f"has pbc = {atoms.pbc.tolist()}: its volume is not defined."
+            )
+        self.reset()  # nothing of the last structure is left should this one be refused
+        check_atoms(atoms, self._model.species)
+        prediction = self._model.predict(
+            self._batch(atoms), self._target, forces=True, stress=periodic
+        )
+        super().calculate(atoms, properties, system_changes)
+        assert prediction.forces is not None
+        energy = float(prediction.energy[0])
+        self.results = {
+            "energy": energy,
+            "free_energy": energy,
+            "energies": _to_numpy(prediction.atom_energies),
+            "forces": _to_numpy(prediction.forces),
+        }
+        if prediction.stress is not None:
+            self.results["stress"] = full_3x3_to_voigt_6_stress(_to_numpy(prediction.stress[0]))
+
+    def _batch(self, atoms: Atoms) -> Batch:
+        """The structure as the model's input; its edges reach as far as the skin."""
+        device, dtype = self._device, self._model.dtype
+        positions = torch.tensor(atoms.positions, dtype=torch.float64)
+        pbc = torch.tensor(atoms.pbc, dtype=torch.bool)
+        cell = torch.tensor(atoms.cell.array, dtype=torch.float64)
+        cell = torch.where(pbc.unsqueeze(1), cell, 0.0)
+        pairs = self._neighbors.update(positions, cell, pbc)
+        if self._pairs is None or pairs is not self._latest:
+            self._latest, self._pairs = pairs, _move(pairs, device)
+        charge, spin = self._charge_and_spin(atoms)
+        # Differences of positions are taken in double precision, whatever the model's.
+        vectors = edge_vectors(positions.to(device), cell.to(device), self._pairs)
+        return Batch(
+            numbers=torch.tensor(atoms.numbers, dtype=torch.int64, device=device),
+            edge_vectors=vectors.to(dtype),
+            centers=self._pairs.centers,
+            neighbors=self._pairs.neighbors,
+            reverse=self._pairs.reverse,
+            structure_index=torch.zeros(len(atoms), dtype=torch.int64, device=device),
+            cells=cell.unsqueeze(0).to(device=device, dtype=dtype),
+            charges=torch.tensor([charge], device=device),
+            spins=torch.tensor([spin], device=device),
+            labels={},
+            frames=torch.zeros(1, dtype=torch.int64, device=device),
+        )
+
+    def _charge_and_spin(self, atoms: Atoms) -> tuple[int, int]:
+        if not self._conditioned:
+            return 0, 1
+        hypers = self._model.hypers
+        return charge_and_spin(atoms, hypers.max_charge, hypers.max_spin_multiplicity)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the neighbour list, and with the model on the CPU: any machine can open it."""
+        state = self.__dict__.copy()
+        state["_neighbors"] = SkinNeighbors(self._neighbors.cutoff, self._neighbors.skin)
+        state["_latest"] = state["_pairs"] = None
+        if self._device.type != "cpu":
+            state["_model"] = copy.deepcopy(self._model).to("cpu")
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._device = _choose_device(self._wanted_device)
+        self._model.to(self._device)
+
+
+def _open(
+    model: str | os.PathLike[str] | Potential, adapter: str | os.PathLike[str] | None
+) -> tuple[Potential, str | None]:
+    """A plain potential of the caller's own, and the target of the adapter that went into it."""
+    if isinstance(model, Potential):
+        potential = copy.deepcopy(model)
+    else:
+        potential = load_checkpoint(model).model
+    if adapter is not None:
+        load_adapter(potential, os.fspath(adapter))
+    config = active_adapter(potential)
+    return (potential, None) if config is None else (merged_copy(potential), config.target)
+
+
+def _choose_target(model: Potential, wanted: str | None) -> str:
+    energies = [name for name, spec in model.targets.items() if spec.is_energy]
+    if wanted is None:
+        if len(energies) != 1 and "energy" not in energies:
+            raise ConfigError(
+                f"target: the model predicts {len(energies)} energies "
+                f"({', '.join(energies) or 'none'}); name the one to use."
+            )
+        wanted = energies[0] if len(energies) == 1 else "energy"
+    spec = model.target(wanted)
+    if not spec.is_energy:
+        raise ConfigError(
+            f"target: '{wanted}' is no energy but a {spec.quantity or 'property without name'}. "
+            f"The model's energies: {', '.join(energies) or 'none'}."
+        )
+    return wanted
+
+
+def _choose_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ConfigError(
+            f"device: '{name}' cannot be used. Use 'auto', 'cpu', 'cuda' or 'cuda:0' (other "
+            "devices lack the 64-bit numbers that total energies need)."
+        )
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device: '{name}' is not there: torch finds {torch.cuda.device_count()} CUDA GPUs. "
+            "Use 'cpu' or 'auto'."
+        )
+    return device
+
+
+def _choose_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and chosen not in _DTYPES.values():
+        raise ConfigError(f"dtype: '{dtype}' is not one of {', '.join(_DTYPES)}.")
+    return chosen
+
+
+def _move(pairs: NeighborList, device: torch.device) -> NeighborList:
+    return NeighborList(
+        pairs.centers.to(device),
+        pairs.neighbors.to(device),
+        pairs.shifts.to(device),
+        pairs.reverse.to(device),
+    )
+
+
+def _to_numpy(tensor: Tensor) -> np.ndarray:
+    array: np.ndarray = tensor.detach().to("cpu", torch.float64).numpy()
+    return array

@@ -1,0 +1,357 @@
+"""The laws that every potential and every adapter obeys, as functions to call with any model.
+
+Each raises an AssertionError where its law is broken. Models are in float64 unless said
+otherwise; structures are ASE's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+
+from pet_finetune.adapters import (
+    AdapterConfig,
+    adapters_disabled,
+    inject,
+    load_adapter,
+    merge,
+    merged_copy,
+    save_adapter,
+    unmerge,
+)
+from pet_finetune.checkpoint import load_checkpoint, save_checkpoint, weights_fingerprint
+from pet_finetune.data import Batch, batch_from_atoms, random_rotations, rotate_batch
+from pet_finetune.errors import CheckpointError
+from pet_finetune.model import Potential, Prediction
+
+
+def predict(
+    model: Potential, frames: Sequence[Atoms], target: str = "energy", stress: bool = True
+) -> Prediction:
+    """What a model says of some structures in one batch, without graphs."""
+    return predict_batch(model, batch_from_atoms(frames, model.cutoff, model.dtype), target, stress)
+
+
+def predict_batch(
+    model: Potential, batch: Batch, target: str = "energy", stress: bool = True
+) -> Prediction:
+    """The same for a batch."""
+    found = model.predict(batch, target, stress=stress)
+    parts = (found.energy, found.atom_energies, found.forces, found.stress)
+    return Prediction(*(None if part is None else part.detach() for part in parts))
+
+
+def assert_same(one: Prediction, other: Prediction) -> None:
+    """Every number of two predictions is the same, to the last bit."""
+    for name in ("energy", "atom_energies", "forces", "stress"):
+        a, b = getattr(one, name), getattr(other, name)
+        assert torch.equal(a, b), f"{name} differs by up to {(a - b).abs().max():.2e}"
+
+
+def assert_differs(one: Prediction, other: Prediction) -> None:
+    """Energies and forces differ: guards a law against holding of nothing."""
+    assert (one.energy - other.energy).abs().max() > 1e-5
+    assert (one.forces - other.forces).abs().max() > 1e-5
+
+
+# Adapters ---------------------------------------------------------------------------------------
+
+
+def injection_is_the_identity(
+    base: Potential, frames: Sequence[Atoms], config: AdapterConfig
+) -> None:
+    """A fresh adapter changes no bit of any prediction, in evaluation and while training."""
+    before = predict(base, frames, config.target)
+    adapted = copy.deepcopy(base)
+    inject(adapted, config)
+    assert_same(predict(adapted.eval(), frames, config.target), before)
+    assert_same(predict(adapted.train(), frames, config.target), before)
+
+
+def merged_equals_unmerged(adapted: Potential, frames: Sequence[Atoms]) -> None:
+    """Merging, in place or in a copy, changes no bit of any prediction."""
+    before = predict(adapted, frames)
+    merge(adapted)
+    try:
+        assert_same(predict(adapted, frames), before)
+        assert_same(predict(merged_copy(adapted), frames), before)
+    finally:
+        unmerge(adapted)
+    assert_same(predict(merged_copy(adapted), frames), before)
+
+
+def unmerging_returns_the_base(adapted: Potential, base: Potential) -> None:
+    """The base's weights survive merging and unmerging, any number of times, bit for bit."""
+    frozen = {n: p for n, p in base.network.named_parameters() if n not in _trained(adapted)}
+    before = predict_state(adapted)
+    for _ in range(3):
+        merge(adapted)
+        merge(adapted)
+        unmerge(adapted)
+    after = adapted.network.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert all(torch.equal(after[name], value) for name, value in frozen.items())
+    assert frozen
+
+
+def _trained(model: Potential) -> set[str]:
+    return {name for name, value in model.network.named_parameters() if value.requires_grad}
+
+
+def predict_state(model: Potential) -> dict[str, torch.Tensor]:
+    """A copy of the network's state dict."""
+    return {name: value.clone() for name, value in model.network.state_dict().items()}
+
+
+def disabled_equals_the_base(
+    adapted: Potential, base: Potential, frames: Sequence[Atoms], target: str = "energy"
+) -> None:
+    """Within ``adapters_disabled`` the model is its base, after it the adapted model again."""
+    tuned = predict(adapted, frames, target)
+    original = predict(base, frames, target)
+    assert_differs(tuned, original)
+    with adapters_disabled(adapted):
+        assert_same(predict(adapted, frames, target), original)
+    assert_same(predict(adapted, frames, target), tuned)
+
+
+def only_what_is_stated_trains(adapted: Potential, config: AdapterConfig) -> None:
+    """Low-rank factors and the modules to save train, and nothing else."""
+    allowed = tuple(f"{path}." for path in config.modules_to_save or ())
+    for name in _trained(adapted):
+        assert name.endswith((".lora_A", ".lora_B")) or name.startswith(allowed), name
+    assert len(_trained(adapted)) > len(allowed)
+
+
+# Physics ----------------------------------------------------------------------------------------
+
+
+def forces_are_finite_differences(
+    model: Potential, atoms: Atoms, step: float = 1e-5, tolerance: float = 1e-7
+) -> float:
+    """F = -dE/dr by central differences; returns the largest difference, eV/angstrom."""
+    moved = []
+    for atom in range(len(atoms)):
+        for axis in range(3):
+            for sign in (1, -1):
+                frame = atoms.copy()
+                frame.positions[atom, axis] += sign * step
+                moved.append(frame)
+    energies = _energies(model, moved).reshape(len(atoms), 3, 2)
+    numerical = -(energies[..., 0] - energies[..., 1]) / (2 * step)
+    found = predict(model, [atoms]).forces
+    difference = float((found - numerical).abs().max())
+    assert difference < tolerance * max(1.0, float(numerical.abs().max())), difference
+    return difference
+
+
+def stress_is_finite_differences(
+    model: Potential, atoms: Atoms, step: float = 1e-5, tolerance: float = 1e-8
+) -> float:
+    """Stress = dE/dstrain / V, symmetric; returns the largest difference, eV/angstrom^3."""
+    strained = []
+    for i in range(3):
+        for j in range(3):
+            for sign in (1, -1):
+                deformation = np.eye(3)
+                deformation[i, j] += 0.5 * sign * step
+                deformation[j, i] += 0.5 * sign * step
+                frame = atoms.copy()
+                frame.set_cell(atoms.cell.array @ deformation, scale_atoms=True)
+                strained.append(frame)
+    energies = _energies(model, strained).reshape(3, 3, 2)
+    numerical = (energies[..., 0] - energies[..., 1]) / (2 * step * atoms.get_volume())
+    found = predict(model, [atoms]).stress[0]
+    difference = float((found - numerical).abs().max())
+    assert difference < tolerance * max(1.0, float(numerical.abs().max())), difference
+    assert torch.equal(found, found.T)
+    return difference
+
+
+def _energies(model: Potential, frames: Sequence[Atoms]) -> torch.Tensor:
+    batch = batch_from_atoms(frames, model.cutoff, model.dtype)
+    with torch.no_grad():
+        return model.predict(batch, forces=False).energy
+
+
+def assert_close(
+    found: Prediction, expected: Prediction, tolerance: float, order: Sequence[int] | None = None
+) -> None:
+    """Predictions agree to a tolerance in eV, eV/angstrom, eV/angstrom^3."""
+    atoms = slice(None) if order is None else list(order)
+    for name in ("energy", "atom_energies", "forces", "stress"):
+        a, b = getattr(found, name), getattr(expected, name)
+        b = b if name in ("energy", "stress") else b[atoms]
+        difference = float((a - b).abs().max())
+        assert difference <= tolerance, f"{name} differs by up to {difference:.2e}"
+
+
+def alone_equals_in_a_batch(
+    model: Potential, frames: Sequence[Atoms], tolerance: float = 1e-11
+) -> None:
+    """A structure does not notice what else is in its batch, in any order."""
+    for order in (range(len(frames)), reversed(range(len(frames)))):
+        chosen = [frames[index] for index in order]
+        together = predict(model, chosen)
+        first = 0
+        for index, atoms in enumerate(chosen):
+            last = first + len(atoms)
+            part = Prediction(
+                together.energy[index : index + 1],
+                together.atom_energies[first:last],
+                together.forces[first:last],
+                together.stress[index : index + 1],
+            )
+            assert_close(part, predict(model, [atoms]), tolerance)
+            first = last
+
+
+def atoms_without_neighbors_work(model: Potential, atoms: Atoms, far: Atoms) -> None:
+    """One atom has an energy and no force, alone, in a box, and far from another structure."""
+    assert len(atoms) == 1
+    boxed = atoms.copy()
+    boxed.cell, boxed.pbc = [4 * model.cutoff] * 3, True
+    alone = predict(model, [atoms])
+    assert torch.isfinite(alone.energy).all()
+    assert torch.equal(alone.forces, torch.zeros_like(alone.forces))
+    assert torch.equal(predict(model, [boxed]).forces, alone.forces)
+    assert_close(predict(model, [boxed]), alone, 1e-12)
+    beside = far + atoms
+    beside.positions[-1] += [0, 0, 10 * model.cutoff + np.abs(far.positions).max()]
+    together = predict(model, [beside])
+    expected = float(alone.energy + predict(model, [far]).energy)
+    assert float(together.energy) == pytest.approx(expected, abs=1e-11)
+    assert torch.equal(together.forces[-1], torch.zeros_like(together.forces[-1]))
+
+
+def energy_is_extensive(model: Potential, atoms: Atoms, tolerance: float = 1e-11) -> None:
+    """Two structures out of reach of each other, or a cell taken twice, have twice the energy."""
+    once = predict(model, [atoms])
+    periodic = np.flatnonzero(atoms.pbc)
+    if len(periodic):
+        repeats = [1, 1, 1]
+        repeats[periodic[0]] = 2
+        twice = predict(model, [atoms * repeats])
+        if atoms.pbc.all():
+            assert float((twice.stress - once.stress).abs().max()) < tolerance
+    else:
+        copied = atoms.copy()
+        copied.positions += [0, 20 * model.cutoff, 0]
+        twice = predict(model, [atoms + copied])
+    assert float(twice.energy) == pytest.approx(2 * float(once.energy), abs=tolerance * len(atoms))
+    for half in twice.forces.split(len(atoms)):
+        assert float((half - once.forces).abs().max()) < tolerance
+
+
+def translation_changes_nothing(model: Potential, atoms: Atoms, tolerance: float = 1e-11) -> None:
+    """The origin has no meaning."""
+    moved = atoms.copy()
+    moved.positions += [3.21, -17.9, 0.456]
+    assert_close(predict(model, [moved]), predict(model, [atoms]), tolerance)
+
+
+def permutation_changes_nothing(model: Potential, atoms: Atoms, tolerance: float = 1e-11) -> None:
+    """Nor has the order of the atoms, which forces and atomic energies follow."""
+    order = np.random.default_rng(3).permutation(len(atoms))
+    assert_close(predict(model, [atoms[order]]), predict(model, [atoms]), tolerance, order)
+
+
+def periodic_images_change_nothing(
+    model: Potential, atoms: Atoms, tolerance: float = 1e-10
+) -> None:
+    """Atoms may be any of their images, and the cell any that spans the same lattice."""
+    expected = predict(model, [atoms])
+    shifts = np.random.default_rng(5).integers(-3, 4, size=(len(atoms), 3)) * atoms.pbc
+    imaged = atoms.copy()
+    imaged.positions += shifts @ atoms.cell.array
+    wrapped = imaged.copy()
+    wrapped.wrap()
+    skewed = atoms.copy()
+    first, second = np.flatnonzero(atoms.pbc)[:2]
+    skewed.cell[second] = atoms.cell[second] + atoms.cell[first]
+    for same in (imaged, wrapped, skewed):
+        assert_close(predict(model, [same]), expected, tolerance)
+
+
+def rotational_errors(
+    model: Potential, frames: Sequence[Atoms], rotations: int = 8, seed: int = 0
+) -> dict[str, float]:
+    """How much predictions depend on the orientation; PET learns invariance, it is not built in.
+
+    :return: root mean square deviation from the mean over rotations and inversions: of the energy,
+        meV/atom, and of the forces turned back, meV/angstrom.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    batch = batch_from_atoms(frames, model.cutoff, model.dtype)
+    energies, forces = [], []
+    for _ in range(rotations):
+        turns = random_rotations(len(frames), generator, model.dtype)
+        found = predict_batch(model, rotate_batch(batch, turns))
+        back = turns[batch.structure_index].transpose(1, 2)
+        energies.append(found.energy / batch.atoms_per_structure)
+        forces.append((back @ found.forces.unsqueeze(-1)).squeeze(-1).double())
+    spread = {"energy": torch.stack(energies), "forces": torch.stack(forces)}
+    return {
+        name: 1000.0 * float((values - values.mean(0)).square().mean().sqrt())
+        for name, values in spread.items()
+    }
+
+
+# Files ------------------------------------------------------------------------------------------
+
+
+def saving_loses_nothing(model: Potential, frames: Sequence[Atoms], folder: Path) -> None:
+    """What comes back from a checkpoint is the model, to the last bit."""
+    path = save_checkpoint(folder / "model.ckpt", model, provenance={"parent": "none"})
+    opened = load_checkpoint(path)
+    again = opened.model
+    assert opened.provenance == {"parent": "none"}
+    assert again.hypers == model.hypers
+    assert (again.species, again.targets, again.dtype) == (
+        model.species,
+        model.targets,
+        model.dtype,
+    )
+    for target in model.targets:
+        assert_same(predict(again, frames, target), predict(model, frames, target))
+    expected = model if model.adapter is None else merged_copy(model)
+    assert weights_fingerprint(again) == weights_fingerprint(expected)
+    assert predict_state(again).keys() == predict_state(expected).keys()
+
+
+def saving_an_adapter_loses_nothing(
+    adapted: Potential, base: Potential, frames: Sequence[Atoms], folder: Path
+) -> None:
+    """An adapter put onto its base from a folder is the adapted model, to the last bit."""
+    save_adapter(adapted, folder, "base")
+    again = copy.deepcopy(base)
+    load_adapter(again, folder)
+    assert_same(predict(again, frames), predict(adapted, frames))
+    with adapters_disabled(again):
+        assert_same(predict(again, frames), predict(base, frames))
+
+
+def an_interrupted_save_leaves_the_old_file(
+    old: Potential, new: Potential, folder: Path, interrupt: Callable[[BaseException], None]
+) -> None:
+    """Whatever goes wrong while writing, the file is the old one and nothing lies beside it.
+
+    :param interrupt: makes the next write raise the given exception half way.
+    """
+    path = save_checkpoint(folder / "model.ckpt", old)
+    before = path.read_bytes()
+    for error in (OSError(28, "No space left on device"), KeyboardInterrupt()):
+        interrupt(error)
+        with pytest.raises(
+            KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else CheckpointError
+        ):
+            save_checkpoint(path, new)
+        assert path.read_bytes() == before
+        assert [entry.name for entry in folder.iterdir()] == ["model.ckpt"]
+    assert weights_fingerprint(load_checkpoint(path).model) == weights_fingerprint(old)

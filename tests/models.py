@@ -1,0 +1,107 @@
+"""Small random potentials and structures that tests of any layer share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms, units
+from ase.build import bulk, molecule
+
+from pet_finetune.adapters import AdapterConfig, inject
+from pet_finetune.config import ModelOptions
+from pet_finetune.keys import TargetSpec
+from pet_finetune.model import Potential
+
+SPECIES = (1, 6, 8, 14)
+SMALL: dict[str, Any] = {
+    "cutoff": 3.5,
+    "d_pet": 8,
+    "d_head": 6,
+    "d_node": 12,
+    "d_feedforward": 10,
+    "num_heads": 2,
+    "num_attention_layers": 1,
+    "num_gnn_layers": 2,
+}
+
+
+def random_potential(
+    seed: int = 0,
+    targets: Sequence[str] = ("energy",),
+    dtype: torch.dtype = torch.float64,
+    **hypers: Any,
+) -> Potential:
+    """A potential none of whose weights, baselines and scales is a default."""
+    torch.manual_seed(seed)
+    options = ModelOptions.model_validate({**SMALL, **hypers})
+    model = Potential(options, SPECIES, [TargetSpec(name) for name in targets]).to(dtype)
+    with torch.no_grad():
+        for parameter in model.network.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    for index, name in enumerate(targets):
+        model.composition.set(name, 5.0 * torch.randn(len(SPECIES), dtype=torch.float64))
+        model.scale.set(name, 2.0 + index)
+    return model.eval()
+
+
+def trained_adapter(model: Potential, seed: int = 1, **config: Any) -> Potential:
+    """Put an adapter into a model and move it, and the heads beside it, away from the start."""
+    torch.manual_seed(seed)
+    inject(model, AdapterConfig(**{"rank": 2, "alpha": 3.0, **config}))
+    with torch.no_grad():
+        for parameter in model.network.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    target = config.get("target", "energy")
+    model.composition.set(target, model.composition.get(target) + 0.5)
+    model.scale.set(target, 1.1 * model.scale.get(target))
+    return model.eval()
+
+
+def ethanol() -> Atoms:
+    """A molecule, off its symmetric geometry."""
+    atoms = molecule("CH3CH2OH")
+    atoms.rattle(0.05, seed=1)
+    return atoms
+
+
+def crystal() -> Atoms:
+    """A triclinic crystal of four atoms whose cell is smaller than the models' cutoff."""
+    atoms = bulk("SiC", "zincblende", a=4.36) * (2, 1, 1)
+    strain = np.eye(3) + 0.03 * np.random.default_rng(2).normal(size=(3, 3))
+    atoms.set_cell(atoms.cell.array @ strain, scale_atoms=True)
+    atoms.rattle(0.05, seed=2)
+    return atoms
+
+
+def slab() -> Atoms:
+    """Four atoms, periodic in two directions only."""
+    atoms = Atoms("SiOCH", [[0, 0, 5], [1.5, 0.2, 5.5], [0.3, 1.6, 6], [1.2, 1.4, 7]])
+    atoms.set_cell([[3.1, 0.2, 0], [0.1, 3.3, 0], [0, 0, 15]])
+    atoms.pbc = (True, True, False)
+    return atoms
+
+
+def lone_atom() -> Atoms:
+    """One atom without neighbours."""
+    return Atoms("O", positions=[[0.3, 0.2, 0.1]])
+
+
+def apart() -> Atoms:
+    """A molecule, and one atom beyond the reach of everything."""
+    return Atoms("OHHC", [[0, 0, 0], [0.8, 0.6, 0], [-0.8, 0.6, 0], [0, 0, 30]])
+
+
+def all_structures() -> dict[str, Atoms]:
+    """One of every kind."""
+    made = (ethanol, crystal, slab, lone_atom, apart)
+    return {make.__name__: make() for make in made}
+
+
+def heat(atoms: Atoms, temperature: float) -> None:
+    """Give the atoms Maxwell-Boltzmann momenta, always the same ones."""
+    width = np.sqrt(atoms.get_masses() * units.kB * temperature)
+    atoms.set_momenta(np.random.default_rng(0).normal(size=(len(atoms), 3)) * width[:, None])
