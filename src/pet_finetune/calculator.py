@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,12 +14,12 @@ from ase.calculators.calculator import Calculator, PropertyNotImplementedError, 
 from ase.stress import full_3x3_to_voigt_6_stress
 from torch import Tensor
 
-from pet_finetune.adapters import active_adapter, load_adapter, merged_copy
-from pet_finetune.checkpoint import load_checkpoint
+from pet_finetune.checkpoint import open_potential
 from pet_finetune.data.batch import Batch
 from pet_finetune.data.computable import charge_and_spin, check_atoms
 from pet_finetune.data.neighbors import NeighborList, edge_vectors
 from pet_finetune.data.skin import SkinNeighbors
+from pet_finetune.device import choose_device
 from pet_finetune.errors import ConfigError, DataError
 from pet_finetune.model import Potential
 
@@ -67,10 +66,10 @@ class PETCalculator(Calculator):
         if not skin >= 0.0:
             raise ConfigError(f"skin: the margin is a length of 0 Å or more, got {skin}.")
         self._wanted_device = str(device)
-        self._device = _choose_device(self._wanted_device)
+        self._device = choose_device(self._wanted_device)
         floating = _choose_dtype(dtype)
-        potential, adapter_target = _open(model, adapter)
-        self._target = _choose_target(potential, target or adapter_target)
+        potential, adapter_target = open_potential(model, adapter)
+        self._target = potential.energy_target(target or adapter_target)
         potential.to(device=self._device, dtype=floating)
         self._model = potential.eval().requires_grad_(False)
         self._conditioned = potential.hypers.system_conditioning
@@ -190,57 +189,8 @@ class PETCalculator(Calculator):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._device = _choose_device(self._wanted_device)
+        self._device = choose_device(self._wanted_device)
         self._model.to(self._device)
-
-
-def _open(
-    model: str | os.PathLike[str] | Potential, adapter: str | os.PathLike[str] | None
-) -> tuple[Potential, str | None]:
-    """A plain potential of the caller's own, and the target of the adapter that went into it."""
-    if isinstance(model, Potential):
-        potential = copy.deepcopy(model)
-    else:
-        potential = load_checkpoint(model).model
-    if adapter is not None:
-        load_adapter(potential, os.fspath(adapter))
-    config = active_adapter(potential)
-    return (potential, None) if config is None else (merged_copy(potential), config.target)
-
-
-def _choose_target(model: Potential, wanted: str | None) -> str:
-    energies = [name for name, spec in model.targets.items() if spec.is_energy]
-    if wanted is None:
-        if len(energies) != 1 and "energy" not in energies:
-            raise ConfigError(
-                f"target: the model predicts {len(energies)} energies "
-                f"({', '.join(energies) or 'none'}); name the one to use."
-            )
-        wanted = energies[0] if len(energies) == 1 else "energy"
-    spec = model.target(wanted)
-    if not spec.is_energy:
-        raise ConfigError(
-            f"target: '{wanted}' is no energy but a {spec.quantity or 'property without name'}. "
-            f"The model's energies: {', '.join(energies) or 'none'}."
-        )
-    return wanted
-
-
-def _choose_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ConfigError(
-            f"device: '{name}' cannot be used. Use 'auto', 'cpu', 'cuda' or 'cuda:0' (other "
-            "devices lack the 64-bit numbers that total energies need)."
-        )
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device: '{name}' is not there: torch finds {torch.cuda.device_count()} CUDA GPUs. "
-            "Use 'cpu' or 'auto'."
-        )
-    return device
 
 
 def _choose_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

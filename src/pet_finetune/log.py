@@ -6,7 +6,11 @@ import logging
 import sys
 from pathlib import Path
 
-__all__ = ["get_logger", "setup_logging"]
+__all__ = ["FILE_ONLY", "get_logger", "setup_logging"]
+
+#: As ``extra`` of a message: it goes to the log file but not to stderr, because the user is shown
+#: it in another way.
+FILE_ONLY = {"file_only": True}
 
 _ROOT = "pet_finetune"
 _PLAIN_FORMAT = "%(asctime)s %(levelname)-7s %(message)s"
@@ -32,6 +36,7 @@ def setup_logging(level: int | str = "INFO", file: str | Path | None = None) -> 
     """
     root = logging.getLogger(_ROOT)
     handlers: list[logging.Handler] = [_stream_handler()]
+    handlers[0].addFilter(lambda record: not getattr(record, "file_only", False))
     if file is not None:
         path = Path(file)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,9 @@
 """Adapter folders in the format of Hugging Face PEFT.
 
 ``adapter_config.json`` and ``adapter_model.safetensors`` are PEFT's, keys included, and load
-there. ``pet_finetune.json`` beside them holds what PEFT has no place for: the fingerprint of the
-base, the target, its baseline per species and its scale.
+there. What PEFT has no place for (the fingerprint of the base, the target, its baseline per species
+and its scale) is JSON in the metadata of the safetensors file, where it cannot be parted from the
+weights it belongs to.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
@@ -29,7 +30,7 @@ from .merge import lora_layers
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-EXTRA_FILE = "pet_finetune.json"
+_METADATA = "pet_finetune"
 _PREFIX = "base_model.model."
 
 
@@ -76,9 +77,10 @@ def save_adapter(model: Potential, directory: str | Path, base_name: str = "") -
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_json(folder / CONFIG_FILE, _peft_config(config, base_name))
-        _write_json(folder / EXTRA_FILE, extra)
-        _replace(folder / WEIGHTS_FILE, to_bytes(adapter_tensors(model), {"format": "pt"}))
+        peft = json.dumps(_peft_config(config, base_name), indent=2) + "\n"
+        _replace(folder / CONFIG_FILE, peft.encode())
+        metadata = {"format": "pt", _METADATA: json.dumps(extra)}
+        _replace(folder / WEIGHTS_FILE, to_bytes(adapter_tensors(model), metadata))
     except OSError as error:
         raise AdapterError(f"Cannot write the adapter to '{folder}': {error}.") from error
     return folder
@@ -97,25 +99,31 @@ def load_adapter(model: Potential, directory: str | Path) -> AdapterConfig:
     """
     folder = Path(directory)
     peft = _read_json(folder / CONFIG_FILE)
-    extra = _read_json(folder / EXTRA_FILE) if (folder / EXTRA_FILE).exists() else {}
+    extra = read_metadata(folder)
     _check_method(peft, folder)
     fingerprint = _check_base(model, extra, folder)
-    config = AdapterConfig(
-        rank=int(peft["r"]),
-        alpha=float(peft["lora_alpha"]),
-        dropout=float(peft.get("lora_dropout") or 0.0),
-        target_modules=peft["target_modules"],
-        modules_to_save=peft.get("modules_to_save") or (),
-        target=_prepare_target(model, extra),
-    )
-    inherited = extra.get("inherited_from")
-    resolved = inject(model, config, fingerprint=fingerprint, inherited_from=inherited)
-    _load_tensors(model, folder / WEIGHTS_FILE)
-    if extra:
-        model.composition.set(
-            resolved.target, torch.tensor(extra["composition"], dtype=torch.float64)
+    try:
+        target = _prepare_target(model, extra)
+        config = AdapterConfig(
+            rank=int(peft["r"]),
+            alpha=float(peft["lora_alpha"]),
+            dropout=float(peft.get("lora_dropout") or 0.0),
+            target_modules=peft["target_modules"],
+            modules_to_save=peft.get("modules_to_save") or (),
+            target=target,
         )
-        model.scale.set(resolved.target, extra["scale"])
+        inherited = extra.get("inherited_from")
+        resolved = inject(model, config, fingerprint=fingerprint, inherited_from=inherited)
+        _load_tensors(model, folder / WEIGHTS_FILE)
+        if extra:
+            composition = torch.tensor(extra["composition"], dtype=torch.float64)
+            model.composition.set(target, composition)
+            model.scale.set(target, float(extra["scale"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdapterError(
+            f"'{folder}' is damaged: a value in its files is missing or of the wrong kind "
+            f"({type(error).__name__}: {error})."
+        ) from error
     return resolved
 
 
@@ -164,7 +172,7 @@ def _check_method(peft: dict[str, Any], folder: Path) -> None:
 def _check_base(model: Potential, extra: dict[str, Any], folder: Path) -> str:
     """The fingerprint of the model, which must be the one that the adapter was made for."""
     have = weights_fingerprint(model)
-    want = extra.get("base_fingerprint", have)
+    want = str(extra.get("base_fingerprint", have))
     if have != want:
         name = extra.get("base_name") or "unnamed"
         raise AdapterError(
@@ -183,6 +191,21 @@ def _prepare_target(model: Potential, extra: dict[str, Any]) -> str:
     if spec.name not in model.targets:
         model.add_target(spec, inherit_from=extra.get("inherited_from"))
     return spec.name
+
+
+def read_metadata(directory: str | Path) -> dict[str, Any]:
+    """What we wrote beside the tensors of an adapter; empty for one that PEFT wrote.
+
+    Raises:
+        AdapterError: the weights file is missing or damaged.
+    """
+    path = Path(directory) / WEIGHTS_FILE
+    try:
+        with safe_open(path, framework="pt") as stored:
+            text = (stored.metadata() or {}).get(_METADATA)
+        return {} if text is None else dict(json.loads(text))
+    except (OSError, SafetensorError, TypeError, ValueError) as error:
+        raise AdapterError(f"Cannot read the adapter weights '{path}': {error}.") from error
 
 
 def _load_tensors(model: Potential, path: Path) -> None:
@@ -209,10 +232,6 @@ def _load_tensors(model: Potential, path: Path) -> None:
                     f"{tuple(parameters[own].shape)}."
                 )
             parameters[own].copy_(value)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    _replace(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def _replace(path: Path, content: bytes) -> None:

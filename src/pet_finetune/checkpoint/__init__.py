@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pet_finetune.checkpoint.load import Checkpoint, load_checkpoint
+from pet_finetune.checkpoint.load import Checkpoint, load_checkpoint, open_potential
 from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.checkpoint.oldest import load_oldest_start
 from pet_finetune.model.fingerprint import weights_fingerprint
@@ -11,6 +11,7 @@ __all__ = [
     "Checkpoint",
     "load_checkpoint",
     "load_oldest_start",
+    "open_potential",
     "save_checkpoint",
     "weights_fingerprint",
 ]

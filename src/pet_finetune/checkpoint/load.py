@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pet_finetune.adapters import active_adapter, load_adapter, merged_copy
 from pet_finetune.checkpoint.archive import TorchArchive
 from pet_finetune.checkpoint.metatrain import is_metatrain, read_metatrain
 from pet_finetune.checkpoint.native import is_native, read_native
@@ -15,7 +17,7 @@ from pet_finetune.errors import CheckpointError
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 
-__all__ = ["Checkpoint", "load_checkpoint"]
+__all__ = ["Checkpoint", "load_checkpoint", "open_potential"]
 
 _log = get_logger(__name__)
 
@@ -65,6 +67,26 @@ def load_checkpoint(path: str | os.PathLike[str], *, keep_adapter: bool = False)
         raise CheckpointError(f"{path}: {_what_it_is(content)}")
     native = read_native(path, keep_adapter)
     return Checkpoint(native.model, "pet-finetune", native.provenance, native.training, path)
+
+
+def open_potential(
+    model: str | os.PathLike[str] | Potential, adapter: str | os.PathLike[str] | None = None
+) -> tuple[Potential, str | None]:
+    """A plain potential to predict with, and the target of the adapter that went into it, if any.
+
+    :param model: a checkpoint, or a potential, which is copied.
+    :param adapter: an adapter folder to put on top of it; merged into the weights.
+    :raises CheckpointError: as :func:`load_checkpoint`.
+    :raises AdapterError: the adapter cannot be read or belongs to another base.
+    """
+    if isinstance(model, Potential):
+        potential = copy.deepcopy(model)
+    else:
+        potential = load_checkpoint(model).model
+    if adapter is not None:
+        load_adapter(potential, os.fspath(adapter))
+    config = active_adapter(potential)
+    return (potential, None) if config is None else (merged_copy(potential), config.target)
 
 
 def _what_it_is(content: Any) -> str:

@@ -28,8 +28,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("files", nargs="*", help="with a model: files of structures")
     parser.add_argument("-c", "--checkpoint", help="with an options file: the model")
     parser.add_argument("--adapter", help="folder of an adapter of this model")
-    parser.add_argument("--target", default="energy", help="which energy (default: energy)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument(
+        "--target",
+        help="which energy (default: the only one, that of the adapter, or all of the options)",
+    )
+    parser.add_argument("--device", help="auto, cpu or cuda (default: auto, or the options')")
     parser.add_argument(
         "-r", "--override", action="append", default=[], metavar="KEY=VALUE",
         help="change an option; may be repeated",
@@ -46,16 +49,23 @@ def run(arguments: argparse.Namespace) -> int:
             f"eval: with -c the first argument is an options file, but '{arguments.first}' does "
             "not end in .yaml. Write: eval options.yaml -c MODEL, or: eval MODEL FILE..."
         )
+    if arguments.override:
+        raise ConfigError(
+            "eval: -r changes an option, but no options file is given. Write: eval options.yaml "
+            "-c MODEL -r KEY=VALUE"
+        )
     if not arguments.files:
         raise ConfigError("eval: name the files to evaluate on: eval MODEL FILE...")
+    from pet_finetune.log import setup_logging
     from pet_finetune.workflows import evaluate_files
 
+    setup_logging()
     evaluate_files(
         arguments.first,
         arguments.files,
         adapter=arguments.adapter,
         target=arguments.target,
-        device=arguments.device,
+        device=arguments.device or "auto",
     )
     return 0
 
@@ -65,8 +75,23 @@ def _with_options(arguments: argparse.Namespace) -> int:
 
     if arguments.checkpoint is None:
         raise ConfigError("eval: name the model: eval options.yaml -c MODEL")
+    if arguments.files:
+        raise ConfigError(
+            f"eval: the options file names the structures, so '{arguments.files[0]}' is one file "
+            "too many. Write: eval options.yaml -c MODEL, or: eval MODEL FILE..."
+        )
     loaded = load_options(arguments.first, arguments.override, require_start=False)
+    from pet_finetune.log import get_logger, setup_logging
     from pet_finetune.workflows import evaluate_options
 
-    evaluate_options(loaded.options, arguments.checkpoint, adapter=arguments.adapter)
+    setup_logging()
+    for notice in loaded.notices:
+        get_logger(__name__).warning(notice)
+    evaluate_options(
+        loaded.options,
+        arguments.checkpoint,
+        adapter=arguments.adapter,
+        target=arguments.target,
+        device=arguments.device,
+    )
     return 0

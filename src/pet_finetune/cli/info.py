@@ -18,12 +18,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Carry the command out."""
-    from rich.console import Console
-
+    from pet_finetune.log import setup_logging
     from pet_finetune.workflows import describe_checkpoint
+    from pet_finetune.workflows.tables import show
 
-    console = Console()
+    setup_logging()
     for path in arguments.checkpoint:
         for table in describe_checkpoint(path):
-            console.print(table)
+            show(table)
     return 0

@@ -33,6 +33,11 @@ __all__ = [
     "TrainingOptions",
 ]
 
+#: Weight of the energy per atom beside forces where the options give no weights. There are 3 N
+#: forces for one energy, and their errors are tens of times larger: with equal weights the energy
+#: hardly counts.
+ENERGY_WEIGHT = 10.0
+
 BestModelMetric = Literal["mae_prod", "rmse_prod", "loss", "energy_mae", "forces_mae"]
 BaselineMode = Literal["auto", "refit", "fit", "keep", "values"]
 
@@ -137,8 +142,8 @@ class TrainingOptions(Section):
     )
     learning_rate: PositiveFloat | None = Field(
         default=None,
-        description="Highest learning rate. Null chooses: 1e-3 for `lora` and `heads`, 3e-4 for "
-        "`full` fine-tuning, 5e-4 from scratch. metatrain's default is 1e-4 for all.",
+        description="Highest learning rate. Null chooses: 2e-3 for `lora`, 1e-3 for `heads`, "
+        "5e-4 for `full` fine-tuning and from scratch. metatrain's default is 1e-4 for all.",
     )
     scheduler: Annotated[Literal["cosine", "constant"], OneOf()] = Field(
         default="cosine", description="Course of the learning rate after the warm-up."
@@ -162,11 +167,14 @@ class TrainingOptions(Section):
         default=None, description="Stop when the metric no longer improves. Null is off."
     )
     loss: LossOptions = Field(
-        default="mse", description="One of mse, mae, huber; or a section for each target."
+        default="mse",
+        description="One of mse, mae, huber, and then the energy per atom weighs 10, forces and "
+        "stress 1; or a section for each target, in which weights left out are 1.",
     )
     per_structure_targets: TextList = Field(
         default=(),
-        description="Targets whose loss and errors are not divided by the number of atoms.",
+        description="Targets whose energy counts whole in the loss, not divided by the number of "
+        "atoms. Errors in logs and tables are per atom always.",
     )
     best_model_metric: Annotated[BestModelMetric, OneOf()] = Field(
         default="mae_prod",
@@ -208,10 +216,11 @@ class TrainingOptions(Section):
     def loss_for(self, target: str) -> TargetLoss:
         """The loss of ``target``, with the short ways of writing it spelled out.
 
-        A single type for everything applies to forces and stress too; a type given for one
-        target does not (metatrain's rule): those stay with the mean squared error.
+        A single type for everything applies to forces and stress too, and the energy per atom
+        weighs :data:`ENERGY_WEIGHT`. A section for a target has metatrain's meaning: weights of
+        1, and forces and stress with the mean squared error, unless it says otherwise.
         """
         if isinstance(self.loss, str):
             term = LossTerm(type=self.loss)
-            return TargetLoss(type=self.loss, forces=term, stress=term)
+            return TargetLoss(type=self.loss, weight=ENERGY_WEIGHT, forces=term, stress=term)
         return self.loss.get(target, TargetLoss())

@@ -54,7 +54,10 @@ class Splits:
     parts: Mapping[str, tuple[SplitPart, ...]]
 
     def save(self, path: str | Path) -> None:
-        """Write files, frame numbers and fingerprints as JSON; the file appears whole or not."""
+        """Write files, frame numbers and fingerprints as JSON; the file appears whole or not.
+
+        :raises DataError: the file cannot be written.
+        """
         sets = {
             name: {
                 "structures": len(getattr(self, name)),
@@ -74,8 +77,11 @@ class Splits:
         content = json.dumps({"format": _FORMAT, "version": _VERSION, "sets": sets})
         file = Path(path)
         partial = file.with_name(file.name + ".partial")
-        partial.write_text(content + "\n", encoding="utf-8")
-        os.replace(partial, file)
+        try:
+            partial.write_text(content + "\n", encoding="utf-8")
+            os.replace(partial, file)
+        except OSError as error:
+            raise DataError(f"Cannot write the splits to '{file}': {error.strerror}.") from error
 
 
 def make_splits(options: Options, seed: int) -> Splits:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pet_finetune.config import ModelOptions
 from pet_finetune.data.batch import Batch
 from pet_finetune.data.species import covalent_radii
-from pet_finetune.errors import PetFinetuneError, did_you_mean
+from pet_finetune.errors import ConfigError, PetFinetuneError, did_you_mean
 from pet_finetune.keys import TargetSpec
 from pet_finetune.nn.gather import permute_rows
 
@@ -135,6 +135,29 @@ class Potential(nn.Module):
                 f"It predicts: {', '.join(self.targets) or 'nothing'}."
             )
         return self.targets[name]
+
+    def energy_target(self, wanted: str | None = None) -> str:
+        """The energy meant: the one named, else the only one there is, else ``energy``.
+
+        Raises:
+            ConfigError: there are several and none is named, or the one named is no energy of
+                whole structures.
+            PetFinetuneError: no target has that name.
+        """
+        energies = [name for name, spec in self.targets.items() if spec.is_energy]
+        if wanted is None:
+            if len(energies) != 1 and "energy" not in energies:
+                raise ConfigError(
+                    f"target: the model predicts {len(energies)} energies "
+                    f"({', '.join(energies) or 'none'}); name the one to use."
+                )
+            wanted = energies[0] if len(energies) == 1 else "energy"
+        if not self.target(wanted).is_energy:
+            raise ConfigError(
+                f"target: '{wanted}' is a {self.target(wanted).quantity or 'property'}, not an "
+                f"energy. Energies of this model: {', '.join(energies) or 'none'}."
+            )
+        return wanted
 
     @property
     def cutoff(self) -> float:

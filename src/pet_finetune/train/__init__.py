@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .baselines import prepare_baselines
 from .metrics import Metrics, evaluate
-from .trainer import Trainer, TrainingResult
+from .records import TrainingResult
+from .trainer import Trainer
 
 __all__ = ["Metrics", "Trainer", "TrainingResult", "evaluate", "prepare_baselines"]

@@ -15,7 +15,10 @@ from pet_finetune.data.loader import Loader
 from pet_finetune.data.structure import Structure
 from pet_finetune.errors import TrainingError
 from pet_finetune.keys import forces_key
+from pet_finetune.log import get_logger
 from pet_finetune.model import Potential, fit_composition
+
+_logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,12 @@ def prepare_baselines(
         model.composition.set(target, new)
         if target in fresh:
             model.scale.set(target, _scale(options, loader, target, left))
+        elif target in options.training.fixed_scaling_weights:
+            _logger.warning(
+                "fixed_scaling_weights has no effect on '%s': its heads were trained with the "
+                "scale of the starting model",
+                target,
+            )
         atoms = _counts(loader.structures, model.species).sum(0).tolist()
         rows = [
             (chemical_symbols[z], int(count), float(before), float(after))

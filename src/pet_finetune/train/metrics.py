@@ -36,26 +36,27 @@ class Metrics:
         """The sums, as plain numbers."""
         return {kind: list(sums) for kind, sums in self._sums.items()}
 
-    def _add(self, kind: str, errors: Tensor) -> None:
-        known = errors[~errors.isnan()].to(torch.float64)
+    def _add(self, kind: str, errors: Tensor, known: Tensor) -> None:
+        errors = errors[known].to(torch.float64)
         sums = self._sums.setdefault(kind, [0.0, 0.0, 0.0])
-        new = torch.stack([known.abs().sum(), (known**2).sum()]).tolist()
+        new = torch.stack([errors.abs().sum(), (errors**2).sum()]).tolist()
         sums[0] += new[0]
         sums[1] += new[1]
-        sums[2] += known.numel()
+        sums[2] += errors.numel()
 
     @torch.no_grad()
     def update(self, batch: Batch, prediction: Prediction) -> None:
-        """Add the errors of one batch; labels that are NaN do not count."""
+        """Add the errors of one batch; labels that are NaN do not count, such predictions do."""
         label = batch.labels.get(self.target)
         if label is not None:
-            self._add("energy", (prediction.energy - label) / batch.atoms_per_structure)
+            errors = (prediction.energy - label) / batch.atoms_per_structure
+            self._add("energy", errors, ~label.isnan())
         label = batch.labels.get(forces_key(self.target))
         if label is not None and prediction.forces is not None:
-            self._add("forces", prediction.forces - label)
+            self._add("forces", prediction.forces - label, ~label.isnan())
         label = batch.labels.get(stress_key(self.target))
         if label is not None and prediction.stress is not None:
-            self._add("stress", prediction.stress - label)
+            self._add("stress", prediction.stress - label, ~label.isnan())
 
     def mae(self, kind: str) -> float:
         """Mean absolute error of ``energy`` (eV/atom), ``forces`` or ``stress``; NaN if none."""

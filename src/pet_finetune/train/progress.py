@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from pet_finetune.log import get_logger
 
 from .metrics import SHOWN, Metrics
-from .trainer import EpochRecord
+from .records import EpochRecord
 
 _logger = get_logger(__name__)
 

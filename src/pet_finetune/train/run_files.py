@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,19 @@ from pet_finetune.checkpoint import save_checkpoint
 from pet_finetune.errors import TrainingError
 from pet_finetune.model import Potential
 
-from .trainer import EpochRecord
+from .records import EpochRecord
 
 BEST = "best_model.ckpt"
 LAST = "last.ckpt"
 ADAPTER = "adapter"
 TABLE = "train.csv"
+LOG = "train.log"
+OPTIONS = "options.yaml"
+SPLITS = "splits.json"
+RESULTS = "results.json"
+
+#: What a run that goes on in another folder takes with it.
+_TAKEN_ALONG = (BEST, ADAPTER, TABLE, OPTIONS, SPLITS)
 
 
 class RunFiles:
@@ -26,6 +36,9 @@ class RunFiles:
 
     Args:
         folder: the run's folder; made where it does not exist.
+
+    Attributes:
+        folder: as given.
         base_name: what the model that the run started from is called.
         provenance: goes into every checkpoint.
 
@@ -33,20 +46,15 @@ class RunFiles:
         TrainingError: the folder cannot be written to.
     """
 
-    def __init__(self, folder: Path, base_name: str, provenance: dict[str, Any]) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.base_name = base_name
-        self.provenance = provenance
-        try:
+        self.base_name = ""
+        self.provenance: dict[str, Any] = {}
+        with self._explained():
             folder.mkdir(parents=True, exist_ok=True)
             probe = folder / ".writable"
             probe.touch()
             probe.unlink()
-        except OSError as error:
-            raise TrainingError(
-                f"Cannot write to the output folder '{folder}': {error.strerror}. "
-                "Choose another with -o FOLDER."
-            ) from error
 
     @property
     def best(self) -> Path:
@@ -63,6 +71,45 @@ class RunFiles:
         """The folder of the best adapter."""
         return self.folder / ADAPTER
 
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Say of a failed write which folder it was for and what to do."""
+        try:
+            yield
+        except OSError as error:
+            raise TrainingError(
+                f"Cannot write to the output folder '{self.folder}': {error.strerror or error}. "
+                "Choose another with -o FOLDER."
+            ) from error
+
+    def check_free(self, options_file: str | Path = "") -> None:
+        """Make sure that a new run overwrites neither an older one nor the user's options file.
+
+        Raises:
+            TrainingError: it would.
+        """
+        if self.best.exists() or self.last.exists():
+            raise TrainingError(
+                f"The output folder '{self.folder}' holds a run already. Choose another with "
+                f"-o FOLDER, or go on with that run: --restart {self.folder}."
+            )
+        own = self.folder / OPTIONS
+        if options_file and own.exists() and own.resolve() == Path(options_file).resolve():
+            raise TrainingError(
+                f"The run would replace your options file '{options_file}' by its own copy: "
+                f"choose another folder than '{self.folder}' with -o FOLDER."
+            )
+
+    def take_over(self, other: Path) -> None:
+        """Copy what a run in the folder ``other`` has written so far, to go on with it here."""
+        self.check_free()
+        with self._explained():
+            for path in (other / name for name in _TAKEN_ALONG):
+                if path.is_dir():
+                    shutil.copytree(path, self.folder / path.name, dirs_exist_ok=True)
+                elif path.exists():
+                    shutil.copy2(path, self.folder / path.name)
+
     def keep_best(self, model: Potential, record: EpochRecord) -> None:
         """Write the best model and, where there is one, its adapter."""
         provenance = {**self.provenance, "epoch": record.epoch, "metric": record.metric}
@@ -73,6 +120,14 @@ class RunFiles:
     def keep_last(self, model: Potential, training: dict[str, Any]) -> None:
         """Write the state of the run."""
         save_checkpoint(self.last, model, provenance=self.provenance, training=training)
+
+    def write(self, name: str, text: str) -> None:
+        """Write a text file in one step: it is whole or as it was."""
+        path = self.folder / name
+        partial = path.with_name(f".{name}.part")
+        with self._explained():
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, path)
 
     def add_row(self, record: EpochRecord) -> None:
         """Add an epoch to ``train.csv``; the heading is written with the first."""
@@ -90,23 +145,25 @@ class RunFiles:
                 for name, value in metrics.as_dict().items():
                     row[f"{prefix}/{target}/{name}"] = f"{value:.6g}"
         path = self.folder / TABLE
-        fresh = not path.exists()
-        with path.open("a", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, row.keys())
-            if fresh:
-                writer.writeheader()
-            writer.writerow(row)
+        with self._explained():
+            fresh = not path.exists()
+            with path.open("a", newline="", encoding="utf-8") as stream:
+                writer = csv.DictWriter(stream, row.keys(), lineterminator="\n")
+                if fresh:
+                    writer.writeheader()
+                writer.writerow(row)
 
     def drop_rows_after(self, epoch: int) -> None:
-        """Forget rows of epochs that a resumed run will do again."""
+        """Forget rows of epochs that a resumed run will do again, and half-written ones."""
         path = self.folder / TABLE
         if not path.exists():
             return
         with path.open(newline="", encoding="utf-8") as stream:
-            rows = list(csv.reader(stream))
-        kept = [row for row in rows[1:] if row and int(row[0]) <= epoch]
+            heading, *rows = list(csv.reader(stream)) or [[]]
+        kept = [row for row in rows if len(row) == len(heading) and int(row[0]) <= epoch]
+        if not kept:
+            path.unlink()
+            return
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([rows[0], *kept])
-        partial = path.with_suffix(".partial")
-        partial.write_text(text.getvalue(), encoding="utf-8")
-        os.replace(partial, path)
+        csv.writer(text, lineterminator="\n").writerows([heading, *kept])
+        self.write(TABLE, text.getvalue())

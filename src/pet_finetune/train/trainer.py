@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,69 +27,9 @@ from .ema import WeightAverage
 from .interrupt import InterruptGuard
 from .loss import Objective, batch_loss
 from .metrics import Metrics, evaluate
+from .records import Callbacks, EpochRecord, TrainingResult
 from .schedule import learning_rate_factor
-
-
-@dataclass
-class EpochRecord:
-    """One line of ``train.csv``.
-
-    Attributes:
-        epoch: from 1.
-        learning_rate: of the last step.
-        loss: mean training loss.
-        train, validation: errors by target, during the epoch and after it.
-        metric: what picks the best model (lower is better).
-        best: whether this epoch is the best so far.
-        seconds: of training and validation.
-        structures_per_second: training throughput.
-    """
-
-    epoch: int
-    learning_rate: float
-    loss: float
-    train: dict[str, Metrics]
-    validation: dict[str, Metrics]
-    metric: float
-    best: bool
-    seconds: float
-    structures_per_second: float
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """How a run ended.
-
-    Attributes:
-        finished: False when it was interrupted.
-        epochs: epochs completed.
-        best_epoch, best_metric: of the best model.
-        stopped_early: whether patience ran out.
-    """
-
-    finished: bool
-    epochs: int
-    best_epoch: int
-    best_metric: float
-    stopped_early: bool
-
-
-@dataclass
-class Callbacks:
-    """What the loop tells its surroundings; each may be left out.
-
-    Attributes:
-        step: after each step, with batches done, batches in the epoch, the epoch's mean loss
-            and metrics so far, and structures per second.
-        epoch: after each epoch.
-        best: after an epoch that is the best so far, with the model to keep.
-        save: when the state should be written.
-    """
-
-    step: Callable[[int, int, float, Mapping[str, Metrics], float], None] = lambda *a: None
-    epoch: Callable[[EpochRecord], None] = lambda record: None
-    best: Callable[[Potential, EpochRecord], None] = lambda model, record: None
-    save: Callable[[], None] = lambda: None
+from .selection import best_metric, check_metric
 
 
 @dataclass
@@ -99,9 +39,14 @@ class _Progress:
     epoch: int = 0
     batch: int = 0
     step: int = 0
+    # Of the epoch under way, for when it is interrupted.
     loss_sum: float = 0.0
+    structures: int = 0
+    seconds: float = 0.0
     best_metric: float = math.inf
     best_epoch: int = 0
+    # Patience: the metric last seen to improve by enough, and the epochs since.
+    reference: float = math.inf
     waited: int = 0
     epoch_metrics: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
@@ -116,6 +61,10 @@ class Trainer:
         options: ``architecture.training``.
         learning_rate: the highest.
         callbacks: see :class:`Callbacks`.
+
+    Raises:
+        TrainingError: no batch would be left, or the metric that picks the best model cannot
+            be computed.
     """
 
     def __init__(
@@ -140,6 +89,12 @@ class Trainer:
         self.average = WeightAverage(self.parameters, options.ema) if options.ema else None
         self.progress = _Progress()
         self.total_steps = sum(training.num_batches(e) for e in range(options.num_epochs))
+        if self.total_steps == 0:
+            raise TrainingError(
+                f"min_atoms_per_batch ({options.min_atoms_per_batch}) leaves out every batch: "
+                "choose a smaller number, or a larger max_atoms_per_batch."
+            )
+        check_metric(options.best_model_metric, validation.label_names, self.wanted)
 
     def fit(self) -> TrainingResult:
         """Train until the last epoch, early stopping or an interrupt.
@@ -147,7 +102,7 @@ class Trainer:
         Raises:
             TrainingError: the loss or its gradient is not a number.
         """
-        stopped_early = False
+        stopped_early = self._patience_ran_out()  # true when such a run is resumed
         with InterruptGuard() as guard:
             while self.progress.epoch < self.options.num_epochs and not stopped_early:
                 record = self._run_epoch(guard)
@@ -166,23 +121,24 @@ class Trainer:
 
     def _run_epoch(self, guard: InterruptGuard) -> EpochRecord | None:
         """One epoch, from the batch where the progress stands; None when interrupted."""
-        started, progress = time.perf_counter(), self.progress
+        progress = self.progress
+        started = time.perf_counter() - progress.seconds
         self.model.train()
         metrics = {n: Metrics(n, progress.epoch_metrics.get(n)) for n in self.objectives}
-        num_batches, seen = self.training.num_batches(progress.epoch), 0
+        num_batches = self.training.num_batches(progress.epoch)
         for batch in self.training.epoch(progress.epoch, start_batch=progress.batch):
             progress.loss_sum += self._step(batch, metrics)
             progress.batch += 1
             progress.step += 1
-            seen += batch.num_structures
-            rate = seen / (time.perf_counter() - started)
+            progress.structures += batch.num_structures
+            progress.seconds = time.perf_counter() - started
+            rate = progress.structures / max(progress.seconds, 1e-9)
             mean_loss = progress.loss_sum / progress.batch
             self.callbacks.step(progress.batch, num_batches, mean_loss, metrics, rate)
             if guard.requested:
                 progress.epoch_metrics = {n: m.state() for n, m in metrics.items()}
                 return None
-        rate = seen / max(time.perf_counter() - started, 1e-9)
-        return self._end_epoch(metrics, num_batches, started, rate)
+        return self._end_epoch(metrics, num_batches, started)
 
     def _step(self, batch: Batch, metrics: Mapping[str, Metrics]) -> float:
         """Forward, loss, backward, update; returns the loss."""
@@ -223,18 +179,19 @@ class Trainer:
         )
 
     def _end_epoch(
-        self, metrics: dict[str, Metrics], num_batches: int, started: float, rate: float
+        self, metrics: dict[str, Metrics], num_batches: int, started: float
     ) -> EpochRecord:
         """Validate, remember the best, report."""
         progress = self.progress
+        rate = progress.structures / max(progress.seconds, 1e-9)
         loss = progress.loss_sum / max(1, num_batches)
         with self.average.applied() if self.average else nullcontext():
             validation = evaluate(self.model, self.validation.view(), self.wanted)
             metric = best_metric(validation, self.options.best_model_metric, self._validation_loss)
             progress.epoch += 1
             progress.batch, progress.loss_sum, progress.epoch_metrics = 0, 0.0, {}
-            better = metric < progress.best_metric * (1.0 - self._min_delta())
-            progress.waited = 0 if better else progress.waited + 1
+            progress.structures, progress.seconds = 0, 0.0
+            self._count_patience(metric)
             best = metric < progress.best_metric or progress.best_epoch == 0
             record = EpochRecord(
                 epoch=progress.epoch,
@@ -253,9 +210,14 @@ class Trainer:
         self.callbacks.epoch(record)
         return record
 
-    def _min_delta(self) -> float:
-        early = self.options.early_stopping
-        return early.min_delta if early and math.isfinite(self.progress.best_metric) else 0.0
+    def _count_patience(self, metric: float) -> None:
+        """Improvements too small to count add up until they do."""
+        early, progress = self.options.early_stopping, self.progress
+        least = early.min_delta if early else 0.0
+        if metric < progress.reference * (1.0 - least):
+            progress.reference, progress.waited = metric, 0
+        else:
+            progress.waited += 1
 
     def _patience_ran_out(self) -> bool:
         early = self.options.early_stopping
@@ -273,8 +235,11 @@ class Trainer:
         return total / count
 
     def state(self) -> dict[str, Any]:
-        """All that the rest of the run depends on: tensors and plain values only."""
-        average = self.average
+        """All that the rest of the run depends on: tensors and plain values only.
+
+        The optimiser's tensors are the run's own: write them before the next step.
+        """
+        average, device = self.average, self.model.device
         return {
             "progress": dict(vars(self.progress)),
             "trained": {n: p.detach().cpu().clone() for n, p in self.parameters.items()},
@@ -282,6 +247,7 @@ class Trainer:
             "average": {n: v.cpu() for n, v in average.average.items()} if average else {},
             "average_updates": average.updates if average else 0,
             "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
             "total_steps": self.total_steps,
         }
 
@@ -306,27 +272,8 @@ class Trainer:
             self.average.load(state["average"], state["average_updates"])
         self.progress = _Progress(**state["progress"])
         torch.set_rng_state(state["rng"].cpu())
-
-
-def best_metric(metrics: Mapping[str, Metrics], kind: str, loss: Callable[[], float]) -> float:
-    """The number that picks the best model; lower is better.
-
-    ``mae_prod`` and ``rmse_prod`` multiply the errors of all quantities of all targets, so that
-    none is forgotten because another has larger numbers.
-    """
-    if kind == "loss":
-        return loss()
-    if kind in ("energy_mae", "forces_mae"):
-        quantity = kind.split("_")[0]
-        values = [m.mae(quantity) for m in metrics.values() if quantity in m.kinds]
-    else:
-        name = kind.split("_")[0]
-        values = [getattr(m, name)(k) for m in metrics.values() for k in m.kinds]
-    if not values:
-        raise TrainingError(
-            f"best_model_metric '{kind}' needs labels that no validation structure has."
-        )
-    return math.prod(values)
+        if self.model.device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.model.device)
 
 
 def _make_optimizer(

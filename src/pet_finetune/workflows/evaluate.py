@@ -6,24 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from pet_finetune.adapters import load_adapter, merged_copy
-from pet_finetune.checkpoint import load_checkpoint
+from pet_finetune.checkpoint import open_potential
 from pet_finetune.config import DatasetOptions, Options
 from pet_finetune.config.load import parse_options
+from pet_finetune.data.charges import check_charges
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.readers import read_structures
 from pet_finetune.data.species import check_species
 from pet_finetune.data.splits import make_splits
 from pet_finetune.data.structure import Structure
-from pet_finetune.errors import DataError
+from pet_finetune.device import choose_device
+from pet_finetune.errors import ConfigError, DataError, did_you_mean
 from pet_finetune.keys import forces_key, stress_key
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 from pet_finetune.train import Metrics, evaluate
 
-from .machine import choose_device
 from .tables import error_table, show
 
 _logger = get_logger(__name__)
@@ -37,15 +35,12 @@ class EvaluationResult:
     errors: dict[str, dict[str, Metrics]]
 
 
-def open_model(
-    checkpoint: str | Path, adapter: str | Path | None, device: str, dtype: torch.dtype | None
-) -> Potential:
-    """A checkpoint, with an adapter merged where one is given, ready to predict."""
-    model = load_checkpoint(checkpoint).model
-    if adapter is not None:
-        load_adapter(model, adapter)
-        model = merged_copy(model)
-    return model.to(device=choose_device(device), dtype=dtype or model.dtype).eval()
+def _open(
+    checkpoint: str | Path, adapter: str | Path | None, device: str
+) -> tuple[Potential, str | None]:
+    """A model ready to predict, and the target of its adapter."""
+    model, target = open_potential(checkpoint, adapter)
+    return model.to(choose_device(device)).eval(), target
 
 
 def evaluate_files(
@@ -53,7 +48,7 @@ def evaluate_files(
     files: Sequence[str | Path],
     *,
     adapter: str | Path | None = None,
-    target: str = "energy",
+    target: str | None = None,
     device: str = "auto",
 ) -> EvaluationResult:
     """Errors on whole files with energies, forces and stresses under ASE's names.
@@ -62,11 +57,11 @@ def evaluate_files(
         checkpoint: ours or metatrain's.
         files: anything ASE reads, in eV and Angstrom.
         adapter: folder of an adapter of this checkpoint.
-        target: which energy of the model is compared.
+        target: which energy of the model is compared; None for the adapter's, or the only one.
         device: as in the options.
     """
-    model = open_model(checkpoint, adapter, device, None)
-    target = _the_target(model, target)
+    model, adapted = _open(checkpoint, adapter, device)
+    target = model.energy_target(target or adapted)
     sets = {}
     for file in files:
         options = _file_options(file, target)
@@ -79,6 +74,8 @@ def evaluate_options(
     checkpoint: str | Path,
     *,
     adapter: str | Path | None = None,
+    target: str | None = None,
+    device: str | None = None,
     seed: int | None = None,
 ) -> EvaluationResult:
     """Errors on the validation and test sets of an options file, or on the training set.
@@ -90,26 +87,26 @@ def evaluate_options(
         options: checked options.
         checkpoint: ours or metatrain's.
         adapter: folder of an adapter of this checkpoint.
+        target: the one energy to compare; None for all that options and model share.
+        device: instead of that of the options.
         seed: used where the options name none.
     """
-    model = open_model(checkpoint, adapter, options.device, None)
+    specs = options.target_specs()
+    if target is not None and target not in specs:
+        raise ConfigError(
+            f"training_set.targets has no '{target}'.{did_you_mean(target, specs)} "
+            f"Targets: {', '.join(specs)}."
+        )
+    model, _ = _open(checkpoint, adapter, device or options.device)
+    targets = [name for name in specs if name in model.targets and target in (None, name)]
+    if not targets:
+        model.target(target or next(iter(specs)))  # says what the model has
     if options.seed is None and seed is None:
         _logger.warning("no seed in the options: sets drawn by fraction are not those of training")
     splits = make_splits(options, options.seed if options.seed is not None else seed or 0)
     sets = {"validation": splits.validation, "test": splits.test}
     sets = {name: structures for name, structures in sets.items() if structures}
-    targets = [name for name in options.target_specs() if name in model.targets]
-    if not targets:
-        for name in options.target_specs():
-            model.target(name)
     return _evaluate(model, sets or {"train": splits.train}, targets)
-
-
-def _the_target(model: Potential, wanted: str) -> str:
-    """The energy meant: the one named, or the only one there is."""
-    if wanted not in model.targets and wanted == "energy" and len(model.targets) == 1:
-        return next(iter(model.targets))
-    return model.target(wanted).name
 
 
 def _file_options(file: str | Path, target: str) -> DatasetOptions:
@@ -128,6 +125,8 @@ def _evaluate(
         if not structures:
             raise DataError(f"'{name}' holds no structures.")
         check_species(structures, model.species)
+        if model.hypers.system_conditioning:
+            check_charges(structures, model.hypers.max_charge, model.hypers.max_spin_multiplicity)
         loader = Loader(structures, model.cutoff, batch_size=_BATCH, dtype=model.dtype)
         wanted = {
             t: (forces_key(t) in loader.label_names, stress_key(t) in loader.label_names)

@@ -12,6 +12,8 @@ from rich.table import Table
 from pet_finetune.checkpoint import load_checkpoint, weights_fingerprint
 from pet_finetune.config import ModelOptions
 
+from .tables import size_text
+
 _SHOWN_BY_ITSELF = {"cutoff", "cutoff_function", "cutoff_width"}
 
 
@@ -26,11 +28,11 @@ def describe_checkpoint(path: str | Path) -> tuple[Table, ...]:
     size = Path(path).stat().st_size
     main = Table(title=str(path), title_justify="left", show_header=False)
     main.add_column(style="bold")
-    main.add_column()
+    main.add_column(overflow="fold")
     hypers = model.hypers
     rows = {
         "format": checkpoint.kind + (", can be resumed" if checkpoint.training else ""),
-        "file": f"{size / 1e6:.1f} MB",
+        "file": size_text(size),
         "parameters": f"{model.num_parameters():,} ({str(model.dtype).removeprefix('torch.')})",
         "species": " ".join(chemical_symbols[number] for number in model.species),
         "cutoff": f"{hypers.cutoff} A ({hypers.cutoff_function}, {hypers.cutoff_width} A wide)",
@@ -75,8 +77,8 @@ def _baselines(model: Any) -> Table:
 def _provenance(provenance: Mapping[str, Any]) -> Table:
     table = Table(title="provenance", title_justify="left", show_header=False)
     table.add_column(style="bold")
-    table.add_column()
-    for name, value in _flat(provenance):
+    table.add_column(overflow="fold")
+    for name, value in _flat(provenance) or [("parent", "not recorded in the file")]:
         table.add_row(name, value)
     return table
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ase.data import chemical_symbols
+from torch.nn import ModuleDict
 
 from pet_finetune.adapters import AdapterConfig, freeze, inject
 from pet_finetune.adapters.inject import default_modules_to_save
@@ -14,7 +15,7 @@ from pet_finetune.checkpoint import load_checkpoint, load_oldest_start
 from pet_finetune.config import Options
 from pet_finetune.data.species import find_species
 from pet_finetune.data.splits import Splits
-from pet_finetune.errors import ConfigError
+from pet_finetune.errors import ConfigError, did_you_mean
 from pet_finetune.keys import TargetSpec
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
@@ -52,7 +53,6 @@ def start_model(options: Options, splits: Splits) -> Start:
         CheckpointError: the checkpoint cannot be read.
     """
     specs = options.target_specs()
-    _check_targets(specs)
     finetune = options.finetune
     if finetune.read_from is not None:
         checkpoint = load_checkpoint(finetune.read_from)
@@ -73,7 +73,13 @@ def start_model(options: Options, splits: Splits) -> Start:
     return Start(model, "scratch", None, {}, tuple(specs), {})
 
 
-def _check_targets(specs: dict[str, TargetSpec]) -> None:
+def check_targets(options: Options) -> None:
+    """Make sure, before any file is read, that the targets are such as can be trained.
+
+    Raises:
+        ConfigError: naming those that are not.
+    """
+    specs = options.target_specs()
     wrong = [s for s in specs.values() if not s.is_energy or s.per_atom or s.num_outputs != 1]
     if wrong:
         names = ", ".join(f"'{spec.name}' ({spec.quantity or 'no quantity'})" for spec in wrong)
@@ -81,6 +87,13 @@ def _check_targets(specs: dict[str, TargetSpec]) -> None:
             f"training_set.targets: {names} cannot be trained. Only energies of whole structures "
             "are, with their forces and stresses: set quantity: energy."
         )
+    for name in specs:
+        if "." in name or hasattr(ModuleDict(), name):
+            raise ConfigError(
+                f"training_set.targets: a target cannot be called '{name}', because parts of the "
+                "network are named after it and torch has no such names. Use letters, digits, "
+                "_, - and /; the name in the file is given with `key`."
+            )
 
 
 def _extend(
@@ -102,8 +115,17 @@ def _extend(
             )
     for target, spec in specs.items():
         if target in model.targets:
+            if target in options.finetune.inherit_heads:
+                _logger.warning(
+                    "finetune.inherit_heads: '%s' keeps its own heads, which the model has", target
+                )
             continue
         source = options.finetune.inherit_heads.get(target)
+        if source is not None and source not in known:
+            raise ConfigError(
+                f"finetune.inherit_heads.{target}: the starting model has no energy '{source}'."
+                f"{did_you_mean(source, known)} It has: {', '.join(known) or 'none'}."
+            )
         if source is None and len(known) == 1:
             source = known[0]
         model.add_target(spec, inherit_from=source)

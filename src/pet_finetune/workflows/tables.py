@@ -55,6 +55,14 @@ def error_table(
     return table
 
 
+def size_text(size: int) -> str:
+    """A number of bytes as people read it."""
+    for unit, factor in (("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size} B"
+
+
 def show(table: Table) -> str:
     """Print a table to standard output and return it as plain text."""
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110)

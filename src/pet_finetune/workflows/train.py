@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,29 +14,31 @@ import torch
 from omegaconf import OmegaConf
 
 from pet_finetune.adapters import trainable_report
-from pet_finetune.checkpoint import Checkpoint, load_checkpoint
+from pet_finetune.checkpoint import load_checkpoint
 from pet_finetune.config import Options
+from pet_finetune.data.charges import check_charges
 from pet_finetune.data.fingerprint import structures_fingerprint
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.species import check_species
 from pet_finetune.data.splits import Splits, load_splits, make_splits
-from pet_finetune.errors import TrainingError
+from pet_finetune.device import choose_device
+from pet_finetune.errors import PetFinetuneError
 from pet_finetune.keys import forces_key, stress_key
-from pet_finetune.log import get_logger, setup_logging
+from pet_finetune.log import FILE_ONLY, get_logger, setup_logging
 from pet_finetune.model import Potential
-from pet_finetune.train import Metrics, Trainer, TrainingResult, evaluate, prepare_baselines
+from pet_finetune.train import Trainer, TrainingResult, evaluate, prepare_baselines
 from pet_finetune.train.loss import Objective
 from pet_finetune.train.progress import RunDisplay
-from pet_finetune.train.run_files import RunFiles
-from pet_finetune.train.trainer import Callbacks, EpochRecord
+from pet_finetune.train.records import Callbacks, EpochRecord
+from pet_finetune.train.run_files import LOG, OPTIONS, RESULTS, SPLITS, RunFiles
 
-from .machine import choose_device, choose_dtype, seed_everything, versions
-from .start import Start, choose_trainable, start_model
-from .tables import baseline_text, error_table, show
+from .machine import choose_dtype, seed_everything, versions
+from .resume import Errors, RunState, SavedRun, open_run, take_files
+from .start import Start, check_targets, choose_trainable, start_model
+from .tables import baseline_text, error_table, show, size_text
 
 _logger = get_logger(__name__)
 _LARGEST_BATCH = 64  # structures, for validation and evaluation
-SPLITS, RESULTS, OPTIONS = "splits.json", "results.json", "options.yaml"
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ class TrainOutcome:
 
     folder: Path
     result: TrainingResult
-    before: dict[str, dict[str, Metrics]]
-    after: dict[str, dict[str, Metrics]]
+    before: Errors
+    after: Errors
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,24 @@ class _Data:
     sets: dict[str, Loader]
 
 
+@dataclass(frozen=True)
+class _Run:
+    """A run that is ready to train."""
+
+    options: Options
+    files: RunFiles
+    data: _Data
+    trainer: Trainer
+    state: RunState
+
+
 def train(
     options: Options,
     folder: str | Path,
     *,
     restart: str | Path | None = None,
     notices: Sequence[str] = (),
-    source: str = "",
+    source: str | Path = "",
 ) -> TrainOutcome:
     """Train as the options say; print the table of errors before and after.
 
@@ -81,83 +94,98 @@ def train(
         folder: where the files of the run go.
         restart: a ``last.ckpt`` to go on from, exactly.
         notices: what reading the options had to say, for the log.
-        source: the options file, for the hint after an interrupt.
+        source: the options file, which the run must not overwrite.
 
     Raises:
         PetFinetuneError: any bad input, with one clear message.
     """
-    folder = Path(folder)
-    device, dtype = choose_device(options.device), choose_dtype(options.base_precision)
-    resumed = load_checkpoint(restart, keep_adapter=True) if restart is not None else None
-    saved = _saved_run(resumed)
-    seed = seed_everything(saved["seed"] if saved else options.seed)
-    splits = load_splits(folder / SPLITS, options) if saved else make_splits(options, seed)
-    files = RunFiles(folder, "", {})
-    setup_logging(file=folder / "train.log")
+    device = choose_device(options.device)
+    files = RunFiles(Path(folder))
+    if restart is None:
+        files.check_free(source)
+    setup_logging(file=files.folder / LOG)
     for notice in notices:
         _logger.warning(notice)
-    start = _resume_start(resumed, saved) if resumed and saved else start_model(options, splits)
+    try:
+        saved = open_run(restart, options) if restart is not None else None
+        run = _prepare(options, files, saved, device)
+        result = _train(run)
+        if result.finished:
+            return _finish(run, result)
+    except PetFinetuneError as error:
+        # Whoever called shows it; the log is where one looks for it a week later.
+        _logger.error("%s", error, extra=FILE_ONLY)
+        raise
+    _logger.warning(
+        "interrupted; the state is saved. Go on with: %s",
+        shlex.join(
+            ["pet-finetune", "train", f"{files.folder / OPTIONS}", "--restart", f"{files.folder}"]
+        ),
+    )
+    return TrainOutcome(files.folder, result, {}, {})
+
+
+def _prepare(
+    options: Options, files: RunFiles, saved: SavedRun | None, device: torch.device
+) -> _Run:
+    """Read everything, set the baselines, choose what trains."""
+    check_targets(options)
+    dtype = choose_dtype(options.base_precision)
+    seed = seed_everything(saved.state.seed if saved else options.seed)
+    _logger.info("seed %d, %s, %d bits", seed, device, options.base_precision)
+    if saved:
+        take_files(saved, files)
+        splits = load_splits(files.folder / SPLITS, options)
+    else:
+        splits = make_splits(options, seed)
+    start = saved.start() if saved else start_model(options, splits)
     model = start.model.to(device=device, dtype=dtype)
-    check_species([*splits.train, *splits.validation, *splits.test], model.species)
+    structures = [*splits.train, *splits.validation, *splits.test]
+    check_species(structures, model.species)
+    if model.hypers.system_conditioning:
+        check_charges(structures, model.hypers.max_charge, model.hypers.max_spin_multiplicity)
     data = _load(options, splits, model, seed, dtype)
     if not saved:
         choose_trainable(start, options)
         _log_baselines(options, start, data)
-    else:
-        _choose_again(model, saved)
+        splits.save(files.folder / SPLITS)
+        files.write(OPTIONS, _options_of_run(options, seed))
     model.to(device=device, dtype=dtype)
     objectives = _objectives(options, model, data)
-    files.base_name, files.provenance = start.name, _provenance(options, start, data, seed)
-    if not saved:
-        splits.save(folder / SPLITS)
-        OmegaConf.save({**options.resolved(), "seed": seed}, folder / OPTIONS)
+    files.base_name = start.name
+    files.provenance = saved.provenance if saved else _provenance(options, start, data, seed)
     _logger.info("%s", trainable_report(model))
-    wanted = {name: (o.forces, o.stress) for name, o in objectives.items()}
-    before = saved["before"] if saved else _evaluate_all(options, model, data, wanted)
-    trainer = Trainer(
-        model, objectives, data.train, data.validation, options.training, options.learning_rate()
-    )
+    rate = options.training.learning_rate
+    if rate is None:
+        rate = saved.state.learning_rate if saved else options.learning_rate()
+    trainer = Trainer(model, objectives, data.train, data.validation, options.training, rate)
     if saved:
-        trainer.load_state(saved["trainer"])
+        trainer.load_state(saved.trainer)
         files.drop_rows_after(trainer.progress.epoch)
         _logger.info("going on after epoch %d", trainer.progress.epoch)
-    result = _run(trainer, files, {"seed": seed, "before": _plain(before)}, start)
-    if not result.finished:
-        hint = f"pet-finetune train {source or folder / OPTIONS} --restart {files.last}"
-        _logger.warning("interrupted; the state is saved. Go on with: %s", hint)
-        return TrainOutcome(folder, result, {}, {})
-    return _finish(options, files, data, wanted, before, result, device, dtype)
-
-
-def _saved_run(resumed: Checkpoint | None) -> dict[str, Any] | None:
-    """The part of a checkpoint that a run goes on from."""
-    if resumed is None:
-        return None
-    if resumed.training is None:
-        raise TrainingError(
-            f"{resumed.path} holds a model but no run to go on with. Give the run's last.ckpt to "
-            f"--restart, or start a new run from this model with -c {resumed.path}."
+    state = (
+        saved.state
+        if saved
+        else RunState(
+            seed=seed,
+            learning_rate=rate,
+            baseline=options.baseline_mode(),
+            before=_evaluate_all(options, model, data, trainer.wanted),
+            name=start.name,
+            fingerprint=start.fingerprint,
+            inherited=start.inherited,
         )
-    training = dict(resumed.training)
-    training["before"] = {
-        name: {target: Metrics(target, state) for target, state in targets.items()}
-        for name, targets in training["before"].items()
-    }
-    return training
-
-
-def _resume_start(resumed: Checkpoint, saved: dict[str, Any]) -> Start:
-    provenance = resumed.provenance.get("parent_provenance", {})
-    return Start(
-        resumed.model, saved["name"], saved["fingerprint"], provenance, (), saved["inherited"]
     )
+    return _Run(options, files, data, trainer, state)
 
 
-def _choose_again(model: Potential, saved: dict[str, Any]) -> None:
-    """Let the same parameters train as in the run that is resumed."""
-    trained = set(saved["trainer"]["trained"])
-    for name, parameter in model.network.named_parameters():
-        parameter.requires_grad_(name in trained)
+def _options_of_run(options: Options, seed: int) -> str:
+    """All options as a file that gives the same run again."""
+    plain = {**options.resolved(), "seed": seed}
+    if options.finetune.read_from is not None:
+        # The checkpoint says what the model is like; what stands here would only confuse.
+        del plain["architecture"]["model"]
+    return OmegaConf.to_yaml(OmegaConf.create(plain))
 
 
 def _load(
@@ -241,34 +269,19 @@ def _provenance(options: Options, start: Start, data: _Data, seed: int) -> dict[
 
 def _evaluate_all(
     options: Options, model: Potential, data: _Data, wanted: dict[str, tuple[bool, bool]]
-) -> dict[str, dict[str, Metrics]]:
+) -> Errors:
     if not options.final_eval:
         return {}
     return {name: evaluate(model, loader, wanted) for name, loader in data.sets.items()}
 
 
-def _plain(errors: dict[str, dict[str, Metrics]]) -> dict[str, dict[str, dict[str, list[float]]]]:
-    return {
-        name: {target: metrics.state() for target, metrics in targets.items()}
-        for name, targets in errors.items()
-    }
-
-
-def _run(trainer: Trainer, files: RunFiles, saved: dict[str, Any], start: Start) -> TrainingResult:
+def _train(run: _Run) -> TrainingResult:
     """Train with the display open and the files written as the run goes."""
+    trainer, files = run.trainer, run.files
     options = trainer.options
 
     def save() -> None:
-        files.keep_last(
-            trainer.model,
-            {
-                **saved,
-                "trainer": trainer.state(),
-                "name": start.name,
-                "fingerprint": start.fingerprint,
-                "inherited": start.inherited,
-            },
-        )
+        files.keep_last(trainer.model, {"run": run.state.plain(), "trainer": trainer.state()})
 
     with RunDisplay(options.num_epochs, options.log_interval, trainer.progress.epoch) as display:
 
@@ -282,31 +295,18 @@ def _run(trainer: Trainer, files: RunFiles, saved: dict[str, Any], start: Start)
         return trainer.fit()
 
 
-def _finish(
-    options: Options,
-    files: RunFiles,
-    data: _Data,
-    wanted: dict[str, tuple[bool, bool]],
-    before: dict[str, dict[str, Metrics]],
-    result: TrainingResult,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> TrainOutcome:
+def _finish(run: _Run, result: TrainingResult) -> TrainOutcome:
     """Evaluate the best model, write ``results.json``, print the table."""
+    files, before = run.files, run.state.before
     if result.stopped_early:
         _logger.info("stopped early: no improvement for a while")
     _logger.info("best model: epoch %d of %d, %s", result.best_epoch, result.epochs, files.best)
-    after: dict[str, dict[str, Metrics]] = {}
-    if options.final_eval:
-        best = load_checkpoint(files.best).model.to(device=device, dtype=dtype)
-        after = _evaluate_all(options, best, data, wanted)
-        shown = "test" if "test" in after else "validation" if "validation" in after else "train"
-        name = "starting model" if options.is_finetuning else "untrained"
-        columns = {f"{name} (after {options.baseline_mode()})": before[shown]}
-        columns["fine-tuned" if options.is_finetuning else "trained"] = after[shown]
-        notes = [f"{len(data.sets[shown].structures)} {shown} structures", *_sizes(files)]
-        table = error_table(columns, notes, title=f"errors on the {shown} set")
-        _logger.info("results\n%s", show(table))
+    after: Errors = {}
+    if run.options.final_eval:
+        model = run.trainer.model
+        best = load_checkpoint(files.best).model.to(device=model.device, dtype=model.dtype)
+        after = _evaluate_all(run.options, best, run.data, run.trainer.wanted)
+        _show_results(run, after)
     content = {
         name: {
             key: {target: metrics.as_dict() for target, metrics in targets.items()}
@@ -314,17 +314,28 @@ def _finish(
         }
         for name, errors in (("before", before), ("after", after))
     }
-    path = files.folder / RESULTS
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    files.write(RESULTS, json.dumps(content, indent=2) + "\n")
     return TrainOutcome(files.folder, result, before, after)
+
+
+def _show_results(run: _Run, after: Errors) -> None:
+    """Print the table of the set that says most, and put it into the log file."""
+    shown = "test" if "test" in after else "validation" if "validation" in after else "train"
+    finetuned = run.state.fingerprint is not None
+    columns = {}
+    if shown in run.state.before:
+        name = "starting model" if finetuned else "untrained"
+        columns[f"{name} (after {run.state.baseline})"] = run.state.before[shown]
+    columns["fine-tuned" if finetuned else "trained"] = after[shown]
+    notes = [f"{len(run.data.sets[shown].structures)} {shown} structures", *_sizes(run.files)]
+    table = error_table(columns, notes, title=f"errors on the {shown} set")
+    _logger.info("results\n%s", show(table), extra=FILE_ONLY)
 
 
 def _sizes(files: RunFiles) -> list[str]:
     """Sizes of what the run wrote, for the table's foot."""
-    sizes = [f"model: {files.best} ({files.best.stat().st_size / 1e6:.1f} MB)"]
+    sizes = [f"model: {files.best} ({size_text(files.best.stat().st_size)})"]
     if files.adapter.is_dir():
         total = sum(path.stat().st_size for path in files.adapter.iterdir())
-        sizes.append(f"adapter: {files.adapter} ({total / 1e6:.2f} MB)")
+        sizes.append(f"adapter: {files.adapter} ({size_text(total)})")
     return sizes

@@ -82,6 +82,13 @@ def test_one_loss_for_everything_is_for_the_gradients_too() -> None:
     assert (loss.type, loss.forces_term().type, loss.stress_term().type) == ("huber",) * 3
 
 
+def test_energies_weigh_more_only_where_no_weights_are_given() -> None:
+    plain = load().options.training.loss_for("energy")
+    assert (plain.weight, plain.forces_term().weight, plain.stress_term().weight) == (10, 1, 1)
+    spelled = load({"loss": {"energy": {"type": "mse"}}}).options.training.loss_for("energy")
+    assert (spelled.weight, spelled.forces_term().weight) == (1, 1)
+
+
 def test_a_loss_of_one_target_is_not_for_its_gradients() -> None:
     loss = load({"loss": {"energy": "mae"}}).options.training.loss_for("energy")
     assert (loss.type, loss.forces_term().type, loss.stress_term().type) == ("mae", "mse", "mse")

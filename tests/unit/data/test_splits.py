@@ -211,5 +211,5 @@ def test_options_of_another_run(files):
 
 def test_unwritable_place(files):
     splits = make_splits(options(), seed=5)
-    with pytest.raises(OSError, match="No such file"):
+    with pytest.raises(DataError, match="Cannot write the splits to .*No such file"):
         splits.save(files / "nowhere" / "splits.json")

@@ -1,0 +1,36 @@
+"""Where to compute: turning a name such as ``auto`` into a device that is there."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from pet_finetune.errors import ConfigError
+
+__all__ = ["choose_device"]
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that a name stands for.
+
+    :param name: ``cpu``, ``cuda``, ``cuda:1``...; ``gpu`` is the first GPU, and ``auto`` too where
+        there is one, else the CPU.
+    :raises ConfigError: the device is not there, or lacks the 64-bit numbers that total energies
+        need.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wanted = "cuda" if name == "gpu" else name
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", wanted):
+        raise ConfigError(
+            f"device: '{name}' cannot be used. Use 'auto', 'cpu', 'cuda' or 'cuda:0' (other "
+            "devices lack the 64-bit numbers that total energies need)."
+        )
+    device = torch.device(wanted)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device: '{name}' is not there: torch finds {torch.cuda.device_count()} CUDA GPUs. "
+            "Use 'cpu' or 'auto'."
+        )
+    return device

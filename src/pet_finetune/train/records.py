@@ -1,0 +1,72 @@
+"""What the loop tells of a run: an epoch's line, the end, and whom to tell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from pet_finetune.model import Potential
+
+from .metrics import Metrics
+
+
+@dataclass
+class EpochRecord:
+    """One line of ``train.csv``.
+
+    Attributes:
+        epoch: from 1.
+        learning_rate: of the last step.
+        loss: mean training loss.
+        train, validation: errors by target, during the epoch and after it.
+        metric: what picks the best model (lower is better).
+        best: whether this epoch is the best so far.
+        seconds: of training and validation; waiting between two parts of a run does not count.
+        structures_per_second: training throughput.
+    """
+
+    epoch: int
+    learning_rate: float
+    loss: float
+    train: dict[str, Metrics]
+    validation: dict[str, Metrics]
+    metric: float
+    best: bool
+    seconds: float
+    structures_per_second: float
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a run ended.
+
+    Attributes:
+        finished: False when it was interrupted.
+        epochs: epochs completed.
+        best_epoch, best_metric: of the best model.
+        stopped_early: whether patience ran out.
+    """
+
+    finished: bool
+    epochs: int
+    best_epoch: int
+    best_metric: float
+    stopped_early: bool
+
+
+@dataclass
+class Callbacks:
+    """What the loop tells its surroundings; each may be left out.
+
+    Attributes:
+        step: after each step, with batches done, batches in the epoch, the epoch's mean loss
+            and metrics so far, and structures per second.
+        epoch: after each epoch.
+        best: after an epoch that is the best so far, with the model to keep.
+        save: when the state should be written.
+    """
+
+    step: Callable[[int, int, float, Mapping[str, Metrics], float], None] = lambda *a: None
+    epoch: Callable[[EpochRecord], None] = lambda record: None
+    best: Callable[[Potential, EpochRecord], None] = lambda model, record: None
+    save: Callable[[], None] = lambda: None

@@ -1,0 +1,61 @@
+"""The number that picks the best model of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+
+from pet_finetune.errors import TrainingError
+from pet_finetune.keys import forces_key
+
+from .metrics import Metrics
+
+
+def check_metric(
+    kind: str, labels: Collection[str], wanted: Mapping[str, tuple[bool, bool]]
+) -> None:
+    """Make sure before the first step that :func:`best_metric` will find what it needs.
+
+    Args:
+        kind: ``best_model_metric``.
+        labels: names of all labels in the validation set.
+        wanted: for each target, whether forces and stress are computed.
+
+    Raises:
+        TrainingError: the validation set lacks the labels, or they are not computed.
+    """
+    energies = [name for name in wanted if name in labels]
+    forces = [name for name in wanted if forces_key(name) in labels]
+    needed = {"energy_mae": energies, "forces_mae": forces}.get(kind, energies + forces)
+    if not needed:
+        raise TrainingError(
+            f"best_model_metric '{kind}' needs labels that no validation structure has. Use "
+            "another metric, or validation structures that have them."
+        )
+    if kind == "forces_mae" and not any(wanted[name][0] for name in forces):
+        raise TrainingError(
+            "best_model_metric 'forces_mae' needs forces, but none are trained: no training "
+            "structure has any, or their weight in the loss is 0. Use another metric."
+        )
+
+
+def best_metric(metrics: Mapping[str, Metrics], kind: str, loss: Callable[[], float]) -> float:
+    """The number that picks the best model; lower is better, infinite if it is not finite.
+
+    ``mae_prod`` and ``rmse_prod`` multiply the errors of all quantities of all targets, so that
+    none is forgotten because another has larger numbers.
+
+    Args:
+        metrics: errors on the validation set, by target.
+        kind: ``best_model_metric``.
+        loss: computes the loss on the validation set; called only where it is asked for.
+    """
+    if kind == "loss":
+        value = loss()
+    elif kind in ("energy_mae", "forces_mae"):
+        quantity = kind.split("_")[0]
+        value = math.prod(m.mae(quantity) for m in metrics.values() if quantity in m.kinds)
+    else:
+        name = kind.split("_")[0]
+        value = math.prod(getattr(m, name)(k) for m in metrics.values() for k in m.kinds)
+    return value if math.isfinite(value) else math.inf

@@ -1,0 +1,165 @@
+"""Going on with a run: what ``last.ckpt`` keeps of it, and what must not have changed since."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pet_finetune.checkpoint import load_checkpoint
+from pet_finetune.config import Options
+from pet_finetune.errors import TrainingError
+from pet_finetune.log import get_logger
+from pet_finetune.model import Potential
+from pet_finetune.train import Metrics
+from pet_finetune.train.run_files import BEST, RunFiles
+
+from .start import Start
+
+_logger = get_logger(__name__)
+
+Errors = dict[str, dict[str, Metrics]]
+
+# How an epoch is cut into batches: half an epoch of one kind cannot be finished as another.
+_BATCHES = ("batch_size", "max_atoms_per_batch", "min_atoms_per_batch")
+_NO_MATTER = frozenset({"finetune", "learning_rate", "log_interval", "checkpoint_interval"})
+# Used before the first epoch only; their results are in the checkpoint.
+_AT_START = frozenset({"baseline", "atomic_baseline", "scale_targets", "fixed_scaling_weights"})
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a run is told once and keeps to its end, beside the trainer's state.
+
+    Attributes:
+        seed: of the data's order and rotations.
+        learning_rate: the highest.
+        baseline: how the baselines were found.
+        before: errors of the starting model by set and target.
+        name, fingerprint, inherited: as in :class:`~.start.Start`.
+    """
+
+    seed: int
+    learning_rate: float
+    baseline: str
+    before: Errors
+    name: str
+    fingerprint: str | None
+    inherited: dict[str, str]
+
+    def plain(self) -> dict[str, Any]:
+        """As plain values, for the checkpoint."""
+        before = {
+            name: {target: metrics.state() for target, metrics in targets.items()}
+            for name, targets in self.before.items()
+        }
+        return {**vars(self), "before": before}
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> RunState:
+        """The opposite of :meth:`plain`."""
+        before = {
+            name: {target: Metrics(target, state) for target, state in targets.items()}
+            for name, targets in values["before"].items()
+        }
+        return cls(**{**values, "before": before})
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A run that can be gone on with.
+
+    Attributes:
+        path: its ``last.ckpt``.
+        model: with its adapter unmerged.
+        provenance: of the run.
+        state: what it was told.
+        trainer: the trainer's state.
+    """
+
+    path: Path
+    model: Potential
+    provenance: dict[str, Any]
+    state: RunState
+    trainer: dict[str, Any]
+
+    def start(self) -> Start:
+        """The model with the same parameters training as before."""
+        trained = self.trainer["trained"]
+        for name, parameter in self.model.network.named_parameters():
+            parameter.requires_grad_(name in trained)
+        state = self.state
+        return Start(self.model, state.name, state.fingerprint, {}, (), state.inherited)
+
+
+def open_run(path: str | Path, options: Options) -> SavedRun:
+    """Open a ``last.ckpt``, and warn where the options are not those of its run.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+        TrainingError: it holds no run, or options changed that half an epoch depends on.
+    """
+    checkpoint = load_checkpoint(path, keep_adapter=True)
+    if checkpoint.training is None:
+        raise TrainingError(
+            f"{path} holds a model but no run to go on with. Give the run's last.ckpt to "
+            f"--restart, or start a new run from this model with -c {path}."
+        )
+    try:
+        state = RunState.from_plain(checkpoint.training["run"])
+        trainer = checkpoint.training["trainer"]
+        middle = trainer["progress"]["batch"] > 0
+    except (KeyError, TypeError, AttributeError) as error:
+        raise TrainingError(
+            f"{path} holds a run that this release of pet-finetune did not write ({error}). Start "
+            f"a new run from its model with -c {path}."
+        ) from error
+    _compare_options(options, checkpoint.provenance.get("options", {}), middle)
+    return SavedRun(Path(path), checkpoint.model, checkpoint.provenance, state, trainer)
+
+
+def take_files(run: SavedRun, files: RunFiles) -> None:
+    """Make the run's files so far those of the folder in which it goes on.
+
+    Raises:
+        TrainingError: the best model so far is gone, or the folder holds another run.
+    """
+    old = run.path.parent
+    if run.trainer["progress"]["best_epoch"] > 0 and not (old / BEST).exists():
+        raise TrainingError(
+            f"'{old / BEST}', the best model of this run so far, is gone: put it back beside "
+            f"{run.path.name}, or start a new run with -c {run.path}."
+        )
+    if old.resolve() != files.folder.resolve():
+        files.take_over(old)
+
+
+def _compare_options(options: Options, before: Mapping[str, Any], middle: bool) -> None:
+    """Warn of options that differ from those the run had until now."""
+    for name, now, then in _changes(options, before):
+        if middle and name.rpartition(".")[2] in _BATCHES:
+            raise TrainingError(
+                f"--restart: {name} is {now}, but the run stopped within an epoch whose batches "
+                f"were cut with {then}. Set it back, at least until the end of that epoch."
+            )
+        _logger.warning("--restart: %s is %s; until now the run had %s", name, now, then)
+
+
+def _changes(options: Options, before: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Name, value now and value then of each option whose change is felt."""
+    now = options.resolved()
+    if "base_precision" in before and now["base_precision"] != before["base_precision"]:
+        yield "base_precision", now["base_precision"], before["base_precision"]
+    old = before.get("architecture", {}).get("training", {})
+    new = now["architecture"]["training"]
+    path = "architecture.training"
+    for name in sorted(new.keys() & old.keys() - _NO_MATTER - _AT_START):
+        if new[name] != old[name]:
+            yield f"{path}.{name}", new[name], old[name]
+    given = options.training.learning_rate
+    if given is not None and given != old.get("learning_rate", given):
+        yield f"{path}.learning_rate", given, old["learning_rate"]
+    method = old.get("finetune", {}).get("method")
+    if options.is_finetuning and method not in (None, options.finetune.method):
+        _logger.warning("--restart: the run goes on with method %s, as it began", method)

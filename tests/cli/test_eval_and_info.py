@@ -1,0 +1,113 @@
+"""``pet-finetune eval`` and ``info``: what they print."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from models import random_potential
+from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
+from pet_finetune.model.fingerprint import weights_fingerprint
+from tiny_data import crystals, molecules, options, write_frames, write_options
+
+
+@pytest.fixture
+def run(here, command):
+    """A finished LoRA run in the folder ``run``."""
+    assert command("train", "options.yaml", "-c", "base.ckpt", "-o", "run").code == 0
+    return Path("run")
+
+
+def number(answer, row, title=""):
+    """The figure in a row of a printed table."""
+    table = answer.out[answer.out.index(title) :]
+    (line,) = [line for line in table.splitlines() if f" {row} " in line][:1]
+    return float(line.split("│")[-2])
+
+
+def test_a_model_on_files(run, command):
+    answer = command("eval", "run/best_model.ckpt", "test.xyz", "train.xyz")
+    assert answer.code == 0, answer.err
+    assert "test.xyz (4 structures)" in answer.out
+    assert "train.xyz (10 structures)" in answer.out
+    expected = json.loads((run / "results.json").read_text())["after"]["test"]["energy"]
+    assert number(answer, "forces MAE") == pytest.approx(1000 * expected["forces_mae"], abs=0.006)
+    assert number(answer, "energy RMSE") == pytest.approx(1000 * expected["energy_rmse"], abs=0.006)
+
+
+def test_the_sets_of_an_options_file(run, command):
+    results = json.loads((run / "results.json").read_text())["after"]
+    for file in ("options.yaml", "run/options.yaml"):
+        answer = command("eval", file, "-c", "run/best_model.ckpt")
+        assert answer.code == 0, answer.err
+        for name, size in (("validation", 2), ("test", 4)):
+            title = f"{name} ({size} structures)"
+            found = number(answer, "forces MAE", title)
+            expected = 1000 * results[name]["energy"]["forces_mae"]
+            assert found == pytest.approx(expected, abs=0.006)
+
+
+def test_base_and_adapter_give_the_merged_models_errors(run, command):
+    merged = command("eval", "run/best_model.ckpt", "test.xyz")
+    adapted = command("eval", "base.ckpt", "test.xyz", "--adapter", "run/adapter")
+    assert adapted.out == merged.out
+    assert command("eval", "base.ckpt", "test.xyz").out != merged.out
+
+
+def test_options_can_be_overridden_and_narrowed(run, command):
+    answer = command(
+        "eval", "options.yaml", "-c", "run/best_model.ckpt", "-r", "test_set=0.3", "--device",
+        "cpu", "--target", "energy",
+    )  # fmt: skip
+    assert answer.code == 0, answer.err
+    assert "test (3 structures)" in answer.out
+
+
+def test_sets_drawn_without_a_seed_are_not_those_of_training(run, command):
+    content = options()
+    del content["seed"]
+    write_options(Path("mine.yaml"), content)
+    answer = command("eval", "mine.yaml", "-c", "base.ckpt")
+    assert answer.code == 0
+    assert "no seed in the options" in answer.err
+
+
+def test_older_spellings_are_told_here_too(run, command):
+    write_options(Path("mine.yaml"), options({"LORA_RANK": 4}))
+    answer = command("eval", "mine.yaml", "-c", "base.ckpt")
+    assert answer.code == 0
+    assert "LORA_RANK is an older spelling; today:" in answer.err
+
+
+def test_a_model_with_one_energy_of_another_name(here, command):
+    save_checkpoint("other.ckpt", random_potential(targets=("energy/pbe",)))
+    answer = command("eval", "other.ckpt", "test.xyz")
+    assert answer.code == 0, answer.err
+    assert "forces MAE" in answer.out
+
+
+def test_stress_is_compared_where_there_is_one(here, command):
+    write_frames(Path("si.xyz"), [*crystals(2), *molecules(1)])
+    answer = command("eval", "base.ckpt", "si.xyz")
+    assert number(answer, "stress MAE") > 0
+
+
+def test_info_of_a_run(run, command):
+    answer = command("info", "run/best_model.ckpt", "run/last.ckpt")
+    assert answer.code == 0
+    model = load_checkpoint("run/best_model.ckpt").model
+    for text in (
+        "best_model.ckpt", "5,222 (float32)", "H C O Si", "3.5 A (Bump, 0.5 A wide)", "d_pet 8",
+        "energy", "lora", "base", weights_fingerprint(model), "data.train.structures",
+        "pet-finetune, can be resumed",
+    ):  # fmt: skip
+        assert text in answer.out
+    assert answer.err == ""
+
+
+def test_info_of_a_bare_model(here, command):
+    answer = command("info", "base.ckpt")
+    assert "not recorded in the file" in answer.out
+    assert "can be resumed" not in answer.out

@@ -1,0 +1,251 @@
+"""Stopping a run and going on: exactly, anywhere, or not at all."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from pet_finetune.checkpoint import load_checkpoint
+from pet_finetune.train.progress import RunDisplay
+from tiny_data import molecules, options, write_frames, write_options
+
+# Eight training structures in batches of three: three steps an epoch.
+METHODS = {
+    "lora": ({"ema": 0.9, "finetune": {"config": {"dropout": 0.2}}}, ("-c", "base.ckpt")),
+    "full": ({"finetune": {"method": "full"}}, ("-c", "base.ckpt")),
+    "scratch": ({}, ()),
+}
+TIMES = ("seconds", "structures_per_second")
+
+
+@pytest.fixture
+def stop(monkeypatch):
+    """Call with a number of steps: after these, Ctrl-C is pressed."""
+
+    def after(steps):
+        left = [steps]
+
+        def step(self, *ignored):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        monkeypatch.setattr(RunDisplay, "step", step)
+
+    return after
+
+
+def write(training=None, **top):
+    content = options({"num_epochs": 3, **(training or {})}, **top)
+    content["architecture"]["model"] = {"d_pet": 8, "d_node": 8, "d_head": 8, "d_feedforward": 8,
+                                        "num_heads": 2, "num_gnn_layers": 1}  # fmt: skip
+    write_options(Path("mine.yaml"), content)
+
+
+def outcome(folder):
+    """All that must be the same however often a run was stopped."""
+    last = load_checkpoint(Path(folder, "last.ckpt")).training["trainer"]
+    best = load_checkpoint(Path(folder, "best_model.ckpt"))
+    with Path(folder, "train.csv").open(newline="") as stream:
+        table = [{k: v for k, v in r.items() if k not in TIMES} for r in csv.DictReader(stream)]
+    tensors = {**last["trained"], **{f"average {n}": v for n, v in last["average"].items()}}
+    tensors |= {f"best {n}": v for n, v in best.model.state_dict().items()}
+    results = json.loads(Path(folder, "results.json").read_text())
+    return tensors, (table, results, best.provenance["epoch"])
+
+
+_WHOLE = {}
+
+
+@pytest.fixture
+def assert_whole(command):
+    """Compare a folder with the same run that was never stopped, which is made once only."""
+
+    def check(folder, method):
+        if method not in _WHOLE:
+            training, start = METHODS[method]
+            write(training)
+            assert command("train", "mine.yaml", *start, "-o", "whole").code == 0
+            _WHOLE[method] = outcome("whole")
+        assert_same(folder, _WHOLE[method])
+
+    return check
+
+
+def assert_same(folder, expected):
+    (first, first_facts), (second, second_facts) = outcome(folder), expected
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    assert first_facts == second_facts
+
+
+@pytest.mark.parametrize(
+    ("method", "steps"), [("lora", 2), ("lora", 3), ("lora", 7), ("full", 4), ("scratch", 5)]
+)
+def test_a_stopped_run_ends_as_if_it_had_not_been(here, command, stop, assert_whole, method, steps):
+    training, start = METHODS[method]
+    write(training)
+    stop(steps)
+    answer = command("train", "mine.yaml", *start, "-o", "part")
+    assert answer.code == 130
+    assert answer.out == ""
+    assert not Path("part/results.json").exists()
+    # The options file alone, without -c: the run knows where it came from.
+    answer = command("train", "mine.yaml", "--restart", "part")
+    assert answer.code == 0, answer.err
+    assert f"going on after epoch {steps // 3 if steps % 3 else steps // 3 - 1}" in answer.err
+    assert "until now the run had" not in answer.err
+    assert_whole("part", method)
+
+
+def test_it_says_how_to_go_on_and_that_works(here, command, stop, assert_whole):
+    write(METHODS["lora"][0])
+    stop(4)
+    answer = command("train", "mine.yaml", "-c", "base.ckpt", "-o", "part")
+    assert "interrupted; the state is saved" in answer.err
+    told = answer.err.strip().rsplit("Go on with: pet-finetune ", 1)[1].split()
+    answer = command(*told)
+    assert answer.code == 0
+    assert "has no effect" not in answer.err
+    assert_whole("part", "lora")
+
+
+def test_overrides_of_the_run_are_kept_in_what_it_says(here, command, stop):
+    write()
+    override = ("-r", "architecture.training.learning_rate=0.01", "-r", "seed=8")
+    command("train", "mine.yaml", *override, "-o", "whole")
+    stop(4)
+    answer = command("train", "mine.yaml", *override, "-o", "part")
+    told = answer.err.strip().rsplit("Go on with: pet-finetune ", 1)[1].split()
+    assert command(*told).code == 0
+    assert_same("part", outcome("whole"))
+
+
+def test_auto_takes_the_newest_run(here, command, stop, assert_whole):
+    write()
+    older = Path("outputs/older/last.ckpt")
+    older.parent.mkdir(parents=True)
+    older.write_text("")
+    os.utime(older, (1, 1))
+    stop(5)
+    assert command("train", "mine.yaml").code == 130
+    answer = command("train", "mine.yaml", "--restart", "auto")
+    assert answer.code == 0, answer.err
+    (part,) = Path("outputs").glob("*-*/*")
+    assert_whole(part, "scratch")
+
+
+def test_stopped_again_and_again(here, command, stop, assert_whole):
+    write(METHODS["lora"][0])
+    stop(1)
+    command("train", "mine.yaml", "-c", "base.ckpt", "-o", "part")
+    answer = None
+    for _ in range(20):
+        stop(3)
+        answer = command("train", "mine.yaml", "--restart", "part/last.ckpt")
+        if answer.code == 0:
+            break
+    assert answer.code == 0
+    assert_whole("part", "lora")
+
+
+def test_going_on_in_another_folder(here, command, stop, assert_whole):
+    write(METHODS["lora"][0])
+    stop(7)
+    command("train", "mine.yaml", "-c", "base.ckpt", "-o", "part")
+    before = {path: path.read_bytes() for path in Path("part").iterdir() if path.is_file()}
+    answer = command("train", "mine.yaml", "--restart", "part", "-o", "other")
+    assert answer.code == 0, answer.err
+    assert_whole("other", "lora")
+    assert {p: p.read_bytes() for p in Path("part").iterdir() if p.is_file()} == before
+    assert Path("other/options.yaml").exists()
+    assert Path("other/adapter").is_dir()
+
+
+def test_a_finished_run_only_shows_its_table_again(here, command):
+    write()
+    first = command("train", "mine.yaml", "-o", "run")
+    again = command("train", "mine.yaml", "--restart", "run")
+    assert again.code == 0, again.err
+    assert again.out == first.out
+    assert "epoch 1/3" not in again.err
+
+
+def test_more_epochs_are_a_change_that_is_told(here, command):
+    write()
+    command("train", "mine.yaml", "-o", "run")
+    name = "architecture.training.num_epochs"
+    answer = command("train", "mine.yaml", "--restart", "run", "-r", f"{name}=5")
+    assert answer.code == 0, answer.err
+    assert f"{name} is 5; until now the run had 3" in answer.err
+    with Path("run/train.csv").open(newline="") as stream:
+        assert [row["epoch"] for row in csv.DictReader(stream)] == ["1", "2", "3", "4", "5"]
+
+
+def test_final_evaluation_switched_on_later(here, command, stop):
+    write(final_eval=False)
+    stop(2)
+    command("train", "mine.yaml", "-o", "run")
+    answer = command("train", "mine.yaml", "--restart", "run", "-r", "final_eval=true")
+    assert answer.code == 0, answer.err
+    assert "forces MAE" in answer.out
+
+
+def failing(command, *arguments):
+    answer = command("train", "mine.yaml", *arguments)
+    assert answer.code == 1
+    assert answer.err.count("error:") == 1
+    return answer.err.split("error:", 1)[1]
+
+
+def test_other_data_are_refused(here, command, stop):
+    write()
+    stop(2)
+    command("train", "mine.yaml", "-o", "run")
+    write_frames(Path("train.xyz"), molecules(10, seed=5))
+    message = failing(command, "--restart", "run")
+    assert "is not the one that run/splits.json was written for" in message
+    assert "Start a new run" in message
+
+
+def test_other_batches_are_refused_within_an_epoch(here, command, stop):
+    write()
+    stop(2)
+    command("train", "mine.yaml", "-o", "run")
+    name = "architecture.training.batch_size"
+    message = failing(command, "--restart", "run", "-r", f"{name}=2")
+    assert f"{name} is 2, but the run stopped within an epoch" in message
+    assert command("train", "mine.yaml", "--restart", "run").code == 0
+
+
+def test_what_cannot_be_gone_on_with(here, command):
+    write()
+    command("train", "mine.yaml", "-o", "run")
+    assert "holds a model but no run" in failing(command, "--restart", "run/best_model.ckpt")
+    assert "there is no file 'nowhere'" in failing(command, "--restart", "nowhere")
+    assert "no last.ckpt below 'outputs'" in failing(command, "--restart", "auto")
+    assert "give one of them" in failing(command, "--restart", "run", "-c", "base.ckpt")
+    assert "holds a run already" in failing(command, "-o", "run")
+    assert "holds a run already" in failing(command, "-c", "base.ckpt", "-o", "run")
+    Path("run/best_model.ckpt").unlink()
+    assert "the best model of this run so far, is gone" in failing(command, "--restart", "run")
+
+
+def test_a_second_interrupt_stops_at_once(here, command, monkeypatch):
+    def twice(self, *ignored):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(RunDisplay, "step", twice)
+    write()
+    answer = command("train", "mine.yaml", "-o", "run")
+    assert answer.code == 130
+    assert answer.err.endswith("interrupted\n")
+    assert not Path("run/last.ckpt").exists()

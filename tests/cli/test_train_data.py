@@ -1,0 +1,100 @@
+"""``pet-finetune train`` on every kind of data: lone energies, stresses, charges, index lists."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from models import random_potential
+from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
+from tiny_data import crystals, data_section, epochs, molecules, options, write_frames
+
+
+def test_batches_by_atoms(here, train):
+    # Methanol has 6 atoms and water 3: 18 hold three to six structures.
+    content = options({"max_atoms_per_batch": 18, "num_epochs": 1})
+    del content["architecture"]["training"]["batch_size"]
+    train(content, "-c", "base.ckpt")
+    last = load_checkpoint("run/last.ckpt").training["trainer"]["progress"]
+    assert 2 <= last["step"] <= 4
+
+
+def test_frames_without_forces(here, train):
+    frames = molecules(10)
+    for atoms in frames[::3]:
+        del atoms.calc.results["forces"]
+    write_frames(Path("train.xyz"), frames)
+    train(options(), "-c", "base.ckpt")
+    assert all(np.isfinite(float(row["loss"])) for row in epochs("run"))
+
+
+def test_energies_alone(here, train):
+    frames = molecules(10)
+    for atoms in frames:
+        del atoms.calc.results["forces"]
+    write_frames(Path("train.xyz"), frames)
+    write_frames(Path("test.xyz"), frames[:3])
+    answer = train(options(), "-c", "base.ckpt")
+    assert "energy MAE" in answer.out
+    assert "forces" not in answer.out
+    assert "train/energy/forces_mae" not in epochs("run")[0]
+
+
+def test_periodic_structures_with_stress_beside_molecules(here, train):
+    write_frames(Path("train.xyz"), [*crystals(5), *molecules(5)])
+    write_frames(Path("test.xyz"), crystals(2, seed=1))
+    answer = train(options(), "-c", "base.ckpt")
+    assert "stress MAE" in answer.out
+    assert "meV/A^3" in answer.out
+    assert float(epochs("run")[0]["train/energy/stress_mae"]) > 0
+
+
+def test_everything_at_once_in_double_precision(here, train):
+    content = options(
+        {
+            "ema": 0.9,
+            "early_stopping": 3,
+            "loss": {"energy": {"type": "huber", "delta": 0.1, "forces": {"weight": 2.0}}},
+            "best_model_metric": "forces_mae",
+            "weight_decay": 0.01,
+            "finetune": {"config": {"dropout": 0.2, "target_modules": "all-linear"}},
+        },
+        base_precision=64,
+    )
+    train(content, "-c", "base.ckpt")
+    assert load_checkpoint("run/best_model.ckpt").model.dtype == torch.float64
+
+
+def test_sets_by_indices_and_no_final_evaluation(here, train):
+    content = options(
+        validation_set={"indices": [0, 1]}, test_set={"indices": [2]}, final_eval=False
+    )
+    answer = train(content, "-c", "base.ckpt")
+    assert answer.out == ""
+    splits = json.loads(Path("run/splits.json").read_text())["sets"]
+    assert splits["test"]["parts"][0]["frames"] == [2]
+
+
+def test_charges_and_spins_are_read_for_a_model_that_knows_them(here, train):
+    frames = molecules(10)
+    for index, atoms in enumerate(frames):
+        atoms.info["charge"] = index % 3 - 1
+    write_frames(Path("train.xyz"), frames)
+    save_checkpoint("base.ckpt", random_potential(system_conditioning=True, max_charge=1))
+    content = options(test_set=0.1)
+    content["training_set"]["extra_data"] = {"charge": {"key": "charge"}}
+    train(content, "-c", "base.ckpt")
+
+
+def test_heads_of_two_targets(here, train):
+    save_checkpoint("base.ckpt", random_potential(targets=("energy", "other")))
+    content = options({"finetune": {"method": "full"}}, test_set=0.1)
+    content["training_set"] = data_section("train.xyz")
+    target = {**content["training_set"]["targets"]["energy"], "quantity": "energy"}
+    content["training_set"]["targets"] = {"energy": target, "other": {**target}}
+    answer = train(content, "-c", "base.ckpt")
+    assert "other forces MAE" in answer.out
+    assert list(load_checkpoint("run/best_model.ckpt").model.targets) == ["energy", "other"]

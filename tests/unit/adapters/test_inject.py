@@ -1,0 +1,146 @@
+"""Putting adapters into a model: what is replaced, what trains, what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from models import ethanol, random_potential, trained_adapter
+from pet_finetune.adapters import (
+    AdapterConfig,
+    LoraLinear,
+    active_adapter,
+    adapters_disabled,
+    freeze,
+    inject,
+    trainable_report,
+)
+from pet_finetune.data.batch import batch_from_atoms
+from pet_finetune.errors import AdapterError, PetFinetuneError
+
+
+def trained_names(model):
+    return {name for name, p in model.network.named_parameters() if p.requires_grad}
+
+
+def test_defaults_train_factors_and_the_targets_heads():
+    model = random_potential(targets=("energy", "other"))
+    config = inject(model, AdapterConfig(rank=2))
+    names = trained_names(model)
+    assert len(config.target_modules) == 8
+    assert sum(".lora_" in name for name in names) == 16
+    rest = {name for name in names if ".lora_" not in name}
+    assert {name.split(".")[0] for name in rest} == {
+        "node_heads", "edge_heads", "node_last_layers", "edge_last_layers",
+    }  # fmt: skip
+    assert all(name.split(".")[1] == "energy" for name in rest)
+
+
+def test_a_rank_below_one():
+    with pytest.raises(AdapterError, match="at least 1, got 0"):
+        inject(random_potential(), AdapterConfig(rank=0))
+
+
+def test_a_second_adapter_is_refused():
+    model = random_potential()
+    inject(model, AdapterConfig(rank=2))
+    with pytest.raises(AdapterError, match="carries an adapter already"):
+        inject(model, AdapterConfig(rank=2))
+
+
+def test_an_unknown_target():
+    with pytest.raises(PetFinetuneError, match=r"no target 'engery'\. Did you mean 'energy'"):
+        inject(random_potential(), AdapterConfig(target="engery"))
+
+
+def test_a_refused_injection_leaves_the_model_alone():
+    model = random_potential()
+    with pytest.raises(AdapterError):
+        inject(model, AdapterConfig(target_modules=["nothing"]))
+    with pytest.raises(AdapterError):
+        inject(model, AdapterConfig(modules_to_save=["nothing"]))
+    assert active_adapter(model) is None
+    assert not any(isinstance(m, LoraLinear) for m in model.modules())
+    assert len(trained_names(model)) == len(list(model.network.named_parameters()))
+
+
+def test_modules_to_save_can_be_named_and_left_out():
+    model = random_potential()
+    inject(model, AdapterConfig(rank=1, modules_to_save=["node_last_layers.energy"]))
+    rest = {name for name in trained_names(model) if ".lora_" not in name}
+    assert rest
+    assert all(name.startswith("node_last_layers.energy.") for name in rest)
+    bare = random_potential()
+    inject(bare, AdapterConfig(rank=1, modules_to_save=[]))
+    assert all(".lora_" in name for name in trained_names(bare))
+
+
+def test_modules_to_save_that_do_not_exist():
+    with pytest.raises(AdapterError) as caught:
+        inject(random_potential(), AdapterConfig(modules_to_save=["heads"]))
+    message = str(caught.value)
+    assert "modules_to_save: the model has no module 'heads'" in message
+    assert "node_heads" in message
+    assert "combination_mlps" in message
+
+
+def test_dropout_is_active_in_training_only():
+    model = trained_adapter(random_potential(), dropout=0.5)
+    batch = batch_from_atoms(ethanol(), 3.5)
+    quiet = model.predict(batch).energy
+    assert torch.equal(quiet, model.predict(batch).energy)
+    model.train()
+    torch.manual_seed(0)
+    assert not torch.equal(model.predict(batch).energy, model.predict(batch).energy)
+    model.eval()
+    assert torch.equal(quiet, model.predict(batch).energy)
+
+
+def test_layers_inside_a_sequential_are_replaced():
+    model = random_potential()
+    inject(model, AdapterConfig(rank=1, target_modules="all-linear"))
+    assert isinstance(model.network.gnn_layers[0].compress[0], LoraLinear)
+    assert isinstance(model.network.combination_mlps[1][2], LoraLinear)
+
+
+def test_disabling_gives_everything_back_even_after_an_error():
+    model = trained_adapter(random_potential())
+    batch = batch_from_atoms(ethanol(), 3.5)
+    base = random_potential().predict(batch)
+    adapted = model.predict(batch)
+
+    def fail():
+        with adapters_disabled(model):
+            assert torch.equal(model.predict(batch).forces, base.forces)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert torch.equal(model.predict(batch).energy, adapted.energy)
+    assert not torch.equal(adapted.energy, base.energy)
+
+
+def test_the_report_counts_what_trains():
+    model = random_potential()
+    inject(model, AdapterConfig(rank=2))
+    report = trainable_report(model)
+    parameters = list(model.network.named_parameters())
+    assert report.total == sum(p.numel() for _, p in parameters) == model.num_parameters()
+    assert report.trainable == sum(p.numel() for _, p in parameters if p.requires_grad)
+    assert report.trainable == sum(report.groups.values())
+    # Two blocks with W: 24x8, 8x8, 20x8 (two gated halves of 10), 8x10; rank 2.
+    assert report.groups["adapters"] == 2 * 2 * (24 + 8 + 8 + 8 + 20 + 8 + 8 + 10)
+    share = f"{100 * report.trainable / report.total:.1f} %"
+    assert str(report).startswith(f"{report.trainable:,} of {report.total:,} parameters train")
+    assert share in str(report)
+    assert f"adapters {report.groups['adapters']:,}" in str(report)
+
+
+def test_freezing_everything_is_an_error_that_names_the_parts():
+    model = random_potential()
+    with pytest.raises(AdapterError, match=r"no parameter begins with head\..*gnn_layers"):
+        freeze(model, ["head"])
+    freeze(model, ["node_heads.energy"])
+    assert all(name.startswith("node_heads.energy") for name in trained_names(model))
+    freeze(model, None)
+    assert trainable_report(model).trainable == model.num_parameters()

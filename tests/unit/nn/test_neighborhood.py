@@ -1,0 +1,103 @@
+"""Which edges count, how they pair up, and where attention finds them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ase import Atoms
+
+from pet_finetune.data.batch import batch_from_atoms
+from pet_finetune.nn.neighborhood import build_neighborhood, make_slots
+
+PLAIN = {
+    "cutoff": 2.5,
+    "cutoff_function": "Bump",
+    "cutoff_width": 0.5,
+    "num_neighbors_adaptive": None,
+    "adaptive_method": "solver",
+    "adaptive_width": 1.0,
+}
+
+
+def build(positions, list_cutoff=4.0, **changes):
+    """Neighbourhoods of hydrogen atoms at these positions, from a longer neighbour list."""
+    batch = batch_from_atoms(Atoms(f"H{len(positions)}", positions=positions), list_cutoff)
+    hood = build_neighborhood(
+        batch.edge_vectors,
+        batch.centers,
+        batch.neighbors,
+        batch.reverse,
+        batch.num_atoms,
+        **{**PLAIN, **changes},
+    )
+    return batch, hood
+
+
+LINE = [[0.0, 0, 0], [1.0, 0, 0], [2.2, 0, 0], [9.0, 0, 0]]
+
+
+def pairs(hood):
+    return list(zip(hood.centers.tolist(), hood.neighbors.tolist(), strict=True))
+
+
+def test_edges_beyond_the_cutoff_are_dropped():
+    batch, hood = build([*LINE[:3], [3.6, 0, 0]])
+    assert batch.num_edges == 12
+    assert pairs(hood) == [(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1), (2, 3), (3, 2)]
+    assert (hood.distances <= 2.5).all()
+
+
+def test_reverse_edges_are_renumbered():
+    _, hood = build([*LINE[:3], [3.6, 0, 0]])
+    assert torch.equal(hood.centers[hood.reverse], hood.neighbors)
+    assert torch.equal(hood.vectors[hood.reverse], -hood.vectors)
+    tokens = torch.arange(len(hood.centers)).unsqueeze(1)
+    assert torch.equal(hood.reversed(hood.reversed(tokens)), tokens)
+
+
+def test_factors_taper_off():
+    _, hood = build(LINE)
+    factors = dict(zip(pairs(hood), hood.factors.tolist(), strict=True))
+    assert factors[(0, 1)] == 1.0
+    assert 0.0 < factors[(0, 2)] < 1.0
+    assert factors[(0, 2)] == factors[(2, 0)]
+
+
+@pytest.mark.parametrize("method", ["solver", "grid"])
+def test_both_directions_of_a_pair_share_the_adaptive_radius(method):
+    torch.manual_seed(0)
+    _, hood = build(
+        (3 * torch.rand(8, 3)).tolist(),
+        cutoff=4.0,
+        num_neighbors_adaptive=2.0,
+        adaptive_method=method,
+    )
+    assert set(pairs(hood)) == {(j, i) for i, j in pairs(hood)}
+    torch.testing.assert_close(hood.factors, hood.factors[hood.reverse])
+    assert 0 < len(hood.centers) < 8 * 7
+
+
+def test_atoms_without_neighbours_have_a_slot_of_their_own():
+    _, hood = build(LINE)
+    tokens = torch.arange(4.0 + len(hood.centers)).unsqueeze(1)
+    padded = hood.slots.pad(tokens)
+    assert padded.shape == (4, 3, 1)
+    assert padded[3].flatten().tolist() == [3.0, 0.0, 0.0]
+    assert padded[0].flatten().tolist() == [0.0, 4.0, 5.0]
+    assert torch.equal(hood.slots.unpad(padded), tokens)
+
+
+@pytest.mark.parametrize("adaptive", [None, 4.0])
+def test_no_edges_at_all(adaptive):
+    _, hood = build([LINE[0], LINE[3]], num_neighbors_adaptive=adaptive)
+    assert hood.distances.shape == (0,)
+    assert hood.slots.width == 1
+    tokens = torch.ones(2, 5)
+    assert torch.equal(hood.slots.pad(tokens), tokens.unsqueeze(1))
+
+
+def test_full_rectangles_have_no_empty_slots():
+    slots = make_slots(torch.tensor([0, 0, 1, 1]), 2)
+    assert slots.empty is None
+    assert slots.width == 3
+    assert make_slots(torch.tensor([0, 0, 1]), 2).empty.tolist() == [5]
