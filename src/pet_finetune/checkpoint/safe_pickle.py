@@ -144,7 +144,7 @@ class _Machine:
             raise ValueError(f"pickle protocol {version} is unknown")
 
     def do_FRAME(self, _: int) -> None:
-        pass
+        return  # announces the length of what follows, which the zip archive has told already
 
     def do_MARK(self, _: None) -> None:
         self.stack.append(_MARK)
