@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["FILE_ONLY", "get_logger", "setup_logging"]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["FILE_ONLY", "get_logger", "setup_logging", "stderr_console"]
 
 #: As ``extra`` of a message: it goes to the log file but not to stderr, because the user is shown
 #: it in another way.
@@ -54,14 +59,21 @@ def setup_logging(level: int | str = "INFO", file: str | Path | None = None) -> 
     return root
 
 
+@cache
+def stderr_console() -> Console:
+    """The one rich console of stderr: log lines and a progress bar must know of each other."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
 def _stream_handler() -> logging.Handler:
     """A rich handler when stderr is a terminal, plain lines otherwise (files, batch queues)."""
     if sys.stderr.isatty():
-        from rich.console import Console
         from rich.logging import RichHandler
 
         rich_handler = RichHandler(
-            console=Console(stderr=True), show_path=False, markup=False, rich_tracebacks=True
+            console=stderr_console(), show_path=False, markup=False, rich_tracebacks=True
         )
         rich_handler.setFormatter(logging.Formatter("%(message)s", datefmt="[%X]"))
         return rich_handler

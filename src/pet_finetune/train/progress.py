@@ -7,10 +7,9 @@ import sys
 from collections.abc import Mapping
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pet_finetune.log import get_logger
+from pet_finetune.log import get_logger, stderr_console
 
 from .metrics import SHOWN, Metrics
 from .records import EpochRecord
@@ -50,7 +49,7 @@ class RunDisplay:
                 TextColumn("loss {task.fields[loss]:.3g}  forces {task.fields[forces]} meV/A"),
                 TextColumn("{task.fields[rate]:.0f} structures/s"),
                 TimeRemainingColumn(),
-                console=Console(stderr=True),
+                console=stderr_console(),
                 transient=True,
             )
 
