@@ -132,6 +132,15 @@ class FinetuneOptions(Section):
         default=None, description="Start from the three files of the first PET code instead."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections(cls, value: Any) -> Any:
+        """A section with nothing under its name arrives as null."""
+        if not isinstance(value, Mapping):
+            return value
+        sections = ("config", "inherit_heads")
+        return {k: v for k, v in value.items() if v is not None or k not in sections}
+
     @property
     def starts_from_model(self) -> bool:
         """Whether training starts from existing weights rather than from scratch."""

@@ -6,7 +6,12 @@ from typing import Any
 
 import pytest
 
-from pet_finetune.config import DEFAULT_TARGET_MODULES, LoadedOptions, parse_options
+from pet_finetune.config import (
+    DEFAULT_TARGET_MODULES,
+    FinetuneConfig,
+    LoadedOptions,
+    parse_options,
+)
 from pet_finetune.errors import ConfigError
 
 FINETUNE = "architecture.training.finetune"
@@ -236,3 +241,10 @@ def test_the_options_given_are_left_as_they_are() -> None:
     assert raw["architecture"] == {"training": {"LORA_RANK": 4}}
     assert loaded.raw == raw
     assert loaded.raw is not raw
+
+
+def test_sections_with_nothing_under_their_name_are_the_defaults() -> None:
+    empty = {"method": "full", "read_from": "base.ckpt", "config": None, "inherit_heads": None}
+    loaded = load({"finetune": empty})
+    assert loaded.options.finetune.config == FinetuneConfig()
+    assert loaded.options.finetune.inherit_heads == {}
