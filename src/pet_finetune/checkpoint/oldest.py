@@ -22,7 +22,7 @@ from pet_finetune.checkpoint.archive import TorchArchive
 from pet_finetune.checkpoint.build import build_potential
 from pet_finetune.checkpoint.merge_lora import merge_lora_layers
 from pet_finetune.checkpoint.safe_pickle import StoredTensor
-from pet_finetune.checkpoint.upgrade import rename_before_8
+from pet_finetune.checkpoint.upgrade import NETWORK_PARTS, rename_before_8
 from pet_finetune.config import ModelOptions
 from pet_finetune.errors import CheckpointError
 from pet_finetune.keys import TargetSpec
@@ -35,18 +35,6 @@ _PREFIXES = ("backend.", "model.", "module.", "network.", "pet_model.")
 _WRAPPERS = ("state_dict", "model_state_dict")
 #: Parts of metatrain's state dicts that are not the network.
 _BESIDE_NETWORK = ("additive_models.", "scaler.", "species_to_species_index")
-_NETWORK_PARTS = (
-    "gnn_layers.",
-    "node_embedders.",
-    "edge_embedder.",
-    "combination_norms.",
-    "combination_mlps.",
-    "node_heads.",
-    "edge_heads.",
-    "node_last_layers.",
-    "edge_last_layers.",
-    "system_conditioning.",
-)
 #: Parameters that only the original ``pet`` package has.
 _ORIGINAL_PET = ("heads.", "bond_heads.", "central_tokens_predictors.", "messages_predictors.")
 
@@ -194,8 +182,8 @@ def _network(state: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     if "embedding.weight" in bare:
         bare = rename_before_8(bare)
     bare = merge_lora_layers(bare, {}, where, [])
-    network = {n: w for n, w in bare.items() if n.startswith(_NETWORK_PARTS)}
-    unknown = [n for n in bare if not n.startswith(_NETWORK_PARTS + _BESIDE_NETWORK)]
+    network = {n: w for n, w in bare.items() if n.startswith(NETWORK_PARTS)}
+    unknown = [n for n in bare if not n.startswith(NETWORK_PARTS + _BESIDE_NETWORK)]
     if unknown or "edge_embedder.weight" not in network:
         listed = ", ".join(unknown[:5]) or "no edge_embedder.weight"
         raise CheckpointError(

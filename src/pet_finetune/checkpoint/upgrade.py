@@ -138,8 +138,8 @@ def _adaptive_width(raw: RawCheckpoint) -> None:
     raw.hypers.setdefault("cutoff_width_adaptive", raw.hypers["cutoff_width"])
 
 
-#: Where the parts of the network were before they moved below ``backend.``.
-_NETWORK_PARTS = (
+#: The parts of the network that hold weights.
+NETWORK_PARTS = (
     "gnn_layers.",
     "node_embedders.",
     "edge_embedder.",
@@ -149,19 +149,23 @@ _NETWORK_PARTS = (
     "edge_heads.",
     "node_last_layers.",
     "edge_last_layers.",
+    "system_conditioning.",
+)
+#: What moved below ``backend.``: these, and parts without weights.
+_MOVED = (
+    *NETWORK_PARTS,
     "gnn_layers_post_mp_node.",
     "gnn_layers_post_mp_edge.",
     "node_backbone.",
     "edge_backbone.",
     "species_to_species_index",
-    "system_conditioning.",
 )
 
 
 def _network_below_backend(raw: RawCheckpoint) -> None:
     """15 to 16: the network became a module of its own."""
     raw.state = {
-        f"backend.{name}" if name.startswith(_NETWORK_PARTS) else name: weight
+        f"backend.{name}" if name.startswith(_MOVED) else name: weight
         for name, weight in raw.state.items()
     }
 

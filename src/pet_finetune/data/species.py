@@ -13,7 +13,7 @@ from torch import Tensor
 from pet_finetune.data.structure import Structure
 from pet_finetune.errors import SpeciesError
 
-__all__ = ["check_species", "covalent_radii", "find_species"]
+__all__ = ["check_species", "covalent_radii", "find_species", "species_table"]
 
 _FRAMES_SHOWN = 5
 
@@ -26,6 +26,13 @@ def find_species(structures: Sequence[Structure]) -> tuple[int, ...]:
 def covalent_radii(species: Sequence[int]) -> Tensor:
     """Covalent radii from ASE's table, ``[n_species]`` float64, Å; 0.2 Å where it has none."""
     return torch.tensor([float(ase_covalent_radii[z]) for z in species], dtype=torch.float64)
+
+
+def species_table(species: Sequence[int]) -> Tensor:
+    """Position of each atomic number among ``species``, ``[max(species) + 1]``; -1 where absent."""
+    table = torch.full((max(species) + 1,), -1)
+    table[list(species)] = torch.arange(len(species))
+    return table
 
 
 def check_species(structures: Sequence[Structure], species: Collection[int]) -> None:

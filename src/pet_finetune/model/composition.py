@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from pet_finetune.data.species import species_table
+
 _ITERATIONS = 6
 
 
@@ -36,9 +38,7 @@ class Composition(DoubleBuffers):
     def __init__(self, species: Sequence[int]) -> None:
         super().__init__()
         self.num_species = len(species)
-        table = torch.full((max(species) + 1,), -1)
-        table[list(species)] = torch.arange(len(species))
-        self.register_buffer("species_index", table, persistent=False)
+        self.register_buffer("species_index", species_table(species), persistent=False)
 
     def get(self, target: str) -> Tensor:
         """The baselines of a target, [n_species] float64, eV; zeros when none were set."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pet_finetune.config import ModelOptions
 from pet_finetune.data.batch import Batch
+from pet_finetune.data.species import species_table
 from pet_finetune.keys import TargetSpec
 from pet_finetune.nn.attention import key_bias
 from pet_finetune.nn.block import Block
@@ -42,9 +43,7 @@ class PET(nn.Module):
     ) -> None:
         super().__init__()
         self.options = options
-        table = torch.full((max(species) + 1,), -1)
-        table[list(species)] = torch.arange(len(species))
-        self.register_buffer("species_to_species_index", table)
+        self.register_buffer("species_to_species_index", species_table(species))
         self.gnn_layers = nn.ModuleList(
             GNNLayer(
                 options.d_pet,

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from pet_finetune.data.species import species_table
+
 _COULOMB = 14.399645478425668  # e^2 / (4 pi epsilon_0), eV Angstrom
 _LENGTH = 0.46850  # Angstrom
 _POWER = 0.23
@@ -32,9 +34,7 @@ class ZBL(nn.Module):
 
     def __init__(self, species: Sequence[int], radii: Tensor) -> None:
         super().__init__()
-        table = torch.full((max(species) + 1,), -1)
-        table[list(species)] = torch.arange(len(species))
-        self.register_buffer("species_index", table, persistent=False)
+        self.register_buffer("species_index", species_table(species), persistent=False)
         self.register_buffer("covalent_radii", radii.to(torch.float64))
 
     @property
