@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from pet_finetune import kernels
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -22,6 +25,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.parity)
         if "shared_dir" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.shared)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kernels() -> None:
+    """Every test computes as a user's run does: with the fused kernels where they can be built."""
+    kernels.prepare()
+
+
+@pytest.fixture(params=["fused", "plain"])
+def both_ways(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test with the fused kernels and again with plain torch operations."""
+    if request.param == "plain":
+        with kernels.disabled():
+            yield request.param
+    elif kernels.active():
+        yield request.param
+    else:
+        pytest.skip("the fused kernels are not in use here")
 
 
 @pytest.fixture(scope="session")

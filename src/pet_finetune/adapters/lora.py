@@ -7,8 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
+from pet_finetune.nn.projection import Adapted, LowRankUpdate
 
-class LoraLinear(nn.Linear):
+
+class LoraLinear(Adapted):
     """A frozen linear layer and its adapter.
 
     ``weight`` and ``bias`` keep their names, so the layer's state dict is the base's plus
@@ -55,21 +57,41 @@ class LoraLinear(nn.Linear):
         return self._base_weight is not None
 
     def effective_weight(self) -> Tensor:
-        """W + s B A, [out, in]; W alone where the adapter is disabled."""
+        """W + s B A, [out, in]; W alone where the adapter is disabled or goes apart."""
         if not self.enabled:
             return self.weight if self._base_weight is None else self._base_weight
-        if self.merged:
+        if self.merged or self._drops:
             return self.weight
         return self.weight + self.scaling * (self.lora_B @ self.lora_A)
 
+    @property
+    def _drops(self) -> bool:
+        active = self.training and self.dropout > 0.0
+        return active and self.enabled and not self.merged
+
+    def apart(self, x: Tensor) -> Tensor | None:
+        """The update's own path, which only dropout needs: [n, in] to [n, out]."""
+        if not self._drops:
+            return None
+        thin = nn.functional.dropout(x, self.dropout) @ self.lora_A.T
+        return self.scaling * (thin @ self.lora_B.T)
+
+    def low_rank_update(self) -> LowRankUpdate | None:
+        """The update, where it is what trains."""
+        frozen = not self.weight.requires_grad and (
+            self.bias is None or not self.bias.requires_grad
+        )
+        if self._drops or self.merged or not (frozen and self.enabled):
+            return None
+        with torch.no_grad():
+            weight = self.effective_weight()
+        return LowRankUpdate(weight, self.lora_A, self.lora_B, self.scaling)
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
-        if self.training and self.dropout > 0.0 and self.enabled and not self.merged:
-            thin = nn.functional.dropout(x, self.dropout) @ self.lora_A.T
-            return nn.functional.linear(x, self.weight, self.bias) + self.scaling * (
-                thin @ self.lora_B.T
-            )
-        return nn.functional.linear(x, self.effective_weight(), self.bias)
+        out = nn.functional.linear(x, self.effective_weight(), self.bias)
+        apart = self.apart(x)
+        return out if apart is None else out + apart
 
     @torch.no_grad()
     def merge(self) -> None:

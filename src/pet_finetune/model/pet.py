@@ -16,12 +16,14 @@ from pet_finetune.config import ModelOptions
 from pet_finetune.data.batch import Batch
 from pet_finetune.data.species import species_table
 from pet_finetune.keys import TargetSpec
-from pet_finetune.nn.attention import key_bias
+from pet_finetune.nn.attention import weigh_keys
 from pet_finetune.nn.block import Block
 from pet_finetune.nn.conditioning import SystemConditioning
 from pet_finetune.nn.gnn_layer import GNNLayer
 from pet_finetune.nn.heads import make_head, sum_over_edges
 from pet_finetune.nn.neighborhood import Neighborhood, build_neighborhood
+from pet_finetune.nn.projection import chain
+from pet_finetune.nn.rowwise import LayerNorm, SiLU
 
 #: The parts of the network that belong to single targets.
 HEAD_GROUPS = ("node_heads", "edge_heads", "node_last_layers", "edge_last_layers")
@@ -57,9 +59,9 @@ class PET(nn.Module):
         self.feedforward = options.featurizer_type == "feedforward"
         mixers = options.num_gnn_layers if self.feedforward else 0
         double = 2 * options.d_pet
-        self.combination_norms = nn.ModuleList(nn.LayerNorm(double) for _ in range(mixers))
+        self.combination_norms = nn.ModuleList(LayerNorm(double) for _ in range(mixers))
         self.combination_mlps = nn.ModuleList(
-            nn.Sequential(nn.Linear(double, double), nn.SiLU(), nn.Linear(double, options.d_pet))
+            nn.Sequential(nn.Linear(double, double), SiLU(), nn.Linear(double, options.d_pet))
             for _ in range(mixers)
         )
         self.num_readouts = 1 if self.feedforward else options.num_gnn_layers
@@ -135,7 +137,7 @@ class PET(nn.Module):
         """Centre and edge features, [n_atoms, d_node] and [n_edges, d_pet], per read-out."""
         species = self.species_to_species_index[batch.numbers]
         neighbor_species = species[hood.neighbors]
-        bias = key_bias(hood.factors, batch.num_atoms, hood.slots)
+        keys = weigh_keys(hood.factors, hood.layout)
         condition = None
         if self.system_conditioning is not None:
             condition = self.system_conditioning(batch.charges, batch.spins, batch.structure_index)
@@ -145,13 +147,14 @@ class PET(nn.Module):
         for index, layer in enumerate(self.gnn_layers):
             if not self.feedforward:
                 nodes = self.node_embedders[index](species)
-            nodes, edges = layer(nodes, messages, neighbor_species, bias, hood)
+            nodes, edges = layer(nodes, messages, neighbor_species, keys, hood)
             if condition is not None:
                 nodes = nodes + condition
             turned = hood.reversed(edges)
             if self.feedforward:
-                both = self.combination_norms[index](torch.cat([edges, turned], dim=-1))
-                messages = messages + edges + self.combination_mlps[index](both)
+                norm, mlp = self.combination_norms[index], self.combination_mlps[index]
+                both = torch.cat([edges, turned], dim=-1)
+                messages = chain(mlp, both, norm, residual=messages + edges)
             else:
                 messages = 0.5 * (messages + turned)
                 readouts.append((nodes, edges))
@@ -175,8 +178,8 @@ class PET(nn.Module):
         node_heads, edge_heads, node_last, edge_last = self.head_modules(target).values()
         parts = []
         for index, (nodes, edges) in enumerate(readouts):
-            on_nodes = _last(node_last[index])(node_heads[index](nodes))
-            on_edges = _last(edge_last[index])(edge_heads[index](edges))
+            on_nodes = _last(node_last[index])(chain(node_heads[index], nodes))
+            on_edges = _last(edge_last[index])(chain(edge_heads[index], edges))
             parts += [on_nodes, sum_over_edges(on_edges, hood, num_atoms)]
         return torch.stack(parts).sum(0)
 

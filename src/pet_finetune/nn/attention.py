@@ -2,35 +2,78 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
 from torch import Tensor, nn
 
-from .neighborhood import Slots
+from pet_finetune import kernels
+
+from .neighborhood import Layout
+from .projection import project
+from .rowwise import Prologue
 
 # Cutoff factors below this count as this: the logarithm of a vanished edge stays finite.
 _SMALLEST_FACTOR = 1e-15
 
 
-def key_bias(factors: Tensor, num_atoms: int, slots: Slots) -> Tensor:
-    """What is added to the scores of each key: the logarithm of its cutoff factor.
+@dataclass(frozen=True)
+class Keys:
+    """How much each key counts, and whose keys they are.
 
-    The centre token has factor 1. Empty slots get minus infinity, so that nothing of a
-    structure depends on what else is in its batch.
+    Attributes:
+        logarithms: [n_edges], logarithm of each edge's cutoff factor; the centre's is 0.
+        layout: the tokens of each atom.
+    """
+
+    logarithms: Tensor
+    layout: Layout
+
+    @cached_property
+    def padded(self) -> Tensor:
+        """What is added to the scores, [n_atoms, 1, 1, width of the rectangle].
+
+        Empty slots get minus infinity, so that nothing of a structure depends on what else is
+        in its batch.
+        """
+        slots = self.layout.slots
+        bias = slots.pad(
+            torch.cat([self.logarithms.new_zeros(self.layout.num_atoms), self.logarithms])
+        )
+        if slots.empty is not None:
+            bias = bias.flatten().index_fill(0, slots.empty, -torch.inf).view_as(bias)
+        return bias[:, None, None, :]
+
+
+def weigh_keys(factors: Tensor, layout: Layout) -> Keys:
+    """The keys of edges with cutoff factors [n_edges]."""
+    return Keys(torch.log(factors.clamp_min(_SMALLEST_FACTOR)), layout)
+
+
+def attend(qkv: Tensor, keys: Keys, heads: int, scale: float) -> Tensor:
+    """Softmax attention within each neighbourhood, by torch operations: the reference.
+
+    Plain matrix products and a softmax, because training on forces differentiates twice and
+    torch's fused attention does not.
 
     Args:
-        factors: [n_edges], cutoff factors.
-        num_atoms: number of atoms.
-        slots: the padded layout.
+        qkv: [n_atoms + n_edges, 3 * width], centre tokens first.
+        keys: the keys' weights.
+        heads: number of heads.
+        scale: of the scores.
 
     Returns:
-        [n_atoms, 1, 1, width].
+        [n_atoms + n_edges, width].
     """
-    logarithms = torch.log(factors.clamp_min(_SMALLEST_FACTOR))
-    flat = torch.cat([logarithms.new_zeros(num_atoms), logarithms])
-    bias = slots.pad(flat)
-    if slots.empty is not None:
-        bias = bias.flatten().index_fill(0, slots.empty, -torch.inf).view_as(bias)
-    return bias[:, None, None, :]
+    slots = keys.layout.slots
+    padded = slots.pad(qkv)
+    atoms, width, _ = padded.shape
+    split = padded.view(atoms, width, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    queries, keys_, values = split.unbind(0)
+    scores = torch.matmul(queries * scale, keys_.transpose(-2, -1)) + keys.padded
+    mixed = torch.matmul(scores.softmax(dim=-1), values)
+    return slots.unpad(mixed.transpose(1, 2).flatten(2))
 
 
 class Attention(nn.Module):
@@ -43,24 +86,21 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.scale = 1.0 / ((width // num_heads) ** 0.5 * temperature)
 
-    def forward(self, tokens: Tensor, bias: Tensor, slots: Slots) -> Tensor:
+    def forward(self, tokens: Tensor, keys: Keys, norm: Prologue | None = None) -> Tensor:
         """Attend within each atom's neighbourhood.
-
-        Plain matrix products and a softmax, because training on forces differentiates twice
-        and torch's fused attention does not.
 
         Args:
             tokens: [n_atoms + n_edges, width], centre tokens first.
-            bias: [n_atoms, 1, 1, slots.width] from :func:`key_bias`.
-            slots: the padded layout.
+            keys: from :func:`weigh_keys`.
+            norm: of the tokens, before all else.
 
         Returns:
             [n_atoms + n_edges, width].
         """
-        qkv = slots.pad(self.input_linear(tokens))
-        atoms, width, _ = qkv.shape
-        heads = qkv.view(atoms, width, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        queries, keys, values = heads.unbind(0)
-        scores = torch.matmul(queries * self.scale, keys.transpose(-2, -1)) + bias
-        mixed = torch.matmul(scores.softmax(dim=-1), values)
-        return self.output_linear(slots.unpad(mixed.transpose(1, 2).flatten(2)))
+        qkv = project(self.input_linear, tokens, norm)
+        if kernels.usable(qkv):
+            starts = keys.layout.starts
+            mixed = kernels.attention(qkv, keys.logarithms, starts, self.num_heads, self.scale)
+        else:
+            mixed = attend(qkv, keys, self.num_heads, self.scale)
+        return project(self.output_linear, mixed)

@@ -5,35 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .attention import Attention
-from .neighborhood import Slots
+from .attention import Attention, Keys
+from .projection import project
+from .rowwise import LayerNorm, Prologue, RMSNorm, SiLU, SwiGLU
 
-NORMALIZATIONS: dict[str, type[nn.Module]] = {"LayerNorm": nn.LayerNorm, "RMSNorm": nn.RMSNorm}
+NORMALIZATIONS: dict[str, type[RMSNorm] | type[LayerNorm]] = {
+    "LayerNorm": LayerNorm,
+    "RMSNorm": RMSNorm,
+}
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with SiLU or SwiGLU between them.
-
-    SwiGLU in PET multiplies the value with the *sigmoid* of the gate (metatrain's convention),
-    not with its SiLU as in arXiv:2002.05202.
-    """
+    """Two linear layers with SiLU or SwiGLU between them."""
 
     def __init__(self, width: int, hidden: int, activation: str) -> None:
         super().__init__()
-        self.gated = activation == "SwiGLU"
-        self.w_in = nn.Linear(width, 2 * hidden if self.gated else hidden)
+        gated = activation == "SwiGLU"
+        self.activation = SwiGLU() if gated else SiLU()
+        self.w_in = nn.Linear(width, 2 * hidden if gated else hidden)
         self.w_out = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., width] to [..., width]."""
-        hidden = self.w_in(x)
-        if self.gated:
-            value, gate = hidden.chunk(2, dim=-1)
-            hidden = value * torch.sigmoid(gate)
-        else:
-            hidden = nn.functional.silu(hidden)
-        out: Tensor = self.w_out(hidden)
-        return out
+    def forward(
+        self, x: Tensor, norm: Prologue | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """The network of ``norm(x)``, plus the residual; all [n, width]."""
+        return project(self.w_out, project(self.w_in, x, norm), self.activation, residual)
 
 
 class Block(nn.Module):
@@ -68,24 +64,24 @@ class Block(nn.Module):
             self.norm_center_features = norm(d_node)
             self.center_mlp = FeedForward(d_node, 2 * d_node, activation)
 
-    def forward(
-        self, nodes: Tensor, edges: Tensor, bias: Tensor, slots: Slots
-    ) -> tuple[Tensor, Tensor]:
-        """One block; see :meth:`Attention.forward` for ``bias`` and ``slots``."""
-        centers = self.center_contraction(nodes) if self.wide_center else nodes
+    def forward(self, nodes: Tensor, edges: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
+        """One block; ``keys`` as for :class:`~.attention.Attention`."""
+        centers = project(self.center_contraction, nodes) if self.wide_center else nodes
         tokens = torch.cat([centers, edges])
         if self.post_norm:
-            tokens = self.norm_attention(tokens + self.attention(tokens, bias, slots))
-            tokens = self.norm_mlp(tokens + self.mlp(tokens))
+            tokens = self.norm_attention(tokens + self.attention(tokens, keys))
+            tokens = self.norm_mlp(self.mlp(tokens, residual=tokens))
             new_centers, new_edges = tokens.split([len(nodes), len(edges)])
         else:
-            mixed = self.attention(self.norm_attention(tokens), bias, slots)
+            mixed = self.attention(tokens, keys, self.norm_attention)
             new_centers, new_edges = mixed.split([len(nodes), len(edges)])
             new_edges = edges + new_edges
-            new_edges = new_edges + self.mlp(self.norm_mlp(new_edges))
+            new_edges = self.mlp(new_edges, self.norm_mlp, residual=new_edges)
         if self.wide_center:
-            new_centers = nodes + self.center_expansion(new_centers)
-            new_centers = new_centers + self.center_mlp(self.norm_center_features(new_centers))
+            new_centers = project(self.center_expansion, new_centers, residual=nodes)
+            new_centers = self.center_mlp(
+                new_centers, self.norm_center_features, residual=new_centers
+            )
         # With equal widths PreLN hands the attention's output on without a residual: the
         # trained models were made so.
         return new_centers, new_edges

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .rowwise import SiLU
+
 
 class SystemConditioning(nn.Module):
     """Embeds charge and spin multiplicity; starts as a no-op because its last layer is zero."""
@@ -18,7 +20,7 @@ class SystemConditioning(nn.Module):
         gate = nn.Linear(width, width)
         nn.init.zeros_(gate.weight)
         nn.init.zeros_(gate.bias)
-        self.project = nn.Sequential(nn.Linear(2 * width, width), nn.SiLU(), gate)
+        self.project = nn.Sequential(nn.Linear(2 * width, width), SiLU(), gate)
 
     def forward(self, charges: Tensor, spins: Tensor, structure_index: Tensor) -> Tensor:
         """Per-atom features [n_atoms, width] from per-structure integers.

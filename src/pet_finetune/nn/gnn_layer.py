@@ -7,8 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .attention import Keys
 from .block import Block
 from .neighborhood import Neighborhood
+from .projection import chain
+from .rowwise import SiLU
 
 
 class BlockStack(nn.Module):
@@ -18,12 +21,10 @@ class BlockStack(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(blocks)
 
-    def forward(
-        self, nodes: Tensor, edges: Tensor, bias: Tensor, hood: Neighborhood
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, nodes: Tensor, edges: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
         """Run every block; shapes as in :class:`Block`."""
         for block in self.layers:
-            nodes, edges = block(nodes, edges, bias, hood.slots)
+            nodes, edges = block(nodes, edges, keys)
         return nodes, edges
 
 
@@ -50,7 +51,7 @@ class GNNLayer(nn.Module):
         self.trans = BlockStack([make_block() for _ in range(num_blocks)])
         self.edge_embedder = nn.Linear(4, d_pet)
         self.compress = nn.Sequential(
-            nn.Linear((2 if first else 3) * d_pet, d_pet), nn.SiLU(), nn.Linear(d_pet, d_pet)
+            nn.Linear((2 if first else 3) * d_pet, d_pet), SiLU(), nn.Linear(d_pet, d_pet)
         )
         self.neighbor_embedder = None if first else nn.Embedding(num_species, d_pet)
 
@@ -59,7 +60,7 @@ class GNNLayer(nn.Module):
         nodes: Tensor,
         messages: Tensor,
         neighbor_species: Tensor,
-        bias: Tensor,
+        keys: Keys,
         hood: Neighborhood,
     ) -> tuple[Tensor, Tensor]:
         """Update centre tokens [n_atoms, d_node] and edge tokens [n_edges, d_pet].
@@ -68,13 +69,13 @@ class GNNLayer(nn.Module):
             nodes: [n_atoms, d_node].
             messages: [n_edges, d_pet], what arrives along each edge.
             neighbor_species: [n_edges] species indices.
-            bias: from :func:`~.attention.key_bias`.
+            keys: from :func:`~.attention.weigh_keys`.
             hood: the batch's neighbourhoods.
         """
         geometry = torch.cat([hood.vectors, hood.distances.unsqueeze(-1)], dim=-1)
         parts = [self.edge_embedder(geometry)]
         if self.neighbor_embedder is not None:
             parts.append(self.neighbor_embedder(neighbor_species))
-        edges = self.compress(torch.cat([*parts, messages], dim=-1))
-        out: tuple[Tensor, Tensor] = self.trans(nodes, edges, bias, hood)
+        edges = chain(self.compress, torch.cat([*parts, messages], dim=-1))
+        out: tuple[Tensor, Tensor] = self.trans(nodes, edges, keys)
         return out

@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .neighborhood import Neighborhood
+from .rowwise import SiLU
 
 
 def make_head(width: int, d_head: int) -> nn.Sequential:
     """Linear-SiLU-Linear-SiLU from ``width`` to ``d_head``."""
-    return nn.Sequential(nn.Linear(width, d_head), nn.SiLU(), nn.Linear(d_head, d_head), nn.SiLU())
+    return nn.Sequential(nn.Linear(width, d_head), SiLU(), nn.Linear(d_head, d_head), SiLU())
 
 
 def sum_over_edges(values: Tensor, hood: Neighborhood, num_atoms: int) -> Tensor:

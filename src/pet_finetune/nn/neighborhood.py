@@ -1,13 +1,15 @@
 """The neighbourhoods of a batch: which edges count, how they pair up, how attention sees them.
 
 Tokens live in one flat array: first a centre token per atom, then a token per edge. Linear
-layers, norms and activations work on that array and never touch padding; only the attention
-scores need a rectangle of [n_atoms, 1 + most neighbours] slots, described here once a forward.
+layers, norms and activations work on that array and never touch padding, and so does the fused
+attention. Attention by plain torch operations needs a rectangle of [n_atoms, 1 + most neighbours]
+slots.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -48,6 +50,48 @@ class Slots:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Which tokens belong to which atom; made once a forward, in the form that is asked for.
+
+    Attributes:
+        centers: [n_edges] int64, the centre atom of each edge, sorted.
+        num_atoms: number of atoms; atoms without edges are allowed.
+    """
+
+    centers: Tensor
+    num_atoms: int
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """Edges of each atom, [n_atoms] int64."""
+        return torch.bincount(self.centers, minlength=self.num_atoms)
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """First edge of each atom and, last, the number of edges; [n_atoms + 1] int64."""
+        return torch.cat([self.counts.new_zeros(1), self.counts.cumsum(0)])
+
+    @cached_property
+    def slots(self) -> Slots:
+        """The padded rectangle."""
+        num_atoms, num_edges = self.num_atoms, len(self.centers)
+        device = self.centers.device
+        width = 1 + (int(self.counts.max()) if num_atoms else 0)
+        edges = torch.arange(num_edges, device=device)
+        atoms = torch.arange(num_atoms, device=device)
+        edge_slots = self.centers * width + 1 + edges - self.starts[self.centers]
+        slot_of_token = torch.cat([atoms * width, edge_slots])
+        token_of_slot = torch.zeros(num_atoms * width, dtype=torch.int64, device=device)
+        token_of_slot[slot_of_token] = torch.arange(num_atoms + num_edges, device=device)
+        empty = None
+        if num_atoms * width > num_atoms + num_edges:
+            in_use = torch.zeros(num_atoms * width, dtype=torch.bool, device=device)
+            in_use[slot_of_token] = True
+            empty = torch.nonzero(~in_use).squeeze(-1)
+        return Slots(token_of_slot, slot_of_token, empty, width)
+
+
+@dataclass(frozen=True)
 class Neighborhood:
     """Edges within the cutoff and what the network needs to know of them.
 
@@ -57,7 +101,7 @@ class Neighborhood:
         factors: [n_edges], cutoff factors between 0 and 1.
         centers, neighbors, reverse: [n_edges], centre atom, neighbour atom, and the index of the
             edge that runs the other way. Sorted by centre.
-        slots: the rectangle of attention.
+        layout: the tokens of each atom.
     """
 
     vectors: Tensor
@@ -66,36 +110,11 @@ class Neighborhood:
     centers: Tensor
     neighbors: Tensor
     reverse: Tensor
-    slots: Slots
+    layout: Layout
 
     def reversed(self, edge_tokens: Tensor) -> Tensor:
         """The tokens of the edges j->i in the order of the edges i->j, [n_edges, d]."""
         return permute_rows(edge_tokens, self.reverse, self.reverse)
-
-
-def make_slots(centers: Tensor, num_atoms: int) -> Slots:
-    """Lay the tokens of ``num_atoms`` atoms out in a rectangle.
-
-    Args:
-        centers: [n_edges] int64, sorted.
-        num_atoms: number of atoms; atoms without edges are allowed.
-    """
-    num_edges = len(centers)
-    counts = torch.bincount(centers, minlength=num_atoms)
-    width = 1 + (int(counts.max()) if num_atoms else 0)
-    first_edge = torch.cumsum(counts, 0) - counts
-    edges = torch.arange(num_edges, device=centers.device)
-    atoms = torch.arange(num_atoms, device=centers.device)
-    edge_slots = centers * width + 1 + edges - first_edge[centers]
-    slot_of_token = torch.cat([atoms * width, edge_slots])
-    token_of_slot = torch.zeros(num_atoms * width, dtype=torch.int64, device=centers.device)
-    token_of_slot[slot_of_token] = torch.arange(num_atoms + num_edges, device=centers.device)
-    empty = None
-    if num_atoms * width > num_atoms + num_edges:
-        in_use = torch.zeros(num_atoms * width, dtype=torch.bool, device=centers.device)
-        in_use[slot_of_token] = True
-        empty = torch.nonzero(~in_use).squeeze(-1)
-    return Slots(token_of_slot, slot_of_token, empty, width)
 
 
 def _keep(mask: Tensor, reverse: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,5 +174,5 @@ def build_neighborhood(
         centers=centers,
         neighbors=neighbors,
         reverse=reverse,
-        slots=make_slots(centers, num_atoms),
+        layout=Layout(centers, num_atoms),
     )

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from pet_finetune.nn.attention import Attention, key_bias
-from pet_finetune.nn.neighborhood import make_slots
+from pet_finetune.nn.attention import Attention, weigh_keys
+from pet_finetune.nn.neighborhood import Layout
 
 WIDTH, HEADS = 6, 2
 
@@ -30,8 +30,7 @@ def tokens_of(counts, seed=1):
 
 
 def attend(attention, tokens, factors, centers, num_atoms):
-    slots = make_slots(centers, num_atoms)
-    return attention(tokens, key_bias(factors, num_atoms, slots), slots)
+    return attention(tokens, weigh_keys(factors, Layout(centers, num_atoms)))
 
 
 def by_hand(attention, tokens, factors):

@@ -7,11 +7,11 @@ from itertools import product
 import pytest
 import torch
 
-from pet_finetune.nn.attention import key_bias
+from pet_finetune.nn.attention import weigh_keys
 from pet_finetune.nn.block import NORMALIZATIONS, Block, FeedForward
 from pet_finetune.nn.conditioning import SystemConditioning
 from pet_finetune.nn.heads import make_head, sum_over_edges
-from pet_finetune.nn.neighborhood import Neighborhood, make_slots
+from pet_finetune.nn.neighborhood import Layout, Neighborhood
 
 D_PET, D_FF = 6, 10
 
@@ -24,10 +24,9 @@ def block(d_node=8, normalization="RMSNorm", activation="SwiGLU", kind="PreLN"):
 def inputs(d_node):
     generator = torch.Generator().manual_seed(1)
     centers = torch.tensor([0, 0, 2])
-    slots = make_slots(centers, 3)
     nodes = torch.randn(3, d_node, generator=generator, dtype=torch.float64)
     edges = torch.randn(3, D_PET, generator=generator, dtype=torch.float64)
-    return nodes, edges, key_bias(torch.ones(3, dtype=torch.float64), 3, slots), slots
+    return nodes, edges, weigh_keys(torch.ones(3, dtype=torch.float64), Layout(centers, 3))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +79,7 @@ def test_edges_are_summed_with_their_factors():
     centers = torch.tensor([0, 0, 2])
     factors = torch.tensor([1.0, 0.5, 0.25])
     empty = torch.zeros(3)
-    hood = Neighborhood(empty, empty, factors, centers, centers, centers, make_slots(centers, 3))
+    hood = Neighborhood(empty, empty, factors, centers, centers, centers, Layout(centers, 3))
     values = torch.tensor([[1.0, 2.0], [4.0, 6.0], [8.0, 0.0]])
     assert sum_over_edges(values, hood, 3).tolist() == [[3.0, 5.0], [0.0, 0.0], [2.0, 0.0]]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pet_finetune.nn.gather import pad_rows, permute_rows, unpad_rows
-from pet_finetune.nn.neighborhood import make_slots
+from pet_finetune.nn.neighborhood import Layout
 
 
 def rows(count, seed=0, width=2):
@@ -17,7 +17,7 @@ def rows(count, seed=0, width=2):
 def layout(counts):
     """Slots of atoms with the given numbers of neighbours, and how many tokens they hold."""
     centers = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    slots = make_slots(centers, len(counts))
+    slots = Layout(centers, len(counts)).slots
     return (slots.token_of_slot, slots.slot_of_token, slots.empty), len(counts) + len(centers)
 
 

@@ -7,7 +7,7 @@ import torch
 from ase import Atoms
 
 from pet_finetune.data.batch import batch_from_atoms
-from pet_finetune.nn.neighborhood import build_neighborhood, make_slots
+from pet_finetune.nn.neighborhood import Layout, build_neighborhood
 
 PLAIN = {
     "cutoff": 2.5,
@@ -80,24 +80,24 @@ def test_both_directions_of_a_pair_share_the_adaptive_radius(method):
 def test_atoms_without_neighbours_have_a_slot_of_their_own():
     _, hood = build(LINE)
     tokens = torch.arange(4.0 + len(hood.centers)).unsqueeze(1)
-    padded = hood.slots.pad(tokens)
+    padded = hood.layout.slots.pad(tokens)
     assert padded.shape == (4, 3, 1)
     assert padded[3].flatten().tolist() == [3.0, 0.0, 0.0]
     assert padded[0].flatten().tolist() == [0.0, 4.0, 5.0]
-    assert torch.equal(hood.slots.unpad(padded), tokens)
+    assert torch.equal(hood.layout.slots.unpad(padded), tokens)
 
 
 @pytest.mark.parametrize("adaptive", [None, 4.0])
 def test_no_edges_at_all(adaptive):
     _, hood = build([LINE[0], LINE[3]], num_neighbors_adaptive=adaptive)
     assert hood.distances.shape == (0,)
-    assert hood.slots.width == 1
+    assert hood.layout.slots.width == 1
     tokens = torch.ones(2, 5)
-    assert torch.equal(hood.slots.pad(tokens), tokens.unsqueeze(1))
+    assert torch.equal(hood.layout.slots.pad(tokens), tokens.unsqueeze(1))
 
 
 def test_full_rectangles_have_no_empty_slots():
-    slots = make_slots(torch.tensor([0, 0, 1, 1]), 2)
+    slots = Layout(torch.tensor([0, 0, 1, 1]), 2).slots
     assert slots.empty is None
     assert slots.width == 3
-    assert make_slots(torch.tensor([0, 0, 1]), 2).empty.tolist() == [5]
+    assert Layout(torch.tensor([0, 0, 1]), 2).slots.empty.tolist() == [5]

@@ -1,0 +1,34 @@
+"""Fused operations for the CPU, with plain torch as their reference and their stand-in.
+
+Each function here computes what its one-line torch counterpart in :mod:`pet_finetune.nn` computes,
+in float32 or float64, and can be differentiated twice. :func:`usable` says whether a tensor can go
+through them; the callers fall back to torch operations where it cannot.
+"""
+
+from .library import active, disabled, prepare
+from .operators import (
+    attention,
+    lanes,
+    layer_norm,
+    pack,
+    projection,
+    rms_norm,
+    silu,
+    swiglu,
+    usable,
+)
+
+__all__ = [
+    "active",
+    "attention",
+    "disabled",
+    "lanes",
+    "layer_norm",
+    "pack",
+    "prepare",
+    "projection",
+    "rms_norm",
+    "silu",
+    "swiglu",
+    "usable",
+]

@@ -1,0 +1,161 @@
+"""Finding, compiling and loading the kernels' library.
+
+It is compiled on the machine that runs it, once, because it is tied to torch's binary interface
+and to the processor's instructions, neither of which an installer knows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from pet_finetune.errors import ConfigError
+from pet_finetune.log import get_logger
+
+_LOG = get_logger(__name__)
+_SOURCES = Path(__file__).with_name("csrc")
+_NAME = "pet_finetune_kernels"
+_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+#: ``off`` computes with plain torch; ``auto``, the default, uses the kernels where it can.
+VARIABLE = "PET_FINETUNE_KERNELS"
+
+
+class _State:
+    """Of this process: whether loading was tried, what came of it, whether they are in use."""
+
+    tried = False
+    loaded = False
+    enabled = True
+
+
+def active() -> bool:
+    """Whether the kernels are loaded and in use."""
+    return _State.loaded and _State.enabled
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Compute with plain torch operations inside this context."""
+    before, _State.enabled = _State.enabled, False
+    try:
+        yield
+    finally:
+        _State.enabled = before
+
+
+def prepare(device: torch.device | str = "cpu") -> bool:
+    """Load the kernels if work on ``device`` can use them, compiling them where there are none.
+
+    The choice is made and logged once in a process; a failure to compile is a notice, no error.
+
+    Returns:
+        Whether the kernels are in use.
+
+    Raises:
+        ConfigError: the environment variable has another value than those it can have.
+    """
+    if torch.device(device).type != "cpu" or _State.tried:
+        return active()
+    setting = os.environ.get(VARIABLE, "auto")
+    if setting not in ("auto", "off"):
+        raise ConfigError(f"{VARIABLE}: '{setting}' is not one of auto, off.")
+    _State.tried = True
+    if setting == "off":
+        _LOG.info("Computing with plain torch operations (%s=off).", VARIABLE)
+        return False
+    reason = _missing()
+    if reason is not None:
+        _LOG.info("Computing with plain torch operations: %s.", reason)
+        return False
+    try:
+        torch.ops.load_library(str(_library()))
+    except (OSError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
+        _LOG.debug("%s", error)
+        _LOG.warning("Computing with plain torch operations, more slowly: %s", _first_line(error))
+        return False
+    _State.loaded = True
+    _LOG.debug("Computing with fused CPU kernels.")
+    return active()
+
+
+def _missing() -> str | None:
+    """What this machine lacks to use the kernels, or None."""
+    if platform.system() != "Linux":
+        return f"the fused kernels are made for Linux, not {platform.system()}"
+    if not _library_path().exists() and shutil.which(os.environ.get("CXX", "c++")) is None:
+        return "the fused kernels need a C++ compiler (the package g++, or set CXX)"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return f"the fused kernels could not be built or loaded ({str(error).splitlines()[0]})"
+
+
+def _cache() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "pet-finetune" / "kernels"
+
+
+def _library_path() -> Path:
+    """One file for each combination of sources, torch and processor."""
+    parts = [torch.__version__, platform.machine(), _processor(), *_FLAGS]
+    digest = hashlib.sha256("\n".join(parts).encode())
+    for source in sorted(_SOURCES.iterdir()):
+        digest.update(source.read_bytes())
+    return _cache() / f"{_NAME}-{digest.hexdigest()[:16]}.so"
+
+
+def _processor() -> str:
+    """The instructions this processor has: home directories travel between machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+@contextmanager
+def _on_path(folder: str) -> Iterator[None]:
+    """Let programs be found in a folder, which an environment that is not activated needs."""
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = os.pathsep.join([folder, before])
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
+
+
+def _library() -> Path:
+    """The library's path, compiled first if need be; replaced in one step when done."""
+    path = _library_path()
+    if path.exists():
+        return path
+    # Slow to import, and needed by nobody who has the library.
+    import ninja
+    from torch.utils import cpp_extension
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _LOG.info("Compiling the CPU kernels, once on this machine: about a minute.")
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder, _on_path(ninja.BIN_DIR):
+        cpp_extension.load(
+            name=_NAME,
+            sources=[str(source) for source in sorted(_SOURCES.glob("*.cpp"))],
+            extra_cflags=list(_FLAGS),
+            build_directory=folder,
+            is_python_module=False,
+            is_standalone=False,
+        )
+        os.replace(Path(folder) / f"{_NAME}.so", path)
+    _LOG.info("Compiled in %.0f s: %s", time.perf_counter() - started, path)
+    return path

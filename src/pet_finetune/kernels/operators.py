@@ -1,0 +1,104 @@
+"""The fused operations, thin wrappers over the compiled library."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .library import active
+
+_FLOATS = (torch.float32, torch.float64)
+
+
+def usable(rows: Tensor) -> bool:
+    """Whether a tensor can go through the kernels: [n, d] floats on the CPU, library loaded."""
+    return active() and rows.dim() == 2 and rows.device.type == "cpu" and rows.dtype in _FLOATS
+
+
+def attention(qkv: Tensor, key_bias: Tensor, starts: Tensor, heads: int, scale: float) -> Tensor:
+    """Multi-head attention within each atom's neighbourhood.
+
+    Args:
+        qkv: [n_atoms + n_edges, 3 * width], queries, keys and values; centre tokens first.
+        key_bias: [n_edges], added to the scores of each edge's key; the centre's is 0.
+        starts: [n_atoms + 1] int64, the first edge of each atom.
+        heads: number of heads, dividing ``width``.
+        scale: what the products of queries and keys are multiplied with.
+
+    Returns:
+        [n_atoms + n_edges, width].
+    """
+    out: Tensor = torch.ops.pet_finetune.attention(qkv, key_bias, starts, heads, scale)
+    return out
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """``torch.nn.functional.layer_norm`` over the last axis of [n, d]."""
+    out: Tensor = torch.ops.pet_finetune.layer_norm(x, weight, bias, eps)
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``torch.nn.functional.rms_norm`` over the last axis of [n, d]."""
+    out: Tensor = torch.ops.pet_finetune.rms_norm(x, weight, eps)
+    return out
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """First half times the sigmoid of the second half, [n, 2 d] to [n, d]."""
+    out: Tensor = torch.ops.pet_finetune.swiglu(x)
+    return out
+
+
+def silu(x: Tensor) -> Tensor:
+    """``x * sigmoid(x)``, [n, d]."""
+    out: Tensor = torch.ops.pet_finetune.silu(x)
+    return out
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A weight [out, in], both multiples of :func:`lanes`, in the form the processor reads best."""
+    packed: Tensor = torch.ops.pet_finetune.pack(weight)
+    return packed
+
+
+def lanes(dtype: torch.dtype) -> int:
+    """How many numbers the kernels take at once; widths of projections are multiples of it."""
+    return 64 // dtype.itemsize
+
+
+def projection(
+    x: Tensor,
+    weight: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    *,
+    prologue: str = "none",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 0.0,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    scaling: float = 0.0,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """A linear layer of a norm or a gate of the input: ``prologue(x) @ weight.T + bias``.
+
+    Args:
+        x: [n, in], or [n, 2 * in] before ``swiglu``.
+        weight: [out, in], for its gradient only.
+        packed: the numbers that are multiplied with, from :func:`pack`; with a low-rank update
+            they are those of ``weight + scaling * b @ a``.
+        bias: [out] or None.
+        prologue: ``none``, ``rms_norm``, ``layer_norm``, ``silu`` or ``swiglu``.
+        norm_weight, norm_bias, eps: of the norm.
+        a, b, scaling: [r, in] and [out, r]; receive their gradients without the dense one.
+        residual: [n, out], added to the result.
+
+    Returns:
+        [n, out].
+    """
+    out: Tensor = torch.ops.pet_finetune.projection(
+        x, weight, packed, bias, prologue, norm_weight, norm_bias, eps, a, b, scaling, residual
+    )
+    return out

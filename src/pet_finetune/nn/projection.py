@@ -1,0 +1,158 @@
+"""Linear layers together with the norm or activation before them and the residual after them.
+
+One operation of the fused kernels where they can be used: what lies between the norm and the
+product never leaves the processor's caches. By torch's own modules everywhere else.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from pet_finetune import kernels
+
+from .rowwise import Prologue
+
+
+class LowRankUpdate(NamedTuple):
+    """An update ``scaling * b @ a`` of a weight that is otherwise fixed.
+
+    Attributes:
+        weight: [out, in], with the update as it is now; no gradient flows through it.
+        a: [r, in].
+        b: [out, r].
+        scaling: a number.
+    """
+
+    weight: Tensor
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+
+class Adapted(nn.Linear):
+    """A linear layer whose weight is not what ``weight`` holds; adapters derive from it."""
+
+    def effective_weight(self) -> Tensor:
+        """[out, in], differentiable."""
+        return self.weight
+
+    def low_rank_update(self) -> LowRankUpdate | None:
+        """The trained part of the weight, if it is of low rank and nothing else trains."""
+        return None
+
+    def apart(self, x: Tensor) -> Tensor | None:
+        """[n, in] to [n, out]: what is to be added to the product with the weight, if anything."""
+        return None
+
+
+# The weights that do not train, in the kernels' form. Holding on to the tensor itself keeps its
+# memory from being given to another one that would look like it.
+_PACKED: WeakKeyDictionary[nn.Module, tuple[Tensor, int, Tensor]] = WeakKeyDictionary()
+
+
+def _packed(linear: nn.Linear, weight: Tensor) -> Tensor:
+    fixed = weight is linear.weight and not weight.requires_grad
+    if not fixed:
+        return kernels.pack(weight)
+    known = _PACKED.get(linear)
+    if known is not None:
+        tensor, version, packed = known
+        if tensor.data_ptr() == weight.data_ptr() and version == weight._version:
+            return packed
+    packed = kernels.pack(weight)
+    _PACKED[linear] = (weight.detach(), weight._version, packed)
+    return packed
+
+
+def _fits(linear: nn.Module, x: Tensor) -> bool:
+    """Whether the kernels know what this layer computes, and its widths suit them."""
+    if not (type(linear) is nn.Linear or isinstance(linear, Adapted)):
+        return False
+    lanes = kernels.lanes(x.dtype)
+    return linear.in_features % lanes == 0 and linear.out_features % lanes == 0
+
+
+def project(
+    linear: nn.Module,
+    x: Tensor,
+    prologue: Prologue | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``linear(prologue(x)) + residual``.
+
+    Args:
+        linear: a linear layer, adapted or not, ours or anyone's.
+        x: [n, in], or what the prologue makes into that.
+        prologue: a norm or an activation.
+        residual: [n, out].
+
+    Returns:
+        [n, out].
+    """
+    if kernels.usable(x) and _fits(linear, x):
+        return _fused(cast("nn.Linear", linear), x, prologue, residual)
+    out: Tensor = linear(x if prologue is None else prologue(x))
+    return out if residual is None else out + residual
+
+
+def _fused(
+    linear: nn.Linear, x: Tensor, prologue: Prologue | None, residual: Tensor | None
+) -> Tensor:
+    weight, a, b, scaling = linear.weight, None, None, 0.0
+    if isinstance(linear, Adapted):
+        extra = linear.apart(x if prologue is None else prologue(x))
+        if extra is not None:
+            residual = extra if residual is None else residual + extra
+        update = linear.low_rank_update()
+        if update is None:
+            weight = linear.effective_weight()
+        else:
+            weight, a, b, scaling = update
+    settings = {} if prologue is None else prologue.settings(x.dtype)
+    return kernels.projection(
+        x,
+        weight,
+        _packed(linear, weight),
+        linear.bias,
+        a=a,
+        b=b,
+        scaling=scaling,
+        residual=residual,
+        **settings,
+    )
+
+
+def chain(
+    layers: nn.Module,
+    x: Tensor,
+    norm: nn.Module | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Linear layers with activations between them, ``layers(norm(x)) + residual``.
+
+    Args:
+        layers: a sequence of linear layers and prologues in turn, the first one linear.
+        x: [n, in].
+        norm: a prologue of the first layer.
+        residual: [n, out]; only where the last layer is linear.
+
+    Returns:
+        [n, out].
+    """
+    if not isinstance(layers, nn.Sequential):  # wrapped, by another library's adapters say
+        x = layers(x if norm is None else norm(x))
+        return x if residual is None else x + residual
+    pending = cast("Prologue | None", norm)
+    *_, last = layers.children()
+    for layer in layers.children():
+        if isinstance(layer, Prologue):
+            pending = layer
+        else:
+            x = project(layer, x, pending, residual if layer is last else None)
+            pending = None
+    if pending is not None:
+        x = pending(x)
+    return x

@@ -1,0 +1,252 @@
+"""The fused operations against torch's own, to rounding, and against finite differences, twice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pet_finetune import kernels
+from pet_finetune.nn.attention import attend, weigh_keys
+from pet_finetune.nn.neighborhood import Layout
+from pet_finetune.nn.rowwise import SwiGLU
+
+# Below, at and above the vectors of the kernels (8 doubles, 16 floats), and none of them.
+WIDTHS = [5, 16, 33]
+COUNTS = {"mixed": [2, 0, 5], "one": [17], "long": [40, 1, 30]}
+TOLERANCE = {torch.float32: {"atol": 5e-6, "rtol": 2e-5}, torch.float64: {"atol": 1e-12, "rtol": 0}}
+
+pytestmark = pytest.mark.usefixtures("_fused")
+
+
+@pytest.fixture
+def _fused():
+    if not kernels.active():
+        pytest.skip("the fused kernels are not in use here")
+
+
+def randoms(*shapes, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(*s, generator=generator, dtype=dtype).requires_grad_() for s in shapes]
+
+
+def layout_of(counts):
+    return Layout(torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)), len(counts))
+
+
+def attention_pair(counts, heads):
+    """The fused attention and its reference, as functions of (qkv, factors)."""
+    layout = layout_of(counts)
+
+    def fused(qkv, factors):
+        keys = weigh_keys(factors, layout)
+        return kernels.attention(qkv, keys.logarithms, layout.starts, heads, 0.3)
+
+    return fused, lambda qkv, factors: attend(qkv, weigh_keys(factors, layout), heads, 0.3)
+
+
+def attention_inputs(counts, heads, head_width, dtype=torch.float64):
+    tokens = len(counts) + sum(counts)
+    (qkv, factors) = randoms((tokens, 3 * heads * head_width), (sum(counts),), dtype=dtype)
+    return qkv, (factors.detach().sigmoid()).requires_grad_()
+
+
+def second_order(function, inputs):
+    """Gradients of something that depends on values and on first gradients, as training's do."""
+    out = function(*inputs)
+    first = torch.autograd.grad((out**3).sum(), inputs, create_graph=True)
+    loss = (out**2).sum() + sum((g**2).sum() for g in first)
+    return [out, *first, *torch.autograd.grad(loss, inputs)]
+
+
+def assert_same(function, reference, inputs):
+    ours, theirs = second_order(function, inputs), second_order(reference, inputs)
+    for a, b in zip(ours, theirs, strict=True):
+        size = float(b.detach().abs().max())
+        torch.testing.assert_close(a / size, b / size, **TOLERANCE[b.dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+@pytest.mark.parametrize(("heads", "head_width"), [(2, 3), (1, 16), (2, 20)])
+def test_attention_equals_the_plain_one(counts, heads, head_width, dtype):
+    fused, plain = attention_pair(counts, heads)
+    assert_same(fused, plain, attention_inputs(counts, heads, head_width, dtype))
+
+
+@pytest.mark.parametrize("counts", [[2, 0, 3], [9]], ids=str)
+def test_attention_by_finite_differences(counts):
+    fused, _ = attention_pair(counts, 2)
+    inputs = attention_inputs(counts, 2, 3)
+    assert torch.autograd.gradcheck(fused, inputs)
+    assert torch.autograd.gradgradcheck(fused, inputs)
+
+
+ROWWISE = {
+    "rms_norm": (
+        lambda x, w, b: kernels.rms_norm(x, w, 1e-5),
+        lambda x, w, b: torch.nn.functional.rms_norm(x, w.shape, w, 1e-5),
+    ),
+    "layer_norm": (
+        lambda x, w, b: kernels.layer_norm(x, w, b, 1e-5),
+        lambda x, w, b: torch.nn.functional.layer_norm(x, w.shape, w, b, 1e-5),
+    ),
+    "silu": (lambda x, w, b: kernels.silu(x), lambda x, w, b: torch.nn.functional.silu(x)),
+    "swiglu": (
+        lambda x, w, b: kernels.swiglu(torch.cat([x, 2 * x + 1], dim=-1)),
+        lambda x, w, b: x * torch.sigmoid(2 * x + 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("name", ROWWISE)
+def test_rowwise_operations_equal_torchs(name, width, dtype):
+    fused, plain = ROWWISE[name]
+    x, w, b = randoms((300, width), (width,), (width,), dtype=dtype)
+    if "norm" not in name:
+        assert_same(lambda x: fused(x, w, b), lambda x: plain(x, w, b), (x,))
+    elif name == "rms_norm":
+        assert_same(lambda x, w: fused(x, w, b), lambda x, w: plain(x, w, b), (x, w))
+    else:
+        assert_same(fused, plain, (x, w, b))
+
+
+@pytest.mark.parametrize("name", ROWWISE)
+def test_rowwise_operations_by_finite_differences(name):
+    fused, _ = ROWWISE[name]
+    x, w, b = randoms((3, 11), (11,), (11,))
+    inputs = {"rms_norm": (x, w), "layer_norm": (x, w, b)}.get(name, (x,))
+
+    def function(*given):
+        return fused(*given, *(x, w, b)[len(given) :])
+
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+PROLOGUES = {
+    "none": lambda x, w, b: x,
+    "rms_norm": ROWWISE["rms_norm"][1],
+    "layer_norm": ROWWISE["layer_norm"][1],
+    "silu": ROWWISE["silu"][1],
+    "swiglu": lambda x, w, b: x.chunk(2, -1)[0] * x.chunk(2, -1)[1].sigmoid(),
+}
+
+
+def projections(prologue, inputs, outputs, rank, dtype, rows=70):
+    """The fused projection, its reference, and the tensors that both are functions of."""
+    wide = 2 * inputs if prologue == "swiglu" else inputs
+    tensors = randoms(
+        (rows, wide),
+        (outputs, inputs),
+        (outputs,),
+        (inputs,),
+        (inputs,),
+        (rows, outputs),
+        dtype=dtype,
+    )
+    update = randoms((rank, inputs), (outputs, rank), dtype=dtype, seed=1) if rank else [None, None]
+    norm = {"norm_weight": tensors[3], "norm_bias": tensors[4], "eps": 1e-5}
+    keep = {"rms_norm": ["norm_weight", "eps"], "layer_norm": list(norm)}.get(prologue, [])
+
+    def fused(x):
+        weight = tensors[1] if not rank else tensors[1] + 0.1 * update[1] @ update[0]
+        return kernels.projection(
+            x, tensors[1], kernels.pack(weight), tensors[2], prologue=prologue, a=update[0],
+            b=update[1], scaling=0.1, residual=tensors[5], **{k: norm[k] for k in keep},
+        )  # fmt: skip
+
+    def plain(x):
+        weight = tensors[1] if not rank else tensors[1] + 0.1 * update[1] @ update[0]
+        p = PROLOGUES[prologue](x, tensors[3], tensors[4])
+        return torch.nn.functional.linear(p, weight, tensors[2]) + tensors[5]
+
+    used = [*tensors[:3], *[norm[k] for k in keep if k != "eps"], tensors[5]]
+    return fused, plain, [*used, *(u for u in update if u is not None)]
+
+
+def training_gradients(function, x, parameters):
+    """Of a loss on values and forces; the inner derivative is by ``x`` alone, as forces' is."""
+    out = torch.tanh(function(x) / 8)
+    (force,) = torch.autograd.grad((out**2).sum(), x, create_graph=True)
+    loss = (force**2).sum() + (out**2).sum()
+    return [force, *torch.autograd.grad(loss, [x, *parameters])]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("inputs", "outputs", "rank"), [(16, 48, 0), (32, 64, 3), (16, 16, 17)])
+@pytest.mark.parametrize("prologue", PROLOGUES)
+def test_projections_equal_torchs(prologue, inputs, outputs, rank, dtype):
+    fused, plain, tensors = projections(prologue, inputs, outputs, rank, dtype)
+    torch.testing.assert_close(fused(tensors[0]), plain(tensors[0]), atol=2e-4, rtol=1e-4)
+    ours = training_gradients(fused, tensors[0], tensors[1:])
+    theirs = training_gradients(plain, tensors[0], tensors[1:])
+    for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        if index == 2 and rank:
+            continue  # an adapted weight is fixed, its gradient is not formed densely for it
+        size = float(b.detach().abs().max())
+        torch.testing.assert_close(a / size, b / size, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("rows", [0, 1, 17, 600, 4100])
+def test_projections_of_any_number_of_rows(rows):
+    fused, plain, tensors = projections("rms_norm", 16, 32, 2, torch.float64, rows)
+    torch.testing.assert_close(fused(tensors[0]), plain(tensors[0]))
+    ours = training_gradients(fused, tensors[0], tensors[-2:])
+    theirs = training_gradients(plain, tensors[0], tensors[-2:])
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("prologue", PROLOGUES)
+def test_projections_by_finite_differences(prologue):
+    fused, _, tensors = projections(prologue, 8, 16, 0, torch.float64, rows=3)
+    fixed = [t.requires_grad_(False) for t in tensors[1:]]
+    assert fixed
+    assert torch.autograd.gradcheck(fused, tensors[:1])
+    assert torch.autograd.gradgradcheck(fused, tensors[:1])
+
+
+def test_inputs_that_are_not_contiguous():
+    x = torch.randn(16, 20, dtype=torch.float64, requires_grad=True)
+    assert_same(lambda x: kernels.silu(x.T), lambda x: torch.nn.functional.silu(x.T), (x,))
+    fused, plain, tensors = projections("silu", 16, 16, 0, torch.float64, rows=20)
+    for a, b in zip(
+        training_gradients(lambda x: fused(x.T), x, tensors[1:3]),
+        training_gradients(lambda x: plain(x.T), x, tensors[1:3]),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    fused, _ = attention_pair([9] * 40, 2)
+    inputs = attention_inputs([9] * 40, 2, 16, torch.float32)
+    (x, w) = randoms((1000, 48), (48,), dtype=torch.float32)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            norms = second_order(lambda x, w: kernels.rms_norm(x, w, 1e-5), (x, w))
+            results.append([*second_order(fused, inputs), *norms])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_third_derivative_is_refused_and_not_wrong():
+    (x,) = randoms((3, 5))
+    (first,) = torch.autograd.grad(kernels.silu(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="PET_FINETUNE_KERNELS=off"):
+        torch.autograd.grad(first.sum(), x, create_graph=True)
+
+
+def test_what_the_kernels_take():
+    assert kernels.usable(torch.zeros(2, 3))
+    assert not kernels.usable(torch.zeros(2, 3, dtype=torch.bfloat16))
+    assert not kernels.usable(torch.zeros(2, 3, 4))
+    with kernels.disabled():
+        assert not kernels.usable(torch.zeros(2, 3))
+    torch.testing.assert_close(SwiGLU()(torch.zeros(2, 3, 4)), torch.zeros(2, 3, 2))
