@@ -14,6 +14,7 @@ from ase.calculators.calculator import Calculator, PropertyNotImplementedError, 
 from ase.stress import full_3x3_to_voigt_6_stress
 from torch import Tensor
 
+from pet_finetune import kernels
 from pet_finetune.checkpoint import open_potential
 from pet_finetune.data.batch import Batch
 from pet_finetune.data.computable import charge_and_spin, check_atoms
@@ -67,6 +68,7 @@ class PETCalculator(Calculator):
             raise ConfigError(f"skin: the margin is a length of 0 Å or more, got {skin}.")
         self._wanted_device = str(device)
         self._device = choose_device(self._wanted_device)
+        kernels.prepare(self._device)
         floating = _choose_dtype(dtype)
         potential, adapter_target = open_potential(model, adapter)
         self._target = potential.energy_target(target or adapter_target)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 from pathlib import Path
 
 from pet_finetune.errors import TrainingError
@@ -14,7 +15,9 @@ examples:
   pet-finetune train options.yaml -c best_model.ckpt     start from a checkpoint's weights
   pet-finetune train options.yaml --restart auto         go on with the newest run
   pet-finetune train options.yaml -r architecture.training.num_epochs=50
+  pet-finetune train options.yaml --profile              a few steps only: where the time goes
 """
+_PROFILED_STEPS = 10
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -47,7 +50,26 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "-o", "--output", type=Path, help="folder of the run (default: outputs/DATE/TIME)"
     )
+    parser.add_argument(
+        "--profile",
+        nargs="?",
+        type=_steps,
+        const=_PROFILED_STEPS,
+        metavar="N",
+        help="instead of training, time N steps of the run "
+        f"(default: {_PROFILED_STEPS}) and say where the time goes",
+    )
     parser.set_defaults(run=run)
+
+
+def _steps(text: str) -> int:
+    """A number of steps."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is no number of steps; give the options file before --profile"
+        ) from None
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -59,6 +81,14 @@ def run(arguments: argparse.Namespace) -> int:
             "-c starts a new run from a checkpoint and --restart goes on with an old one: "
             "give one of them."
         )
+    if arguments.profile is not None and arguments.restart is not None:
+        raise TrainingError(
+            "--profile times the first steps of a new run, and a run that goes on takes the same "
+            "time for each step: leave --restart out."
+        )
+    if arguments.profile is not None:
+        # Torch reads it when it is imported; its profiler would write its own notes to stderr.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     loaded = load_options(
         arguments.options,
         arguments.override,
@@ -70,8 +100,17 @@ def run(arguments: argparse.Namespace) -> int:
         restart = find_restart(arguments.restart, arguments.output)
     folder = arguments.output or (restart.parent if restart else new_folder())
 
-    from pet_finetune.workflows import train
+    from pet_finetune.workflows import profile_run, train
 
+    if arguments.profile is not None:
+        profile_run(
+            loaded.options,
+            folder,
+            arguments.profile,
+            notices=loaded.notices,
+            source=arguments.options,
+        )
+        return 0
     outcome = train(
         loaded.options,
         folder,

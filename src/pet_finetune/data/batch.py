@@ -90,7 +90,9 @@ class Batch:
     @property
     def atoms_per_structure(self) -> Tensor:
         """Number of atoms of each structure, ``[b]`` int64."""
-        return torch.bincount(self.structure_index, minlength=self.num_structures)
+        # Not `bincount`: on a GPU it makes the CPU wait for everything queued before it.
+        counts = self.structure_index.new_zeros(self.num_structures)
+        return counts.index_add_(0, self.structure_index, torch.ones_like(self.structure_index))
 
     @property
     def volumes(self) -> Tensor:
@@ -144,6 +146,23 @@ class Batch:
             spins=move(self.spins),
             labels={name: move_label(name, value) for name, value in self.labels.items()},
             frames=move(self.frames),
+        )
+
+    def pinned(self) -> Batch:
+        """The batch in page-locked memory, from which a GPU copies without the CPU waiting."""
+        return replace(
+            self,
+            numbers=self.numbers.pin_memory(),
+            edge_vectors=self.edge_vectors.pin_memory(),
+            centers=self.centers.pin_memory(),
+            neighbors=self.neighbors.pin_memory(),
+            reverse=self.reverse.pin_memory(),
+            structure_index=self.structure_index.pin_memory(),
+            cells=self.cells.pin_memory(),
+            charges=self.charges.pin_memory(),
+            spins=self.spins.pin_memory(),
+            labels={name: value.pin_memory() for name, value in self.labels.items()},
+            frames=self.frames.pin_memory(),
         )
 
 
@@ -211,9 +230,9 @@ def collate_prepared(items: Sequence[PreparedStructure]) -> Batch:
     num_edges = torch.tensor([item.edges.shape[1] for item in items])
     # Rows of `edges` are offset by atoms, atoms and edges respectively.
     before = torch.stack([num_atoms, num_atoms, num_edges])
-    before = before.cumsum(1) - before
-    offsets = before.repeat_interleave(num_edges, dim=1)
-    centers, neighbors, reverse = (torch.cat([i.edges for i in items], dim=1) + offsets).unbind(0)
+    offsets = (before.cumsum(1) - before).unsqueeze(-1).unbind(1)
+    shifted = [item.edges + offset for item, offset in zip(items, offsets, strict=True)]
+    centers, neighbors, reverse = torch.cat(shifted, dim=1).unbind(0)
     return Batch(
         numbers=torch.cat([item.numbers for item in items]),
         edge_vectors=torch.cat([item.edge_vectors for item in items]),

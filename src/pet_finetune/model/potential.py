@@ -21,6 +21,7 @@ from pet_finetune.data.species import covalent_radii
 from pet_finetune.errors import ConfigError, PetFinetuneError, did_you_mean
 from pet_finetune.keys import TargetSpec
 from pet_finetune.nn.gather import permute_rows
+from pet_finetune.stages import stage
 
 from .composition import Composition, DoubleBuffers
 from .pet import HEAD_GROUPS, PET
@@ -227,13 +228,14 @@ class Potential(nn.Module):
                     learned = learned + repulsion
                 gradient = None
                 if forces or stress:
-                    (gradient,) = torch.autograd.grad(
-                        learned.sum(),
-                        vectors,
-                        create_graph=create_graph,
-                        retain_graph=create_graph or index + 1 < len(wanted),
-                        materialize_grads=True,
-                    )
+                    with stage("derivatives"):
+                        (gradient,) = torch.autograd.grad(
+                            learned.sum(),
+                            vectors,
+                            create_graph=create_graph,
+                            retain_graph=create_graph or index + 1 < len(wanted),
+                            materialize_grads=True,
+                        )
                 if derive and not create_graph:
                     learned = learned.detach()  # its graph went with the derivative
                 results[name] = self._prediction(batch, name, learned, gradient, forces, stress)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pet_finetune.data.batch import Batch
+from pet_finetune.data.prefetch import on_device
 from pet_finetune.keys import forces_key, stress_key
 from pet_finetune.model import Potential, Prediction
 
@@ -30,19 +31,19 @@ class Metrics:
 
     def __init__(self, target: str, state: Mapping[str, list[float]] | None = None) -> None:
         self.target = target
-        self._sums: dict[str, list[float]] = {k: list(v) for k, v in (state or {}).items()}
+        # Of each kind: absolute errors, squared errors, their number; [3] float64. They stay on
+        # the device until someone asks, so that a step on a GPU need not wait for them.
+        self._sums = {k: torch.tensor(v, dtype=torch.float64) for k, v in (state or {}).items()}
 
     def state(self) -> dict[str, list[float]]:
         """The sums, as plain numbers."""
-        return {kind: list(sums) for kind, sums in self._sums.items()}
+        return {kind: sums.tolist() for kind, sums in self._sums.items()}
 
     def _add(self, kind: str, errors: Tensor, known: Tensor) -> None:
-        errors = errors[known].to(torch.float64)
-        sums = self._sums.setdefault(kind, [0.0, 0.0, 0.0])
-        new = torch.stack([errors.abs().sum(), (errors**2).sum()]).tolist()
-        sums[0] += new[0]
-        sums[1] += new[1]
-        sums[2] += errors.numel()
+        errors = torch.where(known, errors.to(torch.float64), 0.0)
+        new = torch.stack([errors.abs().sum(), (errors**2).sum(), known.sum().to(torch.float64)])
+        old = self._sums.get(kind)
+        self._sums[kind] = new if old is None else old.to(new.device) + new
 
     @torch.no_grad()
     def update(self, batch: Batch, prediction: Prediction) -> None:
@@ -60,18 +61,22 @@ class Metrics:
 
     def mae(self, kind: str) -> float:
         """Mean absolute error of ``energy`` (eV/atom), ``forces`` or ``stress``; NaN if none."""
-        total, _, count = self._sums.get(kind, [0.0, 0.0, 0.0])
+        total, _, count = self._plain(kind)
         return total / count if count else math.nan
 
     def rmse(self, kind: str) -> float:
         """Root mean squared error; units as for :meth:`mae`."""
-        _, total, count = self._sums.get(kind, [0.0, 0.0, 0.0])
+        _, total, count = self._plain(kind)
         return math.sqrt(total / count) if count else math.nan
 
     @property
     def kinds(self) -> list[str]:
         """The kinds of label that were seen."""
-        return [kind for kind, sums in self._sums.items() if sums[2]]
+        return [kind for kind, sums in self.state().items() if sums[2]]
+
+    def _plain(self, kind: str) -> list[float]:
+        sums = self._sums.get(kind)
+        return [0.0, 0.0, 0.0] if sums is None else sums.tolist()
 
     def as_dict(self) -> dict[str, float]:
         """All errors, ``energy_mae`` and so on."""
@@ -99,8 +104,7 @@ def evaluate(
     training = model.training
     model.eval()
     try:
-        for batch in batches:
-            batch = batch.to(model.device, model.dtype)
+        for batch in on_device(batches, model.device, model.dtype):
             for name, prediction in model.predict_many(batch, wanted).items():
                 metrics[name].update(batch, prediction)
     finally:

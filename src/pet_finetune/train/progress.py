@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Mapping
 from types import TracebackType
 
@@ -15,6 +16,9 @@ from .metrics import SHOWN, Metrics
 from .records import EpochRecord
 
 _logger = get_logger(__name__)
+
+# The eye needs no more, drawing takes time from the steps, and errors to show from a GPU's queue.
+_REDRAWS_PER_SECOND = 4
 
 
 def describe(metrics: Mapping[str, Metrics]) -> str:
@@ -41,6 +45,7 @@ class RunDisplay:
         self._num_epochs = num_epochs
         self._log_interval = log_interval
         self._epoch = epochs_done
+        self._moved = -math.inf
         self._bar: Progress | None = None
         if sys.stderr.isatty():
             self._bar = Progress(
@@ -51,6 +56,7 @@ class RunDisplay:
                 TimeRemainingColumn(),
                 console=stderr_console(),
                 transient=True,
+                refresh_per_second=_REDRAWS_PER_SECOND,
             )
 
     def __enter__(self) -> RunDisplay:
@@ -73,9 +79,11 @@ class RunDisplay:
     def step(
         self, done: int, total: int, loss: float, metrics: Mapping[str, Metrics], rate: float
     ) -> None:
-        """Move the bar."""
-        if self._bar is None:
+        """Move the bar, unless it has only just been moved."""
+        now = time.monotonic()
+        if self._bar is None or (done < total and now - self._moved < 1 / _REDRAWS_PER_SECOND):
             return
+        self._moved = now
         forces = [m.mae("forces") for m in metrics.values() if "forces" in m.kinds]
         self._bar.update(
             self._task,

@@ -26,6 +26,8 @@ LOG = "train.log"
 OPTIONS = "options.yaml"
 SPLITS = "splits.json"
 RESULTS = "results.json"
+PROFILE = "profile.json"
+TRACE = "profile_trace.json"
 
 #: What a run that goes on in another folder takes with it.
 _TAKEN_ALONG = (BEST, ADAPTER, TABLE, OPTIONS, SPLITS)

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pet_finetune.config import TrainingOptions
 from pet_finetune.data.batch import Batch
 from pet_finetune.data.loader import Loader
+from pet_finetune.data.prefetch import on_device
 from pet_finetune.errors import TrainingError
 from pet_finetune.model import Potential
+from pet_finetune.stages import each, stage
 
 from .ema import WeightAverage
 from .interrupt import InterruptGuard
@@ -126,8 +128,8 @@ class Trainer:
         self.model.train()
         metrics = {n: Metrics(n, progress.epoch_metrics.get(n)) for n in self.objectives}
         num_batches = self.training.num_batches(progress.epoch)
-        for batch in self.training.epoch(progress.epoch, start_batch=progress.batch):
-            progress.loss_sum += self._step(batch, metrics)
+        for batch in self.batches(progress.epoch, progress.batch):
+            progress.loss_sum += self.step(batch, metrics)
             progress.batch += 1
             progress.step += 1
             progress.structures += batch.num_structures
@@ -140,9 +142,37 @@ class Trainer:
                 return None
         return self._end_epoch(metrics, num_batches, started)
 
-    def _step(self, batch: Batch, metrics: Mapping[str, Metrics]) -> float:
-        """Forward, loss, backward, update; returns the loss."""
-        batch = batch.to(self.model.device, self.model.dtype)
+    def batches(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, on the model's device and in its dtype."""
+        made = self.training.epoch(epoch, start_batch=start_batch)
+        return each("batch", on_device(made, self.model.device, self.model.dtype))
+
+    def step(self, batch: Batch, metrics: Mapping[str, Metrics]) -> float:
+        """Forward, loss, backward, update; returns the loss.
+
+        Raises:
+            TrainingError: the loss or its gradient is not a number; nothing was updated.
+        """
+        self._set_learning_rate()
+        self.optimizer.zero_grad(set_to_none=True)
+        with stage("energies"):  # the potential marks the derivatives within
+            predictions = self.model.predict_many(batch, self.wanted, create_graph=True)
+        with stage("loss"):
+            loss = batch_loss(batch, predictions, self.objectives)
+        with stage("backward"):
+            # Named inputs: the edge vectors ask for gradients too, and nobody reads theirs.
+            loss.backward(inputs=list(self.parameters.values()))
+        with stage("update"):
+            value = self._clip(loss, batch)
+            self.optimizer.step()
+            if self.average is not None:
+                self.average.update()
+        with stage("metrics"):
+            for name, prediction in predictions.items():
+                metrics[name].update(batch, prediction)
+        return value
+
+    def _set_learning_rate(self) -> None:
         rate = self.learning_rate * learning_rate_factor(
             self.progress.step,
             self.total_steps,
@@ -151,24 +181,19 @@ class Trainer:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
-        predictions = self.model.predict_many(batch, self.wanted, create_graph=True)
-        loss = batch_loss(batch, predictions, self.objectives)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise TrainingError(self._not_finite("loss", batch))
-        loss.backward()
+
+    def _clip(self, loss: Tensor, batch: Batch) -> float:
+        """Clip the gradient; the loss as a number, once it and the gradient are known to be one."""
         norm = nn.utils.clip_grad_norm_(
             self.parameters.values(), self.options.grad_clip_norm or math.inf
         )
-        if not math.isfinite(float(norm)):
+        # Both at once: reading a number makes the CPU wait until the GPU has done all before it.
+        value, length = torch.stack([loss.detach(), norm.to(loss)]).tolist()
+        if not math.isfinite(value):
+            raise TrainingError(self._not_finite("loss", batch))
+        if not math.isfinite(length):
             raise TrainingError(self._not_finite("gradient of the loss", batch))
-        self.optimizer.step()
-        if self.average is not None:
-            self.average.update()
-        for name, prediction in predictions.items():
-            metrics[name].update(batch, prediction)
-        return value
+        return float(value)
 
     def _not_finite(self, what: str, batch: Batch) -> str:
         return (
@@ -227,8 +252,7 @@ class Trainer:
         """Mean loss over the validation set, with the weights the model has now."""
         self.model.eval()
         total, count = 0.0, 0
-        for batch in self.validation.view():
-            batch = batch.to(self.model.device, self.model.dtype)
+        for batch in on_device(self.validation.view(), self.model.device, self.model.dtype):
             predictions = self.model.predict_many(batch, self.wanted)
             total += float(batch_loss(batch, predictions, self.objectives)) * batch.num_structures
             count += batch.num_structures

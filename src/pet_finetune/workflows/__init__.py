@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .evaluate import EvaluationResult, evaluate_files, evaluate_options
 from .info import describe_checkpoint
+from .profile import profile_run
 from .train import TrainOutcome, train
 
 __all__ = [
@@ -12,5 +13,6 @@ __all__ = [
     "describe_checkpoint",
     "evaluate_files",
     "evaluate_options",
+    "profile_run",
     "train",
 ]

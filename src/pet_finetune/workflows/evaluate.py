@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pet_finetune import kernels
 from pet_finetune.checkpoint import open_potential
 from pet_finetune.config import DatasetOptions, Options
 from pet_finetune.config.load import parse_options
@@ -40,7 +41,9 @@ def _open(
 ) -> tuple[Potential, str | None]:
     """A model ready to predict, and the target of its adapter."""
     model, target = open_potential(checkpoint, adapter)
-    return model.to(choose_device(device)).eval(), target
+    chosen = choose_device(device)
+    kernels.prepare(chosen)
+    return model.to(chosen).eval(), target
 
 
 def evaluate_files(

@@ -1,0 +1,313 @@
+"""Where the time of training goes: a few steps of a run, timed stage by stage.
+
+The steps are those of training. First some warm up; then some are timed, with nothing else going
+on; then a few run under torch's profiler, which says which operations take the time but slows the
+small ones, so that the stages are not read from it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd.profiler_util import EventList
+from torch.profiler import ProfilerActivity, record_function
+
+from pet_finetune.data.batch import Batch
+from pet_finetune.errors import TrainingError
+from pet_finetune.stages import listening
+
+from .memory import forget_peak, peak_gpu_mib, peak_resident_mib, resident_mib
+from .metrics import Metrics, evaluate
+from .trainer import Trainer
+
+WARMUP_STEPS = 3
+_TRACED_STEPS = 2
+_OPERATIONS = 15
+_VALIDATION_BATCHES = 5
+
+#: What a step does that is in no stage.
+OTHER = "other"
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One kind of operation under torch's profiler.
+
+    Attributes:
+        name: as torch calls it.
+        calls: in a step.
+        seconds: in a step, without the operations that it calls; on a GPU, of its kernels there.
+        share: of the time of all operations.
+    """
+
+    name: str
+    calls: float
+    seconds: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peaks over the warm-up and the timed steps, MiB; None where the system does not say.
+
+    Attributes:
+        process: of the process (on a GPU run too: the part in the computer's main memory).
+        process_before: what the process held before the first step.
+        gpu: of the tensors on the GPU; None on a CPU.
+    """
+
+    process: float | None
+    process_before: float | None
+    gpu: float | None
+
+
+@dataclass(frozen=True)
+class TrainingProfile:
+    """What a few steps of a run cost. Times are in seconds; counts are means over the steps.
+
+    Attributes:
+        device, dtype, threads: what computes.
+        warmup_steps, steps, traced_steps: not counted, timed, under torch's profiler.
+        step_seconds: of each timed step.
+        stages: mean time of each stage in a step, in the order in which they begin; they add up
+            to a step. A GPU is waited for at the border of each stage, so there they may add up
+            to a little more than a step takes when nobody looks.
+        structures, atoms, edges: of a batch; edges are directed, within the cutoff.
+        memory: its peaks.
+        operations: the most expensive ones first.
+        steps_per_epoch: of training.
+        validation_seconds: of an epoch's validation, from its first batches.
+    """
+
+    device: str
+    dtype: str
+    threads: int
+    warmup_steps: int
+    steps: int
+    traced_steps: int
+    step_seconds: list[float]
+    stages: dict[str, float]
+    structures: float
+    atoms: float
+    edges: float
+    memory: Memory
+    operations: list[Operation]
+    steps_per_epoch: int
+    validation_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """Mean time of a step."""
+        return sum(self.step_seconds) / len(self.step_seconds)
+
+    @property
+    def epoch_seconds(self) -> float:
+        """What an epoch takes: its steps and the validation; not writing the checkpoints."""
+        return self.steps_per_epoch * self.seconds + self.validation_seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values: the attributes, and what follows from them."""
+        return {
+            **asdict(self),
+            "seconds_per_step": self.seconds,
+            "seconds_per_epoch": self.epoch_seconds,
+            "structures_per_second": self.structures / self.seconds,
+            "atoms_per_second": self.atoms / self.seconds,
+            "neighbors_per_atom": self.edges / self.atoms,
+        }
+
+
+class StageClock:
+    """Listens to the stages and adds up how long each of them takes.
+
+    Time within a stage that lies within another counts for the inner one only.
+
+    Args:
+        synchronize: waits until the device has done all that was asked of it.
+
+    Attributes:
+        seconds: so far, by stage, in the order in which they first began.
+    """
+
+    def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._synchronize = synchronize
+        self._open: list[str] = []
+        self._since = 0.0
+
+    def __call__(self, name: str) -> AbstractContextManager[None]:
+        """The context in which a stage runs."""
+        return self._run(name)
+
+    @contextmanager
+    def _run(self, name: str) -> Iterator[None]:
+        self._border()
+        self._open.append(name)
+        self.seconds.setdefault(name, 0.0)
+        try:
+            yield
+        finally:
+            self._border()
+            self._open.pop()
+
+    def _border(self) -> None:
+        """Give the time since the last border to the stage that was open."""
+        self._synchronize()
+        now = time.perf_counter()
+        if self._open:
+            self.seconds[self._open[-1]] += now - self._since
+        self._since = now
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step that was taken."""
+
+    seconds: float
+    structures: int
+    atoms: int
+    edges: int
+
+
+class _Steps:
+    """The steps of a run, one after the other, for as many epochs as it takes."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._metrics = {name: Metrics(name) for name in trainer.objectives}
+        self._batches = self._endless()
+        self._device = trainer.model.device
+
+    def _endless(self) -> Iterator[Batch]:
+        for epoch in cycle(range(self._trainer.options.num_epochs)):
+            yield from self._trainer.batches(epoch)
+
+    def synchronize(self) -> None:
+        """Wait until a GPU has done all that was asked of it."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def take(self, count: int) -> list[_Step]:
+        """Take some steps; the learning rate stays that of the run's next step."""
+        steps = []
+        for _ in range(count):
+            started = time.perf_counter()
+            batch = next(self._batches)
+            self._trainer.step(batch, self._metrics)
+            self.synchronize()
+            seconds = time.perf_counter() - started
+            steps.append(_Step(seconds, batch.num_structures, batch.num_atoms, batch.num_edges))
+        return steps
+
+
+def check_steps(steps: int) -> None:
+    """Refuse a number of steps that gives no time.
+
+    Raises:
+        TrainingError: it is below 1.
+    """
+    if steps < 1:
+        raise TrainingError(f"--profile {steps}: at least 1 step must be timed.")
+
+
+def profile_steps(trainer: Trainer, steps: int, trace: Path) -> TrainingProfile:
+    """Train for a few steps and say what they cost. The weights change as in training.
+
+    Args:
+        trainer: ready to train; its progress stays where it is.
+        steps: to be timed.
+        trace: where the timeline of the steps under torch's profiler goes, in Chrome's format.
+
+    Raises:
+        TrainingError: no step is to be timed, or the loss is not a number.
+    """
+    check_steps(steps)
+    model, device = trainer.model, trainer.model.device
+    model.train()
+    before = resident_mib()
+    forget_peak(device)
+    running = _Steps(trainer)
+    running.take(WARMUP_STEPS)
+    clock = StageClock(running.synchronize)
+    with listening(clock):
+        taken = running.take(steps)
+    stages = _mean_stages(clock, taken)
+    if device.type == "cuda":
+        taken = running.take(steps)  # without waiting for the GPU at each border
+    memory = Memory(peak_resident_mib(), before, peak_gpu_mib(device))
+    operations = _trace(running, device, trace)
+    return TrainingProfile(
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        dtype=str(model.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        warmup_steps=WARMUP_STEPS,
+        steps=steps,
+        traced_steps=_TRACED_STEPS,
+        step_seconds=[step.seconds for step in taken],
+        stages=stages,
+        structures=sum(step.structures for step in taken) / steps,
+        atoms=sum(step.atoms for step in taken) / steps,
+        edges=sum(step.edges for step in taken) / steps,
+        memory=memory,
+        operations=operations,
+        steps_per_epoch=trainer.training.num_batches(trainer.progress.epoch),
+        validation_seconds=_validation_seconds(trainer, running),
+    )
+
+
+def _mean_stages(clock: StageClock, steps: list[_Step]) -> dict[str, float]:
+    """Mean time of each stage in a step, and of the rest."""
+    total = sum(step.seconds for step in steps)
+    rest = max(0.0, total - sum(clock.seconds.values()))
+    return {name: value / len(steps) for name, value in {**clock.seconds, OTHER: rest}.items()}
+
+
+def _validation_seconds(trainer: Trainer, running: _Steps) -> float:
+    """Time of the validation after an epoch, as its first batches let expect."""
+    loader = trainer.validation.view()
+    batches = list(islice(loader, _VALIDATION_BATCHES))
+    running.synchronize()
+    started = time.perf_counter()
+    evaluate(trainer.model, batches, trainer.wanted)
+    running.synchronize()
+    seconds = time.perf_counter() - started
+    return seconds * len(loader.structures) / sum(batch.num_structures for batch in batches)
+
+
+def _trace(running: _Steps, device: torch.device, path: Path) -> list[Operation]:
+    """Take steps under torch's profiler; write the timeline, return the dearest operations."""
+    activities = [ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with (
+        torch.profiler.profile(activities=activities) as profiler,
+        listening(record_function),
+    ):
+        running.take(_TRACED_STEPS)
+    profiler.export_chrome_trace(str(path))
+    return _operations(profiler.key_averages(), device)
+
+
+def _operations(events: EventList, device: torch.device) -> list[Operation]:
+    """The operations that take the most time themselves."""
+    found = []
+    for event in events:
+        # Ranges that someone marked are no operations; a GPU's kernels count with the operation
+        # that started them.
+        if event.is_user_annotation or event.device_type.name != "CPU":
+            continue
+        on_gpu = device.type == "cuda"
+        microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        found.append((microseconds * 1e-6, event.count, str(event.key)))
+    total = sum(seconds for seconds, _, _ in found) or 1.0
+    return [
+        Operation(name, count / _TRACED_STEPS, seconds / _TRACED_STEPS, seconds / total)
+        for seconds, count, name in sorted(found, reverse=True)[:_OPERATIONS]
+    ]

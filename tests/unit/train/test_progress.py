@@ -1,0 +1,45 @@
+"""The progress bar is not redrawn at every step, but always at an epoch's end."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from pet_finetune.train import progress
+from pet_finetune.train.progress import RunDisplay
+
+
+@pytest.fixture
+def display(monkeypatch):
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    monkeypatch.setattr(progress, "stderr_console", lambda: console)
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True)
+    with RunDisplay(num_epochs=2, log_interval=1) as made:
+        yield made
+
+
+def completed(display):
+    return display._bar.tasks[0].completed
+
+
+def test_the_bar_moves_a_few_times_a_second_and_to_the_end_of_an_epoch(display, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    display.step(1, 4, 0.5, {}, 10.0)
+    assert completed(display) == 1
+    display.step(2, 4, 0.5, {}, 10.0)  # too soon
+    assert completed(display) == 1
+    now += 1.0
+    display.step(3, 4, 0.5, {}, 10.0)
+    assert completed(display) == 3
+    display.step(4, 4, 0.5, {}, 10.0)  # soon, but the last one
+    assert completed(display) == 4
+
+
+def test_without_a_terminal_there_is_no_bar(monkeypatch):
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: False)
+    with RunDisplay(num_epochs=2, log_interval=1) as made:
+        made.step(1, 4, 0.5, {}, 10.0)
+    assert made._bar is None
