@@ -36,13 +36,22 @@ docs: env
 test: env lint docs
 	$(BIN)/python -m pytest
 
-# Side by side with metatrain; needs the 3BPA files and a checkpoint that metatrain wrote. Hours.
+# Side by side with metatrain; needs the sets and a checkpoint that metatrain wrote. On two cores an
+# hour for the speeds, one for the time to target, one for the accuracy. Nothing else should run
+# meanwhile. What has been measured is kept in BENCH_WORK, so an interrupted benchmark goes on.
 BENCH_DATA ?= ../shared/data
 BENCH_FOUNDATION ?= ../shared/foundation/pet-xtb-v0.ckpt
+BENCH_WORK ?= runs/benchmarks
+BENCH_THREADS ?= 2
 
 bench: env
-	$(BIN)/python benchmarks/accuracy.py --data $(BENCH_DATA) --foundation $(BENCH_FOUNDATION) \
-		--work runs/benchmarks
+	$(BIN)/python -m benchmarks.speed --data $(BENCH_DATA) --work $(BENCH_WORK)/speed \
+		--threads $(BENCH_THREADS)
+	$(BIN)/python -m benchmarks.time_to_target --data $(BENCH_DATA) \
+		--foundation $(BENCH_FOUNDATION) --work $(BENCH_WORK)/time-to-target \
+		--threads $(BENCH_THREADS)
+	$(BIN)/python -m benchmarks.accuracy --data $(BENCH_DATA) --foundation $(BENCH_FOUNDATION) \
+		--work $(BENCH_WORK) --threads $(BENCH_THREADS)
 
 clean:
 	rm -rf $(VENV) docs/_build docs/options.md runs build dist .mypy_cache .pytest_cache .ruff_cache \

@@ -114,24 +114,28 @@ def options(run: Run, work: Path, foundation: Path) -> dict[str, Any]:
     }
 
 
+def command(tool: str) -> list[str]:
+    """Trains as ``options.yaml`` of the working directory says."""
+    if tool == "pet-finetune":
+        words = ["-m", "pet_finetune", "train", "options.yaml", "-o", "run"]
+    else:
+        words = ["-m", "metatrain", "train", "options.yaml", "-o", "model.pt"]
+    return [sys.executable, *words, "-r", "final_eval=false"]
+
+
 def carry_out(run: Run, work: Path, foundation: Path, threads: int) -> dict[str, Any]:
     """Train in a process of its own; returns its wall time and the path of its best model."""
     folder = work / run.name
     shutil.rmtree(folder, ignore_errors=True)  # of a benchmark that was interrupted
     folder.mkdir(parents=True)
     (folder / "options.yaml").write_text(yaml.safe_dump(options(run, work, foundation)))
-    if run.tool == "pet-finetune":
-        command = [sys.executable, "-m", "pet_finetune", "train", "options.yaml", "-o", "run"]
-        command += ["-r", "final_eval=false"]
-        best = folder / "run" / "best_model.ckpt"
-    else:
-        command = [sys.executable, "-m", "metatrain", "train", "options.yaml", "-o", "model.pt"]
-        command += ["-r", "final_eval=false"]
-        best = folder / "model.ckpt"
+    best = folder / ("run/best_model.ckpt" if run.tool == "pet-finetune" else "model.ckpt")
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     started = time.perf_counter()
     with (folder / "output.log").open("w") as log:
-        subprocess.run(command, cwd=folder, env=environment, stdout=log, stderr=log, check=True)
+        subprocess.run(
+            command(run.tool), cwd=folder, env=environment, stdout=log, stderr=log, check=True
+        )
     return {"seconds": time.perf_counter() - started, "model": str(best)}
 
 

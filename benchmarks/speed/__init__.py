@@ -1,0 +1,1 @@
+"""How fast pet-finetune is beside metatrain: ``python -m benchmarks.speed`` (``make bench``)."""
