@@ -388,22 +388,50 @@ Tensor silu(const Tensor& x) {
 
 constexpr int64_t kNone = int64_t(pet::Prologue::none);
 
-// Few rows a task where there are few in all; a function of the rows alone, as are the sums.
-int64_t rows_per_task(int64_t rows) { return rows <= 512 ? 16 : (rows <= 4096 ? 32 : 128); }
+// How the rows of a sweep are dealt out: to parts that run beside each other, each in blocks that
+// stay in the caches. A function of the rows alone, so that sums do not depend on the threads.
+struct Rows {
+  int64_t rows, parts, block;
 
-template <typename F>
-void for_each_task(int64_t rows, F&& body) {
-  const int64_t step = rows_per_task(rows), tasks = (rows + step - 1) / step;
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task)
-      body(task, task * step, std::min(rows, (task + 1) * step));
+  // `sums`: what each part has to add up besides, in numbers.
+  static Rows of(int64_t rows, int64_t sums) {
+    const int64_t block = rows <= 512 ? 16 : 32;
+    int64_t most = (rows + block - 1) / block;
+    if (sums > 16384) {  // the gradient of a whole weight: adding up the parts costs, too
+      most = std::max(std::min<int64_t>(rows / 32, 2), std::min<int64_t>(rows / 256, 8));
+    } else if (sums > 0) {
+      most = std::min<int64_t>(most, 16);
+    }
+    return {rows, std::max<int64_t>(most, 1), block};
+  }
+
+  // body(part, first, last) for every block of every part.
+  template <typename F>
+  void for_each(F&& body) const {
+    const int64_t blocks = (rows + block - 1) / block;
+    at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part)
+        for (int64_t i = blocks * part / parts; i < blocks * (part + 1) / parts; ++i)
+          body(part, i * block, std::min(rows, (i + 1) * block));
+    });
+  }
+};
+
+// So few rows that they are dealt out by columns.
+constexpr int64_t kFewRows = 16;
+
+// body(first, last) for pieces of the columns, whole panels each.
+template <typename T, typename F>
+void for_each_panel(int64_t columns, F&& body) {
+  constexpr int64_t wide = 2 * pet::Simd<T>::width;
+  at::parallel_for(0, (columns + wide - 1) / wide, 2, [&](int64_t begin, int64_t end) {
+    body(begin * wide, std::min(columns, end * wide));
   });
 }
 
-Tensor task_sums(bool needed, int64_t rows, int64_t width, const Tensor& like) {
+Tensor part_sums(bool needed, const Rows& rows, int64_t width, const Tensor& like) {
   if (!needed || width == 0) return Tensor();
-  const int64_t step = rows_per_task(rows);
-  return at::zeros({(rows + step - 1) / step, width}, like.options());
+  return at::zeros({rows.parts, width}, like.options());
 }
 
 // Memory of this thread for a task's blocks.
@@ -473,21 +501,46 @@ struct Layer {
   }
 };
 
-// The gradients that a sweep over the rows adds up, one row of sums a task.
-struct Sums {
-  Tensor a, bt, norm_weight, norm_bias;
+// Which parameters a sweep forms the gradients of.
+struct Wanted {
+  bool dense, low_rank, norms;
 
-  Sums(const Layer& layer, const Tensor& x, int64_t out_width, bool low_rank, bool norms) {
-    const int64_t rows = x.size(0), in = layer.in(x), rank = layer.a.size(0);
-    a = task_sums(low_rank, rows, rank * in, x);
-    bt = task_sums(low_rank, rows, rank * out_width, x);
-    norm_weight = task_sums(norms, rows, layer.norm_weight.numel(), x);
-    norm_bias = task_sums(norms, rows, layer.norm_bias.numel(), x);
+  int64_t numbers(const Layer& layer, int64_t in, int64_t out_width) const {
+    return (dense ? in * out_width : 0) + (low_rank ? layer.a.size(0) * (in + out_width) : 0) +
+           (norms ? layer.norm_weight.numel() : 0);
+  }
+};
+
+// The gradients that a sweep over the rows adds up, one row of sums a part.
+struct Sums {
+  Tensor weight, a, bt, norm_weight, norm_bias;
+
+  Sums(const Layer& layer, const Tensor& x, int64_t out_width, const Wanted& wanted,
+       const Rows& rows) {
+    const int64_t in = layer.in(x), rank = layer.a.size(0);
+    weight = part_sums(wanted.dense, rows, in * out_width, x);
+    a = part_sums(wanted.low_rank, rows, rank * in, x);
+    bt = part_sums(wanted.low_rank, rows, rank * out_width, x);
+    norm_weight = part_sums(wanted.norms, rows, layer.norm_weight.numel(), x);
+    norm_bias = part_sums(wanted.norms, rows, layer.norm_bias.numel(), x);
   }
 
-  Tensor to_a(int64_t rank) const { return a.sum(0).view({rank, -1}); }
-  Tensor to_b(int64_t rank) const { return bt.sum(0).view({rank, -1}).t(); }
-  static Tensor total(const Tensor& sums) { return sums.defined() ? sums.sum(0) : Tensor(); }
+  // The sum over the parts as a matrix of so many rows.
+  static Tensor matrix(const Tensor& sums, int64_t rows) {
+    const Tensor all = total(sums);
+    return all.defined() ? all.view({rows, -1}) : all;
+  }
+  static Tensor total(const Tensor& sums) {
+    if (!sums.defined()) return Tensor();
+    return sums.size(0) == 1 ? sums.select(0, 0) : sums.sum(0);
+  }
+
+  // What weight, a and b receive.
+  variable_list of_weight(const Layer& layer, int64_t out_width) const {
+    const Tensor to_b = matrix(bt, layer.a.size(0));
+    return {matrix(weight, out_width), matrix(a, layer.a.size(0)),
+            to_b.defined() ? to_b.t() : to_b};
+  }
 };
 
 struct ProjectionBackward : Function<ProjectionBackward> {
@@ -496,16 +549,21 @@ struct ProjectionBackward : Function<ProjectionBackward> {
                         const Tensor& weight, const Tensor& a, const Tensor& b,
                         const Tensor& norm_weight, const Layer& layer, bool twice) {
     const Tensor gy = grad.contiguous();
+    const int64_t rows = x.size(0);
+    const bool few = rows <= kFewRows;
     Tensor gx = at::empty_like(x);
-    Tensor gp = twice ? at::empty({x.size(0), layer.in(x)}, x.options()) : none(x);
+    Tensor gp = twice || few ? at::empty({rows, layer.in(x)}, x.options()) : none(x);
     AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "projection_backward", [&] {
       const auto p = layer.projection<scalar_t>(x);
-      for_each_task(x.size(0), [&](int64_t, int64_t first, int64_t last) {
-        const int64_t rows = last - first;
-        scalar_t* block = twice ? out<scalar_t>(gp) + first * p.in
-                                : thread_buffer<scalar_t>(0, rows * p.in);
-        p.multiply_back(rows, data<scalar_t>(gy) + first * p.out, block);
-        p.apply_backward(rows, data<scalar_t>(x) + first * p.width, block,
+      if (few)
+        for_each_panel<scalar_t>(p.in, [&](int64_t first, int64_t last) {
+          p.multiply_back(rows, data<scalar_t>(gy), out<scalar_t>(gp), first, last);
+        });
+      Rows::of(rows, 0).for_each([&](int64_t, int64_t first, int64_t last) {
+        scalar_t* block = twice || few ? out<scalar_t>(gp) + first * p.in
+                                       : thread_buffer<scalar_t>(0, (last - first) * p.in);
+        if (!few) p.multiply_back(last - first, data<scalar_t>(gy) + first * p.out, block, 0, p.in);
+        p.apply_backward(last - first, data<scalar_t>(x) + first * p.width, block,
                          out<scalar_t>(gx) + first * p.width, nullptr, nullptr);
       });
     });
@@ -519,37 +577,37 @@ struct ProjectionBackward : Function<ProjectionBackward> {
     const Tensor &gy = saved[0], &x = saved[1], &gp = saved[2];
     const Layer layer = Layer::of(saved, 3, ctx);
     const Tensor c = cotangents[0].contiguous();
-    const bool low_rank = ctx->needs_input_grad(3) || ctx->needs_input_grad(4);
-    const bool dense = ctx->needs_input_grad(2);
+    const Wanted wanted{ctx->needs_input_grad(2),
+                        ctx->needs_input_grad(3) || ctx->needs_input_grad(4),
+                        ctx->needs_input_grad(5)};
+    const Rows sweep = Rows::of(x.size(0), wanted.numbers(layer, layer.in(x), gy.size(1)));
+    const Sums sums(layer, x, gy.size(1), wanted, sweep);
     const bool to_x_wanted = layer.prologue != kNone;
-    Sums sums(layer, x, gy.size(1), low_rank, ctx->needs_input_grad(5));
     Tensor to_gy = at::empty_like(gy), to_x = to_x_wanted ? at::empty_like(x) : Tensor();
-    Tensor t = dense ? at::empty_like(gp) : Tensor();
     AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "projection_double_backward", [&] {
       const auto p = layer.projection<scalar_t>(x);
       const auto update = layer.low_rank<scalar_t>(p);
-      for_each_task(x.size(0), [&](int64_t task, int64_t first, int64_t last) {
+      sweep.for_each([&](int64_t part, int64_t first, int64_t last) {
         const int64_t rows = last - first;
-        scalar_t* block = dense ? out<scalar_t>(t) + first * p.in
-                                : thread_buffer<scalar_t>(0, rows * p.in);
+        const scalar_t* g = data<scalar_t>(gy) + first * p.out;
+        scalar_t* t = thread_buffer<scalar_t>(0, rows * p.in);
         p.apply_double(rows, data<scalar_t>(x) + first * p.width,
-                       data<scalar_t>(gp) + first * p.in, data<scalar_t>(c) + first * p.width,
-                       block, to_x_wanted ? out<scalar_t>(to_x) + first * p.width : nullptr,
-                       part_row<scalar_t>(sums.norm_weight, task));
-        p.multiply_tangent(rows, block, out<scalar_t>(to_gy) + first * p.out);
-        if (low_rank)
-          update.add(rows, data<scalar_t>(gy) + first * p.out, block,
-                     part_row<scalar_t>(sums.a, task), part_row<scalar_t>(sums.bt, task));
+                       data<scalar_t>(gp) + first * p.in, data<scalar_t>(c) + first * p.width, t,
+                       to_x_wanted ? out<scalar_t>(to_x) + first * p.width : nullptr,
+                       part_row<scalar_t>(sums.norm_weight, part));
+        p.multiply_tangent(rows, t, out<scalar_t>(to_gy) + first * p.out, 0, p.out);
+        if (wanted.dense)
+          p.add_weight_gradient(rows, g, t, part_row<scalar_t>(sums.weight, part));
+        if (wanted.low_rank)
+          update.add(rows, g, t, part_row<scalar_t>(sums.a, part),
+                     part_row<scalar_t>(sums.bt, part));
       });
     });
     variable_list result(8);
     result[0] = to_gy;
     result[1] = to_x;
-    if (dense) result[2] = at::mm(gy.t(), t);
-    if (low_rank) {
-      result[3] = sums.to_a(layer.a.size(0));
-      result[4] = sums.to_b(layer.a.size(0));
-    }
+    const variable_list of_weight = sums.of_weight(layer, gy.size(1));
+    std::copy(of_weight.begin(), of_weight.end(), result.begin() + 2);
     result[5] = Sums::total(sums.norm_weight);
     return result;
   }
@@ -565,14 +623,23 @@ struct Projection : Function<Projection> {
     AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "projection", [&] {
       const auto p = layer.projection<scalar_t>(x);
       const scalar_t* extra = rest.numel() > 0 ? data<scalar_t>(rest) : nullptr;
-      for_each_task(rows, [&](int64_t, int64_t first, int64_t last) {
-        const scalar_t* block = data<scalar_t>(x) + first * p.width;
-        if (layer.prologue != kNone) {
-          scalar_t* made = thread_buffer<scalar_t>(0, (last - first) * p.in);
-          p.apply(last - first, block, made);
-          block = made;
-        }
-        p.multiply(last - first, block, extra == nullptr ? nullptr : extra + first * p.out,
+      const auto made = [&](int64_t first, int64_t count) {
+        const scalar_t* own = data<scalar_t>(x) + first * p.width;
+        if (layer.prologue == kNone) return own;
+        scalar_t* block = thread_buffer<scalar_t>(0, count * p.in);
+        p.apply(count, own, block);
+        return static_cast<const scalar_t*>(block);
+      };
+      if (rows <= kFewRows) {
+        const scalar_t* block = made(0, rows);
+        for_each_panel<scalar_t>(p.out, [&](int64_t first, int64_t last) {
+          p.multiply(rows, block, extra, out<scalar_t>(y), first, last);
+        });
+        return;
+      }
+      Rows::of(rows, 0).for_each([&](int64_t, int64_t first, int64_t last) {
+        p.multiply(last - first, made(first, last - first),
+                   extra == nullptr ? nullptr : extra + first * p.out,
                    out<scalar_t>(y) + first * p.out, 0, p.out);
       });
     });
@@ -584,13 +651,12 @@ struct Projection : Function<Projection> {
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &weight = saved[1], &g = grads[0];
     const Layer layer = Layer::of(saved, 2, ctx);
-    const bool parameters = needs_parameters(ctx);
     variable_list result(9);
     if (ctx->needs_input_grad(7)) result[7] = g;
-    if (parameters && at::GradMode::is_enabled()) {
-      TORCH_CHECK(false, "projection: the gradient of a gradient of parameters needs "
-                  "PET_FINETUNE_KERNELS=off, which computes with plain torch operations.");
-    } else if (parameters) {
+    if (needs_parameters(ctx)) {
+      TORCH_CHECK(!at::GradMode::is_enabled(),
+                  "projection: the fused kernels do not differentiate gradients of parameters. "
+                  "Set PET_FINETUNE_KERNELS=off, which computes with plain torch operations.");
       with_parameters(ctx, layer, x, g.contiguous(), result);
     } else if (ctx->needs_input_grad(0)) {
       result[0] = ProjectionBackward::apply(g, x, weight, layer.a, layer.b, layer.norm_weight,
@@ -609,46 +675,44 @@ struct Projection : Function<Projection> {
   // The last backward of a training step: x and all parameters in one sweep over the rows.
   static void with_parameters(AutogradContext* ctx, const Layer& layer, const Tensor& x,
                               const Tensor& gy, variable_list& result) {
-    const bool low_rank = ctx->needs_input_grad(5) || ctx->needs_input_grad(6);
-    const bool dense = ctx->needs_input_grad(1);
-    const bool norms = ctx->needs_input_grad(3) || ctx->needs_input_grad(4);
-    const bool to_x = ctx->needs_input_grad(0) || norms;
-    Sums sums(layer, x, gy.size(1), low_rank, norms);
+    const Wanted wanted{ctx->needs_input_grad(1),
+                        ctx->needs_input_grad(5) || ctx->needs_input_grad(6),
+                        ctx->needs_input_grad(3) || ctx->needs_input_grad(4)};
+    const bool to_x = ctx->needs_input_grad(0) || wanted.norms;
+    const Rows sweep = Rows::of(x.size(0), wanted.numbers(layer, layer.in(x), gy.size(1)));
+    const Sums sums(layer, x, gy.size(1), wanted, sweep);
     Tensor gx = to_x ? at::empty_like(x) : Tensor();
-    Tensor p_all = dense ? at::empty({x.size(0), layer.in(x)}, x.options()) : Tensor();
     AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "projection_parameters", [&] {
       const auto p = layer.projection<scalar_t>(x);
       const auto update = layer.low_rank<scalar_t>(p);
-      for_each_task(x.size(0), [&](int64_t task, int64_t first, int64_t last) {
+      sweep.for_each([&](int64_t part, int64_t first, int64_t last) {
         const int64_t rows = last - first;
         const scalar_t* own = data<scalar_t>(x) + first * p.width;
-        const scalar_t* grad = data<scalar_t>(gy) + first * p.out;
+        const scalar_t* g = data<scalar_t>(gy) + first * p.out;
+        scalar_t* block = thread_buffer<scalar_t>(0, rows * p.in);
         if (to_x) {
-          scalar_t* gp = thread_buffer<scalar_t>(0, rows * p.in);
-          p.multiply_back(rows, grad, gp);
-          p.apply_backward(rows, own, gp, out<scalar_t>(gx) + first * p.width,
-                           part_row<scalar_t>(sums.norm_weight, task),
-                           part_row<scalar_t>(sums.norm_bias, task));
+          p.multiply_back(rows, g, block, 0, p.in);
+          p.apply_backward(rows, own, block, out<scalar_t>(gx) + first * p.width,
+                           part_row<scalar_t>(sums.norm_weight, part),
+                           part_row<scalar_t>(sums.norm_bias, part));
         }
-        if (dense || low_rank) {
-          scalar_t* made = dense ? out<scalar_t>(p_all) + first * p.in
-                                 : thread_buffer<scalar_t>(1, rows * p.in);
-          p.apply(rows, own, made);
-          if (low_rank)
-            update.add(rows, grad, made, part_row<scalar_t>(sums.a, task),
-                       part_row<scalar_t>(sums.bt, task));
-        }
+        if (!wanted.dense && !wanted.low_rank) return;
+        p.apply(rows, own, block);
+        if (wanted.dense)
+          p.add_weight_gradient(rows, g, block, part_row<scalar_t>(sums.weight, part));
+        if (wanted.low_rank)
+          update.add(rows, g, block, part_row<scalar_t>(sums.a, part),
+                     part_row<scalar_t>(sums.bt, part));
       });
     });
     if (ctx->needs_input_grad(0)) result[0] = gx;
-    if (dense) result[1] = at::mm(gy.t(), p_all);
+    const variable_list of_weight = sums.of_weight(layer, gy.size(1));
+    result[1] = of_weight[0];
+    result[5] = of_weight[1];
+    result[6] = of_weight[2];
     if (ctx->needs_input_grad(2)) result[2] = gy.sum(0);
-    if (norms) result[3] = Sums::total(sums.norm_weight);
-    if (norms) result[4] = Sums::total(sums.norm_bias);
-    if (low_rank) {
-      result[5] = sums.to_a(layer.a.size(0));
-      result[6] = sums.to_b(layer.a.size(0));
-    }
+    result[3] = Sums::total(sums.norm_weight);
+    result[4] = Sums::total(sums.norm_bias);
   }
 };
 

@@ -119,14 +119,19 @@ struct Projection {
     Panels<T>::template multiply<true>(rows, in, first, last, p, in, forward_panels, y, out);
   }
 
-  // gp from gy.
-  void multiply_back(int64_t rows, const T* gy, T* gp) const {
-    Panels<T>::template multiply<false>(rows, out, 0, in, gy, out, backward_panels, gp, in);
+  // The columns of gp from `first` to `last`, from gy.
+  void multiply_back(int64_t rows, const T* gy, T* gp, int64_t first, int64_t last) const {
+    Panels<T>::template multiply<false>(rows, out, first, last, gy, out, backward_panels, gp, in);
   }
 
-  // y = t W^T, without bias.
-  void multiply_tangent(int64_t rows, const T* t, T* y) const {
-    Panels<T>::template multiply<false>(rows, in, 0, out, t, in, forward_panels, y, out);
+  // The same of y = t W^T, without bias.
+  void multiply_tangent(int64_t rows, const T* t, T* y, int64_t first, int64_t last) const {
+    Panels<T>::template multiply<false>(rows, in, first, last, t, in, forward_panels, y, out);
+  }
+
+  // Adds the share of some rows to the gradient g^T p of the weight, [out, in].
+  void add_weight_gradient(int64_t rows, const T* g, const T* p, T* gradient) const {
+    product<T, true>(out, in, rows, g, 1, out, p, in, gradient, in);
   }
 };
 
