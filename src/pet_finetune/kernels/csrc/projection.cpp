@@ -1,0 +1,407 @@
+// The operators pet_finetune::projection and pack.
+
+#include <string>
+#include <unordered_map>
+
+#include "low_rank.h"
+#include "operator.h"
+#include "projection.h"
+
+namespace pet {
+namespace {
+
+constexpr int64_t kNone = int64_t(Prologue::none);
+
+// How the rows of a sweep are dealt out: to parts that run beside each other, each in blocks that
+// stay in the caches. A function of the rows alone, so that sums do not depend on the threads.
+struct Rows {
+  int64_t rows, parts, block;
+
+  // `sums`: what each part has to add up besides, in numbers.
+  static Rows of(int64_t rows, int64_t sums) {
+    if (sums > 16384) {  // the gradient of a whole weight: adding up blocks and parts costs, too
+      const int64_t most =
+          std::max(std::min<int64_t>(rows / 32, 2), std::min<int64_t>(rows / 256, 8));
+      return {rows, std::max<int64_t>(most, 1), 128};
+    }
+    const int64_t block = rows <= 512 ? 16 : 32;
+    int64_t most = (rows + block - 1) / block;
+    if (sums > 0) most = std::min<int64_t>(most, 16);
+    return {rows, std::max<int64_t>(most, 1), block};
+  }
+
+  // body(part, first, last) for every block of every part.
+  template <typename F>
+  void for_each(F&& body) const {
+    at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) {
+        const int64_t stop = rows * (part + 1) / parts;
+        for (int64_t i = rows * part / parts; i < stop; i += block)
+          body(part, i, std::min(stop, i + block));
+      }
+    });
+  }
+};
+
+// So few rows that they are dealt out by columns.
+constexpr int64_t kFewRows = 16;
+
+// body(first, last) for pieces of the columns, whole panels each.
+template <typename T, typename F>
+void for_each_panel(int64_t columns, F&& body) {
+  constexpr int64_t wide = 2 * Simd<T>::width;
+  at::parallel_for(0, (columns + wide - 1) / wide, 2, [&](int64_t begin, int64_t end) {
+    body(begin * wide, std::min(columns, end * wide));
+  });
+}
+
+Tensor part_sums(bool needed, const Rows& rows, int64_t width, const Tensor& like) {
+  if (!needed || width == 0) return Tensor();
+  return at::zeros({rows.parts, width}, like.options());
+}
+
+// Memory of this thread for a task's blocks.
+template <typename T>
+T* thread_buffer(int which, int64_t size) {
+  static thread_local std::vector<T> buffers[3];
+  std::vector<T>& buffer = buffers[which];
+  if (int64_t(buffer.size()) < size + 16) buffer.resize(size + 16);
+  T* start = buffer.data();
+  while (reinterpret_cast<uintptr_t>(start) % kVectorBytes != 0) ++start;
+  return start;
+}
+
+// The weight [out, in] in panels for products with its transpose, then for products with itself.
+Tensor pack(const Tensor& weight_) {
+  const Tensor weight = weight_.detach().contiguous();
+  const int64_t out_width = weight.size(0), in = weight.size(1);
+  Tensor packed = at::empty({2, out_width * in}, weight.options());
+  AT_DISPATCH_FLOATING_TYPES(weight.scalar_type(), "pack", [&] {
+    const scalar_t* w = data<scalar_t>(weight);
+    Panels<scalar_t>::pack(in, out_width, out<scalar_t>(packed),
+                                [&](int64_t k, int64_t n) { return w[n * in + k]; });
+    Panels<scalar_t>::pack(out_width, in, out<scalar_t>(packed) + out_width * in,
+                                [&](int64_t k, int64_t n) { return w[k * in + n]; });
+  });
+  return packed;
+}
+
+// What does not change from row to row. Tensors that are not there are empty.
+struct Layer {
+  Tensor packed, bias, norm_weight, norm_bias, a, b;
+  int64_t prologue;
+  double eps, scaling;
+
+  static Layer of(const variable_list& saved, size_t first, AutogradContext* ctx) {
+    return {saved[first],     saved[first + 1], saved[first + 2], saved[first + 3],
+            saved[first + 4], saved[first + 5], ctx->saved_data["prologue"].toInt(),
+            ctx->saved_data["eps"].toDouble(),  ctx->saved_data["scaling"].toDouble()};
+  }
+
+  void keep(AutogradContext* ctx, variable_list others) const {
+    for (const Tensor& t : {packed, bias, norm_weight, norm_bias, a, b}) others.push_back(t);
+    ctx->save_for_backward(others);
+    ctx->saved_data["prologue"] = prologue;
+    ctx->saved_data["eps"] = eps;
+    ctx->saved_data["scaling"] = scaling;
+  }
+
+  int64_t in(const Tensor& x) const {
+    return prologue == int64_t(Prologue::swiglu) ? x.size(1) / 2 : x.size(1);
+  }
+
+  template <typename T>
+  Projection<T> projection(const Tensor& x) const {
+    const int64_t width = in(x), out_width = packed.size(1) / width;
+    const auto pointer = [](const Tensor& t) {
+      return t.numel() > 0 ? t.const_data_ptr<T>() : nullptr;
+    };
+    return {Prologue(prologue), x.size(1),     width,         out_width,
+            T(eps),                  pointer(norm_weight), pointer(norm_bias), pointer(bias),
+            pointer(packed),         pointer(packed) + width * out_width};
+  }
+
+  template <typename T>
+  LowRank<T> low_rank(const Projection<T>& p) const {
+    return LowRank<T>(p.in, p.out, a.size(0), data<T>(a), data<T>(b), T(scaling));
+  }
+};
+
+// Which parameters a sweep forms the gradients of.
+struct Wanted {
+  bool dense, low_rank, norms;
+
+  int64_t numbers(const Layer& layer, int64_t in, int64_t out_width) const {
+    return (dense ? in * out_width : 0) + (low_rank ? layer.a.size(0) * (in + out_width) : 0) +
+           (norms ? layer.norm_weight.numel() : 0);
+  }
+};
+
+// The gradients that a sweep over the rows adds up, one row of sums a part.
+struct Sums {
+  Tensor weight, a, bt, norm_weight, norm_bias;
+
+  Sums(const Layer& layer, const Tensor& x, int64_t out_width, const Wanted& wanted,
+       const Rows& rows) {
+    const int64_t in = layer.in(x), rank = layer.a.size(0);
+    weight = part_sums(wanted.dense, rows, in * out_width, x);
+    a = part_sums(wanted.low_rank, rows, rank * in, x);
+    bt = part_sums(wanted.low_rank, rows, rank * out_width, x);
+    norm_weight = part_sums(wanted.norms, rows, layer.norm_weight.numel(), x);
+    norm_bias = part_sums(wanted.norms, rows, layer.norm_bias.numel(), x);
+  }
+
+  // The sum over the parts as a matrix of so many rows.
+  static Tensor matrix(const Tensor& sums, int64_t rows) {
+    const Tensor all = total(sums);
+    return all.defined() ? all.view({rows, -1}) : all;
+  }
+  static Tensor total(const Tensor& sums) {
+    if (!sums.defined()) return Tensor();
+    return sums.size(0) == 1 ? sums.select(0, 0) : sums.sum(0);
+  }
+
+  // What weight, a and b receive.
+  variable_list of_weight(const Layer& layer, int64_t out_width) const {
+    const Tensor to_b = matrix(bt, layer.a.size(0));
+    return {matrix(weight, out_width), matrix(a, layer.a.size(0)),
+            to_b.defined() ? to_b.t() : to_b};
+  }
+};
+
+struct ProjectBackward : Function<ProjectBackward> {
+  // weight, a and b are inputs for their gradients alone; `packed` holds the numbers.
+  static Tensor forward(AutogradContext* ctx, const Tensor& grad, const Tensor& x,
+                        const Tensor& weight, const Tensor& a, const Tensor& b,
+                        const Tensor& norm_weight, const Layer& layer, bool twice) {
+    const Tensor gy = grad.contiguous();
+    const int64_t rows = x.size(0);
+    const bool few = rows <= kFewRows;
+    Tensor gx = at::empty(x.sizes(), x.options());
+    Tensor gp = twice || few ? at::empty({rows, layer.in(x)}, x.options()) : none(x);
+    AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "projection_backward", [&] {
+      const auto p = layer.projection<scalar_t>(x);
+      if (few)
+        for_each_panel<scalar_t>(p.in, [&](int64_t first, int64_t last) {
+          p.multiply_back(rows, data<scalar_t>(gy), out<scalar_t>(gp), first, last);
+        });
+      Rows::of(rows, 0).for_each([&](int64_t, int64_t first, int64_t last) {
+        scalar_t* block = twice || few ? out<scalar_t>(gp) + first * p.in
+                                       : thread_buffer<scalar_t>(0, (last - first) * p.in);
+        if (!few) p.multiply_back(last - first, data<scalar_t>(gy) + first * p.out, block, 0, p.in);
+        p.apply_backward(last - first, data<scalar_t>(x) + first * p.width, block,
+                         out<scalar_t>(gx) + first * p.width, nullptr, nullptr);
+      });
+    });
+    const bool trains = weight.requires_grad() || a.requires_grad() || b.requires_grad();
+    layer.keep(ctx, {trains ? gy : shape_of(gy), x, layer.prologue == kNone ? shape_of(gp) : gp});
+    return gx;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list cotangents) {
+    refuse_third_derivative("projection");
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &gy = saved[0], &x = saved[1], &gp = saved[2];
+    const Layer layer = Layer::of(saved, 3, ctx);
+    const Tensor c = cotangents[0].contiguous();
+    const Wanted wanted{ctx->needs_input_grad(2),
+                        ctx->needs_input_grad(3) || ctx->needs_input_grad(4),
+                        ctx->needs_input_grad(5)};
+    const Rows sweep = Rows::of(x.size(0), wanted.numbers(layer, layer.in(x), gy.size(1)));
+    const Sums sums(layer, x, gy.size(1), wanted, sweep);
+    const bool to_x_wanted = layer.prologue != kNone;
+    Tensor to_gy = at::empty(gy.sizes(), gy.options());
+    Tensor to_x = to_x_wanted ? at::empty_like(x) : Tensor();
+    AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "projection_double_backward", [&] {
+      const auto p = layer.projection<scalar_t>(x);
+      const auto update = layer.low_rank<scalar_t>(p);
+      sweep.for_each([&](int64_t part, int64_t first, int64_t last) {
+        const int64_t rows = last - first;
+        const scalar_t* g = data<scalar_t>(gy) + first * p.out;
+        scalar_t* t = thread_buffer<scalar_t>(0, rows * p.in);
+        p.apply_double(rows, data<scalar_t>(x) + first * p.width,
+                       data<scalar_t>(gp) + first * p.in, data<scalar_t>(c) + first * p.width, t,
+                       to_x_wanted ? out<scalar_t>(to_x) + first * p.width : nullptr,
+                       part_row<scalar_t>(sums.norm_weight, part));
+        p.multiply_tangent(rows, t, out<scalar_t>(to_gy) + first * p.out, 0, p.out);
+        if (wanted.dense)
+          p.add_weight_gradient(rows, g, t, part_row<scalar_t>(sums.weight, part));
+        if (wanted.low_rank)
+          update.add(rows, g, t, part_row<scalar_t>(sums.a, part),
+                     part_row<scalar_t>(sums.bt, part));
+      });
+    });
+    variable_list result(8);
+    result[0] = to_gy;
+    result[1] = to_x;
+    const variable_list of_weight = sums.of_weight(layer, gy.size(1));
+    std::copy(of_weight.begin(), of_weight.end(), result.begin() + 2);
+    result[5] = Sums::total(sums.norm_weight);
+    return result;
+  }
+};
+
+struct Project : Function<Project> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
+                        const Tensor& bias, const Tensor& norm_weight, const Tensor& norm_bias,
+                        const Tensor& a, const Tensor& b, const Tensor& rest,
+                        const Layer& layer) {
+    const int64_t rows = x.size(0), out_width = layer.packed.size(1) / layer.in(x);
+    Tensor y = at::empty({rows, out_width}, x.options());
+    AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "projection", [&] {
+      const auto p = layer.projection<scalar_t>(x);
+      const scalar_t* extra = rest.numel() > 0 ? data<scalar_t>(rest) : nullptr;
+      const auto made = [&](int64_t first, int64_t count) {
+        const scalar_t* own = data<scalar_t>(x) + first * p.width;
+        if (layer.prologue == kNone) return own;
+        scalar_t* block = thread_buffer<scalar_t>(0, count * p.in);
+        p.apply(count, own, block);
+        return static_cast<const scalar_t*>(block);
+      };
+      if (rows <= kFewRows) {
+        const scalar_t* block = made(0, rows);
+        for_each_panel<scalar_t>(p.out, [&](int64_t first, int64_t last) {
+          p.multiply(rows, block, extra, out<scalar_t>(y), first, last);
+        });
+        return;
+      }
+      Rows::of(rows, 0).for_each([&](int64_t, int64_t first, int64_t last) {
+        p.multiply(last - first, made(first, last - first),
+                   extra == nullptr ? nullptr : extra + first * p.out,
+                   out<scalar_t>(y) + first * p.out, 0, p.out);
+      });
+    });
+    const bool trains = weight.requires_grad() || a.requires_grad() || b.requires_grad();
+    layer.keep(ctx, {trains || layer.prologue != kNone ? x : shape_of(x), weight});
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &x = saved[0], &weight = saved[1], &g = grads[0];
+    const Layer layer = Layer::of(saved, 2, ctx);
+    variable_list result(9);
+    if (ctx->needs_input_grad(7)) result[7] = g;
+    if (needs_parameters(ctx)) {
+      TORCH_CHECK(!at::GradMode::is_enabled(),
+                  "projection: the fused kernels do not differentiate gradients of parameters. "
+                  "Set PET_FINETUNE_KERNELS=off, which computes with plain torch operations.");
+      with_parameters(ctx, layer, x, g.contiguous(), result);
+    } else if (ctx->needs_input_grad(0)) {
+      result[0] = ProjectBackward::apply(g, x, weight, layer.a, layer.b, layer.norm_weight,
+                                            layer, at::GradMode::is_enabled());
+    }
+    return result;
+  }
+
+ private:
+  static bool needs_parameters(AutogradContext* ctx) {
+    for (size_t i = 1; i < 7; ++i)
+      if (ctx->needs_input_grad(i)) return true;
+    return false;
+  }
+
+  // The last backward of a training step: x and all parameters in one sweep over the rows.
+  static void with_parameters(AutogradContext* ctx, const Layer& layer, const Tensor& x,
+                              const Tensor& gy, variable_list& result) {
+    const Wanted wanted{ctx->needs_input_grad(1),
+                        ctx->needs_input_grad(5) || ctx->needs_input_grad(6),
+                        ctx->needs_input_grad(3) || ctx->needs_input_grad(4)};
+    const bool to_x = ctx->needs_input_grad(0) || wanted.norms;
+    const Rows sweep = Rows::of(x.size(0), wanted.numbers(layer, layer.in(x), gy.size(1)));
+    const Sums sums(layer, x, gy.size(1), wanted, sweep);
+    Tensor gx = to_x ? at::empty(x.sizes(), x.options()) : Tensor();
+    AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "projection_parameters", [&] {
+      const auto p = layer.projection<scalar_t>(x);
+      const auto update = layer.low_rank<scalar_t>(p);
+      sweep.for_each([&](int64_t part, int64_t first, int64_t last) {
+        const int64_t rows = last - first;
+        const scalar_t* own = data<scalar_t>(x) + first * p.width;
+        const scalar_t* g = data<scalar_t>(gy) + first * p.out;
+        scalar_t* block = thread_buffer<scalar_t>(0, rows * p.in);
+        if (to_x) {
+          p.multiply_back(rows, g, block, 0, p.in);
+          p.apply_backward(rows, own, block, out<scalar_t>(gx) + first * p.width,
+                           part_row<scalar_t>(sums.norm_weight, part),
+                           part_row<scalar_t>(sums.norm_bias, part));
+        }
+        if (!wanted.dense && !wanted.low_rank) return;
+        p.apply(rows, own, block);
+        if (wanted.dense)
+          p.add_weight_gradient(rows, g, block, part_row<scalar_t>(sums.weight, part));
+        if (wanted.low_rank)
+          update.add(rows, g, block, part_row<scalar_t>(sums.a, part),
+                     part_row<scalar_t>(sums.bt, part));
+      });
+    });
+    if (ctx->needs_input_grad(0)) result[0] = gx;
+    const variable_list of_weight = sums.of_weight(layer, gy.size(1));
+    result[1] = of_weight[0];
+    result[5] = of_weight[1];
+    result[6] = of_weight[2];
+    if (ctx->needs_input_grad(2)) result[2] = gy.sum(0);
+    result[3] = Sums::total(sums.norm_weight);
+    result[4] = Sums::total(sums.norm_bias);
+  }
+};
+
+void check_projection(const Tensor& x, const Tensor& weight, const Layer& layer,
+                      const Tensor& residual) {
+  check_rows(x, "projection");
+  TORCH_CHECK(weight.dim() == 2, "projection: the weight is a matrix");
+  const int64_t in = weight.size(1), out_width = weight.size(0);
+  const int64_t lanes = kVectorBytes / x.element_size();
+  TORCH_CHECK(in % lanes == 0 && out_width % lanes == 0, "projection: widths are multiples of ",
+              lanes, ", got ", weight.sizes());
+  TORCH_CHECK(layer.in(x) == in, "projection: x has ", x.size(1), " columns for ", in, " inputs");
+  check_like(layer.packed, x, {2, in * out_width}, "projection, packed");
+  const auto vector = [&](const Tensor& t, int64_t size, const char* name) {
+    if (t.numel() > 0) check_like(t, x, {size}, name);
+  };
+  vector(layer.bias, out_width, "projection, bias");
+  vector(layer.norm_weight, in, "projection, norm_weight");
+  vector(layer.norm_bias, in, "projection, norm_bias");
+  const auto kind = Prologue(layer.prologue);
+  if (kind == Prologue::rms_norm || kind == Prologue::layer_norm)
+    check_like(layer.norm_weight, x, {in}, "projection, norm_weight");
+  if (kind == Prologue::layer_norm)
+    check_like(layer.norm_bias, x, {in}, "projection, norm_bias");
+  if (layer.a.numel() > 0) {
+    check_like(layer.a, x, {layer.a.size(0), in}, "projection, a");
+    check_like(layer.b, x, {out_width, layer.a.size(0)}, "projection, b");
+  }
+  if (residual.numel() > 0) check_like(residual, x, {x.size(0), out_width}, "projection, residual");
+}
+
+Tensor projection(const Tensor& x, const Tensor& weight, const Tensor& packed,
+                  const std::optional<Tensor>& bias, const std::string& prologue,
+                  const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
+                  double eps, const std::optional<Tensor>& a, const std::optional<Tensor>& b,
+                  double scaling, const std::optional<Tensor>& residual) {
+  static const std::unordered_map<std::string, Prologue> kinds = {
+      {"none", Prologue::none},
+      {"rms_norm", Prologue::rms_norm},
+      {"layer_norm", Prologue::layer_norm},
+      {"silu", Prologue::silu},
+      {"swiglu", Prologue::swiglu}};
+  const Tensor empty = none(x);
+  const auto given = [&](const std::optional<Tensor>& t) { return t.has_value() ? *t : empty; };
+  const Tensor a_ = a.has_value() ? a->contiguous() : empty;
+  const Tensor b_ = b.has_value() ? b->contiguous() : empty;
+  const Layer layer{packed,  given(bias), given(norm_weight), given(norm_bias), a_,
+                    b_,      int64_t(kinds.at(prologue)), eps, scaling};
+  check_projection(x, weight, layer, given(residual));
+  return Project::apply(x.contiguous(), weight, layer.bias, layer.norm_weight,
+                           layer.norm_bias, a_, b_, given(residual).contiguous(), layer);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(pet_finetune, m) {
+  m.def("pack(Tensor weight) -> Tensor", &pack);
+  m.def("projection(Tensor x, Tensor weight, Tensor packed, Tensor? bias, str prologue,"
+        " Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor? a, Tensor? b, float scaling,"
+        " Tensor? residual) -> Tensor", &projection);
+}
+
+}  // namespace pet
