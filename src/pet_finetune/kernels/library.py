@@ -73,18 +73,18 @@ def prepare(device: torch.device | str = "cpu") -> bool:
     if setting == "off":
         _LOG.info("Computing with plain torch operations (%s=off).", VARIABLE)
         return False
-    reason = _missing()
-    if reason is not None:
-        _LOG.info("Computing with plain torch operations: %s.", reason)
-        return False
     try:
+        reason = _missing()
+        if reason is not None:
+            _LOG.info("Computing with plain torch operations: %s.", reason)
+            return False
         torch.ops.load_library(str(_library()))
     except (OSError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
         _LOG.debug("%s", error)
         _LOG.warning("Computing with plain torch operations, more slowly: %s", _first_line(error))
         return False
     _State.loaded = True
-    _LOG.debug("Computing with fused CPU kernels.")
+    _LOG.info("Computing with the fused CPU kernels.")
     return active()
 
 

@@ -28,7 +28,7 @@ inline void tile(int64_t depth, const T* a, int64_t rs, int64_t ks, const T* b, 
 template <typename T, int N, bool Add>
 inline void column_block(int64_t rows, int64_t depth, const T* a, int64_t rs, int64_t ks,
                          const T* b, int64_t ldb, T* c, int64_t ldc) {
-  constexpr int R = 8;  // 16 sums, two loads and a broadcast fit 32 registers
+  constexpr int R = kTileRows;
   int64_t r = 0;
   for (; r + R <= rows; r += R) tile<T, R, N, Add>(depth, a + r * rs, rs, ks, b, ldb, c + r * ldc, ldc);
   for (; r + 4 <= rows; r += 4) tile<T, 4, N, Add>(depth, a + r * rs, rs, ks, b, ldb, c + r * ldc, ldc);

@@ -35,11 +35,17 @@ struct Rows {
   void for_each(F&& body) const {
     at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
-        const int64_t stop = rows * (part + 1) / parts;
-        for (int64_t i = rows * part / parts; i < stop; i += block)
+        const int64_t stop = border(part + 1);
+        for (int64_t i = border(part); i < stop; i += block)
           body(part, i, std::min(stop, i + block));
       }
     });
+  }
+
+ private:
+  // Where a part begins: at a whole tile of rows, so that none but the last is cut up.
+  int64_t border(int64_t part) const {
+    return std::min(rows, (rows * part / parts + kTileRows - 1) / kTileRows * kTileRows);
   }
 };
 
@@ -350,7 +356,7 @@ void check_projection(const Tensor& x, const Tensor& weight, const Layer& layer,
   check_rows(x, "projection");
   TORCH_CHECK(weight.dim() == 2, "projection: the weight is a matrix");
   const int64_t in = weight.size(1), out_width = weight.size(0);
-  const int64_t lanes = kVectorBytes / x.element_size();
+  const int64_t lanes = kWidths / x.element_size();
   TORCH_CHECK(in % lanes == 0 && out_width % lanes == 0, "projection: widths are multiples of ",
               lanes, ", got ", weight.sizes());
   TORCH_CHECK(layer.in(x) == in, "projection: x has ", x.size(1), " columns for ", in, " inputs");

@@ -1,5 +1,5 @@
-// Vectors of 64 bytes by the compiler's own vector types (GCC and Clang): on machines with narrower
-// registers the compiler splits them, so one source serves SSE, AVX2, AVX-512 and NEON.
+// Vectors by the compiler's own vector types (GCC and Clang), so that one source serves AVX-512, AVX2
+// and others: where registers are narrower than a vector the compiler splits it.
 #pragma once
 
 #include <cmath>
@@ -8,7 +8,14 @@
 
 namespace pet {
 
+#ifdef __AVX512F__
 constexpr int kVectorBytes = 64;
+constexpr int kTileRows = 8;  // with two vectors of columns: 16 sums of 32 registers
+#else
+constexpr int kVectorBytes = 32;
+constexpr int kTileRows = 6;  // 12 sums of 16 registers
+#endif
+constexpr int kWidths = 64;  // bytes; the widths of projections are multiples of it on any machine
 
 template <typename T>
 struct Simd;
