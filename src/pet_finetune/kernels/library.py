@@ -145,7 +145,8 @@ def _library() -> Path:
     from torch.utils import cpp_extension
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    _LOG.info("Compiling the CPU kernels, once on this machine: about a minute.")
+    # A warning, because that is shown also where nobody set up logging, and the wait needs a word.
+    _LOG.warning("Compiling the CPU kernels, once on this machine: about a minute.")
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=path.parent) as folder, _on_path(ninja.BIN_DIR):
         cpp_extension.load(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from pet_finetune import kernels
 from pet_finetune.adapters import trainable_report
 from pet_finetune.config import Options
 from pet_finetune.data.charges import check_charges
@@ -89,6 +90,7 @@ def prepare_run(
     if model.hypers.system_conditioning:
         check_charges(structures, model.hypers.max_charge, model.hypers.max_spin_multiplicity)
     data = _load(options, splits, model, seed, dtype)
+    kernels.prepare(device)  # the input is sound: compiling, should they need it, is not in vain
     if not saved:
         choose_trainable(start, options)
         _log_baselines(options, start, data)

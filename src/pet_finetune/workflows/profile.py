@@ -8,7 +8,6 @@ from pathlib import Path
 
 from rich.table import Table
 
-from pet_finetune import kernels
 from pet_finetune.config import Options
 from pet_finetune.device import choose_device
 from pet_finetune.errors import PetFinetuneError
@@ -60,7 +59,6 @@ def profile_run(
     """
     check_steps(steps)
     device = choose_device(options.device)
-    kernels.prepare(device)
     files = RunFiles(Path(folder))
     files.check_free(source)
     setup_logging(file=files.folder / LOG)

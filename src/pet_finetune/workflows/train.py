@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pet_finetune import kernels
 from pet_finetune.checkpoint import load_checkpoint
 from pet_finetune.config import Options
 from pet_finetune.device import choose_device
@@ -64,7 +63,6 @@ def train(
         PetFinetuneError: any bad input, with one clear message.
     """
     device = choose_device(options.device)
-    kernels.prepare(device)
     files = RunFiles(Path(folder))
     if restart is None:
         files.check_free(source)
