@@ -5,7 +5,7 @@ in float32 or float64, and can be differentiated twice. :func:`usable` says whet
 through them; the callers fall back to torch operations where it cannot.
 """
 
-from .library import active, disabled, prepare
+from .compiled import active, disabled, prepare
 from .operators import (
     attention,
     lanes,

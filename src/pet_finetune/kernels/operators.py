@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .library import active
+from .compiled import active
 
 _FLOATS = (torch.float32, torch.float64)
 

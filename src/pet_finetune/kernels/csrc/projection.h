@@ -6,7 +6,7 @@
 //                    to gy: t W^T        to x: the derivative of c . P'(x)^T gp by x
 //
 // The rows are taken a few at a time, so that p, gp and t stay in the caches. The weight is packed
-// into panels once (see Packed), which lets a register tile run at the processor's speed.
+// into panels once (see Panels), which lets a register tile run at the processor's speed.
 #pragma once
 
 #include <vector>

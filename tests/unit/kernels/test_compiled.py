@@ -8,16 +8,16 @@ import pytest
 
 from pet_finetune import kernels
 from pet_finetune.errors import ConfigError
-from pet_finetune.kernels import library
+from pet_finetune.kernels import compiled
 
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path, caplog):
     """As at the start of a process, with an empty cache."""
     for name in ("tried", "loaded"):
-        monkeypatch.setattr(library._State, name, False)
+        monkeypatch.setattr(compiled._State, name, False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv(library.VARIABLE, raising=False)
+    monkeypatch.delenv(compiled.VARIABLE, raising=False)
     monkeypatch.setattr(logging.getLogger("pet_finetune"), "propagate", True)
     caplog.set_level("INFO", "pet_finetune")
     return caplog
@@ -28,13 +28,13 @@ def messages(caplog):
 
 
 def test_they_can_be_switched_off(fresh, monkeypatch):
-    monkeypatch.setenv(library.VARIABLE, "off")
+    monkeypatch.setenv(compiled.VARIABLE, "off")
     assert not kernels.prepare()
     assert messages(fresh) == ["Computing with plain torch operations (PET_FINETUNE_KERNELS=off)."]
 
 
 def test_a_wrong_setting_is_an_error(fresh, monkeypatch):
-    monkeypatch.setenv(library.VARIABLE, "fast")
+    monkeypatch.setenv(compiled.VARIABLE, "fast")
     with pytest.raises(ConfigError, match=r"PET_FINETUNE_KERNELS: 'fast' is not one of auto, off"):
         kernels.prepare()
 
@@ -51,19 +51,19 @@ def test_a_failing_compiler_is_a_notice(fresh, monkeypatch):
     monkeypatch.setenv("CXX", "false")
     assert not kernels.prepare()
     assert "could not be built or loaded" in messages(fresh)[-1]
-    assert not list(library._cache().glob("*.so"))
+    assert not list(compiled._cache().glob("*.so"))
 
 
 def test_a_gpu_has_no_use_for_them(fresh):
     assert not kernels.prepare("cuda")
     assert messages(fresh) == []
-    assert not library._State.tried
+    assert not compiled._State.tried
 
 
 def test_each_torch_and_processor_has_a_library_of_its_own(fresh, monkeypatch):
-    here = library._library_path()
-    monkeypatch.setattr(library.torch, "__version__", "0.0.1")
-    other_torch = library._library_path()
+    here = compiled._library_path()
+    monkeypatch.setattr(compiled.torch, "__version__", "0.0.1")
+    other_torch = compiled._library_path()
     monkeypatch.undo()
-    monkeypatch.setattr(library, "_processor", lambda: "flags: none")
-    assert len({here.name, other_torch.name, library._library_path().name}) == 3
+    monkeypatch.setattr(compiled, "_processor", lambda: "flags: none")
+    assert len({here.name, other_torch.name, compiled._library_path().name}) == 3
