@@ -68,11 +68,11 @@ class PETCalculator(Calculator):
             raise ConfigError(f"skin: the margin is a length of 0 Å or more, got {skin}.")
         self._wanted_device = str(device)
         self._device = choose_device(self._wanted_device)
-        kernels.prepare(self._device)
         floating = _choose_dtype(dtype)
         potential, adapter_target = open_potential(model, adapter)
         self._target = potential.energy_target(target or adapter_target)
         potential.to(device=self._device, dtype=floating)
+        kernels.prepare(self._device)
         self._model = potential.eval().requires_grad_(False)
         self._conditioned = potential.hypers.system_conditioning
         self._neighbors = SkinNeighbors(potential.cutoff, float(skin))

@@ -74,11 +74,12 @@ def prepare(device: torch.device | str = "cpu") -> bool:
         _LOG.info("Computing with plain torch operations (%s=off).", VARIABLE)
         return False
     try:
-        reason = _missing()
+        path = _library_path()
+        reason = _missing(path)
         if reason is not None:
             _LOG.info("Computing with plain torch operations: %s.", reason)
             return False
-        torch.ops.load_library(str(_library()))
+        torch.ops.load_library(str(_library(path)))
     except (OSError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
         _LOG.debug("%s", error)
         _LOG.warning("Computing with plain torch operations, more slowly: %s", _first_line(error))
@@ -88,11 +89,11 @@ def prepare(device: torch.device | str = "cpu") -> bool:
     return active()
 
 
-def _missing() -> str | None:
+def _missing(path: Path) -> str | None:
     """What this machine lacks to use the kernels, or None."""
     if platform.system() != "Linux":
         return f"the fused kernels are made for Linux, not {platform.system()}"
-    if not _library_path().exists() and shutil.which(os.environ.get("CXX", "c++")) is None:
+    if not path.exists() and shutil.which(os.environ.get("CXX", "c++")) is None:
         return "the fused kernels need a C++ compiler (the package g++, or set CXX)"
     return None
 
@@ -135,9 +136,8 @@ def _on_path(folder: str) -> Iterator[None]:
         os.environ["PATH"] = before
 
 
-def _library() -> Path:
+def _library(path: Path) -> Path:
     """The library's path, compiled first if need be; replaced in one step when done."""
-    path = _library_path()
     if path.exists():
         return path
     # Slow to import, and needed by nobody who has the library.

@@ -75,16 +75,15 @@ struct AttentionBackward : Function<AttentionBackward> {
 struct Attention : Function<Attention> {
   static Tensor forward(AutogradContext* ctx, const Tensor& qkv, const Tensor& bias,
                         const Tensor& starts, int64_t heads, double scale) {
-    const Tensor &x = qkv, &m = bias, &s = starts;
-    const Tokens tokens = tokens_of(x, s, heads);
-    Tensor y = at::empty({x.size(0), tokens.width()}, x.options());
-    AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "attention", [&] {
+    const Tokens tokens = tokens_of(qkv, starts, heads);
+    Tensor y = at::empty({qkv.size(0), tokens.width()}, qkv.options());
+    AT_DISPATCH_FLOATING_TYPES(qkv.scalar_type(), "attention", [&] {
       for_each_atom<scalar_t>(tokens, [&](int64_t atom, Scratch<scalar_t>& scratch) {
-        attention_forward<scalar_t>(tokens, atom, scalar_t(scale), data<scalar_t>(x),
-                                         data<scalar_t>(m), out<scalar_t>(y), scratch.space);
+        attention_forward<scalar_t>(tokens, atom, scalar_t(scale), data<scalar_t>(qkv),
+                                    data<scalar_t>(bias), out<scalar_t>(y), scratch.space);
       });
     });
-    ctx->save_for_backward({x, m, s});
+    ctx->save_for_backward({qkv, bias, starts});
     ctx->saved_data["heads"] = heads;
     ctx->saved_data["scale"] = scale;
     return y;
@@ -107,10 +106,13 @@ Tensor attention(const Tensor& qkv, const Tensor& bias, const Tensor& starts, in
   TORCH_CHECK(qkv.size(1) % (3 * heads) == 0, "attention: ", qkv.size(1), " columns for queries, "
               "keys and values of ", heads, " heads");
   check_like(bias, qkv, {edges}, "attention, key_bias");
+  const char* run = "attention: starts runs from 0 to the number of edges";
   TORCH_CHECK(starts.dim() == 1 && atoms >= 0 && starts.scalar_type() == at::kLong &&
-                  starts[0].item<int64_t>() == 0 && starts[-1].item<int64_t>() == edges,
-              "attention: starts runs from 0 to the number of edges");
-  return Attention::apply(qkv.contiguous(), bias.contiguous(), starts.contiguous(), heads, scale);
+              starts.device().is_cpu(), run);
+  const Tensor first_edges = starts.contiguous();
+  const int64_t* first = first_edges.const_data_ptr<int64_t>();
+  TORCH_CHECK(first[0] == 0 && first[atoms] == edges, run);
+  return Attention::apply(qkv.contiguous(), bias.contiguous(), first_edges, heads, scale);
 }
 
 }  // namespace

@@ -79,8 +79,8 @@ class Head {
   static constexpr int W = Simd<T>::width;
 
  public:
-  Head(const Tokens& tokens, int64_t atom, int head, T scale, Workspace<T>& space)
-      : tokens(tokens), atom(atom), head(head), scale(scale), w(space) {}
+  Head(const Tokens& tokens, int64_t atom, int head, Workspace<T>& space)
+      : tokens(tokens), atom(atom), head(head), w(space) {}
 
   // Rows of `source` (row length `stride`, this head's columns from `offset`) as a tall matrix.
   T* read(const T* source, int64_t stride, int64_t offset, T factor = T(1)) {
@@ -173,7 +173,6 @@ class Head {
   const Tokens& tokens;
   int64_t atom;
   int head;
-  T scale;
   Workspace<T>& w;
 };
 
@@ -183,7 +182,7 @@ void attention_forward(const Tokens& tokens, int64_t atom, T scale, const T* qkv
   const int64_t d = tokens.width();
   for (int h = 0; h < tokens.heads; ++h) {
     space.resize(tokens.count(atom), tokens.head_width);
-    Head<T> head(tokens, atom, h, scale, space);
+    Head<T> head(tokens, atom, h, space);
     const T* q = head.read(qkv, 3 * d, 0, scale);
     const T* k = head.transpose(head.read(qkv, 3 * d, d));
     const T* v = head.read(qkv, 3 * d, 2 * d);
@@ -217,7 +216,7 @@ void attention_backward(const Tokens& tokens, int64_t atom, T scale, const T* qk
   bias_sum.assign(count + Simd<T>::width, T(0));
   for (int h = 0; h < tokens.heads; ++h) {
     space.resize(count, tokens.head_width);
-    Head<T> head(tokens, atom, h, scale, space);
+    Head<T> head(tokens, atom, h, space);
     const T* q = head.read(qkv, 3 * d, 0, scale);
     const T* k = head.read(qkv, 3 * d, d, scale);
     const T* kt = head.transpose(head.read(qkv, 3 * d, d));
@@ -278,7 +277,7 @@ void attention_double_backward(const Tokens& tokens, int64_t atom, T scale, cons
   bias_sum.assign(count + Simd<T>::width, T(0));
   for (int h = 0; h < tokens.heads; ++h) {
     space.resize(count, tokens.head_width);
-    Head<T> head(tokens, atom, h, scale, space);
+    Head<T> head(tokens, atom, h, space);
     // The scale sits in q, k, aq and ak where they are multiplied from; the flat ones are bare.
     const T* q = head.read(qkv, 3 * d, 0, scale);
     T* k = head.read(qkv, 3 * d, d);

@@ -68,9 +68,8 @@ Tensor part_sums(bool needed, const Rows& rows, int64_t width, const Tensor& lik
 
 // Memory of this thread for a task's blocks.
 template <typename T>
-T* thread_buffer(int which, int64_t size) {
-  static thread_local std::vector<T> buffers[3];
-  std::vector<T>& buffer = buffers[which];
+T* thread_buffer(int64_t size) {
+  static thread_local std::vector<T> buffer;
   if (int64_t(buffer.size()) < size + 16) buffer.resize(size + 16);
   T* start = buffer.data();
   while (reinterpret_cast<uintptr_t>(start) % kVectorBytes != 0) ++start;
@@ -193,7 +192,7 @@ struct ProjectBackward : Function<ProjectBackward> {
         });
       Rows::of(rows, 0).for_each([&](int64_t, int64_t first, int64_t last) {
         scalar_t* block = twice || few ? out<scalar_t>(gp) + first * p.in
-                                       : thread_buffer<scalar_t>(0, (last - first) * p.in);
+                                       : thread_buffer<scalar_t>((last - first) * p.in);
         if (!few) p.multiply_back(last - first, data<scalar_t>(gy) + first * p.out, block, 0, p.in);
         p.apply_backward(last - first, data<scalar_t>(x) + first * p.width, block,
                          out<scalar_t>(gx) + first * p.width, nullptr, nullptr);
@@ -224,7 +223,7 @@ struct ProjectBackward : Function<ProjectBackward> {
       sweep.for_each([&](int64_t part, int64_t first, int64_t last) {
         const int64_t rows = last - first;
         const scalar_t* g = data<scalar_t>(gy) + first * p.out;
-        scalar_t* t = thread_buffer<scalar_t>(0, rows * p.in);
+        scalar_t* t = thread_buffer<scalar_t>(rows * p.in);
         p.apply_double(rows, data<scalar_t>(x) + first * p.width,
                        data<scalar_t>(gp) + first * p.in, data<scalar_t>(c) + first * p.width, t,
                        to_x_wanted ? out<scalar_t>(to_x) + first * p.width : nullptr,
@@ -260,7 +259,7 @@ struct Project : Function<Project> {
       const auto made = [&](int64_t first, int64_t count) {
         const scalar_t* own = data<scalar_t>(x) + first * p.width;
         if (layer.prologue == kNone) return own;
-        scalar_t* block = thread_buffer<scalar_t>(0, count * p.in);
+        scalar_t* block = thread_buffer<scalar_t>(count * p.in);
         p.apply(count, own, block);
         return static_cast<const scalar_t*>(block);
       };
@@ -324,7 +323,7 @@ struct Project : Function<Project> {
         const int64_t rows = last - first;
         const scalar_t* own = data<scalar_t>(x) + first * p.width;
         const scalar_t* g = data<scalar_t>(gy) + first * p.out;
-        scalar_t* block = thread_buffer<scalar_t>(0, rows * p.in);
+        scalar_t* block = thread_buffer<scalar_t>(rows * p.in);
         if (to_x) {
           p.multiply_back(rows, g, block, 0, p.in);
           p.apply_backward(rows, own, block, out<scalar_t>(gx) + first * p.width,
