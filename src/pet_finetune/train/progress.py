@@ -102,11 +102,12 @@ class RunDisplay:
         if record.epoch % self._log_interval and not last and record.epoch > 1:
             return
         _logger.info(
-            "epoch %*d/%d | loss %.4g | train %s | validation %s%s | %.1f s, %.0f structures/s",
+            "epoch %*d/%d | loss %.4g%s | train %s | validation %s%s | %.1f s, %.0f structures/s",
             len(str(self._num_epochs)),
             record.epoch,
             self._num_epochs,
             record.loss,
+            "".join(f", {name} {value:.3g}" for name, value in record.extra.items()),
             describe(record.train),
             describe(record.validation),
             " (best)" if record.best else "",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pet_finetune.model import Potential
 
@@ -17,12 +17,13 @@ class EpochRecord:
     Attributes:
         epoch: from 1.
         learning_rate: of the last step.
-        loss: mean training loss.
+        loss: mean training loss, extra losses included.
         train, validation: errors by target, during the epoch and after it.
         metric: what picks the best model (lower is better).
         best: whether this epoch is the best so far.
         seconds: of training and validation; waiting between two parts of a run does not count.
         structures_per_second: training throughput.
+        extra: mean of each extra loss, by name.
     """
 
     epoch: int
@@ -34,6 +35,7 @@ class EpochRecord:
     best: bool
     seconds: float
     structures_per_second: float
+    extra: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -142,6 +142,7 @@ class RunFiles:
             "seconds": f"{record.seconds:.3f}",
             "structures_per_second": f"{record.structures_per_second:.2f}",
         }
+        row |= {f"train/{name}": f"{value:.6g}" for name, value in record.extra.items()}
         for prefix, group in (("train", record.train), ("validation", record.validation)):
             for target, metrics in group.items():
                 for name, value in metrics.as_dict().items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,9 +26,11 @@ from pet_finetune.model import Potential
 from pet_finetune.stages import each, stage
 
 from .ema import WeightAverage
+from .extra import ExtraLoss
 from .interrupt import InterruptGuard
 from .loss import Objective, batch_loss
 from .metrics import Metrics, evaluate
+from .optimizer import make_optimizer
 from .records import Callbacks, EpochRecord, TrainingResult
 from .schedule import learning_rate_factor
 from .selection import best_metric, check_metric
@@ -43,6 +45,7 @@ class _Progress:
     step: int = 0
     # Of the epoch under way, for when it is interrupted.
     loss_sum: float = 0.0
+    extra_sums: dict[str, float] = field(default_factory=dict)
     structures: int = 0
     seconds: float = 0.0
     best_metric: float = math.inf
@@ -63,6 +66,7 @@ class Trainer:
         options: ``architecture.training``.
         learning_rate: the highest.
         callbacks: see :class:`Callbacks`.
+        extra_losses: terms added to the loss of each batch.
 
     Raises:
         TrainingError: no batch would be left, or the metric that picks the best model cannot
@@ -78,6 +82,7 @@ class Trainer:
         options: TrainingOptions,
         learning_rate: float,
         callbacks: Callbacks | None = None,
+        extra_losses: Sequence[ExtraLoss] = (),
     ) -> None:
         self.model = model
         self.objectives = dict(objectives)
@@ -86,8 +91,9 @@ class Trainer:
         self.options = options
         self.learning_rate = learning_rate
         self.callbacks = callbacks or Callbacks()
+        self.extra_losses = tuple(extra_losses)
         self.parameters = {n: p for n, p in model.network.named_parameters() if p.requires_grad}
-        self.optimizer = _make_optimizer(self.parameters, learning_rate, options.weight_decay)
+        self.optimizer = make_optimizer(self.parameters, learning_rate, options.weight_decay)
         self.average = WeightAverage(self.parameters, options.ema) if options.ema else None
         self.progress = _Progress()
         self.total_steps = sum(training.num_batches(e) for e in range(options.num_epochs))
@@ -129,7 +135,11 @@ class Trainer:
         metrics = {n: Metrics(n, progress.epoch_metrics.get(n)) for n in self.objectives}
         num_batches = self.training.num_batches(progress.epoch)
         for batch in self.batches(progress.epoch, progress.batch):
-            progress.loss_sum += self.step(batch, metrics)
+            loss, *extra = self.step(batch, metrics)
+            progress.loss_sum += loss
+            for term, value in zip(self.extra_losses, extra, strict=True):
+                sums = progress.extra_sums
+                sums[term.name] = sums.get(term.name, 0.0) + value
             progress.batch += 1
             progress.step += 1
             progress.structures += batch.num_structures
@@ -147,8 +157,11 @@ class Trainer:
         made = self.training.epoch(epoch, start_batch=start_batch)
         return each("batch", on_device(made, self.model.device, self.model.dtype))
 
-    def step(self, batch: Batch, metrics: Mapping[str, Metrics]) -> float:
-        """Forward, loss, backward, update; returns the loss.
+    def step(self, batch: Batch, metrics: Mapping[str, Metrics]) -> list[float]:
+        """Forward, loss, backward, update.
+
+        Returns:
+            The loss and, one by one, the extra losses that are part of it.
 
         Raises:
             TrainingError: the loss or its gradient is not a number; nothing was updated.
@@ -162,15 +175,31 @@ class Trainer:
         with stage("backward"):
             # Named inputs: the edge vectors ask for gradients too, and nobody reads theirs.
             loss.backward(inputs=list(self.parameters.values()))
+        extra = [self._add_extra(term).to(loss) for term in self.extra_losses]
         with stage("update"):
-            value = self._clip(loss, batch)
+            losses = torch.stack([loss.detach(), *extra])
+            losses[0] = losses.sum()
+            values = self._clip(losses, batch)
             self.optimizer.step()
             if self.average is not None:
                 self.average.update()
         with stage("metrics"):
             for name, prediction in predictions.items():
                 metrics[name].update(batch, prediction)
-        return value
+        return values
+
+    def _add_extra(self, term: ExtraLoss) -> Tensor:
+        """Add the gradient of an extra loss for the batch under way; its value, a scalar.
+
+        One term after the other, so that the memory of one graph is enough for all.
+        """
+        with stage(term.name):
+            value = term(self.progress.epoch, self.progress.batch)
+            if value is None:
+                return torch.zeros(())
+            if value.requires_grad:
+                value.backward(inputs=list(self.parameters.values()))
+            return value.detach()
 
     def _set_learning_rate(self) -> None:
         rate = self.learning_rate * learning_rate_factor(
@@ -182,18 +211,18 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-    def _clip(self, loss: Tensor, batch: Batch) -> float:
-        """Clip the gradient; the loss as a number, once it and the gradient are known to be one."""
+    def _clip(self, losses: Tensor, batch: Batch) -> list[float]:
+        """Clip the gradient; the losses as numbers, once they and the gradient are known to be."""
         norm = nn.utils.clip_grad_norm_(
             self.parameters.values(), self.options.grad_clip_norm or math.inf
         )
         # Both at once: reading a number makes the CPU wait until the GPU has done all before it.
-        value, length = torch.stack([loss.detach(), norm.to(loss)]).tolist()
-        if not math.isfinite(value):
+        *values, length = torch.cat([losses, norm.to(losses).view(1)]).tolist()
+        if not all(map(math.isfinite, values)):
             raise TrainingError(self._not_finite("loss", batch))
         if not math.isfinite(length):
             raise TrainingError(self._not_finite("gradient of the loss", batch))
-        return float(value)
+        return values
 
     def _not_finite(self, what: str, batch: Batch) -> str:
         return (
@@ -210,12 +239,13 @@ class Trainer:
         progress = self.progress
         rate = progress.structures / max(progress.seconds, 1e-9)
         loss = progress.loss_sum / max(1, num_batches)
+        extra = {n: value / max(1, num_batches) for n, value in progress.extra_sums.items()}
         with self.average.applied() if self.average else nullcontext():
             validation = evaluate(self.model, self.validation.view(), self.wanted)
             metric = best_metric(validation, self.options.best_model_metric, self._validation_loss)
             progress.epoch += 1
             progress.batch, progress.loss_sum, progress.epoch_metrics = 0, 0.0, {}
-            progress.structures, progress.seconds = 0, 0.0
+            progress.extra_sums, progress.structures, progress.seconds = {}, 0, 0.0
             self._count_patience(metric)
             best = metric < progress.best_metric or progress.best_epoch == 0
             record = EpochRecord(
@@ -228,6 +258,7 @@ class Trainer:
                 best=best,
                 seconds=time.perf_counter() - started,
                 structures_per_second=rate,
+                extra=extra,
             )
             if best:
                 progress.best_metric, progress.best_epoch = metric, progress.epoch
@@ -298,17 +329,3 @@ class Trainer:
         torch.set_rng_state(state["rng"].cpu())
         if self.model.device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.model.device)
-
-
-def _make_optimizer(
-    parameters: Mapping[str, nn.Parameter], learning_rate: float, weight_decay: float | None
-) -> torch.optim.Optimizer:
-    """AdamW; decay acts on matrices only, as biases and norms have no reason to vanish."""
-    matrices = [p for p in parameters.values() if p.dim() > 1]
-    others = [p for p in parameters.values() if p.dim() <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay or 0.0},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=learning_rate, fused=True)

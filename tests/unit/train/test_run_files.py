@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,6 +35,13 @@ def test_rows_are_added_one_by_one(tmp_path):
     assert found[1]["validation/energy/energy_mae"] == "0.5"
     assert found[0]["best"] == "1"
     assert found[1]["best"] == "0"
+
+
+def test_extra_losses_have_their_columns(tmp_path):
+    files = RunFiles(tmp_path)
+    files.add_row(replace(record(1), extra={"anchor": 0.125}))
+    (row,) = rows(files)
+    assert row["train/anchor"] == "0.125"
 
 
 def test_rows_that_will_be_done_again_are_dropped(tmp_path):

@@ -20,10 +20,28 @@ from pet_finetune.errors import TrainingError
 from pet_finetune.train import Trainer
 from pet_finetune.train.baselines import fit_composition
 from pet_finetune.train.loss import Objective
+from pet_finetune.train.metrics import Metrics
 from pet_finetune.train.records import Callbacks
 from tiny_data import molecules, structures_of
 
 TRAIN, VALIDATION = structures_of(molecules(7)), structures_of(molecules(3, seed=1))
+
+
+class Shrink:
+    """An extra loss: the squares of some weights, in every second batch."""
+
+    name = "shrink"
+
+    def __init__(self, module):
+        self.parameters = list(module.parameters())
+        self.values = []
+
+    def __call__(self, epoch, batch):
+        if batch % 2:
+            return None
+        value = 0.1 * (1 + epoch) * sum((p**2).sum() for p in self.parameters)
+        self.values.append(value.item())
+        return value
 
 
 def tiny_model(method="full", **config):
@@ -39,11 +57,14 @@ def tiny_model(method="full", **config):
     return model
 
 
-def make_trainer(method="full", config=None, train=TRAIN, validation=VALIDATION, **options):
+def make_trainer(
+    method="full", config=None, train=TRAIN, validation=VALIDATION, extra=False, **options
+):
     settings = TrainingOptions.model_validate(
         {"batch_size": 3, "num_epochs": 2, "warmup_fraction": 0.2, **options}
     )
     model = tiny_model(method, **(config or {}))
+    heads = model.network.node_last_layers
     return Trainer(
         model,
         {"energy": Objective("energy", TargetLoss(), forces=True, stress=False, scale=2.0)},
@@ -52,6 +73,7 @@ def make_trainer(method="full", config=None, train=TRAIN, validation=VALIDATION,
         Loader(validation, model.cutoff, batch_size=2),
         settings,
         learning_rate=3e-3,
+        extra_losses=[Shrink(heads)] if extra else [],
     )  # fmt: skip
 
 
@@ -90,6 +112,7 @@ KINDS = {
     "full": {},
     "full, rmse": {"best_model_metric": "rmse_prod", "weight_decay": 0.1, "scheduler": "constant"},
     "lora, dropout, ema": {"method": "lora", "config": {"dropout": 0.3}, "ema": 0.9},
+    "extra loss": {"extra": True},
     "heads, ema": {"method": "heads", "ema": 0.9, "best_model_metric": "loss"},
 }
 
@@ -97,7 +120,7 @@ KINDS = {
 def curve(records):
     """What is written of each epoch, less the time it took."""
     return [
-        (r.epoch, r.learning_rate, r.loss, r.metric, r.best, r.train["energy"].as_dict(),
+        (r.epoch, r.learning_rate, r.loss, r.extra, r.metric, r.best, r.train["energy"].as_dict(),
          r.validation["energy"].as_dict())
         for r in records
     ]  # fmt: skip
@@ -187,6 +210,24 @@ def test_it_learns_and_hands_out_the_best_model():
     metrics = [record.metric for record in best]
     assert metrics == sorted(metrics, reverse=True)
     assert (result.best_epoch, result.best_metric) == (best[-1].epoch, metrics[-1])
+
+
+def test_an_extra_loss_adds_to_the_loss_and_to_its_gradient():
+    plain = make_trainer(grad_clip_norm=None)
+    trainer, records = make_trainer(extra=True, grad_clip_norm=None), []
+    (term,) = trainer.extra_losses
+    before, losses = weights(plain), []
+    for each in (plain, trainer):
+        losses.append(each.step(next(each.batches(0)), {"energy": Metrics("energy")}))
+    assert losses[1] == pytest.approx([losses[0][0] + term.values[0], term.values[0]])
+    for name, parameter in trainer.parameters.items():
+        own = 0.2 * before[f"now {name}"] if name.startswith("node_last_layers") else 0.0
+        torch.testing.assert_close(parameter.grad, plain.parameters[name].grad + own)
+
+    trainer.callbacks = Callbacks(epoch=records.append)
+    trainer.fit()
+    assert records[0].extra["shrink"] == pytest.approx(sum(term.values[1:3]) / 3)
+    assert records[0].loss > records[0].extra["shrink"]
 
 
 def test_what_is_frozen_stays():
