@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pet_finetune.errors import AdapterError
 from pet_finetune.model import Potential
 
+from .new_rows import ROWS
+
 
 @dataclass(frozen=True)
 class TrainableReport:
@@ -51,6 +53,13 @@ def freeze(model: Potential, train: Sequence[str] | None) -> None:
         )
 
 
+def _kind(name: str) -> str:
+    """What a trained parameter is called in the report."""
+    if name.endswith(f".{ROWS}"):
+        return "embeddings of new elements"
+    return "adapters" if ".lora_" in name else name.split(".")[0]
+
+
 def trainable_report(model: Potential) -> TrainableReport:
     """Count what trains."""
     groups: dict[str, int] = {}
@@ -58,6 +67,6 @@ def trainable_report(model: Potential) -> TrainableReport:
     for name, parameter in model.network.named_parameters():
         total += parameter.numel()
         if parameter.requires_grad:
-            kind = "adapters" if ".lora_" in name else name.split(".")[0]
+            kind = _kind(name)
             groups[kind] = groups.get(kind, 0) + parameter.numel()
     return TrainableReport(sum(groups.values()), total, groups)

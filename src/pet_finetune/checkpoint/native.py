@@ -34,6 +34,7 @@ from torch import Tensor
 
 from pet_finetune.adapters import AdapterConfig, inject, merged_copy, unmerge
 from pet_finetune.adapters.inject import adapter_state
+from pet_finetune.adapters.new_rows import grown_tables, merge_new_rows
 from pet_finetune.checkpoint.build import build_potential, model_options
 from pet_finetune.checkpoint.plain import plain_value
 from pet_finetune.errors import CheckpointError, PetFinetuneError
@@ -87,6 +88,8 @@ def save_checkpoint(
         adapter = _adapter_content(model)
     elif model.adapter is not None:
         model = merged_copy(model)
+    if any(grown_tables(model)):
+        model = merge_new_rows(copy.deepcopy(model))
     network = model.network.state_dict()
 
     def error(problem: str) -> CheckpointError:

@@ -84,6 +84,13 @@ def _check_finetune(options: Options, raw: dict[str, Any]) -> Iterator[Problem]:
             "finetune.method.",
             also=((*_FINETUNE, "method"),),
         )
+    if options.finetune.new_elements is not None and not options.is_finetuning:
+        yield Problem(
+            (*_FINETUNE, "new_elements"),
+            "a model trained from scratch takes its elements from the data. Remove it, or give a "
+            "checkpoint to start from with -c or finetune.read_from.",
+            also=((*_FINETUNE, "read_from"), (*_FINETUNE, "legacy_start")),
+        )
 
 
 def _check_baseline(options: Options) -> Iterator[Problem]:

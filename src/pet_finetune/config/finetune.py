@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from pet_finetune.config.base import (
+    Expects,
     Fraction,
     OneOf,
     PositiveFloat,
@@ -16,6 +17,8 @@ from pet_finetune.config.base import (
     Text,
     TextList,
 )
+from pet_finetune.elements import atomic_number, symbol_of
+from pet_finetune.errors import did_you_mean
 
 __all__ = [
     "DEFAULT_TARGET_MODULES",
@@ -97,6 +100,31 @@ HEADS_ONLY_KEYS = frozenset({"head_modules", "last_layer_modules"})
 LORA_ONLY_KEYS = frozenset(LoraOptions.model_fields)
 
 
+def _new_elements(value: Any) -> str | dict[str, str]:
+    """``nearest``, ``random``, or the element that each new one starts from, as symbols."""
+    if isinstance(value, str):
+        if value in ("nearest", "random"):
+            return value
+        raise ValueError(did_you_mean(value, ("nearest", "random")).strip())
+    if not isinstance(value, Mapping) or not value:
+        raise ValueError
+    sources: dict[str, str] = {}
+    for new, old in value.items():
+        name, source = (symbol_of(atomic_number(element)) for element in (new, old))
+        if name in sources:
+            raise ValueError(f"{name} is named twice.")
+        if name == source:
+            raise ValueError(f"{name} cannot start from itself.")
+        sources[name] = source
+    return sources
+
+
+NewElements = Annotated[
+    str | dict[str, str],
+    Expects("nearest, random, or {new element: element that it starts from}", _new_elements),
+]
+
+
 class LegacyStart(Section):
     """The oldest way to start: three files of the first PET code."""
 
@@ -130,6 +158,14 @@ class FinetuneOptions(Section):
     )
     legacy_start: LegacyStart | None = Field(
         default=None, description="Start from the three files of the first PET code instead."
+    )
+
+    new_elements: NewElements | None = Field(
+        default=None,
+        description="Elements of the data that the starting model lacks: `nearest` starts each "
+        "with the embeddings of the nearest element that the model knows in the periodic table, "
+        "`random` with random ones, and a mapping such as {Br: Cl, Na: Li} with those named. Null "
+        "refuses such data.",
     )
 
     @model_validator(mode="before")

@@ -35,11 +35,14 @@ def species_table(species: Sequence[int]) -> Tensor:
     return table
 
 
-def check_species(structures: Sequence[Structure], species: Collection[int]) -> None:
+def check_species(
+    structures: Sequence[Structure], species: Collection[int], advice: str = ""
+) -> None:
     """Make sure that a model knows all elements.
 
     :param structures: what is to be predicted or trained on.
     :param species: atomic numbers the model knows.
+    :param advice: what else can be done about it, for the end of the message.
     :raises SpeciesError: names each unknown element, how many atoms and structures have it and
         the first frames.
     """
@@ -67,5 +70,5 @@ def check_species(structures: Sequence[Structure], species: Collection[int]) -> 
         "The structures hold elements that the model does not know:\n"
         + "\n".join(lines)
         + f"\nThe model knows: {symbols}. Remove these structures or start from a model that "
-        "covers them."
+        f"covers them.{advice and ' '}{advice}"
     )

@@ -40,6 +40,20 @@ class Composition(DoubleBuffers):
         self.num_species = len(species)
         self.register_buffer("species_index", species_table(species), persistent=False)
 
+    def rearrange_species(self, species: Sequence[int], sources: Sequence[int | None]) -> None:
+        """Keep baselines of other species, in place.
+
+        Args:
+            species: atomic numbers, ascending.
+            sources: for each of them the entry it takes over today; None for the mean of all.
+        """
+        for name, values in list(self._buffers.items()):
+            if name.startswith("weights_") and values is not None:
+                picked = [values.mean() if s is None else values[s] for s in sources]
+                self.register_buffer(name, torch.stack(picked))
+        self.num_species = len(species)
+        self.species_index = species_table(species).to(self.species_index.device)
+
     def get(self, target: str) -> Tensor:
         """The baselines of a target, [n_species] float64, eV; zeros when none were set."""
         weights = self._buffers.get(f"weights_{target}")
@@ -62,7 +76,7 @@ class Composition(DoubleBuffers):
 
 
 def fit_composition(
-    counts: Tensor, energies: Tensor, ridge: float, atoms: Tensor | None = None
+    counts: Tensor, energies: Tensor, ridge: float | Tensor, atoms: Tensor | None = None
 ) -> Tensor:
     """Baselines per species that explain the energies best, per atom.
 
@@ -75,7 +89,8 @@ def fit_composition(
         counts: [n_structures, n_species] atoms of each species.
         energies: [n_structures] what is to be explained, eV: the labels, or the labels less the
             predictions of a model whose baselines are to be shifted.
-        ridge: strength relative to the mean squared fraction of a species.
+        ridge: strength relative to the mean squared fraction of a species; one number, or
+            [n_species] of them.
         atoms: [n_structures] atoms of each structure, where ``counts`` leaves species out.
 
     Returns:
@@ -86,8 +101,9 @@ def fit_composition(
     wanted = energies.to(torch.float64) / atoms
     gram = fractions.T @ fractions
     # A trace of regularisation always: species that do not occur make the matrix singular.
-    penalty = max(ridge, 1e-12) * gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    factor = torch.linalg.cholesky(gram + penalty * torch.eye(len(gram), dtype=torch.float64))
+    strengths = torch.as_tensor(ridge, dtype=torch.float64).clamp_min(1e-12).expand(len(gram))
+    typical = gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    factor = torch.linalg.cholesky(gram + torch.diag(strengths * typical))
     weights = torch.zeros(gram.shape[0], dtype=torch.float64)
     for _ in range(_ITERATIONS):
         left = wanted - fractions @ weights

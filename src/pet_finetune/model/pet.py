@@ -25,6 +25,8 @@ from pet_finetune.nn.neighborhood import Neighborhood, build_neighborhood
 from pet_finetune.nn.projection import chain
 from pet_finetune.nn.rowwise import LayerNorm, SiLU
 
+from .species_rows import pick_rows
+
 #: The parts of the network that belong to single targets.
 HEAD_GROUPS = ("node_heads", "edge_heads", "node_last_layers", "edge_last_layers")
 
@@ -115,6 +117,33 @@ class PET(nn.Module):
             f"{group}.{target}": cast("nn.ModuleList", getattr(self, group)[target])
             for group in HEAD_GROUPS
         }
+
+    def species_embeddings(self) -> dict[str, nn.Module]:
+        """Every table with a row for each species, by its path in the network."""
+        tables: dict[str, nn.Module] = {
+            f"node_embedders.{index}": table for index, table in enumerate(self.node_embedders)
+        }
+        tables["edge_embedder"] = self.edge_embedder
+        for index, layer in enumerate(self.gnn_layers):
+            table = cast("GNNLayer", layer).neighbor_embedder
+            if table is not None:
+                tables[f"gnn_layers.{index}.neighbor_embedder"] = table
+        return tables
+
+    def rearrange_species(self, species: Sequence[int], sources: Sequence[int | None]) -> None:
+        """Give every embedding table one row for each of other species, in place.
+
+        Args:
+            species: atomic numbers, ascending.
+            sources: for each of them the row it takes over today; None for a random one.
+        """
+        for path, table in self.species_embeddings().items():
+            assert isinstance(table, nn.Embedding), f"{path} has rows that train apart"
+            weight = pick_rows(table.weight.detach(), sources)
+            grown = nn.Embedding.from_pretrained(weight, freeze=not table.weight.requires_grad)
+            self.set_submodule(path, grown.train(table.training))
+        index = species_table(species).to(self.species_to_species_index.device)
+        self.species_to_species_index = index
 
     def neighborhood(self, batch: Batch) -> Neighborhood:
         """The edges of a batch within the cutoff, with their weights."""

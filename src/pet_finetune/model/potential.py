@@ -128,6 +128,48 @@ class Potential(nn.Module):
         self.composition._buffers.pop(f"weights_{name}", None)
         self.scale._buffers.pop(f"factor_{name}", None)
 
+    def add_species(
+        self, numbers: Iterable[int], like: Mapping[int, int] | None = None
+    ) -> tuple[int, ...]:
+        """Teach the model elements that it lacks; what it says of others stays, bit for bit.
+
+        Every embedding gets a row, every baseline an entry, and the repulsion a covalent radius
+        for each. Rows are ordered by atomic number, so those of known elements may move.
+
+        Args:
+            numbers: atomic numbers, none of which the model knows.
+            like: for some of them, the known element whose embeddings and baselines they start
+                with. Others start with random embeddings, which scatter about the mean of the
+                known ones as these do, and with their mean baseline.
+
+        Returns:
+            The new elements, ascending.
+
+        Raises:
+            PetFinetuneError: an element is known already, the one to start from is not, or the
+                model carries an adapter.
+        """
+        new, like = tuple(sorted(set(numbers))), dict(like or {})
+        if self.adapter is not None:
+            raise PetFinetuneError("Species are added to a model before its adapter.")
+        known = [number for number in new if number in self.species]
+        lacking = [number for number in like.values() if number not in self.species]
+        if known or lacking:
+            what = f"has the species {known} already" if known else f"lacks the species {lacking}"
+            raise PetFinetuneError(f"The model {what}; its species are {self.species}.")
+        rows = {number: row for row, number in enumerate(self.species)}
+        species = tuple(sorted((*self.species, *new)))
+        sources = [rows.get(number, rows.get(like.get(number, 0))) for number in species]
+        self.network.rearrange_species(species, sources)
+        self.composition.rearrange_species(species, sources)
+        if self.zbl is not None:
+            radii = covalent_radii(species).to(self.zbl.covalent_radii)
+            kept = [index for index, number in enumerate(species) if number in rows]
+            radii[kept] = self.zbl.covalent_radii
+            self.zbl = ZBL(species, radii.cpu()).to(radii)
+        self.species = species
+        return new
+
     def target(self, name: str) -> TargetSpec:
         """The description of a target; an unknown name is an error that lists the known ones."""
         if name not in self.targets:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from ase.data import chemical_symbols
 from torch import Tensor
 
 from pet_finetune.config import Options
+from pet_finetune.config.training import BaselineOptions
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.structure import Structure
 from pet_finetune.errors import TrainingError
@@ -32,7 +33,8 @@ class BaselineTable:
     Attributes:
         target: its name.
         mode: how they were found.
-        rows: symbol, atoms in the training set, baseline before, baseline after (eV).
+        rows: symbol, atoms in the training set, baseline before (NaN for a new element), baseline
+            after (eV).
         scale: eV per unit of the network's output.
     """
 
@@ -76,9 +78,17 @@ def _given(options: Options, target: str, model: Potential, fitted: Tensor) -> T
 
 
 def _fit(
-    options: Options, model: Potential, target: str, loader: Loader, mode: str
+    options: Options,
+    model: Potential,
+    target: str,
+    loader: Loader,
+    mode: str,
+    unknown: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """New baselines, and the labels' energies less the baselines' share, eV a structure."""
+    """New baselines, and the labels' energies less the baselines' share, eV a structure.
+
+    ``unknown``, [n_species], marks elements that are new to the model: fitted in every mode.
+    """
     structures = loader.structures
     labels = torch.stack(
         [s.labels.get(target, torch.tensor(math.nan, dtype=torch.float64)) for s in structures]
@@ -86,31 +96,41 @@ def _fit(
     known = ~labels.isnan()
     counts = _counts(structures, model.species)
     old = model.composition.get(target).cpu()
-    if mode in ("keep", "values") or not bool(known.any()):
-        new = old
-    else:
-        explained = torch.zeros_like(labels)
-        if mode == "refit":
-            explained = _predicted_energies(model, loader, target)
+    free = unknown.clone() if mode in ("keep", "values") else torch.ones_like(unknown)
+    start = torch.zeros_like(old) if mode == "fit" else old
+    fixed = options.training.atomic_baseline.get(target)
+    for number in fixed if isinstance(fixed, Mapping) else ():
+        if number in model.species:
+            free[model.species.index(number)] = False
+    if bool(known.any()) and bool(free.any()):
         # Fixed species leave the fit: their share goes to the other side.
-        fixed = options.training.atomic_baseline.get(target)
-        free = torch.ones(len(model.species), dtype=torch.bool)
-        start = torch.zeros_like(old) if mode == "fit" else old
-        if isinstance(fixed, Mapping):
-            for number in fixed:
-                if number in model.species:
-                    free[model.species.index(number)] = False
-            shift = _given(options, target, model, start) - start
-            explained = explained + counts.to(torch.float64) @ shift
-        left = (labels - explained)[known]
+        explained = counts.to(torch.float64) @ (_given(options, target, model, start) - start)
+        if mode != "fit":
+            explained = explained + _predicted_energies(model, loader, target)
         step = torch.zeros_like(old)
-        atoms = counts[known].sum(1)
+        ridge = _ridge(options.training.baseline.ridge, unknown & (mode != "fit"))
         step[free] = fit_composition(
-            counts[known][:, free], left, options.training.baseline.ridge, atoms
+            counts[known][:, free],
+            (labels - explained)[known],
+            ridge[free],
+            counts[known].sum(1),
         )
         new = start + step
+    else:
+        new = old
     new = _given(options, target, model, new)
     return new, (labels - counts.to(torch.float64) @ new)[known]
+
+
+def _ridge(given: float, unknown: Tensor) -> Tensor:
+    """The ridge of each species, [n_species].
+
+    It holds known elements near the starting model's baselines. A new element has none worth
+    holding on to, so a stronger ridge than the default does not count for it.
+    """
+    default = BaselineOptions().ridge
+    ridge = torch.full(unknown.shape, given, dtype=torch.float64)
+    return torch.where(unknown, ridge.clamp_max(default), ridge)
 
 
 def _scale(options: Options, loader: Loader, target: str, left: Tensor) -> float:
@@ -135,7 +155,12 @@ def _scale(options: Options, loader: Loader, target: str, left: Tensor) -> float
 
 
 def prepare_baselines(
-    options: Options, model: Potential, loader: Loader, targets: Sequence[str], fresh: Sequence[str]
+    options: Options,
+    model: Potential,
+    loader: Loader,
+    targets: Sequence[str],
+    fresh: Sequence[str],
+    new_species: Collection[int] = (),
 ) -> list[BaselineTable]:
     """Set baselines and scales of a model for the training set, in place.
 
@@ -145,6 +170,7 @@ def prepare_baselines(
         loader: of the training set.
         targets: the energies to train.
         fresh: those whose heads are new, and whose scale is therefore free to choose.
+        new_species: elements new to the model, whose baselines are fitted in every mode.
 
     Returns:
         A table for each target, for the log.
@@ -153,6 +179,7 @@ def prepare_baselines(
         TrainingError: ``values`` was asked for and none are given.
     """
     tables = []
+    unknown = torch.tensor([number in new_species for number in model.species])
     for target in targets:
         mode = options.baseline_mode()
         if mode == "refit" and target in fresh:
@@ -163,7 +190,7 @@ def prepare_baselines(
                 f"energies for '{target}'."
             )
         old = model.composition.get(target).cpu().clone()
-        new, left = _fit(options, model, target, loader, mode)
+        new, left = _fit(options, model, target, loader, mode, unknown)
         model.composition.set(target, new)
         if target in fresh:
             model.scale.set(target, _scale(options, loader, target, left))
@@ -175,7 +202,12 @@ def prepare_baselines(
             )
         atoms = _counts(loader.structures, model.species).sum(0).tolist()
         rows = [
-            (chemical_symbols[z], int(count), float(before), float(after))
+            (
+                chemical_symbols[z],
+                int(count),
+                math.nan if z in new_species else float(before),
+                float(after),
+            )
             for z, count, before, after in zip(model.species, atoms, old, new, strict=True)
             if count
         ]

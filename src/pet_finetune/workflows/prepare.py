@@ -17,6 +17,7 @@ from pet_finetune.data.fingerprint import structures_fingerprint
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.species import check_species
 from pet_finetune.data.splits import Splits, load_splits, make_splits
+from pet_finetune.elements import symbol_of
 from pet_finetune.keys import forces_key, stress_key
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
@@ -24,6 +25,7 @@ from pet_finetune.train import Trainer, evaluate, prepare_baselines
 from pet_finetune.train.loss import Objective
 from pet_finetune.train.run_files import OPTIONS, SPLITS, RunFiles
 
+from .elements import ADVICE
 from .machine import choose_dtype, seed_everything, versions
 from .resume import Errors, RunState, SavedRun, take_files
 from .start import Start, check_targets, choose_trainable, start_model
@@ -86,7 +88,7 @@ def prepare_run(
     start = saved.start() if saved else start_model(options, splits)
     model = start.model.to(device=device, dtype=dtype)
     structures = [*splits.train, *splits.validation, *splits.test]
-    check_species(structures, model.species)
+    check_species(structures, model.species, ADVICE if options.is_finetuning else "")
     if model.hypers.system_conditioning:
         check_charges(structures, model.hypers.max_charge, model.hypers.max_spin_multiplicity)
     data = _load(options, splits, model, seed, dtype)
@@ -120,6 +122,7 @@ def prepare_run(
             name=start.name,
             fingerprint=start.fingerprint,
             inherited=start.inherited,
+            new_species=list(start.new_species),
         )
     )
     return Run(options, files, data, trainer, state)
@@ -174,7 +177,9 @@ def _evaluation_batch(options: Options) -> int:
 
 def _log_baselines(options: Options, start: Start, data: RunData) -> None:
     targets = list(options.target_specs())
-    for table in prepare_baselines(options, start.model, data.train, targets, start.fresh):
+    for table in prepare_baselines(
+        options, start.model, data.train, targets, start.fresh, start.new_species
+    ):
         _logger.info("\n%s", baseline_text(table))
         _logger.info("scale of '%s': %.6g eV", table.target, table.scale)
 
@@ -199,6 +204,10 @@ def _provenance(options: Options, start: Start, data: RunData, seed: int) -> dic
     return {
         "parent": start.name,
         "parent_fingerprint": start.fingerprint,
+        "new_elements": {
+            symbol_of(new): "random" if old is None else symbol_of(old)
+            for new, old in start.new_species.items()
+        },
         "parent_provenance": start.provenance,
         "options": {**options.resolved(), "seed": seed},
         "data": {

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pet_finetune.adapters.new_rows import ROWS, train_new_rows
 from pet_finetune.checkpoint import load_checkpoint
 from pet_finetune.config import Options
 from pet_finetune.errors import TrainingError
@@ -38,6 +39,7 @@ class RunState:
         baseline: how the baselines were found.
         before: errors of the starting model by set and target.
         name, fingerprint, inherited: as in :class:`~.start.Start`.
+        new_species: atomic numbers that were added to the starting model.
     """
 
     seed: int
@@ -47,6 +49,7 @@ class RunState:
     name: str
     fingerprint: str | None
     inherited: dict[str, str]
+    new_species: list[int] = field(default_factory=list)
 
     def plain(self) -> dict[str, Any]:
         """As plain values, for the checkpoint."""
@@ -86,10 +89,11 @@ class SavedRun:
 
     def start(self) -> Start:
         """The model with the same parameters training as before."""
-        trained = self.trainer["trained"]
+        trained, state = self.trainer["trained"], self.state
+        if any(name.endswith(f".{ROWS}") for name in trained):
+            train_new_rows(self.model, state.new_species)
         for name, parameter in self.model.network.named_parameters():
             parameter.requires_grad_(name in trained)
-        state = self.state
         return Start(self.model, state.name, state.fingerprint, {}, (), state.inherited)
 
 

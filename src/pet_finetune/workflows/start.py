@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.nn import ModuleDict
 
 from pet_finetune.adapters import AdapterConfig, freeze, inject
 from pet_finetune.adapters.inject import default_modules_to_save
+from pet_finetune.adapters.new_rows import train_new_rows
 from pet_finetune.checkpoint import load_checkpoint, load_oldest_start
 from pet_finetune.config import Options
 from pet_finetune.data.species import find_species
@@ -20,6 +21,8 @@ from pet_finetune.keys import TargetSpec
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 from pet_finetune.model.fingerprint import weights_fingerprint
+
+from .elements import add_new_elements
 
 _logger = get_logger(__name__)
 
@@ -35,6 +38,7 @@ class Start:
         provenance: what its file says of itself.
         fresh: targets whose heads are new and random.
         inherited: new targets and those whose heads they started from.
+        new_species: elements that were added, and those that they start from (None: random).
     """
 
     model: Potential
@@ -43,6 +47,7 @@ class Start:
     provenance: dict[str, Any]
     fresh: tuple[str, ...]
     inherited: dict[str, str]
+    new_species: dict[int, int | None] = field(default_factory=dict)
 
 
 def start_model(options: Options, splits: Splits) -> Start:
@@ -57,13 +62,13 @@ def start_model(options: Options, splits: Splits) -> Start:
     if finetune.read_from is not None:
         checkpoint = load_checkpoint(finetune.read_from)
         name = Path(finetune.read_from).stem
-        return _extend(checkpoint.model, name, checkpoint.provenance, options, specs)
+        return _extend(checkpoint.model, name, checkpoint.provenance, options, specs, splits)
     if finetune.legacy_start is not None:
         legacy = finetune.legacy_start
         model = load_oldest_start(
             legacy.model, legacy.all_species, legacy.self_contributions, options.model
         )
-        return _extend(model, Path(legacy.model).stem, {}, options, specs)
+        return _extend(model, Path(legacy.model).stem, {}, options, specs, splits)
     structures = [*splits.train, *splits.validation, *splits.test]
     species = options.architecture.atomic_types or find_species(structures)
     model = Potential(options.model, species, specs.values())
@@ -102,9 +107,11 @@ def _extend(
     provenance: dict[str, Any],
     options: Options,
     specs: dict[str, TargetSpec],
+    splits: Splits,
 ) -> Start:
-    """Give a model that was read the targets of the options."""
+    """Give a model that was read the targets of the options and the elements of the data."""
     fingerprint = weights_fingerprint(model)
+    new_species = add_new_elements(model, options, splits)
     fresh, inherited = [], {}
     known = [n for n, s in model.targets.items() if s.is_energy and s.num_outputs == 1]
     for target in options.finetune.inherit_heads:
@@ -135,7 +142,7 @@ def _extend(
         else:
             inherited[target] = source
             _logger.info("target '%s' is new and starts with the heads of '%s'", target, source)
-    return Start(model, name, fingerprint, provenance, tuple(fresh), inherited)
+    return Start(model, name, fingerprint, provenance, tuple(fresh), inherited, new_species)
 
 
 def choose_trainable(start: Start, options: Options) -> None:
@@ -156,6 +163,8 @@ def choose_trainable(start: Start, options: Options) -> None:
     if method == "full":
         freeze(model, train=None)
         return
+    if start.new_species:
+        raise ConfigError("finetune.new_elements: not with method lora yet. Use full or heads.")
     if len(targets) > 1:
         raise ConfigError("finetune.method lora: an adapter is for one target; found "
                           f"{', '.join(targets)}. Use method full.")  # fmt: skip
@@ -185,3 +194,4 @@ def _freeze_heads(start: Start, options: Options, targets: list[str]) -> None:
     else:
         named = [*(config.head_modules or ()), *(config.last_layer_modules or ())]
         freeze(start.model, [name.removeprefix("backend.") for name in named])
+    train_new_rows(start.model, list(start.new_species))

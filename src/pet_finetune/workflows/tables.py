@@ -27,7 +27,8 @@ def baseline_text(table: BaselineTable) -> str:
     for name in ("element", "atoms", "before (eV)", "after (eV)", "change (eV)"):
         out.add_column(name, justify="right")
     for symbol, atoms, before, after in table.rows:
-        out.add_row(symbol, f"{atoms}", f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")
+        cells = ("new", "") if math.isnan(before) else (f"{before:.4f}", f"{after - before:+.4f}")
+        out.add_row(symbol, f"{atoms}", cells[0], f"{after:.4f}", cells[1])
     return _text(out)
 
 

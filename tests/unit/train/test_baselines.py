@@ -16,6 +16,7 @@ from pet_finetune.errors import TrainingError
 from pet_finetune.keys import TargetSpec
 from pet_finetune.model import Potential
 from pet_finetune.train.baselines import prepare_baselines
+from pet_finetune.workflows.tables import baseline_text
 from tiny_data import ATOM_ENERGY, data_section, molecules, structures_of
 
 H, C, O, SI = range(4)  # noqa: E741, RUF100
@@ -241,3 +242,46 @@ def test_a_new_head_beside_a_trained_one_is_fitted(structures):
     assert float(model.scale.get("new")) != 1.0
     assert sum(ATOM_ENERGY.values()) < 0
     assert model.composition.get("new").abs().max() > 100
+
+
+def with_new_carbon():
+    """A model to which carbon is new, and that knows the other elements of the structures."""
+    model = random_potential()
+    reduced = Potential(model.hypers, (1, 8, 14), [TargetSpec("energy")]).double()
+    reduced.composition.set("energy", torch.tensor([-3.0, -7.0, 1.0]))
+    reduced.add_species([6], {6: 14})
+    return reduced.eval()
+
+
+@pytest.mark.parametrize("ridge", [1e-5, 100.0])
+def test_a_new_element_is_fitted_however_strong_the_ridge(structures, ridge):
+    model = with_new_carbon()
+    structures = shifted(model, structures, {1: 0.0, 6: -1030.0, 8: 0.0})
+    options = options_of(baseline={"ridge": ridge})
+    loader = Loader(structures, model.cutoff, batch_size=4, dtype=model.dtype)
+    (table,) = prepare_baselines(options, model, loader, ["energy"], [], [6])
+    expected = torch.tensor([-3.0, 1.0 - 1030.0, -7.0, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(model.composition.get("energy"), expected, atol=1e-2, rtol=0)
+    assert math.isnan({row[0]: row[2] for row in table.rows}["C"])
+    assert "new" in baseline_text(table)
+
+
+@pytest.mark.parametrize("mode", ["keep", "values"])
+def test_a_new_element_is_fitted_where_the_others_are_kept(structures, mode):
+    model = with_new_carbon()
+    structures = shifted(model, structures, {1: 0.0, 6: -1030.0, 8: 0.0})
+    given = {"atomic_baseline": {"energy": {14: 2.0}}} if mode == "values" else {}
+    loader = Loader(structures, model.cutoff, batch_size=4, dtype=model.dtype)
+    options = options_of(baseline={"mode": mode}, **given)
+    prepare_baselines(options, model, loader, ["energy"], [], [6])
+    found = model.composition.get("energy")
+    assert found[[0, 2, 3]].tolist() == [-3.0, -7.0, 2.0 if given else 1.0]
+    assert float(found[1]) == pytest.approx(-1029.0, abs=1e-2)
+
+
+def test_a_new_element_whose_energy_is_given_is_not_fitted(structures):
+    model = with_new_carbon()
+    options = options_of(baseline={"mode": "values"}, atomic_baseline={"energy": {6: -2.0}})
+    loader = Loader(structures, model.cutoff, batch_size=4, dtype=model.dtype)
+    prepare_baselines(options, model, loader, ["energy"], [], [6])
+    assert model.composition.get("energy").tolist() == [-3.0, -2.0, -7.0, 1.0]

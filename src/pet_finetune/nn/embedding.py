@@ -1,0 +1,43 @@
+"""An embedding table of which some rows train and the others stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class GrownEmbedding(nn.Module):
+    """A frozen table with rows of its own for some of its entries.
+
+    The rows that train are a parameter apart, so nothing an optimiser, an average or a penalty
+    does can move the others. They replace the table's rows rather than being added to them, as in
+    Hugging Face PEFT's trainable tokens, so that merging is writing them down.
+
+    Args:
+        base: the table; its tensor is shared, not copied.
+        rows: the entries that train, [n_rows] indices into the table.
+    """
+
+    row_index: Tensor
+
+    def __init__(self, base: nn.Embedding, rows: Sequence[int]) -> None:
+        super().__init__()
+        self.weight = base.weight
+        self.weight.requires_grad_(False)
+        index = torch.tensor(list(rows), device=base.weight.device)
+        self.register_buffer("row_index", index, persistent=False)
+        self.new_rows = nn.Parameter(base.weight.detach()[index].clone())
+
+    def table(self) -> Tensor:
+        """The table as it is used, [n_entries, width]."""
+        return self.weight.index_copy(0, self.row_index, self.new_rows)
+
+    def forward(self, entries: Tensor) -> Tensor:
+        """[n] indices to [n, width]."""
+        return nn.functional.embedding(entries, self.table())
+
+    def to_embedding(self) -> nn.Embedding:
+        """A plain table with the rows written into it."""
+        return nn.Embedding.from_pretrained(self.table().detach().clone(), freeze=False)
