@@ -27,6 +27,17 @@ SMALL: dict[str, Any] = {
     "num_gnn_layers": 2,
 }
 
+#: One configuration of an adapter for each method of adapting.
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "rslora": {"use_rslora": True, "rank_pattern": {"w_in": 3}, "alpha_pattern": {"mlp.*": 7.0}},
+    "dora": {"use_dora": True},
+    "dora everywhere": {"use_dora": True, "use_rslora": True, "target_modules": "all-linear"},
+    "pissa": {"init": "pissa", "rank_pattern": {"attention.output_linear": 1}},
+    "olora": {"init": "olora", "use_rslora": True},
+    "dora from pissa": {"init": "pissa", "use_dora": True},
+}
+
 
 def random_potential(
     seed: int = 0,

@@ -18,6 +18,7 @@ from ase import Atoms
 from pet_finetune.adapters import (
     AdapterConfig,
     adapters_disabled,
+    eject,
     inject,
     load_adapter,
     merge,
@@ -25,6 +26,7 @@ from pet_finetune.adapters import (
     save_adapter,
     unmerge,
 )
+from pet_finetune.adapters.lora import is_adapter_tensor
 from pet_finetune.checkpoint import load_checkpoint, save_checkpoint, weights_fingerprint
 from pet_finetune.data import Batch, batch_from_atoms, random_rotations, rotate_batch
 from pet_finetune.errors import CheckpointError
@@ -121,11 +123,39 @@ def disabled_equals_the_base(
     assert_same(predict(adapted, frames, target), tuned)
 
 
+def ejected_is_the_base(adapted: Potential, base: Potential, frames: Sequence[Atoms]) -> None:
+    """Taking an adapter out, merged or not, gives the base back: weights, targets, predictions."""
+    assert_differs(predict(adapted, frames), predict(base, frames))
+    for merged in (False, True):
+        model = copy.deepcopy(adapted)
+        if merged:
+            merge(model)
+        eject(model)
+        assert model.adapter is None
+        assert model.targets == base.targets
+        before, after = base.network.state_dict(), model.network.state_dict()
+        assert before.keys() == after.keys()
+        assert all(torch.equal(after[name], value) for name, value in before.items())
+        assert_same(predict(model, frames), predict(base, frames))
+
+
+def resuming_loses_nothing(adapted: Potential, frames: Sequence[Atoms], folder: Path) -> None:
+    """A checkpoint to go on from keeps the adapter apart, and every number of it."""
+    path = save_checkpoint(folder / "last.ckpt", adapted, training={})
+    again = load_checkpoint(path, keep_adapter=True).model
+    assert again.adapter.config == adapted.adapter.config
+    before, after = predict_state(adapted), predict_state(again)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert _trained(again) == _trained(adapted)
+    assert_same(predict(again, frames), predict(adapted, frames))
+
+
 def only_what_is_stated_trains(adapted: Potential, config: AdapterConfig) -> None:
     """Low-rank factors and the modules to save train, and nothing else."""
     allowed = tuple(f"{path}." for path in config.modules_to_save or ())
     for name in _trained(adapted):
-        assert name.endswith((".lora_A", ".lora_B")) or name.startswith(allowed), name
+        assert is_adapter_tensor(name) or name.startswith(allowed), name
     assert len(_trained(adapted)) > len(allowed)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models import crystal, ethanol, random_potential, trained_adapter
+from models import METHODS, crystal, ethanol, random_potential, trained_adapter
 from pet_finetune import kernels
 from pet_finetune.data.batch import Batch, batch_from_atoms
 from pet_finetune.model import Potential
@@ -67,8 +67,8 @@ def test_a_whole_potential_is_the_same(hypers, dtype):
 @DTYPES
 @pytest.mark.parametrize(
     "config",
-    [{}, {"target_modules": "all-linear"}, {"rank": 17, "alpha": 5.0}],
-    ids=["default", "all linear", "high rank"],
+    [*METHODS.values(), {"target_modules": "all-linear"}, {"rank": 17, "alpha": 5.0}],
+    ids=[*METHODS, "all linear", "high rank"],
 )
 def test_a_potential_with_an_adapter_is_the_same(config, dtype):
     model = trained_adapter(random_potential(**WIDE), **config)

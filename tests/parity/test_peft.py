@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import all_structures, random_potential, trained_adapter
+from models import METHODS, all_structures, random_potential, trained_adapter
 from pet_finetune.adapters import AdapterConfig, inject, load_adapter, save_adapter
-from pet_finetune.adapters.inject import DEFAULT_TARGETS, adapter_state
+from pet_finetune.adapters.config import DEFAULT_TARGETS
+from pet_finetune.adapters.inject import adapter_state
+from pet_finetune.adapters.lora import is_adapter_tensor
 from pet_finetune.adapters.matching import linear_layers
-from pet_finetune.adapters.merge import lora_layers
+from pet_finetune.adapters.merge import lora_layers, merged_copy
 from pet_finetune.data import Batch, batch_from_atoms
 from pet_finetune.errors import AdapterError
 from pet_finetune.model import Potential
@@ -54,7 +56,7 @@ def peft_model(base: Potential, **config: Any) -> nn.Module:
 
 
 def deviation(one: Tensor, other: Tensor) -> float:
-    found = float((one - other).abs().max())
+    found = float((one - other).detach().abs().max())
     print(f"deviation {found:.1e}")
     return found
 
@@ -94,6 +96,58 @@ def test_the_same_layers_and_counts_train(base: Potential):
     assert counts[0] == counts[1]
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_peft_opens_every_method(base: Potential, batch: Batch, method: str, tmp_path: Path):
+    """Outputs with the adapter beside the weights and merged into them."""
+    ours = trained_adapter(copy.deepcopy(base), **METHODS[method])
+    save_adapter(ours, tmp_path / "adapter", "base.ckpt")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base.network), tmp_path / "adapter")
+    expected = outputs(ours.network, batch)
+    assert deviation(outputs(theirs, batch), expected) < TOLERANCE
+    merged = theirs.merge_and_unload()
+    assert deviation(outputs(merged, batch), expected) < TOLERANCE
+    for path in adapter_state(ours).config.target_modules:
+        weight = merged.get_submodule(path).weight
+        assert deviation(weight, merged_copy(ours).network.get_submodule(path).weight) < TOLERANCE
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora", "dora everywhere"])
+def test_gradients_are_pefts(base: Potential, batch: Batch, method: str, tmp_path: Path):
+    """DoRA's norm counts as a constant in both."""
+    ours = trained_adapter(copy.deepcopy(base), **METHODS[method])
+    save_adapter(ours, tmp_path / "adapter", "base.ckpt")
+    theirs = peft.PeftModel.from_pretrained(
+        copy.deepcopy(base.network), tmp_path / "adapter", is_trainable=True
+    ).eval()
+    for network in (ours.network, theirs):
+        network(batch, ("energy",))["energy"].square().sum().backward()
+    found = dict(theirs.get_base_model().named_parameters())
+    compared = 0
+    for name, parameter in ours.network.named_parameters():
+        if is_adapter_tensor(name):
+            gradient = found[f"{name}.default.weight"].grad
+            assert deviation(parameter.grad, gradient) < 1e-10 * float(gradient.abs().max() + 1)
+            compared += 1
+    assert compared >= 16
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_starting_factors_are_pefts(base: Potential, init: str):
+    base = base.float()
+    ours = copy.deepcopy(base)
+    config = inject(ours, AdapterConfig(rank=3, alpha=5.0, init=init))
+    options = peft.LoraConfig(
+        r=3, lora_alpha=5, init_lora_weights=init, target_modules=list(config.target_modules)
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(base.network), options).get_base_model()
+    for path, layer in lora_layers(ours):
+        factors = theirs.get_submodule(path)
+        a, b = factors.lora_A["default"].weight, factors.lora_B["default"].weight
+        # The sign of a singular vector is free; the products are not.
+        assert deviation(layer.lora_B @ layer.lora_A, b @ a) < 1e-5
+        assert deviation(layer.lora_A.abs(), a.abs()) < 1e-4
+
+
 @pytest.mark.parametrize("target", ["energy", "energy/pbe"])
 @pytest.mark.parametrize("layers", [DEFAULT_TARGETS, "all-linear"], ids=["default", "all"])
 def test_peft_opens_our_folder(
@@ -121,8 +175,15 @@ def test_peft_opens_our_folder(
             "lora_alpha": 7,
             "lora_dropout": 0.25,
         },
+        {
+            "target_modules": ["attention.input_linear", "mlp.w_in"],
+            "use_rslora": True,
+            "rank_pattern": {"w_in": 5, r"gnn_layers\.1\..*input_linear": 2},
+            "alpha_pattern": {"input_linear": 9},
+        },
+        {"target_modules": ["attention.output_linear", "compress.2"], "use_dora": True},
     ],
-    ids=["suffixes", "regex", "modules_to_save"],
+    ids=["suffixes", "regex", "modules_to_save", "rslora", "dora"],
 )
 def test_we_open_pefts_folder(base: Potential, batch: Batch, config: dict[str, Any], tmp_path):
     theirs = peft_model(base, **config)
@@ -170,10 +231,8 @@ def test_pefts_shortened_lists_of_many_layers_are_understood(
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"use_dora": True}, "use_dora"),
-        ({"use_rslora": True}, "use_rslora"),
+        ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
         ({"bias": "lora_only"}, "trains biases"),
-        ({"rank_pattern": {"w_in": 5}}, "rank_pattern"),
         ({"lora_bias": True}, "lora_bias|does not fit"),
         (
             {"layers_to_transform": [0], "layers_pattern": "gnn_layers"},
@@ -185,6 +244,7 @@ def test_pefts_shortened_lists_of_many_layers_are_understood(
 def test_what_would_mean_something_else_is_refused(
     base: Potential, config: dict[str, Any], message: str, tmp_path: Path
 ):
+    base = base.float()  # peft's PiSSA asks for it
     theirs = peft_model(base, target_modules=["attention.input_linear", "mlp.w_in"], **config)
     theirs.save_pretrained(tmp_path / "adapter")
     with pytest.raises(AdapterError, match=message):

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from .files import load_adapter, save_adapter
-from .inject import AdapterConfig, active_adapter, inject
+from .adapter import Adapter, capture, install
+from .config import AdapterConfig
+from .files import load_adapter, read_adapter, save_adapter, write_adapter
+from .inject import active_adapter, eject, inject
 from .lora import LoraLinear
 from .merge import adapters_disabled, merge, merged_copy, unmerge
 from .trainable import TrainableReport, freeze, trainable_report
 
 __all__ = [
+    "Adapter",
     "AdapterConfig",
     "LoraLinear",
     "TrainableReport",
     "active_adapter",
     "adapters_disabled",
+    "capture",
+    "eject",
     "freeze",
     "inject",
+    "install",
     "load_adapter",
     "merge",
     "merged_copy",
+    "read_adapter",
     "save_adapter",
     "trainable_report",
     "unmerge",
+    "write_adapter",
 ]

@@ -4,13 +4,17 @@
 there. What PEFT has no place for (the fingerprint of the base, the target, its baseline per species
 and its scale) is JSON in the metadata of the safetensors file, where it cannot be parted from the
 weights it belongs to.
+
+An update that started from factors other than zero is written as one of twice the rank, the
+factors and those of the start side by side, which any reader understands; ours parts them again.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +27,16 @@ from torch import Tensor
 from pet_finetune.errors import AdapterError
 from pet_finetune.keys import TargetSpec
 from pet_finetune.model import Potential
-from pet_finetune.model.fingerprint import weights_fingerprint
 
-from .inject import AdapterConfig, active_adapter, adapter_state, inject
-from .merge import lora_layers
+from .adapter import Adapter, capture, install
+from .config import AdapterConfig
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _METADATA = "pet_finetune"
 _PREFIX = "base_model.model."
-
-
-def adapter_tensors(model: Potential) -> dict[str, Tensor]:
-    """The adapter's tensors under PEFT's names, on the CPU."""
-    config = _require_adapter(model)
-    tensors = {}
-    for path, layer in lora_layers(model):
-        tensors[f"{_PREFIX}{path}.lora_A.weight"] = layer.lora_A
-        tensors[f"{_PREFIX}{path}.lora_B.weight"] = layer.lora_B
-    for path in config.modules_to_save or ():
-        for name, value in model.network.get_submodule(path).state_dict().items():
-            tensors[f"{_PREFIX}{path}.{name}"] = value
-    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+# PEFT keeps these as modules, hence with a weight.
+_FACTORS = (".lora_A", ".lora_B")
 
 
 def save_adapter(model: Potential, directory: str | Path, base_name: str = "") -> Path:
@@ -61,29 +53,7 @@ def save_adapter(model: Potential, directory: str | Path, base_name: str = "") -
     Raises:
         AdapterError: the model has no adapter, or the folder cannot be written.
     """
-    config = _require_adapter(model)
-    state = adapter_state(model)
-    folder = Path(directory)
-    extra = {
-        "format": "pet-finetune adapter",
-        "version": 1,
-        "base_fingerprint": state.fingerprint,
-        "base_name": base_name,
-        "target": asdict(model.target(config.target)),
-        "inherited_from": state.inherited_from,
-        "species": list(model.species),
-        "composition": model.composition.get(config.target).tolist(),
-        "scale": float(model.scale.get(config.target)),
-    }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        peft = json.dumps(_peft_config(config, base_name), indent=2) + "\n"
-        _replace(folder / CONFIG_FILE, peft.encode())
-        metadata = {"format": "pt", _METADATA: json.dumps(extra)}
-        _replace(folder / WEIGHTS_FILE, to_bytes(adapter_tensors(model), metadata))
-    except OSError as error:
-        raise AdapterError(f"Cannot write the adapter to '{folder}': {error}.") from error
-    return folder
+    return write_adapter(capture(model, base_name), directory)
 
 
 def load_adapter(model: Potential, directory: str | Path) -> AdapterConfig:
@@ -97,41 +67,167 @@ def load_adapter(model: Potential, directory: str | Path) -> AdapterConfig:
         AdapterError: no adapter there, a damaged one, one of another base (both are named), or
             one of a method that is not LoRA.
     """
+    adapter = read_adapter(directory)
+    with _DamageExplained(adapter.name):
+        return install(model, adapter)
+
+
+def write_adapter(adapter: Adapter, directory: str | Path) -> Path:
+    """Write an adapter into a folder; each file is replaced in one step.
+
+    Returns:
+        The folder.
+
+    Raises:
+        AdapterError: the folder cannot be written.
+    """
+    folder = Path(directory)
+    config, tensors = adapter.config, dict(adapter.tensors)
+    if config.init != "default":
+        config, tensors = _doubled(config, tensors)
+    extra = {
+        "format": "pet-finetune adapter",
+        "version": 1,
+        "base_fingerprint": adapter.fingerprint,
+        "base_name": adapter.base_name,
+        "target": None if adapter.target is None else asdict(adapter.target),
+        "inherited_from": adapter.inherited_from,
+        "species": list(adapter.species),
+        "composition": None if adapter.composition is None else adapter.composition.tolist(),
+        "scale": adapter.scale,
+        "started": _start(adapter.config),
+    }
+    stored = {_stored_name(name): value.contiguous() for name, value in tensors.items()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        peft = json.dumps(_peft_config(config, adapter.base_name), indent=2) + "\n"
+        _replace(folder / CONFIG_FILE, peft.encode())
+        metadata = {"format": "pt", _METADATA: json.dumps(extra)}
+        _replace(folder / WEIGHTS_FILE, to_bytes(stored, metadata))
+    except OSError as error:
+        raise AdapterError(f"Cannot write the adapter to '{folder}': {error}.") from error
+    return folder
+
+
+def read_adapter(directory: str | Path) -> Adapter:
+    """The adapter in a folder, written by us or by PEFT.
+
+    Raises:
+        AdapterError: none there, a damaged one, or one of a method that is not LoRA.
+    """
     folder = Path(directory)
     peft = _read_json(folder / CONFIG_FILE)
     extra = read_metadata(folder)
     _check_method(peft, folder)
-    fingerprint = _check_base(model, extra, folder)
-    try:
-        target = _prepare_target(model, extra)
+    tensors = _read_tensors(folder / WEIGHTS_FILE)
+    with _DamageExplained(str(folder)):
         config = AdapterConfig(
             rank=int(peft["r"]),
             alpha=float(peft["lora_alpha"]),
             dropout=float(peft.get("lora_dropout") or 0.0),
             target_modules=peft["target_modules"],
             modules_to_save=peft.get("modules_to_save") or (),
-            target=target,
+            use_rslora=bool(peft.get("use_rslora")),
+            use_dora=bool(peft.get("use_dora")),
+            rank_pattern=dict(peft.get("rank_pattern") or {}),
+            alpha_pattern=dict(peft.get("alpha_pattern") or {}),
         )
-        inherited = extra.get("inherited_from")
-        resolved = inject(model, config, fingerprint=fingerprint, inherited_from=inherited)
-        _load_tensors(model, folder / WEIGHTS_FILE)
-        if extra:
-            composition = torch.tensor(extra["composition"], dtype=torch.float64)
-            model.composition.set(target, composition)
-            model.scale.set(target, float(extra["scale"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise AdapterError(
-            f"'{folder}' is damaged: a value in its files is missing or of the wrong kind "
-            f"({type(error).__name__}: {error})."
-        ) from error
-    return resolved
+        if not extra:
+            return Adapter(config, tensors, name=str(folder))
+        if extra.get("started"):
+            config, tensors = replace(config, **extra["started"]), _parted(tensors)
+        spec = TargetSpec(**extra["target"])
+        return Adapter(
+            config=replace(config, target=spec.name),
+            tensors=tensors,
+            fingerprint=str(extra["base_fingerprint"]),
+            base_name=str(extra.get("base_name") or ""),
+            target=spec,
+            inherited_from=extra.get("inherited_from"),
+            composition=torch.tensor(extra["composition"], dtype=torch.float64),
+            scale=float(extra["scale"]),
+            species=tuple(extra.get("species") or ()),
+            name=str(folder),
+        )
 
 
-def _require_adapter(model: Potential) -> AdapterConfig:
-    config = active_adapter(model)
-    if config is None:
-        raise AdapterError("The model carries no adapter.")
-    return config
+class _DamageExplained:
+    """Turn whatever a wrong value in the files leads to into one message."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: Any, trace: Any) -> None:
+        if isinstance(error, (AttributeError, KeyError, RuntimeError, TypeError, ValueError)):
+            raise AdapterError(
+                f"'{self._folder}' is damaged: a value in its files is missing or of the wrong "
+                f"kind ({type(error).__name__}: {error})."
+            ) from error
+
+
+def _stored_name(name: str) -> str:
+    """PEFT's name of a tensor of the network."""
+    return f"{_PREFIX}{name}.weight" if name.endswith(_FACTORS) else f"{_PREFIX}{name}"
+
+
+def _own_name(stored: str) -> str:
+    """The opposite of :func:`_stored_name`."""
+    name = stored.removeprefix(_PREFIX)
+    bare = name.removesuffix(".weight")
+    return bare if bare.endswith(_FACTORS) else name
+
+
+def _start(config: AdapterConfig) -> dict[str, Any] | None:
+    """What :func:`_doubled` changes of a configuration, as it was before."""
+    if config.init == "default":
+        return None
+    return {
+        "init": config.init,
+        "rank": config.rank,
+        "alpha": config.alpha,
+        "rank_pattern": dict(config.rank_pattern),
+        "alpha_pattern": dict(config.alpha_pattern),
+    }
+
+
+def _doubled(
+    config: AdapterConfig, tensors: Mapping[str, Tensor]
+) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """B A - B0 A0 as one product of twice the rank, at the same scaling."""
+    merged = {name: value for name, value in tensors.items() if ".start_" not in name}
+    for name, start in tensors.items():
+        if name.endswith(".start_A"):
+            factor = name.replace(".start_A", ".lora_A")
+            merged[factor] = torch.cat([tensors[factor], start])
+        elif name.endswith(".start_B"):
+            factor = name.replace(".start_B", ".lora_B")
+            merged[factor] = torch.cat([tensors[factor], -start], dim=1)
+    stretch = 2**0.5 if config.use_rslora else 2.0
+    doubled = replace(
+        config,
+        rank=2 * config.rank,
+        alpha=config.alpha * stretch,
+        rank_pattern={key: 2 * rank for key, rank in config.rank_pattern.items()},
+        alpha_pattern={key: alpha * stretch for key, alpha in config.alpha_pattern.items()},
+    )
+    return doubled, merged
+
+
+def _parted(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The opposite of :func:`_doubled`."""
+    parted: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if name.endswith(".lora_A"):
+            parted[name], parted[name.replace(".lora_A", ".start_A")] = value.chunk(2)
+        elif name.endswith(".lora_B"):
+            parted[name], start = value.chunk(2, dim=1)
+            parted[name.replace(".lora_B", ".start_B")] = -start
+        else:
+            parted[name] = value
+    return parted
 
 
 def _peft_config(config: AdapterConfig, base_name: str) -> dict[str, Any]:
@@ -148,10 +244,10 @@ def _peft_config(config: AdapterConfig, base_name: str) -> dict[str, Any]:
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "use_rslora": False,
-        "use_dora": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "rank_pattern": dict(config.rank_pattern),
+        "alpha_pattern": dict(config.alpha_pattern),
     }
 
 
@@ -162,35 +258,18 @@ def _check_method(peft: dict[str, Any], folder: Path) -> None:
     missing = [name for name in ("r", "lora_alpha", "target_modules") if name not in peft]
     if missing:
         raise AdapterError(f"'{folder / CONFIG_FILE}' lacks {', '.join(missing)}.")
-    for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"):
+    for name in ("fan_in_fan_out", "lora_bias", "layers_to_transform"):
         if peft.get(name):
             raise AdapterError(f"'{folder}' uses {name}, which is not supported.")
     if peft.get("bias", "none") != "none":
         raise AdapterError(f"'{folder}' trains biases (bias: {peft['bias']}): not supported.")
-
-
-def _check_base(model: Potential, extra: dict[str, Any], folder: Path) -> str:
-    """The fingerprint of the model, which must be the one that the adapter was made for."""
-    have = weights_fingerprint(model)
-    want = str(extra.get("base_fingerprint", have))
-    if have != want:
-        name = extra.get("base_name") or "unnamed"
+    start = str(peft.get("init_lora_weights", True)).casefold()
+    if start.startswith(("pissa", "olora", "corda", "loftq")):
         raise AdapterError(
-            f"The adapter '{folder}' belongs to the base '{name}' (fingerprint {want[:12]}), "
-            f"but this model has the fingerprint {have[:12]}. Open it with the checkpoint it was "
-            "trained from."
+            f"'{folder}' is an update of weights that {start} changed before training. Save it "
+            "from PEFT with path_initial_model_for_weight_conversion, which makes a plain LoRA "
+            "of it."
         )
-    return have
-
-
-def _prepare_target(model: Potential, extra: dict[str, Any]) -> str:
-    """The adapter's target; its heads are made where the base lacks them."""
-    if not extra:
-        return next(iter(model.targets))
-    spec = TargetSpec(**extra["target"])
-    if spec.name not in model.targets:
-        model.add_target(spec, inherit_from=extra.get("inherited_from"))
-    return spec.name
 
 
 def read_metadata(directory: str | Path) -> dict[str, Any]:
@@ -208,30 +287,11 @@ def read_metadata(directory: str | Path) -> dict[str, Any]:
         raise AdapterError(f"Cannot read the adapter weights '{path}': {error}.") from error
 
 
-def _load_tensors(model: Potential, path: Path) -> None:
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        stored = load_file(path)
+        return {_own_name(name): value for name, value in load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"Cannot read the adapter weights '{path}': {error}.") from error
-    wanted = adapter_tensors(model)
-    missing, unknown = wanted.keys() - stored.keys(), stored.keys() - wanted.keys()
-    if missing or unknown:
-        raise AdapterError(
-            f"'{path}' does not fit the model: {len(missing)} tensors are missing "
-            f"({', '.join(sorted(missing)[:3])}...), {len(unknown)} are unknown "
-            f"({', '.join(sorted(unknown)[:3])}...)."
-        )
-    parameters = dict(model.network.named_parameters())
-    with torch.no_grad():
-        for name, value in stored.items():
-            own = name.removeprefix(_PREFIX)
-            own = own.replace(".lora_A.weight", ".lora_A").replace(".lora_B.weight", ".lora_B")
-            if parameters[own].shape != value.shape:
-                raise AdapterError(
-                    f"'{path}': {name} has the shape {tuple(value.shape)}, the model needs "
-                    f"{tuple(parameters[own].shape)}."
-                )
-            parameters[own].copy_(value)
 
 
 def _replace(path: Path, content: bytes) -> None:

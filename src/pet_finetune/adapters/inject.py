@@ -1,46 +1,22 @@
-"""Putting a LoRA adapter into a potential."""
+"""Putting an adapter into a potential, and taking it out again."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from pet_finetune.errors import AdapterError
-from pet_finetune.model import PET, Potential
+from pet_finetune.model import Potential
 from pet_finetune.model.fingerprint import weights_fingerprint
 
+from .config import AdapterConfig, fitted
+from .dora import DoraLinear
+from .initial import STARTS
 from .lora import LoraLinear
-from .matching import match_layers
 from .trainable import freeze
-
-DEFAULT_TARGETS = (
-    "attention.input_linear",
-    "attention.output_linear",
-    "mlp.w_in",
-    "mlp.w_out",
-)
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """What an adapter is made of.
-
-    Attributes:
-        rank, alpha, dropout: as in :class:`~.lora.LoraLinear`.
-        target_modules: as in :func:`~.matching.match_layers`.
-        modules_to_save: paths of modules that train whole and are kept with the adapter; None
-            stands for the heads and last layers of ``target``.
-        target: the energy that the adapter is for.
-    """
-
-    rank: int = 8
-    alpha: float = 8.0
-    dropout: float = 0.0
-    target_modules: str | Sequence[str] = DEFAULT_TARGETS
-    modules_to_save: Sequence[str] | None = None
-    target: str = "energy"
 
 
 @dataclass(frozen=True)
@@ -53,6 +29,7 @@ class AdapterState:
         inherited_from: the target whose heads the adapter's target started from, if any.
         saved: the base's values of the parameters of ``modules_to_save``, by path.
         composition, scale: the base's baseline and scale of the target.
+        brought_target: whether the target came with the adapter and is not the base's.
     """
 
     config: AdapterConfig
@@ -61,36 +38,7 @@ class AdapterState:
     saved: dict[str, Tensor]
     composition: Tensor
     scale: Tensor
-
-
-def default_modules_to_save(network: PET, target: str) -> list[str]:
-    """Paths of a target's heads and last layers, one for each read-out.
-
-    Each is a module that Hugging Face PEFT can wrap, which lists and dictionaries are not.
-    """
-    paths = []
-    for group, module in network.head_modules(target).items():
-        for name, child in module.named_children():
-            if isinstance(child, nn.ModuleDict):
-                paths += [f"{group}.{name}.{key}" for key in child]
-            else:
-                paths.append(f"{group}.{name}")
-    return paths
-
-
-def _match_saved(network: nn.Module, names: Sequence[str]) -> list[str]:
-    """Paths of the modules named by ``modules_to_save``, by whole path, ending or beginning."""
-    modules = [name for name, _ in network.named_modules() if name]
-    paths: list[str] = []
-    for wanted in names:
-        found = [n for n in modules if n == wanted or n.endswith(f".{wanted}")]
-        if not found:
-            raise AdapterError(
-                f"modules_to_save: the model has no module '{wanted}'. "
-                f"It has, among others: {', '.join(sorted({n.split('.')[0] for n in modules}))}."
-            )
-        paths += found
-    return list(dict.fromkeys(paths))
+    brought_target: bool = False
 
 
 def adapter_state(model: Potential) -> AdapterState:
@@ -112,6 +60,7 @@ def inject(
     *,
     fingerprint: str | None = None,
     inherited_from: str | None = None,
+    brought_target: bool = False,
 ) -> AdapterConfig:
     """Put a fresh adapter into a model, in place, and freeze everything else.
 
@@ -122,50 +71,115 @@ def inject(
         config: what to inject; patterns are resolved against the model.
         fingerprint: of the base, where heads were added to it since; computed when left out.
         inherited_from: the target whose heads those of ``config.target`` were copied from.
+        brought_target: the target is not the base's, and leaves with the adapter.
 
     Returns:
         The configuration with ``target_modules`` and ``modules_to_save`` as full paths.
 
     Raises:
-        AdapterError: patterns that match nothing, a rank below 1, or an adapter there already.
+        AdapterError: patterns that match nothing, a rank below 1 or above the width of a layer,
+            or an adapter there already.
     """
     if active_adapter(model) is not None:
         raise AdapterError("The model carries an adapter already: merge or unload it first.")
-    if config.rank < 1:
-        raise AdapterError(f"The rank of an adapter is at least 1, got {config.rank}.")
     model.target(config.target)
-    network = model.network
-    layers = match_layers(network, config.target_modules)
-    if config.modules_to_save is None:
-        saved = default_modules_to_save(network, config.target)
-    else:
-        saved = _match_saved(network, config.modules_to_save)
+    resolved = fitted(model.network, config)
     if fingerprint is None:
         fingerprint = weights_fingerprint(model)
-    for path in layers:
-        parent_path, _, name = path.rpartition(".")
-        parent = network.get_submodule(parent_path)
-        base = parent.get_submodule(name)
-        assert isinstance(base, nn.Linear), f"{path} is not linear"
-        adapted = LoraLinear(base, config.rank, config.alpha, config.dropout)
-        adapted.train(base.training)
-        if isinstance(parent, nn.Sequential):
-            parent[int(name)] = adapted
-        else:
-            setattr(parent, name, adapted)
-    resolved = replace(config, target_modules=tuple(layers), modules_to_save=tuple(saved))
-    freeze(model, train=[*(f"{path}.lora_" for path in layers), *(f"{path}." for path in saved)])
-    trained = tuple(f"{path}." for path in saved)
-    model.adapter = AdapterState(
-        config=resolved,
+    layers = place(
+        model,
+        resolved,
         fingerprint=fingerprint,
         inherited_from=inherited_from,
-        saved={
-            name: parameter.detach().clone()
-            for name, parameter in network.named_parameters()
-            if name.startswith(trained)
-        },
+        brought_target=brought_target,
+    )
+    if resolved.init != "default":
+        start = STARTS[resolved.init]
+        for layer in layers:
+            layer.start_from(*start(layer.weight.detach(), layer.rank, layer.scaling))
+    return resolved
+
+
+def place(
+    model: Potential,
+    config: AdapterConfig,
+    *,
+    fingerprint: str,
+    inherited_from: str | None,
+    brought_target: bool,
+) -> list[LoraLinear]:
+    """Adapt the layers of a resolved configuration; what goes into them is up to the caller.
+
+    Returns:
+        The adapted layers.
+    """
+    layers, saved = list(config.target_modules), list(config.modules_to_save or ())
+    adapted = []
+    for path in layers:
+        adapted.append(_adapted(model.network, path, config))
+        replace_module(model.network, path, adapted[-1])
+    freeze(model, train=[*(f"{path}.lora_" for path in layers), *(f"{path}." for path in saved)])
+    model.adapter = AdapterState(
+        config=config,
+        fingerprint=fingerprint,
+        inherited_from=inherited_from,
+        saved={name: p.detach().clone() for name, p in saved_parameters(model, saved)},
         composition=model.composition.get(config.target).clone(),
         scale=model.scale.get(config.target).clone(),
+        brought_target=brought_target,
     )
-    return resolved
+    return adapted
+
+
+def _adapted(network: nn.Module, path: str, config: AdapterConfig) -> LoraLinear:
+    """The layer that takes the place of a linear one."""
+    base = network.get_submodule(path)
+    assert isinstance(base, nn.Linear), f"{path} is not linear"
+    kind = DoraLinear if config.use_dora else LoraLinear
+    rank, alpha = config.rank_of(path), config.alpha_of(path)
+    layer = kind(base, rank, alpha, config.dropout, config.use_rslora).train(base.training)
+    if config.init != "default":
+        layer.start_from(layer.lora_A, layer.lora_B)  # makes room for the true ones
+    return layer
+
+
+def replace_module(network: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module at a path of a network, in the place of the one that is there."""
+    parent_path, _, name = path.rpartition(".")
+    parent = network.get_submodule(parent_path)
+    if isinstance(parent, nn.Sequential):
+        parent[int(name)] = module
+    else:
+        setattr(parent, name, module)
+
+
+def saved_parameters(model: Potential, paths: Sequence[str]) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of ``modules_to_save`` with their names in the network."""
+    beginnings = tuple(f"{path}." for path in paths)
+    return [(n, p) for n, p in model.network.named_parameters() if n.startswith(beginnings)]
+
+
+@torch.no_grad()
+def eject(model: Potential) -> None:
+    """Take the adapter out of a model, in place: it is its base again, bit for bit.
+
+    Nothing trains afterwards (``requires_grad`` is False everywhere).
+
+    Raises:
+        AdapterError: there is none.
+    """
+    state = adapter_state(model)
+    target = state.config.target
+    for path in state.config.target_modules:
+        layer = model.network.get_submodule(path)
+        assert isinstance(layer, LoraLinear), f"{path} is not adapted"
+        replace_module(model.network, path, layer.base_linear().train(layer.training))
+    for name, value in state.saved.items():
+        model.network.get_parameter(name).copy_(value)
+    if state.brought_target:
+        model.remove_target(target)
+    else:
+        model.composition.set(target, state.composition)
+        model.scale.set(target, state.scale)
+    model.adapter = None
+    model.requires_grad_(False)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pet_finetune.model import Potential
 
-from .inject import adapter_state
+from .inject import adapter_state, replace_module
 from .lora import LoraLinear
 
 
@@ -74,10 +74,5 @@ def merged_copy(model: Potential) -> Potential:
     plain = copy.deepcopy(model)
     plain.adapter = None
     for path, layer in list(lora_layers(plain)):
-        parent_path, _, name = path.rpartition(".")
-        parent = plain.network.get_submodule(parent_path)
-        if isinstance(parent, nn.Sequential):
-            parent[int(name)] = layer.to_linear()
-        else:
-            setattr(parent, name, layer.to_linear())
+        replace_module(plain.network, path, layer.to_linear())
     return plain

@@ -32,8 +32,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pet_finetune.adapters import AdapterConfig, inject, merged_copy, unmerge
-from pet_finetune.adapters.inject import adapter_state
+from pet_finetune.adapters import AdapterConfig, merged_copy, unmerge
+from pet_finetune.adapters.inject import adapter_state, place
+from pet_finetune.adapters.lora import is_adapter_tensor
 from pet_finetune.adapters.new_rows import grown_tables, merge_new_rows
 from pet_finetune.checkpoint.build import build_potential, model_options
 from pet_finetune.checkpoint.plain import plain_value
@@ -101,7 +102,7 @@ def save_checkpoint(
         "hypers": model.hypers.model_dump(),
         "species": list(model.species),
         "targets": {name: asdict(spec) for name, spec in model.targets.items()},
-        "weights": {n: _stored(w) for n, w in network.items() if not _is_lora(n)},
+        "weights": {n: _stored(w) for n, w in network.items() if not is_adapter_tensor(n)},
         "composition": {name: _stored(model.composition.get(name)) for name in model.targets},
         "scale": {name: float(model.scale.get(name)) for name in model.targets},
         "radii": None if model.zbl is None else _stored(model.zbl.covalent_radii),
@@ -161,10 +162,6 @@ def _model(content: Mapping[str, Any], where: str) -> Potential:
     )
 
 
-def _is_lora(name: str) -> bool:
-    return name.endswith((".lora_A", ".lora_B"))
-
-
 def _adapter_content(model: Potential) -> dict[str, Any]:
     """An adapter and the way back to its base, as plain values and tensors."""
     state = adapter_state(model)
@@ -176,23 +173,29 @@ def _adapter_content(model: Potential) -> dict[str, Any]:
         "config": config,
         "fingerprint": state.fingerprint,
         "inherited_from": state.inherited_from,
-        "tensors": {n: _stored(w) for n, w in network.items() if _is_lora(n)},
+        "tensors": {n: _stored(w) for n, w in network.items() if is_adapter_tensor(n)},
         "saved": {name: _stored(weight) for name, weight in state.saved.items()},
         "composition": _stored(state.composition),
         "scale": _stored(state.scale),
+        "brought_target": state.brought_target,
     }
 
 
+@torch.no_grad()
 def _restore_adapter(model: Potential, content: Mapping[str, Any]) -> None:
-    inject(
+    config = dict(content["config"])
+    for name in ("target_modules", "modules_to_save"):
+        config[name] = tuple(config[name])
+    place(
         model,
-        AdapterConfig(**content["config"]),
+        AdapterConfig(**config),
         fingerprint=content["fingerprint"],
         inherited_from=content["inherited_from"],
+        brought_target=content.get("brought_target", False),
     )
-    with torch.no_grad():
-        for name, value in content["tensors"].items():
-            model.network.get_parameter(name).copy_(value)
+    room = model.network.state_dict()
+    for name, value in content["tensors"].items():
+        room[name].copy_(value)
     model.adapter = replace(
         adapter_state(model),
         saved=dict(content["saved"]),

@@ -17,7 +17,6 @@ from pet_finetune.config.finetune import (
     FinetuneMethod,
     FinetuneOptions,
     LegacyStart,
-    LoraOptions,
 )
 from pet_finetune.config.load import LoadedOptions, load_options, parse_options
 from pet_finetune.config.loss import LossTerm, LossType, TargetLoss
@@ -46,7 +45,6 @@ __all__ = [
     "LegacyStart",
     "LongRangeOptions",
     "LoadedOptions",
-    "LoraOptions",
     "LossTerm",
     "LossType",
     "ModelOptions",

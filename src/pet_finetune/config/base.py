@@ -31,6 +31,7 @@ __all__ = [
     "Text",
     "TextList",
     "ignored_field",
+    "integer",
     "real_number",
     "without_nulls",
 ]
@@ -96,7 +97,9 @@ class OneOf:
         return core_schema.no_info_plain_validator_function(validate)
 
 
-def _integer(minimum: int | None = None) -> Callable[[Any], int]:
+def integer(minimum: int | None = None) -> Callable[[Any], int]:
+    """Build the check of an integer, by default of any size."""
+
     def convert(value: Any) -> int:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
@@ -160,8 +163,8 @@ def _text_list(value: Any) -> tuple[str, ...]:
     return tuple(_text(item) for item in value)
 
 
-PositiveInt = Annotated[int, Expects("a positive integer", _integer(1))]
-NonNegativeInt = Annotated[int, Expects("a non-negative integer", _integer(0))]
+PositiveInt = Annotated[int, Expects("a positive integer", integer(1))]
+NonNegativeInt = Annotated[int, Expects("a non-negative integer", integer(0))]
 Number = Annotated[float, Expects("a number", real_number())]
 PositiveFloat = Annotated[float, Expects("a positive number", real_number(above=0.0))]
 NonNegativeFloat = Annotated[float, Expects("a non-negative number", real_number(0.0))]

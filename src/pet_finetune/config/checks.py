@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pet_finetune.config.checks_data import check_data
-from pet_finetune.config.finetune import HEADS_ONLY_KEYS, LORA_ONLY_KEYS
+from pet_finetune.config.finetune import METATRAIN_KEYS, METHOD_KEYS
 from pet_finetune.config.options import Options
 from pet_finetune.config.problems import Path, Problem, format_path
 from pet_finetune.errors import did_you_mean
@@ -75,13 +75,14 @@ def _check_batches(options: Options) -> Iterator[Problem]:
 def _check_finetune(options: Options, raw: dict[str, Any]) -> Iterator[Problem]:
     method = options.finetune.method
     given = _given(raw, (*_FINETUNE, "config"))
-    foreign = {"lora": HEADS_ONLY_KEYS, "heads": LORA_ONLY_KEYS}.get(method, frozenset())
-    owner = {"lora": "heads", "heads": "lora"}
-    for key in sorted(given & foreign):
+    for key in sorted(given - METHOD_KEYS[method]):
+        if method == "full" and key in METATRAIN_KEYS:
+            continue  # a notice says that it has no effect, as it has none there
+        owners = [owner for owner, keys in METHOD_KEYS.items() if key in keys]
         yield Problem(
             (*_FINETUNE, "config", key),
-            f"belongs to method {owner[method]}, but the method is {method}. Remove it or change "
-            "finetune.method.",
+            f"belongs to method {' and '.join(owners)}, but the method is {method}. Remove it or "
+            "change finetune.method.",
             also=((*_FINETUNE, "method"),),
         )
     if options.finetune.new_elements is not None and not options.is_finetuning:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from pet_finetune.config.base import (
     Expects,
+    Flag,
     Fraction,
     OneOf,
     PositiveFloat,
@@ -16,19 +17,21 @@ from pet_finetune.config.base import (
     Section,
     Text,
     TextList,
+    integer,
+    real_number,
 )
 from pet_finetune.elements import atomic_number, symbol_of
 from pet_finetune.errors import did_you_mean
 
 __all__ = [
     "DEFAULT_TARGET_MODULES",
-    "HEADS_ONLY_KEYS",
-    "LORA_ONLY_KEYS",
+    "METATRAIN_KEYS",
+    "METHOD_KEYS",
+    "METHOD_SHORTHANDS",
     "FinetuneConfig",
     "FinetuneMethod",
     "FinetuneOptions",
     "LegacyStart",
-    "LoraOptions",
 ]
 
 FinetuneMethod = Literal["full", "lora", "heads"]
@@ -41,9 +44,34 @@ DEFAULT_TARGET_MODULES: tuple[str, ...] = (
     "mlp.w_out",
 )
 
+#: Other names of a method, with the setting that makes the difference.
+METHOD_SHORTHANDS: dict[str, tuple[FinetuneMethod, dict[str, Any]]] = {
+    "dora": ("lora", {"use_dora": True}),
+}
 
-class LoraOptions(Section):
-    """Low-rank adaptation. Files may use PEFT's names `r`, `lora_alpha`, `lora_dropout` too."""
+
+def _pattern(check: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
+    """The check of a mapping from layers to numbers."""
+
+    def convert(value: Any) -> dict[str, Any]:
+        if not isinstance(value, Mapping):
+            raise ValueError
+        return {str(name): check(number) for name, number in value.items()}
+
+    return convert
+
+
+RankPattern = Annotated[dict[str, int], Expects("{layer: positive integer}", _pattern(integer(1)))]
+AlphaPattern = Annotated[
+    dict[str, float], Expects("{layer: positive number}", _pattern(real_number(above=0.0)))
+]
+
+
+class FinetuneConfig(Section):
+    """Settings of the method; which keys may be given depends on ``finetune.method``.
+
+    Files may use PEFT's names `r`, `lora_alpha`, `lora_dropout`, `init_lora_weights` too.
+    """
 
     rank: PositiveInt = Field(
         default=8,
@@ -68,6 +96,40 @@ class LoraOptions(Section):
         description="Modules trained in full beside LoRA. Null: head and last layers of the "
         "trained targets; an empty list: none.",
     )
+    use_rslora: Flag = Field(
+        default=False,
+        description="Scale the update by alpha / sqrt(rank) (rsLoRA), so that a larger rank needs "
+        "no other learning rate.",
+    )
+    use_dora: Flag = Field(
+        default=False,
+        description="Train the lengths of the weights' rows apart from their directions (DoRA). "
+        "`method: dora` means the same.",
+    )
+    init: Annotated[Literal["default", "pissa", "olora"], OneOf()] = Field(
+        default="default",
+        description="What the factors A and B start from: A random and B zero (`default`), the "
+        "weight's largest singular vectors (`pissa`), or its QR decomposition (`olora`). Exact "
+        "at the first step in each case.",
+    )
+    rank_pattern: RankPattern = Field(
+        default={},
+        description="Other ranks for some layers, by the ending of their name or a regular "
+        "expression, e.g. {mlp.w_in: 16}.",
+    )
+    alpha_pattern: AlphaPattern = Field(
+        default={}, description="Other alphas for some layers; keys as in `rank_pattern`."
+    )
+    head_modules: TextList | None = Field(
+        default=None,
+        description="Method `heads`: name prefixes of the heads to train. "
+        "Null: those of the trained targets.",
+    )
+    last_layer_modules: TextList | None = Field(
+        default=None,
+        description="Method `heads`: name prefixes of the last layers to train. "
+        "Null: those of the trained targets.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -80,24 +142,23 @@ class LoraOptions(Section):
         return {**value, "alpha": float(rank)}
 
 
-class FinetuneConfig(LoraOptions):
-    """Settings of the method; which keys may be given depends on ``finetune.method``."""
-
-    head_modules: TextList | None = Field(
-        default=None,
-        description="Method `heads`: name prefixes of the heads to train. "
-        "Null: those of the trained targets.",
-    )
-    last_layer_modules: TextList | None = Field(
-        default=None,
-        description="Method `heads`: name prefixes of the last layers to train. "
-        "Null: those of the trained targets.",
-    )
+#: Keys of :class:`FinetuneConfig` that have a meaning for each method.
+METHOD_KEYS: dict[FinetuneMethod, frozenset[str]] = {
+    "lora": frozenset(
+        {
+            "rank", "alpha", "dropout", "target_modules", "modules_to_save", "use_rslora",
+            "use_dora", "init", "rank_pattern", "alpha_pattern",
+        }
+    ),
+    "heads": frozenset({"head_modules", "last_layer_modules"}),
+    "full": frozenset(),
+}  # fmt: skip
 
 
-#: Keys of :class:`FinetuneConfig` that have a meaning for one method only.
-HEADS_ONLY_KEYS = frozenset({"head_modules", "last_layer_modules"})
-LORA_ONLY_KEYS = frozenset(LoraOptions.model_fields)
+#: Keys that metatrain's own options have under ``finetune.config``.
+METATRAIN_KEYS = frozenset(
+    {"rank", "alpha", "target_modules", "head_modules", "last_layer_modules"}
+)
 
 
 def _new_elements(value: Any) -> str | dict[str, str]:
@@ -144,7 +205,8 @@ class FinetuneOptions(Section):
     method: Annotated[FinetuneMethod, OneOf()] = Field(
         default="full",
         description="`lora`: low-rank updates and the heads; `heads`: only the heads; `full`: all "
-        "weights. Left out, it is `lora` with `-c` and `full` with `read_from`.",
+        "weights. Left out, it is `lora` with `-c` and `full` with `read_from`. `dora` is short "
+        "for `lora` with `use_dora`.",
     )
     read_from: Text | None = Field(
         default=None,
@@ -181,8 +243,3 @@ class FinetuneOptions(Section):
     def starts_from_model(self) -> bool:
         """Whether training starts from existing weights rather than from scratch."""
         return self.read_from is not None or self.legacy_start is not None
-
-    @property
-    def lora(self) -> LoraOptions:
-        """The settings of the method ``lora``."""
-        return self.config

@@ -29,7 +29,12 @@ _LEGACY_START = {
     "ALL_SPECIES_PATH": "all_species",
     "SELF_CONTRIBUTIONS_PATH": "self_contributions",
 }
-_PEFT_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
+_PEFT_NAMES = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "init_lora_weights": "init",
+}
 
 
 @dataclass

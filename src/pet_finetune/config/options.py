@@ -17,7 +17,7 @@ from pet_finetune.config.base import (
     without_nulls,
 )
 from pet_finetune.config.dataset import DatasetOptions, IndexedSet, SetOptions
-from pet_finetune.config.finetune import HEADS_ONLY_KEYS, LORA_ONLY_KEYS, FinetuneOptions
+from pet_finetune.config.finetune import METHOD_KEYS, FinetuneOptions
 from pet_finetune.config.model import ModelOptions
 from pet_finetune.config.plain import to_plain
 from pet_finetune.config.shorthands import expand_datasets, expand_set
@@ -193,9 +193,8 @@ class Options(Section):
         plain: dict[str, Any] = to_plain(self)
         training = plain["architecture"]["training"]
         training["learning_rate"] = self.learning_rate()
-        settings = {"lora": LORA_ONLY_KEYS, "heads": HEADS_ONLY_KEYS, "full": frozenset()}
         config = training["finetune"]["config"]
         training["finetune"]["config"] = {
-            key: config[key] for key in config if key in settings[self.finetune.method]
+            key: config[key] for key in config if key in METHOD_KEYS[self.finetune.method]
         }
         return plain

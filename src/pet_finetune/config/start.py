@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from pet_finetune.config.finetune import HEADS_ONLY_KEYS, LORA_ONLY_KEYS
+from pet_finetune.config.finetune import METHOD_KEYS, METHOD_SHORTHANDS
 from pet_finetune.config.legacy import Rewriting
 from pet_finetune.config.problems import Path, Problem
 
@@ -27,6 +27,7 @@ def apply_start(rewriting: Rewriting, checkpoint: str | None, *, require_start: 
     if finetune is None:
         return
     _merge_checkpoint(rewriting, finetune, checkpoint)
+    _spell_out(finetune)
     read_from = finetune.get("read_from")
     legacy = isinstance(finetune.get("legacy_start"), dict)
     if legacy and isinstance(read_from, str):
@@ -68,6 +69,14 @@ def _merge_checkpoint(
     finetune["read_from"] = checkpoint
 
 
+def _spell_out(finetune: dict[str, Any]) -> None:
+    """A shorthand of a method becomes the method it stands for, and its setting."""
+    config = finetune.get("config") or {}
+    if finetune.get("method") in METHOD_SHORTHANDS and isinstance(config, dict):
+        finetune["method"], settings = METHOD_SHORTHANDS[finetune["method"]]
+        finetune["config"] = {**settings, **config}
+
+
 def _choose_method(rewriting: Rewriting, finetune: dict[str, Any], checkpoint: str | None) -> str:
     """The method when none is named: what the settings belong to, else LoRA with ``-c``.
 
@@ -78,10 +87,9 @@ def _choose_method(rewriting: Rewriting, finetune: dict[str, Any], checkpoint: s
     starts = checkpoint is not None or finetune.get("read_from") or finetune.get("legacy_start")
     if not starts and not keys:
         return "full"
-    if keys & LORA_ONLY_KEYS:
-        method, why = "lora", "its settings are given"
-    elif keys & HEADS_ONLY_KEYS:
-        method, why = "heads", "its settings are given"
+    owners = [method for method, own in METHOD_KEYS.items() if keys & own]
+    if owners:
+        method, why = owners[0], "its settings are given"
     elif checkpoint is not None:
         method, why = "lora", "the default with -c"
     else:

@@ -10,10 +10,11 @@ from ase.data import chemical_symbols
 from torch.nn import ModuleDict
 
 from pet_finetune.adapters import AdapterConfig, freeze, inject
-from pet_finetune.adapters.inject import default_modules_to_save
+from pet_finetune.adapters.config import default_modules_to_save
 from pet_finetune.adapters.new_rows import train_new_rows
 from pet_finetune.checkpoint import load_checkpoint, load_oldest_start
 from pet_finetune.config import Options
+from pet_finetune.config.finetune import METHOD_KEYS
 from pet_finetune.data.species import find_species
 from pet_finetune.data.splits import Splits
 from pet_finetune.errors import ConfigError, did_you_mean
@@ -168,21 +169,16 @@ def choose_trainable(start: Start, options: Options) -> None:
     if len(targets) > 1:
         raise ConfigError("finetune.method lora: an adapter is for one target; found "
                           f"{', '.join(targets)}. Use method full.")  # fmt: skip
-    lora = finetune.lora
-    target_modules = lora.target_modules
-    config = AdapterConfig(
-        rank=lora.rank,
-        alpha=lora.alpha,
-        dropout=lora.dropout,
-        target_modules="all-linear" if target_modules == ("all-linear",) else target_modules,
-        modules_to_save=lora.modules_to_save,
-        target=targets[0],
-    )
+    settings = finetune.config.model_dump(include=set(METHOD_KEYS["lora"]))
+    if settings["target_modules"] == ("all-linear",):
+        settings["target_modules"] = "all-linear"
+    config = AdapterConfig(**settings, target=targets[0])
     inject(
         model,
         config,
         fingerprint=start.fingerprint,
         inherited_from=start.inherited.get(targets[0]),
+        brought_target=targets[0] in {*start.fresh, *start.inherited},
     )
 
 

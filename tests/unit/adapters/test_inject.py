@@ -41,6 +41,50 @@ def test_a_rank_below_one():
         inject(random_potential(), AdapterConfig(rank=0))
 
 
+def test_a_rank_above_the_width_of_a_layer():
+    with pytest.raises(AdapterError) as caught:
+        inject(random_potential(), AdapterConfig(rank=9))
+    message = str(caught.value)
+    assert message.startswith("The rank 9 is above the width of the layer gnn_layers.0.trans")
+    assert "attention.input_linear, 8. Choose a rank of at most 8" in message
+
+
+def test_all_linear_gives_narrow_layers_what_they_can_use():
+    model = random_potential()
+    config = AdapterConfig(rank=6, alpha=3.0, target_modules="all-linear")
+    inject(model, config)
+    narrow = model.network.gnn_layers[0].edge_embedder
+    assert (narrow.in_features, narrow.rank, narrow.scaling) == (4, 4, 0.5)
+    assert model.network.gnn_layers[0].compress[0].rank == 6
+
+
+def test_ranks_and_alphas_of_single_layers():
+    model = random_potential()
+    inject(
+        model,
+        AdapterConfig(
+            rank=2,
+            alpha=4.0,
+            rank_pattern={r"gnn_layers\.1\..*w_in": 5, "w_in": 3},
+            alpha_pattern={"attention.output_linear": 10.0},
+        ),
+    )
+    first, second = (layer.trans.layers[0] for layer in model.network.gnn_layers)
+    assert (first.mlp.w_in.rank, second.mlp.w_in.rank, first.mlp.w_out.rank) == (3, 5, 2)
+    assert (first.attention.output_linear.scaling, first.mlp.w_out.scaling) == (5.0, 2.0)
+
+
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [("w_inn", r"Did you mean 'mlp\.w_in'|matches none of"), ("(", "nor a regular expression")],
+)
+def test_patterns_that_mean_no_layer(name, key, message):
+    with pytest.raises(AdapterError, match=message) as caught:
+        inject(random_potential(), AdapterConfig(rank=2, **{name: {key: 2}}))
+    assert str(caught.value).startswith(f"{name}: '{key}'")
+
+
 def test_a_second_adapter_is_refused():
     model = random_potential()
     inject(model, AdapterConfig(rank=2))

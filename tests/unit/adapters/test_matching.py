@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from models import random_potential
-from pet_finetune.adapters.inject import DEFAULT_TARGETS
+from pet_finetune.adapters.config import DEFAULT_TARGETS
 from pet_finetune.adapters.matching import linear_layers, match_layers
 from pet_finetune.errors import AdapterError
 

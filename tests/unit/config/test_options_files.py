@@ -166,7 +166,7 @@ def test_overrides_set_change_and_remove(write) -> None:
         ],
     ).options
     assert options.training.num_epochs == 3
-    assert (options.finetune.method, options.finetune.lora.rank) == ("lora", 2)
+    assert (options.finetune.method, options.finetune.config.rank) == ("lora", 2)
     assert options.architecture.atomic_types == (1, 6)
     assert options.validation_set == 0.2
     assert options.device == "cpu"

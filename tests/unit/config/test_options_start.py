@@ -45,9 +45,9 @@ def test_a_checkpoint_alone_means_lora() -> None:
     loaded = load(checkpoint="base.ckpt")
     finetune = loaded.options.finetune
     assert (finetune.method, finetune.read_from) == ("lora", "base.ckpt")
-    assert finetune.lora.rank == 8
-    assert finetune.lora.alpha == 8.0
-    assert finetune.lora.target_modules == DEFAULT_TARGET_MODULES
+    assert finetune.config.rank == 8
+    assert finetune.config.alpha == 8.0
+    assert finetune.config.target_modules == DEFAULT_TARGET_MODULES
     assert loaded.options.baseline_mode() == "refit"
     assert loaded.notices == (f"{FINETUNE}.method not given: lora (the default with -c).",)
 
@@ -78,7 +78,7 @@ def test_the_learning_rate_follows_the_method(method: str, rate: float) -> None:
 
 def test_alpha_follows_the_rank_unless_given() -> None:
     def lora(**config: Any) -> Any:
-        return load({"finetune": {"config": config}}, "m.ckpt").options.finetune.lora
+        return load({"finetune": {"config": config}}, "m.ckpt").options.finetune.config
 
     assert lora(rank=16).alpha == 16.0
     assert lora(rank=16, alpha=4).alpha == 4.0
@@ -121,10 +121,46 @@ def test_metatrains_lora_section_runs_unchanged() -> None:
     }
     loaded = load({"finetune": finetune})
     own = loaded.options.finetune
-    assert (own.lora.rank, own.lora.alpha) == (4, 8.0)
-    assert own.lora.target_modules == ("input_linear", "output_linear")
+    assert (own.config.rank, own.config.alpha) == (4, 8.0)
+    assert own.config.target_modules == ("input_linear", "output_linear")
     assert own.inherit_heads == {"energy": "energy/base"}
     assert loaded.notices == ()
+
+
+def test_the_shorthand_of_a_method() -> None:
+    short = load({"finetune": {"method": "dora", "config": {"rank": 4}}}, "m.ckpt")
+    long = load({"finetune": {"method": "lora", "config": {"rank": 4, "use_dora": True}}}, "m.ckpt")
+    assert short.options == long.options
+    assert short.options.finetune.config.use_dora
+
+
+def test_pefts_names_of_settings() -> None:
+    config = {"r": 4, "lora_alpha": 2, "init_lora_weights": "pissa", "use_rslora": True}
+    own = load({"finetune": {"config": config}}, "m.ckpt").options.finetune.config
+    assert (own.rank, own.alpha, own.init, own.use_rslora) == (4, 2.0, "pissa", True)
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "phrase"),
+    [
+        ({"rank": 0}, "rank", "a positive integer"),
+        ({"alpha": -1}, "alpha", "a positive number"),
+        ({"rank_pattern": {"w_in": 0}}, "rank_pattern", "{layer: positive integer}"),
+        ({"alpha_pattern": ["w_in"]}, "alpha_pattern", "{layer: positive number}"),
+        ({"init": "pisa"}, "init", "Did you mean 'pissa'?"),
+    ],
+)
+def test_settings_of_lora_that_make_no_sense(config: Any, key: str, phrase: str) -> None:
+    (line,) = problems({"finetune": {"method": "lora", "config": config}}, "m.ckpt")
+    assert line.startswith(f"{FINETUNE}.config.{key}: expected ")
+    assert phrase in line
+
+
+def test_settings_of_another_method_are_refused_but_metatrains_leftovers() -> None:
+    full = {"method": "full", "config": {"rank": 4}}
+    assert any("no effect" in line for line in load({"finetune": full}, "m.ckpt").notices)
+    (line,) = problems({"finetune": {**full, "config": {"use_dora": True}}}, "m.ckpt")
+    assert line.startswith(f"{FINETUNE}.config.use_dora: belongs to method lora, but the method")
 
 
 # The older spellings
@@ -134,7 +170,7 @@ def test_the_old_lora_keys_run_and_tell_todays() -> None:
     training = {"USE_LORA_PEFT": True, "LORA_RANK": 4, "LORA_ALPHA": 0.5}
     loaded = load(training, "best_model.ckpt")
     own = loaded.options.finetune
-    assert (own.method, own.lora.rank, own.lora.alpha) == ("lora", 4, 0.5)
+    assert (own.method, own.config.rank, own.config.alpha) == ("lora", 4, 0.5)
     assert own.read_from == "best_model.ckpt"
     assert loaded.notices == (
         "architecture.training.USE_LORA_PEFT is an older spelling; today: "
@@ -173,7 +209,7 @@ def test_old_and_new_spelling_that_disagree(training: Any, place: str) -> None:
 
 def test_old_and_new_spelling_that_agree() -> None:
     training = {"LORA_RANK": 4, "finetune": {"method": "lora", "config": {"rank": 4}}}
-    assert load(training, "m.ckpt").options.finetune.lora.rank == 4
+    assert load(training, "m.ckpt").options.finetune.config.rank == 4
 
 
 def test_a_switch_that_is_no_switch() -> None:

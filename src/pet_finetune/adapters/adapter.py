@@ -1,0 +1,155 @@
+"""An adapter at rest: all that is needed to put it onto its base, and nothing of the base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pet_finetune.errors import AdapterError
+from pet_finetune.keys import TargetSpec
+from pet_finetune.model import Potential
+from pet_finetune.model.fingerprint import weights_fingerprint
+
+from .config import AdapterConfig, resolve
+from .inject import active_adapter, adapter_state, eject, place, saved_parameters
+from .lora import is_adapter_tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """What a model becomes when it is adapted, apart from the model.
+
+    Attributes:
+        config: resolved, unless Hugging Face PEFT wrote it.
+        tensors: on the CPU, by their names in the network: those that adapted layers add, and the
+            parameters of ``modules_to_save``.
+        fingerprint: of the base that it belongs to; None where the writer did not say.
+        base_name: what that base is called.
+        target: what it predicts; None stands for the model's first target.
+        inherited_from: the target whose heads it started from, if any.
+        composition: baselines of the species, [n_species] float64, eV; None leaves the base's.
+        scale: eV per unit of the network's output; None leaves the base's.
+        species: atomic numbers of ``composition``.
+        name: what to call it in messages: its folder.
+    """
+
+    config: AdapterConfig
+    tensors: Mapping[str, Tensor]
+    fingerprint: str | None = None
+    base_name: str = ""
+    target: TargetSpec | None = None
+    inherited_from: str | None = None
+    composition: Tensor | None = None
+    scale: float | None = None
+    species: tuple[int, ...] = ()
+    name: str = ""
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers it holds, those that training started from aside."""
+        return sum(t.numel() for n, t in self.tensors.items() if ".start_" not in n)
+
+
+def capture(model: Potential, base_name: str = "") -> Adapter:
+    """The adapter that a model carries.
+
+    Raises:
+        AdapterError: there is none.
+    """
+    state = adapter_state(model)
+    config = state.config
+    tensors = {n: t for n, t in model.network.state_dict().items() if is_adapter_tensor(n)}
+    tensors |= dict(saved_parameters(model, config.modules_to_save or ()))
+    return Adapter(
+        config=config,
+        tensors={n: t.detach().to("cpu", copy=True).contiguous() for n, t in tensors.items()},
+        fingerprint=state.fingerprint,
+        base_name=base_name,
+        target=model.target(config.target),
+        inherited_from=state.inherited_from,
+        composition=model.composition.get(config.target).detach().cpu().clone(),
+        scale=float(model.scale.get(config.target)),
+        species=model.species,
+    )
+
+
+def check_base(adapter: Adapter, fingerprint: str) -> None:
+    """Make sure that an adapter was made for the base with this fingerprint.
+
+    Raises:
+        AdapterError: naming both.
+    """
+    if adapter.fingerprint not in (None, fingerprint):
+        raise AdapterError(
+            f"The adapter '{adapter.name}' belongs to the base '{adapter.base_name or 'unnamed'}' "
+            f"(fingerprint {str(adapter.fingerprint)[:12]}), but this model has the fingerprint "
+            f"{fingerprint[:12]}. Open it with the checkpoint it was trained from."
+        )
+
+
+def install(model: Potential, adapter: Adapter, fingerprint: str | None = None) -> AdapterConfig:
+    """Put an adapter onto its base, in place.
+
+    Args:
+        model: the base, without adapter.
+        adapter: what to put on.
+        fingerprint: of the base, where it is known; computed when left out.
+
+    Returns:
+        Its configuration with full paths and the name of its target.
+
+    Raises:
+        AdapterError: the model carries an adapter, is another base, or the tensors do not fit.
+    """
+    if active_adapter(model) is not None:
+        raise AdapterError("The model carries an adapter already: merge or unload it first.")
+    fingerprint = fingerprint or weights_fingerprint(model)
+    check_base(adapter, fingerprint)
+    spec = adapter.target or next(iter(model.targets.values()))
+    brought = spec.name not in model.targets
+    if brought:
+        model.add_target(spec, inherit_from=adapter.inherited_from)
+    try:
+        config = resolve(model.network, replace(adapter.config, target=spec.name))
+        place(
+            model,
+            config,
+            fingerprint=fingerprint,
+            inherited_from=adapter.inherited_from,
+            brought_target=brought,
+        )
+        _copy_tensors(model, config, adapter)
+        if adapter.composition is not None:
+            model.composition.set(spec.name, adapter.composition)
+        if adapter.scale is not None:
+            model.scale.set(spec.name, adapter.scale)
+    except BaseException:
+        if active_adapter(model) is not None:
+            eject(model)
+        elif brought:
+            model.remove_target(spec.name)
+        raise
+    return config
+
+
+@torch.no_grad()
+def _copy_tensors(model: Potential, config: AdapterConfig, adapter: Adapter) -> None:
+    room = {n: t for n, t in model.network.state_dict().items() if is_adapter_tensor(n)}
+    room |= dict(saved_parameters(model, config.modules_to_save or ()))
+    missing, unknown = room.keys() - adapter.tensors.keys(), adapter.tensors.keys() - room.keys()
+    if missing or unknown:
+        raise AdapterError(
+            f"'{adapter.name}' does not fit the model: {len(missing)} tensors are missing "
+            f"({', '.join(sorted(missing)[:3])}...), {len(unknown)} are unknown "
+            f"({', '.join(sorted(unknown)[:3])}...)."
+        )
+    for name, value in adapter.tensors.items():
+        if room[name].shape != value.shape:
+            raise AdapterError(
+                f"'{adapter.name}': {name} has the shape {tuple(value.shape)}, the model needs "
+                f"{tuple(room[name].shape)}."
+            )
+        room[name].copy_(value)

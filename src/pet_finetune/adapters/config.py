@@ -1,0 +1,177 @@
+"""What an adapter is made of, and its patterns of layers, ranks and alphas resolved."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from torch import nn
+
+from pet_finetune.errors import AdapterError, did_you_mean
+from pet_finetune.model import PET
+
+from .matching import ALL_LINEAR, match_layers
+
+DEFAULT_TARGETS = (
+    "attention.input_linear",
+    "attention.output_linear",
+    "mlp.w_in",
+    "mlp.w_out",
+)
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What an adapter is made of, in the words of Hugging Face PEFT where it has them.
+
+    Attributes:
+        rank, alpha, dropout, use_rslora: as in :class:`~.lora.LoraLinear`.
+        target_modules: as in :func:`~.matching.match_layers`.
+        modules_to_save: paths of modules that train whole and are kept with the adapter; None
+            stands for the heads and last layers of ``target``.
+        target: the energy that the adapter is for.
+        use_dora: train lengths and directions apart (:class:`~.dora.DoraLinear`).
+        init: what the factors start from: ``default`` (A random, B zero), ``pissa`` or ``olora``
+            (:mod:`~.initial`).
+        rank_pattern, alpha_pattern: other ranks and alphas for the layers whose path ends like
+            the key, or matches it as a regular expression; the first match counts.
+    """
+
+    rank: int = 8
+    alpha: float = 8.0
+    dropout: float = 0.0
+    target_modules: str | Sequence[str] = DEFAULT_TARGETS
+    modules_to_save: Sequence[str] | None = None
+    target: str = "energy"
+    use_rslora: bool = False
+    use_dora: bool = False
+    init: Literal["default", "pissa", "olora"] = "default"
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    def rank_of(self, path: str) -> int:
+        """The rank of the update of one layer."""
+        key = _pattern_for(path, self.rank_pattern)
+        return self.rank if key is None else self.rank_pattern[key]
+
+    def alpha_of(self, path: str) -> float:
+        """The alpha of one layer."""
+        key = _pattern_for(path, self.alpha_pattern)
+        return self.alpha if key is None else self.alpha_pattern[key]
+
+
+def _pattern_for(path: str, patterns: Mapping[str, object]) -> str | None:
+    """The first pattern that means a layer, by PEFT's rule."""
+    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", path)), None)
+
+
+def resolve(network: PET, config: AdapterConfig) -> AdapterConfig:
+    """The configuration with whole paths of layers and modules.
+
+    Raises:
+        AdapterError: a pattern that matches nothing.
+    """
+    layers = match_layers(network, config.target_modules)
+    saved = config.modules_to_save
+    if saved is None:
+        paths = default_modules_to_save(network, config.target)
+    else:
+        paths = _match_saved(network, saved)
+    return replace(config, target_modules=tuple(layers), modules_to_save=tuple(paths))
+
+
+def fitted(network: PET, config: AdapterConfig) -> AdapterConfig:
+    """As :func:`resolve`, with the ranks checked against the widths of the layers.
+
+    Where ``all-linear`` meets a layer that is narrower than the rank, that layer gets as much
+    rank as it can use, at the same scaling.
+
+    Raises:
+        AdapterError: a pattern that matches nothing, or a rank that is below 1 or above the
+            width of a layer.
+    """
+    layers = match_layers(network, config.target_modules)
+    for name in ("rank_pattern", "alpha_pattern"):
+        _check_patterns(name, getattr(config, name), layers)
+    if config.target_modules == ALL_LINEAR:
+        config = _lowered(network, config, layers)
+    _check_ranks(network, config, layers)
+    return resolve(network, config)
+
+
+def _check_patterns(name: str, patterns: Mapping[str, object], layers: Sequence[str]) -> None:
+    for key in patterns:
+        try:
+            found = any(_pattern_for(path, {key: None}) for path in layers)
+        except re.error as error:
+            raise AdapterError(
+                f"{name}: '{key}' is neither a layer nor a regular expression ({error})."
+            ) from error
+        if not found:
+            endings = sorted({".".join(path.split(".")[-2:]) for path in layers})
+            raise AdapterError(
+                f"{name}: '{key}' matches none of the adapted layers."
+                f"{did_you_mean(key, endings)} They end in {', '.join(endings)}."
+            )
+
+
+def _width(network: nn.Module, path: str) -> int:
+    linear = network.get_submodule(path)
+    assert isinstance(linear, nn.Linear), f"{path} is not linear"
+    return min(linear.in_features, linear.out_features)
+
+
+def _lowered(network: nn.Module, config: AdapterConfig, layers: Sequence[str]) -> AdapterConfig:
+    """Ranks lowered where a layer has no room for them."""
+    ranks, alphas = dict(config.rank_pattern), dict(config.alpha_pattern)
+    for path in layers:
+        width, rank = _width(network, path), config.rank_of(path)
+        if rank > width and _pattern_for(path, config.rank_pattern) is None:
+            shrunk = (width / rank) ** (0.5 if config.use_rslora else 1.0)
+            ranks[re.escape(path)] = width
+            alphas[re.escape(path)] = config.alpha_of(path) * shrunk
+    return replace(config, rank_pattern=ranks, alpha_pattern=alphas)
+
+
+def _check_ranks(network: nn.Module, config: AdapterConfig, layers: Sequence[str]) -> None:
+    for path in layers:
+        rank, width = config.rank_of(path), _width(network, path)
+        if rank < 1:
+            raise AdapterError(f"The rank of an adapter is at least 1, got {rank}.")
+        if rank > width:
+            raise AdapterError(
+                f"The rank {rank} is above the width of the layer {path}, {width}. Choose a rank "
+                f"of at most {width}, or give this layer one of its own in rank_pattern."
+            )
+
+
+def default_modules_to_save(network: PET, target: str) -> list[str]:
+    """Paths of a target's heads and last layers, one for each read-out.
+
+    Each is a module that Hugging Face PEFT can wrap, which lists and dictionaries are not.
+    """
+    paths = []
+    for group, module in network.head_modules(target).items():
+        for name, child in module.named_children():
+            if isinstance(child, nn.ModuleDict):
+                paths += [f"{group}.{name}.{key}" for key in child]
+            else:
+                paths.append(f"{group}.{name}")
+    return paths
+
+
+def _match_saved(network: nn.Module, names: Sequence[str]) -> list[str]:
+    """Paths of the modules named by ``modules_to_save``, by whole path, ending or beginning."""
+    modules = [name for name, _ in network.named_modules() if name]
+    paths: list[str] = []
+    for wanted in names:
+        found = [n for n in modules if n == wanted or n.endswith(f".{wanted}")]
+        if not found:
+            raise AdapterError(
+                f"modules_to_save: the model has no module '{wanted}'. "
+                f"It has, among others: {', '.join(sorted({n.split('.')[0] for n in modules}))}."
+            )
+        paths += found
+    return list(dict.fromkeys(paths))
