@@ -15,7 +15,9 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from torch import Tensor
 
 from pet_finetune import kernels
-from pet_finetune.checkpoint import open_potential
+from pet_finetune.adapters.committee import Committee, CommitteePrediction
+from pet_finetune.adapters.committee_files import Adapters
+from pet_finetune.checkpoint import open_committee, open_potential
 from pet_finetune.data.batch import Batch
 from pet_finetune.data.computable import charge_and_spin, check_atoms
 from pet_finetune.data.neighbors import NeighborList, edge_vectors
@@ -26,6 +28,11 @@ from pet_finetune.model import Potential
 
 __all__ = ["PETCalculator"]
 
+#: What a committee computes beside the properties of ASE.
+COMMITTEE_PROPERTIES = (
+    *("energy_uncertainty", "forces_uncertainty", "stress_uncertainty"),
+    *("energy_ensemble", "forces_ensemble", "stress_ensemble"),
+)
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -38,6 +45,9 @@ class PETCalculator(Calculator):
 
     :param model: a checkpoint of pet-finetune or metatrain, or a potential, which is copied.
     :param adapter: an adapter folder to put on top of it; merged into the weights.
+    :param adapters: several adapter folders, or the folder of a run with ``finetune.ensemble``:
+        a committee. All properties are its mean, and there are those of
+        :data:`COMMITTEE_PROPERTIES`.
     :param target: the energy to use. Without it: the adapter's, else the only one there is, else
         ``energy``.
     :param device: ``auto`` (the first GPU, else the CPU), ``cpu``, ``cuda``, ``cuda:1``...
@@ -58,6 +68,7 @@ class PETCalculator(Calculator):
         model: str | os.PathLike[str] | Potential,
         *,
         adapter: str | os.PathLike[str] | None = None,
+        adapters: Adapters | None = None,
         target: str | None = None,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype | None = None,
@@ -69,8 +80,18 @@ class PETCalculator(Calculator):
         self._wanted_device = str(device)
         self._device = choose_device(self._wanted_device)
         floating = _choose_dtype(dtype)
-        potential, adapter_target = open_potential(model, adapter)
-        self._target = potential.energy_target(target or adapter_target)
+        if adapter is not None and adapters is not None:
+            raise ConfigError(
+                "adapter and adapters: give one of them, a single adapter or those of a committee."
+            )
+        potential: Potential | Committee
+        if adapters is not None:
+            potential = open_committee(model, adapters)
+            self._target = potential.energy_target(target)
+            self.implemented_properties = [*self.implemented_properties, *COMMITTEE_PROPERTIES]
+        else:
+            potential, adapter_target = open_potential(model, adapter)
+            self._target = potential.energy_target(target or adapter_target)
         potential.to(device=self._device, dtype=floating)
         kernels.prepare(self._device)
         self._model = potential.eval().requires_grad_(False)
@@ -80,8 +101,8 @@ class PETCalculator(Calculator):
         self._pairs: NeighborList | None = None
 
     @property
-    def model(self) -> Potential:
-        """The potential, adapter merged, frozen, in evaluation mode."""
+    def model(self) -> Potential | Committee:
+        """The potential, adapter merged, or the committee; frozen, in evaluation mode."""
         return self._model
 
     @property
@@ -125,7 +146,7 @@ class PETCalculator(Calculator):
         if atoms is None:
             raise DataError("There is no structure to calculate: pass one.")
         periodic = bool(atoms.pbc.all())
-        if "stress" in (properties or ()) and not periodic:
+        if not periodic and any(name.startswith("stress") for name in properties or ()):
             raise PropertyNotImplementedError(
                 "The stress needs a structure that is periodic in three directions, and this one "
                 f"has pbc = {atoms.pbc.tolist()}: its volume is not defined."
@@ -146,6 +167,8 @@ class PETCalculator(Calculator):
         }
         if prediction.stress is not None:
             self.results["stress"] = full_3x3_to_voigt_6_stress(_to_numpy(prediction.stress[0]))
+        if isinstance(prediction, CommitteePrediction):
+            self.results.update(_of_committee(prediction))
 
     def _batch(self, atoms: Atoms) -> Batch:
         """The structure as the model's input; its edges reach as far as the skin."""
@@ -193,6 +216,28 @@ class PETCalculator(Calculator):
         self.__dict__.update(state)
         self._device = choose_device(self._wanted_device)
         self._model.to(self._device)
+
+
+def _of_committee(prediction: CommitteePrediction) -> dict[str, Any]:
+    """What :data:`COMMITTEE_PROPERTIES` names, for the one structure of a prediction."""
+    members, forces, stress = (
+        prediction.members,
+        prediction.uncertainty("forces"),
+        prediction.members.stress,
+    )
+    assert members.forces is not None
+    results = {
+        "energy_uncertainty": float(prediction.uncertainty("energy")[0]),
+        # Of an atom, the root mean square over the components: the error to expect of each.
+        "forces_uncertainty": _to_numpy(forces.square().mean(-1).sqrt()),
+        "energy_ensemble": _to_numpy(members.energy[:, 0]),
+        "forces_ensemble": _to_numpy(members.forces),
+    }
+    if stress is not None:
+        uncertainty = _to_numpy(prediction.uncertainty("stress")[0])
+        results["stress_uncertainty"] = full_3x3_to_voigt_6_stress(uncertainty)
+        results["stress_ensemble"] = full_3x3_to_voigt_6_stress(_to_numpy(stress[:, 0]))
+    return results
 
 
 def _choose_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from .adapter import Adapter, capture, install
+from .committee import Committee
+from .committee_files import load_committee
 from .config import AdapterConfig
 from .files import load_adapter, read_adapter, save_adapter, write_adapter
 from .inject import active_adapter, eject, inject
@@ -13,6 +15,7 @@ from .trainable import TrainableReport, freeze, trainable_report
 __all__ = [
     "Adapter",
     "AdapterConfig",
+    "Committee",
     "LoraLinear",
     "TrainableReport",
     "active_adapter",
@@ -23,6 +26,7 @@ __all__ = [
     "inject",
     "install",
     "load_adapter",
+    "load_committee",
     "merge",
     "merged_copy",
     "read_adapter",

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pet_finetune.adapters import active_adapter, load_adapter, merged_copy
+from pet_finetune.adapters.committee import Committee
+from pet_finetune.adapters.committee_files import Adapters, load_committee
 from pet_finetune.checkpoint.archive import TorchArchive
 from pet_finetune.checkpoint.metatrain import is_metatrain, read_metatrain
 from pet_finetune.checkpoint.native import is_native, read_native
@@ -17,7 +19,7 @@ from pet_finetune.errors import CheckpointError
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 
-__all__ = ["Checkpoint", "load_checkpoint", "open_potential"]
+__all__ = ["Checkpoint", "load_checkpoint", "open_committee", "open_potential"]
 
 _log = get_logger(__name__)
 
@@ -87,6 +89,18 @@ def open_potential(
         load_adapter(potential, os.fspath(adapter))
     config = active_adapter(potential)
     return (potential, None) if config is None else (merged_copy(potential), config.target)
+
+
+def open_committee(model: str | os.PathLike[str] | Potential, adapters: Adapters) -> Committee:
+    """A committee to predict with, of several adapters of one base.
+
+    :param model: the base: a checkpoint, or a potential, which stays as it is.
+    :param adapters: as for :func:`~pet_finetune.adapters.committee_files.load_committee`.
+    :raises CheckpointError: as :func:`load_checkpoint`.
+    :raises AdapterError: the adapters cannot be read, are too few, or do not belong together.
+    """
+    base = model if isinstance(model, Potential) else load_checkpoint(model).model
+    return load_committee(base, adapters)
 
 
 def _what_it_is(content: Any) -> str:

@@ -8,6 +8,7 @@ through them; the callers fall back to torch operations where it cannot.
 from .compiled import active, disabled, prepare
 from .operators import (
     attention,
+    grouped_projection,
     lanes,
     layer_norm,
     pack,
@@ -22,6 +23,7 @@ __all__ = [
     "active",
     "attention",
     "disabled",
+    "grouped_projection",
     "lanes",
     "layer_norm",
     "pack",

@@ -102,3 +102,34 @@ def projection(
         x, weight, packed, bias, prologue, norm_weight, norm_bias, eps, a, b, scaling, residual
     )
     return out
+
+
+def grouped_projection(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    leading: int,
+    *,
+    prologue: str = "none",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """A projection with another weight for each of several groups of rows; differentiates once.
+
+    Args:
+        x: [n, in], or [n, 2 * in] before ``swiglu``: ``leading`` rows of each group in turn, then
+            equal shares of what is left.
+        packed: [groups, 2, out * in], each from :func:`pack`.
+        bias: [groups, out] or None.
+        leading: how many of a group's rows come in the first turn.
+        prologue, norm_weight, norm_bias, eps, residual: as in :func:`projection`.
+
+    Returns:
+        [n, out].
+    """
+    out: Tensor = torch.ops.pet_finetune.grouped_projection(
+        x, packed, bias, leading, prologue, norm_weight, norm_bias, eps, residual
+    )
+    return out

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pet_finetune import kernels
 
+from .grouped import GroupedLinear
 from .rowwise import Prologue
 
 
@@ -92,6 +93,8 @@ def project(
     Returns:
         [n, out].
     """
+    if isinstance(linear, GroupedLinear):
+        return linear.project(x, prologue, residual)
     if kernels.usable(x) and _fits(linear, x):
         return _fused(cast("nn.Linear", linear), x, prologue, residual)
     out: Tensor = linear(x if prologue is None else prologue(x))

@@ -250,3 +250,65 @@ def test_what_the_kernels_take():
     with kernels.disabled():
         assert not kernels.usable(torch.zeros(2, 3))
     torch.testing.assert_close(SwiGLU()(torch.zeros(2, 3, 4)), torch.zeros(2, 3, 2))
+
+
+BEFORE_GROUPS = {
+    "none": (1, {}),
+    "rms_norm": (1, {"eps": 1e-6}),
+    "layer_norm": (1, {"eps": 1e-5}),
+    "silu": (1, {}),
+    "swiglu": (2, {}),
+}
+
+
+@pytest.mark.parametrize(("leading", "others"), [(0, 5), (3, 0), (3, 50)])
+@pytest.mark.parametrize("prologue", BEFORE_GROUPS)
+def test_a_grouped_projection_is_one_projection_for_each_group(prologue, others, leading):
+    groups, width, wide = 3, 16, 32
+    times, settings = BEFORE_GROUPS[prologue]
+    rows = groups * (leading + others)
+    x, weights, biases, residual, norm, shift = randoms(
+        (rows, times * width),
+        (groups, wide, width),
+        (groups, wide),
+        (rows, wide),
+        (width,),
+        (width,),
+    )
+    if "norm" in prologue:
+        settings = {**settings, "norm_weight": norm.detach()}
+    if prologue == "layer_norm":
+        settings["norm_bias"] = shift.detach()
+    packed = torch.stack([kernels.pack(weight) for weight in weights])
+    settings = {**settings, "prologue": prologue}
+    found = kernels.grouped_projection(
+        x, packed, biases.detach(), leading, residual=residual, **settings
+    )
+    owner = torch.arange(groups).repeat_interleave(leading)
+    owner = torch.cat([owner, torch.arange(groups).repeat_interleave(others)])
+    expected = torch.zeros_like(found)
+    for group in range(groups):
+        mine = owner == group
+        if mine.any():
+            weight, bias = weights[group].detach(), biases[group].detach()
+            one = kernels.projection(x[mine], weight, packed[group], bias, **settings)
+            expected = expected.masked_scatter(mine.unsqueeze(1), one)
+    expected = expected + residual
+    torch.testing.assert_close(found, expected, atol=1e-13, rtol=0)
+    inputs = (x, residual)
+    ours = torch.autograd.grad((found**2).sum(), inputs)
+    theirs = torch.autograd.grad((expected**2).sum(), inputs)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=0)
+
+
+def test_a_grouped_projection_refuses_what_it_cannot_do():
+    x, weights = randoms((6, 16), (2, 16, 16))
+    packed = torch.stack([kernels.pack(weight) for weight in weights])
+    with pytest.raises(RuntimeError, match="7 rows are not those of 2 members with 1"):
+        kernels.grouped_projection(torch.cat([x, x[:1]]), packed, None, 1)
+    with pytest.raises(RuntimeError, match="expected packed weights"):
+        kernels.grouped_projection(x, packed[0], None, 0)
+    out = kernels.grouped_projection(x, packed, None, 1)
+    with pytest.raises(RuntimeError, match="differentiate a committee once"):
+        torch.autograd.grad((out**2).sum(), x, create_graph=True)

@@ -1,79 +1,20 @@
 // The operators pet_finetune::projection and pack.
 
 #include <string>
-#include <unordered_map>
 
 #include "low_rank.h"
 #include "operator.h"
 #include "projection.h"
+#include "sweep.h"
 
 namespace pet {
 namespace {
 
 constexpr int64_t kNone = int64_t(Prologue::none);
 
-// How the rows of a sweep are dealt out: to parts that run beside each other, each in blocks that
-// stay in the caches. A function of the rows alone, so that sums do not depend on the threads.
-struct Rows {
-  int64_t rows, parts, block;
-
-  // `sums`: what each part has to add up besides, in numbers.
-  static Rows of(int64_t rows, int64_t sums) {
-    if (sums > 16384) {  // the gradient of a whole weight: adding up blocks and parts costs, too
-      const int64_t most =
-          std::max(std::min<int64_t>(rows / 32, 2), std::min<int64_t>(rows / 256, 8));
-      return {rows, std::max<int64_t>(most, 1), 128};
-    }
-    const int64_t block = rows <= 512 ? 16 : 32;
-    int64_t most = (rows + block - 1) / block;
-    if (sums > 0) most = std::min<int64_t>(most, 16);
-    return {rows, std::max<int64_t>(most, 1), block};
-  }
-
-  // body(part, first, last) for every block of every part.
-  template <typename F>
-  void for_each(F&& body) const {
-    at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t part = begin; part < end; ++part) {
-        const int64_t stop = border(part + 1);
-        for (int64_t i = border(part); i < stop; i += block)
-          body(part, i, std::min(stop, i + block));
-      }
-    });
-  }
-
- private:
-  // Where a part begins: at a whole tile of rows, so that none but the last is cut up.
-  int64_t border(int64_t part) const {
-    return std::min(rows, (rows * part / parts + kTileRows - 1) / kTileRows * kTileRows);
-  }
-};
-
-// So few rows that they are dealt out by columns.
-constexpr int64_t kFewRows = 16;
-
-// body(first, last) for pieces of the columns, whole panels each.
-template <typename T, typename F>
-void for_each_panel(int64_t columns, F&& body) {
-  constexpr int64_t wide = 2 * Simd<T>::width;
-  at::parallel_for(0, (columns + wide - 1) / wide, 2, [&](int64_t begin, int64_t end) {
-    body(begin * wide, std::min(columns, end * wide));
-  });
-}
-
 Tensor part_sums(bool needed, const Rows& rows, int64_t width, const Tensor& like) {
   if (!needed || width == 0) return Tensor();
   return at::zeros({rows.parts, width}, like.options());
-}
-
-// Memory of this thread for a task's blocks.
-template <typename T>
-T* thread_buffer(int64_t size) {
-  static thread_local std::vector<T> buffer;
-  if (int64_t(buffer.size()) < size + 16) buffer.resize(size + 16);
-  T* start = buffer.data();
-  while (reinterpret_cast<uintptr_t>(start) % kVectorBytes != 0) ++start;
-  return start;
 }
 
 // The weight [out, in] in panels for products with its transpose, then for products with itself.
@@ -383,18 +324,12 @@ Tensor projection(const Tensor& x, const Tensor& weight, const Tensor& packed,
                   const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
                   double eps, const std::optional<Tensor>& a, const std::optional<Tensor>& b,
                   double scaling, const std::optional<Tensor>& residual) {
-  static const std::unordered_map<std::string, Prologue> kinds = {
-      {"none", Prologue::none},
-      {"rms_norm", Prologue::rms_norm},
-      {"layer_norm", Prologue::layer_norm},
-      {"silu", Prologue::silu},
-      {"swiglu", Prologue::swiglu}};
   const Tensor empty = none(x);
   const auto given = [&](const std::optional<Tensor>& t) { return t.has_value() ? *t : empty; };
   const Tensor a_ = a.has_value() ? a->contiguous() : empty;
   const Tensor b_ = b.has_value() ? b->contiguous() : empty;
   const Layer layer{packed,  given(bias), given(norm_weight), given(norm_bias), a_,
-                    b_,      int64_t(kinds.at(prologue)), eps, scaling};
+                    b_,      int64_t(prologue_of(prologue)), eps, scaling};
   check_projection(x, weight, layer, given(residual));
   return Project::apply(x.contiguous(), weight, layer.bias, layer.norm_weight,
                            layer.norm_bias, a_, b_, given(residual).contiguous(), layer);

@@ -9,6 +9,8 @@
 // into panels once (see Panels), which lets a register tile run at the processor's speed.
 #pragma once
 
+#include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "product.h"
@@ -17,6 +19,16 @@
 namespace pet {
 
 enum class Prologue : int64_t { none = 0, rms_norm = 1, layer_norm = 2, silu = 3, swiglu = 4 };
+
+inline Prologue prologue_of(const std::string& name) {
+  static const std::unordered_map<std::string, Prologue> kinds = {
+      {"none", Prologue::none},
+      {"rms_norm", Prologue::rms_norm},
+      {"layer_norm", Prologue::layer_norm},
+      {"silu", Prologue::silu},
+      {"swiglu", Prologue::swiglu}};
+  return kinds.at(name);
+}
 
 // Panels of two vectors of columns (the last may be one), each [K, columns] in one piece.
 template <typename T>
