@@ -18,6 +18,8 @@ from pet_finetune.nn.attention import Attention
 from pet_finetune.nn.block import Block
 from pet_finetune.nn.grouped import GroupedLinear, Rows
 
+from .inject import replace_module
+
 
 @dataclass(frozen=True)
 class Member:
@@ -101,9 +103,7 @@ def join(first: Potential, members: Sequence[Member], paths: Sequence[str], rows
         if layer.bias is not None:
             biases = torch.stack([m.weights.get(f"{path}.bias", layer.bias) for m in members])
         grouped = GroupedLinear(weights, biases, rows if layer in of_all_tokens else None)
-        parent_path, _, name = path.rpartition(".")
-        # Lists and dictionaries of modules keep theirs under their names as any module does.
-        first.network.get_submodule(parent_path)._modules[name] = grouped
+        replace_module(first.network, path, grouped)
     baselines = torch.stack([member.composition for member in members])
     first.composition = _Baselines(first.species, baselines)
     first.scale = _Scales(torch.stack([member.scale for member in members]), rows)
