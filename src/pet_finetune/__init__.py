@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pet_finetune.calculator import PETCalculator
-    from pet_finetune.checkpoint import load_checkpoint
+    from pet_finetune.checkpoint import load, load_checkpoint
 
 __version__ = "0.1.0"
 
-__all__ = ["PETCalculator", "__version__", "load_checkpoint"]
+__all__ = ["PETCalculator", "__version__", "load", "load_checkpoint"]
 
 _HOMES = {
     "PETCalculator": "pet_finetune.calculator",
+    "load": "pet_finetune.checkpoint",
     "load_checkpoint": "pet_finetune.checkpoint",
 }
 

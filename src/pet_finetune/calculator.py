@@ -15,15 +15,16 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from torch import Tensor
 
 from pet_finetune import kernels
+from pet_finetune.adapters import AdaptedPotential
 from pet_finetune.adapters.committee import Committee, CommitteePrediction
 from pet_finetune.adapters.committee_files import Adapters
-from pet_finetune.checkpoint import open_committee, open_potential
+from pet_finetune.checkpoint import open_adapted, open_committee
 from pet_finetune.data.batch import Batch
 from pet_finetune.data.computable import charge_and_spin, check_atoms
 from pet_finetune.data.neighbors import NeighborList, edge_vectors
 from pet_finetune.data.skin import SkinNeighbors
 from pet_finetune.device import choose_device
-from pet_finetune.errors import ConfigError, DataError
+from pet_finetune.errors import AdapterError, ConfigError, DataError
 from pet_finetune.model import Potential
 
 __all__ = ["PETCalculator"]
@@ -43,8 +44,10 @@ class PETCalculator(Calculator):
     Results are in eV, eV/Å and eV/Å³; ``energies`` divides the energy over atoms as the model
     happens to do, and only its sum has a meaning.
 
-    :param model: a checkpoint of pet-finetune or metatrain, or a potential, which is copied.
-    :param adapter: an adapter folder to put on top of it; merged into the weights.
+    :param model: a checkpoint of pet-finetune or metatrain, or a potential, with or without
+        adapters, which is copied.
+    :param adapter: an adapter folder to put on top of it; merged into the weights. Others can be
+        loaded beside it and switched to while the calculator is in use.
     :param adapters: several adapter folders, or the folder of a run with ``finetune.ensemble``:
         a committee. All properties are its mean, and there are those of
         :data:`COMMITTEE_PROPERTIES`.
@@ -65,7 +68,7 @@ class PETCalculator(Calculator):
 
     def __init__(
         self,
-        model: str | os.PathLike[str] | Potential,
+        model: str | os.PathLike[str] | Potential | AdaptedPotential,
         *,
         adapter: str | os.PathLike[str] | None = None,
         adapters: Adapters | None = None,
@@ -84,17 +87,21 @@ class PETCalculator(Calculator):
             raise ConfigError(
                 "adapter and adapters: give one of them, a single adapter or those of a committee."
             )
+        self._wanted_target = target
+        self._adapted: AdaptedPotential | None = None
         potential: Potential | Committee
         if adapters is not None:
-            potential = open_committee(model, adapters)
-            self._target = potential.energy_target(target)
+            potential = open_committee(_plain(model), adapters)
             self.implemented_properties = [*self.implemented_properties, *COMMITTEE_PROPERTIES]
         else:
-            potential, adapter_target = open_potential(model, adapter)
-            self._target = potential.energy_target(target or adapter_target)
+            self._adapted = open_adapted(model, adapter)
+            potential = self._adapted.potential
         potential.to(device=self._device, dtype=floating)
         kernels.prepare(self._device)
+        if self._adapted is not None:
+            self._adapted.merge()
         self._model = potential.eval().requires_grad_(False)
+        self._target = self._choose_target()
         self._conditioned = potential.hypers.system_conditioning
         self._neighbors = SkinNeighbors(potential.cutoff, float(skin))
         self._latest: NeighborList | None = None
@@ -119,6 +126,51 @@ class PETCalculator(Calculator):
     def dtype(self) -> torch.dtype:
         """Floating type of the evaluation; sums of energies are float64 always."""
         return self._model.dtype
+
+    def load_adapter(self, directory: str | os.PathLike[str], name: str) -> None:
+        """Load an adapter folder beside those that are there; the first one is used at once.
+
+        :raises AdapterError: it cannot be read, belongs to another base, or the name is taken.
+        """
+        self._switchable().load_adapter(os.fspath(directory), name)
+        self._switched()
+
+    def set_adapter(self, name: str) -> None:
+        """Use another adapter from now on, in a running simulation too.
+
+        The base is not read again, and nothing of the last adapter is left.
+
+        :raises AdapterError: no adapter of this name was loaded.
+        """
+        self._switchable().set_adapter(name)
+        self._switched()
+
+    def disable_adapters(self) -> None:
+        """Compute with the base alone from now on."""
+        self._switchable().disable_adapters()
+        self._switched()
+
+    @property
+    def active_adapter(self) -> str | None:
+        """The name of the adapter in use; None without one, and for a committee."""
+        return None if self._adapted is None else self._adapted.active_adapter
+
+    def _switchable(self) -> AdaptedPotential:
+        if self._adapted is None:
+            raise AdapterError(
+                "This calculator is a committee, whose members are chosen when it is made. Make "
+                "another one with `adapter`."
+            )
+        return self._adapted
+
+    def _switched(self) -> None:
+        """What was computed is of another model."""
+        self.reset()
+        self._target = self._choose_target()
+
+    def _choose_target(self) -> str:
+        of_adapter = None if self._adapted is None else self._adapted.target
+        return self._model.energy_target(self._wanted_target or of_adapter)
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """What changed since the last calculation; counts charge and spin where they matter."""
@@ -209,13 +261,26 @@ class PETCalculator(Calculator):
         state["_neighbors"] = SkinNeighbors(self._neighbors.cutoff, self._neighbors.skin)
         state["_latest"] = state["_pairs"] = None
         if self._device.type != "cpu":
-            state["_model"] = copy.deepcopy(self._model).to("cpu")
+            memo: dict[int, Any] = {}
+            state["_model"] = copy.deepcopy(self._model, memo).to("cpu")
+            state["_adapted"] = copy.deepcopy(self._adapted, memo)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._device = choose_device(self._wanted_device)
         self._model.to(self._device)
+
+
+def _plain(
+    model: str | os.PathLike[str] | Potential | AdaptedPotential,
+) -> str | os.PathLike[str] | Potential:
+    if isinstance(model, AdaptedPotential):
+        raise ConfigError(
+            "adapters: a committee is made of a base and adapter folders; this model has adapters "
+            "of its own. Give its checkpoint instead."
+        )
+    return model
 
 
 def _of_committee(prediction: CommitteePrediction) -> dict[str, Any]:

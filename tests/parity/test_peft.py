@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from models import METHODS, all_structures, random_potential, trained_adapter
-from pet_finetune.adapters import AdapterConfig, inject, load_adapter, save_adapter
+from pet_finetune.adapters import (
+    AdaptedPotential,
+    AdapterConfig,
+    inject,
+    load_adapter,
+    save_adapter,
+)
 from pet_finetune.adapters.config import DEFAULT_TARGETS
 from pet_finetune.adapters.inject import adapter_state
 from pet_finetune.adapters.lora import is_adapter_tensor
@@ -256,3 +262,27 @@ def test_other_methods_of_peft_are_refused(base: Potential, tmp_path: Path):
     peft.get_peft_model(copy.deepcopy(base.network), config).save_pretrained(tmp_path / "adapter")
     with pytest.raises(AdapterError, match="IA3 adapter, not a LoRA"):
         load_adapter(copy.deepcopy(base), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("combination", ["cat", "linear", "svd"])
+@pytest.mark.parametrize("weights", [(0.5, 0.5), (0.9, -0.4)], ids=str)
+def test_blends_are_pefts(
+    base: Potential, batch: Batch, combination: str, weights: tuple[float, float], tmp_path: Path
+):
+    """peft blends the factors alone (hence no heads here), with weights in single precision."""
+    folders = []
+    for seed in (1, 2):
+        one = trained_adapter(copy.deepcopy(base), seed=seed, modules_to_save=[])
+        folders.append(save_adapter(one, tmp_path / f"a{seed}", "base.ckpt"))
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base.network), folders[0], "a1")
+    theirs.load_adapter(folders[1], "a2")
+    theirs.add_weighted_adapter(["a1", "a2"], list(weights), "mix", combination_type=combination)
+    theirs.set_adapter("mix")
+    ours = AdaptedPotential(copy.deepcopy(base))
+    for folder in folders:
+        ours.load_adapter(folder, name=folder.name)
+    ours.add_weighted_adapter(dict(zip(("a1", "a2"), weights, strict=True)), "mix", combination)
+    ours.set_adapter("mix")
+    found = outputs(ours.potential.network, batch)
+    assert deviation(found, outputs(theirs, batch)) < 1e-6
+    assert (found - outputs(base.network, batch)).abs().max() > 1e-3

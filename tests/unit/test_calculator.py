@@ -346,3 +346,33 @@ def test_precision_can_be_chosen(dtype, model: Potential):
 def test_wrong_arguments_are_refused(options, message, model: Potential):
     with pytest.raises(ConfigError, match=message):
         PETCalculator(model, **options)
+
+
+def test_adapters_are_switched_in_a_running_simulation(model: Potential, tmp_path):
+    """Each step is what a calculator made for its adapter alone would have done."""
+    tuned = {
+        name: trained_adapter(copy.deepcopy(model), seed=seed, **config)
+        for seed, (name, config) in enumerate({"lora": {}, "dora": {"use_dora": True}}.items())
+    }
+    calc = PETCalculator(model, device="cpu")
+    for name, one in tuned.items():
+        calc.load_adapter(save_adapter(one, tmp_path / name), name)
+    assert calc.active_adapter == "lora"
+    atoms = ethanol()
+    atoms.calc = calc
+    heat(atoms, 300.0)
+    dynamics = VelocityVerlet(atoms, 0.5 * units.fs)
+    for name in ("dora", "lora", "dora", None):
+        if name is None:
+            calc.disable_adapters()
+        else:
+            calc.set_adapter(name)
+        dynamics.run(2)
+        alone = PETCalculator(tuned.get(name, model), device="cpu")
+        assert np.array_equal(atoms.get_forces(), alone.get_forces(atoms))
+    with pytest.raises(AdapterError, match=r"no adapter 'doar'\. Did you mean 'dora'"):
+        calc.set_adapter("doar")
+    again = pickle.loads(pickle.dumps(calc))
+    again.set_adapter("lora")
+    expected = PETCalculator(tuned["lora"], device="cpu").get_forces(atoms)
+    assert np.array_equal(again.get_forces(atoms), expected)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from .adapted import AdaptedPotential
 from .adapter import Adapter, capture, install
+from .combine import combine
 from .committee import Committee
 from .committee_files import load_committee
 from .config import AdapterConfig
@@ -13,6 +15,7 @@ from .merge import adapters_disabled, merge, merged_copy, unmerge
 from .trainable import TrainableReport, freeze, trainable_report
 
 __all__ = [
+    "AdaptedPotential",
     "Adapter",
     "AdapterConfig",
     "Committee",
@@ -21,6 +24,7 @@ __all__ = [
     "active_adapter",
     "adapters_disabled",
     "capture",
+    "combine",
     "eject",
     "freeze",
     "inject",

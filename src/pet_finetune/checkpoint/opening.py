@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pet_finetune.adapters import active_adapter, load_adapter, merged_copy
+from pet_finetune.adapters import AdaptedPotential, active_adapter, load_adapter, merged_copy
 from pet_finetune.adapters.committee import Committee
 from pet_finetune.adapters.committee_files import Adapters, load_committee
 from pet_finetune.checkpoint.archive import TorchArchive
@@ -19,7 +19,14 @@ from pet_finetune.errors import CheckpointError
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 
-__all__ = ["Checkpoint", "load_checkpoint", "open_committee", "open_potential"]
+__all__ = [
+    "Checkpoint",
+    "load",
+    "load_checkpoint",
+    "open_adapted",
+    "open_committee",
+    "open_potential",
+]
 
 _log = get_logger(__name__)
 
@@ -69,6 +76,40 @@ def load_checkpoint(path: str | os.PathLike[str], *, keep_adapter: bool = False)
         raise CheckpointError(f"{path}: {_what_it_is(content)}")
     native = read_native(path, keep_adapter)
     return Checkpoint(native.model, "pet-finetune", native.provenance, native.training, path)
+
+
+def load(path: str | os.PathLike[str]) -> AdaptedPotential:
+    """Open a checkpoint as a base that adapters can be loaded onto.
+
+    >>> model = load("foundation.ckpt")  # doctest: +SKIP
+    >>> model.load_adapter("water_revpbe0/", name="water")  # doctest: +SKIP
+
+    :raises CheckpointError: as :func:`load_checkpoint`.
+    """
+    return AdaptedPotential(load_checkpoint(path).model)
+
+
+def open_adapted(
+    model: str | os.PathLike[str] | Potential | AdaptedPotential,
+    adapter: str | os.PathLike[str] | None = None,
+) -> AdaptedPotential:
+    """A base with its adapters, to predict with.
+
+    :param model: a checkpoint, or a potential with or without adapters, which is copied.
+    :param adapter: an adapter folder, put on as ``default``.
+    :raises CheckpointError: as :func:`load_checkpoint`.
+    :raises AdapterError: the adapter cannot be read or belongs to another base.
+    """
+    if isinstance(model, AdaptedPotential):
+        adapted = copy.deepcopy(model)
+    elif isinstance(model, Potential):
+        adapted = AdaptedPotential(copy.deepcopy(model))
+    else:
+        adapted = load(model)
+    if adapter is not None:
+        adapted.load_adapter(os.fspath(adapter), name="default")
+        adapted.set_adapter("default")
+    return adapted
 
 
 def open_potential(

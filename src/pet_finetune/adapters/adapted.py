@@ -1,0 +1,219 @@
+"""A foundation with its adapters: loaded once each, switched, blended, merged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from pet_finetune.data.batch import Batch
+from pet_finetune.errors import AdapterError, did_you_mean
+from pet_finetune.model import Potential, Prediction
+from pet_finetune.model.fingerprint import weights_fingerprint
+
+from .adapter import Adapter, capture, check_base, install
+from .combine import combine
+from .files import read_adapter, write_adapter
+from .inject import active_adapter, eject
+from .merge import merge, unmerge
+
+
+class AdaptedPotential:
+    """A base and named adapters of it, one of which is active at a time.
+
+    Methods have the names and meanings of Hugging Face PEFT's models. Switching replaces the
+    adapted layers and leaves the base's tensors where they are.
+
+    Args:
+        base: a potential; what it carries already becomes the adapter ``default``. It is used, not
+            copied.
+
+    Attributes:
+        potential: the model as it is now, for everything that takes a
+            :class:`~pet_finetune.model.Potential`.
+    """
+
+    def __init__(self, base: Potential) -> None:
+        self.potential = base
+        self._adapters: dict[str, Adapter] = {}
+        self._active: str | None = None
+        self._enabled, self._merged = True, False
+        self._known_fingerprint: str | None = None
+        if active_adapter(base) is not None:
+            unmerge(base)
+            self._adapters["default"] = capture(base)
+            self._active = "default"
+            eject(base)
+        self._apply()
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        """All adapters by name."""
+        return dict(self._adapters)
+
+    @property
+    def active_adapter(self) -> str | None:
+        """The name of the adapter in use; None where there is none or it is disabled."""
+        return self._active if self._enabled else None
+
+    @property
+    def merged(self) -> bool:
+        """Whether the active adapter is part of the weights at the moment."""
+        return self._merged
+
+    @property
+    def target(self) -> str | None:
+        """What the active adapter predicts; None without one."""
+        name = self.active_adapter
+        return None if name is None else self._adapters[name].config.target or None
+
+    def load_adapter(self, directory: str | Path, name: str = "default") -> None:
+        """Read an adapter folder; the first one becomes active.
+
+        Raises:
+            AdapterError: it cannot be read, belongs to another base, does not fit, or the name is
+                taken; then everything is as it was.
+        """
+        self.add_adapter(read_adapter(directory), name)
+
+    def add_adapter(self, adapter: Adapter, name: str = "default") -> None:
+        """Take an adapter in; the first one becomes active.
+
+        Raises:
+            AdapterError: as :meth:`load_adapter`.
+        """
+        if name in self._adapters:
+            raise AdapterError(
+                f"There is an adapter '{name}' already. Choose another name, or delete it first."
+            )
+        check_base(adapter, self._fingerprint)
+        previous, first = self._active, not self._adapters
+        self._adapters[name] = adapter
+        try:  # put on once, which checks every tensor
+            self._active = name
+            self._apply()
+        except AdapterError:
+            del self._adapters[name]
+            self._active = previous
+            self._apply()
+            raise
+        if not first:
+            self._active = previous
+            self._apply()
+
+    def set_adapter(self, name: str) -> None:
+        """Use this adapter from now on; a merged model merges it too.
+
+        Raises:
+            AdapterError: there is none of this name.
+        """
+        self._named(name)
+        self._active, self._enabled = name, True
+        self._apply()
+
+    def disable_adapters(self) -> None:
+        """Be the base again, bit for bit."""
+        self._enabled = False
+        self._apply()
+
+    def enable_adapters(self) -> None:
+        """Undo :meth:`disable_adapters`."""
+        self._enabled = True
+        self._apply()
+
+    def merge(self) -> None:
+        """Put the active adapter into the weights; what is predicted stays the same."""
+        self._merged = True
+        merge(self.potential)
+
+    def unmerge(self) -> None:
+        """Undo :meth:`merge`."""
+        self._merged = False
+        unmerge(self.potential)
+
+    def add_weighted_adapter(
+        self,
+        weights: Mapping[str, float],
+        name: str,
+        combination: str = "cat",
+        rank: int | None = None,
+    ) -> None:
+        """Blend adapters into a new one, see :func:`~.combine.combine`; it is not yet active.
+
+        Raises:
+            AdapterError: as :func:`~.combine.combine` and :meth:`load_adapter`.
+        """
+        parts = [
+            (replace(self._named(adapter), name=adapter), weight)
+            for adapter, weight in weights.items()
+        ]
+        self._take_off()
+        try:
+            blended = combine(parts, combination, rank=rank, base=self.potential, name=name)
+        finally:
+            self._apply()
+        self.add_adapter(blended, name)
+
+    def delete_adapter(self, name: str) -> None:
+        """Forget an adapter; the active one leaves the base behind.
+
+        Raises:
+            AdapterError: there is none of this name.
+        """
+        self._named(name)
+        del self._adapters[name]
+        if self._active == name:
+            self._active = None
+        self._apply()
+
+    def save_adapter(self, name: str, directory: str | Path) -> Path:
+        """Write an adapter, a blended one say, into a folder.
+
+        Raises:
+            AdapterError: there is none of this name, or the folder cannot be written.
+        """
+        return write_adapter(self._named(name), directory)
+
+    def predict(
+        self, batch: Batch, target: str | None = None, *, forces: bool = True, stress: bool = False
+    ) -> Prediction:
+        """What the model says now, by default of the active adapter's target.
+
+        Args:
+            batch, forces, stress: as for :meth:`pet_finetune.model.Potential.predict`.
+            target: which energy.
+        """
+        chosen = self.potential.energy_target(target or self.target)
+        return self.potential.predict(batch, chosen, forces=forces, stress=stress)
+
+    @property
+    def _fingerprint(self) -> str:
+        """Of the base; taken when it is first needed, which is before anything is put on."""
+        if self._known_fingerprint is None:
+            self._known_fingerprint = weights_fingerprint(self.potential)
+        return self._known_fingerprint
+
+    def _named(self, name: str) -> Adapter:
+        if name not in self._adapters:
+            raise AdapterError(
+                f"There is no adapter '{name}'.{did_you_mean(name, self._adapters)} "
+                f"Loaded: {', '.join(self._adapters) or 'none'}."
+            )
+        return self._adapters[name]
+
+    def _take_off(self) -> None:
+        if active_adapter(self.potential) is not None:
+            eject(self.potential)
+
+    def _apply(self) -> None:
+        """Make the potential what the names and switches say."""
+        self._take_off()
+        name = self.active_adapter
+        if name is None:
+            return
+        device = self.potential.device
+        install(self.potential, self._adapters[name], self._fingerprint)
+        self.potential.to(device)
+        self.potential.eval().requires_grad_(False)
+        if self._merged:
+            merge(self.potential)
