@@ -32,7 +32,7 @@ class Adapter:
         inherited_from: the target whose heads it started from, if any.
         composition: baselines of the species, [n_species] float64, eV; None leaves the base's.
         scale: eV per unit of the network's output; None leaves the base's.
-        species: atomic numbers of ``composition``.
+        species: atomic numbers of ``composition``; those that the base lacks came with the adapter.
         name: what to call it in messages: its folder.
     """
 
@@ -110,8 +110,11 @@ def install(model: Potential, adapter: Adapter, fingerprint: str | None = None) 
     check_base(adapter, fingerprint)
     spec = adapter.target or next(iter(model.targets.values()))
     brought = spec.name not in model.targets
+    new_species = tuple(number for number in adapter.species if number not in model.species)
     if brought:
         model.add_target(spec, inherit_from=adapter.inherited_from)
+    # What they start with does not matter: the adapter holds their embeddings.
+    model.add_species(new_species, dict.fromkeys(new_species, model.species[0]))
     try:
         config = resolve(model.network, replace(adapter.config, target=spec.name))
         place(
@@ -120,6 +123,7 @@ def install(model: Potential, adapter: Adapter, fingerprint: str | None = None) 
             fingerprint=fingerprint,
             inherited_from=adapter.inherited_from,
             brought_target=brought,
+            brought_species=new_species,
         )
         _copy_tensors(model, config, adapter)
         if adapter.composition is not None:
@@ -129,8 +133,10 @@ def install(model: Potential, adapter: Adapter, fingerprint: str | None = None) 
     except BaseException:
         if active_adapter(model) is not None:
             eject(model)
-        elif brought:
-            model.remove_target(spec.name)
+        else:
+            model.remove_species(new_species)
+            if brought:
+                model.remove_target(spec.name)
         raise
     return config
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from pet_finetune.errors import AdapterError, did_you_mean
 from pet_finetune.model import Potential
+from pet_finetune.nn.embedding import ROWS
 
 from .adapter import Adapter, install
 from .inject import adapter_state, eject
@@ -122,6 +123,7 @@ def _check_together(parts: Weighted) -> None:
             ("base", first.fingerprint, adapter.fingerprint),
             ("target", first.config.target, adapter.config.target),
             ("scale", first.scale, adapter.scale),
+            ("list of elements", first.species, adapter.species),
         ):
             if one != other:
                 raise AdapterError(
@@ -156,8 +158,12 @@ def _layers(adapter: Adapter) -> list[str]:
 
 
 def _heads(adapter: Adapter) -> dict[str, Tensor]:
-    """What trained whole."""
-    return {n: t for n, t in adapter.tensors.items() if not is_adapter_tensor(n)}
+    """What trained whole, embeddings of new elements included."""
+    return {
+        n: t
+        for n, t in adapter.tensors.items()
+        if n.endswith(f".{ROWS}") or not is_adapter_tensor(n)
+    }
 
 
 def _factors(adapter: Adapter, path: str) -> tuple[Tensor, Tensor] | None:
@@ -207,6 +213,11 @@ def _whole_modules(parts: Weighted, base: Potential | None) -> dict[str, Tensor]
     """The weighted sum of what trained whole."""
     heads = [_heads(adapter) for adapter, _ in parts]
     left = 1.0 - sum(weight for _, weight in parts)
+    if abs(left) > _WHOLE and any(name.endswith(f".{ROWS}") for name in heads[0]):
+        raise AdapterError(
+            "The adapters bring elements that their base lacks, so there is nothing to add where "
+            "the weights do not sum to 1: choose weights that do."
+        )
     start = _at_the_base(parts[0][0], base)[0] if abs(left) > _WHOLE and heads[0] else {}
     return {
         name: sum(

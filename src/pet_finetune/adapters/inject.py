@@ -16,6 +16,7 @@ from .config import AdapterConfig, fitted
 from .dora import DoraLinear
 from .initial import STARTS
 from .lora import LoraLinear
+from .new_rows import drop_new_rows, train_new_rows
 from .trainable import freeze
 
 
@@ -30,6 +31,7 @@ class AdapterState:
         saved: the base's values of the parameters of ``modules_to_save``, by path.
         composition, scale: the base's baseline and scale of the target.
         brought_target: whether the target came with the adapter and is not the base's.
+        brought_species: elements that came with the adapter and that the base lacks.
     """
 
     config: AdapterConfig
@@ -39,6 +41,7 @@ class AdapterState:
     composition: Tensor
     scale: Tensor
     brought_target: bool = False
+    brought_species: tuple[int, ...] = ()
 
 
 def adapter_state(model: Potential) -> AdapterState:
@@ -61,6 +64,7 @@ def inject(
     fingerprint: str | None = None,
     inherited_from: str | None = None,
     brought_target: bool = False,
+    brought_species: Sequence[int] = (),
 ) -> AdapterConfig:
     """Put a fresh adapter into a model, in place, and freeze everything else.
 
@@ -72,6 +76,8 @@ def inject(
         fingerprint: of the base, where heads were added to it since; computed when left out.
         inherited_from: the target whose heads those of ``config.target`` were copied from.
         brought_target: the target is not the base's, and leaves with the adapter.
+        brought_species: elements that are not the base's. Their embeddings train, and they leave
+            with the adapter.
 
     Returns:
         The configuration with ``target_modules`` and ``modules_to_save`` as full paths.
@@ -92,6 +98,7 @@ def inject(
         fingerprint=fingerprint,
         inherited_from=inherited_from,
         brought_target=brought_target,
+        brought_species=brought_species,
     )
     if resolved.init != "default":
         start = STARTS[resolved.init]
@@ -107,6 +114,7 @@ def place(
     fingerprint: str,
     inherited_from: str | None,
     brought_target: bool,
+    brought_species: Sequence[int] = (),
 ) -> list[LoraLinear]:
     """Adapt the layers of a resolved configuration; what goes into them is up to the caller.
 
@@ -119,6 +127,7 @@ def place(
         adapted.append(_adapted(model.network, path, config))
         replace_module(model.network, path, adapted[-1])
     freeze(model, train=[*(f"{path}.lora_" for path in layers), *(f"{path}." for path in saved)])
+    train_new_rows(model, brought_species)
     model.adapter = AdapterState(
         config=config,
         fingerprint=fingerprint,
@@ -127,6 +136,7 @@ def place(
         composition=model.composition.get(config.target).clone(),
         scale=model.scale.get(config.target).clone(),
         brought_target=brought_target,
+        brought_species=tuple(brought_species),
     )
     return adapted
 
@@ -176,10 +186,13 @@ def eject(model: Potential) -> None:
         replace_module(model.network, path, layer.base_linear().train(layer.training))
     for name, value in state.saved.items():
         model.network.get_parameter(name).copy_(value)
+    drop_new_rows(model)
     if state.brought_target:
         model.remove_target(target)
     else:
         model.composition.set(target, state.composition)
         model.scale.set(target, state.scale)
     model.adapter = None
+    if state.brought_species:
+        model.remove_species(state.brought_species)
     model.requires_grad_(False)

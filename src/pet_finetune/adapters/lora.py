@@ -8,14 +8,15 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from pet_finetune.nn.embedding import ROWS
 from pet_finetune.nn.projection import Adapted, LowRankUpdate
 
-#: Endings of the names of all tensors that adapted layers add to a network.
-_OWN = (".lora_A", ".lora_B", ".lora_magnitude_vector", ".start_A", ".start_B")
+#: Endings of the names of all tensors that adapted layers and tables add to a network.
+_OWN = (".lora_A", ".lora_B", ".lora_magnitude_vector", ".start_A", ".start_B", f".{ROWS}")
 
 
 def is_adapter_tensor(name: str) -> bool:
-    """Whether a name in a network's state dict is one that an adapted layer added."""
+    """Whether a name in a network's state dict is one that an adapter added."""
     return name.endswith(_OWN)
 
 

@@ -13,6 +13,7 @@ from pet_finetune.model import Potential
 
 from .inject import adapter_state, replace_module
 from .lora import LoraLinear
+from .new_rows import merge_new_rows
 
 
 def lora_layers(model: Potential) -> Iterator[tuple[str, LoraLinear]]:
@@ -75,4 +76,4 @@ def merged_copy(model: Potential) -> Potential:
     plain.adapter = None
     for path, layer in list(lora_layers(plain)):
         replace_module(plain.network, path, layer.to_linear())
-    return plain
+    return merge_new_rows(plain)

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from pet_finetune.model import Potential
-from pet_finetune.nn.embedding import GrownEmbedding
+from pet_finetune.nn.embedding import ROWS, GrownEmbedding
 
-#: The name of the trained rows, behind the path of their table.
-ROWS = "new_rows"
+__all__ = ["ROWS", "drop_new_rows", "grown_tables", "merge_new_rows", "train_new_rows"]
 
 
 def grown_tables(model: Potential) -> Iterator[tuple[str, GrownEmbedding]]:
@@ -23,6 +22,8 @@ def grown_tables(model: Potential) -> Iterator[tuple[str, GrownEmbedding]]:
 def train_new_rows(model: Potential, species: Sequence[int]) -> None:
     """Let the embeddings of some species train and keep those of all others, in place.
 
+    Tables that train whole are left as they are.
+
     Args:
         model: knows the species (:meth:`~pet_finetune.model.Potential.add_species`).
         species: atomic numbers; with none of them, nothing happens.
@@ -32,7 +33,14 @@ def train_new_rows(model: Potential, species: Sequence[int]) -> None:
         return
     for path, table in model.network.species_embeddings().items():
         assert isinstance(table, nn.Embedding), f"{path} trains rows of its own already"
-        model.network.set_submodule(path, GrownEmbedding(table, rows).train(table.training))
+        if not table.weight.requires_grad:
+            model.network.set_submodule(path, GrownEmbedding(table, rows).train(table.training))
+
+
+def drop_new_rows(model: Potential) -> None:
+    """Give tables back as they were before their rows trained, in place."""
+    for path, table in list(grown_tables(model)):
+        model.network.set_submodule(path, table.base_embedding())
 
 
 def merge_new_rows(model: Potential) -> Potential:

@@ -89,7 +89,7 @@ def save_checkpoint(
         adapter = _adapter_content(model)
     elif model.adapter is not None:
         model = merged_copy(model)
-    if any(grown_tables(model)):
+    if not keep_adapter and any(grown_tables(model)):
         model = merge_new_rows(copy.deepcopy(model))
     network = model.network.state_dict()
 
@@ -178,6 +178,7 @@ def _adapter_content(model: Potential) -> dict[str, Any]:
         "composition": _stored(state.composition),
         "scale": _stored(state.scale),
         "brought_target": state.brought_target,
+        "brought_species": list(state.brought_species),
     }
 
 
@@ -192,6 +193,7 @@ def _restore_adapter(model: Potential, content: Mapping[str, Any]) -> None:
         fingerprint=content["fingerprint"],
         inherited_from=content["inherited_from"],
         brought_target=content.get("brought_target", False),
+        brought_species=content.get("brought_species", ()),
     )
     room = model.network.state_dict()
     for name, value in content["tensors"].items():

@@ -157,18 +157,36 @@ class Potential(nn.Module):
         if known or lacking:
             what = f"has the species {known} already" if known else f"lacks the species {lacking}"
             raise PetFinetuneError(f"The model {what}; its species are {self.species}.")
+        self._set_species(sorted((*self.species, *new)), like)
+        return new
+
+    def remove_species(self, numbers: Iterable[int]) -> None:
+        """Forget elements: the opposite of :meth:`add_species`.
+
+        Raises:
+            PetFinetuneError: the model does not know one, or would know none.
+        """
+        gone = set(numbers)
+        left = [number for number in self.species if number not in gone]
+        if not gone <= set(self.species) or not left:
+            raise PetFinetuneError(f"Of the species {self.species}, {sorted(gone)} cannot go.")
+        self._set_species(left, {})
+
+    def _set_species(self, species: Sequence[int], like: Mapping[int, int]) -> None:
+        """Know other species: those known today keep what belongs to them."""
+        if tuple(species) == self.species:
+            return
         rows = {number: row for row, number in enumerate(self.species)}
-        species = tuple(sorted((*self.species, *new)))
         sources = [rows.get(number, rows.get(like.get(number, 0))) for number in species]
         self.network.rearrange_species(species, sources)
         self.composition.rearrange_species(species, sources)
         if self.zbl is not None:
             radii = covalent_radii(species).to(self.zbl.covalent_radii)
-            kept = [index for index, number in enumerate(species) if number in rows]
-            radii[kept] = self.zbl.covalent_radii
+            for index, number in enumerate(species):
+                if number in rows:
+                    radii[index] = self.zbl.covalent_radii[rows[number]]
             self.zbl = ZBL(species, radii.cpu()).to(radii)
-        self.species = species
-        return new
+        self.species = tuple(species)
 
     def target(self, name: str) -> TargetSpec:
         """The description of a target; an unknown name is an error that lists the known ones."""

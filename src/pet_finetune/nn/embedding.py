@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+#: The name of the trained rows, behind the path of their table.
+ROWS = "new_rows"
+
 
 class GrownEmbedding(nn.Module):
     """A frozen table with rows of its own for some of its entries.
@@ -38,6 +41,14 @@ class GrownEmbedding(nn.Module):
         """[n] indices to [n, width]."""
         return nn.functional.embedding(entries, self.table())
 
+    def base_embedding(self) -> nn.Embedding:
+        """The table as it was before its rows trained, with the very same parameter."""
+        base = nn.Embedding.from_pretrained(self.weight)
+        base.weight = self.weight
+        return base.train(self.training)
+
     def to_embedding(self) -> nn.Embedding:
         """A plain table with the rows written into it."""
-        return nn.Embedding.from_pretrained(self.table().detach().clone(), freeze=False)
+        return nn.Embedding.from_pretrained(self.table().detach().clone(), freeze=False).train(
+            self.training
+        )

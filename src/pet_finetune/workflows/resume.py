@@ -90,10 +90,11 @@ class SavedRun:
     def start(self) -> Start:
         """The model with the same parameters training as before."""
         trained, state = self.trainer["trained"], self.state
-        if any(name.endswith(f".{ROWS}") for name in trained):
-            train_new_rows(self.model, state.new_species)
         for name, parameter in self.model.network.named_parameters():
             parameter.requires_grad_(name in trained)
+        rows_train = any(name.endswith(f".{ROWS}") for name in trained)
+        if rows_train and self.model.adapter is None:  # an adapter brings its own
+            train_new_rows(self.model, state.new_species)
         return Start(self.model, state.name, state.fingerprint, {}, (), state.inherited)
 
 
@@ -141,7 +142,7 @@ def take_files(run: SavedRun, files: RunFiles) -> None:
 
 def _compare_options(options: Options, before: Mapping[str, Any], middle: bool) -> None:
     """Warn of options that differ from those the run had until now."""
-    for name, now, then in _changes(options, before):
+    for name, now, then in changed_options(options, before):
         if middle and name.rpartition(".")[2] in _BATCHES:
             raise TrainingError(
                 f"--restart: {name} is {now}, but the run stopped within an epoch whose batches "
@@ -150,7 +151,7 @@ def _compare_options(options: Options, before: Mapping[str, Any], middle: bool) 
         _logger.warning("--restart: %s is %s; until now the run had %s", name, now, then)
 
 
-def _changes(options: Options, before: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+def changed_options(options: Options, before: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """Name, value now and value then of each option whose change is felt."""
     now = options.resolved()
     if "base_precision" in before and now["base_precision"] != before["base_precision"]:

@@ -164,8 +164,6 @@ def choose_trainable(start: Start, options: Options) -> None:
     if method == "full":
         freeze(model, train=None)
         return
-    if start.new_species:
-        raise ConfigError("finetune.new_elements: not with method lora yet. Use full or heads.")
     if len(targets) > 1:
         raise ConfigError("finetune.method lora: an adapter is for one target; found "
                           f"{', '.join(targets)}. Use method full.")  # fmt: skip
@@ -179,6 +177,7 @@ def choose_trainable(start: Start, options: Options) -> None:
         fingerprint=start.fingerprint,
         inherited_from=start.inherited.get(targets[0]),
         brought_target=targets[0] in {*start.fresh, *start.inherited},
+        brought_species=tuple(start.new_species),
     )
 
 
