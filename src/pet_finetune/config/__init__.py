@@ -22,12 +22,14 @@ from pet_finetune.config.load import LoadedOptions, load_options, parse_options
 from pet_finetune.config.loss import LossTerm, LossType, TargetLoss
 from pet_finetune.config.model import LongRangeOptions, ModelOptions
 from pet_finetune.config.options import ArchitectureOptions, Options
+from pet_finetune.config.recipes import LabelNoise, LossStage, WeightMean, first_epoch
 from pet_finetune.config.training import (
     BaselineOptions,
     BestModelMetric,
     EarlyStopping,
     TrainingOptions,
 )
+from pet_finetune.config.unfreeze import Unfreeze
 
 __all__ = [
     "DEFAULT_TARGET_MODULES",
@@ -42,9 +44,11 @@ __all__ = [
     "FinetuneOptions",
     "GradientOptions",
     "IndexedSet",
+    "LabelNoise",
     "LegacyStart",
     "LongRangeOptions",
     "LoadedOptions",
+    "LossStage",
     "LossTerm",
     "LossType",
     "ModelOptions",
@@ -54,6 +58,9 @@ __all__ = [
     "TargetLoss",
     "TargetOptions",
     "TrainingOptions",
+    "Unfreeze",
+    "WeightMean",
+    "first_epoch",
     "load_options",
     "parse_options",
 ]

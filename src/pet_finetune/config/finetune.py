@@ -20,6 +20,7 @@ from pet_finetune.config.base import (
     integer,
     real_number,
 )
+from pet_finetune.config.unfreeze import Unfreeze
 from pet_finetune.elements import atomic_number, symbol_of
 from pet_finetune.errors import did_you_mean
 
@@ -66,6 +67,11 @@ AlphaPattern = Annotated[
     dict[str, float], Expects("{layer: positive number}", _pattern(real_number(above=0.0)))
 ]
 
+#: How much slower each part learns than the one above it.
+LayerDecay = Annotated[
+    float, Expects("a number above 0, at most 1", real_number(above=0.0, below=1.0 + 1e-12))
+]
+
 
 class FinetuneConfig(Section):
     """Settings of the method; which keys may be given depends on ``finetune.method``.
@@ -85,6 +91,11 @@ class FinetuneConfig(Section):
     dropout: Fraction = Field(
         default=0.0,
         description="Dropout in front of the update while training (`lora_dropout` in PEFT).",
+    )
+    loraplus_lr_ratio: PositiveFloat = Field(
+        default=1.0,
+        description="LoRA+ (arXiv:2402.12354): the factors B learn this many times faster than "
+        "the factors A.",
     )
     target_modules: TextList = Field(
         default=DEFAULT_TARGET_MODULES,
@@ -130,6 +141,11 @@ class FinetuneConfig(Section):
         description="Method `heads`: name prefixes of the last layers to train. "
         "Null: those of the trained targets.",
     )
+    layer_decay: LayerDecay = Field(
+        default=1.0,
+        description="Method `full`: factor on the learning rate for each part further from the "
+        "heads: the GNN layers from the last to the first, then the embeddings.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -147,11 +163,11 @@ METHOD_KEYS: dict[FinetuneMethod, frozenset[str]] = {
     "lora": frozenset(
         {
             "rank", "alpha", "dropout", "target_modules", "modules_to_save", "use_rslora",
-            "use_dora", "init", "rank_pattern", "alpha_pattern",
+            "use_dora", "init", "rank_pattern", "alpha_pattern", "loraplus_lr_ratio",
         }
     ),
     "heads": frozenset({"head_modules", "last_layer_modules"}),
-    "full": frozenset(),
+    "full": frozenset({"layer_decay"}),
 }  # fmt: skip
 
 
@@ -217,6 +233,11 @@ class FinetuneOptions(Section):
     )
     inherit_heads: dict[Text, Text] = Field(
         default={}, description="New target: existing target whose head it starts from."
+    )
+    unfreeze: Unfreeze | None = Field(
+        default=None,
+        description="Method `full`: train the heads first and deeper parts later. Null trains "
+        "everything from the start.",
     )
     legacy_start: LegacyStart | None = Field(
         default=None, description="Start from the three files of the first PET code instead."

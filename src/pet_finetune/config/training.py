@@ -24,6 +24,7 @@ from pet_finetune.config.base import (
 )
 from pet_finetune.config.finetune import FinetuneOptions
 from pet_finetune.config.loss import LossOptions, LossTerm, TargetLoss
+from pet_finetune.config.recipes import LabelNoise, LossSchedule, MixedPrecision, WeightMean
 
 __all__ = [
     "BaselineOptions",
@@ -130,6 +131,11 @@ class TrainingOptions(Section):
     """The training run. Defaults that differ from metatrain's say so."""
 
     batch_size: PositiveInt = Field(default=16, description="Structures in a batch.")
+    gradient_accumulation_steps: PositiveInt = Field(
+        default=1,
+        description="Batches whose mean gradient makes one update; the last update of an epoch "
+        "takes what is left.",
+    )
     max_atoms_per_batch: PositiveInt | None = Field(
         default=None,
         description="Fill batches up to this many atoms instead of counting structures.",
@@ -163,6 +169,11 @@ class TrainingOptions(Section):
         description="Decay of an exponential moving average of the weights, which is then "
         "validated and saved, e.g. 0.999. Null is off.",
     )
+    swa: WeightMean | None = Field(
+        default=None,
+        description="Mean of the weights after each step of the last part of the run, which is "
+        "then validated and saved. Null is off.",
+    )
     early_stopping: EarlyStopping | None = Field(
         default=None, description="Stop when the metric no longer improves. Null is off."
     )
@@ -170,6 +181,14 @@ class TrainingOptions(Section):
         default="mse",
         description="One of mse, mae, huber, and then the energy per atom weighs 10, forces and "
         "stress 1; or a section for each target, in which weights left out are 1.",
+    )
+    loss_schedule: LossSchedule = Field(
+        default=(),
+        description="Stages of the run with other weights in the loss, for instance a larger one "
+        "of the energy at the end. The metric `loss` has the weights of the last stage throughout.",
+    )
+    label_noise: LabelNoise = Field(
+        default=LabelNoise(), description="Gaussian noise on the training labels."
     )
     per_structure_targets: TextList = Field(
         default=(),
@@ -198,6 +217,11 @@ class TrainingOptions(Section):
     fixed_scaling_weights: FixedScales = Field(
         default={},
         description="Given scale by target, in the target's unit, instead of the spread.",
+    )
+    precision: MixedPrecision | None = Field(
+        default=None,
+        description="`bf16-mixed`: matrix products of training in bfloat16, for GPUs; weights, "
+        "validation and the saved model stay float32. Null is `base_precision` throughout.",
     )
     log_interval: PositiveInt = Field(default=1, description="Epochs between two log lines.")
     checkpoint_interval: PositiveInt = Field(

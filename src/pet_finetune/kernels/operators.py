@@ -11,8 +11,17 @@ _FLOATS = (torch.float32, torch.float64)
 
 
 def usable(rows: Tensor) -> bool:
-    """Whether a tensor can go through the kernels: [n, d] floats on the CPU, library loaded."""
-    return active() and rows.dim() == 2 and rows.device.type == "cpu" and rows.dtype in _FLOATS
+    """Whether a tensor can go through the kernels: [n, d] floats on the CPU, library loaded.
+
+    Within torch's autocast it cannot: whoever opens it wants the products in fewer digits.
+    """
+    return (
+        active()
+        and rows.dim() == 2
+        and rows.device.type == "cpu"
+        and rows.dtype in _FLOATS
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def attention(qkv: Tensor, key_bias: Tensor, starts: Tensor, heads: int, scale: float) -> Tensor:

@@ -35,7 +35,8 @@ class RMSNorm(nn.RMSNorm, Prologue):
         """[..., d] to [..., d]."""
         if kernels.usable(x):
             return kernels.rms_norm(x, self.weight, self.settings(x.dtype)["eps"])
-        return super().forward(x)
+        # Torch's autocast knows LayerNorm as a thing to compute in float32, but not this one.
+        return super().forward(x.to(self.weight.dtype))
 
 
 class LayerNorm(nn.LayerNorm, Prologue):

@@ -8,12 +8,12 @@ energies and forces. Labels that a structure lacks are left out of the mean.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from pet_finetune.config import LossTerm, TargetLoss
+from pet_finetune.config import LossStage, LossTerm, TargetLoss
 from pet_finetune.data.batch import Batch
 from pet_finetune.keys import forces_key, stress_key
 from pet_finetune.model import Prediction
@@ -38,6 +38,18 @@ class Objective:
     stress: bool
     scale: float
     per_atom: bool = True
+
+    def at(self, stage: LossStage | None) -> Objective:
+        """The objective in a stage of the run, whose factors multiply the weights."""
+        if stage is None:
+            return self
+        forces, stress = self.loss.forces_term(), self.loss.stress_term()
+        weights = {
+            "weight": self.loss.weight * stage.energy,
+            "forces": forces.model_copy(update={"weight": forces.weight * stage.forces}),
+            "stress": stress.model_copy(update={"weight": stress.weight * stage.stress}),
+        }
+        return replace(self, loss=self.loss.model_copy(update=weights))
 
 
 def _values(errors: Tensor, term: LossTerm) -> Tensor:

@@ -183,6 +183,7 @@ class _Steps:
         self._trainer = trainer
         self._metrics = {name: Metrics(name) for name in trainer.objectives}
         self._batches = self._endless()
+        self._batches_of_step = trainer.options.gradient_accumulation_steps
         self._device = trainer.model.device
 
     def _endless(self) -> Iterator[Batch]:
@@ -196,15 +197,19 @@ class _Steps:
 
     def take(self, count: int) -> list[_Step]:
         """Take some steps; the learning rate stays that of the run's next step."""
-        steps = []
-        for _ in range(count):
-            started = time.perf_counter()
-            batch = next(self._batches)
-            self._trainer.step(batch, self._metrics)
-            self.synchronize()
-            seconds = time.perf_counter() - started
-            steps.append(_Step(seconds, batch.num_structures, batch.num_atoms, batch.num_edges))
-        return steps
+        return [self._one() for _ in range(count)]
+
+    def _one(self) -> _Step:
+        started, sizes = time.perf_counter(), []
+
+        def counted(batch: Batch) -> Batch:
+            sizes.append((batch.num_structures, batch.num_atoms, batch.num_edges))
+            return batch
+
+        count = self._batches_of_step
+        self._trainer.step(map(counted, islice(self._batches, count)), count, self._metrics)
+        self.synchronize()
+        return _Step(time.perf_counter() - started, *map(sum, zip(*sizes, strict=True)))
 
 
 def check_steps(steps: int) -> None:
@@ -257,7 +262,7 @@ def profile_steps(trainer: Trainer, steps: int, trace: Path) -> TrainingProfile:
         edges=sum(step.edges for step in taken) / steps,
         memory=memory,
         operations=operations,
-        steps_per_epoch=trainer.training.num_batches(trainer.progress.epoch),
+        steps_per_epoch=trainer.num_steps(trainer.progress.epoch),
         validation_seconds=_validation_seconds(trainer, running),
     )
 

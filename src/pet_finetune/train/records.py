@@ -4,10 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from pet_finetune.model import Potential
 
 from .metrics import Metrics
+
+
+class StepResult(NamedTuple):
+    """What an update was made of.
+
+    Attributes:
+        losses: sums over its batches: the loss and, one by one, the extra losses that are part
+            of it.
+        batches, structures: how many.
+    """
+
+    losses: list[float]
+    batches: int
+    structures: int
 
 
 @dataclass

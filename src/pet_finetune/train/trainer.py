@@ -7,11 +7,10 @@ there is an average, then the best model is kept. All that the next step depends
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from typing import Any
 
 import torch
@@ -22,38 +21,26 @@ from pet_finetune.data.batch import Batch
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.prefetch import on_device
 from pet_finetune.errors import TrainingError
+from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 from pet_finetune.stages import each, stage
 
-from .ema import WeightAverage
+from .average import WeightAverage
 from .extra import ExtraLoss
+from .finite import check_and_clip
 from .interrupt import InterruptGuard
 from .loss import Objective, batch_loss
 from .metrics import Metrics, evaluate
-from .optimizer import make_optimizer
-from .records import Callbacks, EpochRecord, TrainingResult
-from .schedule import learning_rate_factor
+from .noise import add_label_noise
+from .optimizer import load_optimizer, make_optimizer, set_learning_rate
+from .precision import mixed, precision_errors
+from .records import Callbacks, EpochRecord, StepResult, TrainingResult
+from .schedule import averages_weights, loss_stage, rate_at
 from .selection import best_metric, check_metric
+from .state import Progress
+from .unfreeze import Unfreezing
 
-
-@dataclass
-class _Progress:
-    """Where a run stands; plain numbers, part of the saved state."""
-
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    # Of the epoch under way, for when it is interrupted.
-    loss_sum: float = 0.0
-    extra_sums: dict[str, float] = field(default_factory=dict)
-    structures: int = 0
-    seconds: float = 0.0
-    best_metric: float = math.inf
-    best_epoch: int = 0
-    # Patience: the metric last seen to improve by enough, and the epochs since.
-    reference: float = math.inf
-    waited: int = 0
-    epoch_metrics: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+_logger = get_logger(__name__)
 
 
 class Trainer:
@@ -93,10 +80,14 @@ class Trainer:
         self.callbacks = callbacks or Callbacks()
         self.extra_losses = tuple(extra_losses)
         self.parameters = {n: p for n, p in model.network.named_parameters() if p.requires_grad}
-        self.optimizer = make_optimizer(self.parameters, learning_rate, options.weight_decay)
-        self.average = WeightAverage(self.parameters, options.ema) if options.ema else None
-        self.progress = _Progress()
-        self.total_steps = sum(training.num_batches(e) for e in range(options.num_epochs))
+        self.optimizer = make_optimizer(model.network, self.parameters, options, learning_rate)
+        averages = options.ema is not None or options.swa is not None
+        self.average = WeightAverage(self.parameters, options.ema) if averages else None
+        self.unfreezing = Unfreezing(
+            model.network, self.parameters, options.finetune.unfreeze, options.num_epochs
+        )
+        self.progress = Progress()
+        self.total_steps = sum(self.num_steps(epoch) for epoch in range(options.num_epochs))
         if self.total_steps == 0:
             raise TrainingError(
                 f"min_atoms_per_batch ({options.min_atoms_per_batch}) leaves out every batch: "
@@ -110,18 +101,27 @@ class Trainer:
         Raises:
             TrainingError: the loss or its gradient is not a number.
         """
-        stopped_early = self._patience_ran_out()  # true when such a run is resumed
+        early = self.options.early_stopping
+        stopped_early = self.progress.patience_ran_out(early)  # when such a run is resumed
+        self._log_precision()
         with InterruptGuard() as guard:
             while self.progress.epoch < self.options.num_epochs and not stopped_early:
                 record = self._run_epoch(guard)
                 if record is None:
                     self.callbacks.save()
                     return self._result(finished=False, stopped_early=False)
-                stopped_early = self._patience_ran_out()
+                stopped_early = self.progress.patience_ran_out(early)
                 last = stopped_early or self.progress.epoch == self.options.num_epochs
                 if last or self.progress.epoch % self.options.checkpoint_interval == 0:
                     self.callbacks.save()
         return self._result(finished=True, stopped_early=stopped_early)
+
+    def _log_precision(self) -> None:
+        """Say what the first batch loses to fewer digits. Changes nothing of the run."""
+        precision = self.options.precision
+        if precision is not None:
+            batch = next(self.batches(0))
+            _logger.info("%s", precision_errors(self.model, batch, self.wanted, precision))
 
     def _result(self, finished: bool, stopped_early: bool) -> TrainingResult:
         p = self.progress
@@ -132,121 +132,136 @@ class Trainer:
         progress = self.progress
         started = time.perf_counter() - progress.seconds
         self.model.train()
-        metrics = {n: Metrics(n, progress.epoch_metrics.get(n)) for n in self.objectives}
+        metrics = progress.metrics(list(self.objectives))
         num_batches = self.training.num_batches(progress.epoch)
-        for batch in self.batches(progress.epoch, progress.batch):
-            loss, *extra = self.step(batch, metrics)
-            progress.loss_sum += loss
-            for term, value in zip(self.extra_losses, extra, strict=True):
-                sums = progress.extra_sums
-                sums[term.name] = sums.get(term.name, 0.0) + value
-            progress.batch += 1
-            progress.step += 1
-            progress.structures += batch.num_structures
+        batches = self.batches(progress.epoch, progress.batch)
+        while progress.batch < num_batches:
+            size = min(self.options.gradient_accumulation_steps, num_batches - progress.batch)
+            self._count(self.step(islice(batches, size), size, metrics))
             progress.seconds = time.perf_counter() - started
-            rate = progress.structures / max(progress.seconds, 1e-9)
             mean_loss = progress.loss_sum / progress.batch
+            rate = progress.structures_per_second
             self.callbacks.step(progress.batch, num_batches, mean_loss, metrics, rate)
             if guard.requested:
                 progress.epoch_metrics = {n: m.state() for n, m in metrics.items()}
                 return None
         return self._end_epoch(metrics, num_batches, started)
 
+    def _count(self, result: StepResult) -> None:
+        """Add an update to the progress."""
+        progress, (loss, *extra) = self.progress, result.losses
+        progress.loss_sum += loss
+        for term, value in zip(self.extra_losses, extra, strict=True):
+            progress.extra_sums[term.name] = progress.extra_sums.get(term.name, 0.0) + value
+        progress.batch += result.batches
+        progress.step += 1
+        progress.structures += result.structures
+
+    def num_steps(self, epoch: int) -> int:
+        """Updates in an epoch."""
+        return -(-self.training.num_batches(epoch) // self.options.gradient_accumulation_steps)
+
     def batches(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, on the model's device and in its dtype."""
         made = self.training.epoch(epoch, start_batch=start_batch)
         return each("batch", on_device(made, self.model.device, self.model.dtype))
 
-    def step(self, batch: Batch, metrics: Mapping[str, Metrics]) -> list[float]:
-        """Forward, loss, backward, update.
+    def step(self, group: Iterable[Batch], size: int, metrics: Mapping[str, Metrics]) -> StepResult:
+        """One update of the weights, from the mean of the losses of some batches.
 
-        Returns:
-            The loss and, one by one, the extra losses that are part of it.
+        Args:
+            group: the batches; the gradient of one is taken before the next is asked for.
+            size: how many there are.
+            metrics: the errors are added to them.
 
         Raises:
             TrainingError: the loss or its gradient is not a number; nothing was updated.
         """
-        self._set_learning_rate()
+        progress, options = self.progress, self.options
+        place = (progress.epoch, progress.step, self.total_steps)
+        set_learning_rate(self.optimizer, rate_at(options, self.learning_rate, *place))
+        parameters = self.unfreezing.at(progress.epoch)
         self.optimizer.zero_grad(set_to_none=True)
-        with stage("energies"):  # the potential marks the derivatives within
+        losses, where, structures = [], [], 0
+        for index, batch in enumerate(group, progress.batch):
+            losses.append(self._add_gradient(batch, index, size, parameters, metrics))
+            where.append(batch.where)
+            structures += batch.num_structures
+        with stage("update"):
+            values = check_and_clip(
+                parameters, options.grad_clip_norm, torch.stack(losses), where,
+                progress.epoch, progress.batch,
+            )  # fmt: skip
+            self.optimizer.step()
+            if self.average is not None and self._averages():
+                self.average.update()
+        return StepResult(values, len(losses), structures)
+
+    def _averages(self) -> bool:
+        """Whether the update under way goes into the average."""
+        return self.options.ema is not None or averages_weights(self.options, self.progress.epoch)
+
+    def _add_gradient(
+        self,
+        batch: Batch,
+        index: int,
+        size: int,
+        parameters: list[nn.Parameter],
+        metrics: Mapping[str, Metrics],
+    ) -> Tensor:
+        """Forward, loss, backward; the losses as in :class:`StepResult`, [1 + extra losses].
+
+        Args:
+            batch: the one with number ``index`` in the epoch.
+            index: from 0.
+            size: how many batches the update takes the mean of.
+            parameters: what trains.
+            metrics: the errors are added to them.
+        """
+        epoch = self.progress.epoch
+        with stage("energies"), self._precision():  # the potential marks the derivatives within
             predictions = self.model.predict_many(batch, self.wanted, create_graph=True)
         with stage("loss"):
-            loss = batch_loss(batch, predictions, self.objectives)
+            current = loss_stage(self.options, epoch)
+            objectives = {name: o.at(current) for name, o in self.objectives.items()}
+            loss = batch_loss(self._noisy(batch, index), predictions, objectives)
         with stage("backward"):
             # Named inputs: the edge vectors ask for gradients too, and nobody reads theirs.
-            loss.backward(inputs=list(self.parameters.values()))
-        extra = [self._add_extra(term).to(loss) for term in self.extra_losses]
-        with stage("update"):
-            losses = torch.stack([loss.detach(), *extra])
-            losses[0] = losses.sum()
-            values = self._clip(losses, batch)
-            self.optimizer.step()
-            if self.average is not None:
-                self.average.update()
+            (loss / size).backward(inputs=parameters)
+        losses = [loss.detach()]
+        # One after the other, so that the memory of one graph is enough for all.
+        for term in self.extra_losses:
+            with stage(term.name):
+                with self._precision():
+                    value = term(epoch, index)
+                if value is not None and value.requires_grad:
+                    (value / size).backward(inputs=parameters)
+            losses.append(torch.zeros_like(losses[0]) if value is None else value.detach().to(loss))
         with stage("metrics"):
             for name, prediction in predictions.items():
                 metrics[name].update(batch, prediction)
-        return values
+        return torch.stack([torch.stack(losses).sum(), *losses[1:]])
 
-    def _add_extra(self, term: ExtraLoss) -> Tensor:
-        """Add the gradient of an extra loss for the batch under way; its value, a scalar.
+    def _precision(self) -> AbstractContextManager[object]:
+        return mixed(self.options.precision, self.model.device)
 
-        One term after the other, so that the memory of one graph is enough for all.
-        """
-        with stage(term.name):
-            value = term(self.progress.epoch, self.progress.batch)
-            if value is None:
-                return torch.zeros(())
-            if value.requires_grad:
-                value.backward(inputs=list(self.parameters.values()))
-            return value.detach()
-
-    def _set_learning_rate(self) -> None:
-        rate = self.learning_rate * learning_rate_factor(
-            self.progress.step,
-            self.total_steps,
-            self.options.warmup_fraction,
-            self.options.scheduler,
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-
-    def _clip(self, losses: Tensor, batch: Batch) -> list[float]:
-        """Clip the gradient; the losses as numbers, once they and the gradient are known to be."""
-        norm = nn.utils.clip_grad_norm_(
-            self.parameters.values(), self.options.grad_clip_norm or math.inf
-        )
-        # Both at once: reading a number makes the CPU wait until the GPU has done all before it.
-        *values, length = torch.cat([losses, norm.to(losses).view(1)]).tolist()
-        if not all(map(math.isfinite, values)):
-            raise TrainingError(self._not_finite("loss", batch))
-        if not math.isfinite(length):
-            raise TrainingError(self._not_finite("gradient of the loss", batch))
-        return values
-
-    def _not_finite(self, what: str, batch: Batch) -> str:
-        return (
-            f"The {what} is not a finite number in epoch {self.progress.epoch + 1}, batch "
-            f"{self.progress.batch + 1}: {batch.where}. Look at the labels and the closest "
-            "distances of these structures; if they are sound, lower learning_rate. The state of "
-            "the last save is untouched."
-        )
+    def _noisy(self, batch: Batch, index: int) -> Batch:
+        seed = (self.training.seed, self.progress.epoch, index)
+        return add_label_noise(batch, self.objectives, self.options.label_noise, seed)
 
     def _end_epoch(
         self, metrics: dict[str, Metrics], num_batches: int, started: float
     ) -> EpochRecord:
         """Validate, remember the best, report."""
         progress = self.progress
-        rate = progress.structures / max(progress.seconds, 1e-9)
+        rate = progress.structures_per_second
         loss = progress.loss_sum / max(1, num_batches)
         extra = {n: value / max(1, num_batches) for n, value in progress.extra_sums.items()}
         with self.average.applied() if self.average else nullcontext():
             validation = evaluate(self.model, self.validation.view(), self.wanted)
             metric = best_metric(validation, self.options.best_model_metric, self._validation_loss)
-            progress.epoch += 1
-            progress.batch, progress.loss_sum, progress.epoch_metrics = 0, 0.0, {}
-            progress.extra_sums, progress.structures, progress.seconds = {}, 0, 0.0
-            self._count_patience(metric)
+            progress.next_epoch()
+            progress.count_patience(metric, self.options.early_stopping)
             best = metric < progress.best_metric or progress.best_epoch == 0
             record = EpochRecord(
                 epoch=progress.epoch,
@@ -266,26 +281,19 @@ class Trainer:
         self.callbacks.epoch(record)
         return record
 
-    def _count_patience(self, metric: float) -> None:
-        """Improvements too small to count add up until they do."""
-        early, progress = self.options.early_stopping, self.progress
-        least = early.min_delta if early else 0.0
-        if metric < progress.reference * (1.0 - least):
-            progress.reference, progress.waited = metric, 0
-        else:
-            progress.waited += 1
-
-    def _patience_ran_out(self) -> bool:
-        early = self.options.early_stopping
-        return early is not None and self.progress.waited >= early.patience
-
     def _validation_loss(self) -> float:
-        """Mean loss over the validation set, with the weights the model has now."""
+        """Mean loss over the validation set, with the weights the model has now.
+
+        Those of the loss are the last stage's in every epoch: numbers with different weights
+        could not be compared.
+        """
         self.model.eval()
+        last = loss_stage(self.options, self.options.num_epochs)
+        objectives = {name: o.at(last) for name, o in self.objectives.items()}
         total, count = 0.0, 0
         for batch in on_device(self.validation.view(), self.model.device, self.model.dtype):
             predictions = self.model.predict_many(batch, self.wanted)
-            total += float(batch_loss(batch, predictions, self.objectives)) * batch.num_structures
+            total += float(batch_loss(batch, predictions, objectives)) * batch.num_structures
             count += batch.num_structures
         return total / count
 
@@ -322,10 +330,10 @@ class Trainer:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(trained[name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         if self.average is not None and state["average"]:
             self.average.load(state["average"], state["average_updates"])
-        self.progress = _Progress(**state["progress"])
+        self.progress = Progress(**state["progress"])
         torch.set_rng_state(state["rng"].cpu())
         if self.model.device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.model.device)

@@ -167,7 +167,8 @@ def choose_trainable(start: Start, options: Options) -> None:
     if len(targets) > 1:
         raise ConfigError("finetune.method lora: an adapter is for one target; found "
                           f"{', '.join(targets)}. Use method full.")  # fmt: skip
-    settings = finetune.config.model_dump(include=set(METHOD_KEYS["lora"]))
+    # How fast its factors learn is the optimiser's concern.
+    settings = finetune.config.model_dump(include=set(METHOD_KEYS["lora"]) - {"loraplus_lr_ratio"})
     if settings["target_modules"] == ("all-linear",):
         settings["target_modules"] = "all-linear"
     config = AdapterConfig(**settings, target=targets[0])

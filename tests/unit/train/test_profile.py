@@ -74,7 +74,7 @@ def profiled(tmp_path_factory):
     trainer, taken = make_trainer(num_epochs=2), []
     trace = tmp_path_factory.mktemp("profile") / "trace.json"
     step, before = trainer.step, dict(vars(trainer.progress))
-    trainer.step = lambda batch, metrics: taken.append(batch) or step(batch, metrics)
+    trainer.step = lambda group, *rest: step((taken.append(b) or b for b in group), *rest)
     profile = profile_steps(trainer, 4, trace)
     assert vars(trainer.progress) == before
     return profile, taken, json.loads(trace.read_text())
@@ -118,10 +118,20 @@ def test_the_steps_are_those_of_training(tmp_path, monkeypatch):
     metrics = {"energy": profile_module.Metrics("energy")}
     batches = [batch for epoch in (0, 1) for batch in trained.batches(epoch)]
     for batch in batches:
-        trained.step(batch, metrics)
+        trained.step([batch], 1, metrics)
     profile_steps(profiled, 1, tmp_path / "trace.json")  # six steps in all
     for name, parameter in trained.parameters.items():
         assert torch.equal(parameter, profiled.parameters[name]), name
+
+
+def test_a_step_of_several_batches_counts_them_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(profile_module, "_trace", lambda *ignored: [])
+    trainer = make_trainer(gradient_accumulation_steps=2)
+    profile = profile_steps(trainer, 3, tmp_path / "trace.json")
+    assert profile.steps_per_epoch == 2
+    # Of 3, 3 and 1 structures an epoch, the warm-up of 6 batches takes two; then come 3 and 3,
+    # 1 and 3, 3 and 1.
+    assert profile.structures == pytest.approx((6 + 4 + 4) / 3)
 
 
 @pytest.mark.parametrize("steps", [0, -3])

@@ -1,0 +1,70 @@
+"""Training in fewer digits: the network in bfloat16, all around it as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from pet_finetune.data.batch import Batch
+from pet_finetune.model import Potential, Prediction
+
+_MEV = 1000.0
+
+
+def mixed(precision: str | None, device: torch.device) -> AbstractContextManager[object]:
+    """The context in which the network computes.
+
+    ``bf16-mixed`` is torch's autocast: matrix products in bfloat16, norms, softmax and sums in
+    float32. Gradients need no scaling, as bfloat16 has the range of float32.
+
+    Args:
+        precision: ``architecture.training.precision``.
+        device: of the network.
+    """
+    if precision is None:
+        return nullcontext()
+    # Without autocast's cache of cast weights, which forgets gradients where a layer is computed
+    # once without and once with them.
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+
+
+def precision_errors(
+    model: Potential, batch: Batch, wanted: Mapping[str, tuple[bool, bool]], precision: str
+) -> str:
+    """How far the predictions of a batch are from those in full precision, in words.
+
+    Args:
+        model: is put into evaluation mode, and back.
+        batch: on the model's device.
+        wanted: for each target, whether forces and stress are computed.
+        precision: as for :func:`mixed`.
+    """
+    training = model.training
+    model.eval()
+    try:
+        exact = model.predict_many(batch, wanted)
+        with mixed(precision, model.device):
+            rough = model.predict_many(batch, wanted)
+    finally:
+        model.train(training)
+    parts = [_errors(rough[name], exact[name], batch) for name in wanted]
+    return f"{precision}: first batch against float32: {'; '.join(parts)}"
+
+
+def _errors(rough: Prediction, exact: Prediction, batch: Batch) -> str:
+    energy = (rough.energy - exact.energy).detach() / batch.atoms_per_structure
+    text = f"energy {_rms(energy) * _MEV:.2f} meV/atom RMS"
+    if rough.forces is None or exact.forces is None:
+        return text
+    forces = (rough.forces - exact.forces).detach()
+    share = 100.0 * _rms(forces) / max(_rms(exact.forces.detach()), 1e-30)
+    return (
+        f"{text}, forces {_rms(forces) * _MEV:.2f} meV/A RMS ({share:.2g} % of theirs), "
+        f"{float(forces.abs().max()) * _MEV:.1f} meV/A at most"
+    )
+
+
+def _rms(errors: torch.Tensor) -> float:
+    return float(errors.double().square().mean().sqrt())

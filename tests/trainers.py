@@ -1,0 +1,111 @@
+"""Trainers of a tiny model, and what tests do with them: stop, go on, compare."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+from dataclasses import replace
+
+import torch
+
+from models import random_potential
+from pet_finetune.adapters import AdapterConfig, freeze, inject
+from pet_finetune.config import TargetLoss, TrainingOptions
+from pet_finetune.data import Loader
+from pet_finetune.train import Trainer
+from pet_finetune.train.baselines import fit_composition
+from pet_finetune.train.loss import Objective
+from tiny_data import molecules, structures_of
+
+TRAIN, VALIDATION = structures_of(molecules(7)), structures_of(molecules(3, seed=1))
+
+
+class Shrink:
+    """An extra loss: the squares of some weights, in every second batch."""
+
+    name = "shrink"
+
+    def __init__(self, module):
+        self.parameters = list(module.parameters())
+        self.values = []
+
+    def __call__(self, epoch, batch):
+        if batch % 2:
+            return None
+        value = 0.1 * (1 + epoch) * sum((p**2).sum() for p in self.parameters)
+        self.values.append(value.item())
+        return value
+
+
+def tiny_model(method="full", **config):
+    model = random_potential(dtype=torch.float32)
+    counts = torch.stack([torch.tensor([int((s.numbers == z).sum()) for z in model.species])
+                          for s in TRAIN])  # fmt: skip
+    labels = torch.stack([s.labels["energy"] for s in TRAIN])
+    model.composition.set("energy", fit_composition(counts, labels, 1e-5))
+    if method == "lora":
+        inject(model, AdapterConfig(rank=2, **config))
+    elif method == "heads":
+        freeze(model, ["node_heads", "edge_heads", "node_last_layers", "edge_last_layers"])
+    return model
+
+
+def make_trainer(
+    method="full", config=None, train=TRAIN, validation=VALIDATION, extra=False, **options
+):
+    settings = TrainingOptions.model_validate(
+        {"batch_size": 3, "num_epochs": 2, "warmup_fraction": 0.2, **options}
+    )
+    model = tiny_model(method, **(config or {}))
+    heads = model.network.node_last_layers
+    return Trainer(
+        model,
+        {"energy": Objective("energy", TargetLoss(), forces=True, stress=False, scale=2.0)},
+        Loader(train, model.cutoff, batch_size=settings.batch_size, shuffle=True, augment=True,
+               seed=3),
+        Loader(validation, model.cutoff, batch_size=2),
+        settings,
+        learning_rate=3e-3,
+        extra_losses=[Shrink(heads)] if extra else [],
+    )  # fmt: skip
+
+
+def written(state):
+    """A state as it comes back from a file."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+
+
+def interrupt_after(trainer, steps):
+    """Ctrl-C once the trainer has taken a number of steps in all."""
+    wanted = trainer.progress.step + steps
+
+    def step(*ignored):
+        if trainer.progress.step == wanted:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    trainer.callbacks = replace(trainer.callbacks, step=step)
+
+
+def weights(trainer):
+    parts = {f"now {n}": p.detach().clone() for n, p in trainer.parameters.items()}
+    if trainer.average is not None:
+        parts |= {f"average {n}": v.clone() for n, v in trainer.average.average.items()}
+    return parts
+
+
+def assert_identical(one, other):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+def curve(records):
+    """What is written of each epoch, less the time it took."""
+    return [
+        (r.epoch, r.learning_rate, r.loss, r.extra, r.metric, r.best, r.train["energy"].as_dict(),
+         r.validation["energy"].as_dict())
+        for r in records
+    ]  # fmt: skip
