@@ -44,7 +44,7 @@ class Job:
     @property
     def name(self) -> str:
         """Unique, and fit for a folder."""
-        method = re.sub(r"[ ,=+()]+", "-", self.method)
+        method = re.sub(r"[ ,=()]+", "-", self.method)
         name = f"{self.data}_{method}_{self.learning_rate:.2g}_s{self.seed}"
         return f"{name}_e{self.epochs}" if self.epochs else name
 

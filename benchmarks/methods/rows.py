@@ -20,7 +20,6 @@ class Method:
         config: ``finetune.config``.
         finetune: further keys of ``finetune``.
         training: further keys of ``architecture.training``.
-        family: whose learning rate it takes where the sweep has chosen one.
     """
 
     name: str
@@ -43,6 +42,8 @@ def _lora(**config: Any) -> Method:
 METHODS: dict[str, Method] = {
     "scratch": Method(SCRATCH),
     "full": Method("full"),
+    "full, layer decay 0.8": Method("full", {"layer_decay": 0.8}),
+    "full, unfreezing": Method("full", finetune={"unfreeze": {"every": 2}}),
     "heads": Method("heads"),
     "lora r4": _lora(rank=4),
     "lora r8": _lora(rank=8),
@@ -51,6 +52,7 @@ METHODS: dict[str, Method] = {
     "dora r8": Method("dora", {"rank": 8}),
     "pissa r8": _lora(rank=8, init="pissa"),
     "olora r8": _lora(rank=8, init="olora"),
+    "lora+ r8": _lora(rank=8, loraplus_lr_ratio=4),
 }
 
 #: What else the sweep tries, beside other learning rates.
