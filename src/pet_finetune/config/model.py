@@ -108,3 +108,8 @@ class ModelOptions(Section):
     max_spin_multiplicity: PositiveInt = Field(
         default=10, description="Largest spin multiplicity (2S + 1) the conditioning knows."
     )
+    num_prompts: NonNegativeInt = Field(
+        default=0,
+        description="Learned tokens of each attention layer that every neighbourhood attends to. "
+        "Prompt tuning adds them to a trained model; 0, as in metatrain, has none.",
+    )

@@ -6,27 +6,18 @@ must not eat the meV that matter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pet_finetune.data.species import species_table
+from pet_finetune.nn.buffers import FixedBuffers
 
 _ITERATIONS = 6
 
 
-class DoubleBuffers(nn.Module):
-    """A module whose floating buffers stay float64 when the model's precision changes."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        for name, buffer in self._buffers.items():
-            if buffer is not None:
-                self._buffers[name] = buffer.to(fn(buffer).device)
-        return self
-
-
-class Composition(DoubleBuffers):
+class Composition(FixedBuffers):
     """Energies per species for each target.
 
     Args:

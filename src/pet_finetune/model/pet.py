@@ -94,6 +94,7 @@ class PET(nn.Module):
             options.normalization,
             options.activation,
             options.transformer_type,
+            options.num_prompts,
         )
 
     def add_target(self, target: TargetSpec) -> None:

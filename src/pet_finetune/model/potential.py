@@ -20,10 +20,11 @@ from pet_finetune.data.batch import Batch
 from pet_finetune.data.species import covalent_radii
 from pet_finetune.errors import ConfigError, PetFinetuneError, did_you_mean
 from pet_finetune.keys import TargetSpec
+from pet_finetune.nn.buffers import FixedBuffers
 from pet_finetune.nn.gather import permute_rows
 from pet_finetune.stages import stage
 
-from .composition import Composition, DoubleBuffers
+from .composition import Composition
 from .pet import HEAD_GROUPS, PET
 from .zbl import ZBL
 
@@ -45,7 +46,7 @@ class Prediction:
     stress: Tensor | None = None
 
 
-class Scale(DoubleBuffers):
+class Scale(FixedBuffers):
     """One factor per target between the network's outputs and eV."""
 
     def get(self, target: str) -> Tensor:

@@ -12,6 +12,7 @@ from pet_finetune import kernels
 
 from .neighborhood import Layout
 from .projection import project
+from .prompt import Prompt
 from .rowwise import Prologue
 
 # Cutoff factors below this count as this: the logarithm of a vanished edge stays finite.
@@ -77,14 +78,24 @@ def attend(qkv: Tensor, keys: Keys, heads: int, scale: float) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (names as in metatrain: ``input_linear``, ``output_linear``)."""
+    """Multi-head self-attention (names as in metatrain: ``input_linear``, ``output_linear``).
 
-    def __init__(self, width: int, num_heads: int, temperature: float) -> None:
+    Args:
+        width: of a token.
+        num_heads: dividing it.
+        temperature: divides the scores.
+        num_prompts: learned tokens that every token attends to beside its neighbourhood.
+    """
+
+    def __init__(
+        self, width: int, num_heads: int, temperature: float, num_prompts: int = 0
+    ) -> None:
         super().__init__()
         self.input_linear = nn.Linear(width, 3 * width)
         self.output_linear = nn.Linear(width, width)
         self.num_heads = num_heads
         self.scale = 1.0 / ((width // num_heads) ** 0.5 * temperature)
+        self.prompt = Prompt(num_prompts, width, num_heads) if num_prompts else None
 
     def forward(self, tokens: Tensor, keys: Keys, norm: Prologue | None = None) -> Tensor:
         """Attend within each atom's neighbourhood.
@@ -103,4 +114,12 @@ class Attention(nn.Module):
             mixed = kernels.attention(qkv, keys.logarithms, starts, self.num_heads, self.scale)
         else:
             mixed = attend(qkv, keys, self.num_heads, self.scale)
+        if self.prompt is not None and self.prompt.enabled:
+            queries = qkv[:, : self.output_linear.in_features]
+            mixed = mixed + self._read_prompt(self.prompt, queries)
         return project(self.output_linear, mixed)
+
+    def _read_prompt(self, prompt: Prompt, queries: Tensor) -> Tensor:
+        """The prompt's keys and values come from the projection that makes those of the tokens."""
+        _, keys, values = project(self.input_linear, prompt.adaption_prompt).chunk(3, dim=-1)
+        return prompt(queries, keys, values, self.scale)

@@ -49,11 +49,12 @@ class Block(nn.Module):
         normalization: str,
         activation: str,
         transformer_type: str,
+        num_prompts: int = 0,
     ) -> None:
         super().__init__()
         norm = NORMALIZATIONS[normalization]
         self.post_norm = transformer_type == "PostLN"
-        self.attention = Attention(d_pet, num_heads, temperature)
+        self.attention = Attention(d_pet, num_heads, temperature, num_prompts)
         self.norm_attention = norm(d_pet)
         self.norm_mlp = norm(d_pet)
         self.mlp = FeedForward(d_pet, d_feedforward, activation)

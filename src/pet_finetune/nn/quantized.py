@@ -1,0 +1,248 @@
+"""Linear layers whose frozen weight is held in 4 or 8 bits (QLoRA, arXiv:2305.14314).
+
+The numbers are bitsandbytes': NF4 in blocks of 64 with double quantisation, or int8 with one scale
+a row (LLM.int8(), arXiv:2208.07339, weights only). Its layers are not used: they compute in the
+activations' 16 bits, while forces need the whole precision and a product that can be
+differentiated twice.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pet_finetune.errors import ConfigError
+
+from .buffers import FixedBuffers
+
+LIBRARY = "bitsandbytes"
+# Sizes of the paper's section 3: numbers that share a scale, and scales that share one in turn.
+_BLOCK, _OUTER_BLOCK = 64, 256
+
+
+def missing_library() -> str | None:
+    """What to do where the library is not installed; None where it is."""
+    if find_spec(LIBRARY) is not None:
+        return None
+    return (
+        f"quantised weights need the library {LIBRARY}, which is not installed. "
+        "Install it with: pip install 'pet-finetune[quant]'."
+    )
+
+
+def _functional() -> Any:
+    missing = missing_library()
+    if missing is not None:
+        raise ConfigError(f"quant_bits: {missing}")
+    return import_module(f"{LIBRARY}.functional")
+
+
+@lru_cache
+def _outer_map(device: torch.device) -> Tensor:
+    """The 256 values that scales are rounded to, the same for every weight."""
+    table: Tensor = _functional().create_dynamic_map().to(device)
+    return table
+
+
+class QuantizedWeight(FixedBuffers):
+    """A matrix [out, in] in few bits; :meth:`dense` gives the numbers it stands for.
+
+    Args:
+        shape: [out, in].
+    """
+
+    bits: int
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """[out, in], made anew at each call."""
+        raise NotImplementedError
+
+    def num_bytes(self) -> int:
+        """Bytes held."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        return f"shape={self.shape}, bits={self.bits}"
+
+
+class NF4Weight(QuantizedWeight):
+    """NF4 with double quantisation: 4.13 bits a number.
+
+    Attributes:
+        codes: [(out * in + 1) // 2, 1] uint8, two numbers a byte.
+        scales: [blocks] uint8, the largest magnitude of each block of 64, less ``offset``.
+        outer_scales: [blocks of blocks] float32, the largest of 256 scales.
+        offset: float32 scalar, the mean of the scales.
+    """
+
+    bits = 4
+    codes: Tensor
+    scales: Tensor
+    outer_scales: Tensor
+    offset: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__((weight.shape[0], weight.shape[1]))
+        codes, state = _functional().quantize_4bit(
+            weight, blocksize=_BLOCK, compress_statistics=True, quant_type="nf4"
+        )
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", state.absmax)
+        self.register_buffer("outer_scales", state.state2.absmax)
+        self.register_buffer("offset", state.offset)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """See :class:`QuantizedWeight`; exact in float32 and above."""
+        functional = _functional()
+        outer = functional.QuantState(
+            absmax=self.outer_scales,
+            code=_outer_map(self.codes.device),
+            blocksize=_OUTER_BLOCK,
+            dtype=torch.float32,
+        )
+        state = functional.QuantState(
+            absmax=self.scales,
+            shape=torch.Size(self.shape),
+            blocksize=_BLOCK,
+            quant_type="nf4",
+            dtype=torch.float32,
+            offset=self.offset,
+            state2=outer,
+        )
+        dense: Tensor = functional.dequantize_4bit(self.codes, state)
+        return dense.to(dtype)
+
+
+class Int8Weight(QuantizedWeight):
+    """int8 with one scale a row: 8 bits a number and 32 a row.
+
+    Attributes:
+        codes: [out, in] int8.
+        scales: [out] float32, the largest magnitude of each row.
+    """
+
+    bits = 8
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__((weight.shape[0], weight.shape[1]))
+        # A copy, because the library may write into what it is given.
+        codes, scales, _ = _functional().int8_vectorwise_quant(weight.clone())
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """See :class:`QuantizedWeight`; exact in float32 and above."""
+        dense: Tensor = _functional().int8_vectorwise_dequant(self.codes, self.scales)
+        return dense.to(dtype)
+
+
+QUANTIZED: dict[int, type[NF4Weight] | type[Int8Weight]] = {4: NF4Weight, 8: Int8Weight}
+
+
+@torch.no_grad()
+def quantize(weight: Tensor, bits: int) -> QuantizedWeight:
+    """Hold a weight in few bits, on its device.
+
+    Quantised on the CPU from float32 whatever the weight's device and type, so that the same base
+    gives the same numbers on every machine and in every precision.
+
+    Args:
+        weight: [out, in].
+        bits: 4 or 8.
+
+    Raises:
+        ConfigError: the library is not installed.
+    """
+    plain = weight.detach().to("cpu", torch.float32).contiguous()
+    return QUANTIZED[bits](plain).to(weight.device)
+
+
+class _Product(torch.autograd.Function):
+    """``x @ weight.T``, or ``x @ weight`` where ``transposed``.
+
+    The dense weight lives within one product and is made again for the next: nothing of it is kept
+    for the backward. Each of the two products is the other's derivative, so they can be
+    differentiated any number of times.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: QuantizedWeight, transposed: bool) -> Tensor:
+        ctx.weight, ctx.transposed = weight, transposed
+        dense = weight.dense(x.dtype)
+        return x @ (dense if transposed else dense.T)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        return _Product.apply(gradient, ctx.weight, not ctx.transposed), None, None
+
+
+def product(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """``x @ weight.T`` for a weight that does not train, [..., in] to [..., out]."""
+    out: Tensor = _Product.apply(x, weight, False)
+    return out
+
+
+class QuantizedLinear(nn.Module):
+    """A frozen linear layer with its weight in few bits; the bias stays as it is.
+
+    Args:
+        base: the layer to stand in for; its weight is not kept.
+        bits: 4 or 8.
+    """
+
+    def __init__(self, base: nn.Linear, bits: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight = quantize(base.weight, bits)
+        self.bias = base.bias
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        out = product(x, self.weight)
+        return out if self.bias is None else out + self.bias
+
+    def to_linear(self) -> nn.Linear:
+        """A plain layer with the numbers that the quantised weight stands for."""
+        return plain_linear(self.weight.dense(self.dtype), self.bias)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating type that the layer computes in."""
+        return torch.get_default_dtype() if self.bias is None else self.bias.dtype
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+@torch.no_grad()
+def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear layer with a copy of these numbers, [out, in] and [out]."""
+    out_features, in_features = weight.shape
+    plain = nn.Linear(
+        in_features, out_features, bias is not None, device=weight.device, dtype=weight.dtype
+    )
+    plain.weight.copy_(weight)
+    if bias is not None:
+        plain.bias.copy_(bias)
+    return plain
+
+
+def held_bytes(module: nn.Module) -> int:
+    """Bytes of all parameters and buffers of a module."""
+    tensors = (*module.parameters(), *module.buffers())
+    return sum(tensor.nbytes for tensor in tensors)
