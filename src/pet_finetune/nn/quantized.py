@@ -53,26 +53,29 @@ class QuantizedWeight(FixedBuffers):
     """A matrix [out, in] in few bits; :meth:`dense` gives the numbers it stands for.
 
     Args:
-        shape: [out, in].
+        size: [2] int64, out and in.
+        parts: what it is held as; see :attr:`names` of each kind.
     """
 
     bits: int
+    #: The names of all tensors that a weight is held as.
+    names: tuple[str, ...]
+    size: Tensor
 
-    def __init__(self, shape: tuple[int, int]) -> None:
+    def __init__(self, size: Tensor, **parts: Tensor) -> None:
         super().__init__()
-        self.shape = shape
+        self.register_buffer("size", size)
+        self.shape = torch.Size(size.tolist())
+        for name in self.names:
+            self.register_buffer(name, parts[name])
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """[out, in], made anew at each call."""
         raise NotImplementedError
 
-    def num_bytes(self) -> int:
-        """Bytes held."""
-        return sum(buffer.nbytes for buffer in self.buffers())
-
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
-        return f"shape={self.shape}, bits={self.bits}"
+        return f"{tuple(self.shape)}, bits={self.bits}"
 
 
 class NF4Weight(QuantizedWeight):
@@ -86,20 +89,25 @@ class NF4Weight(QuantizedWeight):
     """
 
     bits = 4
+    names = ("codes", "scales", "outer_scales", "offset")
     codes: Tensor
     scales: Tensor
     outer_scales: Tensor
     offset: Tensor
 
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__((weight.shape[0], weight.shape[1]))
+    @classmethod
+    def of(cls, weight: Tensor) -> NF4Weight:
+        """Quantise a float32 weight [out, in] on the CPU."""
         codes, state = _functional().quantize_4bit(
             weight, blocksize=_BLOCK, compress_statistics=True, quant_type="nf4"
         )
-        self.register_buffer("codes", codes)
-        self.register_buffer("scales", state.absmax)
-        self.register_buffer("outer_scales", state.state2.absmax)
-        self.register_buffer("offset", state.offset)
+        return cls(
+            torch.tensor(weight.shape),
+            codes=codes,
+            scales=state.absmax,
+            outer_scales=state.state2.absmax,
+            offset=state.offset,
+        )
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """See :class:`QuantizedWeight`; exact in float32 and above."""
@@ -112,7 +120,7 @@ class NF4Weight(QuantizedWeight):
         )
         state = functional.QuantState(
             absmax=self.scales,
-            shape=torch.Size(self.shape),
+            shape=self.shape,
             blocksize=_BLOCK,
             quant_type="nf4",
             dtype=torch.float32,
@@ -132,15 +140,16 @@ class Int8Weight(QuantizedWeight):
     """
 
     bits = 8
+    names = ("codes", "scales")
     codes: Tensor
     scales: Tensor
 
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__((weight.shape[0], weight.shape[1]))
+    @classmethod
+    def of(cls, weight: Tensor) -> Int8Weight:
+        """Quantise a float32 weight [out, in] on the CPU."""
         # A copy, because the library may write into what it is given.
         codes, scales, _ = _functional().int8_vectorwise_quant(weight.clone())
-        self.register_buffer("codes", codes)
-        self.register_buffer("scales", scales)
+        return cls(torch.tensor(weight.shape), codes=codes, scales=scales)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """See :class:`QuantizedWeight`; exact in float32 and above."""
@@ -166,11 +175,11 @@ def quantize(weight: Tensor, bits: int) -> QuantizedWeight:
         ConfigError: the library is not installed.
     """
     plain = weight.detach().to("cpu", torch.float32).contiguous()
-    return QUANTIZED[bits](plain).to(weight.device)
+    return QUANTIZED[bits].of(plain).to(weight.device)
 
 
 class _Product(torch.autograd.Function):
-    """``x @ weight.T``, or ``x @ weight`` where ``transposed``.
+    """``x @ weight.T + bias``, or ``x @ weight`` where ``transposed``.
 
     The dense weight lives within one product and is made again for the next: nothing of it is kept
     for the backward. Each of the two products is the other's derivative, so they can be
@@ -178,19 +187,21 @@ class _Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: QuantizedWeight, transposed: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: QuantizedWeight, bias: Tensor | None, transposed: bool
+    ) -> Tensor:
         ctx.weight, ctx.transposed = weight, transposed
         dense = weight.dense(x.dtype)
-        return x @ (dense if transposed else dense.T)
+        return nn.functional.linear(x, dense.T if transposed else dense, bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        return _Product.apply(gradient, ctx.weight, not ctx.transposed), None, None
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _Product.apply(gradient, ctx.weight, None, not ctx.transposed), None, None, None
 
 
-def product(x: Tensor, weight: QuantizedWeight) -> Tensor:
-    """``x @ weight.T`` for a weight that does not train, [..., in] to [..., out]."""
-    out: Tensor = _Product.apply(x, weight, False)
+def product(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias`` where neither weight nor bias trains, [..., in] to [..., out]."""
+    out: Tensor = _Product.apply(x, weight, bias, False)
     return out
 
 
@@ -205,41 +216,18 @@ class QuantizedLinear(nn.Module):
     def __init__(self, base: nn.Linear, bits: int) -> None:
         super().__init__()
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight = quantize(base.weight, bits)
+        self.quantized = quantize(base.weight, bits)
         self.bias = base.bias
         if self.bias is not None:
             self.bias.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
-        out = product(x, self.weight)
-        return out if self.bias is None else out + self.bias
-
-    def to_linear(self) -> nn.Linear:
-        """A plain layer with the numbers that the quantised weight stands for."""
-        return plain_linear(self.weight.dense(self.dtype), self.bias)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The floating type that the layer computes in."""
-        return torch.get_default_dtype() if self.bias is None else self.bias.dtype
+        return product(x, self.quantized, self.bias)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
         return f"in_features={self.in_features}, out_features={self.out_features}"
-
-
-@torch.no_grad()
-def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A linear layer with a copy of these numbers, [out, in] and [out]."""
-    out_features, in_features = weight.shape
-    plain = nn.Linear(
-        in_features, out_features, bias is not None, device=weight.device, dtype=weight.dtype
-    )
-    plain.weight.copy_(weight)
-    if bias is not None:
-        plain.bias.copy_(bias)
-    return plain
 
 
 def held_bytes(module: nn.Module) -> int:
