@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from ase import Atoms, units
 from ase.build import bulk, molecule
 
-from pet_finetune.adapters import AdapterConfig, inject
+from pet_finetune.adapters import AdapterConfig, inject, merged_copy
 from pet_finetune.config import ModelOptions
 from pet_finetune.keys import TargetSpec
 from pet_finetune.model import Potential
@@ -36,6 +37,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "pissa": {"init": "pissa", "rank_pattern": {"attention.output_linear": 1}},
     "olora": {"init": "olora", "use_rslora": True},
     "dora from pissa": {"init": "pissa", "use_dora": True},
+    "prompt": {"num_prompts": 3},
+}
+#: The same for methods that round the base's weights, where "the base" is the rounded one and two
+#: ways to compute agree to rounding errors of float64 instead of to the last bit.
+QUANTISED: dict[str, dict[str, Any]] = {
+    "qlora 4": {"quant_bits": 4, "target_modules": "all-linear"},
+    "qlora 8": {"quant_bits": 8},
+    "qdora 4": {"quant_bits": 4, "use_dora": True, "init": "pissa"},
 }
 
 
@@ -70,6 +79,15 @@ def trained_adapter(model: Potential, seed: int = 1, **config: Any) -> Potential
     model.composition.set(target, model.composition.get(target) + 0.5)
     model.scale.set(target, 1.1 * model.scale.get(target))
     return model.eval()
+
+
+def starting_model(base: Potential, config: AdapterConfig) -> Potential:
+    """What an adapter starts from, as a plain model: the base, rounded where it is quantised."""
+    if config.quant_bits is None:
+        return base
+    fresh = copy.deepcopy(base)
+    inject(fresh, config)
+    return merged_copy(fresh)
 
 
 def ethanol() -> Atoms:

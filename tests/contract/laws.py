@@ -26,7 +26,7 @@ from pet_finetune.adapters import (
     save_adapter,
     unmerge,
 )
-from pet_finetune.adapters.lora import is_adapter_tensor
+from pet_finetune.adapters.inject import adapter_tensors
 from pet_finetune.checkpoint import load_checkpoint, save_checkpoint, weights_fingerprint
 from pet_finetune.data import Batch, batch_from_atoms, random_rotations, rotate_batch
 from pet_finetune.errors import CheckpointError
@@ -56,6 +56,14 @@ def assert_same(one: Prediction, other: Prediction) -> None:
         assert torch.equal(a, b), f"{name} differs by up to {(a - b).abs().max():.2e}"
 
 
+def assert_agree(one: Prediction, other: Prediction, tolerance: float) -> None:
+    """As :func:`assert_same` where the tolerance is zero, else :func:`assert_close`."""
+    if tolerance:
+        assert_close(one, other, tolerance)
+    else:
+        assert_same(one, other)
+
+
 def assert_differs(one: Prediction, other: Prediction) -> None:
     """Energies and forces differ: guards a law against holding of nothing."""
     assert (one.energy - other.energy).abs().max() > 1e-5
@@ -76,16 +84,19 @@ def injection_is_the_identity(
     assert_same(predict(adapted.train(), frames, config.target), before)
 
 
-def merged_equals_unmerged(adapted: Potential, frames: Sequence[Atoms]) -> None:
-    """Merging, in place or in a copy, changes no bit of any prediction."""
+def merged_equals_unmerged(
+    adapted: Potential, frames: Sequence[Atoms], tolerance: float = 0.0
+) -> None:
+    """Merging, in place or in a copy, changes no bit of any prediction (0) or next to nothing."""
     before = predict(adapted, frames)
     merge(adapted)
     try:
-        assert_same(predict(adapted, frames), before)
-        assert_same(predict(merged_copy(adapted), frames), before)
+        assert_agree(predict(adapted, frames), before, tolerance)
+        assert_agree(predict(merged_copy(adapted), frames), before, tolerance)
     finally:
         unmerge(adapted)
-    assert_same(predict(merged_copy(adapted), frames), before)
+    assert_same(predict(adapted, frames), before)
+    assert_agree(predict(merged_copy(adapted), frames), before, tolerance)
 
 
 def unmerging_returns_the_base(adapted: Potential, base: Potential) -> None:
@@ -112,14 +123,18 @@ def predict_state(model: Potential) -> dict[str, torch.Tensor]:
 
 
 def disabled_equals_the_base(
-    adapted: Potential, base: Potential, frames: Sequence[Atoms], target: str = "energy"
+    adapted: Potential,
+    base: Potential,
+    frames: Sequence[Atoms],
+    target: str = "energy",
+    tolerance: float = 0.0,
 ) -> None:
     """Within ``adapters_disabled`` the model is its base, after it the adapted model again."""
     tuned = predict(adapted, frames, target)
     original = predict(base, frames, target)
     assert_differs(tuned, original)
     with adapters_disabled(adapted):
-        assert_same(predict(adapted, frames, target), original)
+        assert_agree(predict(adapted, frames, target), original, tolerance)
     assert_same(predict(adapted, frames, target), tuned)
 
 
@@ -155,7 +170,7 @@ def only_what_is_stated_trains(adapted: Potential, config: AdapterConfig) -> Non
     """Low-rank factors and the modules to save train, and nothing else."""
     allowed = tuple(f"{path}." for path in config.modules_to_save or ())
     for name in _trained(adapted):
-        assert is_adapter_tensor(name) or name.startswith(allowed), name
+        assert name in adapter_tensors(adapted) or name.startswith(allowed), name
     assert len(_trained(adapted)) > len(allowed)
 
 
@@ -336,7 +351,9 @@ def rotational_errors(
 # Files ------------------------------------------------------------------------------------------
 
 
-def saving_loses_nothing(model: Potential, frames: Sequence[Atoms], folder: Path) -> None:
+def saving_loses_nothing(
+    model: Potential, frames: Sequence[Atoms], folder: Path, tolerance: float = 0.0
+) -> None:
     """What comes back from a checkpoint is the model, to the last bit."""
     path = save_checkpoint(folder / "model.ckpt", model, provenance={"parent": "none"})
     opened = load_checkpoint(path)
@@ -349,22 +366,31 @@ def saving_loses_nothing(model: Potential, frames: Sequence[Atoms], folder: Path
         model.dtype,
     )
     for target in model.targets:
-        assert_same(predict(again, frames, target), predict(model, frames, target))
+        found = predict(again, frames, target)
+        assert_agree(found, predict(model, frames, target), tolerance)
     expected = model if model.adapter is None else merged_copy(model)
     assert weights_fingerprint(again) == weights_fingerprint(expected)
     assert predict_state(again).keys() == predict_state(expected).keys()
 
 
 def saving_an_adapter_loses_nothing(
-    adapted: Potential, base: Potential, frames: Sequence[Atoms], folder: Path
+    adapted: Potential,
+    base: Potential,
+    frames: Sequence[Atoms],
+    folder: Path,
+    start: Potential | None = None,
+    tolerance: float = 0.0,
 ) -> None:
-    """An adapter put onto its base from a folder is the adapted model, to the last bit."""
+    """An adapter put onto its base from a folder is the adapted model, to the last bit.
+
+    :param start: what the model is without its adapter, where that is not the base.
+    """
     save_adapter(adapted, folder, "base")
     again = copy.deepcopy(base)
     load_adapter(again, folder)
     assert_same(predict(again, frames), predict(adapted, frames))
     with adapters_disabled(again):
-        assert_same(predict(again, frames), predict(base, frames))
+        assert_agree(predict(again, frames), predict(start or base, frames), tolerance)
 
 
 def an_interrupted_save_leaves_the_old_file(

@@ -9,8 +9,18 @@ import laws
 import pytest
 import torch
 
-from models import METHODS, all_structures, crystal, ethanol, random_potential, trained_adapter
-from pet_finetune.adapters import AdapterConfig, active_adapter
+from models import (
+    METHODS,
+    QUANTISED,
+    all_structures,
+    crystal,
+    ethanol,
+    random_potential,
+    starting_model,
+    trained_adapter,
+)
+from pet_finetune.adapters import AdapterConfig, active_adapter, eject, inject, merged_copy
+from pet_finetune.errors import AdapterError
 from pet_finetune.model import Potential
 
 FRAMES = list(all_structures().values())
@@ -21,9 +31,22 @@ def base() -> Potential:
     return random_potential(num_attention_layers=2, num_neighbors_adaptive=4.0, zbl=True)
 
 
-@pytest.fixture(params=METHODS)
+@pytest.fixture(params=[*METHODS, *QUANTISED])
 def config(request: pytest.FixtureRequest) -> AdapterConfig:
-    return AdapterConfig(**{"rank": 2, "alpha": 3.0, **METHODS[request.param]})
+    settings = {**METHODS, **QUANTISED}[request.param]
+    return AdapterConfig(**{"rank": 2, "alpha": 3.0, **settings})
+
+
+@pytest.fixture
+def start(base: Potential, config: AdapterConfig) -> Potential:
+    """What the adapter starts from: the base, rounded where it is quantised."""
+    return starting_model(base, config)
+
+
+@pytest.fixture
+def tolerance(config: AdapterConfig) -> float:
+    """Between two ways to compute the same; zero stands for the last bit."""
+    return 0.0 if config.quant_bits is None else 1e-10
 
 
 @pytest.fixture
@@ -33,23 +56,43 @@ def adapted(base: Potential, config: AdapterConfig) -> Potential:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_injection_is_the_identity(base: Potential, config: AdapterConfig, dtype: torch.dtype):
-    laws.injection_is_the_identity(base.to(dtype), FRAMES, config)
+    if config.quant_bits is None:
+        laws.injection_is_the_identity(base.to(dtype), FRAMES, config)
 
 
-def test_merged_equals_unmerged(adapted: Potential):
-    laws.merged_equals_unmerged(adapted, FRAMES)
+@pytest.mark.parametrize("settings", QUANTISED.values(), ids=QUANTISED)
+def test_a_quantised_base_is_the_rounded_one(base: Potential, settings):
+    """It changes the predictions, and as rounding the weights does: by no more at any precision."""
+    config = AdapterConfig(rank=2, **settings)
+    model = copy.deepcopy(base)
+    inject(model, config)
+    before, found = laws.predict(base, FRAMES), laws.predict(model, FRAMES)
+    laws.assert_differs(found, before)
+    laws.assert_close(found, laws.predict(merged_copy(model), FRAMES), 1e-10)
+    single = copy.deepcopy(base).float()
+    inject(single, config)
+    laws.assert_close(laws.predict(merged_copy(single).double(), FRAMES), found, 1e-3)
 
 
-def test_unmerging_returns_the_base(adapted: Potential, base: Potential):
-    laws.unmerging_returns_the_base(adapted, base)
+def test_merged_equals_unmerged(adapted: Potential, tolerance: float):
+    laws.merged_equals_unmerged(adapted, FRAMES, tolerance)
 
 
-def test_disabled_equals_the_base(adapted: Potential, base: Potential):
-    laws.disabled_equals_the_base(adapted, base, FRAMES)
+def test_unmerging_returns_the_base(adapted: Potential, base: Potential, config: AdapterConfig):
+    frozen = base if config.quant_bits is None else copy.deepcopy(adapted)
+    laws.unmerging_returns_the_base(adapted, frozen)
 
 
-def test_ejected_is_the_base(adapted: Potential, base: Potential):
-    laws.ejected_is_the_base(adapted, base, FRAMES)
+def test_disabled_equals_the_base(adapted: Potential, start: Potential, tolerance: float):
+    laws.disabled_equals_the_base(adapted, start, FRAMES, tolerance=tolerance)
+
+
+def test_ejected_is_the_base(adapted: Potential, base: Potential, config: AdapterConfig):
+    if config.quant_bits is None:
+        laws.ejected_is_the_base(adapted, base, FRAMES)
+    else:
+        with pytest.raises(AdapterError, match="weights were not kept"):
+            eject(adapted)
 
 
 def test_only_what_is_stated_trains(adapted: Potential):
@@ -75,12 +118,14 @@ def test_energy_is_extensive(adapted: Potential, make):
     laws.energy_is_extensive(adapted, make())
 
 
-def test_saving_loses_nothing(adapted: Potential, tmp_path: Path):
-    laws.saving_loses_nothing(adapted, FRAMES, tmp_path)
+def test_saving_loses_nothing(adapted: Potential, tmp_path: Path, tolerance: float):
+    laws.saving_loses_nothing(adapted, FRAMES, tmp_path, tolerance)
 
 
-def test_saving_an_adapter_loses_nothing(adapted: Potential, base: Potential, tmp_path: Path):
-    laws.saving_an_adapter_loses_nothing(adapted, base, FRAMES, tmp_path)
+def test_saving_an_adapter_loses_nothing(
+    adapted: Potential, base: Potential, start: Potential, tmp_path: Path, tolerance: float
+):
+    laws.saving_an_adapter_loses_nothing(adapted, base, FRAMES, tmp_path, start, tolerance)
 
 
 def test_resuming_loses_nothing(adapted: Potential, tmp_path: Path):

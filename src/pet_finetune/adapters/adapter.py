@@ -14,8 +14,15 @@ from pet_finetune.model import Potential
 from pet_finetune.model.fingerprint import weights_fingerprint
 
 from .config import AdapterConfig, resolve
-from .inject import active_adapter, adapter_state, eject, place, saved_parameters
-from .lora import is_adapter_tensor
+from .inject import (
+    active_adapter,
+    adapter_state,
+    adapter_tensors,
+    eject,
+    place,
+    saved_parameters,
+)
+from .quantized import quantize_base
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +68,7 @@ def capture(model: Potential, base_name: str = "") -> Adapter:
     """
     state = adapter_state(model)
     config = state.config
-    tensors = {n: t for n, t in model.network.state_dict().items() if is_adapter_tensor(n)}
+    tensors = adapter_tensors(model)
     tensors |= dict(saved_parameters(model, config.modules_to_save or ()))
     return Adapter(
         config=config,
@@ -130,6 +137,8 @@ def install(model: Potential, adapter: Adapter, fingerprint: str | None = None) 
             model.composition.set(spec.name, adapter.composition)
         if adapter.scale is not None:
             model.scale.set(spec.name, adapter.scale)
+        if config.quant_bits is not None:  # last, because there is no way back from it
+            quantize_base(model, config)
     except BaseException:
         if active_adapter(model) is not None:
             eject(model)
@@ -143,7 +152,7 @@ def install(model: Potential, adapter: Adapter, fingerprint: str | None = None) 
 
 @torch.no_grad()
 def _copy_tensors(model: Potential, config: AdapterConfig, adapter: Adapter) -> None:
-    room = {n: t for n, t in model.network.state_dict().items() if is_adapter_tensor(n)}
+    room = adapter_tensors(model)
     room |= dict(saved_parameters(model, config.modules_to_save or ()))
     missing, unknown = room.keys() - adapter.tensors.keys(), adapter.tensors.keys() - room.keys()
     if missing or unknown:

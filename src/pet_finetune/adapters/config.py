@@ -37,6 +37,9 @@ class AdapterConfig:
             (:mod:`~.initial`).
         rank_pattern, alpha_pattern: other ranks and alphas for the layers whose path ends like
             the key, or matches it as a regular expression; the first match counts.
+        quant_bits: hold the frozen weights in 4 or 8 bits (:mod:`~.quantized`); None keeps them.
+        num_prompts: prompt tuning with this many tokens a layer (:mod:`~.prompts`) in place of
+            low-rank updates, whose settings then mean nothing; 0 for none.
     """
 
     rank: int = 8
@@ -50,6 +53,8 @@ class AdapterConfig:
     init: Literal["default", "pissa", "olora"] = "default"
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    quant_bits: int | None = None
+    num_prompts: int = 0
 
     def rank_of(self, path: str) -> int:
         """The rank of the update of one layer."""
@@ -73,7 +78,7 @@ def resolve(network: PET, config: AdapterConfig) -> AdapterConfig:
     Raises:
         AdapterError: a pattern that matches nothing.
     """
-    layers = match_layers(network, config.target_modules)
+    layers = [] if config.num_prompts else match_layers(network, config.target_modules)
     saved = config.modules_to_save
     if saved is None:
         paths = default_modules_to_save(network, config.target)
@@ -90,8 +95,14 @@ def fitted(network: PET, config: AdapterConfig) -> AdapterConfig:
 
     Raises:
         AdapterError: a pattern that matches nothing, or a rank that is below 1 or above the
-            width of a layer.
+            width of a layer, or ``quant_bits`` that cannot be.
     """
+    if config.quant_bits not in (None, 4, 8):
+        raise AdapterError(f"quant_bits is 4 or 8, got {config.quant_bits}.")
+    if config.num_prompts:
+        if config.quant_bits is not None:
+            raise AdapterError("quant_bits goes with low-rank adapters, not with prompts.")
+        return resolve(network, config)
     layers = match_layers(network, config.target_modules)
     for name in ("rank_pattern", "alpha_pattern"):
         _check_patterns(name, getattr(config, name), layers)

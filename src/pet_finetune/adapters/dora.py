@@ -34,6 +34,11 @@ class DoraLinear(LoraLinear):
         super().__init__(base, rank, alpha, dropout, use_rslora)
         self.lora_magnitude_vector = nn.Parameter(_row_norms(base.weight.detach()))
 
+    @torch.no_grad()
+    def measure_lengths(self) -> None:
+        """Start from the lengths of the base's rows as they are now."""
+        self.lora_magnitude_vector.copy_(_row_norms(self.base_weight()))
+
     def updated_weight(self) -> Tensor:
         """The base weight turned and stretched, [out, in], differentiable."""
         weight = super().updated_weight()
@@ -43,10 +48,10 @@ class DoraLinear(LoraLinear):
         """What the rows of W + s B A are multiplied with, [out]."""
         return self.lora_magnitude_vector / _row_norms(weight.detach())
 
-    def _dropped(self, x: Tensor) -> Tensor:
+    def _beside(self, x: Tensor) -> Tensor:
         """What is added to the base's output; the dropped inputs count for both its parts."""
         stretch = self._stretch(super().updated_weight())
-        return (stretch - 1) * (x @ self.weight.T) + stretch * super()._dropped(x)
+        return (stretch - 1) * self._times_base(x) + stretch * super()._beside(x)
 
     def low_rank_update(self) -> LowRankUpdate | None:
         """None: the lengths train too, so the weight's gradient is needed whole."""

@@ -30,13 +30,11 @@ from pet_finetune.model import Potential
 
 from .adapter import Adapter, capture, install
 from .config import AdapterConfig
+from .peft_format import check_method, from_peft, own_name, stored_name, to_peft
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _METADATA = "pet_finetune"
-_PREFIX = "base_model.model."
-# PEFT keeps these as modules, hence with a weight.
-_FACTORS = (".lora_A", ".lora_B")
 
 
 def save_adapter(model: Potential, directory: str | Path, base_name: str = "") -> Path:
@@ -65,7 +63,7 @@ def load_adapter(model: Potential, directory: str | Path) -> AdapterConfig:
 
     Raises:
         AdapterError: no adapter there, a damaged one, one of another base (both are named), or
-            one of a method that is not LoRA.
+            one of a method that we do not have.
     """
     adapter = read_adapter(directory)
     with _DamageExplained(adapter.name):
@@ -95,12 +93,13 @@ def write_adapter(adapter: Adapter, directory: str | Path) -> Path:
         "species": list(adapter.species),
         "composition": None if adapter.composition is None else adapter.composition.tolist(),
         "scale": adapter.scale,
+        "quant_bits": config.quant_bits,
         "started": _start(adapter.config),
     }
-    stored = {_stored_name(name): value.contiguous() for name, value in tensors.items()}
+    stored = {stored_name(name): value.contiguous() for name, value in tensors.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        peft = json.dumps(_peft_config(config, adapter.base_name), indent=2) + "\n"
+        peft = json.dumps(to_peft(config, adapter.base_name), indent=2) + "\n"
         _replace(folder / CONFIG_FILE, peft.encode())
         metadata = {"format": "pt", _METADATA: json.dumps(extra)}
         _replace(folder / WEIGHTS_FILE, to_bytes(stored, metadata))
@@ -113,32 +112,22 @@ def read_adapter(directory: str | Path) -> Adapter:
     """The adapter in a folder, written by us or by PEFT.
 
     Raises:
-        AdapterError: none there, a damaged one, or one of a method that is not LoRA.
+        AdapterError: none there, a damaged one, or one of a method that we do not have.
     """
     folder = Path(directory)
     peft = _read_json(folder / CONFIG_FILE)
     extra = read_metadata(folder)
-    _check_method(peft, folder)
+    check_method(peft, folder / CONFIG_FILE)
     tensors = _read_tensors(folder / WEIGHTS_FILE)
     with _DamageExplained(str(folder)):
-        config = AdapterConfig(
-            rank=int(peft["r"]),
-            alpha=float(peft["lora_alpha"]),
-            dropout=float(peft.get("lora_dropout") or 0.0),
-            target_modules=peft["target_modules"],
-            modules_to_save=peft.get("modules_to_save") or (),
-            use_rslora=bool(peft.get("use_rslora")),
-            use_dora=bool(peft.get("use_dora")),
-            rank_pattern=dict(peft.get("rank_pattern") or {}),
-            alpha_pattern=dict(peft.get("alpha_pattern") or {}),
-        )
+        config = from_peft(peft)
         if not extra:
             return Adapter(config, tensors, name=str(folder))
         if extra.get("started"):
             config, tensors = replace(config, **extra["started"]), _parted(tensors)
         spec = TargetSpec(**extra["target"])
         return Adapter(
-            config=replace(config, target=spec.name),
+            config=replace(config, target=spec.name, quant_bits=extra.get("quant_bits")),
             tensors=tensors,
             fingerprint=str(extra["base_fingerprint"]),
             base_name=str(extra.get("base_name") or ""),
@@ -166,18 +155,6 @@ class _DamageExplained:
                 f"'{self._folder}' is damaged: a value in its files is missing or of the wrong "
                 f"kind ({type(error).__name__}: {error})."
             ) from error
-
-
-def _stored_name(name: str) -> str:
-    """PEFT's name of a tensor of the network."""
-    return f"{_PREFIX}{name}.weight" if name.endswith(_FACTORS) else f"{_PREFIX}{name}"
-
-
-def _own_name(stored: str) -> str:
-    """The opposite of :func:`_stored_name`."""
-    name = stored.removeprefix(_PREFIX)
-    bare = name.removesuffix(".weight")
-    return bare if bare.endswith(_FACTORS) else name
 
 
 def _start(config: AdapterConfig) -> dict[str, Any] | None:
@@ -230,48 +207,6 @@ def _parted(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return parted
 
 
-def _peft_config(config: AdapterConfig, base_name: str) -> dict[str, Any]:
-    return {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": base_name,
-        "inference_mode": True,
-        "r": config.rank,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
-        "target_modules": list(config.target_modules),
-        "modules_to_save": list(config.modules_to_save or ()),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "use_rslora": config.use_rslora,
-        "use_dora": config.use_dora,
-        "rank_pattern": dict(config.rank_pattern),
-        "alpha_pattern": dict(config.alpha_pattern),
-    }
-
-
-def _check_method(peft: dict[str, Any], folder: Path) -> None:
-    """Refuse what would load but mean something else."""
-    if peft.get("peft_type") != "LORA":
-        raise AdapterError(f"'{folder}' holds a {peft.get('peft_type')} adapter, not a LoRA.")
-    missing = [name for name in ("r", "lora_alpha", "target_modules") if name not in peft]
-    if missing:
-        raise AdapterError(f"'{folder / CONFIG_FILE}' lacks {', '.join(missing)}.")
-    for name in ("fan_in_fan_out", "lora_bias", "layers_to_transform"):
-        if peft.get(name):
-            raise AdapterError(f"'{folder}' uses {name}, which is not supported.")
-    if peft.get("bias", "none") != "none":
-        raise AdapterError(f"'{folder}' trains biases (bias: {peft['bias']}): not supported.")
-    start = str(peft.get("init_lora_weights", True)).casefold()
-    if start.startswith(("pissa", "olora", "corda", "loftq")):
-        raise AdapterError(
-            f"'{folder}' is an update of weights that {start} changed before training. Save it "
-            "from PEFT with path_initial_model_for_weight_conversion, which makes a plain LoRA "
-            "of it."
-        )
-
-
 def read_metadata(directory: str | Path) -> dict[str, Any]:
     """What we wrote beside the tensors of an adapter; empty for one that PEFT wrote.
 
@@ -289,7 +224,7 @@ def read_metadata(directory: str | Path) -> dict[str, Any]:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        return {_own_name(name): value for name, value in load_file(path).items()}
+        return {own_name(name): value for name, value in load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"Cannot read the adapter weights '{path}': {error}.") from error
 

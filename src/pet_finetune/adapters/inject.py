@@ -9,15 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from pet_finetune.errors import AdapterError
+from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 from pet_finetune.model.fingerprint import weights_fingerprint
 
 from .config import AdapterConfig, fitted
 from .dora import DoraLinear
 from .initial import STARTS
-from .lora import LoraLinear
+from .lora import LoraLinear, is_adapter_tensor
+from .modules import replace_module
 from .new_rows import drop_new_rows, train_new_rows
+from .prompts import add_prompts, prompts, remove_prompts
+from .quantized import quantize_base
 from .trainable import freeze
+
+_logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,8 @@ def inject(
 ) -> AdapterConfig:
     """Put a fresh adapter into a model, in place, and freeze everything else.
 
-    Every prediction stays what it was, bit for bit, until the adapter is trained.
+    Every prediction stays what it was, bit for bit, until the adapter is trained; but for
+    ``quant_bits``, which rounds the weights of the base.
 
     Args:
         model: a potential without adapter.
@@ -104,6 +111,11 @@ def inject(
         start = STARTS[resolved.init]
         for layer in layers:
             layer.start_from(*start(layer.weight.detach(), layer.rank, layer.scaling))
+    if resolved.quant_bits is not None:
+        _logger.info("%s", quantize_base(model, resolved))
+        for layer in layers:
+            if isinstance(layer, DoraLinear):
+                layer.measure_lengths()
     return resolved
 
 
@@ -120,13 +132,20 @@ def place(
 
     Returns:
         The adapted layers.
+
+    Raises:
+        AdapterError: prompts for a model that has some.
     """
     layers, saved = list(config.target_modules), list(config.modules_to_save or ())
     adapted = []
     for path in layers:
         adapted.append(_adapted(model.network, path, config))
         replace_module(model.network, path, adapted[-1])
-    freeze(model, train=[*(f"{path}.lora_" for path in layers), *(f"{path}." for path in saved)])
+    if config.num_prompts:
+        add_prompts(model, config.num_prompts)
+    own = [f"{path}.lora_" for path in layers]
+    own += [f"{path}." for path in prompts(model)] if config.num_prompts else []
+    freeze(model, train=[*own, *(f"{path}." for path in saved)])
     train_new_rows(model, brought_species)
     model.adapter = AdapterState(
         config=config,
@@ -153,20 +172,19 @@ def _adapted(network: nn.Module, path: str, config: AdapterConfig) -> LoraLinear
     return layer
 
 
-def replace_module(network: nn.Module, path: str, module: nn.Module) -> None:
-    """Put a module at a path of a network, in the place of the one that is there."""
-    parent_path, _, name = path.rpartition(".")
-    parent = network.get_submodule(parent_path)
-    if isinstance(parent, nn.Sequential):
-        parent[int(name)] = module
-    else:
-        setattr(parent, name, module)
-
-
 def saved_parameters(model: Potential, paths: Sequence[str]) -> list[tuple[str, nn.Parameter]]:
     """The parameters of ``modules_to_save`` with their names in the network."""
     beginnings = tuple(f"{path}." for path in paths)
     return [(n, p) for n, p in model.network.named_parameters() if n.startswith(beginnings)]
+
+
+def adapter_tensors(model: Potential) -> dict[str, Tensor]:
+    """What the adapter of a model added to its network, by name; prompts of the base are not."""
+    tensors = {n: t for n, t in model.network.state_dict().items() if is_adapter_tensor(n)}
+    if adapter_state(model).config.num_prompts:
+        for path, prompt in prompts(model).items():
+            tensors |= {f"{path}.{name}": value for name, value in prompt.state_dict().items()}
+    return tensors
 
 
 @torch.no_grad()
@@ -176,10 +194,17 @@ def eject(model: Potential) -> None:
     Nothing trains afterwards (``requires_grad`` is False everywhere).
 
     Raises:
-        AdapterError: there is none.
+        AdapterError: there is none, or the base was quantised and cannot be had back.
     """
     state = adapter_state(model)
     target = state.config.target
+    if state.config.quant_bits is not None:
+        raise AdapterError(
+            f"The base under this adapter is held in {state.config.quant_bits} bits, and its own "
+            "weights were not kept. Open its checkpoint again."
+        )
+    if state.config.num_prompts:
+        remove_prompts(model)
     for path in state.config.target_modules:
         layer = model.network.get_submodule(path)
         assert isinstance(layer, LoraLinear), f"{path} is not adapted"

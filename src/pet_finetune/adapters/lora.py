@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pet_finetune.nn.embedding import ROWS
-from pet_finetune.nn.projection import Adapted, LowRankUpdate
+from pet_finetune.nn.projection import Adapted, LowRankUpdate, plain_linear
+from pet_finetune.nn.quantized import QuantizedWeight, product, quantize
 
 #: Endings of the names of all tensors that adapted layers and tables add to a network.
 _OWN = (".lora_A", ".lora_B", ".lora_magnitude_vector", ".start_A", ".start_B", f".{ROWS}")
@@ -35,6 +36,9 @@ class LoraLinear(Adapted):
     the factors' product has gained since, ``s (B A - B0 A0)``, which is zero to the last bit at
     the start.
 
+    The base weight may be held in few bits (:meth:`quantize`). Then the update always goes its own
+    way beside the product with it, and ``weight`` is None but while merged.
+
     Args:
         base: the layer to adapt; its tensors are shared, not copied.
         rank: rank of the update.
@@ -43,6 +47,7 @@ class LoraLinear(Adapted):
         use_rslora: scale by ``alpha / sqrt(rank)`` instead (rsLoRA, arXiv:2312.03732).
     """
 
+    quantized: QuantizedWeight | None
     start_A: Tensor | None
     start_B: Tensor | None
     _base_weight: Tensor | None
@@ -65,6 +70,7 @@ class LoraLinear(Adapted):
         self.dropout = dropout
         self.use_rslora = use_rslora
         self.enabled = True
+        self.quantized = None
         self.lora_A = nn.Parameter(base.weight.new_empty(rank, base.in_features))
         self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
         self.register_buffer("start_A", None)
@@ -83,7 +89,29 @@ class LoraLinear(Adapted):
     @property
     def merged(self) -> bool:
         """Whether the update is part of ``weight`` at the moment."""
-        return self._base_weight is not None
+        held_twice = self.quantized is not None and self.weight is not None
+        return held_twice or self._base_weight is not None
+
+    @property
+    def fusable(self) -> bool:
+        """Not with a quantised weight, which no graph shall hold on to in full."""
+        return self.quantized is None
+
+    def quantize(self, bits: int) -> None:
+        """Hold the base weight in 4 or 8 bits from now on; what it was is forgotten."""
+        self.unmerge()
+        self.quantized = quantize(self.weight, bits)
+        self.weight = None  # type: ignore[assignment]
+
+    def base_weight(self) -> Tensor:
+        """The weight without the adapter, [out, in]; whatever is merged."""
+        if self.quantized is not None:
+            return self.quantized.dense(self.lora_A.dtype)
+        return self.weight if self._base_weight is None else self._base_weight
+
+    def _times_base(self, x: Tensor) -> Tensor:
+        """The product with that weight, [..., in] to [..., out]."""
+        return x @ self.weight.T if self.quantized is None else product(x, self.quantized)
 
     @torch.no_grad()
     def start_from(self, a: Tensor, b: Tensor) -> None:
@@ -101,30 +129,31 @@ class LoraLinear(Adapted):
 
     def updated_weight(self) -> Tensor:
         """The base weight with the adapter, [out, in], differentiable; whatever is merged."""
-        base = self.weight if self._base_weight is None else self._base_weight
-        return base + self.delta()
+        return self.base_weight() + self.delta()
 
     def effective_weight(self) -> Tensor:
         """W + s B A, [out, in]; W alone where the adapter is disabled or goes apart."""
+        return self.base_weight() if self._goes_apart else self._whole_weight()
+
+    def _whole_weight(self) -> Tensor:
+        """What the layer computes with, dropout aside."""
         if not self.enabled:
-            return self.weight if self._base_weight is None else self._base_weight
-        if self.merged or self._drops:
-            return self.weight
-        return self.updated_weight()
+            return self.base_weight()
+        return self.weight if self.merged else self.updated_weight()
 
     @property
-    def _drops(self) -> bool:
-        active = self.training and self.dropout > 0.0
-        return active and self.enabled and not self.merged
+    def _goes_apart(self) -> bool:
+        drops = self.training and self.dropout > 0.0
+        return (drops or self.quantized is not None) and self.enabled and not self.merged
 
     def apart(self, x: Tensor) -> Tensor | None:
-        """The update's own path, which only dropout needs: [n, in] to [n, out]."""
-        if not self._drops:
+        """The update's own path, for dropout or a quantised weight: [n, in] to [n, out]."""
+        if not self._goes_apart:
             return None
-        return self._dropped(nn.functional.dropout(x, self.dropout))
+        return self._beside(nn.functional.dropout(x, self.dropout, self.training))
 
-    def _dropped(self, x: Tensor) -> Tensor:
-        """What the adapter adds for inputs of which some were dropped."""
+    def _beside(self, x: Tensor) -> Tensor:
+        """What the adapter adds to the base's output, by the thin way."""
         out = (x @ self.lora_A.T) @ self.lora_B.T
         if self.start_A is not None and self.start_B is not None:
             out = out - (x @ self.start_A.T) @ self.start_B.T
@@ -132,10 +161,9 @@ class LoraLinear(Adapted):
 
     def low_rank_update(self) -> LowRankUpdate | None:
         """The update, where it is what trains."""
-        frozen = not self.weight.requires_grad and (
-            self.bias is None or not self.bias.requires_grad
-        )
-        if self._drops or self.merged or not (frozen and self.enabled):
+        if self.quantized is not None or self._goes_apart or self.merged or not self.enabled:
+            return None
+        if self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad):
             return None
         with torch.no_grad():
             weight = self.effective_weight()
@@ -143,14 +171,19 @@ class LoraLinear(Adapted):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
-        out = nn.functional.linear(x, self.effective_weight(), self.bias)
+        if self.quantized is not None and not (self.merged and self.enabled):
+            out = product(x, self.quantized, self.bias)
+        else:
+            out = nn.functional.linear(x, self.effective_weight(), self.bias)
         apart = self.apart(x)
         return out if apart is None else out + apart
 
     @torch.no_grad()
     def merge(self) -> None:
         """Put the update into ``weight``; the base weight is kept for :meth:`unmerge`."""
-        if not self.merged:
+        if self.quantized is not None:
+            self.weight = nn.Parameter(self._whole_weight(), requires_grad=False)
+        elif not self.merged:
             base = self.weight.detach().clone()
             self.weight.copy_(self.updated_weight())
             self._base_weight = base
@@ -158,31 +191,24 @@ class LoraLinear(Adapted):
     @torch.no_grad()
     def unmerge(self) -> None:
         """Give ``weight`` back the base's value, to the last bit."""
-        if self._base_weight is not None:
+        if self.quantized is not None:
+            self.weight = None  # type: ignore[assignment]
+        elif self._base_weight is not None:
             self.weight.copy_(self._base_weight)
             self._base_weight = None
 
     def base_linear(self) -> nn.Linear:
         """The layer as it was before it was adapted, with the very same parameters."""
         self.unmerge()
-        return _plain(cast("nn.Parameter", self.weight), self.bias)
+        return plain_linear(cast("nn.Parameter", self.weight), self.bias)
 
     def to_linear(self) -> nn.Linear:
         """A plain layer with the update merged, for a model without adapters."""
         with torch.no_grad():
-            weight = nn.Parameter(self.effective_weight().detach().clone())
+            weight = nn.Parameter(self._whole_weight().detach().clone())
             bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())
-        return _plain(weight, bias)
+        return plain_linear(weight, bias)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
         return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha}"
-
-
-def _plain(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
-    """A linear layer made of these parameters, without drawing any."""
-    out_features, in_features = weight.shape
-    plain = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
-    plain.weight = weight
-    plain.bias = bias  # type: ignore[assignment]  # None without one, as torch has it
-    return plain

@@ -10,10 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from pet_finetune.model import Potential
+from pet_finetune.nn.prompt import Prompt
+from pet_finetune.nn.quantized import QuantizedLinear
 
-from .inject import adapter_state, replace_module
+from .inject import adapter_state
 from .lora import LoraLinear
+from .modules import replace_module
 from .new_rows import merge_new_rows
+from .prompts import prompts
 
 
 def lora_layers(model: Potential) -> Iterator[tuple[str, LoraLinear]]:
@@ -24,7 +28,11 @@ def lora_layers(model: Potential) -> Iterator[tuple[str, LoraLinear]]:
 
 
 def merge(model: Potential) -> None:
-    """Merge the adapter into the weights, in place; the outputs stay the same bit for bit."""
+    """Merge the adapter into the weights, in place; the outputs stay the same bit for bit.
+
+    Over a quantised base to rounding; the merged weights are floats until :func:`unmerge`. Prompts
+    have nothing to merge into and stay as they are.
+    """
     for _, layer in lora_layers(model):
         layer.merge()
 
@@ -37,14 +45,16 @@ def unmerge(model: Potential) -> None:
 
 @contextmanager
 def adapters_disabled(model: Potential) -> Iterator[None]:
-    """Within this context the model is its base again, bit for bit.
+    """Within this context the model is its base again, bit for bit; quantised where it is.
 
-    The low-rank updates are switched off, the heads trained beside them give way to those they
-    started from, and so do the baseline and the scale.
+    The low-rank updates or prompts are switched off, the heads trained beside them give way to
+    those they started from, and so do the baseline and the scale.
     """
     state = adapter_state(model)
     target = state.config.target
-    layers = [layer for _, layer in lora_layers(model)]
+    layers: list[LoraLinear | Prompt] = [layer for _, layer in lora_layers(model)]
+    if state.config.num_prompts:
+        layers += prompts(model).values()
     before = [layer.enabled for layer in layers]
     heads = {name: model.network.get_parameter(name) for name in state.saved}
     trained = {name: parameter.detach().clone() for name, parameter in heads.items()}
@@ -71,9 +81,16 @@ def _copy_into(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -
 
 
 def merged_copy(model: Potential) -> Potential:
-    """An independent plain model, without adapters, that predicts the same bit for bit."""
+    """An independent plain model, without adapters, that predicts the same bit for bit.
+
+    Over a quantised base, whose products are taken apart, the same to rounding. Prompts become part
+    of the network.
+    """
     plain = copy.deepcopy(model)
     plain.adapter = None
     for path, layer in list(lora_layers(plain)):
         replace_module(plain.network, path, layer.to_linear())
+    for path, module in list(plain.network.named_modules()):
+        if isinstance(module, QuantizedLinear):
+            replace_module(plain.network, path, module.to_linear(plain.dtype))
     return merge_new_rows(plain)

@@ -8,7 +8,8 @@ Opens with ``torch.load(path, weights_only=True)`` anywhere. Layout, version 1:
 ``hypers``      the hyperparameters of ``architecture.model``
 ``species``     atomic numbers, ascending
 ``targets``     for each target the fields of :class:`~pet_finetune.keys.TargetSpec`
-``weights``     the network's state dict; names are those of metatrain's PET below ``backend.``
+``weights``     the network's state dict; names are those of metatrain's PET below ``backend.``;
+                in a run of QLoRA those of a quantised layer ``X`` are ``X.quantized.<part>``
 ``composition`` for each target ``[n_species]`` float64, eV
 ``scale``       for each target one number, eV
 ``radii``       ZBL's covalent radii ``[n_species]``, Å, or None
@@ -33,14 +34,17 @@ import torch
 from torch import Tensor
 
 from pet_finetune.adapters import AdapterConfig, merged_copy, unmerge
-from pet_finetune.adapters.inject import adapter_state, place
+from pet_finetune.adapters.inject import adapter_state, adapter_tensors, place
 from pet_finetune.adapters.lora import is_adapter_tensor
 from pet_finetune.adapters.new_rows import grown_tables, merge_new_rows
+from pet_finetune.adapters.prompts import remove_prompts
+from pet_finetune.adapters.quantized import quantize_base
 from pet_finetune.checkpoint.build import build_potential, model_options
 from pet_finetune.checkpoint.plain import plain_value
 from pet_finetune.errors import CheckpointError, PetFinetuneError
 from pet_finetune.keys import TargetSpec
 from pet_finetune.model import Potential
+from pet_finetune.nn.quantized import QUANTIZED_PART, dense_state
 
 __all__ = ["FORMAT", "VERSION", "NativeCheckpoint", "is_native", "read_native", "save_checkpoint"]
 
@@ -87,6 +91,8 @@ def save_checkpoint(
         model = copy.deepcopy(model)
         unmerge(model)
         adapter = _adapter_content(model)
+        if adapter["config"]["num_prompts"]:
+            remove_prompts(model)
     elif model.adapter is not None:
         model = merged_copy(model)
     if not keep_adapter and any(grown_tables(model)):
@@ -133,7 +139,7 @@ def read_native(path: Path, keep_adapter: bool = False) -> NativeCheckpoint:
     try:
         model = _model(content, str(path))
         if content["adapter"] is not None:
-            _restore_adapter(model, content["adapter"])
+            _restore_adapter(model, content["adapter"], content["weights"])
             model = model if keep_adapter else merged_copy(model)
         return NativeCheckpoint(model, dict(content["provenance"]), content["training"])
     except CheckpointError:
@@ -154,7 +160,7 @@ def _model(content: Mapping[str, Any], where: str) -> Potential:
         model_options(content["hypers"], where),
         content["species"],
         targets,
-        content["weights"],
+        dense_state(content["weights"]),
         composition=content["composition"],
         scale=content["scale"],
         radii=content["radii"],
@@ -168,12 +174,11 @@ def _adapter_content(model: Potential) -> dict[str, Any]:
     config = asdict(state.config)
     config["target_modules"] = list(state.config.target_modules)
     config["modules_to_save"] = list(state.config.modules_to_save or ())
-    network = model.network.state_dict()
     return {
         "config": config,
         "fingerprint": state.fingerprint,
         "inherited_from": state.inherited_from,
-        "tensors": {n: _stored(w) for n, w in network.items() if is_adapter_tensor(n)},
+        "tensors": {n: _stored(w) for n, w in adapter_tensors(model).items()},
         "saved": {name: _stored(weight) for name, weight in state.saved.items()},
         "composition": _stored(state.composition),
         "scale": _stored(state.scale),
@@ -183,7 +188,10 @@ def _adapter_content(model: Potential) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _restore_adapter(model: Potential, content: Mapping[str, Any]) -> None:
+def _restore_adapter(
+    model: Potential, content: Mapping[str, Any], weights: Mapping[str, Tensor]
+) -> None:
+    """Put an adapter back, and the few bits of a quantised base as they were."""
     config = dict(content["config"])
     for name in ("target_modules", "modules_to_save"):
         config[name] = tuple(config[name])
@@ -198,6 +206,11 @@ def _restore_adapter(model: Potential, content: Mapping[str, Any]) -> None:
     room = model.network.state_dict()
     for name, value in content["tensors"].items():
         room[name].copy_(value)
+    if adapter_state(model).config.quant_bits is not None:
+        quantize_base(model, adapter_state(model).config)
+        room = model.network.state_dict()
+        for name in (name for name in weights if QUANTIZED_PART in name):
+            room[name].copy_(weights[name])
     model.adapter = replace(
         adapter_state(model),
         saved=dict(content["saved"]),

@@ -36,6 +36,11 @@ class LowRankUpdate(NamedTuple):
 class Adapted(nn.Linear):
     """A linear layer whose weight is not what ``weight`` holds; adapters derive from it."""
 
+    @property
+    def fusable(self) -> bool:
+        """Whether the kernels may multiply with :meth:`effective_weight`."""
+        return True
+
     def effective_weight(self) -> Tensor:
         """[out, in], differentiable."""
         return self.weight
@@ -68,10 +73,21 @@ def _packed(linear: nn.Linear, weight: Tensor) -> Tensor:
     return packed
 
 
+def plain_linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+    """A linear layer made of these parameters, [out, in] and [out], without drawing any."""
+    out_features, in_features = weight.shape
+    plain = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
+    plain.weight = weight
+    plain.bias = bias  # type: ignore[assignment]  # None without one, as torch has it
+    return plain
+
+
 def _fits(linear: nn.Module, x: Tensor) -> bool:
     """Whether the kernels know what this layer computes, and its widths suit them."""
-    if not (type(linear) is nn.Linear or isinstance(linear, Adapted)):
+    adapted = isinstance(linear, Adapted) and linear.fusable
+    if not (adapted or type(linear) is nn.Linear):
         return False
+    linear = cast("nn.Linear", linear)
     lanes = kernels.lanes(x.dtype)
     return linear.in_features % lanes == 0 and linear.out_features % lanes == 0
 

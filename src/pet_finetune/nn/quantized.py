@@ -8,6 +8,8 @@ differentiated twice.
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -19,8 +21,11 @@ from torch import Tensor, nn
 from pet_finetune.errors import ConfigError
 
 from .buffers import FixedBuffers
+from .projection import plain_linear
 
 LIBRARY = "bitsandbytes"
+#: What stands between a layer and the parts of its quantised weight in a state dict.
+QUANTIZED_PART = ".quantized."
 # Sizes of the paper's section 3: numbers that share a scale, and scales that share one in turn.
 _BLOCK, _OUTER_BLOCK = 64, 256
 
@@ -225,9 +230,35 @@ class QuantizedLinear(nn.Module):
         """[..., in] to [..., out]."""
         return product(x, self.quantized, self.bias)
 
+    def to_linear(self, dtype: torch.dtype) -> nn.Linear:
+        """A plain layer with the numbers that the quantised weight stands for."""
+        weight = nn.Parameter(self.quantized.dense(dtype))
+        bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())
+        return plain_linear(weight, bias)
+
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def dense_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with the weights that its quantised ones stand for in their place.
+
+    Args:
+        state: names and tensors; those of a quantised layer ``X`` are ``X.quantized.<part>``.
+    """
+    dense, parts = {}, defaultdict[str, dict[str, Tensor]](dict)
+    for name, tensor in state.items():
+        layer, quantised, part = name.partition(QUANTIZED_PART)
+        if quantised:
+            parts[layer][part] = tensor
+        else:
+            dense[name] = tensor
+    dtype = next((t.dtype for t in dense.values() if t.is_floating_point()), torch.float32)
+    for layer, held in parts.items():
+        kind = next(k for k in QUANTIZED.values() if {"size", *k.names} == held.keys())
+        dense[f"{layer}.weight"] = kind(**held).dense(dtype)
+    return dense
 
 
 def held_bytes(module: nn.Module) -> int:
