@@ -18,6 +18,11 @@ from tiny_data import molecules, options, write_frames, write_options
 # Eight training structures in batches of three: three steps an epoch.
 METHODS = {
     "lora": ({"ema": 0.9, "finetune": {"config": {"dropout": 0.2}}}, ("-c", "base.ckpt")),
+    "qlora": ({"finetune": {"method": "qlora"}}, ("-c", "base.ckpt")),
+    "prompt": (
+        {"ema": 0.9, "finetune": {"method": "prompt", "config": {"num_prompts": 2}}},
+        ("-c", "base.ckpt"),
+    ),
     "full": ({"finetune": {"method": "full"}}, ("-c", "base.ckpt")),
     "scratch": ({}, ()),
 }
@@ -87,7 +92,16 @@ def assert_same(folder, expected):
 
 
 @pytest.mark.parametrize(
-    ("method", "steps"), [("lora", 2), ("lora", 3), ("lora", 7), ("full", 4), ("scratch", 5)]
+    ("method", "steps"),
+    [
+        ("lora", 2),
+        ("lora", 3),
+        ("lora", 7),
+        ("qlora", 4),
+        ("prompt", 4),
+        ("full", 4),
+        ("scratch", 5),
+    ],
 )
 def test_a_stopped_run_ends_as_if_it_had_not_been(here, command, stop, assert_whole, method, steps):
     training, start = METHODS[method]

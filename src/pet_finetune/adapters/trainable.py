@@ -57,16 +57,16 @@ def _kind(name: str) -> str:
     """What a trained parameter is called in the report."""
     if name.endswith(f".{ROWS}"):
         return "embeddings of new elements"
+    if ".adaption_" in name:
+        return "prompts"
     return "adapters" if ".lora_" in name else name.split(".")[0]
 
 
 def trainable_report(model: Potential) -> TrainableReport:
     """Count what trains."""
     groups: dict[str, int] = {}
-    total = 0
     for name, parameter in model.network.named_parameters():
-        total += parameter.numel()
         if parameter.requires_grad:
             kind = _kind(name)
             groups[kind] = groups.get(kind, 0) + parameter.numel()
-    return TrainableReport(sum(groups.values()), total, groups)
+    return TrainableReport(sum(groups.values()), model.num_parameters(), groups)

@@ -11,6 +11,7 @@ from pet_finetune.config.finetune import METATRAIN_KEYS, METHOD_KEYS
 from pet_finetune.config.options import Options
 from pet_finetune.config.problems import Path, Problem, format_path
 from pet_finetune.errors import did_you_mean
+from pet_finetune.extras import QUANTIZATION, missing_extra
 
 __all__ = ["check"]
 
@@ -87,6 +88,9 @@ def _check_finetune(options: Options, raw: dict[str, Any]) -> Iterator[Problem]:
             "change finetune.method.",
             also=((*_FINETUNE, "method"),),
         )
+    missing = missing_extra(*QUANTIZATION)
+    if options.finetune.config.quant_bits is not None and missing is not None:
+        yield Problem((*_FINETUNE, "config", "quant_bits"), missing)
     if options.finetune.new_elements is not None and not options.is_finetuning:
         yield Problem(
             (*_FINETUNE, "new_elements"),

@@ -35,7 +35,7 @@ __all__ = [
     "LegacyStart",
 ]
 
-FinetuneMethod = Literal["full", "lora", "heads"]
+FinetuneMethod = Literal["full", "lora", "prompt", "heads"]
 
 #: The projections LoRA adapts unless told otherwise: those of attention and of the MLP.
 DEFAULT_TARGET_MODULES: tuple[str, ...] = (
@@ -48,6 +48,7 @@ DEFAULT_TARGET_MODULES: tuple[str, ...] = (
 #: Other names of a method, with the setting that makes the difference.
 METHOD_SHORTHANDS: dict[str, tuple[FinetuneMethod, dict[str, Any]]] = {
     "dora": ("lora", {"use_dora": True}),
+    "qlora": ("lora", {"quant_bits": 4}),
 }
 
 
@@ -104,8 +105,8 @@ class FinetuneConfig(Section):
     )
     modules_to_save: TextList | None = Field(
         default=None,
-        description="Modules trained in full beside LoRA. Null: head and last layers of the "
-        "trained targets; an empty list: none.",
+        description="Modules trained in full beside LoRA or prompts. Null: head and last layers of "
+        "the trained targets; an empty list: none.",
     )
     use_rslora: Flag = Field(
         default=False,
@@ -130,6 +131,16 @@ class FinetuneConfig(Section):
     )
     alpha_pattern: AlphaPattern = Field(
         default={}, description="Other alphas for some layers; keys as in `rank_pattern`."
+    )
+    quant_bits: Annotated[Literal[4, 8], OneOf()] | None = Field(
+        default=None,
+        description="Hold the frozen weights in 4 (NF4) or 8 bits to save memory (QLoRA); the "
+        "adapters stay floats. Not exact at the first step, and slower. `method: qlora` means 4. "
+        "Null: as they are.",
+    )
+    num_prompts: PositiveInt = Field(
+        default=8,
+        description="Method `prompt`: learned tokens in each attention layer.",
     )
     head_modules: TextList | None = Field(
         default=None,
@@ -163,9 +174,11 @@ METHOD_KEYS: dict[FinetuneMethod, frozenset[str]] = {
     "lora": frozenset(
         {
             "rank", "alpha", "dropout", "target_modules", "modules_to_save", "use_rslora",
-            "use_dora", "init", "rank_pattern", "alpha_pattern", "loraplus_lr_ratio",
+            "use_dora", "init", "rank_pattern", "alpha_pattern", "quant_bits",
+            "loraplus_lr_ratio",
         }
     ),
+    "prompt": frozenset({"num_prompts", "modules_to_save"}),
     "heads": frozenset({"head_modules", "last_layer_modules"}),
     "full": frozenset({"layer_decay"}),
 }  # fmt: skip
@@ -220,17 +233,16 @@ class FinetuneOptions(Section):
 
     method: Annotated[FinetuneMethod, OneOf()] = Field(
         default="full",
-        description="`lora`: low-rank updates and the heads; `heads`: only the heads; `full`: all "
-        "weights. Left out, it is `lora` with `-c` and `full` with `read_from`. `dora` is short "
-        "for `lora` with `use_dora`.",
+        description="`lora`: low-rank updates and the heads; `prompt`: learned tokens in the "
+        "attention, and the heads; `heads`: only the heads; `full`: all weights. Left out, it is "
+        "`lora` with `-c` and `full` with `read_from`. `dora` and `qlora` are short for `lora` "
+        "with `use_dora` and with `quant_bits: 4`.",
     )
     read_from: Text | None = Field(
         default=None,
         description="Checkpoint to start from. Null trains from scratch. `-c` sets it too.",
     )
-    config: FinetuneConfig = Field(
-        default=FinetuneConfig(), description="Settings of the method `lora` or `heads`."
-    )
+    config: FinetuneConfig = Field(default=FinetuneConfig(), description="Settings of the method.")
     inherit_heads: dict[Text, Text] = Field(
         default={}, description="New target: existing target whose head it starts from."
     )

@@ -30,7 +30,13 @@ _DEVICE = re.compile(r"auto|cpu|gpu|mps|cuda(:\d+)?")
 
 #: The learning rate used when none is given, by how training starts. Those of LoRA and full
 #: fine-tuning were chosen on 50 frames of 3BPA (benchmarks/README.md).
-DEFAULT_LEARNING_RATES = {"scratch": 5e-4, "full": 5e-4, "lora": 2e-3, "heads": 1e-3}
+DEFAULT_LEARNING_RATES = {
+    "scratch": 5e-4,
+    "full": 5e-4,
+    "lora": 2e-3,
+    "prompt": 2e-3,
+    "heads": 1e-3,
+}
 
 
 def _architecture(value: Any) -> str:

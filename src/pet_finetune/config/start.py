@@ -42,7 +42,8 @@ def apply_start(rewriting: Rewriting, checkpoint: str | None, *, require_start: 
     if finetune.get("method") is None:
         finetune["method"] = _choose_method(rewriting, finetune, checkpoint)
     starts = legacy or read_from is not None
-    if not starts and require_start and finetune["method"] in ("lora", "heads"):
+    changing = [method for method in METHOD_KEYS if method != "full"]
+    if not starts and require_start and finetune["method"] in changing:
         rewriting.problems.append(
             Problem(
                 _METHOD,
@@ -87,9 +88,9 @@ def _choose_method(rewriting: Rewriting, finetune: dict[str, Any], checkpoint: s
     starts = checkpoint is not None or finetune.get("read_from") or finetune.get("legacy_start")
     if not starts and not keys:
         return "full"
-    owners = [method for method, own in METHOD_KEYS.items() if keys & own]
-    if owners:
-        method, why = owners[0], "its settings are given"
+    method = max(METHOD_KEYS, key=lambda name: len(keys & METHOD_KEYS[name]))
+    if keys & METHOD_KEYS[method]:
+        why = "its settings are given"
     elif checkpoint is not None:
         method, why = "lora", "the default with -c"
     else:

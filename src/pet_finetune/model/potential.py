@@ -22,6 +22,7 @@ from pet_finetune.errors import ConfigError, PetFinetuneError, did_you_mean
 from pet_finetune.keys import TargetSpec
 from pet_finetune.nn.buffers import FixedBuffers
 from pet_finetune.nn.gather import permute_rows
+from pet_finetune.nn.quantized import num_quantized
 from pet_finetune.stages import stage
 
 from .composition import Composition
@@ -237,8 +238,9 @@ class Potential(nn.Module):
         return self.network.edge_embedder.weight.device
 
     def num_parameters(self) -> int:
-        """How many numbers the network holds, adapters included."""
-        return sum(parameter.numel() for parameter in self.network.parameters())
+        """How many numbers the network holds, adapters included, in whatever number of bits."""
+        floats = sum(parameter.numel() for parameter in self.network.parameters())
+        return floats + num_quantized(self.network)
 
     def predict(
         self,

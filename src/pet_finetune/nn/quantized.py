@@ -12,39 +12,28 @@ from collections import defaultdict
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pet_finetune.errors import ConfigError
+from pet_finetune.extras import QUANTIZATION, missing_extra
 
 from .buffers import FixedBuffers
 from .projection import plain_linear
 
-LIBRARY = "bitsandbytes"
 #: What stands between a layer and the parts of its quantised weight in a state dict.
 QUANTIZED_PART = ".quantized."
 # Sizes of the paper's section 3: numbers that share a scale, and scales that share one in turn.
 _BLOCK, _OUTER_BLOCK = 64, 256
 
 
-def missing_library() -> str | None:
-    """What to do where the library is not installed; None where it is."""
-    if find_spec(LIBRARY) is not None:
-        return None
-    return (
-        f"quantised weights need the library {LIBRARY}, which is not installed. "
-        "Install it with: pip install 'pet-finetune[quant]'."
-    )
-
-
 def _functional() -> Any:
-    missing = missing_library()
+    missing = missing_extra(*QUANTIZATION)
     if missing is not None:
-        raise ConfigError(f"quant_bits: {missing}")
-    return import_module(f"{LIBRARY}.functional")
+        raise ConfigError(f"quant_bits {missing}")
+    return import_module(f"{QUANTIZATION[0]}.functional")
 
 
 @lru_cache
@@ -259,6 +248,11 @@ def dense_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         kind = next(k for k in QUANTIZED.values() if {"size", *k.names} == held.keys())
         dense[f"{layer}.weight"] = kind(**held).dense(dtype)
     return dense
+
+
+def num_quantized(module: nn.Module) -> int:
+    """How many numbers the quantised weights of a module stand for."""
+    return sum(m.shape.numel() for m in module.modules() if isinstance(m, QuantizedWeight))
 
 
 def held_bytes(module: nn.Module) -> int:

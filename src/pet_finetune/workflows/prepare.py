@@ -28,6 +28,7 @@ from pet_finetune.train.run_files import OPTIONS, SPLITS, RunFiles
 from .elements import ADVICE
 from .machine import choose_dtype, seed_everything, versions
 from .resume import Errors, RunState, SavedRun, take_files
+from .rounding import rounding_told
 from .start import Start, check_targets, choose_trainable, start_model
 from .tables import baseline_text
 
@@ -94,7 +95,8 @@ def prepare_run(
     data = _load(options, splits, model, seed, dtype)
     kernels.prepare(device)  # the input is sound: compiling, should they need it, is not in vain
     if not saved:
-        choose_trainable(start, options)
+        with rounding_told(options, model, data.train):
+            choose_trainable(start, options)
         _log_baselines(options, start, data)
         splits.save(files.folder / SPLITS)
         files.write(OPTIONS, _options_of_run(options, seed))

@@ -165,11 +165,11 @@ def choose_trainable(start: Start, options: Options) -> None:
         freeze(model, train=None)
         return
     if len(targets) > 1:
-        raise ConfigError("finetune.method lora: an adapter is for one target; found "
+        raise ConfigError(f"finetune.method {method}: an adapter is for one target; found "
                           f"{', '.join(targets)}. Use method full.")  # fmt: skip
     # How fast its factors learn is the optimiser's concern.
-    settings = finetune.config.model_dump(include=set(METHOD_KEYS["lora"]) - {"loraplus_lr_ratio"})
-    if settings["target_modules"] == ("all-linear",):
+    settings = finetune.config.model_dump(include=set(METHOD_KEYS[method]) - {"loraplus_lr_ratio"})
+    if settings.get("target_modules") == ("all-linear",):
         settings["target_modules"] = "all-linear"
     config = AdapterConfig(**settings, target=targets[0])
     inject(

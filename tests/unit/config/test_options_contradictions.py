@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from pet_finetune import extras
 from pet_finetune.config import Options, parse_options
 from pet_finetune.errors import ConfigError
 
@@ -56,16 +57,41 @@ def test_no_batch_would_be_left() -> None:
 
 @pytest.mark.parametrize(
     ("method", "key", "owner"),
-    [("lora", "head_modules", "heads"), ("heads", "rank", "lora"), ("heads", "alpha", "lora")],
+    [
+        ("lora", "head_modules", "heads"),
+        ("lora", "num_prompts", "prompt"),
+        ("heads", "rank", "lora"),
+        ("heads", "alpha", "lora"),
+        ("heads", "quant_bits", "lora"),
+        ("heads", "modules_to_save", "lora and prompt"),
+        ("full", "quant_bits", "lora"),
+        ("full", "num_prompts", "prompt"),
+        ("prompt", "quant_bits", "lora"),
+        ("prompt", "rank", "lora"),
+        ("prompt", "use_dora", "lora"),
+    ],
 )
 def test_settings_of_another_method(method: str, key: str, owner: str) -> None:
-    value: Any = ["a"] if key == "head_modules" else 4
+    value: Any = {"head_modules": ["a"], "modules_to_save": ["a"], "use_dora": True}.get(key, 4)
     finetune = {"read_from": "m.ckpt", "method": method, "config": {key: value}}
     (line,) = problems(training={"finetune": finetune})
     assert line.startswith(
         f"architecture.training.finetune.config.{key}: belongs to method {owner}, but the "
         f"method is {method}."
     )
+
+
+def test_quantised_weights_need_their_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    finetune = {"method": "qlora", "read_from": "m.ckpt"}
+    monkeypatch.setattr(extras, "find_spec", lambda name: object())
+    assert load(training={"finetune": finetune}).finetune.config.quant_bits == 4
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    (line,) = problems(training={"finetune": finetune})
+    assert line == (
+        "architecture.training.finetune.config.quant_bits: needs the library bitsandbytes, which "
+        "is not installed. Install it with: pip install 'pet-finetune[quant]'."
+    )
+    assert load(training={"finetune": {**finetune, "method": "lora"}}).finetune.method == "lora"
 
 
 @pytest.mark.parametrize("mode", ["keep", "refit"])

@@ -134,6 +134,20 @@ def test_the_shorthand_of_a_method() -> None:
     assert short.options.finetune.config.use_dora
 
 
+def test_qlora_is_lora_in_four_bits() -> None:
+    config = load({"finetune": {"method": "qlora"}}, "m.ckpt").options.finetune.config
+    assert (config.quant_bits, config.rank) == (4, 8)
+    eight = {"method": "qlora", "config": {"quant_bits": 8}}
+    assert load({"finetune": eight}, "m.ckpt").options.finetune.config.quant_bits == 8
+
+
+def test_settings_of_prompts_choose_prompts() -> None:
+    config = {"num_prompts": 4, "modules_to_save": []}
+    loaded = load({"finetune": {"config": config}}, "m.ckpt").options
+    assert loaded.finetune.method == "prompt"
+    assert loaded.resolved()["architecture"]["training"]["finetune"]["config"] == config
+
+
 def test_pefts_names_of_settings() -> None:
     config = {"r": 4, "lora_alpha": 2, "init_lora_weights": "pissa", "use_rslora": True}
     own = load({"finetune": {"config": config}}, "m.ckpt").options.finetune.config

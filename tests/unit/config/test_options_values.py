@@ -97,7 +97,7 @@ MODEL = "architecture.model"
         (
             f"{TRAINING}.finetune.method",
             "LoRA",
-            "expected one of full, lora, heads, got 'LoRA'. Did you mean 'lora'?",
+            "expected one of full, lora, prompt, heads, got 'LoRA'. Did you mean 'lora'?",
         ),
         (
             f"{TRAINING}.finetune.config.rank",
