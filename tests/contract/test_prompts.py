@@ -28,8 +28,10 @@ from pet_finetune.adapters import (
     save_adapter,
     trainable_report,
 )
+from pet_finetune.adapters.committee import Committee
 from pet_finetune.adapters.files import CONFIG_FILE, WEIGHTS_FILE
 from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
+from pet_finetune.data.batch import batch_from_atoms
 from pet_finetune.errors import AdapterError
 
 FRAMES = list(all_structures().values())
@@ -110,6 +112,18 @@ def test_a_second_prompt_is_refused_and_another_method_is_not(prompted, tmp_path
     laws.resuming_loses_nothing(adapted, FRAMES, tmp_path)
     laws.ejected_is_the_base(adapted, merged, FRAMES)
     laws.assert_same(laws.predict(merged, FRAMES), before)
+
+
+def test_members_of_a_committee_may_have_prompts(prompted):
+    merged = merged_copy(prompted)
+    models = [merged_copy(trained_adapter(copy.deepcopy(merged), seed=seed)) for seed in (1, 2)]
+    committee = Committee([copy.deepcopy(model) for model in models], "energy")
+    batch = batch_from_atoms(FRAMES, merged.cutoff, merged.dtype)
+    found = committee.predict(batch, "energy", stress=True).members
+    for index, model in enumerate(models):
+        expected = laws.predict(model, FRAMES)
+        torch.testing.assert_close(found.energy[index], expected.energy)
+        torch.testing.assert_close(found.forces[index], expected.forces)
 
 
 def test_another_number_of_tokens_is_named(prompted, tmp_path):

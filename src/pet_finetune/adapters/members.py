@@ -18,7 +18,7 @@ from pet_finetune.nn.attention import Attention
 from pet_finetune.nn.block import Block
 from pet_finetune.nn.grouped import GroupedLinear, Rows
 
-from .inject import replace_module
+from .modules import replace_module
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,12 @@ def restore(first: Potential, member: Member, target: str) -> Potential:
 
 
 def differing_layers(first: Potential, members: Sequence[Member]) -> list[str] | None:
-    """Paths of the linear layers in which members differ; None where they differ elsewhere too."""
+    """Paths of the linear layers in which members differ; None where they differ elsewhere too.
+
+    None also for models with prompts, whose tokens belong to no member's rows.
+    """
+    if first.hypers.num_prompts:
+        return None
     names = {name for member in members for name in member.weights}
     paths = sorted({name.rpartition(".")[0] for name in names})
     if all(type(first.network.get_submodule(path)) is nn.Linear for path in paths):
