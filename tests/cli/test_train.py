@@ -118,6 +118,20 @@ def test_other_methods(here, train, method):
     assert (changed == heads) is (method == "heads")
 
 
+def test_qlora_says_what_it_saves_and_what_rounding_changes(here, train):
+    pytest.importorskip("bitsandbytes")
+    answer = train(options({"finetune": {"method": "qlora"}}), "-c", "base.ckpt")
+    log = Path("run/train.log").read_text()
+    assert "frozen layers are held in 4 bits: the network takes" in log
+    assert "on the first batch it changes energies by" in log
+    assert "kernels-community" not in answer.err
+    merged = open_potential("base.ckpt", "run/adapter")[0]
+    torch.testing.assert_close(
+        predictions(merged).forces,
+        predictions(load_checkpoint("run/best_model.ckpt").model).forces,
+    )
+
+
 def test_training_lowers_the_errors(here, train):
     content = options({"num_epochs": 15, "batch_size": 2, "finetune": {"method": "full"}})
     train(content, "-c", "base.ckpt")

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
-from laws import forces_are_finite_differences
+from laws import (
+    assert_agree,
+    assert_close,
+    assert_same,
+    forces_are_finite_differences,
+    predict,
+)
 
 from models import crystal, ethanol, random_potential, trained_adapter
-from pet_finetune.adapters import AdapterConfig, inject, merge, merged_copy, trainable_report
+from pet_finetune.adapters import (
+    AdaptedPotential,
+    AdapterConfig,
+    capture,
+    combine,
+    inject,
+    merge,
+    merged_copy,
+    save_adapter,
+    trainable_report,
+)
 from pet_finetune.adapters.lora import LoraLinear
 from pet_finetune.adapters.quantized import quantize_base
 from pet_finetune.data.batch import batch_from_atoms
@@ -18,6 +35,7 @@ from pet_finetune.nn.quantized import QuantizedLinear, QuantizedWeight, held_byt
 
 pytest.importorskip("bitsandbytes")
 
+FRAMES = [ethanol(), crystal()]
 WIDE = {"d_pet": 64, "d_node": 128, "d_head": 32, "d_feedforward": 64, "num_heads": 4}
 
 
@@ -131,3 +149,43 @@ def test_bits_that_there_are_not():
         inject(random_potential(), AdapterConfig(quant_bits=3))
     with pytest.raises(AdapterError, match="not with prompts"):
         inject(random_potential(), AdapterConfig(quant_bits=4, num_prompts=2))
+
+
+def test_switching_from_a_quantised_adapter_gives_the_base_back(bits, tmp_path):
+    """A model that predicts rounds the weights as floats, so that others can be put on after it."""
+    base = random_potential()
+    tuned = {
+        "small": trained_adapter(copy.deepcopy(base), quant_bits=bits, target_modules="all-linear"),
+        "plain": trained_adapter(copy.deepcopy(base), seed=2),
+        "prompt": trained_adapter(copy.deepcopy(base), seed=3, num_prompts=2),
+    }
+    model = AdaptedPotential(copy.deepcopy(base))
+    for name, one in tuned.items():
+        model.load_adapter(save_adapter(one, tmp_path / name), name)
+    for name in ("plain", "small", "prompt", "small", "plain"):
+        model.set_adapter(name)
+        tolerance = 1e-10 if name == "small" else 0.0
+        assert_agree(predict(model.potential, FRAMES), predict(tuned[name], FRAMES), tolerance)
+    model.set_adapter("small")
+    model.disable_adapters()
+    assert_same(predict(model.potential, FRAMES), predict(base, FRAMES))
+    carried = AdaptedPotential(tuned["small"])
+    assert_close(predict(carried.potential, FRAMES), predict(tuned["small"], FRAMES), 1e-10)
+
+
+def test_blends_are_of_one_kind_of_base(bits):
+    base = random_potential()
+    small = [
+        replace(
+            capture(trained_adapter(copy.deepcopy(base), seed=seed, quant_bits=bits)), name="small"
+        )
+        for seed in (1, 2)
+    ]
+    mixed = combine([(one, 0.4) for one in small], base=copy.deepcopy(base))
+    assert mixed.config.quant_bits == bits
+    plain = replace(capture(trained_adapter(copy.deepcopy(base))), name="plain")
+    with pytest.raises(AdapterError, match="number of bits of the base"):
+        combine([(small[0], 0.5), (plain, 0.5)])
+    prompt = replace(capture(trained_adapter(copy.deepcopy(base), num_prompts=2)), name="prompt")
+    with pytest.raises(AdapterError, match="'prompt' holds prompts"):
+        combine([(prompt, 1.0)])

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from torch import Tensor
+
 from pet_finetune.data.batch import Batch
 from pet_finetune.errors import AdapterError, did_you_mean
 from pet_finetune.model import Potential, Prediction
@@ -15,7 +17,8 @@ from .adapter import Adapter, capture, check_base, install
 from .combine import combine
 from .files import read_adapter, write_adapter
 from .inject import active_adapter, eject
-from .merge import merge, unmerge
+from .merge import merge, merged_copy, unmerge
+from .quantized import restore_base, round_base
 
 
 class AdaptedPotential:
@@ -25,8 +28,8 @@ class AdaptedPotential:
     adapted layers and leaves the base's tensors where they are.
 
     Args:
-        base: a potential; what it carries already becomes the adapter ``default``. It is used, not
-            copied.
+        base: a potential; what it carries already becomes the adapter ``default``, but for one
+            over a quantised base, which is merged for good. It is used, not copied.
 
     Attributes:
         potential: the model as it is now, for everything that takes a
@@ -39,7 +42,12 @@ class AdaptedPotential:
         self._active: str | None = None
         self._enabled, self._merged = True, False
         self._known_fingerprint: str | None = None
-        if active_adapter(base) is not None:
+        # Weights that the active adapter wants rounded, as the base has them.
+        self._rounded: dict[str, Tensor] = {}
+        carried = active_adapter(base)
+        if carried is not None and carried.quant_bits is not None:
+            self.potential = merged_copy(base)
+        elif carried is not None:
             unmerge(base)
             self._adapters["default"] = capture(base)
             self._active = "default"
@@ -204,6 +212,8 @@ class AdaptedPotential:
     def _take_off(self) -> None:
         if active_adapter(self.potential) is not None:
             eject(self.potential)
+        restore_base(self.potential, self._rounded)
+        self._rounded = {}
 
     def _apply(self) -> None:
         """Make the potential what the names and switches say."""
@@ -212,7 +222,11 @@ class AdaptedPotential:
         if name is None:
             return
         device = self.potential.device
-        install(self.potential, self._adapters[name], self._fingerprint)
+        fingerprint, adapter = self._fingerprint, self._adapters[name]
+        if adapter.config.quant_bits is not None:
+            self._rounded = round_base(self.potential, adapter.config)
+            adapter = replace(adapter, config=replace(adapter.config, quant_bits=None))
+        install(self.potential, adapter, fingerprint)
         self.potential.to(device)
         self.potential.eval().requires_grad_(False)
         if self._merged:

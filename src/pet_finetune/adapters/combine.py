@@ -58,8 +58,8 @@ def combine(
 
     Raises:
         AdapterError: unknown combination, adapters that do not go together (other bases, targets,
-            heads or scales), ranks that ``linear`` cannot blend, or DoRA, whose updates are not
-            of low rank.
+            heads or scales), ranks that ``linear`` cannot blend, or DoRA and prompts, which are no
+            updates of low rank.
     """
     _check_request(parts, combination, rank)
     _check_together(parts)
@@ -119,11 +119,17 @@ def _check_together(parts: Weighted) -> None:
                 f"'{adapter.name}' is a DoRA adapter: its update is not of low rank and cannot be "
                 "blended. Merge it into a checkpoint instead."
             )
+        if adapter.config.num_prompts:
+            raise AdapterError(
+                f"'{adapter.name}' holds prompts, which are no updates of weights and cannot be "
+                "blended. Choose adapters of method lora."
+            )
         for what, one, other in (
             ("base", first.fingerprint, adapter.fingerprint),
             ("target", first.config.target, adapter.config.target),
             ("scale", first.scale, adapter.scale),
             ("list of elements", first.species, adapter.species),
+            ("number of bits of the base", first.config.quant_bits, adapter.config.quant_bits),
         ):
             if one != other:
                 raise AdapterError(
@@ -253,7 +259,7 @@ def _at_the_base(adapter: Adapter, base: Potential | None) -> tuple[Mapping[str,
             "The weights do not sum to 1, so the heads cannot be blended without those of the "
             "base: give the base, or choose weights that sum to 1."
         )
-    install(base, adapter)
+    install(base, replace(adapter, config=replace(adapter.config, quant_bits=None)))
     state = adapter_state(base)
     found = state.saved, state.composition
     eject(base)

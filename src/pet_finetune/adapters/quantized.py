@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from pet_finetune.model import Potential
 from pet_finetune.model.pet import HEAD_GROUPS
-from pet_finetune.nn.quantized import QuantizedLinear, held_bytes
+from pet_finetune.nn.quantized import QuantizedLinear, held_bytes, quantize
 
 from .config import AdapterConfig
 from .lora import LoraLinear
@@ -64,6 +65,34 @@ def quantize_base(model: Potential, config: AdapterConfig) -> QuantizationReport
             replace_module(model.network, path, small)
         layers += 1
     return QuantizationReport(config.quant_bits, layers, before, held_bytes(model.network))
+
+
+@torch.no_grad()
+def round_base(model: Potential, config: AdapterConfig) -> dict[str, Tensor]:
+    """Round the weights that :func:`quantize_base` would hold in few bits, in place, as floats.
+
+    For models that predict and must have their base back: :func:`restore_base`.
+
+    Args:
+        model: without adapter.
+        config: resolved, of the adapter that was trained over the quantised base.
+
+    Returns:
+        What the weights were, by the path of their layer.
+    """
+    assert config.quant_bits is not None
+    before = {}
+    for path, layer in _frozen_layers(model.network, config):
+        before[path] = layer.weight.detach().clone()
+        layer.weight.copy_(quantize(layer.weight, config.quant_bits).dense(layer.weight.dtype))
+    return before
+
+
+@torch.no_grad()
+def restore_base(model: Potential, before: Mapping[str, Tensor]) -> None:
+    """Undo :func:`round_base`, bit for bit."""
+    for path, weight in before.items():
+        model.network.get_parameter(f"{path}.weight").copy_(weight)
 
 
 def _frozen_layers(network: nn.Module, config: AdapterConfig) -> Iterator[tuple[str, nn.Linear]]:

@@ -8,6 +8,7 @@ differentiated twice.
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import lru_cache
@@ -33,6 +34,8 @@ def _functional() -> Any:
     missing = missing_extra(*QUANTIZATION)
     if missing is not None:
         raise ConfigError(f"quant_bits {missing}")
+    # It looks for a faster product for layers of its own, which we do not use, and says so.
+    logging.getLogger(f"{QUANTIZATION[0]}.backends.cpu.ops").setLevel(logging.ERROR)
     return import_module(f"{QUANTIZATION[0]}.functional")
 
 
