@@ -98,7 +98,9 @@ def run(arguments: argparse.Namespace) -> int:
     restart = None
     if arguments.restart is not None:
         restart = find_restart(arguments.restart, arguments.output)
-    folder = arguments.output or (restart.parent if restart else new_folder())
+    finetune = loaded.options.finetune
+    whole = finetune.ensemble is not None and finetune.member is None
+    folder = arguments.output or (_run_of(restart, whole) if restart else new_folder())
 
     from pet_finetune.workflows import profile_run, train
 
@@ -121,20 +123,30 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if outcome.result.finished else 130
 
 
+def _run_of(restart: Path, ensemble: bool) -> Path:
+    """The folder of the run that a ``last.ckpt`` belongs to."""
+    member = ensemble and restart.parent.name.startswith("member_")
+    return restart.parent.parent if member else restart.parent
+
+
 def new_folder() -> Path:
     """``outputs/DATE/TIME``, as metatrain names them."""
     return _OUTPUTS / datetime.datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
 
 
 def find_restart(wanted: str, output: Path | None) -> Path:
-    """The ``last.ckpt`` to go on from.
+    """The ``last.ckpt`` to go on from; of an ensemble, that of a member.
 
     Raises:
         TrainingError: there is none.
     """
     if wanted != "auto":
         path = Path(wanted)
-        path = path / "last.ckpt" if path.is_dir() else path
+        if path.is_dir():
+            members = sorted(path.glob("member_*/last.ckpt"))
+            path = (
+                path / "last.ckpt" if (path / "last.ckpt").exists() or not members else members[-1]
+            )
         if not path.exists():
             raise TrainingError(f"--restart: there is no file '{path}'.")
         return path

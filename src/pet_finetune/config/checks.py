@@ -98,6 +98,41 @@ def _check_finetune(options: Options, raw: dict[str, Any]) -> Iterator[Problem]:
             "checkpoint to start from with -c or finetune.read_from.",
             also=((*_FINETUNE, "read_from"), (*_FINETUNE, "legacy_start")),
         )
+    yield from _check_ensemble(options)
+
+
+def _check_ensemble(options: Options) -> Iterator[Problem]:
+    finetune = options.finetune
+    size, member = finetune.ensemble, finetune.member
+    path: Path = (*_FINETUNE, "ensemble")
+    if size is None:
+        if member is not None:
+            yield Problem(
+                (*_FINETUNE, "member"),
+                f"member {member} of what? Give finetune.ensemble, the number of members, or "
+                "remove it.",
+                also=(path,),
+            )
+        return
+    if size < 2:
+        yield Problem(
+            path,
+            f"a committee has at least 2 members, found {size}: one model has no spread. Use 4, or "
+            "remove it.",
+        )
+    if finetune.method != "lora":
+        yield Problem(
+            path,
+            f"its members are adapters of one foundation, but the method is {finetune.method}. Use "
+            "method lora with a checkpoint to start from, or remove it.",
+            also=((*_FINETUNE, "method"), (*_FINETUNE, "read_from")),
+        )
+    if member is not None and member >= size:
+        yield Problem(
+            (*_FINETUNE, "member"),
+            f"there is no member {member} of {size}: they are counted from 0 to {size - 1}.",
+            also=(path,),
+        )
 
 
 def _check_baseline(options: Options) -> Iterator[Problem]:

@@ -11,6 +11,7 @@ from pet_finetune.config.base import (
     Expects,
     Flag,
     Fraction,
+    NonNegativeInt,
     OneOf,
     PositiveFloat,
     PositiveInt,
@@ -261,6 +262,22 @@ class FinetuneOptions(Section):
         "with the embeddings of the nearest element that the model knows in the periodic table, "
         "`random` with random ones, and a mapping such as {Br: Cl, Na: Li} with those named. Null "
         "refuses such data.",
+    )
+    ensemble: PositiveInt | None = Field(
+        default=None,
+        description="Train a committee of this many LoRA adapters, at least 2, in one run: members "
+        "with their own seeds, of the adapter and of the order and rotations of the data. Their "
+        "spread is an uncertainty, calibrated on the validation set. Null: one model.",
+    )
+    bootstrap: Flag = Field(
+        default=True,
+        description="With `ensemble`: each member is trained on as many structures as there are, "
+        "drawn from the training set with replacement. False: all of them are trained on all.",
+    )
+    member: NonNegativeInt | None = Field(
+        default=None,
+        description="With `ensemble`: train only the member of this number, counted from 0, as a "
+        "run of its own (a job of an array, say). Null: all of them, one after the other.",
     )
 
     @model_validator(mode="before")

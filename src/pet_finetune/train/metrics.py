@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from pet_finetune.adapters import Committee
 from pet_finetune.data.batch import Batch
 from pet_finetune.data.prefetch import on_device
 from pet_finetune.keys import forces_key, stress_key
@@ -88,7 +89,9 @@ class Metrics:
 
 
 def evaluate(
-    model: Potential, batches: Iterable[Batch], wanted: Mapping[str, tuple[bool, bool]]
+    model: Potential | Committee,
+    batches: Iterable[Batch],
+    wanted: Mapping[str, tuple[bool, bool]],
 ) -> dict[str, Metrics]:
     """Errors of a model on labelled batches.
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from .evaluate import EvaluationResult, evaluate_files, evaluate_options
 from .info import describe_checkpoint
+from .outcome import TrainOutcome
 from .profile import profile_run
-from .train import TrainOutcome, train
+from .train import train
 
 __all__ = [
     "EvaluationResult",

@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from pet_finetune import kernels
-from pet_finetune.adapters import trainable_report
+from pet_finetune.adapters import Committee, trainable_report
 from pet_finetune.config import Options
 from pet_finetune.data.charges import check_charges
 from pet_finetune.data.fingerprint import structures_fingerprint
@@ -25,6 +25,7 @@ from pet_finetune.train import Trainer, evaluate, prepare_baselines
 from pet_finetune.train.loss import Objective
 from pet_finetune.train.run_files import OPTIONS, SPLITS, RunFiles
 
+from .bootstrap import of_member
 from .elements import ADVICE
 from .machine import choose_dtype, seed_everything, versions
 from .resume import Errors, RunState, SavedRun, take_files
@@ -86,20 +87,24 @@ def prepare_run(
         splits = load_splits(files.folder / SPLITS, options)
     else:
         splits = make_splits(options, seed)
+    own_seed, trained_on = seed, splits
+    if options.finetune.member is not None:
+        own_seed, trained_on = of_member(options, splits, seed)
+        seed_everything(own_seed)
     start = saved.start() if saved else start_model(options, splits)
     model = start.model.to(device=device, dtype=dtype)
     structures = [*splits.train, *splits.validation, *splits.test]
     check_species(structures, model.species, ADVICE if options.is_finetuning else "")
     if model.hypers.system_conditioning:
         check_charges(structures, model.hypers.max_charge, model.hypers.max_spin_multiplicity)
-    data = _load(options, splits, model, seed, dtype)
+    data = load_data(options, trained_on, model, own_seed, dtype)
     kernels.prepare(device)  # the input is sound: compiling, should they need it, is not in vain
     if not saved:
         with rounding_told(options, model, data.train):
             choose_trainable(start, options)
         _log_baselines(options, start, data)
         splits.save(files.folder / SPLITS)
-        files.write(OPTIONS, _options_of_run(options, seed))
+        files.write(OPTIONS, options_of_run(options, seed))
     model.to(device=device, dtype=dtype)
     objectives = _objectives(options, model, data)
     files.base_name = start.name
@@ -130,7 +135,7 @@ def prepare_run(
     return Run(options, files, data, trainer, state)
 
 
-def _options_of_run(options: Options, seed: int) -> str:
+def options_of_run(options: Options, seed: int) -> str:
     """All options as a file that gives the same run again."""
     plain = {**options.resolved(), "seed": seed}
     if options.finetune.read_from is not None:
@@ -139,9 +144,10 @@ def _options_of_run(options: Options, seed: int) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(plain))
 
 
-def _load(
-    options: Options, splits: Splits, model: Potential, seed: int, dtype: torch.dtype
+def load_data(
+    options: Options, splits: Splits, model: Potential | Committee, seed: int, dtype: torch.dtype
 ) -> RunData:
+    """Loaders of the sets, as the options cut batches; ``seed`` is of order and rotations."""
     training = options.training
     train_loader = Loader(
         splits.train,
@@ -186,16 +192,27 @@ def _log_baselines(options: Options, start: Start, data: RunData) -> None:
         _logger.info("scale of '%s': %.6g eV", table.target, table.scale)
 
 
-def _objectives(options: Options, model: Potential, data: RunData) -> dict[str, Objective]:
+def wanted_derivatives(options: Options, data: RunData) -> dict[str, tuple[bool, bool]]:
+    """For each target, whether its forces and its stress are learned."""
     labels = data.train.label_names
-    objectives = {}
+    wanted = {}
     for name in options.target_specs():
         loss = options.training.loss_for(name)
+        wanted[name] = (
+            forces_key(name) in labels and loss.forces_term().weight > 0,
+            stress_key(name) in labels and loss.stress_term().weight > 0,
+        )
+    return wanted
+
+
+def _objectives(options: Options, model: Potential, data: RunData) -> dict[str, Objective]:
+    objectives = {}
+    for name, (forces, stress) in wanted_derivatives(options, data).items():
         objectives[name] = Objective(
             target=name,
-            loss=loss,
-            forces=forces_key(name) in labels and loss.forces_term().weight > 0,
-            stress=stress_key(name) in labels and loss.stress_term().weight > 0,
+            loss=options.training.loss_for(name),
+            forces=forces,
+            stress=stress,
             scale=float(model.scale.get(name)),
             per_atom=name not in options.training.per_structure_targets,
         )
@@ -225,7 +242,10 @@ def _provenance(options: Options, start: Start, data: RunData, seed: int) -> dic
 
 
 def evaluate_sets(
-    options: Options, model: Potential, data: RunData, wanted: dict[str, tuple[bool, bool]]
+    options: Options,
+    model: Potential | Committee,
+    data: RunData,
+    wanted: dict[str, tuple[bool, bool]],
 ) -> Errors:
     """Errors of a model on every set; none without ``final_eval``."""
     if not options.final_eval:

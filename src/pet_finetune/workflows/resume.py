@@ -14,7 +14,7 @@ from pet_finetune.errors import TrainingError
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 from pet_finetune.train import Metrics
-from pet_finetune.train.run_files import BEST, RunFiles
+from pet_finetune.train.run_files import BEST, OPTIONS, RunFiles
 
 from .start import Start
 
@@ -120,7 +120,9 @@ def open_run(path: str | Path, options: Options) -> SavedRun:
             f"{path} holds a run that this release of pet-finetune did not write ({error}). Start "
             f"a new run from its model with -c {path}."
         ) from error
-    _compare_options(options, checkpoint.provenance.get("options", {}), middle)
+    before = checkpoint.provenance.get("options", {})
+    _check_member(options, before, path)
+    _compare_options(options, before, middle)
     return SavedRun(Path(path), checkpoint.model, checkpoint.provenance, state, trainer)
 
 
@@ -138,6 +140,23 @@ def take_files(run: SavedRun, files: RunFiles) -> None:
         )
     if old.resolve() != files.folder.resolve():
         files.take_over(old)
+
+
+def _check_member(options: Options, before: Mapping[str, Any], path: str | Path) -> None:
+    """Make sure that a run goes on with the structures and the seed that it began with."""
+    old = before.get("architecture", {}).get("training", {}).get("finetune", {})
+    then = (old.get("member"), old.get("member") is not None and old.get("bootstrap"))
+    now = options.finetune.member
+    if then != (now, now is not None and options.finetune.bootstrap):
+        whose = (
+            "no member of an ensemble"
+            if then[0] is None
+            else (f"member {then[0]} of an ensemble with bootstrap: {str(then[1]).lower()}")
+        )
+        raise TrainingError(
+            f"--restart: '{path}' is of {whose}, which these options are not for. Use the "
+            f"{OPTIONS} beside it, or that of the whole run."
+        )
 
 
 def _compare_options(options: Options, before: Mapping[str, Any], middle: bool) -> None:

@@ -59,17 +59,9 @@ def start_model(options: Options, splits: Splits) -> Start:
         CheckpointError: the checkpoint cannot be read.
     """
     specs = options.target_specs()
-    finetune = options.finetune
-    if finetune.read_from is not None:
-        checkpoint = load_checkpoint(finetune.read_from)
-        name = Path(finetune.read_from).stem
-        return _extend(checkpoint.model, name, checkpoint.provenance, options, specs, splits)
-    if finetune.legacy_start is not None:
-        legacy = finetune.legacy_start
-        model = load_oldest_start(
-            legacy.model, legacy.all_species, legacy.self_contributions, options.model
-        )
-        return _extend(model, Path(legacy.model).stem, {}, options, specs, splits)
+    if options.is_finetuning:
+        model, name, provenance = read_start(options)
+        return _extend(model, name, provenance, options, specs, splits)
     structures = [*splits.train, *splits.validation, *splits.test]
     species = options.architecture.atomic_types or find_species(structures)
     model = Potential(options.model, species, specs.values())
@@ -77,6 +69,23 @@ def start_model(options: Options, splits: Splits) -> Start:
         "a new model for %s", ", ".join(chemical_symbols[number] for number in model.species)
     )
     return Start(model, "scratch", None, {}, tuple(specs), {})
+
+
+def read_start(options: Options) -> tuple[Potential, str, dict[str, Any]]:
+    """The model that the options name to start from, what it is called, and its provenance.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    finetune, legacy = options.finetune, options.finetune.legacy_start
+    if finetune.read_from is not None:
+        checkpoint = load_checkpoint(finetune.read_from)
+        return checkpoint.model, Path(finetune.read_from).stem, checkpoint.provenance
+    assert legacy is not None, "training from scratch starts from no model"
+    model = load_oldest_start(
+        legacy.model, legacy.all_species, legacy.self_contributions, options.model
+    )
+    return model, Path(legacy.model).stem, {}
 
 
 def check_targets(options: Options) -> None:

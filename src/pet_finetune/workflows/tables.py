@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
+from pet_finetune.report.calibration import Curves
 from pet_finetune.train.baselines import BaselineTable
 from pet_finetune.train.metrics import SHOWN, Metrics
 
@@ -53,6 +54,37 @@ def error_table(
                 ]
                 cells = ["-" if math.isnan(v) else f"{v:.2f}" for v in values]
                 table.add_row(f"{prefix}{kind} {statistic}", unit, *cells)
+    return table
+
+
+def committee_table(members: Sequence[Metrics], committee: Metrics, title: str = "") -> Table:
+    """Errors (columns) of each member, of a member on average, and of the committee's mean."""
+    columns = [(kind, name) for kind in committee.kinds for name in ("mae", "rmse")]
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for kind, name in columns:
+        table.add_column(f"{kind} {name.upper()}\n{SHOWN[kind][1]}", justify="right")
+
+    def errors(metrics: Metrics) -> list[float]:
+        return [getattr(metrics, name)(kind) * SHOWN[kind][0] for kind, name in columns]
+
+    each = [errors(metrics) for metrics in members]
+    rows = {f"member {number}": values for number, values in enumerate(each)}
+    rows["a member on average"] = [sum(values) / len(each) for values in zip(*each, strict=True)]
+    rows["committee"] = errors(committee)
+    for name, values in rows.items():
+        table.add_row(name, *(f"{value:.2f}" for value in values))
+    return table
+
+
+def calibration_table(curves: Mapping[str, Curves]) -> Table:
+    """Factor and miscalibration areas of each kind."""
+    table = Table(title="calibration of the spread", title_justify="left")
+    for name in ("", "factor", "miscalibration area before", "after"):
+        table.add_column(name, justify="right" if name else "left")
+    for kind, found in curves.items():
+        areas = f"{found.area_before:.3f}", f"{found.area_after:.3f}"
+        table.add_row(kind, f"{found.factor:.3f}", *areas)
     return table
 
 

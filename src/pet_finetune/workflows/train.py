@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from pet_finetune.checkpoint import load_checkpoint
@@ -18,28 +17,13 @@ from pet_finetune.train.progress import RunDisplay
 from pet_finetune.train.records import Callbacks, EpochRecord
 from pet_finetune.train.run_files import LOG, OPTIONS, RESULTS, RunFiles
 
+from .ensemble import train_ensemble
+from .outcome import TrainOutcome
 from .prepare import Run, evaluate_sets, prepare_run
 from .resume import Errors, open_run
 from .tables import error_table, show, size_text
 
 _logger = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class TrainOutcome:
-    """What a run gave.
-
-    Attributes:
-        folder: its files.
-        result: how it ended.
-        before, after: errors of the starting model and the best one, by set and target; empty
-            for an interrupted run, or without ``final_eval``.
-    """
-
-    folder: Path
-    result: TrainingResult
-    before: Errors
-    after: Errors
 
 
 def train(
@@ -52,6 +36,9 @@ def train(
 ) -> TrainOutcome:
     """Train as the options say; print the table of errors before and after.
 
+    With ``finetune.ensemble`` each member is trained by this function, then the committee is
+    calibrated and evaluated.
+
     Args:
         options: checked options.
         folder: where the files of the run go.
@@ -62,6 +49,10 @@ def train(
     Raises:
         PetFinetuneError: any bad input, with one clear message.
     """
+    if options.finetune.ensemble is not None and options.finetune.member is None:
+        return train_ensemble(
+            train, options, folder, restart=restart, notices=notices, source=source
+        )
     device = choose_device(options.device)
     files = RunFiles(Path(folder))
     if restart is None:

@@ -1,0 +1,218 @@
+"""A committee trained in one run: its members one after the other, then what they say together."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from pet_finetune import kernels
+from pet_finetune.adapters import load_committee
+from pet_finetune.adapters.committee import Calibration
+from pet_finetune.adapters.committee_files import COMMITTEE_FILE, write_committee
+from pet_finetune.config import Options
+from pet_finetune.data.splits import load_splits
+from pet_finetune.device import choose_device
+from pet_finetune.errors import TrainingError
+from pet_finetune.log import FILE_ONLY, get_logger, setup_logging
+from pet_finetune.report.calibration import Curves, plot_calibration
+from pet_finetune.train.calibration import LEVELS, Deviations, collect, miscalibration_area
+from pet_finetune.train.run_files import ADAPTER, LAST, LOG, OPTIONS, RESULTS, SPLITS, RunFiles
+
+from .bootstrap import options_of_member
+from .machine import choose_dtype, seed_everything
+from .outcome import TrainOutcome
+from .prepare import evaluate_sets, load_data, options_of_run, wanted_derivatives
+from .resume import Errors
+from .start import read_start
+from .tables import calibration_table, committee_table, show
+
+_logger = get_logger(__name__)
+PLOT = "calibration.svg"
+
+TrainMember = Callable[..., TrainOutcome]
+
+
+def train_ensemble(
+    train_member: TrainMember,
+    options: Options,
+    folder: str | Path,
+    *,
+    restart: str | Path | None = None,
+    notices: Sequence[str] = (),
+    source: str | Path = "",
+) -> TrainOutcome:
+    """Train every member in a folder of its own, ``member_0`` and so on, then judge them together.
+
+    A run that goes on trains the members that are not finished, from where each stands.
+
+    Args:
+        train_member: :func:`~.train.train`, for a member's options.
+        options, folder, notices, source: as for a single run.
+        restart: the ``last.ckpt`` of any member.
+
+    Raises:
+        PetFinetuneError: any bad input, with one clear message.
+    """
+    size = options.finetune.ensemble
+    assert size is not None, "a run without finetune.ensemble has no members"
+    if not options.is_finetuning:  # options of a run that goes on may leave it out
+        raise TrainingError(
+            "--restart: an ensemble needs its foundation to the end, and these options name none. "
+            f"Use the {OPTIONS} in the folder of the run."
+        )
+    files = RunFiles(Path(folder))
+    if restart is None:
+        _check_free(files, source)
+    else:
+        _take_over(Path(restart), files.folder)
+    seed = _seed(options, files, restart is not None)
+    files.write(OPTIONS, options_of_run(options, seed))
+    outcomes = []
+    for member in range(size):
+        own = member_folder(files.folder, member)
+        last = own / LAST
+        outcomes.append(
+            train_member(
+                options_of_member(options, member, seed),
+                own,
+                restart=last if restart is not None and last.exists() else None,
+                notices=notices if member == 0 else (),
+            )
+        )
+        if not outcomes[-1].result.finished:
+            command = ["pet-finetune", "train", f"{files.folder / OPTIONS}"]
+            _logger.warning(
+                "this was member %d of %d; go on with all of them: %s",
+                member,
+                size,
+                shlex.join([*command, "--restart", f"{files.folder}"]),
+            )
+            return TrainOutcome(files.folder, outcomes[-1].result, {}, {})
+    setup_logging(file=files.folder / LOG)
+    return _finish(options, files, outcomes, seed)
+
+
+def member_folder(folder: Path, member: int) -> Path:
+    """Where a member of an ensemble is trained."""
+    return folder / f"member_{member}"
+
+
+def _members_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("member_*") if path.is_dir())
+
+
+def _check_free(files: RunFiles, source: str | Path) -> None:
+    files.check_free(source)
+    if _members_in(files.folder):
+        raise TrainingError(
+            f"The output folder '{files.folder}' holds an ensemble already. Choose another with "
+            f"-o FOLDER, or go on with that one: --restart {files.folder}."
+        )
+
+
+def _take_over(last: Path, folder: Path) -> None:
+    """Make sure that a run to go on with is an ensemble, and copy it where it shall go on."""
+    old = last.parent.parent
+    if not last.parent.name.startswith("member_"):
+        raise TrainingError(
+            f"--restart: '{last}' is of a single model, not a member of an ensemble. Remove "
+            "finetune.ensemble from the options to go on with it, or start a new run."
+        )
+    if old.resolve() != folder.resolve():
+        if _members_in(folder):
+            raise TrainingError(
+                f"The output folder '{folder}' holds an ensemble already: choose another with "
+                "-o FOLDER."
+            )
+        for member in _members_in(old):
+            shutil.copytree(member, folder / member.name)
+        shutil.copy2(old / OPTIONS, folder / OPTIONS)
+    for member in _members_in(folder):
+        if not (member / LAST).exists():
+            shutil.rmtree(member)  # stopped before it could be gone on with; begins anew
+
+
+def _seed(options: Options, files: RunFiles, going_on: bool) -> int:
+    """Of the whole ensemble: all members must cut the data alike."""
+    if options.seed is not None:
+        return options.seed
+    if not going_on:
+        return seed_everything(None)
+    known = OmegaConf.to_container(OmegaConf.load(files.folder / OPTIONS))
+    assert isinstance(known, dict)
+    return int(known["seed"])
+
+
+def _finish(
+    options: Options, files: RunFiles, outcomes: Sequence[TrainOutcome], seed: int
+) -> TrainOutcome:
+    """Calibrate the committee, evaluate it, write ``committee.json`` and ``results.json``."""
+    names = [f"{member_folder(Path(), member)}/{ADAPTER}" for member in range(len(outcomes))]
+    base, _, _ = read_start(options)
+    device = choose_device(options.device)
+    committee = load_committee(base, [files.folder / name for name in names])
+    committee.to(device=device, dtype=choose_dtype(options.base_precision))
+    kernels.prepare(device)
+    splits = load_splits(member_folder(files.folder, 0) / SPLITS, options)
+    data = load_data(options, splits, committee, seed, committee.dtype)
+    wanted = wanted_derivatives(options, data)
+    if not splits.validation:
+        _logger.warning("the spread is calibrated on the training set, which makes it too small")
+    deviations = collect(committee, data.validation.view(), wanted)
+    curves = {kind: _curves(found) for kind, found in deviations.items()}
+    calibration = Calibration(**{kind: curve.factor for kind, curve in curves.items()})
+    write_committee(files.folder, names, calibration)
+    after = evaluate_sets(options, committee, data, wanted)
+    _show(outcomes, after, curves)
+    if not plot_calibration(files.folder / PLOT, curves):
+        _logger.info("%s needs matplotlib: pip install 'pet-finetune[plots]'", PLOT)
+    before = outcomes[0].before
+    content = {
+        "before": _plain(before),
+        "after": _plain(after),
+        "members": [_plain(outcome.after) for outcome in outcomes],
+        "calibration": {kind: _plain_curves(curve) for kind, curve in curves.items()},
+    }
+    files.write(RESULTS, json.dumps(content, indent=2) + "\n")
+    _logger.info("committee: %s", files.folder / COMMITTEE_FILE)
+    return TrainOutcome(files.folder, outcomes[-1].result, before, after)
+
+
+def _curves(found: Deviations) -> Curves:
+    before, after = found.coverage(), found.scaled(found.factor).coverage()
+    areas = miscalibration_area(before), miscalibration_area(after)
+    return Curves(LEVELS, before, after, *areas, found.factor)
+
+
+def _plain_curves(curves: Curves) -> dict[str, Any]:
+    return {
+        key: value if isinstance(value, float) else value.tolist()
+        for key, value in asdict(curves).items()
+    }
+
+
+def _plain(errors: Errors) -> dict[str, Any]:
+    return {
+        name: {target: metrics.as_dict() for target, metrics in targets.items()}
+        for name, targets in errors.items()
+    }
+
+
+def _show(outcomes: Sequence[TrainOutcome], after: Errors, curves: Mapping[str, Curves]) -> None:
+    """Print the tables of errors and of the calibration, and put them into the log file."""
+    tables = [calibration_table(curves)]
+    shown = next((name for name in ("test", "validation", "train") if name in after), None)
+    if shown is not None:
+        (target,) = after[shown]
+        members = [outcome.after[shown][target] for outcome in outcomes]
+        title = f"errors on the {shown} set"
+        tables.insert(0, committee_table(members, after[shown][target], title=title))
+    for table in tables:
+        _logger.info("results\n%s", show(table), extra=FILE_ONLY)
