@@ -27,6 +27,10 @@ from pet_finetune.nn.grouped import Rows
 
 from .members import differing_layers, gather, join, replicate, restore
 
+# Edges of all members that are evaluated together. On a CPU more of them leave its caches, which
+# costs what one pass gains; on a GPU only memory sets a limit.
+_MOST_EDGES = {"cpu": 8192, "cuda": 1_000_000}
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -68,8 +72,8 @@ class Committee(nn.Module):
     """Several potentials that differ in some of their weights and predict the same energy.
 
     Where the differences lie in linear layers, as those of every adapter do unless it trains
-    embeddings or norms as well, all members are evaluated in one pass; else one after the other,
-    with the same results.
+    embeddings or norms as well, all members are evaluated in one pass, or in a few where structures
+    are large; else one after the other, with the same results.
 
     Args:
         models: plain potentials on one device, in one floating type, that share architecture and
@@ -160,16 +164,33 @@ class Committee(nn.Module):
         """
         self.energy_target(target)
         if self.one_pass:
-            self._rows.atoms = batch.num_atoms
-            joint = replicate(batch, self.size)
-            found = self._first.predict(joint, target, forces=forces, stress=stress)
-            members = _map(lambda values: values.unflatten(0, (self.size, -1)), found)
+            at_once = self._members_at_once(batch)
+            parts = [
+                self._predict_joined(batch, slice(start, start + at_once), forces, stress)
+                for start in range(0, self.size, at_once)
+            ]
+            members = _map(lambda *values: torch.cat(values), *parts)
         else:
             models = [part for part in self.parts if isinstance(part, Potential)]
             each = [m.predict(batch, target, forces=forces, stress=stress) for m in models]
             members = _map(lambda *values: torch.stack(values), *each)
         mean = _map(lambda values: values.mean(0), members)
         return CommitteePrediction(**vars(mean), members=members, calibration=self.calibration)
+
+    def _members_at_once(self, batch: Batch) -> int:
+        """So many that the features of all edges together stay within bounds."""
+        limit = _MOST_EDGES.get(batch.edge_vectors.device.type, _MOST_EDGES["cuda"])
+        return max(1, min(self.size, limit // max(1, batch.num_edges)))
+
+    def _predict_joined(
+        self, batch: Batch, members: slice, forces: bool, stress: bool
+    ) -> Prediction:
+        """Some of the members in one pass, with an axis of theirs in front."""
+        count = len(range(self.size)[members])
+        self._rows.atoms, self._rows.members = batch.num_atoms, members
+        joint = replicate(batch, count)
+        found = self._first.predict(joint, self.target, forces=forces, stress=stress)
+        return _map(lambda values: values.unflatten(0, (count, -1)), found)
 
     def predict_many(
         self, batch: Batch, wanted: Mapping[str, tuple[bool, bool]]

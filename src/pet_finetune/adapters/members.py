@@ -107,10 +107,10 @@ def join(first: Potential, members: Sequence[Member], paths: Sequence[str], rows
         biases = None
         if layer.bias is not None:
             biases = torch.stack([m.weights.get(f"{path}.bias", layer.bias) for m in members])
-        grouped = GroupedLinear(weights, biases, rows if layer in of_all_tokens else None)
+        grouped = GroupedLinear(weights, biases, rows, layer in of_all_tokens)
         replace_module(first.network, path, grouped)
     baselines = torch.stack([member.composition for member in members])
-    first.composition = _Baselines(first.species, baselines)
+    first.composition = _Baselines(first.species, baselines, rows)
     first.scale = _Scales(torch.stack([member.scale for member in members]), rows)
 
 
@@ -130,15 +130,16 @@ class _Baselines(Composition):
 
     weights: Tensor
 
-    def __init__(self, species: Sequence[int], weights: Tensor) -> None:
+    def __init__(self, species: Sequence[int], weights: Tensor, rows: Rows) -> None:
         super().__init__(species)
         self.register_buffer("weights", weights)
+        self._rows = rows
         self.to(weights.device)
 
     def forward(self, numbers: Tensor, target: str) -> Tensor:
         """Baseline energy of each atom of each member in turn, [members * n_atoms] float64, eV."""
-        atoms = numbers[: len(numbers) // len(self.weights)]
-        return self.weights[:, self.species_index[atoms]].flatten()
+        atoms = self.species_index[numbers[: self._rows.atoms]]
+        return self.weights[self._rows.members][:, atoms].flatten()
 
 
 class _Scales(Scale):
@@ -153,7 +154,7 @@ class _Scales(Scale):
 
     def get(self, target: str) -> Tensor:
         """The factor of each atom of each member in turn, [members * n_atoms] float64."""
-        return self.factors.repeat_interleave(self._rows.atoms)
+        return self.factors[self._rows.members].repeat_interleave(self._rows.atoms)
 
 
 def replicate(batch: Batch, count: int) -> Batch:

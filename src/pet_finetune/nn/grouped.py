@@ -7,7 +7,7 @@ All members have equally many of either kind, because they are given the same st
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -24,9 +24,11 @@ class Rows:
 
     Attributes:
         atoms: of one member.
+        members: whose rows these are; the others are left out.
     """
 
     atoms: int = 0
+    members: slice = field(default_factory=lambda: slice(None))
 
 
 class GroupedLinear(nn.Module):
@@ -35,55 +37,53 @@ class GroupedLinear(nn.Module):
     Args:
         weights: [members, out, in].
         biases: [members, out], or None.
-        rows: the batch under way, where centre and edge tokens arrive in one array; None where
-            rows of one kind do.
+        rows: the batch under way.
+        all_tokens: whether centre and edge tokens arrive in one array, or rows of one kind.
     """
 
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, weights: Tensor, biases: Tensor | None, rows: Rows | None) -> None:
+    def __init__(
+        self, weights: Tensor, biases: Tensor | None, rows: Rows, all_tokens: bool
+    ) -> None:
         super().__init__()
-        self.rows = rows
+        self.rows, self.all_tokens = rows, all_tokens
         self.out_features, self.in_features = weights.shape[1:]
         self.register_buffer("weight", weights.detach())
         self.register_buffer("bias", None if biases is None else biases.detach())
         self._packed: Tensor | None = None
 
     @property
-    def members(self) -> int:
-        """How many layers there are."""
-        return len(self.weight)
-
-    @property
     def leading(self) -> int:
         """Rows of one member that come before the others."""
-        return 0 if self.rows is None else self.rows.atoms
+        return self.rows.atoms if self.all_tokens else 0
+
+    def _own(self, tensor: Tensor | None) -> Tensor | None:
+        """The part of the members whose rows are under way."""
+        return None if tensor is None else tensor[self.rows.members]
 
     def forward(self, x: Tensor) -> Tensor:
         """[n, in] to [n, out], each row by the layer of its member."""
-        head = self.members * self.leading
-        parts = [part for part in x.split([head, len(x) - head]) if len(part)]
-        out = [self._multiply(part) for part in parts]
-        if len(out) == 1:
-            return out[0]
-        return torch.cat(out) if out else x.new_zeros(0, self.out_features)
-
-    def _multiply(self, x: Tensor) -> Tensor:
-        """Equally many rows of every member in turn."""
-        rows = x.reshape(self.members, -1, self.in_features)
-        turned = self.weight.transpose(1, 2)
-        if self.bias is None:
-            return torch.bmm(rows, turned).flatten(0, 1)
-        return torch.baddbmm(self.bias.unsqueeze(1), rows, turned).flatten(0, 1)
+        turned, biases = self.weight[self.rows.members].transpose(1, 2), self._own(self.bias)
+        head = len(turned) * self.leading
+        out = []
+        for part in x.split([head, len(x) - head]):
+            rows = part.view(len(turned), -1, self.in_features)
+            if biases is None:
+                out.append(torch.bmm(rows, turned).flatten(0, 1))
+            else:
+                out.append(torch.baddbmm(biases.unsqueeze(1), rows, turned).flatten(0, 1))
+        return torch.cat(out) if self.leading else out[1]
 
     def project(self, x: Tensor, prologue: Prologue | None, residual: Tensor | None) -> Tensor:
         """The same as :func:`~.projection.project` of each member's rows."""
         lanes = kernels.lanes(x.dtype)
         if kernels.usable(x) and not (self.in_features % lanes or self.out_features % lanes):
             settings = {} if prologue is None else prologue.settings(x.dtype)
+            panels, biases = self._panels()[self.rows.members], self._own(self.bias)
             return kernels.grouped_projection(
-                x, self._panels(), self.bias, self.leading, residual=residual, **settings
+                x, panels, biases, self.leading, residual=residual, **settings
             )
         out = self(x if prologue is None else prologue(x))
         return cast("Tensor", out if residual is None else out + residual)

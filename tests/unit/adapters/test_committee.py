@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from models import all_structures, apart, ethanol, lone_atom, random_potential, trained_adapter
-from pet_finetune.adapters import AdapterConfig, inject, merged_copy, save_adapter
+from pet_finetune.adapters import AdapterConfig, committee, inject, merged_copy, save_adapter
 from pet_finetune.adapters.committee import Calibration, Committee
 from pet_finetune.adapters.committee_files import (
     COMMITTEE_FILE,
@@ -20,6 +20,7 @@ from pet_finetune.adapters.committee_files import (
 from pet_finetune.data.batch import batch_from_atoms
 from pet_finetune.errors import AdapterError
 from pet_finetune.keys import TargetSpec
+from pet_finetune.model import Potential
 from pet_finetune.model.fingerprint import weights_fingerprint
 
 # Widths that the fused kernels take, beside those of `random_potential`, which they do not.
@@ -48,9 +49,9 @@ def members_of(base, count=3, **config):
 def assert_says_what_its_members_say(models, frames, tolerance, one_pass=True):
     batch = batch_from_atoms(frames, models[0].cutoff, models[0].dtype)
     expected = [model.predict(batch, stress=True) for model in models]
-    committee = Committee(copy.deepcopy(models), "energy")
-    assert committee.one_pass == one_pass
-    found = committee.predict(batch, "energy", stress=True)
+    joint = Committee(copy.deepcopy(models), "energy")
+    assert joint.one_pass == one_pass
+    found = joint.predict(batch, "energy", stress=True)
     for name in QUANTITIES:
         each = torch.stack([getattr(one, name).detach() for one in expected])
         size = each.abs().max().clamp_min(1.0)
@@ -67,6 +68,19 @@ def test_one_pass_equals_the_members_one_by_one(hypers, targets, both_ways):
     config = {} if targets is None else {"target_modules": targets}
     models = members_of(random_potential(**hypers), **config)
     assert_says_what_its_members_say(models, list(all_structures().values()), 1e-12)
+
+
+@pytest.mark.parametrize("edges", [1, 140])
+def test_large_structures_take_several_passes(edges, both_ways, monkeypatch):
+    """One member, or two of three, at a time."""
+    monkeypatch.setitem(committee._MOST_EDGES, "cpu", edges)
+    passes = []
+    predict = Potential.predict
+    monkeypatch.setattr(Potential, "predict", lambda *a, **k: passes.append(1) or predict(*a, **k))
+    models = members_of(random_potential(**WIDE))
+    assert_says_what_its_members_say(models, [ethanol()], 1e-12)
+    count = len(models) + {1: 3, 140: 2}[edges]
+    assert len(passes) == count
 
 
 def test_one_pass_equals_the_members_in_single_precision(both_ways):
