@@ -55,7 +55,8 @@ def test_what_the_files_of_a_run_say(here, train):
     assert [row["epoch"] for row in found] == ["1", "2", "3"]
     assert all(float(row["validation/energy/forces_mae"]) > 0 for row in found)
     results = json.loads(Path("run/results.json").read_text())
-    assert set(results) == {"before", "after"}
+    assert set(results) == {"before", "after", "parameters"}
+    assert 0 < results["parameters"]["trainable"] < results["parameters"]["total"]
     assert set(results["before"]) == {"train", "validation", "test"}
     splits = json.loads(Path("run/splits.json").read_text())["sets"]
     assert [splits[name]["structures"] for name in ("train", "validation", "test")] == [8, 2, 4]

@@ -16,7 +16,7 @@ from pet_finetune.checkpoint import load_checkpoint, weights_fingerprint
 from pet_finetune.train.progress import RunDisplay
 from tiny_data import molecules, options, write_frames, write_options
 
-METHODS = ("full", "heads", "lora")
+METHODS = ("full", "heads", "lora", "prompt")
 ROUTES = [f"{part}.weight" for part in ("edge_embedder", "gnn_layers.1.neighbor_embedder")]
 
 
@@ -59,7 +59,7 @@ def test_a_new_element_is_learnt(nitrogen, train, command, method):
     nh3.calc = PETCalculator("run/best_model.ckpt")
     forces = nh3.get_forces()
     assert abs(forces).max() > 0
-    if method == "lora":
+    if method in ("lora", "prompt"):
         nh3.calc = PETCalculator("base.ckpt", adapter="run/adapter")
         assert (nh3.get_forces() == forces).all()
     told = command("info", "run/best_model.ckpt").out

@@ -7,10 +7,13 @@ from pathlib import Path
 
 from pet_finetune.errors import ConfigError
 
+from . import named
+
 _EXAMPLES = """\
 examples:
   pet-finetune eval options.yaml -c best_model.ckpt      the sets that the options name
   pet-finetune eval best_model.ckpt structures.xyz       whole files, in eV and Angstrom
+  pet-finetune eval --config finetune_configs.json --run-name ethanol_r8_dora [structures.xyz]
 """
 _YAML = {".yaml", ".yml"}
 
@@ -24,7 +27,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("first", metavar="OPTIONS|CHECKPOINT", help="an options file or a model")
+    parser.add_argument(
+        "first", nargs="?", metavar="OPTIONS|CHECKPOINT", help="an options file or a model"
+    )
     parser.add_argument("files", nargs="*", help="with a model: files of structures")
     parser.add_argument("-c", "--checkpoint", help="with an options file: the model")
     parser.add_argument("--adapter", help="folder of an adapter of this model")
@@ -37,11 +42,27 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "-r", "--override", action="append", default=[], metavar="KEY=VALUE",
         help="change an option; may be repeated",
     )  # fmt: skip
+    parser.add_argument(
+        "-o",
+        "--output",
+        default=named.ROOT,
+        help=f"with --config: the folder above those of the runs (default: {named.ROOT})",
+    )
+    named.add_arguments(parser, several=False)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Carry the command out."""
+    given = {"-c": arguments.checkpoint, "--adapter": arguments.adapter}
+    clash = [name for name, value in given.items() if value is not None]
+    first = arguments.first
+    if arguments.config is not None and first is not None and Path(first).suffix not in _YAML:
+        first = None  # the first of the files to evaluate on
+    if named.check_arguments(arguments, first, clash):
+        return _named(arguments)
+    if arguments.first is None:
+        raise ConfigError("eval: name a model and files: eval MODEL FILE..., or --config FILE.")
     if Path(arguments.first).suffix in _YAML:
         return _with_options(arguments)
     if arguments.checkpoint is not None:
@@ -67,6 +88,18 @@ def run(arguments: argparse.Namespace) -> int:
         target=arguments.target,
         device=arguments.device or "auto",
     )
+    return 0
+
+
+def _named(arguments: argparse.Namespace) -> int:
+    """Evaluate a run by its name: on files, or on its own validation and test sets."""
+    (entry,) = named.read_runs(arguments, arguments.output)
+    from pet_finetune.log import setup_logging
+    from pet_finetune.workflows.named_runs import evaluate_named
+
+    setup_logging()
+    files = [arguments.first, *arguments.files] if arguments.first is not None else []
+    evaluate_named(entry, files, target=arguments.target, device=arguments.device)
     return 0
 
 

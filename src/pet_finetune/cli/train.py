@@ -7,7 +7,9 @@ import datetime
 import os
 from pathlib import Path
 
-from pet_finetune.errors import TrainingError
+from pet_finetune.errors import ConfigError, TrainingError
+
+from . import named
 
 _OUTPUTS = Path("outputs")
 _EXAMPLES = """\
@@ -16,6 +18,7 @@ examples:
   pet-finetune train options.yaml --restart auto         go on with the newest run
   pet-finetune train options.yaml -r architecture.training.num_epochs=50
   pet-finetune train options.yaml --profile              a few steps only: where the time goes
+  pet-finetune train --config finetune_configs.json --run-name ethanol_r8_dora
 """
 _PROFILED_STEPS = 10
 
@@ -29,7 +32,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("options", help="the options file, YAML")
+    parser.add_argument("options", nargs="?", help="the options file, YAML")
     parser.add_argument(
         "-c", "--checkpoint", help="start a new run from the weights of this checkpoint"
     )
@@ -48,7 +51,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="change an option; may be repeated",
     )
     parser.add_argument(
-        "-o", "--output", type=Path, help="folder of the run (default: outputs/DATE/TIME)"
+        "-o",
+        "--output",
+        type=Path,
+        help="folder of the run (default: outputs/DATE/TIME), or with --config the folder above "
+        f"those of the runs (default: {named.ROOT})",
     )
     parser.add_argument(
         "--profile",
@@ -59,6 +66,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="instead of training, time N steps of the run "
         f"(default: {_PROFILED_STEPS}) and say where the time goes",
     )
+    named.add_arguments(parser, several=True)
     parser.set_defaults(run=run)
 
 
@@ -74,6 +82,13 @@ def _steps(text: str) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Carry the command out."""
+    given = {"-c": arguments.checkpoint, "--restart": arguments.restart,
+             "--profile": arguments.profile}  # fmt: skip
+    clash = [name for name, value in given.items() if value is not None]
+    if named.check_arguments(arguments, arguments.options, clash):
+        return _named(arguments)
+    if arguments.options is None:
+        raise ConfigError("train: name the options file: train options.yaml, or --config FILE.")
     from pet_finetune.config.load import load_options
 
     if arguments.checkpoint is not None and arguments.restart is not None:
@@ -127,6 +142,21 @@ def _run_of(restart: Path, ensemble: bool) -> Path:
     """The folder of the run that a ``last.ckpt`` belongs to."""
     member = ensemble and restart.parent.name.startswith("member_")
     return restart.parent.parent if member else restart.parent
+
+
+def _named(arguments: argparse.Namespace) -> int:
+    """Train runs that a file names, or show what they are."""
+    runs = named.read_runs(arguments, str(arguments.output or named.ROOT))
+    if arguments.show_options:
+        from pet_finetune.config.yaml_file import to_yaml
+
+        for entry in runs:
+            print(f"# {entry.name}: pet-finetune train options.yaml -o {entry.folder}")
+            print(to_yaml(entry.raw))
+        return 0
+    from pet_finetune.workflows.named_runs import train_named
+
+    return train_named(runs, arguments.config, alone=not arguments.all)
 
 
 def new_folder() -> Path:

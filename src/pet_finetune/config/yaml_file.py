@@ -11,7 +11,7 @@ from pet_finetune.errors import ConfigError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-__all__ = ["read_yaml"]
+__all__ = ["neighbours", "parse_override", "read_yaml", "to_yaml"]
 
 
 def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -38,6 +38,13 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     return {str(key): value for key, value in plain.items()}
 
 
+def to_yaml(plain: dict[str, Any]) -> str:
+    """Plain values as the text of a YAML file."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(plain))
+
+
 def _load(path: str | Path) -> DictConfig:
     import yaml  # type: ignore[import-untyped, unused-ignore]
     from omegaconf import DictConfig, OmegaConf
@@ -46,7 +53,7 @@ def _load(path: str | Path) -> DictConfig:
     try:
         config = OmegaConf.load(path)
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such options file.{_neighbours(Path(path))}") from None
+        raise ConfigError(f"{path}: no such options file.{neighbours(Path(path))}") from None
     except OSError as error:
         reason = error.strerror or "is not a file of YAML options"
         raise ConfigError(f"{path}: cannot be read: {reason}.") from None
@@ -65,6 +72,24 @@ def _load(path: str | Path) -> DictConfig:
     if not config:
         raise ConfigError(f"{path}: the file is empty. At least training_set must be given.")
     return config
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Name and value of one ``key=value``, the value as YAML reads it.
+
+    :raises ConfigError: if it is none.
+    """
+    from omegaconf import DictConfig, OmegaConf
+
+    holder = OmegaConf.create({})
+    assert isinstance(holder, DictConfig)
+    key, equals, value = text.partition("=")
+    problem = _override(holder, f"value={value}" if equals and key.strip() else text)
+    if problem:
+        raise ConfigError(f"Overrides (-r): {problem}", [problem])
+    plain = OmegaConf.to_container(holder)
+    assert isinstance(plain, dict)
+    return key.strip(), plain["value"]
 
 
 def _override(config: DictConfig, text: str) -> str | None:
@@ -104,10 +129,10 @@ def _yaml_problem(error: Exception, path: Path) -> str:
     return f", line {mark.line + 1}, column {mark.column + 1}: is no YAML: {what}.{hint}"
 
 
-def _neighbours(path: Path) -> str:
-    """The options files that are there instead."""
+def neighbours(path: Path, endings: tuple[str, ...] = (".yaml", ".yml")) -> str:
+    """A sentence with the files of such endings that are there instead."""
     try:
-        found = sorted(p.name for p in path.parent.iterdir() if p.suffix in (".yaml", ".yml"))
+        found = sorted(p.name for p in path.parent.iterdir() if p.suffix in endings)
     except OSError:
         return f" The folder {path.parent} does not exist."
     return f" In that folder: {', '.join(found[:8])}." if found else ""

@@ -102,6 +102,15 @@ class RunFiles:
                 f"choose another folder than '{self.folder}' with -o FOLDER."
             )
 
+    def start_over(self) -> None:
+        """Remove what a run left that was killed before it could be gone on with."""
+        with self._explained():
+            for path in (self.folder / name for name in _TAKEN_ALONG):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+
     def take_over(self, other: Path) -> None:
         """Copy what a run in the folder ``other`` has written so far, to go on with it here."""
         self.check_free()

@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pet_finetune.checkpoint import load_checkpoint
 from pet_finetune.config import Options
@@ -111,13 +112,15 @@ def _finish(run: Run, result: TrainingResult) -> TrainOutcome:
         best = load_checkpoint(files.best).model.to(device=model.device, dtype=model.dtype)
         after = evaluate_sets(run.options, best, run.data, run.trainer.wanted)
         _show_results(run, after)
-    content = {
+    content: dict[str, Any] = {
         name: {
             key: {target: metrics.as_dict() for target, metrics in targets.items()}
             for key, targets in errors.items()
         }
         for name, errors in (("before", before), ("after", after))
     }
+    trained = sum(parameter.numel() for parameter in run.trainer.parameters.values())
+    content["parameters"] = {"trainable": trained, "total": run.trainer.model.num_parameters()}
     files.write(RESULTS, json.dumps(content, indent=2) + "\n")
     return TrainOutcome(files.folder, result, before, after)
 

@@ -1,0 +1,261 @@
+"""Running the named runs of a file, evaluating them by name, and comparing them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from pet_finetune.config import Options
+from pet_finetune.config.named_runs import NamedRun
+from pet_finetune.config.yaml_file import read_yaml
+from pet_finetune.errors import ConfigError, PetFinetuneError, did_you_mean
+from pet_finetune.log import get_logger, setup_logging
+from pet_finetune.train.metrics import SHOWN
+from pet_finetune.train.run_files import ADAPTER, BEST, LAST, OPTIONS, RESULTS, TABLE, RunFiles
+
+from .evaluate import EvaluationResult, evaluate_files, evaluate_options
+from .resume import changed_options
+from .tables import show, size_text
+from .train import train
+
+_logger = get_logger(__name__)
+_KINDS = ("energy", "forces", "stress")
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One line of the comparison.
+
+    Attributes:
+        name, kind: of the run; the kind is the folder above its own (bits, rank, variant).
+        status: ``finished``, ``interrupted``, ``not begun``, or the error it ended with.
+        errors: mean absolute errors of the best model, as ``<set>/<target>/<quantity>_mae``, in eV,
+            eV/Angstrom and eV/Angstrom^3; energies per atom.
+        trainable, adapter_bytes: sizes; None where there is none.
+        seconds: of all epochs.
+    """
+
+    name: str
+    kind: str
+    status: str
+    errors: dict[str, float]
+    trainable: int | None
+    adapter_bytes: int | None
+    seconds: float
+
+
+def train_named(runs: Sequence[NamedRun], source: str | Path, *, alone: bool) -> int:
+    """Train runs one after the other, each in its folder.
+
+    A finished run is not run again; an interrupted one goes on where it stopped.
+
+    Args:
+        runs: checked.
+        source: the file that names them.
+        alone: one run was asked for: its error is raised. Else the others are trained, and a
+            table compares all, which is written beside the runs as CSV and JSON.
+
+    Returns:
+        The exit status: 0, 1 if a run failed, 130 if one was interrupted.
+
+    Raises:
+        PetFinetuneError: a file that the runs name is missing, or as :func:`~.train.train`.
+    """
+    setup_logging()
+    check_files(runs)
+    failed: dict[str, str] = {}
+    status = 0
+    for run in runs:
+        _logger.info("run '%s': %s", run.name, run.folder)
+        try:
+            if not _train_one(run, source):
+                status = 130
+                break
+        except PetFinetuneError as error:
+            if alone:
+                raise
+            _logger.error("run '%s': %s", run.name, error)
+            failed[run.name] = str(error).split("\n", 1)[0]
+            status = 1
+        finally:
+            setup_logging()  # the next run has a log file of its own
+    if not alone:
+        root = runs[0].folder.parent.parent
+        compare(runs, root / Path(source).stem, failed)
+    return status
+
+
+def _train_one(run: NamedRun, source: str | Path) -> bool:
+    """Train one run, or what is left of it; False when it was interrupted."""
+    folder, options = run.folder, run.loaded.options
+    if (folder / RESULTS).exists():
+        before = read_yaml(folder / OPTIONS) if (folder / OPTIONS).exists() else {}
+        for name, now, then in changed_options(options, before):
+            _logger.warning(
+                "run '%s' was trained with %s %s, and its entry says %s now. To train it so, "
+                "remove %s or give it another name.", run.name, name, then, now, folder
+            )  # fmt: skip
+        _logger.info("run '%s' is finished and is not run again", run.name)
+        return True
+    # Of a committee (finetune.ensemble), each member has its own.
+    saved = [path for path in (folder / LAST, *sorted(folder.glob(f"*/{LAST}"))) if path.exists()]
+    if not saved:
+        RunFiles(folder).start_over()
+    outcome = train(
+        options,
+        folder,
+        restart=saved[0] if saved else None,
+        notices=run.loaded.notices,
+        source=source,
+    )
+    return outcome.result.finished
+
+
+def check_files(runs: Sequence[NamedRun]) -> None:
+    """Make sure that the files which the runs name exist, before the first of them is trained.
+
+    Raises:
+        ConfigError: with a line for each that does not.
+    """
+    problems = []
+    for run in runs:
+        for setting, path in _files(run.loaded.options):
+            if not Path(path).exists():
+                near = [entry.name for entry in Path(path).parent.glob("*")]
+                problems.append(
+                    f"run '{run.name}': {setting}: '{path}' does not exist."
+                    f"{did_you_mean(Path(path).name, near)}"
+                )
+    if problems:
+        raise ConfigError("\n".join(problems), problems)
+
+
+def _files(options: Options) -> Iterator[tuple[str, str]]:
+    if options.finetune.read_from is not None:
+        yield "base_model", options.finetune.read_from
+    for dataset in options.datasets():
+        yield "data", dataset.systems.read_from
+
+
+def evaluate_named(
+    run: NamedRun,
+    files: Sequence[str | Path] = (),
+    *,
+    target: str | None = None,
+    device: str | None = None,
+) -> EvaluationResult:
+    """Errors of a trained run: on files, or on its own validation and test sets.
+
+    Raises:
+        ConfigError: the run has no model yet.
+    """
+    best = run.folder / BEST
+    if not best.exists():
+        raise ConfigError(
+            f"run '{run.name}' has no model yet: there is no {best}. Train it first, with the same "
+            "-r and -o: pet-finetune train --config FILE --run-name " + run.name
+        )
+    if files:
+        return evaluate_files(best, files, target=target, device=device or "auto")
+    options = run.loaded.options
+    own = run.folder / OPTIONS
+    seed = read_yaml(own).get("seed") if own.exists() else None
+    return evaluate_options(options, best, target=target, device=device, seed=seed)
+
+
+def compare(
+    runs: Sequence[NamedRun], path: Path, failed: dict[str, str] | None = None
+) -> list[RunSummary]:
+    """Show a table of runs, and write it to ``<path>.csv`` and ``<path>.json``."""
+    summaries = [summarize(run, (failed or {}).get(run.name)) for run in runs]
+    show(_table(summaries))
+    files = RunFiles(path.parent)
+    plain = [asdict(summary) for summary in summaries]
+    files.write(f"{path.name}.json", json.dumps(plain, indent=2) + "\n")
+    rows = [{**row, **summary.errors} for row, summary in zip(plain, summaries, strict=True)]
+    for row in rows:
+        del row["errors"]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    files.write(f"{path.name}.csv", text.getvalue())
+    _logger.info("the table is in %s.csv and %s.json", path, path)
+    return summaries
+
+
+def summarize(run: NamedRun, error: str | None = None) -> RunSummary:
+    """What a run's files say of it."""
+    folder = run.folder
+    results: dict[str, Any] = {}
+    if (folder / RESULTS).exists():
+        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    begun = (folder / LAST).exists() or (folder / TABLE).exists()
+    status = error or ("finished" if results else "interrupted" if begun else "not begun")
+    errors = {
+        f"{name}/{target}/{quantity}": value
+        for name, targets in results.get("after", {}).items()
+        for target, values in targets.items()
+        for quantity, value in values.items()
+        if name != "train" and quantity in [f"{kind}_mae" for kind in _KINDS]
+    }
+    sizes = results.get("parameters", {})
+    adapter = [file.stat().st_size for file in (folder / ADAPTER).glob("*") if file.is_file()]
+    return RunSummary(
+        name=run.name,
+        kind=folder.parent.name,
+        status=status,
+        errors=errors,
+        trainable=sizes.get("trainable"),
+        adapter_bytes=sum(adapter) if adapter else None,
+        seconds=_seconds(folder / TABLE),
+    )
+
+
+def _seconds(path: Path) -> float:
+    if not path.exists():
+        return 0.0
+    with path.open(newline="", encoding="utf-8") as stream:
+        return round(sum(float(row["seconds"]) for row in csv.DictReader(stream)), 3)
+
+
+def _table(summaries: Sequence[RunSummary]) -> Table:
+    """Runs as rows; errors of validation and test as they are shown elsewhere."""
+    table = Table(title="runs (mean absolute errors of the best model)", title_justify="left")
+    table.add_column("run", overflow="fold")
+    table.add_column("kind")
+    columns = list(dict.fromkeys(name for summary in summaries for name in summary.errors))
+    for name in columns:
+        set_name, _, rest = name.partition("/")
+        target, _, quantity = rest.rpartition("/")
+        kind = quantity.removesuffix("_mae")
+        shown = kind if target == "energy" else f"{target} {kind}"
+        heading = "val." if set_name == "validation" else set_name
+        table.add_column(f"{heading}\n{shown}\n{SHOWN[kind][1]}", justify="right")
+    for heading in ("trained", "adapter", "seconds"):
+        table.add_column(heading, justify="right")
+    for summary in summaries:
+        cells = [
+            f"{summary.errors[name] * SHOWN[name.rpartition('/')[2].removesuffix('_mae')][0]:.2f}"
+            if name in summary.errors
+            else "-"
+            for name in columns
+        ]
+        done = summary.status == "finished"
+        table.add_row(
+            summary.name if done else f"{summary.name} ({summary.status})",
+            summary.kind,
+            *cells,
+            "-" if summary.trainable is None else f"{summary.trainable:,}",
+            "-" if summary.adapter_bytes is None else size_text(summary.adapter_bytes),
+            f"{summary.seconds:.1f}",
+        )
+    return table
