@@ -26,8 +26,8 @@ for instance; `[]` marks a list, which may be left away when it has one entry. A
 set on the command line: `-r architecture.training.num_epochs=50`.
 
 Besides the forms below, `training_set` and `systems` may be just a path, `forces`, `stress` and
-`virial` just `on`, `off`, `auto` or a path, a loss just its type, and `early_stopping` just its
-patience.
+`virial` just `on`, `off`, `auto` or a path, a loss just its type, `early_stopping` just its
+patience, and `unfreeze` just its number of epochs.
 """
 _IGNORED_HEADING = """
 ## Accepted without effect

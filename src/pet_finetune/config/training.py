@@ -218,6 +218,11 @@ class TrainingOptions(Section):
         default={},
         description="Given scale by target, in the target's unit, instead of the spread.",
     )
+    gradient_checkpointing: Flag = Field(
+        default=False,
+        description="Compute the GNN layers again instead of keeping what they computed: less "
+        "memory, more time, the same gradients.",
+    )
     precision: MixedPrecision | None = Field(
         default=None,
         description="`bf16-mixed`: matrix products of training in bfloat16, for GPUs; weights, "

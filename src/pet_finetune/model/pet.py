@@ -23,6 +23,7 @@ from pet_finetune.nn.gnn_layer import GNNLayer
 from pet_finetune.nn.heads import make_head, sum_over_edges
 from pet_finetune.nn.neighborhood import Neighborhood, build_neighborhood
 from pet_finetune.nn.projection import chain
+from pet_finetune.nn.recompute import recomputed
 from pet_finetune.nn.rowwise import LayerNorm, SiLU
 
 from .species_rows import pick_rows
@@ -58,6 +59,8 @@ class PET(nn.Module):
             )
             for index in range(options.num_gnn_layers)
         )
+        #: Whether training computes parts of the network again instead of keeping their results.
+        self.recompute = False
         self.feedforward = options.featurizer_type == "feedforward"
         mixers = options.num_gnn_layers if self.feedforward else 0
         double = 2 * options.d_pet
@@ -174,23 +177,37 @@ class PET(nn.Module):
         readouts = []
         nodes = self.node_embedders[0](species)
         messages = self.edge_embedder(neighbor_species)
+        again = self._again
         for index, layer in enumerate(self.gnn_layers):
             if not self.feedforward:
                 nodes = self.node_embedders[index](species)
-            nodes, edges = layer(nodes, messages, neighbor_species, keys, hood)
+            nodes, edges = layer(nodes, messages, neighbor_species, keys, hood, again)
             if condition is not None:
                 nodes = nodes + condition
-            turned = hood.reversed(edges)
             if self.feedforward:
-                norm, mlp = self.combination_norms[index], self.combination_mlps[index]
-                both = torch.cat([edges, turned], dim=-1)
-                messages = chain(mlp, both, norm, residual=messages + edges)
+                messages = self._combine(index, edges, messages, hood)
             else:
-                messages = 0.5 * (messages + turned)
+                messages = 0.5 * (messages + hood.reversed(edges))
                 readouts.append((nodes, edges))
         if self.feedforward:
             readouts.append((nodes, messages))
         return readouts
+
+    @property
+    def _again(self) -> bool:
+        """Whether this forward pass leaves the rest to be computed again."""
+        return self.recompute and self.training and torch.is_grad_enabled()
+
+    def _combine(self, index: int, edges: Tensor, messages: Tensor, hood: Neighborhood) -> Tensor:
+        """The messages after a GNN layer of the ``feedforward`` featurizer, [n_edges, d_pet]."""
+        norm, mlp = self.combination_norms[index], self.combination_mlps[index]
+
+        def run(edges: Tensor, messages: Tensor) -> tuple[Tensor, ...]:
+            both = torch.cat([edges, hood.reversed(edges)], dim=-1)
+            return (chain(mlp, both, norm, residual=messages + edges),)
+
+        (combined,) = recomputed(self._again, run, (edges, messages), (norm, mlp))
+        return combined
 
     def forward(self, batch: Batch, targets: Sequence[str]) -> dict[str, Tensor]:
         """Raw per-atom outputs, [n_atoms, num_outputs] a target: unscaled, without baseline."""
@@ -208,10 +225,19 @@ class PET(nn.Module):
         node_heads, edge_heads, node_last, edge_last = self.head_modules(target).values()
         parts = []
         for index, (nodes, edges) in enumerate(readouts):
-            on_nodes = _last(node_last[index])(chain(node_heads[index], nodes))
-            on_edges = _last(edge_last[index])(chain(edge_heads[index], edges))
+            on_nodes = self._head(node_heads[index], node_last[index], nodes)
+            on_edges = self._head(edge_heads[index], edge_last[index], edges)
             parts += [on_nodes, sum_over_edges(on_edges, hood, num_atoms)]
         return torch.stack(parts).sum(0)
+
+    def _head(self, head: nn.Module, last: nn.Module, features: Tensor) -> Tensor:
+        """The outputs of a head and its last layer, [n, num_outputs]."""
+
+        def run(features: Tensor) -> tuple[Tensor, ...]:
+            return (_last(last)(chain(head, features)),)
+
+        (out,) = recomputed(self._again, run, (features,), (head, last))
+        return out
 
 
 def _last(layers: nn.Module) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from .attention import Keys
 from .block import Block
 from .neighborhood import Neighborhood
 from .projection import chain
+from .recompute import recomputed
 from .rowwise import SiLU
 
 
@@ -21,10 +23,21 @@ class BlockStack(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(blocks)
 
-    def forward(self, nodes: Tensor, edges: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
-        """Run every block; shapes as in :class:`Block`."""
+    def forward(
+        self, nodes: Tensor, edges: Tensor, keys: Keys, again: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Run every block; shapes as in :class:`Block`, ``again`` as in :class:`GNNLayer`."""
         for block in self.layers:
-            nodes, edges = block(nodes, edges, keys)
+
+            def run(
+                nodes: Tensor, edges: Tensor, logarithms: Tensor, block: nn.Module = block
+            ) -> tuple[Tensor, ...]:
+                same = logarithms is keys.logarithms  # then what it has worked out can be shared
+                own = keys if same else replace(keys, logarithms=logarithms)
+                out: tuple[Tensor, Tensor] = block(nodes, edges, own)
+                return out
+
+            nodes, edges = recomputed(again, run, (nodes, edges, keys.logarithms), [block])
         return nodes, edges
 
 
@@ -62,6 +75,7 @@ class GNNLayer(nn.Module):
         neighbor_species: Tensor,
         keys: Keys,
         hood: Neighborhood,
+        again: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Update centre tokens [n_atoms, d_node] and edge tokens [n_edges, d_pet].
 
@@ -71,11 +85,18 @@ class GNNLayer(nn.Module):
             neighbor_species: [n_edges] species indices.
             keys: from :func:`~.attention.weigh_keys`.
             hood: the batch's neighbourhoods.
+            again: whether what this computes is computed again when it is needed, not kept.
         """
-        geometry = torch.cat([hood.vectors, hood.distances.unsqueeze(-1)], dim=-1)
-        parts = [self.edge_embedder(geometry)]
-        if self.neighbor_embedder is not None:
-            parts.append(self.neighbor_embedder(neighbor_species))
-        edges = chain(self.compress, torch.cat([*parts, messages], dim=-1))
-        out: tuple[Tensor, Tensor] = self.trans(nodes, edges, keys)
+
+        def make_edges(vectors: Tensor, distances: Tensor, messages: Tensor) -> tuple[Tensor, ...]:
+            geometry = torch.cat([vectors, distances.unsqueeze(-1)], dim=-1)
+            parts = [self.edge_embedder(geometry)]
+            if self.neighbor_embedder is not None:
+                parts.append(self.neighbor_embedder(neighbor_species))
+            return (chain(self.compress, torch.cat([*parts, messages], dim=-1)),)
+
+        modules = (self.edge_embedder, self.neighbor_embedder, self.compress)
+        inputs = (hood.vectors, hood.distances, messages)
+        (edges,) = recomputed(again, make_edges, inputs, modules)
+        out: tuple[Tensor, Tensor] = self.trans(nodes, edges, keys, again)
         return out

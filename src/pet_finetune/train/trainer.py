@@ -86,6 +86,7 @@ class Trainer:
         self.unfreezing = Unfreezing(
             model.network, self.parameters, options.finetune.unfreeze, options.num_epochs
         )
+        model.network.recompute = options.gradient_checkpointing
         self.progress = Progress()
         self.total_steps = sum(self.num_steps(epoch) for epoch in range(options.num_epochs))
         if self.total_steps == 0:

@@ -52,6 +52,7 @@ RECIPES = {
         "swa": {"start": 0.5, "learning_rate": 1e-3},
         "gradient_accumulation_steps": 2,
         "label_noise": {"energy": 0.1},
+        "gradient_checkpointing": True,
         "extra": True,
         "scheduler": "constant",
         "early_stopping": 3,
@@ -370,3 +371,15 @@ def test_fewer_digits_change_training_only_and_are_told(caplog):
     plain.fit()
     for name, parameter in trainer.parameters.items():
         torch.testing.assert_close(parameter, plain.parameters[name], rtol=0.1, atol=0.02)
+
+
+def test_computing_parts_again_is_the_same_training():
+    plain, again = (
+        make_trainer(num_epochs=1),
+        make_trainer(num_epochs=1, gradient_checkpointing=True),
+    )
+    assert again.model.network.recompute
+    for trainer in (plain, again):
+        trainer.fit()
+    for name, parameter in again.parameters.items():
+        torch.testing.assert_close(parameter, plain.parameters[name], rtol=1e-3, atol=1e-4)
