@@ -7,6 +7,7 @@ from typing import Any
 
 from pet_finetune.config.base import Section
 from pet_finetune.config.checks_data import located_datasets
+from pet_finetune.config.finetune import METHOD_KEYS
 from pet_finetune.config.options import Options
 from pet_finetune.config.plain import is_ignored
 from pet_finetune.config.problems import Path, format_path
@@ -62,7 +63,8 @@ def _unused_settings(options: Options, raw: Mapping[str, Any]) -> Iterator[str]:
             "architecture.model has no effect: the model's shape comes from "
             f"{options.finetune.read_from}."
         )
-    if options.finetune.method == "full" and options.finetune.config.model_fields_set:
+    given = options.finetune.config.model_fields_set
+    if options.finetune.method == "full" and given - METHOD_KEYS["full"]:
         yield "architecture.training.finetune.config has no effect: the method is full."
     if not options.is_finetuning and training.finetune.inherit_heads:
         yield (
