@@ -67,6 +67,38 @@ def random_potential(
     return model.eval()
 
 
+#: One target of each form, none of them an energy of structures.
+PROPERTIES = (
+    TargetSpec("gap", "gap", intensive=True),
+    TargetSpec("dos", "", "1/eV", num_outputs=2),
+    TargetSpec("charges", "charge", "e", per_atom=True),
+    TargetSpec("dipole", "dipole", "D", "vector", num_outputs=3),
+    TargetSpec("polarizability", "", "A^3", "tensor", num_outputs=9),
+    TargetSpec("dipoles", "", "D", "vector", per_atom=True, num_outputs=6),
+    TargetSpec("non_conservative_force", "force", "eV/A", "vector", per_atom=True, num_outputs=3),
+    TargetSpec(
+        "non_conservative_stress", "pressure", "eV/A^3", "tensor", num_outputs=9, per_volume=True
+    ),
+)
+
+
+def property_potential(seed: int = 0, **hypers: Any) -> Potential:
+    """A random potential with an energy and all :data:`PROPERTIES`."""
+    model = random_potential(seed, **hypers)
+    torch.manual_seed(seed + 1)
+    for index, spec in enumerate(PROPERTIES):
+        model.add_target(spec)
+        model.scale.set(spec.name, 1.0 + 0.1 * index)
+        columns = (spec.num_subtargets,) if spec.num_subtargets > 1 else ()
+        if spec.rank == 0:
+            baselines = torch.randn(len(SPECIES), *columns, dtype=torch.float64)
+            model.composition.set(spec.name, baselines)
+        if spec.per_atom:
+            factors = 0.5 + torch.rand(len(SPECIES), spec.num_subtargets, dtype=torch.float64)
+            model.scale.set_relative(spec.name, factors)
+    return model.eval()
+
+
 def trained_adapter(model: Potential, seed: int = 1, **config: Any) -> Potential:
     """Put an adapter into a model and move it, and the heads beside it, away from the start."""
     torch.manual_seed(seed)

@@ -25,7 +25,13 @@ from pet_finetune.data.neighbors import NeighborList, edge_vectors
 from pet_finetune.data.skin import SkinNeighbors
 from pet_finetune.device import choose_device
 from pet_finetune.errors import AdapterError, ConfigError, DataError
-from pet_finetune.model import Potential
+from pet_finetune.model import Potential, Prediction
+from pet_finetune.model.direct import (
+    DirectTargets,
+    NonConservative,
+    direct_targets,
+    predict_direct,
+)
 
 __all__ = ["PETCalculator"]
 
@@ -53,6 +59,9 @@ class PETCalculator(Calculator):
         :data:`COMMITTEE_PROPERTIES`.
     :param target: the energy to use. Without it: the adapter's, else the only one there is, else
         ``energy``.
+    :param non_conservative: True for forces and stress from the model's direct heads
+        (``non_conservative_...``) instead of derivatives of the energy, ``"forces"`` or
+        ``"stress"`` for one of them: faster, and energies are no longer conserved.
     :param device: ``auto`` (the first GPU, else the CPU), ``cpu``, ``cuda``, ``cuda:1``...
     :param dtype: ``float32``, ``float64``, or None for the model's own.
     :param skin: margin of the neighbour list in Å; it changes speed, never results.
@@ -73,6 +82,7 @@ class PETCalculator(Calculator):
         adapter: str | os.PathLike[str] | None = None,
         adapters: Adapters | None = None,
         target: str | None = None,
+        non_conservative: NonConservative = False,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype | None = None,
         skin: float = 0.5,
@@ -88,6 +98,7 @@ class PETCalculator(Calculator):
                 "adapter and adapters: give one of them, a single adapter or those of a committee."
             )
         self._wanted_target = target
+        self._wanted_direct: NonConservative = non_conservative
         self._adapted: AdaptedPotential | None = None
         potential: Potential | Committee
         if adapters is not None:
@@ -102,6 +113,7 @@ class PETCalculator(Calculator):
             self._adapted.merge()
         self._model = potential.eval().requires_grad_(False)
         self._target = self._choose_target()
+        self._direct = self._choose_direct()
         self._conditioned = potential.hypers.system_conditioning
         self._neighbors = SkinNeighbors(potential.cutoff, float(skin))
         self._latest: NeighborList | None = None
@@ -167,10 +179,23 @@ class PETCalculator(Calculator):
         """What was computed is of another model."""
         self.reset()
         self._target = self._choose_target()
+        self._direct = self._choose_direct()
 
     def _choose_target(self) -> str:
         of_adapter = None if self._adapted is None else self._adapted.target
         return self._model.energy_target(self._wanted_target or of_adapter)
+
+    def _choose_direct(self) -> DirectTargets | None:
+        """The direct targets in use, which no adapter changes with the features under them."""
+        if self._wanted_direct is False:
+            return None
+        if isinstance(self._model, Committee) or self.active_adapter is not None:
+            raise ConfigError(
+                "non_conservative: an adapter is for one target, and the direct heads of its base "
+                "do not fit its features. Use non_conservative=False, or a checkpoint whose "
+                "direct heads were trained with its energy."
+            )
+        return direct_targets(self._model.targets, self._target, self._wanted_direct)
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """What changed since the last calculation; counts charge and spin where they matter."""
@@ -205,9 +230,7 @@ class PETCalculator(Calculator):
             )
         self.reset()  # nothing of the last structure is left should this one be refused
         check_atoms(atoms, self._model.species)
-        prediction = self._model.predict(
-            self._batch(atoms), self._target, forces=True, stress=periodic
-        )
+        prediction = self._predict(self._batch(atoms), periodic)
         super().calculate(atoms, properties, system_changes)
         assert prediction.forces is not None
         energy = float(prediction.energy[0])
@@ -221,6 +244,11 @@ class PETCalculator(Calculator):
             self.results["stress"] = full_3x3_to_voigt_6_stress(_to_numpy(prediction.stress[0]))
         if isinstance(prediction, CommitteePrediction):
             self.results.update(_of_committee(prediction))
+
+    def _predict(self, batch: Batch, stress: bool) -> Prediction:
+        if self._direct is not None and isinstance(self._model, Potential):
+            return predict_direct(self._model, batch, self._target, self._direct, stress)
+        return self._model.predict(batch, self._target, forces=True, stress=stress)
 
     def _batch(self, atoms: Atoms) -> Batch:
         """The structure as the model's input; its edges reach as far as the skin."""

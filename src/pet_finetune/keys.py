@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["TargetSpec", "forces_key", "stress_key"]
+__all__ = [
+    "DIRECT_FORCES",
+    "DIRECT_STRESS",
+    "LabelKind",
+    "TargetSpec",
+    "base_name",
+    "direct_quantity",
+    "forces_key",
+    "label_kind",
+    "stress_key",
+]
+
+#: Names under which metatrain's models predict forces without a derivative, the newer one first.
+DIRECT_FORCES = ("non_conservative_force", "non_conservative_forces")
+#: The same for the stress.
+DIRECT_STRESS = ("non_conservative_stress",)
+
+_RANKS: Mapping[str, int] = {"scalar": 0, "vector": 1, "tensor": 2}
+
+
+@dataclass(frozen=True)
+class LabelKind:
+    """What the values of a label belong to and how they turn with the structure."""
+
+    #: True when there is one row for each atom, False when one for each structure.
+    per_atom: bool = False
+    #: Number of Cartesian axes behind the row: 0 stays as it is, 1 is a vector, 2 a tensor.
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -17,7 +45,7 @@ class TargetSpec:
 
     #: The name used in options, checkpoints and parameter names, e.g. ``"energy"``.
     name: str
-    #: The physical quantity; only ``"energy"`` has forces and a stress.
+    #: The physical quantity, e.g. ``"energy"`` or ``"force"``; may be empty.
     quantity: str = "energy"
     #: The unit of the stored values.
     unit: str = "eV"
@@ -25,26 +53,75 @@ class TargetSpec:
     kind: Literal["scalar", "vector", "tensor"] = "scalar"
     #: True when there is one value for each atom, False when one for each structure.
     per_atom: bool = False
-    #: How many values make up the target.
+    #: How many numbers make up one value, Cartesian components included: 3 for a vector.
     num_outputs: int = 1
     #: Free text, e.g. the level of theory.
     description: str = ""
     #: The key of the target's last layer in metatrain's naming; see :attr:`block_key`.
     block: str | None = None
+    #: True when the atoms' sum is divided by the volume and made symmetric, as a stress is.
+    per_volume: bool = False
+    #: True when a value for a structure does not grow with the number of its atoms, so that its
+    #: errors are not divided by that number.
+    intensive: bool = False
 
     @property
     def is_energy(self) -> bool:
-        """Whether forces and stress are derivatives of this target."""
-        return self.quantity == "energy"
+        """Whether this is the energy of a structure, whose derivatives are forces and stress."""
+        scalar = self.kind == "scalar" and self.num_outputs == 1
+        return self.quantity == "energy" and scalar and not self.per_atom
+
+    @property
+    def rank(self) -> int:
+        """Number of Cartesian axes of a value."""
+        return _RANKS[self.kind]
+
+    @property
+    def num_subtargets(self) -> int:
+        """How many scalars, vectors or tensors make up one value."""
+        return self.num_outputs // 3**self.rank
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one value: Cartesian axes, then the subtargets where there are several."""
+        several = (self.num_subtargets,) if self.num_subtargets > 1 else ()
+        return (3,) * self.rank + several
+
+    @property
+    def label_kind(self) -> LabelKind:
+        """What a label of this target belongs to and how it turns."""
+        return LabelKind(self.per_atom, self.rank)
+
+    @property
+    def form(self) -> str:
+        """The target in words, e.g. ``"a vector for each atom"``."""
+        many = (
+            f"{self.num_subtargets} {self.kind}s" if self.num_subtargets > 1 else f"a {self.kind}"
+        )
+        return f"{many} for each {'atom' if self.per_atom else 'structure'}"
 
     @property
     def block_key(self) -> str:
         """The key of the last layer that predicts this target, as metatrain names it.
 
         metatrain joins the target's name with each (name, value) pair of its metatensor block
-        label. A scalar has the one label ``_ = 0``, hence three underscores and a zero.
+        label. A scalar has the one label ``_ = 0``, hence three underscores and a zero; so have
+        vectors and tensors in Cartesian components.
         """
         return self.block if self.block is not None else f"{self.name}___0"
+
+
+def base_name(target: str) -> str:
+    """A target's name without its variant: ``energy`` of ``energy/pbe``."""
+    return target.split("/", 1)[0]
+
+
+def direct_quantity(target: str) -> Literal["force", "pressure"] | None:
+    """The quantity of a target that its name alone says is a direct force or stress."""
+    base = base_name(target)
+    if base in DIRECT_FORCES:
+        return "force"
+    return "pressure" if base in DIRECT_STRESS else None
 
 
 def forces_key(target: str) -> str:
@@ -55,3 +132,12 @@ def forces_key(target: str) -> str:
 def stress_key(target: str) -> str:
     """Name of the label holding the stress of energy ``target``, shape ``[3, 3]``, eV/Å³."""
     return f"{target}/stress"
+
+
+def label_kind(label: str, kinds: Mapping[str, LabelKind]) -> LabelKind:
+    """What a label is: as ``kinds`` says, else by its name, else a number for each structure."""
+    if label in kinds:
+        return kinds[label]
+    if label.endswith(forces_key("")):
+        return LabelKind(per_atom=True, rank=1)
+    return LabelKind(rank=2) if label.endswith(stress_key("")) else LabelKind()

@@ -6,17 +6,20 @@ import ASE; a test holds the two together.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from pet_finetune.errors import UnitError, did_you_mean
 
 __all__ = [
     "ENERGY_UNITS",
     "LENGTH_UNITS",
+    "PRESSURE_UNITS",
     "energy_to_ev",
     "force_to_ev_per_angstrom",
     "length_to_angstrom",
+    "own_unit",
     "stress_to_ev_per_angstrom3",
+    "to_own_unit",
 ]
 
 _BOHR = 0.5291772105638411
@@ -75,6 +78,17 @@ ENERGY_UNITS: Mapping[str, float] = {
     "1/cm": _INVERSE_CM,
 }
 
+_PASCAL = _JOULE * 1.0e-30
+
+#: Accepted spellings of a pressure (case-insensitive) and their size in eV/Å³, beside an energy
+#: over a cubed length.
+PRESSURE_UNITS: Mapping[str, float] = {
+    "GPa": _PASCAL * 1.0e9,
+    "kbar": _PASCAL * 1.0e8,
+    "bar": _PASCAL * 1.0e5,
+    "Pa": _PASCAL,
+}
+
 
 def _folded(unit: str) -> str:
     """One spelling for all: no spaces, lower case, the angstrom sign (U+212B) as the letter Å."""
@@ -116,3 +130,55 @@ def force_to_ev_per_angstrom(energy_unit: str, length_unit: str) -> float:
 def stress_to_ev_per_angstrom3(energy_unit: str, length_unit: str) -> float:
     """Return how many eV/Å³ one ``energy_unit / length_unit**3`` is."""
     return energy_to_ev(energy_unit) / length_to_angstrom(length_unit) ** 3
+
+
+def _force(unit: str) -> float:
+    """eV/Å in one unit of force, an energy over a length."""
+    energy, divided, length = unit.rpartition("/")
+    if not divided:
+        raise UnitError(
+            f"Unknown force unit {unit!r}. A force is an energy over a length, for instance eV/A, "
+            "Hartree/Bohr or kcal/mol/A."
+        )
+    return force_to_ev_per_angstrom(energy.strip(" ()"), length)
+
+
+def _pressure(unit: str) -> float:
+    """eV/Å³ in one unit of pressure, by name or as an energy over a cubed length."""
+    energy, divided, volume = unit.rpartition("/")
+    if not divided:
+        return _lookup(unit, PRESSURE_UNITS, "pressure")
+    length = volume.strip()
+    for power in ("^3", "**3", "³", "3"):
+        if length.endswith(power):
+            return stress_to_ev_per_angstrom3(energy.strip(" ()"), length.removesuffix(power))
+    raise UnitError(
+        f"Unknown pressure unit {unit!r}. A pressure is an energy over a cubed length, for "
+        f"instance eV/A^3, or one of: {', '.join(PRESSURE_UNITS)}."
+    )
+
+
+#: Quantities that are converted: the package's own unit, and how one of another is converted.
+_CONVERTED: Mapping[str, tuple[str, Callable[[str], float]]] = {
+    "energy": ("eV", energy_to_ev),
+    "length": ("A", length_to_angstrom),
+    "force": ("eV/A", _force),
+    "pressure": ("eV/A^3", _pressure),
+}
+
+
+def own_unit(quantity: str, unit: str) -> str:
+    """The unit in which the package keeps a quantity; other quantities keep the ``unit`` given."""
+    return _CONVERTED[quantity][0] if quantity in _CONVERTED else unit
+
+
+def to_own_unit(quantity: str, unit: str) -> float:
+    """How many of :func:`own_unit` one ``unit`` of a quantity is; 1 where it is not converted.
+
+    An empty unit stands for the package's own.
+
+    :raises UnitError: if the quantity is converted and the unit is not one of its own.
+    """
+    if quantity not in _CONVERTED or not unit:
+        return 1.0
+    return _CONVERTED[quantity][1](unit)

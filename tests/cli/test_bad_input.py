@@ -63,6 +63,14 @@ def options_file(training=None, **top):
     return lambda: write_options(Path("options.yaml"), options(training, **top))
 
 
+#: The forces in the file as a property of another name.
+VECTORS = {"key": "forces", "sample_kind": "atom", "type": {"cartesian": {"rank": 1}}}
+
+
+def targets(**named):
+    return {"training_set": {"systems": "train.xyz", "targets": named}, "test_set": 0.1}
+
+
 def truncated():
     whole = Path("base.ckpt").read_bytes()
     Path("cut.ckpt").write_bytes(whole[: len(whole) // 2])
@@ -176,7 +184,7 @@ CASES = [
          (*LORA, "-r", f"{TRAINING}.finetune.config.modules_to_save=[haeds]"),
          ("modules_to_save: the model has no module 'haeds'", "node_heads")),
     Case("inheriting heads that are not there", LORA,
-         ("finetune.inherit_heads.new", "no energy 'enegry'", "Did you mean 'energy'?"),
+         ("finetune.inherit_heads.new", "no target 'enegry'", "Did you mean 'energy'?"),
          options_file(
              {"finetune": {"inherit_heads": {"new": "enegry"}}},
              training_set={"systems": "train.xyz",
@@ -186,10 +194,34 @@ CASES = [
          ("a target cannot be called 'energy.pbe'",),
          options_file(training_set={"systems": "train.xyz", "targets": {
              "energy.pbe": {"quantity": "energy", "key": "energy"}}}, test_set=0.1)),
-    Case("target that is no energy", LORA, ("'dipole' (dipole) cannot be trained",),
-         options_file(training_set={"systems": "train.xyz", "targets": {
-             "dipole": {"quantity": "dipole", "type": {"cartesian": {"rank": 1}}}}},
-             test_set=0.1)),
+    Case("inheriting the heads of another kind of target", LORA,
+         ("finetune.inherit_heads.f: 'f' is a vector for each atom, but 'energy' is a scalar for "
+          "each structure",),
+         options_file({"finetune": {"inherit_heads": {"f": "energy"}}}, **targets(f=VECTORS))),
+    Case("target that the model knows as something else", LORA,
+         ("training_set.targets.energy: it is a vector for each atom here, but a scalar for each "
+          "structure in the starting model",),
+         options_file(**targets(energy=VECTORS))),
+    Case("target that no frame has", LORA, ("under 'dipole'", "has no such value", "`key`"),
+         options_file(**targets(dipole={"type": {"cartesian": {"rank": 1}}}))),
+    Case("values of atoms for a target of structures", LORA,
+         ("expected one number for each structure", "sample_kind: atom"),
+         options_file(**targets(q={"key": "forces"}))),
+    Case("unit of another quantity", LORA,
+         ("non_conservative_forces.unit: Unknown force unit 'eV'", "for instance eV/A"),
+         options_file(**targets(non_conservative_forces={"key": "forces", "unit": "eV"}))),
+    Case("direct forces of another form", LORA,
+         ("non_conservative_forces.type: a target named non_conservative_forces is a vector for "
+          "each atom", "cartesian: {rank: 1}"),
+         options_file(**targets(non_conservative_forces={"key": "forces", "type": "scalar"}))),
+    Case("direct forces from a key of structures", LORA,
+         ("have the shape ()", "expected 3 numbers for each atom"),
+         options_file(**targets(non_conservative_forces={"key": "energy"}))),
+    Case("direct stress of molecules", LORA,
+         ("no frame of train.xyz is periodic in all three directions", "Leave the target out"),
+         options_file(**targets(non_conservative_stress={"key": "energy"}))),
+    Case("several targets for one adapter", LORA, ("an adapter is for one target", "method full"),
+         options_file(**targets(energy={}, non_conservative_forces={"key": "forces"}))),
     Case("batches that are all left out",
          (*LORA, "-r", f"{TRAINING}.max_atoms_per_batch=7", "-r",
           f"{TRAINING}.min_atoms_per_batch=7"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,14 @@ import torch
 from ase import Atoms
 from ase.build import add_adsorbate, bulk, diamond100, molecule
 from metatensor.torch import Labels, TensorBlock, TensorMap
-from metatomic.torch import System
+from metatomic.torch import ModelOutput, System
 from metatrain.pet import PET
 from metatrain.utils.architectures import get_default_hypers
 from metatrain.utils.data import DatasetInfo
-from metatrain.utils.data.target_info import get_energy_target_info
+from metatrain.utils.data.target_info import get_energy_target_info, get_generic_target_info
 from metatrain.utils.evaluate_model import evaluate_model
 from metatrain.utils.neighbor_lists import get_system_with_neighbor_lists
+from omegaconf import OmegaConf
 
 SPECIES = (1, 6, 8, 14)
 CUTOFF = 3.6
@@ -47,9 +48,17 @@ class Reference:
 
 
 def random_model(
-    seed: int, targets: Sequence[str] = ("energy",), unit: str = "eV", **hypers: Any
+    seed: int,
+    targets: Sequence[str] = ("energy",),
+    unit: str = "eV",
+    others: Mapping[str, Mapping[str, Any]] | None = None,
+    **hypers: Any,
 ) -> PET:
-    """A float64 model none of whose weights, baselines and scales is a default."""
+    """A float64 model none of whose weights, baselines and scales is a default.
+
+    ``others`` are targets that are no energies, each with the options in which it differs from a
+    scalar of structures.
+    """
     torch.manual_seed(seed)
     infos = {
         name: get_energy_target_info(
@@ -60,30 +69,37 @@ def random_model(
         )
         for name in targets
     }
+    usual = {"quantity": "", "unit": "", "sample_kind": "system", "type": "scalar"}
+    for name, given in (others or {}).items():
+        full = OmegaConf.create({**usual, "num_subtargets": 1, **given})
+        infos[name] = get_generic_target_info(name, full)
     info = DatasetInfo(length_unit="Angstrom", atomic_types=list(SPECIES), targets=infos)
     options = copy.deepcopy(get_default_hypers("pet")["model"])
     model = PET({**options, **SMALL, **hypers}, info).to(torch.float64)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
-    for name in targets:
-        composition, scaler = model.additive_models[0], model.scaler
-        baselines = 6.0 * torch.randn(len(SPECIES), dtype=torch.float64)
-        _overwrite(composition, f"{name}_composition_buffer", baselines)
-        scale = 0.5 + torch.rand(1, dtype=torch.float64)
+    composition, scaler = model.additive_models[0], model.scaler
+    for name in infos:
+        if hasattr(composition, f"{name}_composition_buffer"):
+            _overwrite(composition, f"{name}_composition_buffer", lambda r: 12.0 * (r - 0.5))
+        state = torch.get_rng_state()
         for kind in ("scaler", "per_target_scaler"):
-            _overwrite(scaler, f"{name}_{kind}_buffer", scale)
-        composition.sync_tensor_maps()
-        scaler.sync_tensor_maps()
+            torch.set_rng_state(state)  # the same numbers for both
+            _overwrite(scaler, f"{name}_{kind}_buffer", lambda r: 0.5 + r)
+    composition.sync_tensor_maps()
+    scaler.sync_tensor_maps()
     return model.eval()
 
 
-def _overwrite(module: torch.nn.Module, buffer: str, values: torch.Tensor) -> None:
-    """Put numbers into the one block of a tensor map that a module keeps as bytes."""
+def _overwrite(
+    module: torch.nn.Module, buffer: str, drawn: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """Put random numbers into the one block of a tensor map that a module keeps as bytes."""
     stored = mts.load_buffer(getattr(module, buffer))
     block = stored.block()
     new = TensorBlock(
-        values.reshape(-1, 1).expand(block.values.shape).contiguous(),
+        drawn(torch.rand(block.values.shape, dtype=torch.float64)),
         block.samples,
         block.components,
         block.properties,
@@ -142,6 +158,18 @@ def reference(
         forces=np.split(-positions, np.cumsum([len(atoms) for atoms in frames])[:-1]),
         stresses=stresses,
     )
+
+
+def reference_properties(
+    model: PET, frames: Sequence[Atoms], dtype: torch.dtype, targets: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """What metatrain's model says of targets that are no energies, ``[rows, ..., subtargets]``."""
+    systems = [_system(atoms, model, dtype) for atoms in frames]
+    infos = model.dataset_info.targets
+    outputs = {name: ModelOutput(sample_kind=infos[name].sample_kind) for name in targets}
+    with torch.no_grad():
+        found = model(systems, outputs)
+    return {name: found[name].block().values.double().numpy() for name in targets}
 
 
 def structures(charged: bool = False) -> dict[str, Atoms]:

@@ -13,7 +13,7 @@ from pet_finetune.data.batch import Batch
 from pet_finetune.errors import AdapterError
 from pet_finetune.model import Potential
 from pet_finetune.model.composition import Composition
-from pet_finetune.model.potential import Scale
+from pet_finetune.model.scale import Scale
 from pet_finetune.nn.attention import Attention
 from pet_finetune.nn.block import Block
 from pet_finetune.nn.grouped import GroupedLinear, Rows

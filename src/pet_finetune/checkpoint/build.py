@@ -48,6 +48,7 @@ def build_potential(
     *,
     composition: Mapping[str, Tensor],
     scale: Mapping[str, float | Tensor],
+    relative: Mapping[str, Tensor] | None = None,
     radii: Tensor | None,
     where: str,
 ) -> Potential:
@@ -56,6 +57,7 @@ def build_potential(
     :param network: the state dict of the network, names without prefix.
     :param composition: eV, ``[n_species]``, for each target that has a baseline.
     :param scale: factor for each target.
+    :param relative: factors beside it for each element and value, of the targets that have some.
     :param radii: ZBL's covalent radii, ``[n_species]`` Å; None for ASE's table.
     :param where: what to call the file in messages.
     :raises CheckpointError: if weights are missing, too many, or of another shape.
@@ -87,6 +89,7 @@ def build_potential(
         if name in composition:
             model.composition.set(name, composition[name])
         model.scale.set(name, scale.get(name, 1.0))
+        model.scale.set_relative(name, (relative or {}).get(name))
     if model.zbl is not None and radii is not None:
         model.zbl.covalent_radii = radii.to(model.zbl.covalent_radii)
     return model.eval()

@@ -81,6 +81,7 @@ def read_metatrain(archive: TorchArchive, content: Mapping[str, Any]) -> Metatra
         network,
         composition={t.spec.name: t.composition for t in targets if t.composition is not None},
         scale={t.spec.name: t.scale for t in targets},
+        relative={t.spec.name: t.relative for t in targets if t.relative is not None},
         radii=state.get("additive_models.1.covalent_radii"),
         where=where,
     )

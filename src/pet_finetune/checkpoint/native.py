@@ -10,8 +10,9 @@ Opens with ``torch.load(path, weights_only=True)`` anywhere. Layout, version 1:
 ``targets``     for each target the fields of :class:`~pet_finetune.keys.TargetSpec`
 ``weights``     the network's state dict; names are those of metatrain's PET below ``backend.``;
                 in a run of QLoRA those of a quantised layer ``X`` are ``X.quantized.<part>``
-``composition`` for each target ``[n_species]`` float64, eV
-``scale``       for each target one number, eV
+``composition`` for each target ``[n_species]`` float64 (with several values, one column each)
+``scale``       for each target one number, in the target's unit
+``relative``    of some properties, factors beside it, ``[n_species, num_subtargets]`` float64
 ``radii``       ZBL's covalent radii ``[n_species]``, Å, or None
 ``provenance``  where the weights come from: parent, options, data, versions
 ``adapter``     None, or the unmerged adapter of a run that can be resumed
@@ -111,6 +112,11 @@ def save_checkpoint(
         "weights": {n: _stored(w) for n, w in network.items() if not is_adapter_tensor(n)},
         "composition": {name: _stored(model.composition.get(name)) for name in model.targets},
         "scale": {name: float(model.scale.get(name)) for name in model.targets},
+        "relative": {
+            name: _stored(factors)
+            for name in model.targets
+            if (factors := model.scale.relative(name)) is not None
+        },
         "radii": None if model.zbl is None else _stored(model.zbl.covalent_radii),
         "provenance": plain_value(provenance or {}, "provenance", error),
         "adapter": adapter,
@@ -163,6 +169,7 @@ def _model(content: Mapping[str, Any], where: str) -> Potential:
         dense_state(content["weights"]),
         composition=content["composition"],
         scale=content["scale"],
+        relative=content.get("relative"),
         radii=content["radii"],
         where=where,
     )

@@ -14,8 +14,8 @@ from pet_finetune.checkpoint.archive import TorchArchive
 from pet_finetune.checkpoint.safe_pickle import Inert, StoredTensor
 from pet_finetune.checkpoint.tensormap import Block, read_tensor_map
 from pet_finetune.errors import CheckpointError, UnitError
-from pet_finetune.keys import TargetSpec
-from pet_finetune.units import energy_to_ev
+from pet_finetune.keys import TargetSpec, direct_quantity
+from pet_finetune.units import own_unit, to_own_unit
 
 __all__ = ["StoredTarget", "usable_targets"]
 
@@ -25,9 +25,12 @@ class StoredTarget:
     """A target in the package's units."""
 
     spec: TargetSpec
-    #: ``[n_species]`` float64, eV; None when the file has no baseline for it.
+    #: ``[n_species]`` or ``[n_species, num_subtargets]`` float64; None when the file has no
+    #: baseline for it.
     composition: Tensor | None
     scale: float
+    #: ``[n_species, num_subtargets]`` float64, factors beside ``scale``; None where all are 1.
+    relative: Tensor | None = None
 
 
 class _Unusable(Exception):
@@ -80,23 +83,25 @@ def _convert(
 ) -> StoredTarget:
     block = _layout(archive, name, info)
     spec = _spec(name, info, block)
-    factor = 1.0
-    if spec.quantity == "energy":
-        unit = str(info.get("unit") or "")
-        if not unit:
-            notices.append(f"Target '{name}' has no unit in the file; eV is assumed.")
-        try:
-            factor = energy_to_ev(unit or "eV")
-        except UnitError as error:
-            raise _Unusable(f"is in {unit!r}, which is no known unit of energy") from error
-        if zbl and factor != 1.0:
-            raise _Unusable(f"is in {unit!r}, and the ZBL repulsion is only added to eV")
-    scale = scales[name] if name in scales else _scale(name, state)
+    unit = str(info.get("unit") or "")
+    if not unit and spec.unit:
+        notices.append(f"Target '{name}' has no unit in the file; {spec.unit} is assumed.")
+    try:
+        factor = to_own_unit(spec.quantity, unit)
+    except UnitError as error:
+        quantity = spec.quantity
+        raise _Unusable(f"is in {unit!r}, which is no known unit of {quantity}") from error
+    if zbl and spec.quantity == "energy" and factor != 1.0:
+        raise _Unusable(f"is in {unit!r}, and the ZBL repulsion is only added to eV")
+    scale, relative = scales.get(name), None
+    if scale is None:
+        scale, relative = _scale(name, state, spec, len(species))
     composition = _composition(name, state, spec, species)
     return StoredTarget(
         spec=spec,
         composition=None if composition is None else composition * factor,
         scale=scale * factor,
+        relative=relative,
     )
 
 
@@ -128,52 +133,65 @@ def _spec(name: str, info: Inert, block: Block) -> TargetSpec:
         raise _Unusable(f"has the components {block.component_names}, which are not supported")
     if set(block.sample_names) - {"system", "atom"}:
         raise _Unusable("is a property of pairs of atoms, which is not supported")
-    quantity = str(info.get("quantity") or "")
+    # metatrain does not look at the quantity of a direct force or stress; its name decides.
+    quantity = direct_quantity(name) or str(info.get("quantity") or "")
     outputs = block.num_properties * 3 ** len(block.component_names)
-    if quantity == "energy" and outputs != 1:
-        raise _Unusable(f"is an energy with {outputs} values; one is needed")
     return TargetSpec(
         name=name,
         quantity=quantity,
-        unit="eV" if quantity == "energy" else str(info.get("unit") or ""),
+        unit=own_unit(quantity, str(info.get("unit") or "")),
         kind=kind,
         per_atom="atom" in block.sample_names,
         num_outputs=outputs,
         description=str(info.get("description") or ""),
         block=f"{name}___{block.key['_']}",
+        # metatrain divides by the volume under this name alone, not under its variants.
+        per_volume=name == "non_conservative_stress",
     )
 
 
-def _scale(name: str, state: Mapping[str, Tensor]) -> float:
-    """The one factor of a target; 1 where none was stored."""
+def _scale(
+    name: str, state: Mapping[str, Tensor], spec: TargetSpec, num_species: int
+) -> tuple[float, Tensor | None]:
+    """The factor of a target, 1 where none was stored, and those of elements and subtargets."""
     buffer = state.get(f"scaler.{name}_scaler_buffer")
     if buffer is None:
-        return 1.0
-    values = [float(v) for block in _blocks(buffer, "scales") for v in block.values.reshape(-1)]
-    if not values or not all(math.isfinite(v) for v in values):
+        return 1.0, None
+    stored = _blocks(buffer, "scales")[0].values
+    values = torch.tensor(stored.tolist(), dtype=torch.float64)
+    if not values.numel() or not bool(values.isfinite().all()):
         raise _Unusable("has scales that are not numbers")
-    if max(values) - min(values) > 1e-12 * max(map(abs, values)):
-        raise _Unusable("has a scale for each element or component, which is not supported")
-    return values[0]
+    if values.dim() != 2 or values.shape[1] != spec.num_subtargets:
+        raise _Unusable("has scales for other values than its own")
+    if values.shape[0] not in (1, num_species):
+        raise _Unusable("has scales for other elements than the model's")
+    # Bit for bit where all are the same, as they are for energies.
+    size = float(values.reshape(-1)[0])
+    if float(values.max() - values.min()) <= 1e-12 * float(values.abs().max()):
+        return size, None
+    size = float(values.abs().mean())
+    return size, (values / size).expand(num_species, -1).contiguous()
 
 
 def _composition(
     name: str, state: Mapping[str, Tensor], spec: TargetSpec, species: Sequence[int]
 ) -> Tensor | None:
-    """Baselines per species in the target's unit, ``[n_species]`` float64."""
+    """Baselines in the target's unit, ``[n_species]`` or ``[n_species, n_values]`` float64."""
     buffer = state.get(f"additive_models.0.{name}_composition_buffer")
     if buffer is None:
         return None
     block = _blocks(buffer, "baselines")[0]
-    if spec.num_outputs != 1:
+    if spec.rank:
         if not block.values.any():
             return None
         raise _Unusable("has baselines for each component, which is not supported")
-    table = dict(zip(block.samples[:, 0].tolist(), block.values.reshape(-1).tolist(), strict=True))
-    missing = [z for z in species if not math.isfinite(table.get(z, math.nan))]
+    rows = block.values.reshape(len(block.samples), -1).tolist()
+    table = dict(zip(block.samples[:, 0].tolist(), rows, strict=True))
+    missing = [z for z in species if not all(map(math.isfinite, table.get(z, [math.nan])))]
     if missing:
         raise _Unusable(f"has no baseline for the elements {missing}")
-    return torch.tensor([table[z] for z in species], dtype=torch.float64)
+    values = torch.tensor([table[z] for z in species], dtype=torch.float64)
+    return values.squeeze(1) if spec.num_subtargets == 1 else values
 
 
 def _blocks(buffer: Tensor, what: str) -> list[Block]:

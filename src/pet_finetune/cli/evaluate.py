@@ -23,7 +23,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "eval",
         help="errors of a model on labelled structures",
-        description="Compare a model's energies, forces and stresses with labels.",
+        description="Compare a model's energies, forces, stresses and other targets with labels.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -35,7 +35,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--adapter", help="folder of an adapter of this model")
     parser.add_argument(
         "--target",
-        help="which energy (default: the only one, that of the adapter, or all of the options)",
+        help="which target (default: the only one, that of the adapter, or all of the options)",
     )
     parser.add_argument("--device", help="auto, cpu or cuda (default: auto, or the options')")
     parser.add_argument(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pet_finetune.config.dataset import DatasetOptions, IndexedSet, TargetOptions
+from pet_finetune.config.checks_target import check_committee, check_fixed_baselines, check_target
+from pet_finetune.config.dataset import DatasetOptions, IndexedSet
 from pet_finetune.config.options import Options
 from pet_finetune.config.problems import Path, Problem, format_path
 from pet_finetune.errors import did_you_mean
@@ -19,8 +20,10 @@ def check_data(options: Options, raw: Mapping[str, Any]) -> Iterator[Problem]:
         if not dataset.targets:
             yield Problem((*path, "targets"), "empty; name at least one target, such as `energy`.")
         for name, target in dataset.targets.items():
-            yield from _check_target((*path, "targets", name), target)
+            yield from check_target((*path, "targets", name), name, target)
     yield from _check_same_target(options, raw)
+    yield from check_fixed_baselines(options)
+    yield from check_committee(options)
     yield from _check_held_out_targets(options, raw)
     yield from _check_fractions(options)
     yield from _check_indices(options)
@@ -39,30 +42,6 @@ def located_datasets(
             yield ((name, index) if listed else (name,)), dataset
 
 
-def _check_target(path: Path, target: TargetOptions) -> Iterator[Problem]:
-    problem = target.unit_problem()
-    if problem:
-        yield Problem((*path, "unit"), problem)
-    if target.stress.required and target.virial.required:
-        yield Problem(
-            (*path, "virial"),
-            "stress and virial are the same quantity in two forms. Set one of them to off.",
-        )
-    wanted = [name for name in ("forces", "stress", "virial") if getattr(target, name).wanted]
-    if wanted and not target.is_energy:
-        yield Problem(
-            (*path, wanted[0]),
-            "only an energy has forces, stress or virial; this target's quantity is "
-            f"{target.quantity or 'not given'}. Set `quantity: energy`, or remove it.",
-        )
-    elif wanted and (target.per_atom or target.type != "scalar" or target.num_subtargets > 1):
-        yield Problem(
-            (*path, wanted[0]),
-            "forces, stress and virial need one energy for each structure. Set "
-            f"`{wanted[0]}: off`, or `sample_kind: system`, `type: scalar`, `num_subtargets: 1`.",
-        )
-
-
 def _check_same_target(options: Options, raw: Mapping[str, Any]) -> Iterator[Problem]:
     """A target of several training sets must be the same thing in all of them."""
     specs = options.target_specs()
@@ -71,7 +50,7 @@ def _check_same_target(options: Options, raw: Mapping[str, Any]) -> Iterator[Pro
             if name not in specs:
                 continue
             first, own = specs[name], target.spec(name)
-            for what in ("quantity", "kind", "per_atom", "num_outputs"):
+            for what in ("quantity", "unit", "kind", "per_atom", "num_subtargets"):
                 if getattr(first, what) != getattr(own, what):
                     yield Problem(
                         (*path, "targets", name),

@@ -13,15 +13,20 @@ from pet_finetune.config.base import (
     Ignored,
     OneOf,
     OptionalText,
-    PositiveInt,
     Section,
     Text,
     ignored_field,
 )
-from pet_finetune.config.shorthands import expand_dataset, expand_gradient
+from pet_finetune.config.shorthands import expand_dataset
+from pet_finetune.config.target import (
+    CartesianType,
+    GradientOptions,
+    Reader,
+    TargetOptions,
+    TargetType,
+)
 from pet_finetune.errors import UnitError, did_you_mean
-from pet_finetune.keys import TargetSpec
-from pet_finetune.units import LENGTH_UNITS, energy_to_ev, length_to_angstrom
+from pet_finetune.units import LENGTH_UNITS, length_to_angstrom
 
 __all__ = [
     "CartesianType",
@@ -50,16 +55,6 @@ def _length_unit(value: Any) -> str:
     return value
 
 
-def _reader(value: Any) -> str | None:
-    if value is None:
-        return None
-    if value == "ase":
-        return "ase"
-    if value == "metatensor" or isinstance(value, dict):
-        raise ValueError("Only files that ASE reads can be used; convert others to extended xyz.")
-    raise ValueError
-
-
 def _indices(value: Any) -> tuple[int, ...] | str:
     if isinstance(value, str) and value.strip():
         return value
@@ -74,7 +69,6 @@ def _indices(value: Any) -> tuple[int, ...] | str:
 
 
 LengthUnit = Annotated[str, Expects("a unit of length", _length_unit)]
-Reader = Annotated[str | None, Expects("'ase'", _reader)]
 Indices = Annotated[
     tuple[int, ...] | str,
     Expects(
@@ -94,162 +88,6 @@ class SystemsOptions(Section):
     length_unit: LengthUnit = Field(
         default="angstrom", description="Unit of positions and cells in the file."
     )
-
-
-class GradientOptions(Section):
-    """Where forces, stress or virial of an energy come from.
-
-    In a file, ``on``, ``off``, a path, or these keys in braces. Values are in the units of the
-    energy and length of the same data set.
-    """
-
-    mode: Annotated[Literal["on", "off", "auto"], OneOf()] = Field(
-        default="on",
-        description="`on`: must be in the file (frames without are masked), `off`: not used, "
-        "`auto`: used if any frame has it.",
-    )
-    read_from: OptionalText = Field(default="", description="Path; empty means that of the target.")
-    reader: Reader = Field(
-        default=None, description="The library that reads the file; only ASE is used."
-    )
-    key: OptionalText = Field(
-        default="", description="Name in the file; empty means the option's name."
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _expand(cls, value: Any) -> Any:
-        return expand_gradient(value)
-
-    @property
-    def wanted(self) -> bool:
-        """Whether the label is to be looked for at all."""
-        return self.mode != "off"
-
-    @property
-    def required(self) -> bool:
-        """Whether it is an error when no frame has the label."""
-        return self.mode == "on"
-
-
-class CartesianType(Section):
-    """Shape of a Cartesian target."""
-
-    rank: PositiveInt = Field(description="1 for a vector, 2 for a 3x3 tensor.")
-
-
-class TargetType(Section):
-    """How a target turns with the structure, when it is no scalar."""
-
-    cartesian: CartesianType = Field(description="A vector or tensor in x, y, z components.")
-
-
-def _target_type(value: Any) -> str | TargetType:
-    if value == "scalar":
-        return "scalar"
-    if isinstance(value, TargetType):
-        return value
-    if isinstance(value, Mapping) and set(value) == {"cartesian"}:
-        cartesian = value["cartesian"]
-        if isinstance(cartesian, Mapping) and cartesian in ({"rank": 1}, {"rank": 2}):
-            return TargetType(cartesian=CartesianType(rank=cartesian["rank"]))
-    if isinstance(value, Mapping) and "spherical" in value:
-        raise ValueError("Spherical targets are not supported.")
-    raise ValueError
-
-
-def _sample_kind(value: Any) -> str:
-    if value in ("system", "atom"):
-        return str(value)
-    if value == "atom_pair":
-        raise ValueError("Targets for pairs of atoms are not supported.")
-    raise ValueError
-
-
-class TargetOptions(Section):
-    """One property to learn from a data set."""
-
-    quantity: OptionalText = Field(
-        default="energy",
-        description="The physical quantity; `energy` can have forces and stress. Left out, it is "
-        "`energy` for targets named `energy` or `energy/...` and empty for others.",
-    )
-    read_from: OptionalText = Field(
-        default="", description="Path of the file; empty means that of the structures."
-    )
-    reader: Reader = Field(
-        default=None, description="The library that reads the file; only ASE is used."
-    )
-    key: OptionalText = Field(
-        default="", description="Name in the file; empty means the target's name."
-    )
-    unit: OptionalText = Field(
-        default="", description="Unit in the file. An energy without a unit is taken as eV."
-    )
-    sample_kind: Annotated[
-        Literal["system", "atom"], Expects("'system' or 'atom'", _sample_kind)
-    ] = Field(
-        default="system", description="One value for each structure (`system`) or for each atom."
-    )
-    type: Annotated[
-        Literal["scalar"] | TargetType,
-        Expects("'scalar', {cartesian: {rank: 1}} or {cartesian: {rank: 2}}", _target_type),
-    ] = Field(default="scalar", description="`scalar`, or `{cartesian: {rank: 1}}` for a vector.")
-    num_subtargets: PositiveInt = Field(
-        default=1, description="Number of values that make up the target."
-    )
-    description: OptionalText = Field(
-        default="", description="Free text kept in the checkpoint, e.g. the level of theory."
-    )
-    forces: GradientOptions = Field(
-        default=GradientOptions(mode="off"),
-        description="Forces, the negative derivative of the energy by positions. "
-        "`auto` for energies.",
-    )
-    stress: GradientOptions = Field(
-        default=GradientOptions(mode="off"),
-        description="Stress with ASE's sign: derivative of the energy by strain, over the volume. "
-        "`auto` for energies.",
-    )
-    virial: GradientOptions = Field(
-        default=GradientOptions(mode="off"),
-        description="Virial, minus the stress times the volume; instead of `stress`.",
-    )
-
-    @property
-    def is_energy(self) -> bool:
-        """Whether forces and stress are derivatives of this target."""
-        return self.quantity == "energy"
-
-    @property
-    def per_atom(self) -> bool:
-        """Whether there is one value for each atom."""
-        return self.sample_kind == "atom"
-
-    def unit_problem(self) -> str | None:
-        """What is wrong with the unit, or None. Only energies are converted and checked."""
-        if not self.is_energy or not self.unit:
-            return None
-        try:
-            energy_to_ev(self.unit)
-        except UnitError as why:
-            return str(why)
-        return None
-
-    def spec(self, name: str) -> TargetSpec:
-        """Describe the target as the model keeps it: energies in eV, others as in the file."""
-        kind: Literal["scalar", "vector", "tensor"] = "scalar"
-        if isinstance(self.type, TargetType):
-            kind = "vector" if self.type.cartesian.rank == 1 else "tensor"
-        return TargetSpec(
-            name=name,
-            quantity=self.quantity,
-            unit="eV" if self.is_energy else self.unit,
-            kind=kind,
-            per_atom=self.per_atom,
-            num_outputs=self.num_subtargets,
-            description=self.description,
-        )
 
 
 ExtraName = Annotated[Literal["charge", "spin_multiplicity"], OneOf()]

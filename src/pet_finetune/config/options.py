@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -184,10 +185,12 @@ class Options(Section):
 
     def target_specs(self) -> dict[str, TargetSpec]:
         """The targets to learn, by name, in the order of the training sets."""
+        whole = self.training.per_structure_targets
         specs: dict[str, TargetSpec] = {}
         for dataset in self.training_set:
             for name, target in dataset.targets.items():
-                specs.setdefault(name, target.spec(name))
+                intensive = name in whole and not target.is_energy
+                specs.setdefault(name, replace(target.spec(name), intensive=intensive))
         return specs
 
     def resolved(self) -> dict[str, Any]:

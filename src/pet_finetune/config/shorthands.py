@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pet_finetune.keys import direct_quantity
+
 __all__ = ["expand_dataset", "expand_datasets", "expand_gradient", "expand_set"]
 
 _SWITCHES = {
@@ -79,18 +81,41 @@ def _expand_target(name: Any, target: Any, source: Any) -> Any:
         return target
     # Only a target named or declared an energy has gradients by default, and a virial takes the
     # place of a stress that is not asked for by name. "energy/x" is a variant of the energy.
+    _complete_direct(str(name), target)
     if not target.get("quantity"):
         target["quantity"] = "energy" if str(name).split("/")[0] == "energy" else ""
-    energy = target["quantity"] == "energy"
+    energy = _has_gradients(target)
     virial = expand_gradient(target.get("virial"))
     virial_given = isinstance(virial, Mapping) and virial.get("mode", "on") != "off"
     defaults = {"forces": energy, "stress": energy and not virial_given, "virial": False}
     for label, default in defaults.items():
         gradient = expand_gradient(target.get(label, "auto" if default else "off"))
         target[label] = _inherit(gradient, target.get("read_from"), label)
-    if energy and not target.get("unit"):
+    if target["quantity"] == "energy" and not target.get("unit"):
         target["unit"] = "eV"
     return target
+
+
+def _complete_direct(name: str, target: dict[str, Any]) -> None:
+    """Fill in what the name of a direct force or stress says: quantity, rows and type."""
+    quantity = direct_quantity(name)
+    if quantity is None:
+        return
+    forces = quantity == "force"
+    same = {"forces", "force"} if forces else {"stress", "pressure"}
+    if not target.get("quantity") or target["quantity"] in same:
+        target["quantity"] = quantity
+    if target.get("sample_kind") is None:
+        target["sample_kind"] = "atom" if forces else "system"
+    if target.get("type") is None:
+        target["type"] = {"cartesian": {"rank": 1 if forces else 2}}
+
+
+def _has_gradients(target: Mapping[str, Any]) -> bool:
+    """Whether a target is one energy for each structure, as far as what is given says."""
+    given = (target.get("sample_kind"), target.get("type"), target.get("num_subtargets"))
+    usual = zip(given, ("system", "scalar", 1), strict=True)
+    return target["quantity"] == "energy" and all(v is None or v == u for v, u in usual)
 
 
 def _inherit(section: Any, source: Any, key: str) -> Any:

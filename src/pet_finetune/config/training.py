@@ -192,8 +192,9 @@ class TrainingOptions(Section):
     )
     per_structure_targets: TextList = Field(
         default=(),
-        description="Targets whose energy counts whole in the loss, not divided by the number of "
-        "atoms. Errors in logs and tables are per atom always.",
+        description="Targets whose values for structures count whole in the loss, not divided by "
+        "the number of atoms: name intensive properties here, such as a band gap. So do their "
+        "errors in logs and tables, except for energies, which are shown per atom always.",
     )
     best_model_metric: Annotated[BestModelMetric, OneOf()] = Field(
         default="mae_prod",

@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pet_finetune.data.batch import Batch, is_forces, is_stress
+from pet_finetune.data.batch import Batch
+from pet_finetune.keys import LabelKind, label_kind
 
 __all__ = ["random_rotations", "rotate_batch"]
 
@@ -43,7 +44,8 @@ def random_rotations(
 def rotate_batch(batch: Batch, rotations: Tensor) -> Batch:
     """Turn each structure of a batch with its labels.
 
-    Vectors become ``R v``, stresses ``R s R^T``; totals stay. Missing labels (NaN) stay NaN.
+    Vectors become ``R v``, tensors ``R s R^T``; scalars stay. Missing labels (NaN) stay NaN; one
+    NaN component makes all three of a vector, or all nine of a tensor, NaN.
 
     :param batch: the batch.
     :param rotations: ``[b, 3, 3]``, on the device of the batch.
@@ -55,10 +57,12 @@ def rotate_batch(batch: Batch, rotations: Tensor) -> Batch:
     edges = ends.diff(prepend=ends.new_zeros(1)).tolist()
     labels = dict(batch.labels)
     for name, value in batch.labels.items():
-        if is_forces(name):
+        kind = label_kind(name, batch.kinds)
+        if kind == LabelKind(per_atom=True, rank=1) and value.dim() == 2:
             labels[name] = _turn(value, transposed, atoms.tolist())
-        elif is_stress(name):
-            labels[name] = rotations.to(value.dtype) @ value @ transposed.to(value.dtype)
+        elif kind.rank:
+            rows = batch.structure_index if kind.per_atom else slice(None)
+            labels[name] = _turn_components(value, rotations.to(value.dtype)[rows], kind.rank)
     return replace(
         batch,
         edge_vectors=_turn(batch.edge_vectors, transposed, edges),
@@ -78,3 +82,15 @@ def _turn(vectors: Tensor, transposed: Tensor, counts: list[int]) -> Tensor:
     """
     runs = zip(torch.split(vectors, counts), transposed.to(vectors.dtype), strict=True)
     return torch.cat([run @ matrix for run, matrix in runs])
+
+
+def _turn_components(values: Tensor, rotations: Tensor, rank: int) -> Tensor:
+    """Turn vectors or tensors, several for each row maybe.
+
+    :param values: ``[m, 3, ...]`` for ``rank`` 1, ``[m, 3, 3, ...]`` for 2; what follows the
+        Cartesian axes are subtargets.
+    :param rotations: ``[m, 3, 3]``.
+    """
+    if rank == 1:
+        return torch.einsum("mij,mj...->mi...", rotations, values)
+    return torch.einsum("mik,mjl,mkl...->mij...", rotations, rotations, values)

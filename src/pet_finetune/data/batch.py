@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from ase import Atoms
@@ -12,7 +12,7 @@ from torch import Tensor
 from pet_finetune.data.neighbors import NeighborList, edge_vectors, structure_neighbors
 from pet_finetune.data.structure import Structure, atoms_to_structure
 from pet_finetune.errors import DataError
-from pet_finetune.keys import forces_key, stress_key
+from pet_finetune.keys import LabelKind, label_kind
 
 __all__ = [
     "Batch",
@@ -20,20 +20,8 @@ __all__ = [
     "batch_from_atoms",
     "collate",
     "collate_prepared",
-    "is_forces",
-    "is_stress",
     "prepare",
 ]
-
-
-def is_forces(label: str) -> bool:
-    """Whether a label name holds forces, ``[n, 3]`` in a batch."""
-    return label.endswith(forces_key(""))
-
-
-def is_stress(label: str) -> bool:
-    """Whether a label name holds stresses, ``[b, 3, 3]`` in a batch."""
-    return label.endswith(stress_key(""))
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,13 +52,16 @@ class Batch:
     spins: Tensor
     #: ``"<t>"`` ``[b]`` (always float64: a total energy of -20,000 eV has steps of 2 meV in
     #: float32, so the baseline must be subtracted first), ``"<t>/forces"`` ``[n, 3]``,
-    #: ``"<t>/stress"`` ``[b, 3, 3]``. NaN where one structure lacks a label others have; a name
-    #: that no structure of this batch has is absent.
+    #: ``"<t>/stress"`` ``[b, 3, 3]``; of other targets ``[b, ...]`` or ``[n, ...]``, float64 where
+    #: scalar. NaN where one structure lacks a label others have; a name that no structure of this
+    #: batch has is absent.
     labels: Mapping[str, Tensor]
     #: ``Structure.index`` of each structure, ``[b]`` int64.
     frames: Tensor
     #: ``Structure.source`` of each structure.
     sources: tuple[str, ...] = ()
+    #: What the labels of targets that are no energies belong to, by name.
+    kinds: Mapping[str, LabelKind] = field(default_factory=dict)
 
     @property
     def num_atoms(self) -> int:
@@ -121,7 +112,7 @@ class Batch:
     ) -> Batch:
         """Move to a device and cast the floating-point tensors.
 
-        Integers keep their type, and so do the float64 totals in :attr:`labels`, except on
+        Integers keep their type, and so do the float64 scalars in :attr:`labels`, except on
         devices without float64 (``mps``).
         """
         target = None if device is None else torch.device(device)
@@ -131,7 +122,7 @@ class Batch:
             return tensor.to(device=target, dtype=cast, non_blocking=non_blocking)
 
         def move_label(name: str, value: Tensor) -> Tensor:
-            return move(value, dtype if is_forces(name) or is_stress(name) else total)
+            return move(value, dtype if label_kind(name, self.kinds).rank else total)
 
         return replace(
             self,
@@ -182,12 +173,15 @@ class PreparedStructure:
     charge: int
     #: Spin multiplicity.
     spin: int
-    #: Labels; totals ``[1]`` float64, forces ``[n, 3]`` and stress ``[1, 3, 3]`` in the dtype.
+    #: Labels; totals ``[1]`` float64, forces ``[n, 3]`` and stress ``[1, 3, 3]`` in the dtype;
+    #: others alike, scalars in float64, vectors and tensors in the dtype.
     labels: Mapping[str, Tensor]
     #: ``Structure.index``.
     frame: int
     #: ``Structure.source``.
     source: str
+    #: ``Structure.kinds``.
+    kinds: Mapping[str, LabelKind] = field(default_factory=dict)
 
 
 def prepare(structure: Structure, pairs: NeighborList, dtype: torch.dtype) -> PreparedStructure:
@@ -195,12 +189,9 @@ def prepare(structure: Structure, pairs: NeighborList, dtype: torch.dtype) -> Pr
     vectors = edge_vectors(structure.positions, structure.cell, pairs)
     labels = {}
     for name, value in structure.labels.items():
-        if is_forces(name):
-            labels[name] = value.to(dtype)
-        elif is_stress(name):
-            labels[name] = value.to(dtype).reshape(1, 3, 3)
-        else:
-            labels[name] = value.to(torch.float64).reshape(1)
+        kind = label_kind(name, structure.kinds)
+        value = value.to(dtype if kind.rank else torch.float64)
+        labels[name] = value if kind.per_atom else value.unsqueeze(0)
     return PreparedStructure(
         numbers=structure.numbers,
         edges=torch.stack([pairs.centers, pairs.neighbors, pairs.reverse]).to(torch.int32),
@@ -211,6 +202,7 @@ def prepare(structure: Structure, pairs: NeighborList, dtype: torch.dtype) -> Pr
         labels=labels,
         frame=structure.index,
         source=structure.source,
+        kinds=structure.kinds,
     )
 
 
@@ -246,6 +238,7 @@ def collate_prepared(items: Sequence[PreparedStructure]) -> Batch:
         labels=_collate_labels(items),
         frames=torch.tensor([item.frame for item in items]),
         sources=tuple(item.source for item in items),
+        kinds={name: kind for item in items for name, kind in item.kinds.items()},
     )
 
 
@@ -273,6 +266,7 @@ def _label_or_nan(item: PreparedStructure, name: str, items: Sequence[PreparedSt
     """The label of one structure, or NaN in the shape and dtype that it would have."""
     if name in item.labels:
         return item.labels[name]
-    known = next(other.labels[name] for other in items if name in other.labels)
-    rows = item.numbers.shape[0] if is_forces(name) else 1
+    other = next(other for other in items if name in other.labels)
+    known = other.labels[name]
+    rows = item.numbers.shape[0] if label_kind(name, other.kinds).per_atom else 1
     return known.new_full((rows, *known.shape[1:]), float("nan"))

@@ -13,11 +13,12 @@ from torch import Tensor
 from pet_finetune.data.files import list_frames
 from pet_finetune.data.structure import place
 from pet_finetune.errors import DataError, did_you_mean
+from pet_finetune.keys import TargetSpec
 
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["Column", "Shape", "find_value", "to_forces", "to_scalar", "to_stress"]
+__all__ = ["Column", "Shape", "find_value", "shape_of", "to_forces", "to_scalar", "to_stress"]
 
 #: Makes an array of the expected shape of the raw one, given the number of atoms; raises
 #: ValueError with the shapes that are allowed.
@@ -55,6 +56,32 @@ def to_stress(raw: np.ndarray, num_atoms: int) -> np.ndarray:
     return (matrix + matrix.T) / 2
 
 
+def shape_of(spec: TargetSpec) -> Shape:
+    """The shape of a target's values, for a structure or for all of its atoms.
+
+    Values may be flattened: a row of 9 for a tensor, a column for scalars of atoms.
+    """
+    if spec.per_volume:
+        return to_stress
+
+    def to_values(raw: np.ndarray, num_atoms: int) -> np.ndarray:
+        rows = (num_atoms,) if spec.per_atom else ()
+        whole = (*rows, *spec.shape)
+        flat = (*rows, spec.num_outputs)
+        if raw.shape in (whole, flat):
+            return raw.reshape(whole)
+        several = f"{spec.num_outputs} numbers" if spec.num_outputs > 1 else "one number"
+        unit = "atom" if spec.per_atom else "structure"
+        allowed = f"{several} for each {unit}, that is {whole or 'a plain number'}"
+        if not spec.per_atom and raw.shape[:1] == (num_atoms,):
+            allowed += ". This looks like values of atoms, which are `sample_kind: atom`"
+        elif spec.per_atom and raw.shape in (spec.shape, (spec.num_outputs,)):
+            allowed += ". This looks like one value of a structure, which is `sample_kind: system`"
+        raise ValueError(allowed)
+
+    return to_values
+
+
 def find_value(atoms: Atoms, key: str) -> Any:
     """A value by its name in the file, or None.
 
@@ -86,12 +113,17 @@ class Column:
     shape: Shape
 
     def read(
-        self, factor: float = 1.0, usable: Sequence[bool] | None = None
+        self,
+        factor: float = 1.0,
+        usable: Sequence[bool] | None = None,
+        *,
+        nan_is_missing: bool = False,
     ) -> list[Tensor | None]:
         """The values of the chosen frames as float64, None where a frame has none.
 
         :param factor: multiplies the values, to convert their unit.
         :param usable: for each chosen frame, whether its value counts; others give None.
+        :param nan_is_missing: whether single numbers may be NaN, which stands for unknown.
         :raises DataError: wrong shapes, values that are no numbers, NaN or infinity.
         """
         values: list[Tensor | None] = []
@@ -102,7 +134,11 @@ class Column:
                 values.append(None)
                 continue
             array = self._shaped(raw, index)
-            if not np.isfinite(array).all():
+            known = ~np.isnan(array) if nan_is_missing else np.ones_like(array, dtype=bool)
+            if not known.any():
+                values.append(None)
+                continue
+            if not np.isfinite(array[known]).all():
                 broken.append(index)
             values.append(torch.as_tensor(array * factor, dtype=torch.float64))
         if broken:

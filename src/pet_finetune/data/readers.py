@@ -8,20 +8,23 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from pet_finetune.config.dataset import (
-    DatasetOptions,
-    ExtraDataOptions,
-    GradientOptions,
-    TargetOptions,
-)
-from pet_finetune.data.batch import is_forces, is_stress
+from pet_finetune.config.dataset import DatasetOptions, ExtraDataOptions
+from pet_finetune.config.target import GradientOptions, TargetOptions
 from pet_finetune.data.files import frame_numbers, read_frames
-from pet_finetune.data.labels import Column, Shape, find_value, to_forces, to_scalar, to_stress
+from pet_finetune.data.labels import (
+    Column,
+    Shape,
+    find_value,
+    shape_of,
+    to_forces,
+    to_scalar,
+    to_stress,
+)
 from pet_finetune.data.structure import Structure, as_integer, atoms_to_structure, place
 from pet_finetune.errors import DataError
-from pet_finetune.keys import forces_key, stress_key
+from pet_finetune.keys import TargetSpec, forces_key, stress_key
 from pet_finetune.log import get_logger
-from pet_finetune.units import energy_to_ev, length_to_angstrom
+from pet_finetune.units import length_to_angstrom
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -35,13 +38,13 @@ def read_structures(options: DatasetOptions) -> list[Structure]:
     """Read the structures of one data set.
 
     Energies are converted from the target's unit, positions from the systems' length unit, and
-    forces, stress and virial from the units these two make. Frames without forces or stress are
-    kept. A stress counts only where the structure is periodic in all three directions.
+    forces, stress and virial from the units these two make. Frames without forces or stress, or
+    without a target that is no energy, are kept. A stress counts only where the structure is
+    periodic in all three directions.
 
     :param options: files, names and units.
-    :raises DataError: see :mod:`pet_finetune.data.files` and :class:`~.labels.Column`; also a
-        target's value or required label that is not in the file, and a target that is not one
-        number for each structure.
+    :raises DataError: see :mod:`pet_finetune.data.files` and :class:`~.labels.Column`; also an
+        energy or required label that is not in the file, and a target that no frame has.
     :raises UnitError: an unknown unit.
     """
     reading = _Reading(options)
@@ -51,6 +54,8 @@ def read_structures(options: DatasetOptions) -> list[Structure]:
             for of_structure, value in zip(labels, values, strict=True):
                 if value is not None:
                     of_structure[label] = value
+    specs = {name: target.spec(name) for name, target in options.targets.items()}
+    kinds = {name: spec.label_kind for name, spec in specs.items() if not spec.is_energy}
     charges = _read_integers(reading, options.extra_data.get("charge"), "charge")
     multiplicity = options.extra_data.get("spin_multiplicity")
     spins = _read_integers(reading, multiplicity, "spin_multiplicity")
@@ -60,6 +65,7 @@ def read_structures(options: DatasetOptions) -> list[Structure]:
             index,
             source=reading.source,
             labels=labels[position],
+            kinds=kinds,
             charge=charges[position],
             spin=spins[position],
             length_factor=reading.length,
@@ -115,8 +121,10 @@ def _read_target(
     reading: _Reading, name: str, target: TargetOptions
 ) -> Mapping[str, Sequence[Tensor | None]]:
     """All labels of one target, by label name, one value or None for each chosen frame."""
-    _check_supported(name, target)
-    factor = energy_to_ev(target.unit or "eV") if target.is_energy else 1.0
+    _check_name(name)
+    if not target.is_energy:
+        return {name: _read_property(reading, target.spec(name), target)}
+    factor = target.factor
     what = f"values of target {name!r}"
     column = reading.column(what, target.read_from, target.key or name, to_scalar)
     values = column.read(factor)
@@ -124,8 +132,6 @@ def _read_target(
     if absent:
         raise column.missing(absent[0], len(absent))
     labels: dict[str, Sequence[Tensor | None]] = {name: values}
-    if not target.is_energy:
-        return labels
     forces = _Gradient(reading, "forces", name, target.forces, target.read_from, to_forces)
     labels[forces_key(name)] = forces.read(factor / reading.length)
     stress = _Gradient(reading, "stress", name, target.stress, target.read_from, to_stress)
@@ -139,6 +145,48 @@ def _read_target(
         for s, w, volume in zip(stresses, virials, volumes, strict=True)
     ]
     return labels
+
+
+def _read_property(
+    reading: _Reading, spec: TargetSpec, target: TargetOptions
+) -> list[Tensor | None]:
+    """Values of a target that is no energy; None in frames that lack it."""
+    what = f"values of target {spec.name!r}"
+    key = target.key or spec.name
+    column = reading.column(what, target.read_from, key, shape_of(spec))
+    first = column.frames[reading.chosen[0]]
+    if not spec.per_atom and key in first.arrays and key not in first.info:
+        raise DataError(
+            f"The {what} should be {spec.form}, but {key!r} in {column.source} holds values of "
+            "atoms. Set `sample_kind: atom` if the target is one of atoms, or name another `key`."
+        )
+    usable = [volume > 0 for volume in reading.volumes()] if spec.per_volume else None
+    values = column.read(target.factor, usable, nan_is_missing=True)
+    found = sum(value is not None for value in values)
+    if not found:
+        if usable is not None and not any(usable):
+            raise _not_periodic(reading, what)
+        raise column.missing(reading.chosen[0], len(values))
+    if found < len(values):
+        _log_partial(column, found)
+    return values
+
+
+def _not_periodic(reading: _Reading, what: str) -> DataError:
+    return DataError(
+        f"The {what} are asked for, but no frame of {reading.source} is periodic in all three "
+        "directions (pbc and a cell), so that none has a volume. Leave the target out."
+    )
+
+
+def _log_partial(column: Column, found: int) -> None:
+    _logger.info(
+        "%s: %d of %d frames have the %s; it is left out of the loss for the others.",
+        column.source,
+        found,
+        len(column.chosen),
+        column.what,
+    )
 
 
 @dataclass(frozen=True)
@@ -164,13 +212,7 @@ class _Gradient:
         if found == 0:
             self._none_found(column, usable)
         elif found < count:
-            _logger.info(
-                "%s: %d of %d frames have the %s; it is left out of the loss for the others.",
-                column.source,
-                found,
-                count,
-                what,
-            )
+            _log_partial(column, found)
         return values
 
     def _none_found(self, column: Column, usable: Sequence[bool] | None) -> None:
@@ -195,14 +237,9 @@ class _Gradient:
             )
 
 
-def _check_supported(name: str, target: TargetOptions) -> None:
-    """Refuse targets that are not one number for each structure."""
-    if target.per_atom or target.type != "scalar" or target.num_subtargets != 1:
-        raise DataError(
-            f"Target {name!r}: only one number for each structure (sample_kind: system, "
-            "type: scalar, num_subtargets: 1) can be learned, with its forces and stress."
-        )
-    if is_forces(name) or is_stress(name):
+def _check_name(name: str) -> None:
+    """Refuse names that are kept for the labels of an energy."""
+    if name.endswith((forces_key(""), stress_key(""))):
         raise DataError(
             f"Target {name!r}: the endings '/forces' and '/stress' are kept for the labels of an "
             "energy. Choose another name."

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pet_finetune.errors import DataError
+from pet_finetune.keys import LabelKind
 from pet_finetune.log import get_logger
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ _logger = get_logger(__name__)
 class Structure:
     """An immutable structure: atoms, cell, charge, spin and the reference labels it has.
 
-    A label that is missing is absent from :attr:`labels`; it is never zero or NaN here.
+    A label that is missing is absent from :attr:`labels`, never zero. NaN stands in one only where
+    single numbers of a property (no energy, force or stress) are unknown.
     """
 
     #: Number of the frame within :attr:`source`, counted from 0.
@@ -50,8 +52,11 @@ class Structure:
     #: Spin multiplicity 2S+1.
     spin: int = 1
     #: float64 labels: ``"<t>"`` (eV, no dimension), ``"<t>/forces"`` (eV/Å, ``[n, 3]``),
-    #: ``"<t>/stress"`` (eV/Å³, ``[3, 3]``, ASE's sign: negative when compressed).
+    #: ``"<t>/stress"`` (eV/Å³, ``[3, 3]``, ASE's sign: negative when compressed), and of other
+    #: targets ``"<t>"`` with ``TargetSpec.shape``, behind ``[n]`` where it is one of atoms.
     labels: Mapping[str, Tensor] = field(default_factory=dict)
+    #: What the labels of targets that are no energies belong to, by name.
+    kinds: Mapping[str, LabelKind] = field(default_factory=dict)
 
     @property
     def num_atoms(self) -> int:
@@ -80,6 +85,7 @@ def atoms_to_structure(
     *,
     source: str = "",
     labels: Mapping[str, Tensor] | None = None,
+    kinds: Mapping[str, LabelKind] | None = None,
     charge: int | None = None,
     spin: int | None = None,
     length_factor: float = 1.0,
@@ -90,6 +96,7 @@ def atoms_to_structure(
     :param index: number of the frame, kept for messages.
     :param source: the file it came from, kept for messages.
     :param labels: labels already in eV and Å.
+    :param kinds: what the labels of targets that are no energies belong to.
     :param charge: total charge. Without it, ``atoms.info["charge"]`` when that is an integer,
         else 0.
     :param spin: multiplicity 2S+1. Without it, ``atoms.info["spin"]`` or
@@ -122,6 +129,7 @@ def atoms_to_structure(
         charge=charge,
         spin=spin,
         labels=dict(labels or {}),
+        kinds=dict(kinds or {}),
     )
 
 

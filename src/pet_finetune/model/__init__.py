@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from .composition import Composition, fit_composition
 from .pet import PET
-from .potential import Potential, Prediction
+from .potential import Potential
+from .prediction import Prediction
+from .properties import Property
 
-__all__ = ["PET", "Composition", "Potential", "Prediction", "fit_composition"]
+__all__ = ["PET", "Composition", "Potential", "Prediction", "Property", "fit_composition"]

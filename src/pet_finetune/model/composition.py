@@ -18,7 +18,7 @@ _ITERATIONS = 6
 
 
 class Composition(FixedBuffers):
-    """Energies per species for each target.
+    """Values per species for each target: energies in eV, others in the target's unit.
 
     Args:
         species: atomic numbers the model knows, ascending.
@@ -40,13 +40,16 @@ class Composition(FixedBuffers):
         """
         for name, values in list(self._buffers.items()):
             if name.startswith("weights_") and values is not None:
-                picked = [values.mean() if s is None else values[s] for s in sources]
+                picked = [values.mean(0) if s is None else values[s] for s in sources]
                 self.register_buffer(name, torch.stack(picked))
         self.num_species = len(species)
         self.species_index = species_table(species).to(self.species_index.device)
 
     def get(self, target: str) -> Tensor:
-        """The baselines of a target, [n_species] float64, eV; zeros when none were set."""
+        """The baselines of a target, [n_species] float64; zeros when none were set.
+
+        Targets with several values have [n_species, n_values].
+        """
         weights = self._buffers.get(f"weights_{target}")
         if weights is None:
             return torch.zeros(
@@ -55,14 +58,14 @@ class Composition(FixedBuffers):
         return weights
 
     def set(self, target: str, weights: Tensor) -> None:
-        """Replace the baselines of a target by [n_species] values in eV."""
-        if weights.shape != (self.num_species,):
+        """Replace the baselines of a target by [n_species] values, or [n_species, n_values]."""
+        if weights.dim() not in (1, 2) or len(weights) != self.num_species:
             raise ValueError(f"expected {self.num_species} baselines, got {tuple(weights.shape)}")
         weights = weights.detach().to(torch.float64).to(self.species_index.device).clone()
         self.register_buffer(f"weights_{target}", weights)
 
     def forward(self, numbers: Tensor, target: str) -> Tensor:
-        """Baseline energy of each atom, [n_atoms] float64, eV."""
+        """Baseline of each atom, [n_atoms] or [n_atoms, n_values] float64."""
         return self.get(target)[self.species_index[numbers]]
 
 

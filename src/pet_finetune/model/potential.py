@@ -4,13 +4,13 @@
     F = -dE/dr (eV/Angstrom),  stress = dE/dstrain / V (eV/Angstrom^3, ASE's sign)
 
 Both derivatives come from one gradient, with respect to the edge vectors: the energy depends on
-positions and cell through them alone.
+positions and cell through them alone. Targets that are no energies: see :mod:`.properties`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -20,45 +20,15 @@ from pet_finetune.data.batch import Batch
 from pet_finetune.data.species import covalent_radii
 from pet_finetune.errors import ConfigError, PetFinetuneError, did_you_mean
 from pet_finetune.keys import TargetSpec
-from pet_finetune.nn.buffers import FixedBuffers
-from pet_finetune.nn.gather import permute_rows
 from pet_finetune.nn.quantized import num_quantized
 from pet_finetune.stages import stage
 
 from .composition import Composition
 from .pet import HEAD_GROUPS, PET
+from .prediction import Prediction, forces_of, stress_of
+from .properties import Property, property_of
+from .scale import Scale
 from .zbl import ZBL
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a potential says of a batch.
-
-    Attributes:
-        energy: [n_structures] float64, eV.
-        atom_energies: [n_atoms] float64, eV; they sum to ``energy``.
-        forces: [n_atoms, 3], eV/Angstrom, or None.
-        stress: [n_structures, 3, 3], eV/Angstrom^3, symmetric, zero without a 3D cell; or None.
-    """
-
-    energy: Tensor
-    atom_energies: Tensor
-    forces: Tensor | None = None
-    stress: Tensor | None = None
-
-
-class Scale(FixedBuffers):
-    """One factor per target between the network's outputs and eV."""
-
-    def get(self, target: str) -> Tensor:
-        """The factor of a target, a float64 scalar; 1 when none was set."""
-        factor = self._buffers.get(f"factor_{target}")
-        return torch.ones((), dtype=torch.float64) if factor is None else factor
-
-    def set(self, target: str, factor: float | Tensor) -> None:
-        """Replace the factor of a target."""
-        value = torch.as_tensor(factor, dtype=torch.float64).detach().reshape(()).clone()
-        self.register_buffer(f"factor_{target}", value)
 
 
 class Potential(nn.Module):
@@ -97,10 +67,11 @@ class Potential(nn.Module):
             raise PetFinetuneError(f"The model has a target '{target.name}' already.")
         if inherit_from is not None:
             source = self.target(inherit_from)
-            if source.num_outputs != target.num_outputs:
+            if (source.form, source.per_volume) != (target.form, target.per_volume):
                 raise PetFinetuneError(
-                    f"Target '{target.name}' has {target.num_outputs} outputs and cannot inherit "
-                    f"the heads of '{inherit_from}', which has {source.num_outputs}."
+                    f"Target '{target.name}' is {target.form} and cannot inherit the heads of "
+                    f"'{inherit_from}', which is {source.form}"
+                    f"{' over the volume' if source.per_volume else ''}."
                 )
         self.network.add_target(target)
         self.targets[target.name] = target
@@ -120,6 +91,7 @@ class Potential(nn.Module):
                     new_weight.copy_(old_weight)
         self.composition.set(destination, self.composition.get(source))
         self.scale.set(destination, self.scale.get(source))
+        self.scale.set_relative(destination, self.scale.relative(source))
 
     def remove_target(self, name: str) -> None:
         """Forget a target and its heads."""
@@ -129,6 +101,7 @@ class Potential(nn.Module):
             del getattr(self.network, group)[name]
         self.composition._buffers.pop(f"weights_{name}", None)
         self.scale._buffers.pop(f"factor_{name}", None)
+        self.scale.set_relative(name, None)
 
     def add_species(
         self, numbers: Iterable[int], like: Mapping[int, int] | None = None
@@ -182,6 +155,7 @@ class Potential(nn.Module):
         sources = [rows.get(number, rows.get(like.get(number, 0))) for number in species]
         self.network.rearrange_species(species, sources)
         self.composition.rearrange_species(species, sources)
+        self.scale.rearrange_species(sources)
         if self.zbl is not None:
             radii = covalent_radii(species).to(self.zbl.covalent_radii)
             for index, number in enumerate(species):
@@ -275,17 +249,59 @@ class Potential(nn.Module):
             batch: as for :meth:`predict`.
             wanted: for each target, whether its forces and its stress are wanted.
             create_graph: as for :meth:`predict`.
+
+        Raises:
+            PetFinetuneError: a target is no energy of structures.
         """
-        for name in wanted:
-            self.target(name)
-        derive = any(forces or stress for forces, stress in wanted.values())
+        others = [name for name in wanted if not self.target(name).is_energy]
+        if others:
+            raise PetFinetuneError(
+                f"Target '{others[0]}' is no energy of structures but {self.target(others[0]).form}"
+                ": ask for it with predict_targets or predict_property."
+            )
+        found = self.predict_targets(batch, wanted, create_graph=create_graph)
+        return {name: value for name, value in found.items() if isinstance(value, Prediction)}
+
+    def predict_property(self, batch: Batch, target: str) -> Tensor:
+        """Values of a target that is no energy; shape and unit as in :class:`Property`.
+
+        Raises:
+            PetFinetuneError: the target is an energy of structures.
+        """
+        found = self.predict_targets(batch, {target: (False, False)})[target]
+        if not isinstance(found, Property):
+            raise PetFinetuneError(f"Target '{target}' is an energy: ask for it with predict.")
+        return found.values
+
+    def predict_targets(
+        self,
+        batch: Batch,
+        wanted: Mapping[str, tuple[bool, bool]],
+        *,
+        create_graph: bool = False,
+    ) -> dict[str, Prediction | Property]:
+        """Any targets from one pass through the network's body.
+
+        Args:
+            batch: as for :meth:`predict`.
+            wanted: for each target, whether forces and stress are to be derived from it; targets
+                that are no energies have none.
+            create_graph: as for :meth:`predict`.
+        """
+        energies = {n: both for n, both in wanted.items() if self.target(n).is_energy}
+        derive = any(forces or stress for forces, stress in energies.values())
         with torch.set_grad_enabled(derive or torch.is_grad_enabled()):
             vectors = batch.edge_vectors.detach().requires_grad_(derive)
             batch = replace(batch, edge_vectors=vectors)
             outputs = self.network(batch, tuple(wanted))
             repulsion = self._repulsion(batch)
-            results = {}
-            for index, (name, (forces, stress)) in enumerate(wanted.items()):
+            keep = create_graph or not derive
+            results: dict[str, Prediction | Property] = {
+                name: self._property(batch, self.targets[name], outputs[name], repulsion, keep)
+                for name in wanted
+                if name not in energies
+            }
+            for index, (name, (forces, stress)) in enumerate(energies.items()):
                 learned = outputs[name].squeeze(-1) * self.scale.get(name).to(outputs[name])
                 if repulsion is not None:
                     learned = learned + repulsion
@@ -296,13 +312,32 @@ class Potential(nn.Module):
                             learned.sum(),
                             vectors,
                             create_graph=create_graph,
-                            retain_graph=create_graph or index + 1 < len(wanted),
+                            retain_graph=create_graph or index + 1 < len(energies),
                             materialize_grads=True,
                         )
                 if derive and not create_graph:
                     learned = learned.detach()  # its graph went with the derivative
                 results[name] = self._prediction(batch, name, learned, gradient, forces, stress)
-        return results
+        return {name: results[name] for name in wanted}
+
+    def _property(
+        self, batch: Batch, spec: TargetSpec, raw: Tensor, repulsion: Tensor | None, keep: bool
+    ) -> Property:
+        """One property; its graph is kept where nobody takes it away with a derivative."""
+        scale, baseline = self.scale.get(spec.name), None
+        relative = self.scale.relative(spec.name)
+        if relative is not None:
+            scale = scale * relative[self.composition.species_index[batch.numbers]]
+        if spec.rank == 0:
+            baseline = self.composition(batch.numbers, spec.name)
+            if spec.num_subtargets > 1 and baseline.dim() == 1:
+                baseline = baseline.unsqueeze(1).expand(-1, spec.num_subtargets)
+        if spec.quantity == "energy" and spec.shape == () and repulsion is not None:
+            baseline = repulsion if baseline is None else baseline + repulsion
+        if not keep:
+            raw = raw.detach()
+            baseline = None if baseline is None else baseline.detach()
+        return property_of(batch, spec, raw, scale, baseline)
 
     def _prediction(
         self,
@@ -317,8 +352,8 @@ class Potential(nn.Module):
         return Prediction(
             energy=atoms.new_zeros(batch.num_structures).index_add(0, batch.structure_index, atoms),
             atom_energies=atoms,
-            forces=_forces(batch, gradient) if forces and gradient is not None else None,
-            stress=_stress(batch, gradient) if stress and gradient is not None else None,
+            forces=forces_of(batch, gradient) if forces and gradient is not None else None,
+            stress=stress_of(batch, gradient) if stress and gradient is not None else None,
         )
 
     def _repulsion(self, batch: Batch) -> Tensor | None:
@@ -329,20 +364,3 @@ class Potential(nn.Module):
         pairs = self.zbl(batch.numbers[batch.centers], batch.numbers[batch.neighbors], distances)
         zeros: Tensor = pairs.new_zeros(batch.num_atoms)
         return zeros.index_add(0, batch.centers, pairs)
-
-
-def _forces(batch: Batch, gradient: Tensor) -> Tensor:
-    """Forces from the energy's gradient on the edge vectors r_j - r_i, [n_atoms, 3]."""
-    pulls = gradient - permute_rows(gradient, batch.reverse, batch.reverse)
-    return gradient.new_zeros(batch.num_atoms, 3).index_add(0, batch.centers, pulls)
-
-
-def _stress(batch: Batch, gradient: Tensor) -> Tensor:
-    """Symmetric stress, [n_structures, 3, 3]; zero where no volume is defined."""
-    outer = batch.edge_vectors.detach().unsqueeze(-1) * gradient.unsqueeze(-2)
-    virial = gradient.new_zeros(batch.num_structures, 3, 3).index_add(
-        0, batch.structure_index[batch.centers], outer
-    )
-    volumes = batch.volumes.view(-1, 1, 1)
-    inverse = torch.where(volumes > 0, 1.0 / volumes.clamp_min(1e-30), 0.0)
-    return 0.5 * (virial + virial.transpose(1, 2)) * inverse

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from ase.data import chemical_symbols
@@ -18,6 +19,8 @@ from pet_finetune.errors import TrainingError
 from pet_finetune.keys import forces_key
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential, fit_composition
+
+from .property_baselines import fit_property
 
 _logger = get_logger(__name__)
 
@@ -34,14 +37,16 @@ class BaselineTable:
         target: its name.
         mode: how they were found.
         rows: symbol, atoms in the training set, baseline before (NaN for a new element), baseline
-            after (eV).
-        scale: eV per unit of the network's output.
+            after, in the unit.
+        scale: what an output of 1 of the network stands for, in the unit.
+        unit: of the target.
     """
 
     target: str
     mode: str
     rows: list[tuple[str, int, float, float]]
     scale: float
+    unit: str = "eV"
 
 
 def _counts(structures: Sequence[Structure], species: Sequence[int]) -> Tensor:
@@ -96,12 +101,8 @@ def _fit(
     known = ~labels.isnan()
     counts = _counts(structures, model.species)
     old = model.composition.get(target).cpu()
-    free = unknown.clone() if mode in ("keep", "values") else torch.ones_like(unknown)
+    free = _free(options, model, target, mode, unknown)
     start = torch.zeros_like(old) if mode == "fit" else old
-    fixed = options.training.atomic_baseline.get(target)
-    for number in fixed if isinstance(fixed, Mapping) else ():
-        if number in model.species:
-            free[model.species.index(number)] = False
     if bool(known.any()) and bool(free.any()):
         # Fixed species leave the fit: their share goes to the other side.
         explained = counts.to(torch.float64) @ (_given(options, target, model, start) - start)
@@ -120,6 +121,16 @@ def _fit(
         new = old
     new = _given(options, target, model, new)
     return new, (labels - counts.to(torch.float64) @ new)[known]
+
+
+def _free(options: Options, model: Potential, target: str, mode: str, unknown: Tensor) -> Tensor:
+    """Which species' baselines are fitted, [n_species] bool."""
+    free = unknown.clone() if mode in ("keep", "values") else torch.ones_like(unknown)
+    fixed = options.training.atomic_baseline.get(target)
+    for number in fixed if isinstance(fixed, Mapping) else ():
+        if number in model.species:
+            free[model.species.index(number)] = False
+    return free
 
 
 def _ridge(given: float, unknown: Tensor) -> Tensor:
@@ -168,7 +179,7 @@ def prepare_baselines(
         options: say how (``baseline``, ``atomic_baseline``, ``scale_targets``...).
         model: about to be trained.
         loader: of the training set.
-        targets: the energies to train.
+        targets: those to train.
         fresh: those whose heads are new, and whose scale is therefore free to choose.
         new_species: elements new to the model, whose baselines are fitted in every mode.
 
@@ -184,14 +195,22 @@ def prepare_baselines(
         mode = options.baseline_mode()
         if mode == "refit" and target in fresh:
             mode = "fit"
-        if mode == "values" and target not in options.training.atomic_baseline:
+        spec, given = model.target(target), target in options.training.atomic_baseline
+        if mode == "values" and not given and spec.rank == 0:
             raise TrainingError(
-                f"architecture.training.baseline.mode is 'values', but atomic_baseline names no "
-                f"energies for '{target}'."
+                f"architecture.training.baseline.mode is 'values', but atomic_baseline names "
+                f"none for '{target}'."
             )
         old = model.composition.get(target).cpu().clone()
-        new, left = _fit(options, model, target, loader, mode, unknown)
-        model.composition.set(target, new)
+        if spec.is_energy:
+            new, left = _fit(options, model, target, loader, mode, unknown)
+        else:
+            free = _free(options, model, target, mode, unknown)
+            ridge = _ridge(options.training.baseline.ridge, unknown & (mode != "fit"))
+            fix = partial(_given, options, target, model)
+            new, left = fit_property(model, spec, loader, mode != "fit", free, ridge, fix)
+        if spec.rank == 0:
+            model.composition.set(target, new)
         if target in fresh:
             model.scale.set(target, _scale(options, loader, target, left))
         elif target in options.training.fixed_scaling_weights:
@@ -200,16 +219,29 @@ def prepare_baselines(
                 "scale of the starting model",
                 target,
             )
-        atoms = _counts(loader.structures, model.species).sum(0).tolist()
-        rows = [
-            (
-                chemical_symbols[z],
-                int(count),
-                math.nan if z in new_species else float(before),
-                float(after),
-            )
-            for z, count, before, after in zip(model.species, atoms, old, new, strict=True)
-            if count
-        ]
-        tables.append(BaselineTable(target, mode, rows, float(model.scale.get(target))))
+        rows = [] if spec.rank else _rows(model, loader, old, new, new_species)
+        scale = float(model.scale.get(target))
+        # A stress is a virial, in eV, over a volume.
+        unit = "eV" if spec.per_volume else spec.unit
+        tables.append(BaselineTable(target, mode, rows, scale, unit))
     return tables
+
+
+def _rows(
+    model: Potential, loader: Loader, old: Tensor, new: Tensor, new_species: Collection[int]
+) -> list[tuple[str, int, float, float]]:
+    """The rows of a table; where a target has several values, one for each and each element."""
+    atoms = _counts(loader.structures, model.species).sum(0).tolist()
+    many = new.dim() > 1
+    old = old.reshape(len(old), -1).expand(len(new), new.shape[1] if many else 1)
+    return [
+        (
+            f"{chemical_symbols[z]} [{index}]" if many else chemical_symbols[z],
+            int(count),
+            math.nan if z in new_species else float(old[row, index]),
+            float(after),
+        )
+        for row, (z, count) in enumerate(zip(model.species, atoms, strict=True))
+        if count
+        for index, after in enumerate(new[row].reshape(-1))
+    ]

@@ -1,4 +1,4 @@
-"""The loss of a batch: energies per atom, forces, stresses, each with a type and a weight.
+"""The loss of a batch: energies per atom, forces, stresses, properties; a type and weight each.
 
 Errors are divided by the target's scale, so that weights mean the same for any set of data, and
 stress errors count as a virial per atom (stress x volume / atoms, eV), which has the size of the
@@ -16,20 +16,23 @@ from torch import Tensor
 from pet_finetune.config import LossStage, LossTerm, TargetLoss
 from pet_finetune.data.batch import Batch
 from pet_finetune.keys import forces_key, stress_key
-from pet_finetune.model import Prediction
+from pet_finetune.model import Prediction, Property
+
+from .measure import counted
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What is asked of one energy target.
+    """What is asked of one target.
 
     Attributes:
         target: its name.
         loss: types and weights.
         forces, stress: whether any training structure has such labels (and their weight is
             not zero), hence whether they are computed at all.
-        scale: eV that count as an error of 1.
+        scale: what counts as an error of 1, in eV or the unit of the target.
         per_atom: whether energy errors are divided by the number of atoms.
+        energy: False for a property, which stages and noise of energies leave alone.
     """
 
     target: str
@@ -38,10 +41,11 @@ class Objective:
     stress: bool
     scale: float
     per_atom: bool = True
+    energy: bool = True
 
     def at(self, stage: LossStage | None) -> Objective:
         """The objective in a stage of the run, whose factors multiply the weights."""
-        if stage is None:
+        if stage is None or not self.energy:
             return self
         forces, stress = self.loss.forces_term(), self.loss.stress_term()
         weights = {
@@ -69,7 +73,9 @@ def _mean_of_known(errors: Tensor, known: Tensor, term: LossTerm) -> Tensor:
 
 
 def batch_loss(
-    batch: Batch, predictions: Mapping[str, Prediction], objectives: Mapping[str, Objective]
+    batch: Batch,
+    predictions: Mapping[str, Prediction | Property],
+    objectives: Mapping[str, Objective],
 ) -> Tensor:
     """The weighted sum of all terms, a scalar.
 
@@ -80,8 +86,21 @@ def batch_loss(
     """
     total = batch.edge_vectors.new_zeros((), dtype=torch.float64)
     for name, objective in objectives.items():
-        total = total + _target_loss(batch, predictions[name], objective)
+        prediction = predictions[name]
+        if isinstance(prediction, Property):
+            total = total + _property_loss(batch, prediction, objective)
+        else:
+            total = total + _target_loss(batch, prediction, objective)
     return total
+
+
+def _property_loss(batch: Batch, prediction: Property, objective: Objective) -> Tensor:
+    label, loss = batch.labels.get(objective.target), objective.loss
+    if label is None or loss.weight == 0:
+        return prediction.values.new_zeros(())
+    atoms, volumes = batch.atoms_per_structure, batch.volumes
+    errors = counted(prediction.spec, prediction.values - label, atoms, volumes)
+    return loss.weight * _mean_of_known(errors / objective.scale, ~label.isnan(), loss)
 
 
 def _target_loss(batch: Batch, prediction: Prediction, objective: Objective) -> Tensor:

@@ -1,4 +1,4 @@
-"""Errors over a data set: energies per atom, force components, stress components."""
+"""Errors over a data set: energies per atom, components of forces and stress, properties."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from torch import Tensor
 from pet_finetune.adapters import Committee
 from pet_finetune.data.batch import Batch
 from pet_finetune.data.prefetch import on_device
-from pet_finetune.keys import forces_key, stress_key
-from pet_finetune.model import Potential, Prediction
+from pet_finetune.keys import TargetSpec, forces_key, stress_key
+from pet_finetune.model import Potential, Prediction, Property
 
-#: Factor and unit in which each kind of error is shown.
+from .measure import shown, shown_unit
+
+#: Factor and unit in which each kind of error of an energy is shown.
 SHOWN = {
     "energy": (1000.0, "meV/atom"),
     "forces": (1000.0, "meV/A"),
@@ -26,12 +28,19 @@ class Metrics:
     """Running sums of absolute and squared errors for one target.
 
     Args:
-        target: the energy's name.
+        target: its name.
         state: sums to go on from, as :meth:`state` gave them.
+        spec: the target; where it is no energy, the first prediction tells it too.
     """
 
-    def __init__(self, target: str, state: Mapping[str, list[float]] | None = None) -> None:
+    def __init__(
+        self,
+        target: str,
+        state: Mapping[str, list[float]] | None = None,
+        spec: TargetSpec | None = None,
+    ) -> None:
         self.target = target
+        self.spec = TargetSpec(target) if spec is None else spec
         # Of each kind: absolute errors, squared errors, their number; [3] float64. They stay on
         # the device until someone asks, so that a step on a GPU need not wait for them.
         self._sums = {k: torch.tensor(v, dtype=torch.float64) for k, v in (state or {}).items()}
@@ -47,9 +56,16 @@ class Metrics:
         self._sums[kind] = new if old is None else old.to(new.device) + new
 
     @torch.no_grad()
-    def update(self, batch: Batch, prediction: Prediction) -> None:
+    def update(self, batch: Batch, prediction: Prediction | Property) -> None:
         """Add the errors of one batch; labels that are NaN do not count, such predictions do."""
         label = batch.labels.get(self.target)
+        if isinstance(prediction, Property):
+            self.spec = prediction.spec
+            if label is not None:
+                errors = prediction.values - label
+                errors = shown(prediction.spec, errors, batch.atoms_per_structure)
+                self._add("value", errors, ~label.isnan())
+            return
         if label is not None:
             errors = (prediction.energy - label) / batch.atoms_per_structure
             self._add("energy", errors, ~label.isnan())
@@ -60,8 +76,18 @@ class Metrics:
         if label is not None and prediction.stress is not None:
             self._add("stress", prediction.stress - label, ~label.isnan())
 
+    def shown(self, kind: str) -> tuple[str, float, str]:
+        """What to call a kind of error, and factor and unit in which it is shown."""
+        if kind == "value":
+            return self.target, *shown_unit(self.spec)
+        return kind, *SHOWN[kind]
+
     def mae(self, kind: str) -> float:
-        """Mean absolute error of ``energy`` (eV/atom), ``forces`` or ``stress``; NaN if none."""
+        """Mean absolute error of ``energy`` (eV/atom), ``forces`` or ``stress``; NaN if none.
+
+        A property has the kind ``value``, in its own unit (per atom where it is one of structures
+        and not intensive).
+        """
         total, _, count = self._plain(kind)
         return total / count if count else math.nan
 
@@ -108,7 +134,9 @@ def evaluate(
     model.eval()
     try:
         for batch in on_device(batches, model.device, model.dtype):
-            for name, prediction in model.predict_many(batch, wanted).items():
+            # A committee is of an energy and has no other targets.
+            ask = model.predict_many if isinstance(model, Committee) else model.predict_targets
+            for name, prediction in ask(batch, wanted).items():
                 metrics[name].update(batch, prediction)
     finally:
         model.train(training)

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from pet_finetune.data.batch import Batch
-from pet_finetune.model import Potential, Prediction
+from pet_finetune.model import Potential, Prediction, Property
 
 _MEV = 1000.0
 
@@ -44,16 +44,22 @@ def precision_errors(
     training = model.training
     model.eval()
     try:
-        exact = model.predict_many(batch, wanted)
+        exact = model.predict_targets(batch, wanted)
         with mixed(precision, model.device):
-            rough = model.predict_many(batch, wanted)
+            rough = model.predict_targets(batch, wanted)
     finally:
         model.train(training)
     parts = [_errors(rough[name], exact[name], batch) for name in wanted]
     return f"{precision}: first batch against float32: {'; '.join(parts)}"
 
 
-def _errors(rough: Prediction, exact: Prediction, batch: Batch) -> str:
+def _errors(rough: Prediction | Property, exact: Prediction | Property, batch: Batch) -> str:
+    if isinstance(rough, Property) or isinstance(exact, Property):
+        assert isinstance(rough, Property)
+        assert isinstance(exact, Property)
+        errors = _rms((rough.values - exact.values).detach())
+        share = 100.0 * errors / max(_rms(exact.values.detach()), 1e-30)
+        return f"{exact.spec.name} {errors:.2g} {exact.spec.unit} RMS ({share:.2g} % of its own)"
     energy = (rough.energy - exact.energy).detach() / batch.atoms_per_structure
     text = f"energy {_rms(energy) * _MEV:.2f} meV/atom RMS"
     if rough.forces is None or exact.forces is None:

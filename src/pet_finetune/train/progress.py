@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pet_finetune.log import get_logger, stderr_console
 
-from .metrics import SHOWN, Metrics
+from .metrics import Metrics
 from .records import EpochRecord
 
 _logger = get_logger(__name__)
@@ -27,8 +27,10 @@ def describe(metrics: Mapping[str, Metrics]) -> str:
     for target, errors in metrics.items():
         prefix = f"{target} " if len(metrics) > 1 else ""
         for kind in errors.kinds:
-            factor, unit = SHOWN[kind]
-            parts.append(f"{prefix}{kind} {errors.mae(kind) * factor:.2f} {unit}")
+            name, factor, unit = errors.shown(kind)
+            name = name if kind == "value" else f"{prefix}{name}"
+            digits = "4g" if kind == "value" else "2f"
+            parts.append(f"{name} {errors.mae(kind) * factor:.{digits}} {unit}".rstrip())
     return ", ".join(parts)
 
 

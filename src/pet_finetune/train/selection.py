@@ -12,7 +12,10 @@ from .metrics import Metrics
 
 
 def check_metric(
-    kind: str, labels: Collection[str], wanted: Mapping[str, tuple[bool, bool]]
+    kind: str,
+    labels: Collection[str],
+    wanted: Mapping[str, tuple[bool, bool]],
+    energies: Collection[str] | None = None,
 ) -> None:
     """Make sure before the first step that :func:`best_metric` will find what it needs.
 
@@ -20,13 +23,15 @@ def check_metric(
         kind: ``best_model_metric``.
         labels: names of all labels in the validation set.
         wanted: for each target, whether forces and stress are computed.
+        energies: which of the targets are energies; None for all.
 
     Raises:
         TrainingError: the validation set lacks the labels, or they are not computed.
     """
-    energies = [name for name in wanted if name in labels]
+    values = [name for name in wanted if name in labels]
+    energies = [name for name in values if energies is None or name in energies]
     forces = [name for name in wanted if forces_key(name) in labels]
-    needed = {"energy_mae": energies, "forces_mae": forces}.get(kind, energies + forces)
+    needed = {"energy_mae": energies, "forces_mae": forces}.get(kind, values + forces)
     if not needed:
         raise TrainingError(
             f"best_model_metric '{kind}' needs labels that no validation structure has. Use "

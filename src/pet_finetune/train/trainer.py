@@ -94,7 +94,9 @@ class Trainer:
                 f"min_atoms_per_batch ({options.min_atoms_per_batch}) leaves out every batch: "
                 "choose a smaller number, or a larger max_atoms_per_batch."
             )
-        check_metric(options.best_model_metric, validation.label_names, self.wanted)
+        self._energies = [name for name, o in self.objectives.items() if o.energy]
+        labels = validation.label_names
+        check_metric(options.best_model_metric, labels, self.wanted, self._energies)
 
     def fit(self) -> TrainingResult:
         """Train until the last epoch, early stopping or an interrupt.
@@ -221,7 +223,7 @@ class Trainer:
         """
         epoch = self.progress.epoch
         with stage("energies"), self._precision():  # the potential marks the derivatives within
-            predictions = self.model.predict_many(batch, self.wanted, create_graph=True)
+            predictions = self.model.predict_targets(batch, self.wanted, create_graph=True)
         with stage("loss"):
             current = loss_stage(self.options, epoch)
             objectives = {name: o.at(current) for name, o in self.objectives.items()}
@@ -248,7 +250,7 @@ class Trainer:
 
     def _noisy(self, batch: Batch, index: int) -> Batch:
         seed = (self.training.seed, self.progress.epoch, index)
-        return add_label_noise(batch, self.objectives, self.options.label_noise, seed)
+        return add_label_noise(batch, self._energies, self.options.label_noise, seed)
 
     def _end_epoch(
         self, metrics: dict[str, Metrics], num_batches: int, started: float
@@ -293,7 +295,7 @@ class Trainer:
         objectives = {name: o.at(last) for name, o in self.objectives.items()}
         total, count = 0.0, 0
         for batch in on_device(self.validation.view(), self.model.device, self.model.dtype):
-            predictions = self.model.predict_many(batch, self.wanted)
+            predictions = self.model.predict_targets(batch, self.wanted)
             total += float(batch_loss(batch, predictions, objectives)) * batch.num_structures
             count += batch.num_structures
         return total / count

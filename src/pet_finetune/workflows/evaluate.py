@@ -18,7 +18,7 @@ from pet_finetune.data.splits import make_splits
 from pet_finetune.data.structure import Structure
 from pet_finetune.device import choose_device
 from pet_finetune.errors import ConfigError, DataError, did_you_mean
-from pet_finetune.keys import forces_key, stress_key
+from pet_finetune.keys import TargetSpec, direct_quantity, forces_key, stress_key
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 from pet_finetune.train import Metrics, evaluate
@@ -56,20 +56,31 @@ def evaluate_files(
 ) -> EvaluationResult:
     """Errors on whole files with energies, forces and stresses under ASE's names.
 
+    Values of a target that is no energy are looked for under its name.
+
     Args:
         checkpoint: ours or metatrain's.
         files: anything ASE reads, in eV and Angstrom.
         adapter: folder of an adapter of this checkpoint.
-        target: which energy of the model is compared; None for the adapter's, or the only one.
+        target: which target of the model is compared; None for the adapter's, or the only energy.
         device: as in the options.
     """
     model, adapted = _open(checkpoint, adapter, device)
-    target = model.energy_target(target or adapted)
+    spec = _chosen(model, target or adapted)
     sets = {}
     for file in files:
-        options = _file_options(file, target)
+        options = _file_options(file, spec)
         sets[str(file)] = read_structures(options)
-    return _evaluate(model, sets, [target])
+    return _evaluate(model, sets, [spec.name])
+
+
+def _chosen(model: Potential, wanted: str | None) -> TargetSpec:
+    """The target that is meant: any that is named, else the energy, else the only one."""
+    if wanted is None and len(model.targets) == 1:
+        wanted = next(iter(model.targets))
+    if wanted is None or model.target(wanted).is_energy:
+        wanted = model.energy_target(wanted)
+    return model.target(wanted)
 
 
 def evaluate_options(
@@ -90,7 +101,7 @@ def evaluate_options(
         options: checked options.
         checkpoint: ours or metatrain's.
         adapter: folder of an adapter of this checkpoint.
-        target: the one energy to compare; None for all that options and model share.
+        target: the one target to compare; None for all that options and model share.
         device: instead of that of the options.
         seed: used where the options name none.
     """
@@ -112,11 +123,22 @@ def evaluate_options(
     return _evaluate(model, sets or {"train": splits.train}, targets)
 
 
-def _file_options(file: str | Path, target: str) -> DatasetOptions:
-    section = {
-        "systems": {"read_from": str(file)},
-        "targets": {target: {"quantity": "energy", "key": "energy", "unit": "eV"}},
+#: ASE's names of what the quantity of a direct prediction is.
+_ASE_NAMES = {"force": "forces", "pressure": "stress"}
+
+
+def _file_options(file: str | Path, spec: TargetSpec) -> DatasetOptions:
+    """Options that read one target from a file in the package's units."""
+    name, direct = spec.name, direct_quantity(spec.name)
+    target = {
+        "quantity": spec.quantity,
+        "key": "energy" if spec.is_energy else _ASE_NAMES[direct] if direct else name,
+        "unit": spec.unit,
+        "sample_kind": "atom" if spec.per_atom else "system",
+        "type": {"cartesian": {"rank": spec.rank}} if spec.rank else "scalar",
+        "num_subtargets": spec.num_subtargets,
     }
+    section = {"systems": {"read_from": str(file)}, "targets": {name: target}}
     return parse_options({"training_set": section}, require_start=False).options.training_set[0]
 
 

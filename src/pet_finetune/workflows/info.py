@@ -42,11 +42,11 @@ def describe_checkpoint(path: str | Path) -> tuple[Table, ...]:
     for name, value in rows.items():
         main.add_row(name, value)
     targets = Table(title="targets", title_justify="left")
-    for name in ("name", "quantity", "unit", "scale", "description"):
+    for name in ("name", "form", "quantity", "unit", "scale", "description"):
         targets.add_column(name)
     for spec in model.targets.values():
         scale = f"{float(model.scale.get(spec.name)):.6g}"
-        targets.add_row(spec.name, spec.quantity, spec.unit, scale, spec.description)
+        targets.add_row(spec.name, spec.form, spec.quantity, spec.unit, scale, spec.description)
     return main, targets, _baselines(checkpoint.model), _provenance(checkpoint.provenance)
 
 
@@ -64,12 +64,19 @@ def _changed(hypers: ModelOptions) -> str:
 
 
 def _baselines(model: Any) -> Table:
-    table = Table(title="baseline per species (eV)", title_justify="left")
+    table = Table(title="baseline per species", title_justify="left")
     table.add_column("element")
-    for name in model.targets:
-        table.add_column(name, justify="right")
+    scalars = [spec for spec in model.targets.values() if spec.rank == 0]
+    for spec in scalars:
+        unit = f" ({spec.unit})" if spec.unit else ""
+        for index in range(spec.num_subtargets):
+            number = f" [{index}]" if spec.num_subtargets > 1 else ""
+            table.add_column(f"{spec.name}{number}{unit}", justify="right")
     for index, number in enumerate(model.species):
-        values = [f"{float(model.composition.get(n)[index]):.4f}" for n in model.targets]
+        values: list[str] = []
+        for spec in scalars:
+            row = model.composition.get(spec.name)[index].reshape(-1).expand(spec.num_subtargets)
+            values += [f"{value:.4f}" for value in row.tolist()]
         table.add_row(chemical_symbols[number], *values)
     return table
 

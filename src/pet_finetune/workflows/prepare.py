@@ -188,8 +188,9 @@ def _log_baselines(options: Options, start: Start, data: RunData) -> None:
     for table in prepare_baselines(
         options, start.model, data.train, targets, start.fresh, start.new_species
     ):
-        _logger.info("\n%s", baseline_text(table))
-        _logger.info("scale of '%s': %.6g eV", table.target, table.scale)
+        if table.rows:
+            _logger.info("\n%s", baseline_text(table))
+        _logger.info("scale of '%s': %.6g %s", table.target, table.scale, table.unit)
 
 
 def wanted_derivatives(options: Options, data: RunData) -> dict[str, tuple[bool, bool]]:
@@ -215,6 +216,7 @@ def _objectives(options: Options, model: Potential, data: RunData) -> dict[str, 
             stress=stress,
             scale=float(model.scale.get(name)),
             per_atom=name not in options.training.per_structure_targets,
+            energy=model.target(name).is_energy,
         )
     return objectives
 

@@ -11,6 +11,7 @@ from pet_finetune.adapters.new_rows import ROWS, train_new_rows
 from pet_finetune.checkpoint import load_checkpoint
 from pet_finetune.config import Options
 from pet_finetune.errors import TrainingError
+from pet_finetune.keys import TargetSpec
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 from pet_finetune.train import Metrics
@@ -60,10 +61,16 @@ class RunState:
         return {**vars(self), "before": before}
 
     @classmethod
-    def from_plain(cls, values: Mapping[str, Any]) -> RunState:
-        """The opposite of :meth:`plain`."""
+    def from_plain(
+        cls, values: Mapping[str, Any], specs: Mapping[str, TargetSpec] | None = None
+    ) -> RunState:
+        """The opposite of :meth:`plain`; ``specs`` are the model's targets."""
+        specs = specs or {}
         before = {
-            name: {target: Metrics(target, state) for target, state in targets.items()}
+            name: {
+                target: Metrics(target, state, specs.get(target))
+                for target, state in targets.items()
+            }
             for name, targets in values["before"].items()
         }
         return cls(**{**values, "before": before})
@@ -112,7 +119,7 @@ def open_run(path: str | Path, options: Options) -> SavedRun:
             f"--restart, or start a new run from this model with -c {path}."
         )
     try:
-        state = RunState.from_plain(checkpoint.training["run"])
+        state = RunState.from_plain(checkpoint.training["run"], checkpoint.model.targets)
         trainer = checkpoint.training["trainer"]
         middle = trainer["progress"]["batch"] > 0
     except (KeyError, TypeError, AttributeError) as error:

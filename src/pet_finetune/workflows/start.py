@@ -17,13 +17,14 @@ from pet_finetune.config import Options
 from pet_finetune.config.finetune import METHOD_KEYS
 from pet_finetune.data.species import find_species
 from pet_finetune.data.splits import Splits
-from pet_finetune.errors import ConfigError, did_you_mean
+from pet_finetune.errors import ConfigError
 from pet_finetune.keys import TargetSpec
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 from pet_finetune.model.fingerprint import weights_fingerprint
 
 from .elements import add_new_elements
+from .new_targets import add_targets
 
 _logger = get_logger(__name__)
 
@@ -89,20 +90,12 @@ def read_start(options: Options) -> tuple[Potential, str, dict[str, Any]]:
 
 
 def check_targets(options: Options) -> None:
-    """Make sure, before any file is read, that the targets are such as can be trained.
+    """Make sure, before any file is read, that the targets have names that the network can have.
 
     Raises:
-        ConfigError: naming those that are not.
+        ConfigError: naming one that has not.
     """
-    specs = options.target_specs()
-    wrong = [s for s in specs.values() if not s.is_energy or s.per_atom or s.num_outputs != 1]
-    if wrong:
-        names = ", ".join(f"'{spec.name}' ({spec.quantity or 'no quantity'})" for spec in wrong)
-        raise ConfigError(
-            f"training_set.targets: {names} cannot be trained. Only energies of whole structures "
-            "are, with their forces and stresses: set quantity: energy."
-        )
-    for name in specs:
+    for name in options.target_specs():
         if "." in name or hasattr(ModuleDict(), name):
             raise ConfigError(
                 f"training_set.targets: a target cannot be called '{name}', because parts of the "
@@ -122,37 +115,8 @@ def _extend(
     """Give a model that was read the targets of the options and the elements of the data."""
     fingerprint = weights_fingerprint(model)
     new_species = add_new_elements(model, options, splits)
-    fresh, inherited = [], {}
-    known = [n for n, s in model.targets.items() if s.is_energy and s.num_outputs == 1]
-    for target in options.finetune.inherit_heads:
-        if target not in specs:
-            raise ConfigError(
-                f"finetune.inherit_heads: '{target}' is no target of training_set. "
-                f"Its targets are {', '.join(specs)}."
-            )
-    for target, spec in specs.items():
-        if target in model.targets:
-            if target in options.finetune.inherit_heads:
-                _logger.warning(
-                    "finetune.inherit_heads: '%s' keeps its own heads, which the model has", target
-                )
-            continue
-        source = options.finetune.inherit_heads.get(target)
-        if source is not None and source not in known:
-            raise ConfigError(
-                f"finetune.inherit_heads.{target}: the starting model has no energy '{source}'."
-                f"{did_you_mean(source, known)} It has: {', '.join(known) or 'none'}."
-            )
-        if source is None and len(known) == 1:
-            source = known[0]
-        model.add_target(spec, inherit_from=source)
-        if source is None:
-            fresh.append(target)
-            _logger.info("target '%s' is new and starts with random heads", target)
-        else:
-            inherited[target] = source
-            _logger.info("target '%s' is new and starts with the heads of '%s'", target, source)
-    return Start(model, name, fingerprint, provenance, tuple(fresh), inherited, new_species)
+    fresh, inherited = add_targets(model, specs, options.finetune.inherit_heads)
+    return Start(model, name, fingerprint, provenance, fresh, inherited, new_species)
 
 
 def choose_trainable(start: Start, options: Options) -> None:

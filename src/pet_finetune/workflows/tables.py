@@ -11,7 +11,7 @@ from rich.table import Table
 
 from pet_finetune.report.calibration import Curves
 from pet_finetune.train.baselines import BaselineTable
-from pet_finetune.train.metrics import SHOWN, Metrics
+from pet_finetune.train.metrics import Metrics
 
 
 def _text(table: Table) -> str:
@@ -25,7 +25,8 @@ def _text(table: Table) -> str:
 def baseline_text(table: BaselineTable) -> str:
     """Baselines per species, before and after."""
     out = Table(title=f"baseline of '{table.target}' ({table.mode})", title_justify="left")
-    for name in ("element", "atoms", "before (eV)", "after (eV)", "change (eV)"):
+    unit = f" ({table.unit})" if table.unit else ""
+    for name in ("element", "atoms", f"before{unit}", f"after{unit}", f"change{unit}"):
         out.add_column(name, justify="right")
     for symbol, atoms, before, after in table.rows:
         cells = ("new", "") if math.isnan(before) else (f"{before:.4f}", f"{after - before:+.4f}")
@@ -45,15 +46,17 @@ def error_table(
     first = next(iter(columns.values()))
     for target in first:
         for kind in first[target].kinds:
-            factor, unit = SHOWN[kind]
-            prefix = f"{target} " if len(first) > 1 else ""
+            name, factor, unit = first[target].shown(kind)
+            prefix = f"{target} " if len(first) > 1 and kind != "value" else ""
+            # Energies are in meV; a property may have any size.
+            digits = "4g" if kind == "value" else "2f"
             for statistic in ("MAE", "RMSE"):
                 values = [
                     getattr(metrics[target], statistic.lower())(kind) * factor
                     for metrics in columns.values()
                 ]
-                cells = ["-" if math.isnan(v) else f"{v:.2f}" for v in values]
-                table.add_row(f"{prefix}{kind} {statistic}", unit, *cells)
+                cells = ["-" if math.isnan(v) else f"{v:.{digits}}" for v in values]
+                table.add_row(f"{prefix}{name} {statistic}", unit, *cells)
     return table
 
 
@@ -63,10 +66,10 @@ def committee_table(members: Sequence[Metrics], committee: Metrics, title: str =
     table = Table(title=title, title_justify="left")
     table.add_column("")
     for kind, name in columns:
-        table.add_column(f"{kind} {name.upper()}\n{SHOWN[kind][1]}", justify="right")
+        table.add_column(f"{kind} {name.upper()}\n{committee.shown(kind)[2]}", justify="right")
 
     def errors(metrics: Metrics) -> list[float]:
-        return [getattr(metrics, name)(kind) * SHOWN[kind][0] for kind, name in columns]
+        return [getattr(metrics, name)(kind) * metrics.shown(kind)[1] for kind, name in columns]
 
     each = [errors(metrics) for metrics in members]
     rows = {f"member {number}": values for number, values in enumerate(each)}

@@ -106,7 +106,7 @@ def test_a_missing_unit_is_taken_for_ev_and_said(tmp_path, model):
     ("info", "why"),
     [
         (target_info(unit="parsec"), "'parsec', which is no known unit of energy"),
-        (target_info(properties=2), "an energy with 2 values"),
+        (target_info("force", "parsec"), "'parsec', which is no known unit of force"),
         (target_info(quantity="", components=("o3_mu",)), "the components ('o3_mu',)"),
         (target_info(quantity="", components=("xyz_1", "xyz_2", "xyz_3")), "components"),
     ],
@@ -128,7 +128,7 @@ def test_targets_that_cannot_be_used_are_left_out_with_their_heads(tmp_path, inf
     assert why in message
 
 
-def test_direct_forces_keep_their_heads_when_one_scale_holds_for_all(tmp_path):
+def test_vectors_keep_their_heads_and_the_scale_of_each_element(tmp_path):
     model = small_model()
     model.add_target(TargetSpec("nc", "force", "eV/A", "vector", True, 3, block="nc___0"))
     content = metatrain_content(model)
@@ -142,10 +142,11 @@ def test_direct_forces_keep_their_heads_when_one_scale_holds_for_all(tmp_path):
     spec = read.targets["nc"]
     assert (spec.kind, spec.num_outputs, spec.per_atom, spec.unit) == ("vector", 3, True, "eV/A")
     assert float(read.scale.get("nc")) == 2.0
+    assert read.scale.relative("nc") is None
     content["best_model_state_dict"]["scaler.nc_scaler_buffer"] = scale_buffer([2.0, 1.0, 2.0])
-    read = load(tmp_path, content)
-    assert list(read.model.targets) == ["energy"]
-    assert "a scale for each element" in read.notices[0]
+    read = load(tmp_path, content).model
+    factors = read.scale.get("nc") * read.scale.relative("nc")
+    torch.testing.assert_close(factors.squeeze(1), torch.tensor([2.0, 1.0, 2.0]).double())
 
 
 def test_heads_of_targets_that_are_no_longer_described_are_passed_over(tmp_path):

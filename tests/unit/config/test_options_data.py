@@ -116,8 +116,8 @@ def test_stress_and_virial_together_are_a_problem() -> None:
     ("target", "kind", "num", "per_atom"),
     [
         ({}, "scalar", 1, False),
-        ({"type": {"cartesian": {"rank": 1}}}, "vector", 1, False),
-        ({"type": {"cartesian": {"rank": 2}}, "num_subtargets": 3}, "tensor", 3, False),
+        ({"type": {"cartesian": {"rank": 1}}}, "vector", 3, False),
+        ({"type": {"cartesian": {"rank": 2}}, "num_subtargets": 3}, "tensor", 27, False),
         ({"sample_kind": "atom", "type": "scalar"}, "scalar", 1, True),
     ],
 )
@@ -151,7 +151,10 @@ def test_energies_are_kept_in_ev_whatever_the_file_has() -> None:
         ({"unit": "kcal"}, "Unknown energy unit 'kcal'. Did you mean 'kcal/mol'?"),
         ({"kee": "E"}, "unknown option. Did you mean 'key'?"),
         ({"forces": {"kee": "F"}}, "unknown option. Did you mean 'key'?"),
-        ({"sample_kind": "atom"}, "forces, stress and virial need one energy for each structure"),
+        (
+            {"sample_kind": "atom", "forces": True},
+            "forces, stress and virial need one energy for each structure",
+        ),
         ({"quantity": "dipole", "forces": True}, "only an energy has forces, stress or virial"),
     ],
 )

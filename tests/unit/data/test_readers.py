@@ -395,17 +395,6 @@ def test_several_targets_with_units_of_their_own(tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    "target", [{"sample_kind": "atom"}, {"num_subtargets": 2}, {"type": {"cartesian": {"rank": 1}}}]
-)
-def test_targets_that_are_no_single_number(tmp_path, target):
-    atoms = molecule("H2O")
-    atoms.info["energy"] = 0.0
-    write(tmp_path / "set.xyz", atoms)
-    with pytest.raises(DataError, match="one number for each structure"):
-        read_structures(options(tmp_path / "set.xyz", {"energy": target}))
-
-
 def test_reserved_endings(tmp_path):
     atoms = molecule("H2O")
     atoms.info["energy"] = 0.0

@@ -55,7 +55,7 @@ def test_a_target_cannot_be_added_twice_or_inherit_from_nothing():
         model.add_target(TargetSpec("energy"))
     with pytest.raises(PetFinetuneError, match=r"no target 'enery'\. Did you mean 'energy'"):
         model.add_target(TargetSpec("new"), inherit_from="enery")
-    with pytest.raises(PetFinetuneError, match="has 3 outputs and cannot inherit"):
+    with pytest.raises(PetFinetuneError, match="is 3 scalars for each structure and cannot"):
         model.add_target(TargetSpec("new", num_outputs=3), inherit_from="energy")
     assert list(model.targets) == ["energy"]
 

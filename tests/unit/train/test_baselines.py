@@ -159,7 +159,7 @@ def test_values_for_another_target_only(structures):
         baseline={"mode": "values"},
         atomic_baseline={"other": -1.0},
     )
-    with pytest.raises(TrainingError, match="atomic_baseline names no energies for 'energy'"):
+    with pytest.raises(TrainingError, match="atomic_baseline names none for 'energy'"):
         prepare(random_potential(), structures, options)
 
 

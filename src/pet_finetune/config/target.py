@@ -1,0 +1,207 @@
+"""Options of one target: ``training_set.targets.<name>``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from pet_finetune.config.base import Expects, OneOf, OptionalText, PositiveInt, Section
+from pet_finetune.config.shorthands import expand_gradient
+from pet_finetune.errors import UnitError
+from pet_finetune.keys import TargetSpec, direct_quantity
+from pet_finetune.units import own_unit, to_own_unit
+
+__all__ = ["CartesianType", "GradientOptions", "Reader", "TargetOptions", "TargetType"]
+
+
+def _reader(value: Any) -> str | None:
+    if value is None:
+        return None
+    if value == "ase":
+        return "ase"
+    if value == "metatensor" or isinstance(value, dict):
+        raise ValueError("Only files that ASE reads can be used; convert others to extended xyz.")
+    raise ValueError
+
+
+Reader = Annotated[str | None, Expects("'ase'", _reader)]
+
+
+class GradientOptions(Section):
+    """Where forces, stress or virial of an energy come from.
+
+    In a file, ``on``, ``off``, a path, or these keys in braces. Values are in the units of the
+    energy and length of the same data set.
+    """
+
+    mode: Annotated[Literal["on", "off", "auto"], OneOf()] = Field(
+        default="on",
+        description="`on`: must be in the file (frames without are masked), `off`: not used, "
+        "`auto`: used if any frame has it.",
+    )
+    read_from: OptionalText = Field(default="", description="Path; empty means that of the target.")
+    reader: Reader = Field(
+        default=None, description="The library that reads the file; only ASE is used."
+    )
+    key: OptionalText = Field(
+        default="", description="Name in the file; empty means the option's name."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, value: Any) -> Any:
+        return expand_gradient(value)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the label is to be looked for at all."""
+        return self.mode != "off"
+
+    @property
+    def required(self) -> bool:
+        """Whether it is an error when no frame has the label."""
+        return self.mode == "on"
+
+
+class CartesianType(Section):
+    """Shape of a Cartesian target."""
+
+    rank: PositiveInt = Field(description="1 for a vector, 2 for a 3x3 tensor.")
+
+
+class TargetType(Section):
+    """How a target turns with the structure, when it is no scalar."""
+
+    cartesian: CartesianType = Field(description="A vector or tensor in x, y, z components.")
+
+
+def _target_type(value: Any) -> str | TargetType:
+    if value == "scalar":
+        return "scalar"
+    if isinstance(value, TargetType):
+        return value
+    if isinstance(value, Mapping) and set(value) == {"cartesian"}:
+        cartesian = value["cartesian"]
+        if isinstance(cartesian, Mapping) and cartesian in ({"rank": 1}, {"rank": 2}):
+            return TargetType(cartesian=CartesianType(rank=cartesian["rank"]))
+    if isinstance(value, Mapping) and "spherical" in value:
+        raise ValueError("Spherical targets are not supported.")
+    raise ValueError
+
+
+def _sample_kind(value: Any) -> str:
+    if value in ("system", "atom"):
+        return str(value)
+    if value == "atom_pair":
+        raise ValueError("Targets for pairs of atoms are not supported.")
+    raise ValueError
+
+
+class TargetOptions(Section):
+    """One property to learn from a data set."""
+
+    quantity: OptionalText = Field(
+        default="energy",
+        description="The physical quantity; `energy` can have forces and stress. Left out, it is "
+        "`energy` for targets named `energy` or `energy/...`, `force` and `pressure` for "
+        "`non_conservative_...` ones, and empty for others.",
+    )
+    read_from: OptionalText = Field(
+        default="", description="Path of the file; empty means that of the structures."
+    )
+    reader: Reader = Field(
+        default=None, description="The library that reads the file; only ASE is used."
+    )
+    key: OptionalText = Field(
+        default="", description="Name in the file; empty means the target's name."
+    )
+    unit: OptionalText = Field(
+        default="",
+        description="Unit in the file. An `energy`, `length`, `force` or `pressure` is converted "
+        "to eV, A, eV/A or eV/A^3, and without a unit taken to be in it; other quantities stay as "
+        "they are.",
+    )
+    sample_kind: Annotated[
+        Literal["system", "atom"], Expects("'system' or 'atom'", _sample_kind)
+    ] = Field(
+        default="system", description="One value for each structure (`system`) or for each atom."
+    )
+    type: Annotated[
+        Literal["scalar"] | TargetType,
+        Expects("'scalar', {cartesian: {rank: 1}} or {cartesian: {rank: 2}}", _target_type),
+    ] = Field(
+        default="scalar",
+        description="`scalar`, or `{cartesian: {rank: 1}}` for a vector (rank 2: a 3x3 tensor).",
+    )
+    num_subtargets: PositiveInt = Field(
+        default=1, description="Number of scalars, vectors or tensors that make up a value."
+    )
+    description: OptionalText = Field(
+        default="", description="Free text kept in the checkpoint, e.g. the level of theory."
+    )
+    forces: GradientOptions = Field(
+        default=GradientOptions(mode="off"),
+        description="Forces, the negative derivative of the energy by positions. "
+        "`auto` for energies.",
+    )
+    stress: GradientOptions = Field(
+        default=GradientOptions(mode="off"),
+        description="Stress with ASE's sign: derivative of the energy by strain, over the volume. "
+        "`auto` for energies.",
+    )
+    virial: GradientOptions = Field(
+        default=GradientOptions(mode="off"),
+        description="Virial, minus the stress times the volume; instead of `stress`.",
+    )
+
+    @property
+    def is_energy(self) -> bool:
+        """Whether this is the energy of a structure, whose derivatives are forces and stress."""
+        scalar = self.type == "scalar" and self.num_subtargets == 1
+        return self.quantity == "energy" and scalar and not self.per_atom
+
+    @property
+    def per_atom(self) -> bool:
+        """Whether there is one value for each atom."""
+        return self.sample_kind == "atom"
+
+    @property
+    def rank(self) -> int:
+        """Number of Cartesian axes of a value: 0 for a scalar."""
+        return self.type.cartesian.rank if isinstance(self.type, TargetType) else 0
+
+    @property
+    def factor(self) -> float:
+        """How many of the package's own units one unit of the file is.
+
+        :raises UnitError: see :meth:`unit_problem`.
+        """
+        return to_own_unit(self.quantity, self.unit)
+
+    def unit_problem(self) -> str | None:
+        """What is wrong with the unit, or None; only those of converted quantities are checked."""
+        try:
+            to_own_unit(self.quantity, self.unit)
+        except UnitError as why:
+            return str(why)
+        return None
+
+    def spec(self, name: str) -> TargetSpec:
+        """Describe the target as the model keeps it.
+
+        Energies, forces, pressures and lengths are in the package's own units, others as in the
+        file.
+        """
+        kinds: tuple[Literal["scalar", "vector", "tensor"], ...] = ("scalar", "vector", "tensor")
+        return TargetSpec(
+            name=name,
+            quantity=self.quantity,
+            unit=own_unit(self.quantity, self.unit),
+            kind=kinds[self.rank],
+            per_atom=self.per_atom,
+            num_outputs=self.num_subtargets * 3**self.rank,
+            description=self.description,
+            per_volume=direct_quantity(name) == "pressure",
+        )

@@ -1,0 +1,68 @@
+"""Predictions that are no energies: sums over atoms or values of atoms, scalar or Cartesian.
+
+    y_i = scale(species_i) * PET_i + baseline(species_i)            of an atom
+    y   = sum_i y_i                                                 of a structure
+
+The sum is metatrain's for every target of structures, also for intensive ones. A direct stress is
+the symmetric part of the sum over the volume. Nothing is derived, so nothing here is conservative.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pet_finetune.data.batch import Batch
+from pet_finetune.keys import TargetSpec
+
+
+@dataclass(frozen=True)
+class Property:
+    """What a potential says of a target that is no energy.
+
+    Attributes:
+        spec: the target.
+        values: [n_atoms, ...] or [n_structures, ...] with ``spec.shape`` behind, in ``spec.unit``;
+            scalars in float64, vectors and tensors in the network's dtype.
+    """
+
+    spec: TargetSpec
+    values: Tensor
+
+
+def property_of(
+    batch: Batch, spec: TargetSpec, raw: Tensor, scale: Tensor, baseline: Tensor | None
+) -> Property:
+    """Make a prediction of the network's output.
+
+    Args:
+        batch: what it was computed for.
+        spec: the target.
+        raw: [n_atoms, num_outputs], Cartesian axes first, as metatrain orders them.
+        scale: factor of each atom and subtarget, [n_atoms, num_subtargets], or one for all.
+        baseline: [n_atoms] or [n_atoms, num_subtargets] float64, in ``spec.unit``; None for none.
+    """
+    scale = scale.to(raw)
+    if scale.dim() > 0:
+        scale = scale.view(len(scale), *(1,) * spec.rank, -1)
+    values = raw.view(len(raw), *(3,) * spec.rank, spec.num_subtargets) * scale
+    values = values.reshape(len(raw), *spec.shape)
+    if baseline is not None:
+        values = values.to(torch.float64) + baseline.reshape(values.shape)
+    elif spec.rank == 0:
+        values = values.to(torch.float64)
+    if not spec.per_atom:
+        values = values.new_zeros(batch.num_structures, *spec.shape).index_add(
+            0, batch.structure_index, values
+        )
+    return Property(spec, _over_volume(batch, values) if spec.per_volume else values)
+
+
+def _over_volume(batch: Batch, values: Tensor) -> Tensor:
+    """Symmetric part over the volume, [n_structures, 3, 3, ...]; zero without a volume."""
+    volumes = batch.volumes.to(values)
+    inverse = torch.where(volumes > 0, 1.0 / volumes.clamp_min(1e-30), 0.0)
+    symmetric = 0.5 * (values + values.transpose(1, 2))
+    return symmetric * inverse.view(-1, *(1,) * (values.dim() - 1))
