@@ -133,8 +133,23 @@ class Loader:
         """
         rotations = self._rotations(epoch) if self.augment else None
         for members in self._plan(epoch)[start_batch:]:
-            batch = collate_prepared([self._prepared[member] for member in members.tolist()])
-            yield batch if rotations is None else rotate_batch(batch, rotations[members])
+            yield self._collate(members, rotations)
+
+    def collate(self, members: np.ndarray, epoch: int) -> Batch:
+        """A batch of chosen structures, turned as in an epoch.
+
+        :param members: positions in :attr:`structures`; one may occur more than once.
+        :param epoch: number of the epoch, at least 0.
+        """
+        return self._collate(members, self._rotations(epoch) if self.augment else None)
+
+    def _collate(self, members: np.ndarray, rotations: Tensor | None) -> Batch:
+        batch = collate_prepared([self._prepared[member] for member in members.tolist()])
+        return batch if rotations is None else rotate_batch(batch, rotations[members])
+
+    def batch_sizes(self, epoch: int = 0) -> list[int]:
+        """Number of structures in each batch of an epoch."""
+        return [len(members) for members in self._plan(epoch)]
 
     def _plan(self, epoch: int) -> list[np.ndarray]:
         """Which structures make up each batch of an epoch."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from pet_finetune.data.structure import Structure
 from pet_finetune.errors import SpeciesError
 
-__all__ = ["check_species", "covalent_radii", "find_species", "species_table"]
+__all__ = ["check_species", "covalent_radii", "find_species", "of_species", "species_table"]
 
 _FRAMES_SHOWN = 5
 
@@ -21,6 +21,12 @@ _FRAMES_SHOWN = 5
 def find_species(structures: Sequence[Structure]) -> tuple[int, ...]:
     """Atomic numbers that occur, ascending."""
     return tuple(sorted({z for s in structures for z in np.unique(s.numbers.numpy()).tolist()}))
+
+
+def of_species(structures: Sequence[Structure], species: Collection[int]) -> list[Structure]:
+    """Those structures that hold no other elements than these."""
+    known = torch.tensor(sorted(species))
+    return [s for s in structures if bool(torch.isin(s.numbers, known).all())]
 
 
 def covalent_radii(species: Sequence[int]) -> Tensor:
