@@ -18,6 +18,7 @@ from pet_finetune.config.finetune import (
     FinetuneOptions,
     LegacyStart,
 )
+from pet_finetune.config.keeping import AnchorOptions, ReplayOptions, RetentionOptions
 from pet_finetune.config.load import LoadedOptions, load_options, parse_options
 from pet_finetune.config.loss import LossTerm, LossType, TargetLoss
 from pet_finetune.config.model import LongRangeOptions, ModelOptions
@@ -33,6 +34,7 @@ from pet_finetune.config.unfreeze import Unfreeze
 
 __all__ = [
     "DEFAULT_TARGET_MODULES",
+    "AnchorOptions",
     "ArchitectureOptions",
     "BaselineOptions",
     "BestModelMetric",
@@ -53,6 +55,8 @@ __all__ = [
     "LossType",
     "ModelOptions",
     "Options",
+    "ReplayOptions",
+    "RetentionOptions",
     "SetOptions",
     "SystemsOptions",
     "TargetLoss",

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pet_finetune.config.checks_data import check_data
+from pet_finetune.config.checks_keeping import check_keeping
 from pet_finetune.config.checks_recipes import check_recipes
 from pet_finetune.config.finetune import METATRAIN_KEYS, METHOD_KEYS
 from pet_finetune.config.options import Options
@@ -35,6 +36,7 @@ def check(options: Options, raw: dict[str, Any]) -> Iterator[Problem]:
     yield from _check_metric(options)
     yield from check_recipes(options)
     yield from check_data(options, raw)
+    yield from check_keeping(options)
 
 
 def _check_model(options: Options) -> Iterator[Problem]:

@@ -21,6 +21,7 @@ from pet_finetune.config.base import (
     integer,
     real_number,
 )
+from pet_finetune.config.keeping import AnchorOptions, ReplayOptions, RetentionOptions
 from pet_finetune.config.unfreeze import Unfreeze
 from pet_finetune.elements import atomic_number, symbol_of
 from pet_finetune.errors import did_you_mean
@@ -255,6 +256,17 @@ class FinetuneOptions(Section):
     legacy_start: LegacyStart | None = Field(
         default=None, description="Start from the three files of the first PET code instead."
     )
+    retention: RetentionOptions = Field(
+        default=RetentionOptions(),
+        description="The report on what was forgotten: a section, `off`, or the path of a "
+        "labelled file.",
+    )
+    replay: ReplayOptions | None = Field(
+        default=None, description="Rehearse what the foundation knew beside the user's data."
+    )
+    anchor: AnchorOptions | None = Field(
+        default=None, description="Hold the weights near the foundation's: a section, or a type."
+    )
 
     new_elements: NewElements | None = Field(
         default=None,
@@ -286,7 +298,7 @@ class FinetuneOptions(Section):
         """A section with nothing under its name arrives as null."""
         if not isinstance(value, Mapping):
             return value
-        sections = ("config", "inherit_heads")
+        sections = ("config", "inherit_heads", "retention")
         return {k: v for k, v in value.items() if v is not None or k not in sections}
 
     @property

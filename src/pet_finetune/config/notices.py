@@ -27,6 +27,7 @@ def notices(options: Options, raw: Mapping[str, Any]) -> Iterator[str]:
     yield from _unused_settings(options, raw)
     yield from _units(options, raw)
     yield from _same_files(options)
+    yield from _rehearsed_report(options)
 
 
 def _ignored(value: Any, path: Path) -> Iterator[Path]:
@@ -118,3 +119,20 @@ def _same_files(options: Options) -> Iterator[str]:
                     f"{name} reads {dataset.systems.read_from}, which is also trained on: its "
                     "errors will look too small."
                 )
+
+
+def _rehearsed_report(options: Options) -> Iterator[str]:
+    """A report on structures that are replayed says nothing of others."""
+    replay, retention = options.finetune.replay, options.finetune.retention
+    if replay is None or not retention.wanted:
+        return
+    if replay.read_from is None and retention.read_from is None:
+        same = "probe" in replay.structures
+    else:
+        files = [d.systems.read_from for d in (replay.read_from, retention.read_from) if d]
+        same = len(files) == 2 and files[0] == files[1]
+    if same:
+        yield (
+            "the forgetting report looks at the structures that are replayed: its errors will "
+            "look too small."
+        )

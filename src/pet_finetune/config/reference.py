@@ -39,7 +39,12 @@ metatrain's files may contain these; they are read and a notice says so.
 """
 _DATA = ("training_set", "validation_set", "test_set")
 #: Sections described once, though they occur in several places.
-_SAME_AS = {"validation_set": "training_set", "test_set": "training_set"}
+_SAME_AS = {
+    "architecture.training.finetune.retention.read_from": "training_set",
+    "architecture.training.finetune.replay.read_from": "training_set",
+    "validation_set": "training_set",
+    "test_set": "training_set",
+}
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,8 @@ def _type_words(
     section: type[BaseModel], name: str, field: FieldInfo, path: str, is_section: bool, held: str
 ) -> str:
     if path in _SAME_AS:
-        return f"a fraction, `{{indices: ...}}`, or as `{_SAME_AS[path]}`"
+        other = f"as `{_SAME_AS[path]}`"
+        return f"a fraction, `{{indices: ...}}`, or {other}" if path in _DATA else other
     null = " or null" if is_nullable(section, (name,)) else ""
     if is_section:
         words = {"": "section", "[]": "section or list of sections", "<name>": "section by name"}

@@ -11,7 +11,7 @@ from typing import Any
 
 from pet_finetune.keys import direct_quantity
 
-__all__ = ["expand_dataset", "expand_datasets", "expand_gradient", "expand_set"]
+__all__ = ["expand_dataset", "expand_datasets", "expand_gradient", "expand_set", "expand_switch"]
 
 _SWITCHES = {
     True: "on",
@@ -35,6 +35,11 @@ def expand_gradient(value: Any) -> Any:
         switch = _SWITCHES.get(value.casefold())
         return {"mode": switch} if switch else {"read_from": value}
     return value
+
+
+def expand_switch(value: Any) -> Any:
+    """``on``, ``off`` or a path as the keys of a section that has a ``mode`` and a file."""
+    return expand_gradient(value) if isinstance(value, (bool, str)) else value
 
 
 def expand_datasets(value: Any) -> Any:

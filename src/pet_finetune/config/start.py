@@ -14,6 +14,7 @@ __all__ = ["apply_start"]
 _FINETUNE: Path = ("architecture", "training", "finetune")
 _READ_FROM: Path = (*_FINETUNE, "read_from")
 _METHOD: Path = (*_FINETUNE, "method")
+_NEED_A_MODEL = ("replay", "anchor")
 
 
 def apply_start(rewriting: Rewriting, checkpoint: str | None, *, require_start: bool) -> None:
@@ -52,6 +53,16 @@ def apply_start(rewriting: Rewriting, checkpoint: str | None, *, require_start: 
                 "scratch.",
             )
         )
+    if not starts and require_start:
+        for name in _NEED_A_MODEL:
+            if finetune.get(name) is not None:
+                rewriting.problems.append(
+                    Problem(
+                        (*_FINETUNE, name),
+                        "keeps what a model knew that training starts from, but none is given. "
+                        "Give its checkpoint with -c or finetune.read_from, or remove the section.",
+                    )
+                )
 
 
 def _merge_checkpoint(
