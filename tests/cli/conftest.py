@@ -59,6 +59,17 @@ def _leave_logging_as_it_was() -> Iterator[None]:
 
 
 @pytest.fixture
+def drawn() -> None:
+    """Ask for this where the plots at the end of a run matter."""
+
+
+@pytest.fixture(autouse=True)
+def _plots_are_not_drawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "drawn" not in request.fixturenames:  # half a second a run
+        monkeypatch.setattr("pet_finetune.workflows.dimers.dimers_svg", lambda *ignored: "<svg/>")
+
+
+@pytest.fixture
 def command(capsys: pytest.CaptureFixture[str]) -> Command:
     """``pet-finetune`` in this process."""
 

@@ -24,6 +24,17 @@ METHODS = {
         ("-c", "base.ckpt"),
     ),
     "full": ({"finetune": {"method": "full"}}, ("-c", "base.ckpt")),
+    "replay": (
+        {
+            "finetune": {
+                "method": "full",
+                "replay": {"fraction": 0.5},
+                "anchor": "ewc",
+                "retention": {"every": 2},
+            }
+        },
+        ("-c", "base.ckpt"),
+    ),
     "scratch": ({}, ()),
 }
 TIMES = ("seconds", "structures_per_second")
@@ -101,6 +112,8 @@ def assert_same(folder, expected):
         ("prompt", 4),
         ("full", 4),
         ("scratch", 5),
+        ("replay", 2),
+        ("replay", 4),
     ],
 )
 def test_a_stopped_run_ends_as_if_it_had_not_been(here, command, stop, assert_whole, method, steps):

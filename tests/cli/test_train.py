@@ -29,17 +29,17 @@ def test_lora_from_a_checkpoint(here, command):
     answer = command("train", "options.yaml", "-c", "base.ckpt", "-o", "run")
     assert answer.code == 0
     assert {path.name for path in Path("run").iterdir()} == {
-        "adapter", "best_model.ckpt", "last.ckpt", "options.yaml", "results.json", "splits.json",
-        "train.csv", "train.log",
+        "adapter", "best_model.ckpt", "dimers.csv", "dimers.svg", "kept.pt", "last.ckpt",
+        "options.yaml", "results.json", "splits.json", "train.csv", "train.log",
     }  # fmt: skip
     # The table is for the reader of the terminal, once; the file keeps a copy.
-    assert answer.out.count("forces MAE") == 1
+    assert answer.out.count("forces MAE") == 2  # on the test set, and what was forgotten
     assert "starting model (after refit)" in answer.out
     assert "4 test structures" in answer.out
     assert "adapter: run/adapter" in answer.out
     assert "forces MAE" not in answer.err
     log = Path("run/train.log").read_text()
-    assert log.count("forces MAE") == 1
+    assert log.count("forces MAE") == 2
     for text in (
         "method not given: lora", "seed 5", "8 train, 2 validation, 4 test",
         "baseline of 'energy' (refit)", "parameters train", "epoch 2/2", "best model: epoch",
@@ -55,9 +55,9 @@ def test_what_the_files_of_a_run_say(here, train):
     assert [row["epoch"] for row in found] == ["1", "2", "3"]
     assert all(float(row["validation/energy/forces_mae"]) > 0 for row in found)
     results = json.loads(Path("run/results.json").read_text())
-    assert set(results) == {"before", "after", "parameters"}
+    assert set(results) == {"before", "after", "parameters", "dimers"}
     assert 0 < results["parameters"]["trainable"] < results["parameters"]["total"]
-    assert set(results["before"]) == {"train", "validation", "test"}
+    assert set(results["before"]) == {"train", "validation", "test", "retention"}
     splits = json.loads(Path("run/splits.json").read_text())["sets"]
     assert [splits[name]["structures"] for name in ("train", "validation", "test")] == [8, 2, 4]
     best = load_checkpoint("run/best_model.ckpt")

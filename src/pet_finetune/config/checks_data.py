@@ -11,7 +11,7 @@ from pet_finetune.config.options import Options
 from pet_finetune.config.problems import Path, Problem, format_path
 from pet_finetune.errors import did_you_mean
 
-__all__ = ["check_data", "check_target", "located_datasets"]
+__all__ = ["check_data", "located_datasets"]
 
 
 def check_data(options: Options, raw: Mapping[str, Any]) -> Iterator[Problem]:

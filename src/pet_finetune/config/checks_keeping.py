@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pet_finetune.config.base import Section
-from pet_finetune.config.checks_data import check_target
+from pet_finetune.config.checks_target import check_target
 from pet_finetune.config.dataset import DatasetOptions
 from pet_finetune.config.options import Options
 from pet_finetune.config.problems import Path, Problem

@@ -104,7 +104,7 @@ class RunDisplay:
         if record.epoch % self._log_interval and not last and record.epoch > 1:
             return
         _logger.info(
-            "epoch %*d/%d | loss %.4g%s | train %s | validation %s%s | %.1f s, %.0f structures/s",
+            "epoch %*d/%d | loss %.4g%s | train %s | validation %s%s%s | %.1f s, %.0f structures/s",
             len(str(self._num_epochs)),
             record.epoch,
             self._num_epochs,
@@ -113,6 +113,7 @@ class RunDisplay:
             describe(record.train),
             describe(record.validation),
             " (best)" if record.best else "",
+            f" | forgetting {describe(record.retention)}" if record.retention else "",
             record.seconds,
             record.structures_per_second,
         )

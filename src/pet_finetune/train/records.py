@@ -39,6 +39,7 @@ class EpochRecord:
         seconds: of training and validation; waiting between two parts of a run does not count.
         structures_per_second: training throughput.
         extra: mean of each extra loss, by name.
+        retention: errors on the retention set by target, where they were due.
     """
 
     epoch: int
@@ -51,6 +52,7 @@ class EpochRecord:
     seconds: float
     structures_per_second: float
     extra: dict[str, float] = field(default_factory=dict)
+    retention: dict[str, Metrics] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,12 @@ class Callbacks:
         epoch: after each epoch.
         best: after an epoch that is the best so far, with the model to keep.
         save: when the state should be written.
+        retention: gives the errors on the retention set of the model after an epoch (from 1),
+            or nothing where they are not due.
     """
 
     step: Callable[[int, int, float, Mapping[str, Metrics], float], None] = lambda *a: None
     epoch: Callable[[EpochRecord], None] = lambda record: None
     best: Callable[[Potential, EpochRecord], None] = lambda model, record: None
     save: Callable[[], None] = lambda: None
+    retention: Callable[[Potential, int], dict[str, Metrics]] = lambda model, epoch: {}

@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import os
+import pickle
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from pet_finetune.adapters import active_adapter, save_adapter
 from pet_finetune.checkpoint import save_checkpoint
@@ -25,12 +28,14 @@ TABLE = "train.csv"
 LOG = "train.log"
 OPTIONS = "options.yaml"
 SPLITS = "splits.json"
+KEPT = "kept.pt"
+DIMERS = "dimers"
 RESULTS = "results.json"
 PROFILE = "profile.json"
 TRACE = "profile_trace.json"
 
 #: What a run that goes on in another folder takes with it.
-_TAKEN_ALONG = (BEST, ADAPTER, TABLE, OPTIONS, SPLITS)
+_TAKEN_ALONG = (BEST, ADAPTER, TABLE, OPTIONS, SPLITS, KEPT)
 
 
 class RunFiles:
@@ -152,18 +157,50 @@ class RunFiles:
             "structures_per_second": f"{record.structures_per_second:.2f}",
         }
         row |= {f"train/{name}": f"{value:.6g}" for name, value in record.extra.items()}
-        for prefix, group in (("train", record.train), ("validation", record.validation)):
+        groups = {
+            "train": record.train,
+            "validation": record.validation,
+            "retention": record.retention,
+        }
+        for prefix, group in groups.items():
             for target, metrics in group.items():
                 for name, value in metrics.as_dict().items():
                     row[f"{prefix}/{target}/{name}"] = f"{value:.6g}"
         path = self.folder / TABLE
         with self._explained():
-            fresh = not path.exists()
+            heading = _heading(path)
             with path.open("a", newline="", encoding="utf-8") as stream:
-                writer = csv.DictWriter(stream, row.keys(), lineterminator="\n")
-                if fresh:
+                # Errors that are not computed after every epoch leave their cells empty.
+                writer = csv.DictWriter(
+                    stream, heading or row.keys(), extrasaction="ignore", lineterminator="\n"
+                )
+                if not heading:
                     writer.writeheader()
                 writer.writerow(row)
+
+    def write_kept(self, content: dict[str, Any]) -> None:
+        """Write what the run keeps of its foundation; tensors and plain values."""
+        path = self.folder / KEPT
+        partial = path.with_name(f".{KEPT}.part")
+        with self._explained():
+            torch.save(content, partial)
+            os.replace(partial, path)
+
+    def read_kept(self) -> dict[str, Any]:
+        """Read what :meth:`write_kept` wrote.
+
+        Raises:
+            TrainingError: it is gone or damaged.
+        """
+        path = self.folder / KEPT
+        try:
+            content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise TrainingError(
+                f"'{path}', which holds what the run keeps of the model it started from, cannot be "
+                f"read ({error}). Put it back beside {LAST}, or start a new run."
+            ) from error
+        return content
 
     def drop_rows_after(self, epoch: int) -> None:
         """Forget rows of epochs that a resumed run will do again, and half-written ones."""
@@ -179,3 +216,11 @@ class RunFiles:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([heading, *kept])
         self.write(TABLE, text.getvalue())
+
+
+def _heading(path: Path) -> list[str]:
+    """The first line of a table; empty where there is none."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as stream:
+        return next(csv.reader(stream), [])

@@ -277,6 +277,7 @@ class Trainer:
                 seconds=time.perf_counter() - started,
                 structures_per_second=rate,
                 extra=extra,
+                retention=self.callbacks.retention(self.model, progress.epoch),
             )
             if best:
                 progress.best_metric, progress.best_epoch = metric, progress.epoch

@@ -159,5 +159,5 @@ def _evaluate(
         }
         errors[name] = evaluate(model, loader, wanted)
         title = f"{name} ({len(structures)} structures)"
-        show(error_table({"error": errors[name]}, title=title))
+        show(error_table({"": {"error": errors[name]}}, title=title))
     return EvaluationResult(errors)

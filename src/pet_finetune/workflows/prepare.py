@@ -22,11 +22,14 @@ from pet_finetune.keys import forces_key, stress_key
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 from pet_finetune.train import Trainer, evaluate, prepare_baselines
+from pet_finetune.train.kept import Kept
 from pet_finetune.train.loss import Objective
+from pet_finetune.train.retention import Retention
 from pet_finetune.train.run_files import OPTIONS, SPLITS, RunFiles
 
 from .bootstrap import of_member
 from .elements import ADVICE
+from .keeping import extra_losses, make_kept, remember, retention_of
 from .machine import choose_dtype, seed_everything, versions
 from .resume import Errors, RunState, SavedRun, take_files
 from .rounding import rounding_told
@@ -34,6 +37,8 @@ from .start import Start, check_targets, choose_trainable, start_model
 from .tables import baseline_text
 
 _logger = get_logger(__name__)
+#: How results call the errors on the retention set.
+RETENTION = "retention"
 _LARGEST_BATCH = 64  # structures, for validation and evaluation
 
 
@@ -56,6 +61,8 @@ class Run:
     data: RunData
     trainer: Trainer
     state: RunState
+    kept: Kept
+    retention: Retention | None
 
 
 def prepare_run(
@@ -64,7 +71,7 @@ def prepare_run(
     saved: SavedRun | None,
     device: torch.device,
     *,
-    errors_before: bool = True,
+    to_finish: bool = True,
 ) -> Run:
     """Read everything, set the baselines, choose what trains.
 
@@ -73,7 +80,8 @@ def prepare_run(
         files: of the run.
         saved: the run to go on with, if it is not a new one.
         device: where it trains.
-        errors_before: whether a new run evaluates the starting model.
+        to_finish: whether a new run will be trained to its end, and therefore evaluates the
+            starting model and writes down what it keeps of it.
 
     Raises:
         PetFinetuneError: any bad input, with one clear message.
@@ -97,15 +105,23 @@ def prepare_run(
     check_species(structures, model.species, ADVICE if options.is_finetuning else "")
     if model.hypers.system_conditioning:
         check_charges(structures, model.hypers.max_charge, model.hypers.max_spin_multiplicity)
+    memory = None if saved else remember(options, start, trained_on.train, own_seed)
     data = load_data(options, trained_on, model, own_seed, dtype)
     kernels.prepare(device)  # the input is sound: compiling, should they need it, is not in vain
     if not saved:
         with rounding_told(options, model, data.train):
-            choose_trainable(start, options)
+            choose_trainable(start, options, memory.heads if memory else ())
         _log_baselines(options, start, data)
         splits.save(files.folder / SPLITS)
         files.write(OPTIONS, options_of_run(options, seed))
     model.to(device=device, dtype=dtype)
+    if saved:
+        kept = Kept.from_plain(files.read_kept()) if saved.state.fingerprint else Kept()
+    else:
+        kept = make_kept(options, memory, model, trained_on.train, start.fresh, own_seed)
+        if to_finish and memory:
+            files.write_kept(kept.plain())
+    retention = retention_of(kept, model)
     objectives = _objectives(options, model, data)
     files.base_name = start.name
     files.provenance = saved.provenance if saved else _provenance(options, start, data, seed)
@@ -113,7 +129,15 @@ def prepare_run(
     rate = options.training.learning_rate
     if rate is None:
         rate = saved.state.learning_rate if saved else options.learning_rate()
-    trainer = Trainer(model, objectives, data.train, data.validation, options.training, rate)
+    trainer = Trainer(
+        model,
+        objectives,
+        data.train,
+        data.validation,
+        options.training,
+        rate,
+        extra_losses=extra_losses(options, kept, model, data.train, own_seed),
+    )
     if saved:
         trainer.load_state(saved.trainer)
         files.drop_rows_after(trainer.progress.epoch)
@@ -125,14 +149,16 @@ def prepare_run(
             seed=seed,
             learning_rate=rate,
             baseline=options.baseline_mode(),
-            before=evaluate_sets(options, model, data, trainer.wanted) if errors_before else {},
+            before=evaluate_sets(options, model, data, trainer.wanted, retention)
+            if to_finish
+            else {},
             name=start.name,
             fingerprint=start.fingerprint,
             inherited=start.inherited,
             new_species=list(start.new_species),
         )
     )
-    return Run(options, files, data, trainer, state)
+    return Run(options, files, data, trainer, state, kept, retention)
 
 
 def options_of_run(options: Options, seed: int) -> str:
@@ -248,8 +274,12 @@ def evaluate_sets(
     model: Potential | Committee,
     data: RunData,
     wanted: dict[str, tuple[bool, bool]],
+    retention: Retention | None = None,
 ) -> Errors:
     """Errors of a model on every set; none without ``final_eval``."""
     if not options.final_eval:
         return {}
-    return {name: evaluate(model, loader, wanted) for name, loader in data.sets.items()}
+    errors = {name: evaluate(model, loader, wanted) for name, loader in data.sets.items()}
+    if retention is not None:
+        errors[RETENTION] = retention.errors(model)
+    return errors

@@ -65,7 +65,7 @@ def profile_run(
     for notice in notices:
         _logger.warning(notice)
     try:
-        run = prepare_run(options, files, None, device, errors_before=False)
+        run = prepare_run(options, files, None, device, to_finish=False)
         _logger.info("profile: nothing of what these steps train is kept")
         profile = profile_steps(run.trainer, steps, files.folder / TRACE)
     except PetFinetuneError as error:

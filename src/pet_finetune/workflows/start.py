@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,11 +120,11 @@ def _extend(
     return Start(model, name, fingerprint, provenance, fresh, inherited, new_species)
 
 
-def choose_trainable(start: Start, options: Options) -> None:
+def choose_trainable(start: Start, options: Options, keep: Collection[str] = ()) -> None:
     """Inject adapters or freeze, as ``finetune.method`` says.
 
     Heads of targets that are not trained go where the features under them change: they would
-    predict nonsense.
+    predict nonsense. Those in ``keep`` stay: they are replayed.
     """
     model, finetune = start.model, options.finetune
     targets = list(options.target_specs())
@@ -131,7 +132,7 @@ def choose_trainable(start: Start, options: Options) -> None:
     if method == "heads":
         _freeze_heads(start, options, targets)
         return
-    for stale in [name for name in model.targets if name not in targets]:
+    for stale in [name for name in model.targets if name not in (*targets, *keep)]:
         model.remove_target(stale)
         _logger.info("target '%s' is not trained and is dropped from the new model", stale)
     if method == "full":

@@ -35,29 +35,47 @@ def baseline_text(table: BaselineTable) -> str:
 
 
 def error_table(
-    columns: Mapping[str, Mapping[str, Metrics]], notes: Sequence[str] = (), title: str = ""
+    groups: Mapping[str, Mapping[str, Mapping[str, Metrics]]],
+    notes: Sequence[str] = (),
+    title: str = "",
 ) -> Table:
-    """Errors of several models (columns) by target and quantity (rows)."""
+    """Errors of several models (columns) by target and quantity (rows).
+
+    Args:
+        groups: what stands before the names of the rows, and for each model its errors by target.
+            All groups are of the same models.
+        notes: lines below the table.
+        title: line above it.
+    """
     table = Table(title=title, title_justify="left", caption="\n".join(notes) or None)
     table.add_column("error")
     table.add_column("unit")
-    for name in columns:
+    for name in next(iter(groups.values())):
         table.add_column(name, justify="right")
-    first = next(iter(columns.values()))
-    for target in first:
-        for kind in first[target].kinds:
-            name, factor, unit = first[target].shown(kind)
-            prefix = f"{target} " if len(first) > 1 and kind != "value" else ""
+    for heading, columns in groups.items():
+        _add_errors(table, heading, list(columns.values()))
+    return table
+
+
+def _add_errors(table: Table, heading: str, columns: Sequence[Mapping[str, Metrics]]) -> None:
+    """Rows for each target and quantity; a model that was not evaluated has dashes."""
+    last = columns[-1]
+    for target in last:
+        for kind in last[target].kinds:
+            name, factor, unit = last[target].shown(kind)
+            named = len(last) > 1 and kind != "value"
+            prefix = f"{heading}{target} " if named else heading
             # Energies are in meV; a property may have any size.
             digits = "4g" if kind == "value" else "2f"
             for statistic in ("MAE", "RMSE"):
                 values = [
                     getattr(metrics[target], statistic.lower())(kind) * factor
-                    for metrics in columns.values()
+                    if target in metrics
+                    else math.nan
+                    for metrics in columns
                 ]
                 cells = ["-" if math.isnan(v) else f"{v:.{digits}}" for v in values]
                 table.add_row(f"{prefix}{name} {statistic}", unit, *cells)
-    return table
 
 
 def committee_table(members: Sequence[Metrics], committee: Metrics, title: str = "") -> Table:

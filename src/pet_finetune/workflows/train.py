@@ -18,9 +18,10 @@ from pet_finetune.train.progress import RunDisplay
 from pet_finetune.train.records import Callbacks, EpochRecord
 from pet_finetune.train.run_files import LOG, OPTIONS, RESULTS, RunFiles
 
+from .dimers import report_dimers
 from .ensemble import train_ensemble
 from .outcome import TrainOutcome
-from .prepare import Run, evaluate_sets, prepare_run
+from .prepare import RETENTION, Run, evaluate_sets, prepare_run
 from .resume import Errors, open_run
 from .tables import error_table, show, size_text
 
@@ -97,6 +98,8 @@ def _train(run: Run) -> TrainingResult:
         trainer.callbacks = Callbacks(
             step=display.step, epoch=end_of_epoch, best=files.keep_best, save=save
         )
+        if run.retention is not None:
+            trainer.callbacks.retention = run.retention.errors_after
         return trainer.fit()
 
 
@@ -107,11 +110,13 @@ def _finish(run: Run, result: TrainingResult) -> TrainOutcome:
         _logger.info("stopped early: no improvement for a while")
     _logger.info("best model: epoch %d of %d, %s", result.best_epoch, result.epochs, files.best)
     after: Errors = {}
+    verdicts: dict[str, str] = {}
     if run.options.final_eval:
         model = run.trainer.model
         best = load_checkpoint(files.best).model.to(device=model.device, dtype=model.dtype)
-        after = evaluate_sets(run.options, best, run.data, run.trainer.wanted)
+        after = evaluate_sets(run.options, best, run.data, run.trainer.wanted, run.retention)
         _show_results(run, after)
+        verdicts = report_dimers(run.kept.dimers, best, files)
     content: dict[str, Any] = {
         name: {
             key: {target: metrics.as_dict() for target, metrics in targets.items()}
@@ -121,6 +126,8 @@ def _finish(run: Run, result: TrainingResult) -> TrainOutcome:
     }
     trained = sum(parameter.numel() for parameter in run.trainer.parameters.values())
     content["parameters"] = {"trainable": trained, "total": run.trainer.model.num_parameters()}
+    if verdicts:
+        content["dimers"] = verdicts
     files.write(RESULTS, json.dumps(content, indent=2) + "\n")
     return TrainOutcome(files.folder, result, before, after)
 
@@ -129,13 +136,20 @@ def _show_results(run: Run, after: Errors) -> None:
     """Print the table of the set that says most, and put it into the log file."""
     shown = "test" if "test" in after else "validation" if "validation" in after else "train"
     finetuned = run.state.fingerprint is not None
-    columns = {}
+    columns: dict[str, Errors] = {}
     if shown in run.state.before:
         name = "starting model" if finetuned else "untrained"
-        columns[f"{name} (after {run.state.baseline})"] = run.state.before[shown]
-    columns["fine-tuned" if finetuned else "trained"] = after[shown]
+        columns[f"{name} (after {run.state.baseline})"] = run.state.before
+    columns["fine-tuned" if finetuned else "trained"] = after
+    groups = {"": {name: errors[shown] for name, errors in columns.items()}}
+    if RETENTION in after:
+        kept = {name: errors.get(RETENTION, {}) for name, errors in columns.items()}
+        groups["forgetting: "] = kept
     notes = [f"{len(run.data.sets[shown].structures)} {shown} structures", *_sizes(run.files)]
-    table = error_table(columns, notes, title=f"errors on the {shown} set")
+    if run.kept.retention is not None:
+        count, source = len(run.kept.retention.structures), run.kept.retention.structures[0].source
+        notes.append(f"forgetting: {count} structures ({source})")
+    table = error_table(groups, notes, title=f"errors on the {shown} set")
     _logger.info("results\n%s", show(table), extra=FILE_ONLY)
 
 

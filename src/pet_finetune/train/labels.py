@@ -1,0 +1,92 @@
+"""Labels that a model gives itself, and labels moved onto another baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pet_finetune.data.batch import Batch
+from pet_finetune.data.loader import Loader
+from pet_finetune.data.prefetch import on_device
+from pet_finetune.data.structure import Structure
+from pet_finetune.keys import forces_key, stress_key
+from pet_finetune.model import Potential, Prediction
+
+_ATOMS_AT_ONCE = 512
+
+
+def label_with(
+    model: Potential, structures: Sequence[Structure], targets: Collection[str]
+) -> list[Structure]:
+    """Structures with the model's own energies, forces and stresses in place of their labels.
+
+    Args:
+        model: as it stands; put into evaluation mode, and back.
+        structures: at least one.
+        targets: the energies to predict.
+
+    Returns:
+        The structures in the same order; stresses only where there is a volume.
+    """
+    loader = Loader(structures, model.cutoff, max_atoms_per_batch=_ATOMS_AT_ONCE, dtype=model.dtype)
+    wanted = dict.fromkeys(targets, (True, True))
+    labels: list[dict[str, Tensor]] = []
+    training = model.training
+    model.eval()
+    try:
+        for batch in on_device(loader, model.device, model.dtype):
+            labels += _labels(batch, model.predict_many(batch, wanted))
+    finally:
+        model.train(training)
+    return [replace(s, labels=own) for s, own in zip(structures, labels, strict=True)]
+
+
+def _labels(batch: Batch, predictions: Mapping[str, Prediction]) -> list[dict[str, Tensor]]:
+    """The predictions for each structure of a batch, as its labels."""
+    labels: list[dict[str, Tensor]] = [{} for _ in range(batch.num_structures)]
+    atoms, volumes = batch.atoms_per_structure.tolist(), batch.volumes.tolist()
+    for target, prediction in predictions.items():
+        assert prediction.forces is not None
+        assert prediction.stress is not None
+        energies = prediction.energy.to("cpu", torch.float64)
+        forces = prediction.forces.to("cpu", torch.float64).split(atoms)
+        stresses = prediction.stress.to("cpu", torch.float64)
+        for index, own in enumerate(labels):
+            own[target] = energies[index].clone()
+            own[forces_key(target)] = forces[index].clone()
+            if volumes[index] > 0:
+                own[stress_key(target)] = stresses[index].clone()
+    return labels
+
+
+def relabelled(
+    structures: Sequence[Structure],
+    source: str,
+    shifts: Mapping[str, Tensor],
+    species: Sequence[int],
+) -> list[Structure]:
+    """Labels of one energy as labels of others whose baselines differ from its own.
+
+    Args:
+        structures: labelled for ``source``.
+        source: the energy that the labels are of.
+        shifts: for each energy wanted, the baseline that it has less that of ``source``,
+            [n_species], eV.
+        species: atomic numbers, in the order of the shifts.
+    """
+    wanted = torch.tensor(species)
+    made = []
+    for structure in structures:
+        counts = (structure.numbers.unsqueeze(1) == wanted).sum(0).to(torch.float64)
+        labels = {}
+        for target, shift in shifts.items():
+            for name, value in structure.labels.items():
+                if name == source:
+                    labels[target] = value + counts @ shift
+                elif name in (forces_key(source), stress_key(source)):
+                    labels[target + name.removeprefix(source)] = value
+        made.append(replace(structure, labels=labels))
+    return made

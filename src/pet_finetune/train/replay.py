@@ -1,0 +1,40 @@
+"""Rehearsal: the loss of structures that the foundation knows, beside each batch of the user's.
+
+Replayed data against forgetting: A. Robins, Connection Science 7, 123 (1995), where the network
+labels ("pseudorehearsal") what it rehearses.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pet_finetune.data.beside import Beside
+from pet_finetune.model import Potential
+
+from .loss import Objective, batch_loss
+
+
+class ReplayLoss:
+    """An extra loss: that of replayed structures, weighted.
+
+    Args:
+        model: is trained.
+        beside: draws the structures that go with a batch.
+        objective: what is asked of them.
+        weight: factor of their loss.
+    """
+
+    name = "replay"
+
+    def __init__(
+        self, model: Potential, beside: Beside, objective: Objective, weight: float
+    ) -> None:
+        self.model, self.beside, self.weight = model, beside, weight
+        self.objectives = {objective.target: objective}
+        self._wanted = {objective.target: (objective.forces, objective.stress)}
+
+    def __call__(self, epoch: int, batch: int) -> Tensor:
+        """The weighted loss of what goes beside a batch, a scalar."""
+        replayed = self.beside.batch(epoch, batch).to(self.model.device, self.model.dtype)
+        predictions = self.model.predict_many(replayed, self._wanted, create_graph=True)
+        return self.weight * batch_loss(replayed, predictions, self.objectives)
