@@ -18,6 +18,12 @@ from pet_finetune.model import Potential, Prediction
 _ATOMS_AT_ONCE = 512
 
 
+def evaluation_loader(structures: Sequence[Structure], model: Potential) -> Loader:
+    """A loader in batches of some hundred atoms, whatever the sizes of the structures."""
+    most = max(_ATOMS_AT_ONCE, *(s.num_atoms for s in structures))
+    return Loader(structures, model.cutoff, max_atoms_per_batch=most, dtype=model.dtype)
+
+
 def label_with(
     model: Potential, structures: Sequence[Structure], targets: Collection[str]
 ) -> list[Structure]:
@@ -31,7 +37,7 @@ def label_with(
     Returns:
         The structures in the same order; stresses only where there is a volume.
     """
-    loader = Loader(structures, model.cutoff, max_atoms_per_batch=_ATOMS_AT_ONCE, dtype=model.dtype)
+    loader = evaluation_loader(structures, model)
     wanted = dict.fromkeys(targets, (True, True))
     labels: list[dict[str, Tensor]] = []
     training = model.training

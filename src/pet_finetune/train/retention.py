@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from pet_finetune.data.loader import Loader
 from pet_finetune.data.structure import Structure
 from pet_finetune.model import Potential
 
+from .labels import evaluation_loader
 from .metrics import Metrics, evaluate
-
-_ATOMS_AT_ONCE = 512
 
 
 class Retention:
@@ -32,9 +30,7 @@ class Retention:
         every: int,
     ) -> None:
         self.every = every
-        self._loader = Loader(
-            structures, model.cutoff, max_atoms_per_batch=_ATOMS_AT_ONCE, dtype=model.dtype
-        )
+        self._loader = evaluation_loader(structures, model)
         self._wanted = dict.fromkeys(targets, (True, False))
 
     def errors(self, model: Potential) -> dict[str, Metrics]:

@@ -29,8 +29,9 @@ from pet_finetune.train.run_files import OPTIONS, SPLITS, RunFiles
 
 from .bootstrap import of_member
 from .elements import ADVICE
-from .keeping import extra_losses, make_kept, remember, retention_of
+from .keeping import extra_losses, make_kept, retention_of
 from .machine import choose_dtype, seed_everything, versions
+from .memory import remember
 from .resume import Errors, RunState, SavedRun, take_files
 from .rounding import rounding_told
 from .start import Start, check_targets, choose_trainable, start_model

@@ -27,6 +27,8 @@ _STAGES = {
     "batch": "cut, turn and move the batch (batch_size)",
     "energies": "the network, forwards (size of the model, cutoff)",
     "derivatives": "forces and stress, by autograd (which of them is asked for)",
+    "replay": "structures that the foundation knows (finetune.replay)",
+    "anchor": "distance from the foundation (finetune.anchor)",
     "loss": "errors and their weights",
     "backward": "gradient of the loss (what trains: finetune.method)",
     "update": "clipping, AdamW, running average (what trains, ema)",
