@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from pet_finetune.config import TrainingOptions
 from pet_finetune.data.beside import Beside
 from pet_finetune.model import Potential
 
 from .loss import Objective, batch_loss
+from .schedule import loss_stage
 
 
 class ReplayLoss:
@@ -22,19 +24,26 @@ class ReplayLoss:
         beside: draws the structures that go with a batch.
         objective: what is asked of them.
         weight: factor of their loss.
+        options: ``architecture.training``, whose ``loss_schedule`` holds for them too.
     """
 
     name = "replay"
 
     def __init__(
-        self, model: Potential, beside: Beside, objective: Objective, weight: float
+        self,
+        model: Potential,
+        beside: Beside,
+        objective: Objective,
+        weight: float,
+        options: TrainingOptions,
     ) -> None:
         self.model, self.beside, self.weight = model, beside, weight
-        self.objectives = {objective.target: objective}
+        self.objective, self._options = objective, options
         self._wanted = {objective.target: (objective.forces, objective.stress)}
 
     def __call__(self, epoch: int, batch: int) -> Tensor:
         """The weighted loss of what goes beside a batch, a scalar."""
         replayed = self.beside.batch(epoch, batch).to(self.model.device, self.model.dtype)
         predictions = self.model.predict_many(replayed, self._wanted, create_graph=True)
-        return self.weight * batch_loss(replayed, predictions, self.objectives)
+        objective = self.objective.at(loss_stage(self._options, epoch))
+        return self.weight * batch_loss(replayed, predictions, {objective.target: objective})

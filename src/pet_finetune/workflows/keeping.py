@@ -171,7 +171,8 @@ def extra_losses(
             dtype=model.dtype,
         )
         beside = Beside(loader, training, kept.replay.fraction)
-        terms.append(ReplayLoss(model, beside, _possible(objective, loader), kept.replay.weight))
+        objective = _possible(objective, loader)
+        terms.append(ReplayLoss(model, beside, objective, kept.replay.weight, options.training))
     if kept.anchor is not None:
         anchor = kept.anchor
         terms.append(AnchorLoss(model, anchor.reference, anchor.importance, anchor.strength))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from models import random_potential
-from pet_finetune.config import TargetLoss
+from pet_finetune.config import TargetLoss, TrainingOptions
 from pet_finetune.data import Loader
 from pet_finetune.data.beside import Beside
 from pet_finetune.train.dimers import DimerCurves, dimer_curves
@@ -77,12 +77,14 @@ def test_the_report_is_due_every_few_epochs(model, labelled, every, epochs):
     assert [e for e in range(1, 8) if retention.errors_after(model, e)] == epochs
 
 
-def replay(model, structures, weight=0.5):
+def replay(model, structures, weight=0.5, options=None):
     main = Loader(STRUCTURES, model.cutoff, batch_size=4, shuffle=True, seed=1, dtype=model.dtype)
     second = Loader(
         structures, model.cutoff, batch_size=1, augment=False, seed=1, dtype=model.dtype
     )
-    return ReplayLoss(model, Beside(second, main, 0.5), OBJECTIVE, weight)
+    return ReplayLoss(
+        model, Beside(second, main, 0.5), OBJECTIVE, weight, options or TrainingOptions()
+    )
 
 
 def test_replay_is_the_weighted_loss_of_what_goes_beside_the_batch(labelled):
@@ -95,6 +97,19 @@ def test_replay_is_the_weighted_loss_of_what_goes_beside_the_batch(labelled):
     assert float(loss.detach()) == pytest.approx(expected)
     loss.backward()
     assert float(other.network.edge_embedder.weight.grad.abs().max()) > 0
+
+
+def test_the_schedule_of_the_loss_holds_for_replay(labelled):
+    stage = {"start": 0.5, "energy": 3.0, "forces": 3.0, "stress": 3.0}
+    options = TrainingOptions.model_validate({"num_epochs": 4, "loss_schedule": [stage]})
+    other = random_potential(seed=5, targets=("energy", "other"))
+    plain, staged = (
+        float(replay(other, labelled, options=o)(2, 0).detach()) for o in (None, options)
+    )
+    assert staged == pytest.approx(3.0 * plain)
+    assert float(replay(other, labelled, options=options)(1, 0).detach()) == pytest.approx(
+        float(replay(other, labelled)(1, 0).detach())
+    )
 
 
 def test_what_a_model_says_itself_costs_nothing_until_it_says_otherwise(model, labelled):
