@@ -15,6 +15,7 @@ import torch
 from models import random_potential
 from pet_finetune.checkpoint import save_checkpoint
 from pet_finetune.cli import main
+from pet_finetune.data.probe import probe_structures
 from tiny_data import molecules, options, write_frames, write_options
 
 
@@ -59,14 +60,19 @@ def _leave_logging_as_it_was() -> Iterator[None]:
 
 
 @pytest.fixture
-def drawn() -> None:
-    """Ask for this where the plots at the end of a run matter."""
+def reported() -> None:
+    """Ask for this where the whole probe set and the plots at the end of a run matter."""
 
 
 @pytest.fixture(autouse=True)
-def _plots_are_not_drawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "drawn" not in request.fixturenames:  # half a second a run
-        monkeypatch.setattr("pet_finetune.workflows.dimers.dimers_svg", lambda *ignored: "<svg/>")
+def _little_is_reported(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "reported" in request.fixturenames:  # which takes most of a second a run
+        return
+    workflows = "pet_finetune.workflows"
+    monkeypatch.setattr(f"{workflows}.dimers.dimers_svg", lambda *ignored: "<svg/>")
+    monkeypatch.setattr(
+        f"{workflows}.memory.probe_structures", lambda species: probe_structures(species)[::8]
+    )
 
 
 @pytest.fixture

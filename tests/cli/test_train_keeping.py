@@ -28,7 +28,7 @@ def results(folder="run"):
     return json.loads(Path(folder, "results.json").read_text())
 
 
-def test_the_report_stands_in_log_table_csv_and_results(here, train, drawn):
+def test_the_report_stands_in_log_table_csv_and_results(here, train, reported):
     answer = train(finetune(method="lora"), "-c", "base.ckpt")
     before, after = (results()[name]["retention"]["energy"] for name in ("before", "after"))
     assert before["forces_mae"] < 1e-6 < after["forces_mae"]
@@ -46,7 +46,7 @@ def test_the_report_stands_in_log_table_csv_and_results(here, train, drawn):
     assert log.count("| forgetting energy") == 2
 
 
-def test_the_report_is_the_error_against_the_foundation(here, train):
+def test_the_report_is_the_error_against_the_foundation(here, train, reported):
     """Computed again from the two checkpoints alone; the baseline's shift does not count."""
     train(finetune(method="full"), "-c", "base.ckpt")
     base, tuned = (load_checkpoint(name).model for name in ("base.ckpt", "run/best_model.ckpt"))
@@ -160,7 +160,7 @@ def test_replay_and_anchor_reduce_forgetting(here, train):
     assert left["anchor"] < 0.8 * left["none"]
 
 
-def test_dimer_curves_before_and_after(here, train, drawn):
+def test_dimer_curves_before_and_after(here, train, reported):
     answer = train(finetune(method="full"), "-c", "base.ckpt")
     with Path("run/dimers.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
