@@ -139,7 +139,7 @@ def test_real_data_of_the_pre_training_kind(here, train):
     assert float(epochs("run")[0]["train/replay"]) > 0
 
 
-def test_replay_and_anchor_reduce_forgetting(here, train):
+def test_replay_and_anchor_reduce_forgetting(here, train, reported):
     """On structures that are not among those replayed."""
     training = {"num_epochs": 5, "batch_size": 2, "learning_rate": 5e-3}
     left = {}

@@ -45,6 +45,13 @@ def check_keeping(options: Options) -> Iterator[Problem]:
             yield Problem(
                 (*_FINETUNE, name, "structures"), "empty; name `training`, `probe` or a file."
             )
+    if anchor is not None and anchor.type == "ewc" and finetune.config.quant_bits is not None:
+        yield Problem(
+            (*_FINETUNE, "anchor", "type"),
+            "ewc asks how the predictions depend on each weight of the base, and with quant_bits "
+            "these are not there as numbers. Use l2sp, or remove quant_bits.",
+            also=((*_FINETUNE, "config", "quant_bits"),),
+        )
     if anchor is not None and anchor.type != "ewc":
         for key in _changed(anchor, "structures", "samples"):
             yield Problem(

@@ -77,7 +77,7 @@ class AnchorLoss:
     def _moves(self) -> Iterator[tuple[str, Tensor]]:
         """What each weight has moved by, with the name of the foundation's weight."""
         for path, layer in self._layers.items():
-            yield f"{path}.weight", layer.updated_weight() - layer.weight
+            yield f"{path}.weight", layer.updated_weight() - layer.base_weight()
         for name, parameter in self._parameters.items():
             yield name, parameter - self._reference[name]
 

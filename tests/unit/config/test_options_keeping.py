@@ -99,6 +99,8 @@ WRONG = {
     "spelling": ({"replay": {"fractoin": 0.2}}, ("fractoin", "Did you mean 'fraction'?")),
     "anchor type": ({"anchor": "l2s"}, ("anchor.type", "l2sp, ewc", "Did you mean 'l2sp'?")),
     "anchor strength": ({"anchor": {"type": "ewc", "strength": 0}}, ("anchor.strength",)),
+    "quantised base": ({"method": "qlora", "anchor": "ewc"},
+                       ("anchor.type", "with quant_bits", "Use l2sp")),
     "samples of l2sp": ({"anchor": {"type": "l2sp", "samples": 9}},
                         ("anchor.samples", "belongs to type ewc")),
 }  # fmt: skip

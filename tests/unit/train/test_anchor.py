@@ -39,6 +39,7 @@ METHODS = {
     "lora": adapted,
     "dora": lambda: adapted(use_dora=True),
     "pissa": lambda: adapted(init="pissa"),
+    "qlora": lambda: adapted(quant_bits=8),
 }
 
 
