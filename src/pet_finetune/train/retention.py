@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from pet_finetune.adapters import Committee
 from pet_finetune.data.structure import Structure
 from pet_finetune.model import Potential
 
@@ -33,7 +34,7 @@ class Retention:
         self._loader = evaluation_loader(structures, model)
         self._wanted = dict.fromkeys(targets, (True, False))
 
-    def errors(self, model: Potential) -> dict[str, Metrics]:
+    def errors(self, model: Potential | Committee) -> dict[str, Metrics]:
         """The errors of a model by target."""
         return evaluate(model, self._loader, self._wanted)
 
