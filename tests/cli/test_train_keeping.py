@@ -239,6 +239,8 @@ def test_a_head_that_is_gone_cannot_be_rehearsed(here, command):
     assert "the head of 'energy/b' is not part of the new model" in failing(command)
     write_options(Path("mine.yaml"), new_target(finetune(method="lora", replay={})))
     assert "no head of the new model begins as one of the foundation's" in failing(command)
+    write_options(Path("mine.yaml"), new_target(finetune(method="lora", anchor="ewc")))
+    assert "no trained head begins as one" in failing(command)
 
 
 def test_a_run_goes_on_with_what_it_kept_though_the_options_changed(here, command, train):

@@ -120,7 +120,7 @@ def _keep_anchor(
     }
     importance = None
     if anchor.type == "ewc":
-        target = next(iter(memory.foundation.sources), None) or next(iter(model.targets))
+        target = next(iter(memory.foundation.sources))
         objective = rehearsed_objective(options, model, target)
         importance = fisher_information(model, memory.weighed, objective, seed)
     _logger.info(

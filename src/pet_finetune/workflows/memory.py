@@ -15,7 +15,7 @@ from pet_finetune.data.probe import PROBE, probe_structures
 from pet_finetune.data.readers import read_structures
 from pet_finetune.data.species import check_species
 from pet_finetune.data.structure import Structure, atoms_to_structure
-from pet_finetune.errors import DataError
+from pet_finetune.errors import ConfigError, DataError
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 
@@ -87,6 +87,12 @@ def remember(
     weighed: list[Structure] = []
     anchor = finetune.anchor
     if anchor is not None and anchor.type == "ewc":
+        if not foundation.sources:
+            raise ConfigError(
+                "architecture.training.finetune.anchor: ewc weighs the weights by what they mean "
+                "for an energy of the foundation, but no trained head begins as one. Use l2sp, or "
+                "name the head to begin with in finetune.inherit_heads."
+            )
         weighed = _unlabelled(anchor.structures, model, foundation, training, "anchor")
         weighed = _sample(weighed, anchor.samples, seed)
     return Memory(
