@@ -21,6 +21,7 @@ from pet_finetune.train.metrics import SHOWN
 from pet_finetune.train.run_files import ADAPTER, BEST, LAST, OPTIONS, RESULTS, TABLE, RunFiles
 
 from .evaluate import EvaluationResult, evaluate_files, evaluate_options
+from .prepare import RETENTION
 from .resume import changed_options
 from .tables import show, size_text
 from .train import train
@@ -232,13 +233,15 @@ def _table(summaries: Sequence[RunSummary]) -> Table:
     table = Table(title="runs (mean absolute errors of the best model)", title_justify="left")
     table.add_column("run", overflow="fold")
     table.add_column("kind")
-    columns = list(dict.fromkeys(name for summary in summaries for name in summary.errors))
+    names = dict.fromkeys(name for summary in summaries for name in summary.errors)
+    # A line is narrow: of what was forgotten it has the forces, and the files have all.
+    columns = [n for n in names if not n.startswith(RETENTION) or n.endswith("/forces_mae")]
     for name in columns:
         set_name, _, rest = name.partition("/")
         target, _, quantity = rest.rpartition("/")
         kind = quantity.removesuffix("_mae")
         shown = kind if target == "energy" else f"{target} {kind}"
-        heading = "val." if set_name == "validation" else set_name
+        heading = {"validation": "val.", RETENTION: "forgot"}.get(set_name, set_name)
         table.add_column(f"{heading}\n{shown}\n{SHOWN[kind][1]}", justify="right")
     for heading in ("trained", "adapter", "seconds"):
         table.add_column(heading, justify="right")
