@@ -102,9 +102,12 @@ def test_the_same_layers_and_counts_train(base: Potential):
     assert counts[0] == counts[1]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "prompt"])
 def test_peft_opens_every_method(base: Potential, batch: Batch, method: str, tmp_path: Path):
-    """Outputs with the adapter beside the weights and merged into them."""
+    """Outputs with the adapter beside the weights and merged into them.
+
+    Prompts aside, which peft knows for a few language models only.
+    """
     ours = trained_adapter(copy.deepcopy(base), **METHODS[method])
     save_adapter(ours, tmp_path / "adapter", "base.ckpt")
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base.network), tmp_path / "adapter")
@@ -260,7 +263,7 @@ def test_what_would_mean_something_else_is_refused(
 def test_other_methods_of_peft_are_refused(base: Potential, tmp_path: Path):
     config = peft.IA3Config(target_modules=["mlp.w_out"], feedforward_modules=[])
     peft.get_peft_model(copy.deepcopy(base.network), config).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(AdapterError, match="IA3 adapter, not a LoRA"):
+    with pytest.raises(AdapterError, match="IA3 adapter"):
         load_adapter(copy.deepcopy(base), tmp_path / "adapter")
 
 
