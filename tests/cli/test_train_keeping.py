@@ -264,3 +264,13 @@ def test_a_run_without_its_kept_file_says_so(here, command, train):
     answer = command("train", "mine.yaml", "--restart", "run")
     assert answer.code == 1
     assert "'run/kept.pt', which holds what the run keeps" in answer.err
+
+
+def test_heads_that_begin_at_random_are_not_anchored(here, train):
+    two = random_potential(targets=("energy", "energy/b"), dtype=torch.float32)
+    save_checkpoint("base.ckpt", two)
+    training = {"num_epochs": 1, "finetune": {"method": "full", "anchor": "l2sp"}}
+    train(new_target(options(training)), "-c", "base.ckpt")
+    reference = torch.load("run/kept.pt", weights_only=True)["anchor"]["reference"]
+    assert "edge_embedder.weight" in reference
+    assert not [name for name in reference if "energy/new" in name]
