@@ -110,9 +110,7 @@ def _keep_anchor(
     anchor = options.finetune.anchor
     if anchor is None:
         return None
-    random = tuple(
-        f"{group}.{target}." for target in fresh for group in model.network.head_modules(target)
-    )
+    random = tuple(f"{path}." for target in fresh for path in model.network.head_modules(target))
     reference = {
         name: value
         for name, value in reference_weights(model).items()
