@@ -71,9 +71,19 @@ class Bench:
         os.replace(partial, self._store)
 
 
-def run_sweep(bench: Bench, sets: Sequence[str], families: Sequence[str]) -> None:
-    """Learning rates: the grid on all sets, then beyond it while the best is at its edge."""
+def run_sweep(
+    bench: Bench, sets: Sequence[str], families: Sequence[str], given: Sequence[float]
+) -> None:
+    """Learning rates: the grid on all sets, then beyond it while the best is at its edge.
+
+    Given ones are run instead.
+    """
     for family in families:
+        for rate in given:
+            for data in sets:
+                bench.run(Job(data, family, rate))
+        if given:
+            continue
         while rates := sweep.next_rates(family, sets, bench.rows):
             for rate in rates:
                 for data in sets:
@@ -99,7 +109,8 @@ def main() -> None:
     methods, sets = arguments.methods, arguments.sets
     rates = {name: METHODS[name].learning_rate for name in METHODS}
     if arguments.stage == "sweep":
-        run_sweep(bench, sets, [name for name in methods if name in FAMILIES])
+        families = [name for name in methods if name in FAMILIES]
+        run_sweep(bench, sets, families, arguments.rates)
     elif arguments.stage == "variants":
         run_variants(bench, sets, [name for name in methods if name in ("full", "lora r8")])
     elif arguments.stage == "table":
@@ -149,6 +160,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--sets", nargs="+", choices=SETS, default=["ethanol", "carbon", "water"])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--stage", choices=STAGES, required=True)
+    parser.add_argument(
+        "--rates", nargs="+", type=float, default=[], help="of the stage 'sweep', not its grid"
+    )
     parser.add_argument("--seeds", type=int, default=5, help="of the stage 'spread'")
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()

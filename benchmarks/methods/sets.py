@@ -55,7 +55,7 @@ SETS = {
         (8, 3, 6),
         0.2,
         1,
-        8,
+        5,
         test_file="water_dpmd_val.xyz",
     ),
     "3bpa": DataSet(

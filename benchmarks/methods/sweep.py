@@ -73,10 +73,8 @@ def rate_groups(family: str, sets: Iterable[str], rates: Iterable[float]) -> dic
 
 def known_rates(family: str, sets: Sequence[str], rows: Rows) -> list[float]:
     """The learning rates that this family has been run with on all the sets."""
-    rates = grid(family)
-    for _ in range(EXTENSIONS):
-        rates = [rounded(min(rates) / FACTOR), *rates, rounded(max(rates) * FACTOR)]
-    return [rate for rate in rates if all(Job(data, family, rate).name in rows for data in sets)]
+    rates = {row["training"]["learning_rate"] for row in rows.values()}
+    return sorted(r for r in rates if all(Job(data, family, r).name in rows for data in sets))
 
 
 def chosen_rate(family: str, sets: Sequence[str], rows: Rows) -> float:

@@ -57,7 +57,8 @@ def rows_of(family, errors):
     """Results on one set by learning rate."""
     return {
         Job("ethanol", family, rate).name: {
-            "after": {"test": {"energy": {"energy_mae": error, "forces_mae": error}}}
+            "training": {"learning_rate": rate},
+            "after": {"test": {"energy": {"energy_mae": error, "forces_mae": error}}},
         }
         for rate, error in errors.items()
     }
