@@ -53,6 +53,9 @@ METHODS: dict[str, Method] = {
     "pissa r8": _lora(rank=8, init="pissa"),
     "olora r8": _lora(rank=8, init="olora"),
     "lora+ r8": _lora(rank=8, loraplus_lr_ratio=4),
+    "qlora r8, 8 bits": _lora(rank=8, quant_bits=8),
+    "qlora r8, 4 bits": _lora(rank=8, quant_bits=4),
+    "prompt": Method("prompt"),
 }
 
 #: What else the sweep tries, beside other learning rates.
@@ -69,4 +72,4 @@ VARIANTS: dict[str, Method] = {
 ALL = METHODS | VARIANTS
 
 #: Whose learning rate the sweep varies.
-FAMILIES = ("full", "heads", "lora r8", "dora r8")
+FAMILIES = ("full", "heads", "lora r8", "dora r8", "prompt", "qlora r8, 4 bits")
