@@ -72,16 +72,20 @@ class Bench:
 
 
 def run_sweep(
-    bench: Bench, sets: Sequence[str], families: Sequence[str], given: Sequence[float]
+    bench: Bench,
+    sets: Sequence[str],
+    families: Sequence[str],
+    given: Sequence[float],
+    epochs: int,
 ) -> None:
     """Learning rates: the grid on all sets, then beyond it while the best is at its edge.
 
-    Given ones are run instead.
+    Given ones are run instead, for so many epochs if the number is not 0.
     """
     for family in families:
         for rate in given:
             for data in sets:
-                bench.run(Job(data, family, rate))
+                bench.run(Job(data, family, rate, epochs=epochs))
         if given:
             continue
         while rates := sweep.next_rates(family, sets, bench.rows):
@@ -110,7 +114,7 @@ def main() -> None:
     rates = {name: METHODS[name].learning_rate for name in METHODS}
     if arguments.stage == "sweep":
         families = [name for name in methods if name in FAMILIES]
-        run_sweep(bench, sets, families, arguments.rates)
+        run_sweep(bench, sets, families, arguments.rates, arguments.epochs)
     elif arguments.stage == "variants":
         run_variants(bench, sets, [name for name in methods if name in ("full", "lora r8")])
     elif arguments.stage == "table":
@@ -142,6 +146,7 @@ def _report(
         report.spread_table(names, sets, arguments.seeds, rows, rates),
         "## Learning rates",
         report.rate_table(sets, rows),
+        report.longer_table(rows),
         *(f"{report.variant_table(family, sets, rows)}" for family in ("lora r8", "full")),
     ]
     return "\n\n".join(parts) + "\n"
@@ -163,9 +168,15 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--rates", nargs="+", type=float, default=[], help="of the stage 'sweep', not its grid"
     )
+    parser.add_argument(
+        "--epochs", type=int, default=0, help="with --rates: not the set's own number"
+    )
     parser.add_argument("--seeds", type=int, default=5, help="of the stage 'spread'")
     parser.add_argument("--threads", type=int, default=2)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.epochs and not arguments.rates:
+        parser.error("--epochs: only with --rates")
+    return arguments
 
 
 if __name__ == "__main__":

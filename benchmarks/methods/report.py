@@ -49,6 +49,21 @@ def rate_table(sets: Sequence[str], rows: Rows) -> str:
     return table(["method", "learning rate", *set_titles(sets), "score"], lines)
 
 
+def longer_table(rows: Rows) -> str:
+    """Runs with a number of epochs of their own: does the best learning rate depend on it?"""
+    lines = []
+    for data in SETS:
+        for family in FAMILIES:
+            for row in rows.values():
+                rate = row["training"]["learning_rate"]
+                epochs = row["training"]["num_epochs"]
+                job = Job(data, family, rate, epochs=epochs)
+                if rows.get(job.name) is row:
+                    text = errors_text(sweep.errors_of(row))
+                    lines.append([data, str(epochs), family, f"{rate:g}", text])
+    return table(["set", "epochs", "method", "learning rate", "E / F (/ stress)"], lines)
+
+
 def variant_table(family: str, sets: Sequence[str], rows: Rows) -> str:
     """Errors and scores of ranks, schedules and averages, at the family's learning rate."""
     rate = sweep.chosen_rate(family, sets, rows)
@@ -81,6 +96,16 @@ def spread_table(
     return table(["method", *set_titles(sets)], lines)
 
 
+def forgotten(rows: Sequence[Mapping[str, Any] | None]) -> str:
+    """By set: mean absolute error of forces on the structures of the forgetting report, meV/A."""
+    words = []
+    for row in rows:
+        kept = (row or {}).get("after", {}).get("retention", {})
+        values = [errors["forces_mae"] * 1e3 for errors in kept.values()]
+        words.append(f"{values[0]:.0f}" if values else "")
+    return " / ".join(words) if any(words) else ""
+
+
 def spread_text(found: Sequence[Mapping[str, float]]) -> str:
     if len(found) < 2:
         return ""
@@ -110,12 +135,14 @@ def method_table(sets: Sequence[str], rows: Rows, rates: Mapping[str, float], co
                 title,
                 f"{rates[name]:.2g}",
                 *cells,
+                forgotten(found),
                 f"{count:,}" if count else "all",
                 sent,
                 *cost_cells(name, cost),
             ]
         )
-    heading = ["method", "rate", *set_titles(sets), "trained", "kB", "s/epoch", "MB"]
+    sizes = ["trained", "kB", "s/epoch", "MB"]
+    heading = ["method", "rate", *set_titles(sets), "forgotten", *sizes]
     return table(heading, lines)
 
 
@@ -124,7 +151,7 @@ def _foundation_line(sets: Sequence[str], rows: Rows, rates: Mapping[str, float]
     for data in sets:
         row = rows.get(Job(data, "full", rates["full"]).name)
         cells.append(errors_text(sweep.errors_of(row, "before")) if row else "")
-    return ["foundation, refitted baseline", "", *cells, "0", "", "", ""]
+    return ["foundation, refitted baseline", "", *cells, "0", "0", "", "", ""]
 
 
 def cost_cells(name: str, cost: Rows) -> list[str]:
