@@ -149,7 +149,7 @@ class TrainingOptions(Section):
     learning_rate: PositiveFloat | None = Field(
         default=None,
         description="Highest learning rate. Null chooses: 2e-3 for `lora`, 1e-3 for `heads`, "
-        "5e-4 for `full` fine-tuning and from scratch. metatrain's default is 1e-4 for all.",
+        "2e-4 for `full` fine-tuning, 5e-4 from scratch. metatrain's default is 1e-4 for all.",
     )
     scheduler: Annotated[Literal["cosine", "constant"], OneOf()] = Field(
         default="cosine", description="Course of the learning rate after the warm-up."

@@ -69,7 +69,7 @@ def test_the_method_when_it_is_not_named(finetune: Any, checkpoint: Any, method:
     assert load({"finetune": finetune}, checkpoint).options.finetune.method == method
 
 
-@pytest.mark.parametrize(("method", "rate"), [("lora", 2e-3), ("heads", 1e-3), ("full", 5e-4)])
+@pytest.mark.parametrize(("method", "rate"), [("lora", 2e-3), ("heads", 1e-3), ("full", 2e-4)])
 def test_the_learning_rate_follows_the_method(method: str, rate: float) -> None:
     training = {"finetune": {"method": method, "read_from": "m.ckpt"}}
     assert load(training).options.learning_rate() == rate
