@@ -64,13 +64,15 @@ class Job:
         }
         if method.name != SCRATCH:
             training["finetune"] = {"method": method.name, **method.finetune}
+            if method.own_head:
+                training["finetune"]["inherit_heads"] = {method.target: "energy"}
             if method.config:
                 training["finetune"]["config"] = dict(method.config)
         return training
 
     def options(self, work: Path, foundation: Path) -> dict[str, Any]:
         """The options file."""
-        training = self.training()
+        training, target = self.training(), ALL[self.method].target
         model: dict[str, Any] = FOUNDATION_SHAPE
         if "finetune" in training:
             model = {}
@@ -80,9 +82,9 @@ class Job:
             "device": "cpu",
             "base_precision": 32,
             "architecture": {"name": "pet", "model": model, "training": training},
-            "training_set": section(self.data, "train", work),
-            "validation_set": section(self.data, "validation", work),
-            "test_set": section(self.data, "test", work),
+            "training_set": section(self.data, "train", work, target),
+            "validation_set": section(self.data, "validation", work, target),
+            "test_set": section(self.data, "test", work, target),
         }
 
 

@@ -101,8 +101,8 @@ def forgotten(rows: Sequence[Mapping[str, Any] | None]) -> str:
     words = []
     for row in rows:
         kept = (row or {}).get("after", {}).get("retention", {})
-        values = [errors["forces_mae"] * 1e3 for errors in kept.values()]
-        words.append(f"{values[0]:.0f}" if values else "")
+        errors = kept.get("energy", next(iter(kept.values()), None))  # the foundation's own head
+        words.append(f"{errors['forces_mae'] * 1e3:.0f}" if errors else "")
     return " / ".join(words) if any(words) else ""
 
 

@@ -20,12 +20,19 @@ class Method:
         config: ``finetune.config``.
         finetune: further keys of ``finetune``.
         training: further keys of ``architecture.training``.
+        own_head: whether the foundation's head stays beside a copy that trains.
     """
 
     name: str
     config: dict[str, Any] = field(default_factory=dict)
     finetune: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    own_head: bool = False
+
+    @property
+    def target(self) -> str:
+        """What the energy to learn is called."""
+        return "energy/new" if self.own_head else "energy"
 
     @property
     def learning_rate(self) -> float:
@@ -56,6 +63,10 @@ METHODS: dict[str, Method] = {
     "qlora r8, 8 bits": _lora(rank=8, quant_bits=8),
     "qlora r8, 4 bits": _lora(rank=8, quant_bits=4),
     "prompt": Method("prompt"),
+    "full + replay": Method("full", finetune={"replay": {}}, own_head=True),
+    "full + l2sp": Method("full", finetune={"anchor": "l2sp"}),
+    "full + ewc": Method("full", finetune={"anchor": "ewc"}),
+    "lora r8 + replay": Method("lora", {"rank": 8}, {"replay": {"structures": ["probe"]}}),
 }
 
 #: What else the sweep tries, beside other learning rates.

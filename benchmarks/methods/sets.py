@@ -128,8 +128,8 @@ def part_path(name: str, part: str, work: Path) -> Path:
     return work / f"{name}-{part}.xyz"
 
 
-def section(name: str, part: str, work: Path) -> dict[str, Any]:
-    """The part as a section of an options file."""
+def section(name: str, part: str, work: Path, target: str) -> dict[str, Any]:
+    """The part as a section of an options file; its energy is learned as ``target``."""
     energy: dict[str, Any] = {
         "quantity": "energy",
         "key": "energy",
@@ -139,4 +139,4 @@ def section(name: str, part: str, work: Path) -> dict[str, Any]:
     if SETS[name].stress:
         energy["stress"] = {"key": "stress"}
     systems = {"read_from": str(part_path(name, part, work)), "length_unit": "angstrom"}
-    return {"systems": systems, "targets": {"energy": energy}}
+    return {"systems": systems, "targets": {target: energy}}
