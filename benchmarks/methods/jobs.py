@@ -76,7 +76,11 @@ class Job:
         model: dict[str, Any] = FOUNDATION_SHAPE
         if "finetune" in training:
             model = {}
-            training["finetune"] = {**training["finetune"], "read_from": str(foundation)}
+            training["finetune"] = {
+                **training["finetune"],
+                "read_from": str(foundation),
+                "retention": {"every": training["num_epochs"]},  # no more often than needed
+            }
         return {
             "seed": self.seed,
             "device": "cpu",
