@@ -33,18 +33,18 @@ def set_titles(sets: Sequence[str]) -> list[str]:
 
 
 def rate_table(sets: Sequence[str], rows: Rows) -> str:
-    """Errors and scores by family and learning rate."""
+    """Errors by family and learning rate; scores over the sets that have them all."""
     lines = []
     for family in FAMILIES:
         rates = sweep.known_rates(family, sets[:1], rows)
         groups = sweep.rate_groups(family, sets, rates)
-        scores = sweep.compare(groups, rows)
+        common = [s for s in sets if all(Job(s, family, rate).name in rows for rate in rates)]
+        scores = sweep.compare(sweep.rate_groups(family, common, rates), rows)
         best = min(scores, key=scores.__getitem__) if scores else ""
         for name, jobs in groups.items():
-            cells = [
-                errors_text(sweep.errors_of(rows[j.name])) if j.name in rows else "" for j in jobs
-            ]
-            shown = f"{scores[name]:.3f}" if name in scores else ""
+            found = [rows.get(job.name) for job in jobs]
+            cells = [errors_text(sweep.errors_of(row)) if row else "" for row in found]
+            shown = f"{scores[name]:.2f}"
             lines.append([family, name, *cells, f"**{shown}**" if name == best else shown])
     return table(["method", "learning rate", *set_titles(sets), "score"], lines)
 
@@ -103,7 +103,7 @@ def forgotten(rows: Sequence[Mapping[str, Any] | None]) -> str:
         kept = (row or {}).get("after", {}).get("retention", {})
         errors = kept.get("energy", next(iter(kept.values()), None))  # the foundation's own head
         words.append(f"{errors['forces_mae'] * 1e3:.0f}" if errors else "")
-    return " / ".join(words) if any(words) else ""
+    return " / ".join(word or "-" for word in words) if any(words) else ""
 
 
 def spread_text(found: Sequence[Mapping[str, float]]) -> str:
