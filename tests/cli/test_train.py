@@ -134,7 +134,8 @@ def test_qlora_says_what_it_saves_and_what_rounding_changes(here, train):
 
 
 def test_training_lowers_the_errors(here, train):
-    content = options({"num_epochs": 15, "batch_size": 2, "finetune": {"method": "full"}})
+    training = {"num_epochs": 15, "batch_size": 2, "learning_rate": 5e-4}
+    content = options({**training, "finetune": {"method": "full"}})
     train(content, "-c", "base.ckpt")
     results = json.loads(Path("run/results.json").read_text())
     before, after = (results[name]["test"]["energy"] for name in ("before", "after"))
