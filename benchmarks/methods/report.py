@@ -119,7 +119,7 @@ def spread_text(found: Sequence[Mapping[str, float]]) -> str:
 
 def method_table(sets: Sequence[str], rows: Rows, rates: Mapping[str, float], cost: Rows) -> str:
     """One line a method."""
-    lines = [_foundation_line(sets, rows, rates)]
+    lines = [_foundation_line(sets, rows)]
     for name, method in METHODS.items():
         jobs = [Job(data, name, rates[name]) for data in sets]
         found = [rows.get(job.name) for job in jobs]
@@ -146,11 +146,14 @@ def method_table(sets: Sequence[str], rows: Rows, rates: Mapping[str, float], co
     return table(heading, lines)
 
 
-def _foundation_line(sets: Sequence[str], rows: Rows, rates: Mapping[str, float]) -> list[str]:
+def _foundation_line(sets: Sequence[str], rows: Rows) -> list[str]:
+    """The model that every run starts from."""
     cells = []
     for data in sets:
-        row = rows.get(Job(data, "full", rates["full"]).name)
-        cells.append(errors_text(sweep.errors_of(row, "before")) if row else "")
+        found = [
+            row for name, row in rows.items() if name.startswith((f"{data}_full", f"{data}_lora"))
+        ]
+        cells.append(errors_text(sweep.errors_of(found[0], "before")) if found else "")
     return ["foundation, refitted baseline", "", *cells, "0", "0", "", "", ""]
 
 
