@@ -31,7 +31,7 @@ from .bootstrap import of_member
 from .elements import ADVICE
 from .keeping import extra_losses, make_kept, retention_of
 from .machine import choose_dtype, seed_everything, versions
-from .memory import remember
+from .memory import Memory, remember
 from .resume import Errors, RunState, SavedRun, take_files
 from .rounding import rounding_told
 from .start import Start, check_targets, choose_trainable, start_model
@@ -91,75 +91,104 @@ def prepare_run(
     dtype = choose_dtype(options.base_precision)
     seed = seed_everything(saved.state.seed if saved else options.seed)
     _logger.info("seed %d, %s, %d bits", seed, device, options.base_precision)
-    if saved:
-        take_files(saved, files)
-        splits = load_splits(files.folder / SPLITS, options)
-    else:
-        splits = make_splits(options, seed)
+    splits = _splits(options, files, saved, seed)
     own_seed, trained_on = seed, splits
     if options.finetune.member is not None:
         own_seed, trained_on = of_member(options, splits, seed)
         seed_everything(own_seed)
     start = saved.start() if saved else start_model(options, splits)
     model = start.model.to(device=device, dtype=dtype)
-    structures = [*splits.train, *splits.validation, *splits.test]
-    check_species(structures, model.species, ADVICE if options.is_finetuning else "")
-    if model.hypers.system_conditioning:
-        check_charges(structures, model.hypers.max_charge, model.hypers.max_spin_multiplicity)
+    _check_structures(options, splits, model)
     memory = None if saved else remember(options, start, trained_on.train, own_seed)
     data = load_data(options, trained_on, model, own_seed, dtype)
     kernels.prepare(device)  # the input is sound: compiling, should they need it, is not in vain
-    if not saved:
-        with rounding_told(options, model, data.train):
-            choose_trainable(start, options, memory.heads if memory else ())
-        _log_baselines(options, start, data)
-        splits.save(files.folder / SPLITS)
-        files.write(OPTIONS, options_of_run(options, seed))
-    model.to(device=device, dtype=dtype)
     if saved:
         kept = Kept.from_plain(files.read_kept()) if saved.state.fingerprint else Kept()
     else:
+        _begin(options, start, data, memory)
+        model.to(device=device, dtype=dtype)
+        splits.save(files.folder / SPLITS)
+        files.write(OPTIONS, options_of_run(options, seed))
         kept = make_kept(options, memory, model, trained_on.train, start.fresh, own_seed)
         if to_finish and memory:
             files.write_kept(kept.plain())
     retention = retention_of(kept, model)
-    objectives = _objectives(options, model, data)
     files.base_name = start.name
     files.provenance = saved.provenance if saved else _provenance(options, start, data, seed)
     _logger.info("%s", trainable_report(model))
+    trainer = _trainer(options, model, data, kept, own_seed, saved)
+    if saved:
+        files.drop_rows_after(trainer.progress.epoch)
+        return Run(options, files, data, trainer, saved.state, kept, retention)
+    before = evaluate_sets(options, model, data, trainer.wanted, retention) if to_finish else {}
+    state = _new_state(options, start, seed, trainer.learning_rate, before)
+    return Run(options, files, data, trainer, state, kept, retention)
+
+
+def _splits(options: Options, files: RunFiles, saved: SavedRun | None, seed: int) -> Splits:
+    """The three sets: drawn for a new run, as they were for one that goes on."""
+    if saved is None:
+        return make_splits(options, seed)
+    take_files(saved, files)
+    return load_splits(files.folder / SPLITS, options)
+
+
+def _check_structures(options: Options, splits: Splits, model: Potential) -> None:
+    """Make sure that the model can compute all structures."""
+    structures = [*splits.train, *splits.validation, *splits.test]
+    check_species(structures, model.species, ADVICE if options.is_finetuning else "")
+    if model.hypers.system_conditioning:
+        check_charges(structures, model.hypers.max_charge, model.hypers.max_spin_multiplicity)
+
+
+def _begin(options: Options, start: Start, data: RunData, memory: Memory | None) -> None:
+    """Choose what trains in a new run, and set its baselines."""
+    with rounding_told(options, start.model, data.train):
+        choose_trainable(start, options, memory.heads if memory else ())
+    _log_baselines(options, start, data)
+
+
+def _trainer(
+    options: Options,
+    model: Potential,
+    data: RunData,
+    kept: Kept,
+    seed: int,
+    saved: SavedRun | None,
+) -> Trainer:
+    """The trainer, where a run that goes on left it."""
     rate = options.training.learning_rate
     if rate is None:
         rate = saved.state.learning_rate if saved else options.learning_rate()
     trainer = Trainer(
         model,
-        objectives,
+        _objectives(options, model, data),
         data.train,
         data.validation,
         options.training,
         rate,
-        extra_losses=extra_losses(options, kept, model, data.train, own_seed),
+        extra_losses=extra_losses(options, kept, model, data.train, seed),
     )
     if saved:
         trainer.load_state(saved.trainer)
-        files.drop_rows_after(trainer.progress.epoch)
         _logger.info("going on after epoch %d", trainer.progress.epoch)
-    state = (
-        saved.state
-        if saved
-        else RunState(
-            seed=seed,
-            learning_rate=rate,
-            baseline=options.baseline_mode(),
-            before=evaluate_sets(options, model, data, trainer.wanted, retention)
-            if to_finish
-            else {},
-            name=start.name,
-            fingerprint=start.fingerprint,
-            inherited=start.inherited,
-            new_species=list(start.new_species),
-        )
+    return trainer
+
+
+def _new_state(
+    options: Options, start: Start, seed: int, learning_rate: float, before: Errors
+) -> RunState:
+    """What a new run is told once."""
+    return RunState(
+        seed=seed,
+        learning_rate=learning_rate,
+        baseline=options.baseline_mode(),
+        before=before,
+        name=start.name,
+        fingerprint=start.fingerprint,
+        inherited=start.inherited,
+        new_species=list(start.new_species),
     )
-    return Run(options, files, data, trainer, state, kept, retention)
 
 
 def options_of_run(options: Options, seed: int) -> str:
