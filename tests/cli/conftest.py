@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from models import random_potential
 from pet_finetune.checkpoint import save_checkpoint
 from pet_finetune.cli import main
 from pet_finetune.data.probe import probe_structures
+from pet_finetune.train.progress import RunDisplay
 from tiny_data import molecules, options, write_frames, write_options
 
 
@@ -99,3 +102,20 @@ def train(command: Command, here: Path) -> Callable[..., Answer]:
         return answer
 
     return run
+
+
+@pytest.fixture
+def stop(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Call with a number of steps: after these, Ctrl-C is pressed, once."""
+
+    def after(steps: int) -> None:
+        left = [steps]
+
+        def step(self: RunDisplay, *ignored: Any) -> None:
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        monkeypatch.setattr(RunDisplay, "step", step)
+
+    return after

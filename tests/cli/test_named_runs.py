@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 from pet_finetune.checkpoint import load_checkpoint
-from pet_finetune.train.progress import RunDisplay
 from tiny_data import molecules, write_frames
 
 DEFAULTS = {
@@ -43,23 +40,6 @@ def runs(here):
 
     write()
     return write
-
-
-@pytest.fixture
-def stop(monkeypatch):
-    """Press Ctrl-C after a number of steps, once."""
-
-    def after(steps):
-        left = [steps]
-
-        def step(self, *ignored):
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGINT)
-
-        monkeypatch.setattr(RunDisplay, "step", step)
-
-    return after
 
 
 def named(command, *arguments, name="plain"):

@@ -40,23 +40,6 @@ METHODS = {
 TIMES = ("seconds", "structures_per_second")
 
 
-@pytest.fixture
-def stop(monkeypatch):
-    """Call with a number of steps: after these, Ctrl-C is pressed."""
-
-    def after(steps):
-        left = [steps]
-
-        def step(self, *ignored):
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGINT)
-
-        monkeypatch.setattr(RunDisplay, "step", step)
-
-    return after
-
-
 def write(training=None, **top):
     content = options({"num_epochs": 3, **(training or {})}, **top)
     content["architecture"]["model"] = {"d_pet": 8, "d_node": 8, "d_head": 8, "d_feedforward": 8,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +16,6 @@ from pet_finetune import PETCalculator
 from pet_finetune.adapters import load_committee, read_adapter
 from pet_finetune.adapters.committee_files import read_committee
 from pet_finetune.checkpoint import load_checkpoint
-from pet_finetune.train.progress import RunDisplay
 from tiny_data import options, write_options
 
 MEMBERS = 2
@@ -132,23 +129,6 @@ def test_one_member_by_itself_is_that_of_the_ensemble(run, here, command):
     assert command("train", "one.yaml", "-o", "alone").code == 0
     alone, member = read_adapter("alone/adapter").tensors, adapters(run)[1]
     assert all(torch.equal(alone[name], member[name]) for name in member)
-
-
-@pytest.fixture
-def stop(monkeypatch):
-    """Call with a number of steps: after these, Ctrl-C is pressed."""
-
-    def after(steps):
-        left = [steps]
-
-        def step(self, *ignored):
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGINT)
-
-        monkeypatch.setattr(RunDisplay, "step", step)
-
-    return after
 
 
 # Three batches an epoch, two epochs a member: within the first member, and at the end of an epoch
