@@ -20,7 +20,7 @@ from pet_finetune.keys import forces_key
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential, fit_composition
 
-from .property_baselines import fit_property
+from .property_baselines import fit_property, predicted
 
 _logger = get_logger(__name__)
 
@@ -57,15 +57,7 @@ def _counts(structures: Sequence[Structure], species: Sequence[int]) -> Tensor:
 
 def _predicted_energies(model: Potential, loader: Loader, target: str) -> Tensor:
     """Energies that the model predicts, baseline included, [n_structures] float64."""
-    parts = []
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        for batch in loader.view():
-            batch = batch.to(model.device, model.dtype)
-            parts.append(model.predict(batch, target, forces=False).energy.cpu())
-    model.train(training)
-    return torch.cat(parts)
+    return predicted(model, loader, lambda batch: model.predict(batch, target, forces=False).energy)
 
 
 def _given(options: Options, target: str, model: Potential, fitted: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pet_finetune.data.batch import Batch
 from pet_finetune.data.loader import Loader
 from pet_finetune.keys import TargetSpec
 from pet_finetune.model import Potential, fit_composition
@@ -65,7 +66,10 @@ def fit_property(
 
         explained = share(fix(start) - start)
         if shift:
-            explained = explained + _predicted(model, spec, loader).reshape(labels.shape)
+            values = predicted(
+                model, loader, lambda batch: model.predict_property(batch, spec.name)
+            )
+            explained = explained + values.to(torch.float64).reshape(labels.shape)
         step = _step(spec, labels - explained, species[numbers], rows, free, ridge)
         new = fix(start + torch.where(free.unsqueeze(1), step, 0.0))
         left = labels - share(new)
@@ -85,15 +89,20 @@ def _labels(spec: TargetSpec, loader: Loader) -> Tensor:
     return torch.cat(parts)
 
 
-def _predicted(model: Potential, spec: TargetSpec, loader: Loader) -> Tensor:
-    """What the model predicts, baseline included, in the order of the loader."""
+def predicted(model: Potential, loader: Loader, ask: Callable[[Batch], Tensor]) -> Tensor:
+    """What a model answers for a whole set, on the CPU, in the order of the loader.
+
+    Args:
+        model: in evaluation mode while it is asked.
+        loader: of the set.
+        ask: gives the answer for one batch, whose rows are joined.
+    """
     parts = []
     training = model.training
     model.eval()
     with torch.no_grad():
         for batch in loader.view():
-            batch = batch.to(model.device, model.dtype)
-            parts.append(model.predict_property(batch, spec.name).cpu().to(torch.float64))
+            parts.append(ask(batch.to(model.device, model.dtype)).cpu())
     model.train(training)
     return torch.cat(parts)
 
