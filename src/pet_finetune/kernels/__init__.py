@@ -6,6 +6,7 @@ through them; the callers fall back to torch operations where it cannot.
 """
 
 from .compiled import active, disabled, prepare
+from .halves import halves, in_bfloat16, multiplies_halves
 from .operators import (
     attention,
     grouped_projection,
@@ -24,8 +25,11 @@ __all__ = [
     "attention",
     "disabled",
     "grouped_projection",
+    "halves",
+    "in_bfloat16",
     "lanes",
     "layer_norm",
+    "multiplies_halves",
     "pack",
     "prepare",
     "projection",

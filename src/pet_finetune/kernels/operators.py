@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .compiled import active
+from .halves import halves
 
 _FLOATS = (torch.float32, torch.float64)
 
@@ -65,9 +66,16 @@ def silu(x: Tensor) -> Tensor:
     return out
 
 
-def pack(weight: Tensor) -> Tensor:
-    """A weight [out, in], both multiples of :func:`lanes`, in the form the processor reads best."""
-    packed: Tensor = torch.ops.pet_finetune.pack(weight)
+def pack(weight: Tensor, *, exact: bool = False) -> Tensor:
+    """A weight [out, in], both multiples of :func:`lanes`, in the form the processor reads best.
+
+    Args:
+        weight: numbers to multiply with.
+        exact: in its own digits also within :func:`in_bfloat16`.
+    """
+    rounds = halves() and not exact and weight.dtype == torch.float32
+    operators = torch.ops.pet_finetune
+    packed: Tensor = operators.pack_halves(weight) if rounds else operators.pack(weight)
     return packed
 
 

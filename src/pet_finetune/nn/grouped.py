@@ -91,5 +91,5 @@ class GroupedLinear(nn.Module):
     def _panels(self) -> Tensor:
         """The weights in the kernels' form; they do not change, so they are packed once."""
         if self._packed is None or self._packed.dtype != self.weight.dtype:
-            self._packed = torch.stack([kernels.pack(weight) for weight in self.weight])
+            self._packed = torch.stack([kernels.pack(weight, exact=True) for weight in self.weight])
         return self._packed

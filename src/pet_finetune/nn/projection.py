@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple, cast
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from pet_finetune import kernels
@@ -66,7 +67,8 @@ def _packed(linear: nn.Linear, weight: Tensor) -> Tensor:
     known = _PACKED.get(linear)
     if known is not None:
         tensor, version, packed = known
-        if tensor.data_ptr() == weight.data_ptr() and version == weight._version:
+        same = tensor.data_ptr() == weight.data_ptr() and version == weight._version
+        if same and (packed.dtype == torch.bfloat16) == kernels.halves():
             return packed
     packed = kernels.pack(weight)
     _PACKED[linear] = (weight.detach(), weight._version, packed)

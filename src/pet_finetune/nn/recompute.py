@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pet_finetune import kernels
+
 __all__ = ["recomputed"]
 
 Function = Callable[..., tuple[Tensor, ...]]
@@ -30,6 +32,7 @@ class _Surroundings:
     gpu_random: Tensor | None
     autocast: bool
     autocast_dtype: torch.dtype
+    halves: bool
 
     @classmethod
     def of(cls, device: torch.device) -> _Surroundings:
@@ -41,6 +44,7 @@ class _Surroundings:
             torch.cuda.get_rng_state(device) if kind == "cuda" else None,
             torch.is_autocast_enabled(kind),
             torch.get_autocast_dtype(kind),
+            kernels.halves(),
         )
 
     @contextmanager
@@ -50,7 +54,8 @@ class _Surroundings:
         kind, dtype = self.device.type, self.autocast_dtype
         # The cache of autocast forgets gradients where a weight is first cast without them.
         cast = torch.autocast(kind, dtype, enabled=self.autocast, cache_enabled=False)
-        with torch.random.fork_rng(devices=devices), cast, torch.enable_grad():
+        products = kernels.in_bfloat16(self.halves)
+        with torch.random.fork_rng(devices=devices), cast, products, torch.enable_grad():
             torch.set_rng_state(self.cpu_random)
             if self.gpu_random is not None:
                 torch.cuda.set_rng_state(self.gpu_random, self.device)

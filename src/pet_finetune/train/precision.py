@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from pet_finetune import kernels
 from pet_finetune.data.batch import Batch
 from pet_finetune.model import Potential, Prediction, Property
 
@@ -16,8 +17,10 @@ _MEV = 1000.0
 def mixed(precision: str | None, device: torch.device) -> AbstractContextManager[object]:
     """The context in which the network computes.
 
-    ``bf16-mixed`` is torch's autocast: matrix products in bfloat16, norms, softmax and sums in
-    float32. Gradients need no scaling, as bfloat16 has the range of float32.
+    ``bf16-mixed`` has matrix products in bfloat16, norms, softmax and sums in float32: torch's
+    autocast, or on a processor with bfloat16 instructions the fused kernels, which round the
+    factors of a product and nothing else. Gradients need no scaling, as bfloat16 has the range of
+    float32.
 
     Args:
         precision: ``architecture.training.precision``.
@@ -25,6 +28,8 @@ def mixed(precision: str | None, device: torch.device) -> AbstractContextManager
     """
     if precision is None:
         return nullcontext()
+    if device.type == "cpu" and kernels.multiplies_halves():
+        return kernels.in_bfloat16()
     # Without autocast's cache of cast weights, which forgets gradients where a layer is computed
     # once without and once with them.
     return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)

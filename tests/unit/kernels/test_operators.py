@@ -312,3 +312,49 @@ def test_a_grouped_projection_refuses_what_it_cannot_do():
     out = kernels.grouped_projection(x, packed, None, 1)
     with pytest.raises(RuntimeError, match="differentiate a committee once"):
         torch.autograd.grad((out**2).sum(), x, create_graph=True)
+
+
+@pytest.fixture
+def _halves(_fused):
+    if not kernels.multiplies_halves():
+        pytest.skip("this processor does not multiply bfloat16")
+
+
+def rounded(x):
+    return x.bfloat16().to(x.dtype)
+
+
+@pytest.mark.usefixtures("_halves")
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 16, 16), (17, 48, 16), (301, 32, 80)])
+def test_products_in_bfloat16_round_their_factors_and_nothing_else(rows, inputs, outputs):
+    x, weight, bias, g = randoms((rows, inputs), (outputs, inputs), (outputs,), (rows, outputs))
+    single = [t.detach().float().requires_grad_() for t in (x, weight, bias, g)]
+    with kernels.in_bfloat16():
+        packed = kernels.pack(single[1])
+    out = kernels.projection(single[0], single[1], packed, single[2])
+    expected = rounded(x) @ rounded(weight).T + bias
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+    found = torch.autograd.grad(out, single[:3], single[3])
+    wanted = [rounded(g) @ rounded(weight), rounded(g).T @ rounded(x), g.sum(0)]
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("_halves")
+@pytest.mark.parametrize("prologue", PROLOGUES)
+def test_training_gradients_in_bfloat16_are_those_of_rounded_factors(prologue):
+    fused, plain, tensors = projections(prologue, 32, 64, 0, torch.float32)
+    with kernels.in_bfloat16():
+        ours = training_gradients(fused, tensors[0], tensors[1:])
+    theirs = training_gradients(plain, tensors[0], tensors[1:])
+    for a, b in zip(ours, theirs, strict=True):
+        error = float(((a - b).square().mean() / b.square().mean()).detach()) ** 0.5
+        assert error < 2e-2, error  # bfloat16 keeps 8 bits: 2e-3 for each rounding
+    assert any(not torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_exact_packing_ignores_bfloat16():
+    (weight,) = randoms((16, 16), dtype=torch.float32)
+    with kernels.in_bfloat16():
+        assert kernels.pack(weight, exact=True).dtype == torch.float32
+    assert not kernels.halves()

@@ -32,6 +32,27 @@ Tensor pack(const Tensor& weight_) {
   return packed;
 }
 
+// The same in bfloat16, pairs of rows of the panels side by side.
+Tensor pack_halves(const Tensor& weight_) {
+  TORCH_CHECK(Halves::available, "pack_halves: this processor does not multiply bfloat16");
+  const Tensor weight = weight_.detach().contiguous();
+  TORCH_CHECK(weight.scalar_type() == at::kFloat, "pack_halves: the weight is in float32");
+  const int64_t out_width = weight.size(0), in = weight.size(1);
+  Tensor packed = at::empty({2, out_width * in}, weight.options().dtype(at::kBFloat16));
+  const float* w = data<float>(weight);
+  auto* to = reinterpret_cast<Halves::Pair*>(packed.mutable_data_ptr());
+  const auto half = [&](int64_t o, int64_t i) { return Halves::rounded(w[o * in + i]); };
+  Panels<Halves::Pair>::pack(in / 2, out_width, to, [&](int64_t k, int64_t n) {
+    return half(n, 2 * k) | half(n, 2 * k + 1) << 16;
+  });
+  Panels<Halves::Pair>::pack(out_width / 2, in, to + out_width * in / 2, [&](int64_t k, int64_t n) {
+    return half(2 * k, n) | half(2 * k + 1, n) << 16;
+  });
+  return packed;
+}
+
+bool multiplies_halves() { return Halves::available; }
+
 // What does not change from row to row. Tensors that are not there are empty.
 struct Layer {
   Tensor packed, bias, norm_weight, norm_bias, a, b;
@@ -62,9 +83,16 @@ struct Layer {
     const auto pointer = [](const Tensor& t) {
       return t.numel() > 0 ? t.const_data_ptr<T>() : nullptr;
     };
-    return {Prologue(prologue), x.size(1),     width,         out_width,
-            T(eps),                  pointer(norm_weight), pointer(norm_bias), pointer(bias),
-            pointer(packed),         pointer(packed) + width * out_width};
+    Projection<T> made{Prologue(prologue), x.size(1),          width,         out_width, T(eps),
+                       pointer(norm_weight), pointer(norm_bias), pointer(bias), nullptr,   nullptr};
+    if (packed.scalar_type() == at::kBFloat16) {
+      made.forward_halves = static_cast<const Halves::Pair*>(packed.const_data_ptr());
+      made.backward_halves = made.forward_halves + width * out_width / 2;
+    } else {
+      made.forward_panels = pointer(packed);
+      made.backward_panels = made.forward_panels + width * out_width;
+    }
+    return made;
   }
 
   template <typename T>
@@ -300,7 +328,9 @@ void check_projection(const Tensor& x, const Tensor& weight, const Layer& layer,
   TORCH_CHECK(in % lanes == 0 && out_width % lanes == 0, "projection: widths are multiples of ",
               lanes, ", got ", weight.sizes());
   TORCH_CHECK(layer.in(x) == in, "projection: x has ", x.size(1), " columns for ", in, " inputs");
-  check_like(layer.packed, x, {2, in * out_width}, "projection, packed");
+  const bool halves = layer.packed.scalar_type() == at::kBFloat16;
+  check_like(layer.packed, halves ? layer.packed : x, {2, in * out_width}, "projection, packed");
+  TORCH_CHECK(!halves || x.scalar_type() == at::kFloat, "projection: halves are for float32");
   const auto vector = [&](const Tensor& t, int64_t size, const char* name) {
     if (t.numel() > 0) check_like(t, x, {size}, name);
   };
@@ -339,6 +369,8 @@ Tensor projection(const Tensor& x, const Tensor& weight, const Tensor& packed,
 
 TORCH_LIBRARY_FRAGMENT(pet_finetune, m) {
   m.def("pack(Tensor weight) -> Tensor", &pack);
+  m.def("pack_halves(Tensor weight) -> Tensor", &pack_halves);
+  m.def("multiplies_halves() -> bool", &multiplies_halves);
   m.def("projection(Tensor x, Tensor weight, Tensor packed, Tensor? bias, str prologue,"
         " Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor? a, Tensor? b, float scaling,"
         " Tensor? residual) -> Tensor", &projection);

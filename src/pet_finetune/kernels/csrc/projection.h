@@ -10,11 +10,14 @@
 #pragma once
 
 #include <string>
+#include <type_traits>
 #include <unordered_map>
 #include <vector>
 
+#include "halves.h"
 #include "product.h"
 #include "rowwise.h"
+#include "sweep.h"
 
 namespace pet {
 
@@ -33,7 +36,7 @@ inline Prologue prologue_of(const std::string& name) {
 // Panels of two vectors of columns (the last may be one), each [K, columns] in one piece.
 template <typename T>
 struct Panels {
-  static constexpr int W = Simd<T>::width;
+  static constexpr int W = kVectorBytes / int(sizeof(T));
   int64_t depth, columns;  // columns: a multiple of the vector width
 
   template <typename Element>
@@ -69,8 +72,10 @@ struct Projection {
   const T* norm_weight;
   const T* norm_bias;
   const T* bias;     // [out], or null
-  const T* forward_panels;
+  const T* forward_panels;   // null where the products are of halves
   const T* backward_panels;
+  const Halves::Pair* forward_halves = nullptr;
+  const Halves::Pair* backward_halves = nullptr;
 
   bool is_norm() const {
     return prologue == Prologue::rms_norm || prologue == Prologue::layer_norm;
@@ -128,22 +133,48 @@ struct Projection {
         if (residual != nullptr) v += load(residual + i * out + j);
         store(y + i * out + j, v);
       }
-    Panels<T>::template multiply<true>(rows, in, first, last, p, in, forward_panels, y, out);
+    panels<true>(rows, in, first, last, p, forward_panels, forward_halves, y, out);
   }
 
   // The columns of gp from `first` to `last`, from gy.
   void multiply_back(int64_t rows, const T* gy, T* gp, int64_t first, int64_t last) const {
-    Panels<T>::template multiply<false>(rows, out, first, last, gy, out, backward_panels, gp, in);
+    panels<false>(rows, out, first, last, gy, backward_panels, backward_halves, gp, in);
   }
 
   // The same of y = t W^T, without bias.
   void multiply_tangent(int64_t rows, const T* t, T* y, int64_t first, int64_t last) const {
-    Panels<T>::template multiply<false>(rows, in, first, last, t, in, forward_panels, y, out);
+    panels<false>(rows, in, first, last, t, forward_panels, forward_halves, y, out);
   }
 
   // Adds the share of some rows to the gradient g^T p of the weight, [out, in].
   void add_weight_gradient(int64_t rows, const T* g, const T* p, T* gradient) const {
+    if constexpr (std::is_same_v<T, float>)
+      if (forward_halves != nullptr) {
+        const int64_t pairs = (rows + 1) / 2;
+        Halves::Pair* left = thread_buffer<Halves::Pair>(pairs * (out + in));
+        Halves::Pair* right = left + pairs * out;
+        Halves::pair_rows(rows, out, g, left);
+        Halves::pair_rows(rows, in, p, right);
+        Halves::product<true>(out, 0, in, pairs, left, 1, out, right, in, false, gradient, in);
+        return;
+      }
     product<T, true>(out, in, rows, g, 1, out, p, in, gradient, in);
+  }
+
+ private:
+  // c (+)= a times a packed matrix of this depth, in whichever of the two forms it is there.
+  template <bool Add>
+  static void panels(int64_t rows, int64_t depth, int64_t first, int64_t last, const T* a,
+                     const T* packed, const Halves::Pair* halves, T* c, int64_t ldc) {
+    if constexpr (std::is_same_v<T, float>)
+      if (halves != nullptr) {
+        Halves::Pair* pairs = thread_buffer<Halves::Pair>(rows * depth / 2);
+        Halves::pair_columns(rows * depth, a, pairs);
+        Halves::product<Add>(rows, first, last, depth / 2, pairs, depth / 2, 1, halves, 0, true, c,
+                             ldc);
+        return;
+      }
+    Panels<T>::template multiply<Add>(rows, depth, first, last, a, depth, packed, c, ldc);
   }
 };
 
