@@ -151,6 +151,10 @@ class Loader:
         """Number of structures in each batch of an epoch."""
         return [len(members) for members in self._plan(epoch)]
 
+    def order(self, epoch: int = 0) -> np.ndarray:
+        """Positions in :attr:`structures` of what an epoch yields, one batch after the other."""
+        return np.concatenate(self._plan(epoch))
+
     def _plan(self, epoch: int) -> list[np.ndarray]:
         """Which structures make up each batch of an epoch."""
         order = np.arange(len(self.structures))

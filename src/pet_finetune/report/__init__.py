@@ -1,1 +1,1 @@
-"""Plots of what a run found. They need matplotlib, the extra ``plots``."""
+"""What a run found, for people: plots (the extra ``plots``) and the page ``report.html``."""

@@ -7,13 +7,14 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pet_finetune.errors import PetFinetuneError
 
 _COLUMNS = 4
 # eV: what lies outside is cut off, or the wells would not be seen beside the walls.
 _LOWEST, _HIGHEST = -12.0, 12.0
-_STYLES = {"before": {"color": "0.55", "linestyle": "--"}, "after": {"color": "tab:blue"}}
+_COLOURS = {"before": "0.55", "after": "tab:blue", "wall": "0.93"}
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,7 @@ def dimers_svg(distances: Sequence[float], rows: Sequence[DimerRow]) -> str:
             hspace=0.25,
         )
         for axis, row in zip(axes, rows, strict=False):
-            for name, energies in row.curves.items():
-                axis.plot(distances, energies, label=name, linewidth=1.2, **_STYLES.get(name, {}))
-            shown = [e for energies in row.curves.values() for e in energies]
-            low, high = max(min(shown), _LOWEST), min(max(shown), _HIGHEST)
-            margin = 0.05 * max(high - low, 0.1)
-            axis.set_ylim(low - margin, high + margin)
-            axis.axvspan(distances[0], row.wall, color="0.93", linewidth=0)
+            draw_pair(axis, distances, row, _COLOURS)
             axis.set_title(f"{row.name}: {row.verdict}", fontsize=8)
         for axis in axes[len(rows) :]:
             axis.set_visible(False)
@@ -92,3 +87,26 @@ def dimers_svg(distances: Sequence[float], rows: Sequence[DimerRow]) -> str:
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()
+
+
+def draw_pair(
+    axes: Any, distances: Sequence[float], row: DimerRow, colours: Mapping[str, str]
+) -> None:
+    """The curves of one pair, and where the wall should be.
+
+    Args:
+        axes: matplotlib's.
+        distances: Angstrom.
+        row: the curves.
+        colours: of the curves by name, and of the wall.
+    """
+    for name, energies in row.curves.items():
+        axes.plot(
+            distances, energies, label=name, linewidth=1.2, color=colours.get(name),
+            linestyle="--" if name == "before" else "-",
+        )  # fmt: skip
+    shown = [e for energies in row.curves.values() for e in energies]
+    low, high = max(min(shown), _LOWEST), min(max(shown), _HIGHEST)
+    margin = 0.05 * max(high - low, 0.1)
+    axes.set_ylim(low - margin, high + margin)
+    axes.axvspan(distances[0], row.wall, color=colours["wall"], linewidth=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -118,6 +118,7 @@ def evaluate(
     model: Potential | Committee,
     batches: Iterable[Batch],
     wanted: Mapping[str, tuple[bool, bool]],
+    keep: Callable[[Batch, Mapping[str, Prediction | Property]], None] | None = None,
 ) -> dict[str, Metrics]:
     """Errors of a model on labelled batches.
 
@@ -125,6 +126,7 @@ def evaluate(
         model: is put into evaluation mode, and back.
         batches: any device and dtype; moved to the model's.
         wanted: for each target, whether forces and stress are compared.
+        keep: is given each batch and what the model says of it.
 
     Returns:
         Metrics by target.
@@ -136,8 +138,11 @@ def evaluate(
         for batch in on_device(batches, model.device, model.dtype):
             # A committee is of an energy and has no other targets.
             ask = model.predict_many if isinstance(model, Committee) else model.predict_targets
-            for name, prediction in ask(batch, wanted).items():
+            predictions = ask(batch, wanted)
+            for name, prediction in predictions.items():
                 metrics[name].update(batch, prediction)
+            if keep is not None:
+                keep(batch, predictions)
     finally:
         model.train(training)
     return metrics

@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 
-from pet_finetune.adapters import active_adapter, save_adapter
+from pet_finetune.adapters import Committee, active_adapter, save_adapter
 from pet_finetune.checkpoint import save_checkpoint
+from pet_finetune.data.predicted import Predicted
 from pet_finetune.errors import TrainingError
 from pet_finetune.model import Potential
 
+from .predictions import Recorder, with_model
 from .records import EpochRecord
 
 BEST = "best_model.ckpt"
@@ -31,11 +33,14 @@ SPLITS = "splits.json"
 KEPT = "kept.pt"
 DIMERS = "dimers"
 RESULTS = "results.json"
+START = "start.json"
+PREDICTIONS = "predictions.npz"
+REPORT = "report.html"
 PROFILE = "profile.json"
 TRACE = "profile_trace.json"
 
 #: What a run that goes on in another folder takes with it.
-_TAKEN_ALONG = (BEST, ADAPTER, TABLE, OPTIONS, SPLITS, KEPT)
+_TAKEN_ALONG = (BEST, ADAPTER, TABLE, OPTIONS, SPLITS, KEPT, START, PREDICTIONS)
 
 
 class RunFiles:
@@ -137,13 +142,19 @@ class RunFiles:
         """Write the state of the run."""
         save_checkpoint(self.last, model, provenance=self.provenance, training=training)
 
-    def write(self, name: str, text: str) -> None:
-        """Write a text file in one step: it is whole or as it was."""
+    def write(self, name: str, content: str | bytes) -> None:
+        """Write a file in one step: it is whole or as it was."""
         path = self.folder / name
         partial = path.with_name(f".{name}.part")
         with self._explained():
-            partial.write_text(text, encoding="utf-8")
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
             os.replace(partial, path)
+
+    def keep_predictions(self, recorder: Recorder, name: str, model: Potential | Committee) -> None:
+        """Write what a model, ``before`` or ``after``, says of a set beside what others say."""
+        path = self.folder / PREDICTIONS
+        known = Predicted.read(path) if path.exists() else None
+        self.write(PREDICTIONS, with_model(known, recorder, name, model).to_bytes())
 
     def add_row(self, record: EpochRecord) -> None:
         """Add an epoch to ``train.csv``; the heading is written with the first."""

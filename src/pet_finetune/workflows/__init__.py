@@ -6,6 +6,7 @@ from .evaluate import EvaluationResult, evaluate_files, evaluate_options
 from .info import describe_checkpoint
 from .outcome import TrainOutcome
 from .profile import profile_run
+from .report import write_report
 from .train import train
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "evaluate_options",
     "profile_run",
     "train",
+    "write_report",
 ]

@@ -23,12 +23,22 @@ from pet_finetune.errors import TrainingError
 from pet_finetune.log import FILE_ONLY, get_logger, setup_logging
 from pet_finetune.report.calibration import Curves, plot_calibration
 from pet_finetune.train.calibration import LEVELS, Deviations, collect, miscalibration_area
-from pet_finetune.train.run_files import ADAPTER, LAST, LOG, OPTIONS, RESULTS, SPLITS, RunFiles
+from pet_finetune.train.run_files import (
+    ADAPTER,
+    LAST,
+    LOG,
+    OPTIONS,
+    PREDICTIONS,
+    RESULTS,
+    SPLITS,
+    RunFiles,
+)
 
 from .bootstrap import options_of_member
 from .machine import choose_dtype, seed_everything
 from .outcome import TrainOutcome
-from .prepare import evaluate_sets, load_data, options_of_run, wanted_derivatives
+from .prepare import AFTER, evaluate_sets, load_data, options_of_run, wanted_derivatives
+from .report import report_or_warn
 from .resume import Errors
 from .start import read_start
 from .tables import calibration_table, committee_table, show
@@ -94,9 +104,12 @@ def train_ensemble(
                 size,
                 shlex.join([*command, "--restart", f"{files.folder}"]),
             )
+            report_or_warn(files.folder)
             return TrainOutcome(files.folder, outcomes[-1].result, {}, {})
     setup_logging(file=files.folder / LOG)
-    return _finish(options, files, outcomes, seed)
+    outcome = _finish(options, files, outcomes, seed)
+    report_or_warn(files.folder)
+    return outcome
 
 
 def member_folder(folder: Path, member: int) -> Path:
@@ -169,7 +182,10 @@ def _finish(
     curves = {kind: _curves(found) for kind, found in deviations.items()}
     calibration = Calibration(**{kind: curve.factor for kind, curve in curves.items()})
     write_committee(files.folder, names, calibration)
-    after = evaluate_sets(options, committee, data, wanted)
+    _take_predictions(member_folder(files.folder, 0), files.folder)
+    after: Errors = {}
+    if options.final_eval:
+        after = evaluate_sets(files, AFTER, committee, data, wanted)
     _show(outcomes, after, curves)
     if not plot_calibration(files.folder / PLOT, curves):
         _logger.info("%s needs matplotlib: pip install 'pet-finetune[plots]'", PLOT)
@@ -183,6 +199,12 @@ def _finish(
     files.write(RESULTS, json.dumps(content, indent=2) + "\n")
     _logger.info("committee: %s", files.folder / COMMITTEE_FILE)
     return TrainOutcome(files.folder, outcomes[-1].result, before, after)
+
+
+def _take_predictions(member: Path, folder: Path) -> None:
+    """Copy what the starting model says; predictions of a committee are put beside it."""
+    if (member / PREDICTIONS).exists():
+        shutil.copy2(member / PREDICTIONS, folder / PREDICTIONS)
 
 
 def _curves(found: Deviations) -> Curves:

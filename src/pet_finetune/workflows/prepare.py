@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
+import json
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -13,25 +13,26 @@ from pet_finetune import kernels
 from pet_finetune.adapters import Committee, trainable_report
 from pet_finetune.config import Options
 from pet_finetune.data.charges import check_charges
-from pet_finetune.data.fingerprint import structures_fingerprint
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.species import check_species
 from pet_finetune.data.splits import Splits, load_splits, make_splits
-from pet_finetune.elements import symbol_of
 from pet_finetune.keys import forces_key, stress_key
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 from pet_finetune.train import Trainer, evaluate, prepare_baselines
+from pet_finetune.train.baselines import BaselineTable
 from pet_finetune.train.kept import Kept
 from pet_finetune.train.loss import Objective
+from pet_finetune.train.predictions import Recorder
 from pet_finetune.train.retention import Retention
-from pet_finetune.train.run_files import OPTIONS, SPLITS, RunFiles
+from pet_finetune.train.run_files import OPTIONS, SPLITS, START, RunFiles
 
 from .bootstrap import of_member
 from .elements import ADVICE
 from .keeping import extra_losses, make_kept, retention_of
-from .machine import choose_dtype, seed_everything, versions
+from .machine import choose_dtype, seed_everything
 from .memory import Memory, remember
+from .provenance import provenance_of, start_content
 from .resume import Errors, RunState, SavedRun, take_files
 from .rounding import rounding_told
 from .start import Start, check_targets, choose_trainable, start_model
@@ -40,6 +41,8 @@ from .tables import baseline_text
 _logger = get_logger(__name__)
 #: How results call the errors on the retention set.
 RETENTION = "retention"
+#: How results and predictions call the starting model and the finished one.
+BEFORE, AFTER = "before", "after"
 _LARGEST_BATCH = 64  # structures, for validation and evaluation
 
 
@@ -102,10 +105,11 @@ def prepare_run(
     memory = None if saved else remember(options, start, trained_on.train, own_seed)
     data = load_data(options, trained_on, model, own_seed, dtype)
     kernels.prepare(device)  # the input is sound: compiling, should they need it, is not in vain
+    baselines: list[BaselineTable] = []
     if saved:
         kept = Kept.from_plain(files.read_kept()) if saved.state.fingerprint else Kept()
     else:
-        _begin(options, start, data, memory)
+        baselines = _begin(options, start, data, memory)
         model.to(device=device, dtype=dtype)
         splits.save(files.folder / SPLITS)
         files.write(OPTIONS, options_of_run(options, seed))
@@ -114,13 +118,19 @@ def prepare_run(
             files.write_kept(kept.plain())
     retention = retention_of(kept, model)
     files.base_name = start.name
-    files.provenance = saved.provenance if saved else _provenance(options, start, data, seed)
-    _logger.info("%s", trainable_report(model))
+    files.provenance = saved.provenance if saved else provenance_of(options, start, data.sets, seed)
+    trainable = trainable_report(model)
+    _logger.info("%s", trainable)
+    if not saved:
+        content = start_content(options, files.provenance, splits, model, baselines, trainable)
+        files.write(START, json.dumps(content, indent=2) + "\n")
     trainer = _trainer(options, model, data, kept, own_seed, saved)
     if saved:
         files.drop_rows_after(trainer.progress.epoch)
         return Run(options, files, data, trainer, saved.state, kept, retention)
-    before = evaluate_sets(options, model, data, trainer.wanted, retention) if to_finish else {}
+    before: Errors = {}
+    if to_finish and options.final_eval:
+        before = evaluate_sets(files, BEFORE, model, data, trainer.wanted, retention)
     state = _new_state(options, start, seed, trainer.learning_rate, before)
     return Run(options, files, data, trainer, state, kept, retention)
 
@@ -141,11 +151,21 @@ def _check_structures(options: Options, splits: Splits, model: Potential) -> Non
         check_charges(structures, model.hypers.max_charge, model.hypers.max_spin_multiplicity)
 
 
-def _begin(options: Options, start: Start, data: RunData, memory: Memory | None) -> None:
-    """Choose what trains in a new run, and set its baselines."""
+def _begin(
+    options: Options, start: Start, data: RunData, memory: Memory | None
+) -> list[BaselineTable]:
+    """Choose what trains in a new run, set its baselines and log them."""
     with rounding_told(options, start.model, data.train):
         choose_trainable(start, options, memory.heads if memory else ())
-    _log_baselines(options, start, data)
+    targets = list(options.target_specs())
+    tables = prepare_baselines(
+        options, start.model, data.train, targets, start.fresh, start.new_species
+    )
+    for table in tables:
+        if table.rows:
+            _logger.info("\n%s", baseline_text(table))
+        _logger.info("scale of '%s': %.6g %s", table.target, table.scale, table.unit)
+    return tables
 
 
 def _trainer(
@@ -239,16 +259,6 @@ def _evaluation_batch(options: Options) -> int:
     return min(_LARGEST_BATCH, 2 * options.training.batch_size)
 
 
-def _log_baselines(options: Options, start: Start, data: RunData) -> None:
-    targets = list(options.target_specs())
-    for table in prepare_baselines(
-        options, start.model, data.train, targets, start.fresh, start.new_species
-    ):
-        if table.rows:
-            _logger.info("\n%s", baseline_text(table))
-        _logger.info("scale of '%s': %.6g %s", table.target, table.scale, table.unit)
-
-
 def wanted_derivatives(options: Options, data: RunData) -> dict[str, tuple[bool, bool]]:
     """For each target, whether its forces and its stress are learned."""
     labels = data.train.label_names
@@ -277,39 +287,36 @@ def _objectives(options: Options, model: Potential, data: RunData) -> dict[str, 
     return objectives
 
 
-def _provenance(options: Options, start: Start, data: RunData, seed: int) -> dict[str, Any]:
-    return {
-        "parent": start.name,
-        "parent_fingerprint": start.fingerprint,
-        "new_elements": {
-            symbol_of(new): "random" if old is None else symbol_of(old)
-            for new, old in start.new_species.items()
-        },
-        "parent_provenance": start.provenance,
-        "options": {**options.resolved(), "seed": seed},
-        "data": {
-            name: {
-                "structures": len(loader.structures),
-                "fingerprint": structures_fingerprint(loader.structures),
-            }
-            for name, loader in data.sets.items()
-        },
-        "versions": versions(),
-        "written": time.strftime("%Y-%m-%d %H:%M:%S"),
-    }
-
-
 def evaluate_sets(
-    options: Options,
+    files: RunFiles,
+    name: str,
     model: Potential | Committee,
     data: RunData,
     wanted: dict[str, tuple[bool, bool]],
     retention: Retention | None = None,
 ) -> Errors:
-    """Errors of a model on every set; none without ``final_eval``."""
-    if not options.final_eval:
-        return {}
-    errors = {name: evaluate(model, loader, wanted) for name, loader in data.sets.items()}
+    """Errors of a model on every set; what it says of the one that says most is kept.
+
+    Args:
+        files: of the run.
+        name: what the model is called there, ``BEFORE`` or ``AFTER``.
+        model: to be evaluated.
+        data: the sets.
+        wanted: for each target, whether forces and stress are compared.
+        retention: the forgetting report, if there is one.
+    """
+    shown = telling_set(data.sets)
+    recorder = Recorder(data.sets[shown], shown)
+    errors = {
+        set_name: evaluate(model, loader, wanted, recorder.add if set_name == shown else None)
+        for set_name, loader in data.sets.items()
+    }
+    files.keep_predictions(recorder, name, model)
     if retention is not None:
         errors[RETENTION] = retention.errors(model)
     return errors
+
+
+def telling_set(sets: Collection[str]) -> str:
+    """The set that says most of a model: the one that it saw least of."""
+    return next(name for name in ("test", "validation", "train") if name in sets)

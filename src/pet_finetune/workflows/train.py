@@ -14,6 +14,7 @@ from pet_finetune.device import choose_device
 from pet_finetune.errors import PetFinetuneError
 from pet_finetune.log import FILE_ONLY, get_logger, setup_logging
 from pet_finetune.train import TrainingResult
+from pet_finetune.train.memory import peak_gpu_mib, peak_resident_mib
 from pet_finetune.train.progress import RunDisplay
 from pet_finetune.train.records import Callbacks, EpochRecord
 from pet_finetune.train.run_files import LOG, OPTIONS, RESULTS, RunFiles
@@ -21,7 +22,8 @@ from pet_finetune.train.run_files import LOG, OPTIONS, RESULTS, RunFiles
 from .dimers import report_dimers
 from .ensemble import train_ensemble
 from .outcome import TrainOutcome
-from .prepare import RETENTION, Run, evaluate_sets, prepare_run
+from .prepare import AFTER, RETENTION, Run, evaluate_sets, prepare_run, telling_set
+from .report import report_or_warn
 from .resume import Errors, open_run
 from .tables import error_table, show, size_text
 
@@ -67,7 +69,9 @@ def train(
         run = prepare_run(options, files, saved, device)
         result = _train(run)
         if result.finished:
-            return _finish(run, result)
+            outcome = _finish(run, result)
+            report_or_warn(files.folder)
+            return outcome
     except PetFinetuneError as error:
         # Whoever called shows it; the log is where one looks for it a week later.
         _logger.error("%s", error, extra=FILE_ONLY)
@@ -78,6 +82,7 @@ def train(
             ["pet-finetune", "train", f"{files.folder / OPTIONS}", "--restart", f"{files.folder}"]
         ),
     )
+    report_or_warn(files.folder)
     return TrainOutcome(files.folder, result, {}, {})
 
 
@@ -114,7 +119,7 @@ def _finish(run: Run, result: TrainingResult) -> TrainOutcome:
     if run.options.final_eval:
         model = run.trainer.model
         best = load_checkpoint(files.best).model.to(device=model.device, dtype=model.dtype)
-        after = evaluate_sets(run.options, best, run.data, run.trainer.wanted, run.retention)
+        after = evaluate_sets(files, AFTER, best, run.data, run.trainer.wanted, run.retention)
         _show_results(run, after)
         verdicts = report_dimers(run.kept.dimers, best, files)
     content: dict[str, Any] = {
@@ -128,13 +133,20 @@ def _finish(run: Run, result: TrainingResult) -> TrainOutcome:
     content["parameters"] = {"trainable": trained, "total": run.trainer.model.num_parameters()}
     if verdicts:
         content["dimers"] = verdicts
+    content["peak_memory_mib"] = _peak_memory(run)
     files.write(RESULTS, json.dumps(content, indent=2) + "\n")
     return TrainOutcome(files.folder, result, before, after)
 
 
+def _peak_memory(run: Run) -> dict[str, float | None]:
+    """The most memory that the process, and its tensors on a GPU, have taken, MiB."""
+    device = run.trainer.model.device
+    return {"process": peak_resident_mib(), "gpu": peak_gpu_mib(device)}
+
+
 def _show_results(run: Run, after: Errors) -> None:
     """Print the table of the set that says most, and put it into the log file."""
-    shown = "test" if "test" in after else "validation" if "validation" in after else "train"
+    shown = telling_set(run.data.sets)
     finetuned = run.state.fingerprint is not None
     columns: dict[str, Errors] = {}
     if shown in run.state.before:

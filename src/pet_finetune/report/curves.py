@@ -1,0 +1,144 @@
+"""Learning curves: loss, errors and learning rate over the epochs, and what was forgotten."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from .figures import AFTER, BEFORE, MUTED, WARN, log_ticks, panel
+from .record import Epochs, Quantity, RunRecord
+
+
+def learning_curves(run: RunRecord) -> list[str]:
+    """A panel for the loss, for each error, and for the learning rate."""
+    many = [rows for rows in run.epochs if rows]
+    if not many:
+        return []
+    panels = [panel("curve-loss", "Training loss over epochs", partial(_loss, many=many))]
+    for number, quantity in enumerate(run.quantities()):
+        title = f"{quantity.name} MAE ({quantity.unit})"
+        panels.append(
+            panel(
+                f"curve-error-{number}",
+                f"{title} over epochs",
+                partial(_errors, run=run, quantity=quantity, many=many, title=title),
+            )
+        )
+    panels.append(panel("curve-rate", "Learning rate over epochs", partial(_rate, many=many)))
+    return panels
+
+
+def forgetting_curves(run: RunRecord) -> list[str]:
+    """Errors on the retention set over the epochs, a panel for each energy's forces."""
+    panels = []
+    many = [rows for rows in run.epochs if rows]
+    names = dict.fromkeys(
+        name for rows in many for row in rows for name in row if name.startswith("retention/")
+    )
+    for number, name in enumerate(name for name in names if name.endswith("_mae")):
+        target, _, error = name.removeprefix("retention/").rpartition("/")
+        kind = error.removesuffix("_mae")
+        unit = {"energy": "meV/atom", "forces": "meV/Å"}.get(kind, "")
+        several = "" if len(run.after.get("retention", {})) < 2 else f"{target}: "
+        title = f"{several}{kind} off by ({unit})"
+        panels.append(
+            panel(
+                f"forget-{number}",
+                f"{title} over epochs",
+                partial(_forgetting, many=many, name=name, title=title),
+            )
+        )
+    return panels
+
+
+def _series(rows: Epochs, name: str, factor: float = 1.0) -> tuple[list[float], list[float]]:
+    """Epochs and values where there are any."""
+    points = [(row["epoch"], factor * row[name]) for row in rows if name in row]
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _best_epoch(rows: Epochs) -> float | None:
+    """The last epoch that was the best so far."""
+    best = [row["epoch"] for row in rows if row.get("best") == 1]
+    return best[-1] if best else None
+
+
+def _finish(axes: Any, title: str, many: Sequence[Epochs]) -> None:
+    """What all panels share: title, the best epoch, the name of the axis."""
+    axes.set_title(title)
+    axes.set_xlabel("epoch")
+    axes.locator_params(axis="x", integer=True)
+    axes.set_xlim(0, max(rows[-1]["epoch"] for rows in many) + 0.5)
+    if len(many) == 1:
+        best = _best_epoch(many[0])
+        if best is not None:
+            axes.axvline(best, color=MUTED, linewidth=0.8, linestyle=":")
+
+
+def _log(axes: Any, values: Sequence[float]) -> None:
+    if values and all(value > 0 for value in values):
+        axes.set_yscale("log")
+        log_ticks(axes.yaxis, values)
+
+
+def _loss(axes: Any, many: Sequence[Epochs]) -> None:
+    shown: list[float] = []
+    for rows in many:
+        epochs, losses = _series(rows, "loss")
+        axes.plot(epochs, losses, color=AFTER, alpha=_alpha(many))
+        shown += losses
+    _log(axes, shown)
+    _finish(axes, "training loss", many)
+
+
+def _rate(axes: Any, many: Sequence[Epochs]) -> None:
+    epochs, rates = _series(many[0], "learning_rate")
+    axes.plot(epochs, rates, color=AFTER)
+    axes.ticklabel_format(axis="y", style="plain")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}".replace("-", "−"))
+    axes.set_ylim(bottom=0)
+    _finish(axes, "learning rate", many)
+
+
+def _alpha(many: Sequence[Epochs]) -> float:
+    return 1.0 if len(many) == 1 else 0.6
+
+
+def _errors(
+    axes: Any, run: RunRecord, quantity: Quantity, many: Sequence[Epochs], title: str
+) -> None:
+    """Training and validation error; the starting model's as a level."""
+    shown: list[float] = []
+    for rows in many:
+        for group, style in (
+            ("train", {"color": MUTED, "linewidth": 1.0}),
+            ("validation", {"color": AFTER}),
+        ):
+            if group == "train" and len(many) > 1:
+                continue
+            name = f"{group}/{quantity.target}/{quantity.mae}"
+            epochs, values = _series(rows, name, quantity.factor)
+            axes.plot(epochs, values, alpha=_alpha(many), **style)
+            shown += values
+    level = _level(run.before, quantity)
+    if run.is_finetuning and math.isfinite(level) and level > 0:
+        axes.axhline(level, color=BEFORE, linestyle="--", linewidth=1.2)
+        shown.append(level)
+    _log(axes, shown)
+    _finish(axes, title, many)
+
+
+def _level(errors: Mapping[str, Any], quantity: Quantity) -> float:
+    """The error of the starting model on the validation set, or on the training set."""
+    of_set = errors.get("validation", errors.get("train", {}))
+    return quantity.factor * float(of_set.get(quantity.target, {}).get(quantity.mae, math.nan))
+
+
+def _forgetting(axes: Any, many: Sequence[Epochs], name: str, title: str) -> None:
+    for rows in many:
+        epochs, values = _series(rows, name, 1000.0)
+        axes.plot(epochs, values, color=WARN, alpha=_alpha(many))
+    axes.set_ylim(bottom=0)
+    _finish(axes, title, many)

@@ -1,0 +1,152 @@
+"""Facts of a run as pairs of words: what trained, how long, on what, from where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .record import RunRecord
+
+#: Name, value, and what is printed small below it.
+Facts = list[tuple[str, str, str]]
+
+
+def size_of(count: float) -> str:
+    """A number of bytes as people read it."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min"
+
+
+def _counted(count: int, word: str) -> str:
+    return f"{count:,} {word}{'' if count == 1 else 's'}"
+
+
+def best_epoch(run: RunRecord) -> int | None:
+    """The last epoch that was the best so far, of a single model."""
+    rows = run.epochs[0] if len(run.epochs) == 1 else ()
+    best = [int(row["epoch"]) for row in rows if row.get("best") == 1]
+    return best[-1] if best else None
+
+
+def headline(run: RunRecord) -> list[str]:
+    """The line below the title: method, parent, data, length."""
+    method = str(run.finetune.get("method", "lora"))
+    names = {"lora": "LoRA", "full": "full fine-tuning", "heads": "heads only", "prompt": "prompts"}
+    parent = run.start.get("parent")
+    parts = []
+    if run.is_finetuning:
+        size = len(run.epochs) if run.committee or len(run.epochs) > 1 else 0
+        many = f"committee of {size}, " if size else ""
+        parts.append(f"{many}{names.get(method, method)}" + (f" from {parent}" if parent else ""))
+    else:
+        parts.append("trained from scratch")
+    data = run.start.get("data", {}).get("train", {}).get("structures")
+    if data:
+        parts.append(f"{data:,} training structures")
+    species = run.start.get("data_species") or []
+    if species:
+        parts.append(" ".join(species))
+    epochs = max((len(rows) for rows in run.epochs), default=0)
+    if epochs:
+        parts.append(f"{epochs} epochs in {duration(_seconds(run))}")
+    if run.start.get("written"):
+        parts.append(str(run.start["written"])[:10])
+    return parts
+
+
+def _seconds(run: RunRecord) -> float:
+    return sum(row.get("seconds", 0.0) for rows in run.epochs for row in rows)
+
+
+def trained(run: RunRecord) -> Facts:
+    """What trained, how many parameters, how long, how much memory."""
+    return [(name, value, "") for name, value in _trained(run)]
+
+
+def _trained(run: RunRecord) -> Iterator[tuple[str, str]]:
+    yield from _method(run)
+    counts = run.start.get("trainable") or {}
+    trainable = counts.get("trainable", run.parameters.get("trainable"))
+    total = counts.get("total", run.parameters.get("total"))
+    if trainable is not None and total:
+        share = 100 * trainable / total
+        each = " in each member" if run.committee else ""
+        yield "parameters that trained", f"{trainable:,} of {total:,} ({share:.1f} %){each}"
+    if counts.get("groups"):
+        yield "of these", ", ".join(f"{k} {v:,}" for k, v in counts["groups"].items())
+    rows = [row for epochs in run.epochs for row in epochs]
+    if rows:
+        best = best_epoch(run)
+        longest = max(len(epochs) for epochs in run.epochs)
+        note = f"; the best was {best}, by {run.training.get('best_model_metric', 'validation')}"
+        yield "epochs", f"{longest}" + (note if best else "")
+        seconds, rates = _seconds(run), [r["structures_per_second"] for r in rows]
+        yield "time of all epochs", f"{duration(seconds)} ({seconds / len(rows):.2g} s each)"
+        yield "training speed", f"{sum(rates) / len(rates):.0f} structures/s"
+    for key, words in (("process", "peak memory"), ("gpu", "peak memory of the GPU")):
+        value = run.memory.get(key)
+        if value is not None:
+            yield words, f"{value:,.0f} MiB"
+    machine = run.start.get("machine", {})
+    if machine:
+        yield "computed on", f"{machine['device']}, {_counted(machine['threads'], 'thread')}"
+    for name, size in run.files.items():
+        yield name, size_of(size)
+
+
+def _method(run: RunRecord) -> Iterator[tuple[str, str]]:
+    if not run.is_finetuning:
+        yield "method", "all parameters, from scratch"
+        return
+    config = run.finetune.get("config") or {}
+    settings = [f"{k} {config[k]}" for k in ("rank", "alpha", "num_prompts") if k in config]
+    flags = [k for k in ("use_rslora", "use_dora") if config.get(k)]
+    method = str(run.finetune.get("method", ""))
+    yield "method", ", ".join([method, *settings, *flags])
+    if run.finetune.get("replay"):
+        yield "replay", str(run.finetune["replay"].get("structures") or "from a file")
+    if run.finetune.get("anchor"):
+        yield "anchor", str(run.finetune["anchor"].get("type", ""))
+
+
+def provenance(run: RunRecord) -> Facts:
+    """Where the weights and the data come from, and what computed."""
+    return list(_provenance(run))
+
+
+def _provenance(run: RunRecord) -> Iterator[tuple[str, str, str]]:
+    start = run.start
+    if start.get("parent_fingerprint"):
+        read = run.finetune.get("read_from")
+        name = f"{start.get('parent')}" + (f" ({read})" if read else "")
+        yield "starting model", name, f"fingerprint {start['parent_fingerprint']}"
+    for symbol, source in (start.get("new_elements") or {}).items():
+        yield f"new element {symbol}", f"starts from {source}", ""
+    for name, of_set in (start.get("data") or {}).items():
+        files = ", ".join(of_set.get("files") or [])
+        words = _counted(of_set["structures"], "structure") + (f" of {files}" if files else "")
+        yield f"{name} set", words, f"fingerprint {of_set['fingerprint']}"
+    if run.options.get("seed") is not None:
+        yield "seed", str(run.options["seed"]), ""
+    if run.options.get("base_precision") is not None:
+        yield "precision", f"{run.options['base_precision']} bits", ""
+    versions: Mapping[str, Any] = start.get("versions") or {}
+    if versions:
+        yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items()), ""
+    machine = start.get("machine", {})
+    if machine:
+        yield "system", f"Python {machine['python']}, {machine['system']}", ""
+    if start.get("written"):
+        yield "begun", str(start["written"]), ""

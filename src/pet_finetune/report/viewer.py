@@ -1,0 +1,145 @@
+"""The worst structures, for the page's own 3D view, and a still picture where no script runs."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+import numpy as np
+from ase.data import chemical_symbols, covalent_radii
+from ase.data.colors import jmol_colors
+
+from pet_finetune.data.predicted import Predicted
+
+from .errors import residuals
+from .record import Quantity
+
+#: Structures in the view, and the atoms of the largest that is worth its place in the file.
+MOST_FRAMES = 8
+_MOST_ATOMS = 1500
+# Of the sum of the covalent radii: ASE's usual criterion of a bond.
+_BOND = 1.2
+# The longest arrow of a view, Å.
+_LONGEST = 2.2
+# The still picture is seen from here (degrees about x, then y).
+_TILT, _TURN = -20.0, 30.0
+
+
+def frames_of(
+    predicted: Predicted, worst: list[int], forces: Quantity | None, captions: list[str]
+) -> list[dict[str, Any]]:
+    """Structures as plain values: short names, since they stand in the file for every atom.
+
+    Args:
+        predicted: all structures.
+        worst: which to show.
+        forces: whose errors are drawn as arrows; None for no arrows.
+        captions: a line for each.
+
+    Returns:
+        For each structure the name, the caption, atomic numbers ``z``, positions ``x`` (Å, from the
+        centre), cell vectors ``cell`` from the corner ``o``, bonds ``b``, of each model the force
+        errors ``e`` (eV/Å), and how many Å are drawn for an eV/Å, ``scale``.
+    """
+    errors = {}
+    for model in ("before", "after") if forces is not None else ():
+        found = residuals(predicted, forces, model)  # type: ignore[arg-type]
+        if found is not None:
+            errors[model] = np.nan_to_num(found)
+    frames = []
+    starts = predicted.starts
+    for index, caption in zip(worst, captions, strict=True):
+        atoms = slice(int(starts[index]), int(starts[index + 1]))
+        positions = predicted.positions[atoms].astype(np.float64)
+        cell = predicted.cells[index].astype(np.float64)
+        periodic = bool(predicted.pbc[index].all())
+        corner = np.zeros(3)
+        centre = cell.sum(0) / 2 if periodic else (positions.min(0) + positions.max(0)) / 2
+        of_frame = {model: values[atoms] for model, values in errors.items()}
+        largest = max((float(np.abs(v).max()) for v in of_frame.values()), default=0.0)
+        frames.append(
+            {
+                "name": predicted.where(index),
+                "caption": caption,
+                "z": predicted.numbers[atoms].tolist(),
+                "x": _flat(positions - centre),
+                "b": _bonds(predicted.numbers[atoms], positions),
+                "cell": _flat(cell) if periodic else None,
+                "o": _flat(corner - centre),
+                "e": {model: _flat(values) for model, values in of_frame.items()},
+                "scale": round(_LONGEST / largest, 4) if largest > 0 else 0.0,
+            }
+        )
+    return frames
+
+
+def small_enough(predicted: Predicted, index: int) -> bool:
+    """Whether a structure may stand in the page."""
+    return int(predicted.sizes[index]) <= _MOST_ATOMS
+
+
+def elements_of(frames: list[dict[str, Any]]) -> dict[int, list[Any]]:
+    """Symbol, colour (Jmol's, from ASE) and drawn radius (Å) of each element in the frames."""
+    numbers = sorted({z for frame in frames for z in frame["z"]})
+    return {z: [chemical_symbols[z], _colour(z), _radius(z)] for z in numbers}
+
+
+def _colour(z: int) -> str:
+    red, green, blue = (round(255 * float(part)) for part in jmol_colors[z])
+    return f"#{red:02x}{green:02x}{blue:02x}"
+
+
+def _radius(z: int) -> float:
+    return round(0.25 + 0.35 * float(covalent_radii[z]), 3)
+
+
+def _flat(values: np.ndarray) -> list[float]:
+    return [round(float(value), 3) for value in values.reshape(-1)]
+
+
+def _bonds(numbers: np.ndarray, positions: np.ndarray) -> list[int]:
+    """Pairs of atoms closer than a bond, one after the other; images do not count."""
+    radii = covalent_radii[numbers]
+    lengths = np.linalg.norm(positions[:, None] - positions[None], axis=-1)
+    first, second = np.nonzero(np.triu(lengths < _BOND * (radii[:, None] + radii[None]), 1))
+    pairs: list[int] = np.stack([first, second], axis=1).reshape(-1).tolist()
+    return pairs
+
+
+def still(frame: dict[str, Any], elements: dict[int, list[Any]]) -> str:
+    """A frame as SVG, as it is seen before anyone turns it."""
+    turn = _rotation()
+    points = np.array(frame["x"]).reshape(-1, 3) @ turn.T
+    errors = frame["e"].get("after") or frame["e"].get("before")
+    tips = points
+    if errors:
+        tips = points + frame["scale"] * np.array(errors).reshape(-1, 3) @ turn.T
+    shown = np.concatenate([points, tips])[:, :2]
+    low, high = shown.min(0) - 1.0, shown.max(0) + 1.0
+    parts = []
+    pairs = np.array(frame["b"], dtype=int).reshape(-1, 2)
+    for a, b in pairs:
+        (x1, y1, _), (x2, y2, _) = points[a], points[b]
+        parts.append(f'<path class="bond" d="M{x1:.2f} {-y1:.2f}L{x2:.2f} {-y2:.2f}"/>')
+    for atom in np.argsort(points[:, 2]):
+        _, colour, radius = elements[frame["z"][atom]]
+        x, y, _ = points[atom]
+        parts.append(f'<circle cx="{x:.2f}" cy="{-y:.2f}" r="{radius}" fill="{colour}"/>')
+    if errors:
+        for (x1, y1, _), (x2, y2, _) in zip(points, tips, strict=True):
+            parts.append(f'<path class="arrow" d="M{x1:.2f} {-y1:.2f}L{x2:.2f} {-y2:.2f}"/>')
+    width, height = high - low
+    view = f"{low[0]:.2f} {-high[1]:.2f} {width:.2f} {height:.2f}"
+    name = html.escape(frame["name"])
+    return (
+        f'<svg class="still" viewBox="{view}" role="img" aria-label="{name}">{"".join(parts)}</svg>'
+    )
+
+
+def _rotation() -> np.ndarray:
+    """From the structure's axes to the view's; the last one points at the reader."""
+    x, y = np.radians([_TILT, _TURN])
+    about_x = np.array([[1, 0, 0], [0, np.cos(x), -np.sin(x)], [0, np.sin(x), np.cos(x)]])
+    about_y = np.array([[np.cos(y), 0, np.sin(y)], [0, 1, 0], [-np.sin(y), 0, np.cos(y)]])
+    rotation: np.ndarray = about_x @ about_y
+    return rotation
