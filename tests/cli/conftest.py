@@ -73,6 +73,7 @@ def _little_is_reported(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
         return
     workflows = "pet_finetune.workflows"
     monkeypatch.setattr(f"{workflows}.dimers.dimers_svg", lambda *ignored: "<svg/>")
+    monkeypatch.setattr("pet_finetune.report.figures.available", lambda: False)
     monkeypatch.setattr(
         f"{workflows}.memory.probe_structures", lambda species: probe_structures(species)[::8]
     )

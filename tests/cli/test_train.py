@@ -30,7 +30,8 @@ def test_lora_from_a_checkpoint(here, command):
     assert answer.code == 0
     assert {path.name for path in Path("run").iterdir()} == {
         "adapter", "best_model.ckpt", "dimers.csv", "dimers.svg", "kept.pt", "last.ckpt",
-        "options.yaml", "results.json", "splits.json", "train.csv", "train.log",
+        "options.yaml", "predictions.npz", "report.html", "results.json", "run.json",
+        "splits.json", "train.csv", "train.log",
     }  # fmt: skip
     # The table is for the reader of the terminal, once; the file keeps a copy.
     assert answer.out.count("forces MAE") == 2  # on the test set, and what was forgotten

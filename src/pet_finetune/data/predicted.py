@@ -118,7 +118,8 @@ class Predicted:
             plain = {name: arrays.pop(name) for name in _PLAIN}
             set_name = str(arrays.pop("set_name"))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise DataError(f"'{path}' holds no predictions of a run ({error}).") from error
+            reason = str(error).split(".", 1)[0]
+            raise DataError(f"'{path}' holds no predictions of a run ({reason}).") from error
         groups: dict[str, dict[str, np.ndarray]] = {}
         for name, array in arrays.items():
             group, _, label = name.partition(":")

@@ -92,9 +92,11 @@ def _trained(run: RunRecord) -> Iterator[tuple[str, str]]:
         longest = max(len(epochs) for epochs in run.epochs)
         note = f"; the best was {best}, by {run.training.get('best_model_metric', 'validation')}"
         yield "epochs", f"{longest}" + (note if best else "")
-        seconds, rates = _seconds(run), [r["structures_per_second"] for r in rows]
+        seconds = _seconds(run)
+        rates = [r["structures_per_second"] for r in rows if "structures_per_second" in r]
         yield "time of all epochs", f"{duration(seconds)} ({seconds / len(rows):.2g} s each)"
-        yield "training speed", f"{sum(rates) / len(rates):.0f} structures/s"
+        if rates:
+            yield "training speed", f"{sum(rates) / len(rates):.0f} structures/s"
     for key, words in (("process", "peak memory"), ("gpu", "peak memory of the GPU")):
         value = run.memory.get(key)
         if value is not None:

@@ -65,6 +65,7 @@ def render(run: RunRecord, version: str) -> str:
         kept=_kept(run, drawn),
         dimers=_dimers(run, drawn),
         committee=_committee(run, drawn),
+        baselines=[table for table in run.start.get("baselines", ()) if table["rows"]],
         trained=trained(run),
         provenance=provenance(run),
         recipes=recipes(run),

@@ -95,7 +95,7 @@ class RunRecord:
         folder: as the user names it.
         status: ``finished``, ``interrupted`` or ``running``.
         options: of the run, and the text of their file.
-        start: what ``start.json`` says: parent, baselines, what trains, data, versions.
+        start: what ``run.json`` says: parent, baselines, what trains, data, versions.
         before, after: errors of the starting model and of the best one.
         parameters: ``trainable`` and ``total``.
         memory: peaks in MiB, ``process`` and ``gpu``.

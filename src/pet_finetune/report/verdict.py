@@ -139,7 +139,7 @@ def signed(value: float, digits: int) -> str:
 
 
 def _count(run: RunRecord) -> int | None:
-    if run.predicted is not None:
+    if run.predicted is not None and run.predicted.set_name == run.telling_set:
         return len(run.predicted.sizes)
     of_set = run.start.get("data", {}).get(run.telling_set or "", {})
     return of_set.get("structures")
@@ -154,7 +154,8 @@ def _measured_on(run: RunRecord) -> str:
     if name == "test":
         return f"{structures}, which training never saw"
     if name == "validation":
-        return f"{structures}, which also picked the best epoch (there is no test set)"
+        why = "" if "test" in run.start.get("data", {}) else " (there is no test set)"
+        return f"{structures}, which also pick the best epoch{why}"
     return f"{structures}, the ones it learned from (there is no test set)"
 
 
@@ -163,6 +164,8 @@ def _sentence(run: RunRecord, known: Sequence[Change], tone: str) -> str:
     what = "Fine-tuning" if run.is_finetuning else "Training"
     if not run.after:
         return _unfinished(run, what)
+    if run.status != "finished":
+        what = f"{_place(run)}. So far {what.lower()}"
     if not known:
         return f"{what} has finished; there is no starting model's error to compare with."
 
@@ -186,13 +189,17 @@ def _sentence(run: RunRecord, known: Sequence[Change], tone: str) -> str:
     return f"{what} changed little: {same.removeprefix('; ')}."
 
 
-def _unfinished(run: RunRecord, what: str) -> str:
+def _place(run: RunRecord) -> str:
+    """How far a run came that is not finished."""
     epochs = max((len(rows) for rows in run.epochs), default=0)
     wanted = run.training.get("num_epochs")
-    place = f"after epoch {epochs}" + (f" of {wanted}" if wanted else "")
+    return f"Not finished: stopped after epoch {epochs}" + (f" of {wanted}" if wanted else "")
+
+
+def _unfinished(run: RunRecord, what: str) -> str:
     if run.status == "finished":
-        return f"{what} has finished {place}; the model was not evaluated (final_eval is off)."
-    return f"{what} is not finished: it stands {place}, and nothing has been evaluated yet."
+        return f"{what} has finished; the model was not evaluated (final_eval is off)."
+    return f"{_place(run)}; nothing has been evaluated yet."
 
 
 def _joined(parts: Sequence[str]) -> str:
@@ -218,7 +225,7 @@ def _warnings(run: RunRecord, changes: Sequence[Change]) -> Iterator[str]:
             "fuse in MD; add short contacts to the data, or replay (finetune.replay)."
         )
     count = _count(run)
-    if count is not None and count < 20 and run.after:
+    if count is not None and count < 20 and run.after and run.status == "finished":
         yield f"Only {count} structures judge this model: another draw may say something else."
 
 

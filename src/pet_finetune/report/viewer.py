@@ -17,8 +17,9 @@ from .record import Quantity
 #: Structures in the view, and the atoms of the largest that is worth its place in the file.
 MOST_FRAMES = 8
 _MOST_ATOMS = 1500
-# Of the sum of the covalent radii: ASE's usual criterion of a bond.
-_BOND = 1.2
+# Of the sum of the covalent radii: two atoms closer than that are drawn with a bond, also where
+# it is stretched as in hot MD.
+_BOND = 1.25
 # The longest arrow of a view, Å.
 _LONGEST = 2.2
 # The still picture is seen from here (degrees about x, then y).

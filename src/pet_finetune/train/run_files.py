@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,14 +34,14 @@ SPLITS = "splits.json"
 KEPT = "kept.pt"
 DIMERS = "dimers"
 RESULTS = "results.json"
-START = "start.json"
+ABOUT = "run.json"
 PREDICTIONS = "predictions.npz"
 REPORT = "report.html"
 PROFILE = "profile.json"
 TRACE = "profile_trace.json"
 
 #: What a run that goes on in another folder takes with it.
-_TAKEN_ALONG = (BEST, ADAPTER, TABLE, OPTIONS, SPLITS, KEPT, START, PREDICTIONS)
+_TAKEN_ALONG = (BEST, ADAPTER, TABLE, OPTIONS, SPLITS, KEPT, ABOUT, PREDICTIONS)
 
 
 class RunFiles:
@@ -149,6 +150,12 @@ class RunFiles:
         with self._explained():
             partial.write_bytes(content.encode() if isinstance(content, str) else content)
             os.replace(partial, path)
+
+    def tell(self, facts: Mapping[str, Any]) -> None:
+        """Add to what ``run.json`` says of the run."""
+        path = self.folder / ABOUT
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        self.write(ABOUT, json.dumps({**known, **facts}, indent=2) + "\n")
 
     def keep_predictions(self, recorder: Recorder, name: str, model: Potential | Committee) -> None:
         """Write what a model, ``before`` or ``after``, says of a set beside what others say."""

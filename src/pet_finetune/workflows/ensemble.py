@@ -39,7 +39,7 @@ from .machine import choose_dtype, seed_everything
 from .outcome import TrainOutcome
 from .prepare import AFTER, evaluate_sets, load_data, options_of_run, wanted_derivatives
 from .report import report_or_warn
-from .resume import Errors
+from .resume import Errors, plain_errors
 from .start import read_start
 from .tables import calibration_table, committee_table, show
 
@@ -97,6 +97,7 @@ def train_ensemble(
             )
         )
         if not outcomes[-1].result.finished:
+            report_or_warn(files.folder)
             command = ["pet-finetune", "train", f"{files.folder / OPTIONS}"]
             _logger.warning(
                 "this was member %d of %d; go on with all of them: %s",
@@ -104,7 +105,6 @@ def train_ensemble(
                 size,
                 shlex.join([*command, "--restart", f"{files.folder}"]),
             )
-            report_or_warn(files.folder)
             return TrainOutcome(files.folder, outcomes[-1].result, {}, {})
     setup_logging(file=files.folder / LOG)
     outcome = _finish(options, files, outcomes, seed)
@@ -191,9 +191,9 @@ def _finish(
         _logger.info("%s needs matplotlib: pip install 'pet-finetune[plots]'", PLOT)
     before = outcomes[0].before
     content = {
-        "before": _plain(before),
-        "after": _plain(after),
-        "members": [_plain(outcome.after) for outcome in outcomes],
+        "before": plain_errors(before),
+        "after": plain_errors(after),
+        "members": [plain_errors(outcome.after) for outcome in outcomes],
         "calibration": {kind: _plain_curves(curve) for kind, curve in curves.items()},
     }
     files.write(RESULTS, json.dumps(content, indent=2) + "\n")
@@ -217,13 +217,6 @@ def _plain_curves(curves: Curves) -> dict[str, Any]:
     return {
         key: value if isinstance(value, float) else value.tolist()
         for key, value in asdict(curves).items()
-    }
-
-
-def _plain(errors: Errors) -> dict[str, Any]:
-    return {
-        name: {target: metrics.as_dict() for target, metrics in targets.items()}
-        for name, targets in errors.items()
     }
 
 

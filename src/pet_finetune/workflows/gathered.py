@@ -21,6 +21,7 @@ from pet_finetune.report.dimers import DimerRow
 from pet_finetune.report.record import Committee, Dimers, Epochs, RunRecord
 from pet_finetune.train.dimers import wall_distance
 from pet_finetune.train.run_files import (
+    ABOUT,
     ADAPTER,
     BEST,
     DIMERS,
@@ -30,13 +31,12 @@ from pet_finetune.train.run_files import (
     PREDICTIONS,
     REPORT,
     RESULTS,
-    START,
     TABLE,
 )
 
 _logger = get_logger(__name__)
 #: One of these is in every folder of a run.
-_MARKS = (TABLE, RESULTS, LAST, BEST, START, LOG)
+_MARKS = (TABLE, RESULTS, LAST, BEST, ABOUT, LOG)
 
 
 def gather(folder: Path) -> RunRecord:
@@ -55,17 +55,20 @@ def gather(folder: Path) -> RunRecord:
         )
     own = members or [folder]
     results, text = _json(folder / RESULTS), _text(folder / OPTIONS)
+    abouts, epochs = [_json(path / ABOUT) for path in own], [_epochs(path / TABLE) for path in own]
+    about = _about(abouts[0], own[0])
+    after = results.get("after", {}) if results else _so_far(epochs)
     return RunRecord(
         folder=str(folder),
         status="finished" if results else "interrupted",
         options=_options(folder / OPTIONS),
         options_text=text,
-        start=_start(own[0]),
-        before=results.get("before", {}),
-        after=results.get("after", {}),
+        start=about,
+        before=results.get("before") or about.pop("before", {}),
+        after=after,
         parameters=results.get("parameters", {}),
-        memory=_memory(own),
-        epochs=[_epochs(path / TABLE) for path in own],
+        memory=_memory(abouts),
+        epochs=epochs,
         predicted=_predicted(folder / PREDICTIONS),
         dimers=_dimers(folder / f"{DIMERS}.csv", results.get("dimers", {})),
         committee=_committee(results, folder),
@@ -98,24 +101,23 @@ def _options(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _start(folder: Path) -> dict[str, Any]:
-    """What ``start.json`` says; of a run without one, what its checkpoint says of itself."""
-    start = _json(folder / START)
-    if start or not (folder / BEST).exists():
+def _about(start: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What ``run.json`` says; of a run without one, what its checkpoint says of itself."""
+    if "versions" in start or not (folder / BEST).exists():
         return start
     try:
         provenance = load_checkpoint(folder / BEST).provenance
     except PetFinetuneError as error:
         _logger.warning("%s", error)
         return {}
-    return {key: value for key, value in provenance.items() if key != "options"}
+    return {**start, **{key: value for key, value in provenance.items() if key != "options"}}
 
 
-def _memory(folders: list[Path]) -> dict[str, float | None]:
+def _memory(abouts: list[dict[str, Any]]) -> dict[str, float | None]:
     """The largest peaks of the members, MiB."""
     found: dict[str, float | None] = {}
-    for folder in folders:
-        for key, value in _json(folder / RESULTS).get("peak_memory_mib", {}).items():
+    for about in abouts:
+        for key, value in about.get("peak_memory_mib", {}).items():
             if value is not None:
                 found[key] = max(value, found.get(key) or 0.0)
     return found
@@ -133,6 +135,18 @@ def _epochs(path: Path) -> Epochs:
             except (TypeError, ValueError):
                 continue
     return [row for row in rows if "epoch" in row]
+
+
+def _so_far(epochs: list[Epochs]) -> dict[str, Any]:
+    """The validation errors of the best epoch of a run that has no results yet."""
+    best = [row for row in epochs[0] if row.get("best") == 1] if len(epochs) == 1 else []
+    targets: dict[str, dict[str, float]] = {}
+    for name, value in best[-1].items() if best else ():
+        group, _, rest = name.partition("/")
+        target, _, error = rest.rpartition("/")
+        if group == "validation" and target:
+            targets.setdefault(target, {})[error] = value
+    return {"validation": targets} if targets else {}
 
 
 def _predicted(path: Path) -> Predicted | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -25,15 +24,15 @@ from pet_finetune.train.kept import Kept
 from pet_finetune.train.loss import Objective
 from pet_finetune.train.predictions import Recorder
 from pet_finetune.train.retention import Retention
-from pet_finetune.train.run_files import OPTIONS, SPLITS, START, RunFiles
+from pet_finetune.train.run_files import OPTIONS, SPLITS, RunFiles
 
 from .bootstrap import of_member
 from .elements import ADVICE
 from .keeping import extra_losses, make_kept, retention_of
 from .machine import choose_dtype, seed_everything
 from .memory import Memory, remember
-from .provenance import provenance_of, start_content
-from .resume import Errors, RunState, SavedRun, take_files
+from .provenance import about_run, provenance_of
+from .resume import Errors, RunState, SavedRun, plain_errors, take_files
 from .rounding import rounding_told
 from .start import Start, check_targets, choose_trainable, start_model
 from .tables import baseline_text
@@ -122,8 +121,7 @@ def prepare_run(
     trainable = trainable_report(model)
     _logger.info("%s", trainable)
     if not saved:
-        content = start_content(options, files.provenance, splits, model, baselines, trainable)
-        files.write(START, json.dumps(content, indent=2) + "\n")
+        files.tell(about_run(options, files.provenance, splits, model, baselines, trainable))
     trainer = _trainer(options, model, data, kept, own_seed, saved)
     if saved:
         files.drop_rows_after(trainer.progress.epoch)
@@ -131,6 +129,7 @@ def prepare_run(
     before: Errors = {}
     if to_finish and options.final_eval:
         before = evaluate_sets(files, BEFORE, model, data, trainer.wanted, retention)
+        files.tell({BEFORE: plain_errors(before)})
     state = _new_state(options, start, seed, trainer.learning_rate, before)
     return Run(options, files, data, trainer, state, kept, retention)
 

@@ -1,4 +1,4 @@
-"""What a run says of where it comes from: in its checkpoints, and in ``start.json``."""
+"""What a run says of where it comes from: in its checkpoints, and in ``run.json``."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def provenance_of(
     }
 
 
-def start_content(
+def about_run(
     options: Options,
     provenance: Mapping[str, Any],
     splits: Splits,
@@ -58,7 +58,7 @@ def start_content(
     baselines: Sequence[BaselineTable],
     trainable: TrainableReport,
 ) -> dict[str, Any]:
-    """What a run knows before its first step and its report tells, for ``start.json``.
+    """What a run knows before its first step and its report tells, for ``run.json``.
 
     Args:
         options: of the run.

@@ -23,6 +23,15 @@ _logger = get_logger(__name__)
 
 Errors = dict[str, dict[str, Metrics]]
 
+
+def plain_errors(errors: Errors) -> dict[str, dict[str, dict[str, float]]]:
+    """Errors as numbers, for a file: by set, target and name."""
+    return {
+        name: {target: metrics.as_dict() for target, metrics in targets.items()}
+        for name, targets in errors.items()
+    }
+
+
 # How an epoch is cut into batches: half an epoch of one kind cannot be finished as another.
 _BATCHES = ("batch_size", "max_atoms_per_batch", "min_atoms_per_batch")
 _NO_MATTER = frozenset({"finetune", "learning_rate", "log_interval", "checkpoint_interval"})

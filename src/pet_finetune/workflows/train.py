@@ -22,9 +22,9 @@ from pet_finetune.train.run_files import LOG, OPTIONS, RESULTS, RunFiles
 from .dimers import report_dimers
 from .ensemble import train_ensemble
 from .outcome import TrainOutcome
-from .prepare import AFTER, RETENTION, Run, evaluate_sets, prepare_run, telling_set
+from .prepare import AFTER, BEFORE, RETENTION, Run, evaluate_sets, prepare_run, telling_set
 from .report import report_or_warn
-from .resume import Errors, open_run
+from .resume import Errors, open_run, plain_errors
 from .tables import error_table, show, size_text
 
 _logger = get_logger(__name__)
@@ -68,6 +68,7 @@ def train(
         saved = open_run(restart, options) if restart is not None else None
         run = prepare_run(options, files, saved, device)
         result = _train(run)
+        _tell_memory(run)
         if result.finished:
             outcome = _finish(run, result)
             report_or_warn(files.folder)
@@ -76,13 +77,13 @@ def train(
         # Whoever called shows it; the log is where one looks for it a week later.
         _logger.error("%s", error, extra=FILE_ONLY)
         raise
+    report_or_warn(files.folder)
     _logger.warning(
         "interrupted; the state is saved. Go on with: %s",
         shlex.join(
             ["pet-finetune", "train", f"{files.folder / OPTIONS}", "--restart", f"{files.folder}"]
         ),
     )
-    report_or_warn(files.folder)
     return TrainOutcome(files.folder, result, {}, {})
 
 
@@ -122,26 +123,21 @@ def _finish(run: Run, result: TrainingResult) -> TrainOutcome:
         after = evaluate_sets(files, AFTER, best, run.data, run.trainer.wanted, run.retention)
         _show_results(run, after)
         verdicts = report_dimers(run.kept.dimers, best, files)
-    content: dict[str, Any] = {
-        name: {
-            key: {target: metrics.as_dict() for target, metrics in targets.items()}
-            for key, targets in errors.items()
-        }
-        for name, errors in (("before", before), ("after", after))
-    }
+    content: dict[str, Any] = {BEFORE: plain_errors(before), AFTER: plain_errors(after)}
     trained = sum(parameter.numel() for parameter in run.trainer.parameters.values())
     content["parameters"] = {"trainable": trained, "total": run.trainer.model.num_parameters()}
     if verdicts:
         content["dimers"] = verdicts
-    content["peak_memory_mib"] = _peak_memory(run)
     files.write(RESULTS, json.dumps(content, indent=2) + "\n")
     return TrainOutcome(files.folder, result, before, after)
 
 
-def _peak_memory(run: Run) -> dict[str, float | None]:
-    """The most memory that the process, and its tensors on a GPU, have taken, MiB."""
+def _tell_memory(run: Run) -> None:
+    """Note the most memory that the process, and its tensors on a GPU, have taken so far."""
     device = run.trainer.model.device
-    return {"process": peak_resident_mib(), "gpu": peak_gpu_mib(device)}
+    run.files.tell(
+        {"peak_memory_mib": {"process": peak_resident_mib(), "gpu": peak_gpu_mib(device)}}
+    )
 
 
 def _show_results(run: Run, after: Errors) -> None:

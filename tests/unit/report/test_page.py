@@ -1,0 +1,144 @@
+"""The page: all sections in their order, whatever there is, and nothing of the user's unescaped."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from pet_finetune.report import figures
+from pet_finetune.report.page import render
+from reports import about, committee, epochs, predicted, record, stressed
+
+SECTIONS = ["verdict", "curves", "parity", "errors", "kept", "baselines", "trained", "provenance",
+            "use"]  # fmt: skip
+_VOID = {"meta", "link", "br", "img", "input"}
+
+
+class Outline(HTMLParser):
+    """Sections of a page, and whether its elements are closed in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.sections, self.open, self.ids = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        if tag == "section":
+            self.sections.append(found["id"])
+        if "id" in found:
+            self.ids.append(found["id"])
+        if tag not in _VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def many_times(found, count):
+    """The same structures again and again."""
+
+    def tiled(values):
+        return np.tile(values, (count,) + (1,) * (values.ndim - 1))
+
+    def of(group):
+        return {name: tiled(values) for name, values in group.items()}
+
+    arrays = {
+        name: tiled(getattr(found, name))
+        for name in ("sizes", "numbers", "positions", "cells", "pbc", "frames", "source_index")
+    }
+    return replace(
+        found,
+        labels=of(found.labels),
+        baselines=of(found.baselines),
+        models={name: of(values) for name, values in found.models.items()},
+        **arrays,
+    )
+
+
+def page(run):
+    text = render(run, "1.2.3")
+    outline = Outline(text)
+    assert outline.open == []
+    assert len(set(outline.ids)) == len(outline.ids)
+    return text, outline.sections
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """As on a machine without matplotlib, which also takes no time."""
+    monkeypatch.setattr(figures, "available", lambda: False)
+
+
+def test_everything_in_the_order_that_a_reader_needs():
+    pytest.importorskip("matplotlib")
+    text, sections = page(record(stressed()))
+    assert sections == SECTIONS
+    assert text.count('class="plot"') == 5 + 6 + 2 + 1 + 2
+    assert "http://" not in re.sub(r'xmlns(:xlink)?="http://[^"]*"', "", text)
+    assert "https://" not in text
+    assert len(text) < 3_000_000
+
+
+def test_without_matplotlib_there_are_tables_and_a_hint(plain):
+    text, sections = page(record())
+    assert sections == [name for name in SECTIONS if name != "parity"]
+    assert "pip install &#39;pet-finetune[plots]&#39;" in text or "pet-finetune[plots]" in text
+    assert 'class="plot"' not in text
+    assert "2.6 times" in text or "times smaller" in text
+
+
+def test_an_ensemble_has_its_committee(plain):
+    run = record(predicted(spread=True), committee=committee(), epochs=[epochs(), epochs(4)],
+                 files={}, dimers=None)  # fmt: skip
+    text, sections = page(run)
+    assert "committee" in sections
+    assert 'href="member_1/report.html"' in text
+    assert "adapters=&#39;outputs/run&#39;" in text
+    assert "committee of 2, LoRA from base" in text
+
+
+def test_a_run_that_was_stopped_at_once(plain):
+    run = record(status="interrupted", before={}, after={}, predicted=None, dimers=None,
+                 epochs=[[]], files={}, start={})  # fmt: skip
+    text, sections = page(run)
+    assert sections == ["verdict", "curves", "trained", "provenance", "use"]
+    assert "No epoch has been finished yet" in text
+    assert "--restart outputs/run" in text
+
+
+def test_a_run_without_forces(plain):
+    found = predicted()
+    bare = {name: {"energy": values["energy"]} for name, values in found.models.items()}
+    found = replace(found, labels={"energy": found.labels["energy"]}, models=bare)
+    text, _ = page(record(found))
+    assert "By element" not in text
+    assert "By structure" in text
+    assert "worst atom" not in text
+
+
+def test_what_users_write_is_escaped(plain):
+    evil = "</script><script>alert(1)</script>&"
+    found = replace(predicted(), sources=(evil,))
+    start = about(parent=evil)
+    start["data"]["test"]["files"] = [evil]
+    run = record(found, folder=f"runs/{evil}", options_text=evil, start=start)
+    text, _ = page(run)
+    assert "<script>alert" not in text
+    assert text.count("<script") == 3  # the structures, the view, the copy buttons
+    data = re.search(r'id="frames">(.*?)</script>', text, re.S)[1]
+    assert json.loads(data)["frames"][0]["name"].endswith(evil)
+
+
+def test_a_large_set_makes_a_small_page():
+    pytest.importorskip("matplotlib")
+    text, _ = page(record(many_times(predicted(), 125)))
+    assert len(text) < 1_500_000
+    assert "predictions.npz" in text
+    assert text.count("<tr>") < 400
