@@ -22,7 +22,7 @@ from pet_finetune.config.shorthands import expand_switch
 __all__ = ["AnchorOptions", "ReplayOptions", "RetentionOptions"]
 
 #: Strength of each anchor where none is given; see docs/keeping.md.
-DEFAULT_STRENGTHS = {"l2sp": 1.0, "ewc": 100.0}
+DEFAULT_STRENGTHS = {"l2sp": 30.0, "ewc": 100.0}
 
 
 class RetentionOptions(Section):
@@ -104,7 +104,7 @@ class AnchorOptions(Section):
     )
     strength: PositiveFloat | None = Field(
         default=None,
-        description="Factor of the penalty. Null chooses: 1 for `l2sp`, 100 for `ewc`.",
+        description="Factor of the penalty. Null chooses: 30 for `l2sp`, 100 for `ewc`.",
     )
     structures: TextList = Field(
         default=("probe",),

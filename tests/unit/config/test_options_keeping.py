@@ -53,7 +53,7 @@ def test_the_report_comes_some_twenty_times(given, num_epochs, interval):
 
 
 def test_an_anchor_may_be_just_its_type():
-    assert options({"anchor": "l2sp"}).finetune.anchor.factor == 1.0
+    assert options({"anchor": "l2sp"}).finetune.anchor.factor == 30.0
     assert options({"anchor": "ewc"}).finetune.anchor.factor == 100.0
     assert options({"anchor": {"type": "ewc", "strength": 5}}).finetune.anchor.factor == 5.0
 
