@@ -12,7 +12,7 @@ from pet_finetune.data.predicted import Predicted
 
 from .record import Quantity
 
-_DRAWS = 2000
+_DRAWS = 1000
 _BINS = 8
 _FEWEST_IN_A_BIN = 5
 
@@ -80,9 +80,11 @@ def ratio_interval(
     weights = predicted.sizes[known] if quantity.kind == "forces" else np.ones(known.sum())
     if known.sum() < 5 or not np.any(old[known] > 0):
         return None
-    draws = np.random.default_rng(seed).integers(known.sum(), size=(_DRAWS, known.sum()))
-    before = (weights * old[known])[draws].sum(1)
-    after = (weights * new[known])[draws].sum(1)
+    rng, count = np.random.default_rng(seed), int(known.sum())
+    both = weights * np.stack([old[known], new[known]])
+    # One draw after the other: all at once would be gigabytes for a large set.
+    sums = [both[:, rng.integers(count, size=count)].sum(1) for _ in range(_DRAWS)]
+    before, after = np.array(sums).T
     low, high = np.percentile(after / np.maximum(before, 1e-300), [2.5, 97.5])
     return float(low), float(high)
 

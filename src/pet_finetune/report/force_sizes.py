@@ -40,7 +40,7 @@ def sorted_plot(quantity: Quantity, errors: dict[str, np.ndarray], name: str) ->
         for model, values in errors.items():
             ordered = quantity.factor * np.sort(values[np.isfinite(values)])
             share = 100 * (np.arange(len(ordered)) + 1) / max(1, len(ordered))
-            style = {**_STYLES[model], "marker": "", "drawstyle": "steps-pre"}
+            style = {**_STYLES[model], "marker": ""}
             axes.plot(share, ordered, **style)
             shown += ordered[ordered > 0].tolist()
         if shown:

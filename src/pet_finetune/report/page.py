@@ -232,7 +232,7 @@ def _script_data(content: Mapping[str, Any]) -> str:
 
 def _kept(run: RunRecord, drawn: bool) -> dict[str, Any] | None:
     """The forgetting report."""
-    after, before = run.after.get("retention", {}), run.before.get("retention", {})
+    after, before = _retention(run), run.before.get("retention", {})
     panels = _marked(forgetting_curves(run)) if drawn else []
     if not after and not panels:
         return None
@@ -246,6 +246,17 @@ def _kept(run: RunRecord, drawn: bool) -> dict[str, Any] | None:
                 rows.append((name, unit, old, 1000 * values[key]))
     own = any(row[2] for row in rows)  # labels of their own leave an error from the start
     return {"rows": rows, "panels": panels, "labelled": own}
+
+
+def _retention(run: RunRecord) -> Mapping[str, Mapping[str, float]]:
+    """Errors on the retention set; of a committee, which is not evaluated there, its members'."""
+    if "retention" in run.after or run.committee is None:
+        return run.after.get("retention", {})
+    each = [errors.get("retention", {}) for errors in run.committee.errors]
+    return {
+        target: {name: float(np.mean([one[target][name] for one in each])) for name in values}
+        for target, values in each[0].items()
+    }
 
 
 def _dimers(run: RunRecord, drawn: bool) -> dict[str, Any] | None:

@@ -43,7 +43,7 @@ def parity_plots(run: RunRecord) -> list[Parity]:
         axes_values = _values(predicted, quantity)
         if axes_values is None:
             continue
-        label, models, unit, note = axes_values
+        label, models, note = axes_values
         known = np.isfinite(label)
         # One frame for both, so that they can be compared by eye.
         low, high = _frame([label[known], *(values[known] for values in models.values())])
@@ -63,7 +63,7 @@ def parity_plots(run: RunRecord) -> list[Parity]:
                         label=label[known],
                         values=values[known],
                         frame=(low, high),
-                        unit=unit,
+                        unit=quantity.plain,
                         title=f"{name}: {shown}",
                     ),
                     width=3.6,
@@ -76,8 +76,8 @@ def parity_plots(run: RunRecord) -> list[Parity]:
 
 def _values(
     predicted: Predicted, quantity: Quantity
-) -> tuple[np.ndarray, dict[str, np.ndarray], str, str] | None:
-    """Labels and predictions as flat arrays, their unit, and what was taken off."""
+) -> tuple[np.ndarray, dict[str, np.ndarray], str] | None:
+    """Labels and predictions as flat arrays, and what was taken off."""
     label = predicted.labels.get(quantity.label)
     models = {
         name: predicted.models[name][quantity.label].astype(np.float64)
@@ -87,16 +87,13 @@ def _values(
     if label is None or not models:
         return None
     label, note = label.astype(np.float64), ""
-    unit = {"energy": "eV/atom", "forces": "eV/Å", "stress": "eV/Å³"}.get(
-        quantity.kind, quantity.unit.removesuffix("/atom")
-    )
     if quantity.kind == "energy":
         shift = predicted.baselines.get(quantity.target)
         if shift is None:
             shift = predicted.sizes * np.nanmean(label / predicted.sizes)
             note = "energies per atom, less their mean"
         else:
-            note = "energies per atom, less the refitted baseline of the elements"
+            note = "energies per atom, less the baseline of the elements"
         label = (label - shift) / predicted.sizes
         models = {name: (values - shift) / predicted.sizes for name, values in models.items()}
     if quantity.kind == "stress":
@@ -104,7 +101,7 @@ def _values(
         label = label[:, upper[0], upper[1]]
         models = {name: values[:, upper[0], upper[1]] for name, values in models.items()}
     flat = {name: values.reshape(-1) for name, values in models.items()}
-    return label.reshape(-1), flat, unit, note
+    return label.reshape(-1), flat, note
 
 
 def _frame(values: list[np.ndarray]) -> tuple[float, float]:

@@ -17,11 +17,11 @@ ErrorTable = Mapping[str, Mapping[str, Mapping[str, float]]]
 #: The rows of a ``train.csv``; cells that are empty there are absent.
 Epochs = Sequence[Mapping[str, float]]
 
-# Factor and unit in which errors of energies and their derivatives are shown.
+# Factor and unit in which errors of energies and their derivatives are shown, and the values.
 _UNITS = {
-    "energy": (1000.0, "meV/atom"),
-    "forces": (1000.0, "meV/Å"),
-    "stress": (1000.0, "meV/Å³"),
+    "energy": (1000.0, "meV/atom", "eV/atom"),
+    "forces": (1000.0, "meV/Å", "eV/Å"),
+    "stress": (1000.0, "meV/Å³", "eV/Å³"),
 }
 
 
@@ -34,6 +34,7 @@ class Quantity:
         kind: ``energy``, ``forces`` or ``stress`` of an energy, ``value`` of anything else.
         name: in words.
         factor, unit: an error times the factor is in the unit; energies are per atom.
+        plain: unit of the values.
     """
 
     target: str
@@ -41,6 +42,7 @@ class Quantity:
     name: str
     factor: float
     unit: str
+    plain: str = ""
 
     @property
     def error(self) -> str:
@@ -157,12 +159,14 @@ class RunRecord:
         """What is compared, in the order of the targets."""
         errors = self.after or self.before
         found = errors.get(self.telling_set or "", {}) or self._in_epochs()
-        return [
+        kinds = ("energy", "forces", "stress", "value")
+        quantities = [
             self._quantity(target, kind, several=len(found) > 1)
             for target, values in found.items()
-            for kind in ("energy", "forces", "stress", "value")
+            for kind in kinds
             if f"{kind}_mae" in values
         ]
+        return sorted(quantities, key=lambda quantity: quantity.kind == "value")  # energies first
 
     def _in_epochs(self) -> dict[str, dict[str, float]]:
         """Targets and errors that ``train.csv`` names, for a run without an evaluation."""
@@ -176,9 +180,12 @@ class RunRecord:
 
     def _quantity(self, target: str, kind: str, several: bool) -> Quantity:
         if kind == "value":
-            factor, unit = self.start.get("targets", {}).get(target, {}).get("shown", (1.0, ""))
-            return Quantity(target, kind, target, float(factor), _typeset(unit))
-        name = f"{target}: {kind}" if several and target != kind else kind
+            about = self.start.get("targets", {}).get(target, {})
+            factor, unit = about.get("shown", (1.0, ""))
+            plain = _typeset(about.get("unit", ""))
+            return Quantity(target, kind, target, float(factor), _typeset(unit), plain)
+        # Of several targets the plain energy needs no name.
+        name = f"{target} {kind}" if several and target != "energy" else kind
         return Quantity(target, kind, name, *_UNITS[kind])
 
 

@@ -126,10 +126,11 @@ def number(value: float) -> str:
     """An error with three digits (two below 1), or as many as a whole number needs."""
     if not math.isfinite(value):
         return "–"
+    value = float(f"{value:.3g}") if abs(value) < 1000 else value
     if value == 0 or abs(value) >= 100:
         return f"{value:,.0f}"
     if abs(value) < 1:
-        return f"{value:.2g}"
+        return f"{value:#.2g}"
     return f"{value:.{2 - math.floor(math.log10(abs(value)))}f}"
 
 

@@ -120,7 +120,7 @@ def prepare_run(
     files.provenance = saved.provenance if saved else provenance_of(options, start, data.sets, seed)
     trainable = trainable_report(model)
     _logger.info("%s", trainable)
-    if not saved:
+    if not saved and to_finish:
         files.tell(about_run(options, files.provenance, splits, model, baselines, trainable))
     trainer = _trainer(options, model, data, kept, own_seed, saved)
     if saved:

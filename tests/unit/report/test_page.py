@@ -123,6 +123,25 @@ def test_a_run_without_forces(plain):
     assert "worst atom" not in text
 
 
+def test_a_target_that_is_no_energy_comes_last_in_its_own_unit(plain):
+    found = predicted()
+    label = np.ones((len(found.sizes), 3))
+    models = {
+        name: {**values, "dipole": label + {"before": 0.5, "after": 0.25}[name]}
+        for name, values in found.models.items()
+    }
+    found = replace(found, labels={"dipole": label, **found.labels}, models=models)
+    start = about()
+    start["targets"]["dipole"] = {"is_energy": False, "unit": "e*A", "shown": [1.0, "e*A"]}
+    run = record(found, start=start)
+    for errors, size in ((run.before, 0.5), (run.after, 0.25)):
+        errors["test"]["dipole"] = {"value_mae": size, "value_rmse": size}
+    assert [q.name for q in run.quantities()] == ["energy", "forces", "dipole"]
+    text, _ = page(run)
+    assert re.search(r"dipole <span class=.unit.>e\*A</span>", text)
+    assert "the dipole error from 0.50 to 0.25 e*A (2.0 times smaller)" in text
+
+
 def test_what_users_write_is_escaped(plain):
     evil = "</script><script>alert(1)</script>&"
     found = replace(predicted(), sources=(evil,))
