@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
 import numpy as np
 from ase.data import chemical_symbols
 from ase.formula import Formula
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from pet_finetune.data.predicted import Predicted
@@ -40,13 +41,7 @@ def render(run: RunRecord, version: str) -> str:
         version: of the package, for the foot.
     """
     drawn = figures.available()
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["number"] = number
-    environment.filters["signed"] = signed
-    template = environment.from_string(_file("page.html.j2"))
-    return template.render(
+    return _template().render(
         css=Markup(_file("page.css")),
         viewer_js=Markup(_file("viewer.js")),
         copy_js=Markup(_file("copy.js")),
@@ -70,6 +65,17 @@ def render(run: RunRecord, version: str) -> str:
         provenance=provenance(run),
         recipes=recipes(run),
     )
+
+
+@cache
+def _template() -> Template:
+    """The page's template; whatever it is given is escaped, unless it says that it is markup."""
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["number"] = number
+    environment.filters["signed"] = signed
+    return environment.from_string(_file("page.html.j2"))
 
 
 def _file(name: str) -> str:

@@ -20,8 +20,8 @@ _MOST_ATOMS = 1500
 # Of the sum of the covalent radii: two atoms closer than that are drawn with a bond, also where
 # it is stretched as in hot MD.
 _BOND = 1.25
-# The longest arrow of a view, Å.
-_LONGEST = 2.2
+# The longest arrow of a view: at least so many Å, and this part of what is seen.
+_LONGEST, _LONGEST_PART = 2.2, 0.15
 # The still picture is seen from here (degrees about x, then y).
 _TILT, _TURN = -20.0, 30.0
 
@@ -54,21 +54,25 @@ def frames_of(
         positions = predicted.positions[atoms].astype(np.float64)
         cell = predicted.cells[index].astype(np.float64)
         periodic = bool(predicted.pbc[index].all())
+        bonds = _bonds(predicted.numbers[atoms], positions)
+        if periodic:
+            positions = _gathered(positions, cell, bonds)
         corner = np.zeros(3)
         centre = cell.sum(0) / 2 if periodic else (positions.min(0) + positions.max(0)) / 2
         of_frame = {model: values[atoms] for model, values in errors.items()}
         largest = max((float(np.abs(v).max()) for v in of_frame.values()), default=0.0)
+        longest = max(_LONGEST, _LONGEST_PART * float(np.ptp(positions, axis=0).max()))
         frames.append(
             {
                 "name": predicted.where(index),
                 "caption": caption,
                 "z": predicted.numbers[atoms].tolist(),
                 "x": _flat(positions - centre),
-                "b": _bonds(predicted.numbers[atoms], positions),
+                "b": bonds.reshape(-1).tolist(),
                 "cell": _flat(cell) if periodic else None,
                 "o": _flat(corner - centre),
                 "e": {model: _flat(values) for model, values in of_frame.items()},
-                "scale": round(_LONGEST / largest, 4) if largest > 0 else 0.0,
+                "scale": round(longest / largest, 4) if largest > 0 else 0.0,
             }
         )
     return frames
@@ -98,12 +102,28 @@ def _flat(values: np.ndarray) -> list[float]:
     return [round(float(value), 3) for value in values.reshape(-1)]
 
 
-def _bonds(numbers: np.ndarray, positions: np.ndarray) -> list[int]:
-    """Pairs of atoms closer than a bond, one after the other; images do not count."""
+def _gathered(positions: np.ndarray, cell: np.ndarray, bonds: np.ndarray) -> np.ndarray:
+    """Positions with whole molecules moved into the cell, as far as MD may have carried them."""
+    first, second = bonds.T
+    member, before = np.arange(len(positions)), np.array([])
+    while not np.array_equal(member, before):  # the smallest number spreads over a molecule
+        before = member.copy()
+        np.minimum.at(member, first, member[second])
+        np.minimum.at(member, second, member[first])
+    sizes = np.maximum(np.bincount(member, minlength=len(positions)), 1)
+    centres = np.stack([np.bincount(member, x, len(sizes)) / sizes for x in positions.T], axis=1)
+    # A little below zero is rounding, not another cell.
+    shifts = np.floor(centres @ np.linalg.inv(cell) + 1e-6)
+    gathered: np.ndarray = positions - (shifts @ cell)[member]
+    return gathered
+
+
+def _bonds(numbers: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Pairs of atoms closer than a bond, [n_bonds, 2]; images do not count."""
     radii = covalent_radii[numbers]
     lengths = np.linalg.norm(positions[:, None] - positions[None], axis=-1)
     first, second = np.nonzero(np.triu(lengths < _BOND * (radii[:, None] + radii[None]), 1))
-    pairs: list[int] = np.stack([first, second], axis=1).reshape(-1).tolist()
+    pairs: np.ndarray = np.stack([first, second], axis=1)
     return pairs
 
 

@@ -6,11 +6,14 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from ase.build import molecule
 
+from pet_finetune.data.predicted import Predicted
 from pet_finetune.report.errors import residuals
 from pet_finetune.report.record import Quantity
 from pet_finetune.report.viewer import elements_of, frames_of, still
 from reports import predicted, stressed
+from tiny_data import structures_of
 
 FORCES = Quantity("energy", "forces", "forces", 1000.0, "meV/Å")
 
@@ -34,6 +37,20 @@ def test_a_crystal_has_its_cell_and_energies_alone_have_no_arrows():
     assert len(frame["cell"]) == 9
     assert frame["e"] == {}
     assert frame["scale"] == 0.0
+
+
+def test_what_md_has_carried_away_is_brought_back_molecule_by_molecule():
+    atoms = molecule("H2O")
+    atoms.set_cell([6.0, 7.0, 8.0])
+    atoms.center()
+    atoms.pbc = True
+    home = atoms.copy()
+    atoms.positions += [12.0, -7.0, 0.0]
+    frames = [
+        frames_of(Predicted.of(structures_of([a]), "test"), [0], None, [""])[0]
+        for a in (home, atoms)
+    ]
+    assert frames[1]["x"] == pytest.approx(frames[0]["x"], abs=2e-3)
 
 
 def test_elements_are_coloured_as_in_jmol():
