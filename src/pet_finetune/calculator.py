@@ -21,6 +21,7 @@ from pet_finetune.adapters.committee_files import Adapters
 from pet_finetune.checkpoint import open_adapted, open_committee
 from pet_finetune.data.batch import Batch
 from pet_finetune.data.computable import charge_and_spin, check_atoms
+from pet_finetune.data.contacts import Contacts, find_contacts
 from pet_finetune.data.neighbors import NeighborList, edge_vectors
 from pet_finetune.data.skin import SkinNeighbors
 from pet_finetune.device import choose_device
@@ -167,6 +168,34 @@ class PETCalculator(Calculator):
         """The name of the adapter in use; None without one, and for a committee."""
         return None if self._adapted is None else self._adapted.active_adapter
 
+    def contacts(self) -> Contacts:
+        """The closest two atoms of the structure computed last, and those out of all others' reach.
+
+        :raises DataError: nothing was computed yet.
+        """
+        if self.atoms is None or self._latest is None:
+            raise DataError("There is no structure yet: compute one.")
+        positions, cell, _ = _geometry(self.atoms)
+        return find_contacts(positions, cell, self._latest, self._model.cutoff)
+
+    @property
+    def neighbor_origin(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """Positions, cell and pbc for which the neighbour list in use was built; None before one.
+
+        Setting what another calculator had here makes this one go on to the same last bit.
+        """
+        origin = self._neighbors.origin
+        if origin is None:
+            return None
+        positions, cell, pbc = (tensor.numpy().copy() for tensor in origin)
+        return positions, cell, pbc
+
+    @neighbor_origin.setter
+    def neighbor_origin(self, origin: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+        positions, cell, pbc = (torch.from_numpy(np.array(array)) for array in origin)
+        self._neighbors.rebuild(positions, cell, pbc)
+        self.reset()
+
     def _switchable(self) -> AdaptedPotential:
         if self._adapted is None:
             raise AdapterError(
@@ -253,10 +282,7 @@ class PETCalculator(Calculator):
     def _batch(self, atoms: Atoms) -> Batch:
         """The structure as the model's input; its edges reach as far as the skin."""
         device, dtype = self._device, self._model.dtype
-        positions = torch.tensor(atoms.positions, dtype=torch.float64)
-        pbc = torch.tensor(atoms.pbc, dtype=torch.bool)
-        cell = torch.tensor(atoms.cell.array, dtype=torch.float64)
-        cell = torch.where(pbc.unsqueeze(1), cell, 0.0)
+        positions, cell, pbc = _geometry(atoms)
         pairs = self._neighbors.update(positions, cell, pbc)
         if self._pairs is None or pairs is not self._latest:
             self._latest, self._pairs = pairs, _move(pairs, device)
@@ -298,6 +324,14 @@ class PETCalculator(Calculator):
         self.__dict__.update(state)
         self._device = choose_device(self._wanted_device)
         self._model.to(self._device)
+
+
+def _geometry(atoms: Atoms) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions, cell (zero where not periodic) and pbc of a structure."""
+    positions = torch.tensor(atoms.positions, dtype=torch.float64)
+    pbc = torch.tensor(atoms.pbc, dtype=torch.bool)
+    cell = torch.tensor(atoms.cell.array, dtype=torch.float64)
+    return positions, torch.where(pbc.unsqueeze(1), cell, 0.0), pbc
 
 
 def _plain(

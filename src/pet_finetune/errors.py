@@ -14,6 +14,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "DynamicsError",
     "PetFinetuneError",
     "SpeciesError",
     "TrainingError",
@@ -52,6 +53,10 @@ class AdapterError(PetFinetuneError):
 
 class TrainingError(PetFinetuneError):
     """Training cannot start or cannot go on."""
+
+
+class DynamicsError(PetFinetuneError):
+    """A simulation cannot start or cannot go on."""
 
 
 class SpeciesError(PetFinetuneError):

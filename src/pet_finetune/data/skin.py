@@ -42,6 +42,21 @@ class SkinNeighbors:
             self._positions, self._cell, self._pbc = positions.clone(), cell.clone(), pbc.clone()
         return self._pairs
 
+    @property
+    def origin(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Positions, cell and pbc that the list at hand was built for; None before the first.
+
+        The order of the pairs, and with it the last bit of every sum over them, depends on these.
+        """
+        if self._pairs is None:
+            return None
+        return self._positions, self._cell, self._pbc
+
+    def rebuild(self, positions: Tensor, cell: Tensor, pbc: Tensor) -> None:
+        """Build the list of an :attr:`origin` again, to go on as if there had been no stop."""
+        self._pairs = None
+        self.update(positions, cell, pbc)
+
     def _holds(self, positions: Tensor, cell: Tensor, pbc: Tensor) -> bool:
         """Whether the list at hand has every pair within the cutoff."""
         if positions.shape != self._positions.shape or not torch.equal(pbc, self._pbc):

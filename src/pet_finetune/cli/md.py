@@ -1,0 +1,170 @@
+"""``pet-finetune md``: a first look at the dynamics of a model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from pet_finetune.errors import ConfigError, DynamicsError
+
+from .train import new_folder
+
+_OUTPUTS = Path("outputs")
+_STATE = "state.npz"
+_EXAMPLES = """\
+examples:
+  pet-finetune md best_model.ckpt molecule.xyz --ensemble nve --steps 2000
+  pet-finetune md best_model.ckpt box.xyz --ensemble npt --pressure 0.1 --minimize 200
+  pet-finetune md foundation.ckpt box.xyz --adapter a0/ --adapter a1/ --adapter a2/
+  pet-finetune md --restart auto                      go on with the newest simulation
+"""
+#: Settings of a run by the name of their argument, with type, placeholder and help.
+_SETTINGS: dict[str, tuple[type, str, str]] = {
+    "ensemble": (str, "nve|nvt|npt", "what is kept constant (default: nvt)"),
+    "temperature": (float, "K", "in K; of nve that of the first velocities (default: 300)"),
+    "steps": (int, "N", "in all (default: 10000); with --restart more than before"),
+    "timestep": (float, "FS", "in fs (default: 0.5)"),
+    "every": (int, "N", "steps between two frames and lines of the log (default: 10)"),
+    "seed": (int, "N", "of velocities and thermostat (default: drawn, and kept in md.json)"),
+    "minimize": (int, "N", "relax the start first, with at most N steps of FIRE"),
+    "stop_uncertainty": (
+        float,
+        "X",
+        "with a committee: stop when the force on an atom is uncertain by more than X eV/A",
+    ),
+    "max_temperature": (
+        float,
+        "K",
+        "above it the run is taken for exploded (default: ten times --temperature, at least 2000)",
+    ),
+    "thermostat": (
+        str,
+        "NAME",
+        "of nvt: langevin (default), bussi or nose-hoover",
+    ),
+    "friction": (float, "X", "of langevin, in 1/ps (default: 10)"),
+    "thermostat_time": (float, "FS", "of the other thermostats and npt, in fs (default: 100)"),
+    "pressure": (float, "GPA", "of npt, in GPa; 1 bar is 0.0001 (default: 0)"),
+    "barostat": (
+        str,
+        "NAME",
+        "of npt: isotropic keeps the cell's shape (default), full does not",
+    ),
+    "barostat_time": (float, "FS", "of npt, in fs (default: 1000)"),
+}
+_OF_MODEL = ("target", "device", "dtype")
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
+        "md",
+        help="a first look at molecular dynamics with a model",
+        description="Simulate a structure with ASE's integrators: trajectory, log, plot of energy "
+        "and temperature, and a clear message when it goes wrong.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", nargs="?", help="ours or metatrain's")
+    parser.add_argument("structure", nargs="?", help="any file ASE reads")
+    parser.add_argument(
+        "--adapter", action="append", default=[], metavar="DIR",
+        help="adapter of this checkpoint; several, or the folder of a run with finetune.ensemble, "
+        "are a committee, whose uncertainty goes into the log",
+    )  # fmt: skip
+    parser.add_argument("--index", type=int, help="frame of the file, from 0 (default: the last)")
+    parser.add_argument(
+        "--restart",
+        metavar="auto|FOLDER",
+        help="go on exactly where a simulation stopped; auto takes the newest",
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, help="folder of the run (default: outputs/DATE/TIME)"
+    )
+    for name, (kind, shown, words) in _SETTINGS.items():
+        option = "--" + name.replace("_", "-")
+        parser.add_argument(option, type=kind, metavar=shown, help=words)
+    velocities = parser.add_mutually_exclusive_group()
+    velocities.add_argument(
+        "--keep-velocities", dest="velocities", action="store_const", const="keep",
+        help="those of the file, which must have them (default: where it has them)",
+    )  # fmt: skip
+    velocities.add_argument(
+        "--new-velocities", dest="velocities", action="store_const", const="new",
+        help="draw them even where the file has some",
+    )  # fmt: skip
+    parser.add_argument("--target", help="which energy, where the model has several")
+    parser.add_argument("--device", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument("--dtype", help="float32 or float64 (default: the model's)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Carry the command out."""
+    given = {name: getattr(arguments, name) for name in (*_SETTINGS, "velocities")}
+    given = {name: value for name, value in given.items() if value is not None}
+    model = {name: getattr(arguments, name) for name in _OF_MODEL}
+    model = {name: value for name, value in model.items() if value is not None}
+    if arguments.adapter:
+        model["adapters"] = tuple(arguments.adapter)
+    if arguments.restart is not None:
+        return _restart(arguments, given, model)
+    if arguments.checkpoint is None or arguments.structure is None:
+        raise ConfigError(
+            "md: name a model and a structure: md MODEL STRUCTURE, or go on with --restart FOLDER."
+        )
+    from pet_finetune.dynamics import MDSettings
+    from pet_finetune.log import setup_logging
+    from pet_finetune.workflows.md import ModelChoice, run_md
+
+    setup_logging()
+    result = run_md(
+        ModelChoice(arguments.checkpoint, **model),
+        arguments.structure,
+        MDSettings(**given),
+        arguments.output or new_folder(),
+        index=arguments.index,
+    )
+    return 130 if result.outcome.reason == "interrupted" else 0
+
+
+def _restart(arguments: argparse.Namespace, given: dict[str, Any], model: dict[str, Any]) -> int:
+    """Go on with a run; only its length and the place of its model may be said anew."""
+    steps = given.pop("steps", None)
+    unused = [f"--{name.replace('_', '-')}" for name in given if name != "velocities"]
+    unused += ["--keep-velocities or --new-velocities"] if "velocities" in given else []
+    unused += ["the structure"] if arguments.structure is not None else []
+    unused += ["--index"] if arguments.index is not None else []
+    auto = arguments.restart == "auto"
+    unused += ["-o"] if arguments.output is not None and not auto else []
+    if unused:
+        raise ConfigError(
+            f"md --restart goes on with the run's own settings: leave {', '.join(unused)} out, or "
+            "start a new run from its last frame. Only --steps, the checkpoint, --adapter and "
+            "--device can be given."
+        )
+    folder = _newest(arguments.output or _OUTPUTS) if auto else Path(arguments.restart)
+    from pet_finetune.log import setup_logging
+    from pet_finetune.workflows.md import restart_md
+
+    setup_logging()
+    if arguments.checkpoint is not None:
+        model["checkpoint"] = arguments.checkpoint
+    result = restart_md(folder, model=model, steps=steps)
+    return 130 if result.outcome.reason == "interrupted" else 0
+
+
+def _newest(root: Path) -> Path:
+    """The folder below ``root`` whose simulation was saved last.
+
+    Raises:
+        DynamicsError: there is none.
+    """
+    found = sorted(root.rglob(_STATE), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise DynamicsError(
+            f"--restart auto: no simulation below '{root}'. Start a new one without --restart, or "
+            "name its folder: --restart FOLDER."
+        )
+    return found[-1].parent

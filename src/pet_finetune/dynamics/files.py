@@ -1,0 +1,241 @@
+"""What a simulation leaves behind: trajectory, log, the state to go on from."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ase.io
+import numpy as np
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+
+from pet_finetune.data.structure import DEFAULT_CHARGE_KEYS, DEFAULT_SPIN_KEYS
+from pet_finetune.errors import DynamicsError
+
+from .measure import Measurement
+
+__all__ = ["MDFiles"]
+
+TRAJECTORY = "trajectory.xyz"
+TABLE = "md.csv"
+STATE = "state.npz"
+START = "start.traj"
+FINAL = "final.xyz"
+STOPPED = "stopped.xyz"
+SETTINGS = "md.json"
+RESULTS = "results.json"
+PLOT = "md.svg"
+LOG = "md.log"
+
+#: Columns of the log; those that a structure or model does not have are left out.
+_COLUMNS = {
+    "step": "step",
+    "time_fs": "time",
+    "potential_eV": "potential",
+    "kinetic_eV": "kinetic",
+    "total_eV": "total",
+    "conserved_eV": "conserved",
+    "temperature_K": "temperature",
+    "volume_A3": "volume",
+    "pressure_GPa": "pressure",
+    "energy_uncertainty_eV": "energy_uncertainty",
+    "max_forces_uncertainty_eV_A": "forces_uncertainty",
+}
+
+
+class MDFiles:
+    """Writes and reads the files of one simulation.
+
+    Trajectory and log only grow. The state says how long they were when it was saved, so that
+    one that goes on cuts off what came after, and the files end as those of a run that never
+    stopped.
+
+    Args:
+        folder: made where it does not exist.
+
+    Raises:
+        DynamicsError: it cannot be written to.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with self._explained():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / ".writable").touch()
+            (folder / ".writable").unlink()
+
+    @classmethod
+    def existing(cls, folder: Path) -> MDFiles:
+        """Those of a run that was made before; nothing is made where there is none.
+
+        Raises:
+            DynamicsError: there is no such folder, or no state in it.
+        """
+        if not (folder / STATE).is_file():
+            raise DynamicsError(
+                f"--restart: '{folder}' holds no {STATE}, so there is nothing to go on from. "
+                "Name the output folder of a run of `pet-finetune md`."
+            )
+        return cls(folder)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.folder / name
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Say of a failed write which folder it was for and what to do."""
+        try:
+            yield
+        except OSError as error:
+            raise DynamicsError(
+                f"Cannot write to the output folder '{self.folder}': {error.strerror or error}. "
+                f"Make room, or choose another with -o FOLDER; a run that has saved its state goes "
+                f"on with --restart {self.folder}."
+            ) from error
+
+    @staticmethod
+    def check_free(folder: Path) -> None:
+        """Make sure that a new run in ``folder`` overwrites no older one.
+
+        Raises:
+            DynamicsError: it would.
+        """
+        if any((folder / name).exists() for name in (STATE, TRAJECTORY, TABLE)):
+            raise DynamicsError(
+                f"The output folder '{folder}' holds a simulation already. Choose another with "
+                f"-o FOLDER, or go on with that one: --restart {folder}."
+            )
+
+    def write(self, name: str, text: str) -> None:
+        """Write a text file in one step: it is whole or as it was."""
+        partial = self / f".{name}.part"
+        with self._explained():
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, self / name)
+
+    def write_start(self, atoms: Atoms, settings: Mapping[str, Any]) -> None:
+        """Keep what the run starts from: structure with masses and constraints, and settings."""
+        atoms = atoms.copy()
+        atoms.calc = None
+        with self._explained():
+            ase.io.write(self / START, atoms)
+        self.write(SETTINGS, json.dumps(settings, indent=2) + "\n")
+
+    def read_start(self) -> tuple[Atoms, dict[str, Any]]:
+        """What :meth:`write_start` kept.
+
+        Raises:
+            DynamicsError: it is gone or damaged.
+        """
+        try:
+            atoms = ase.io.read(self / START)
+            settings: dict[str, Any] = json.loads((self / SETTINGS).read_text(encoding="utf-8"))
+        except Exception as error:  # ASE's reader raises whatever it meets
+            raise DynamicsError(
+                f"'{self.folder}' cannot be gone on with: {START} and {SETTINGS} cannot be read "
+                f"({error}). Start a new run, from {FINAL} or the last frame of {TRAJECTORY}."
+            ) from error
+        assert isinstance(atoms, Atoms)
+        return atoms, settings
+
+    def add(self, row: Measurement, atoms: Atoms) -> None:
+        """Add a row to the log and a frame to the trajectory; a heading comes with the first."""
+        values = {name: getattr(row, attribute) for name, attribute in _COLUMNS.items()}
+        cells = {name: _cell(value) for name, value in values.items() if value is not None}
+        with self._explained(), (self / TABLE).open("a", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, cells.keys(), lineterminator="\n")
+            if stream.tell() == 0:
+                writer.writeheader()
+            writer.writerow(cells)
+        self.write_frames(TRAJECTORY, [frame(atoms, row)], append=True)
+
+    def write_frames(self, name: str, frames: Sequence[Atoms], append: bool = False) -> None:
+        """Write frames as extended XYZ, which every program reads."""
+        with self._explained():
+            ase.io.write(self / name, frames, format="extxyz", append=append)
+
+    def read_rows(self) -> dict[str, np.ndarray]:
+        """The log, one array for each of its columns.
+
+        Raises:
+            DynamicsError: it is gone or damaged.
+        """
+        try:
+            with (self / TABLE).open(newline="", encoding="utf-8") as stream:
+                rows = list(csv.DictReader(stream))
+            return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
+        except (OSError, ValueError, TypeError, IndexError) as error:
+            raise DynamicsError(f"The log '{self / TABLE}' cannot be read ({error}).") from error
+
+    def save_state(self, state: Mapping[str, Any]) -> None:
+        """Save all that is needed to go on, in one step, with the lengths of the files."""
+        lengths = [_length(self / name) for name in (TRAJECTORY, TABLE)]
+        content = io.BytesIO()
+        np.savez(content, allow_pickle=False, **state, lengths=np.array(lengths))
+        partial = self / f".{STATE}.part"
+        with self._explained():
+            partial.write_bytes(content.getvalue())
+            os.replace(partial, self / STATE)
+
+    def load_state(self) -> dict[str, np.ndarray]:
+        """Read the state, and cut off what trajectory and log have gained since.
+
+        Raises:
+            DynamicsError: there is none, or it is damaged.
+        """
+        try:
+            with np.load(self / STATE, allow_pickle=False) as file:
+                state = dict(file)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise DynamicsError(
+                f"The state '{self / STATE}' is damaged ({error}). Start a new run from the last "
+                f"frame of {TRAJECTORY}."
+            ) from error
+        with self._explained():
+            for name, length in zip((TRAJECTORY, TABLE), state["lengths"].tolist(), strict=True):
+                if _length(self / name) < length:
+                    raise DynamicsError(
+                        f"'{self / name}' is shorter than when the state was saved: it was changed "
+                        "since. Put it back, or start a new run."
+                    )
+                if length:
+                    os.truncate(self / name, length)
+        return state
+
+
+def frame(atoms: Atoms, row: Measurement | None = None) -> Atoms:
+    """A structure with its computed energy, forces, stress and uncertainty, and nothing else."""
+    info = {
+        key: atoms.info[key]
+        for key in (*DEFAULT_CHARGE_KEYS, *DEFAULT_SPIN_KEYS)
+        if key in atoms.info
+    }
+    out = Atoms(
+        atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc,
+        momenta=atoms.get_momenta(), info=info,
+    )  # fmt: skip
+    if row is not None:
+        out.info |= {"step": row.step, "time_fs": row.time, "temperature_K": row.temperature}
+    results = {} if atoms.calc is None else atoms.calc.results
+    if "forces_uncertainty" in results:
+        out.arrays["forces_uncertainty"] = np.array(results["forces_uncertainty"])
+        out.info["energy_uncertainty"] = results["energy_uncertainty"]
+    kept = {name: results[name] for name in ("energy", "forces", "stress") if name in results}
+    out.calc = SinglePointCalculator(out, **kept)
+    return out
+
+
+def _cell(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.12g}"
+
+
+def _length(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

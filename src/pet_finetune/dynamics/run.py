@@ -1,0 +1,253 @@
+"""The loop of a simulation: move, look, write, and save the state to go on from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from ase import Atoms
+from ase.md.md import MolecularDynamics
+
+from pet_finetune.data.contacts import Contacts
+from pet_finetune.errors import DynamicsError, PetFinetuneError
+
+from .files import STATE, STOPPED, TRAJECTORY, MDFiles, frame
+from .freedom import degrees_of_freedom
+from .integrators import integrator_state, keeps_momentum, make_integrator, restore_integrator
+from .measure import Measurement, measure
+from .settings import MDSettings
+from .watch import Watch
+
+__all__ = ["MDCalculator", "Outcome", "simulate"]
+
+_SECONDS_BETWEEN_STATES = 10.0
+_PARTS = ("integrator", "neighbors")
+#: eV per atom; energies of one state on two machines differ by less, those of two models by more.
+_SAME_MODEL = 1e-4
+
+
+class MDCalculator(Protocol):
+    """What a simulation asks of a calculator beside ASE's interface."""
+
+    neighbor_origin: Any
+
+    def contacts(self) -> Contacts:
+        """The extremes of the distances of the structure computed last."""
+        ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a simulation ended.
+
+    Attributes:
+        reason: ``finished``, ``interrupted`` by the user, or ``uncertain``: the limit of
+            ``stop_uncertainty`` was passed.
+        row: the last step.
+        steps: that were made now, not before a restart.
+        seconds: that they took.
+    """
+
+    reason: Literal["finished", "interrupted", "uncertain"]
+    row: Measurement
+    steps: int
+    seconds: float
+
+
+@dataclass
+class _Run:
+    """A simulation under way."""
+
+    dynamics: MolecularDynamics
+    calculator: MDCalculator
+    settings: MDSettings
+    files: MDFiles
+    rng: np.random.Generator
+    freedom: int
+    watch: Watch
+    saved: float = field(default_factory=time.monotonic)
+    before: Atoms | None = None
+
+    @property
+    def atoms(self) -> Atoms:
+        """As they are now."""
+        atoms: Atoms = self.dynamics.atoms
+        return atoms
+
+    def look(self) -> Measurement:
+        """Measure the step.
+
+        Raises:
+            DynamicsError: it has gone wrong.
+        """
+        row = measure(self.dynamics, self.freedom)
+        problem = self.watch.problem(row, self.atoms)
+        if problem is not None:
+            self.fail(problem)
+        return row
+
+    def advance(self) -> Measurement:
+        """Make a step."""
+        self.before = frame(self.atoms)
+        try:
+            self.dynamics.step()  # type: ignore[attr-defined]  # of every subclass
+            self.dynamics.nsteps += 1
+            self.atoms.get_forces()
+        except PetFinetuneError as error:
+            self.dynamics.nsteps += 1
+            self.fail(f"the structure cannot be computed any more. {error}")
+        return self.look()
+
+    def fail(self, problem: str) -> None:
+        """Keep the last two structures and stop."""
+        step = self.dynamics.nsteps
+        frames = [] if self.before is None else [self.before]
+        self.files.write_frames(STOPPED, [*frames, frame(self.atoms)])
+        raise DynamicsError(
+            f"The simulation has gone wrong at step {step} "
+            f"({step * self.settings.timestep:.6g} fs): {problem.rstrip('.')}.\n"
+            f"  The frames before are in {self.files / TRAJECTORY}; this structure and the one a "
+            f"step earlier are in {self.files / STOPPED}.\n"
+            f"  What to try: {'; '.join(self._advice(step))}."
+        )
+
+    def _advice(self, step: int) -> list[str]:
+        advice = [f"a shorter time step (--timestep {self.settings.timestep / 2:g})"]
+        if step < 100 and not self.settings.minimize:
+            advice.append("relax the start (--minimize 200)")
+        if self.settings.temperature > 500:
+            advice.append("a lower temperature")
+        advice.append(
+            "see whether the model knows such structures: several --adapter of a committee show "
+            "its uncertainty at every step, --stop-uncertainty stops before it is lost, and "
+            "structures like the last ones belong into the training set"
+        )
+        return advice
+
+    def save(self) -> None:
+        """Save all that is needed to go on."""
+        atoms = self.atoms
+        inner = integrator_state(self.dynamics, self.rng)
+        state = {f"{_PARTS[0]}/{name}": value for name, value in inner.items()}
+        origin = self.calculator.neighbor_origin
+        assert origin is not None
+        state |= {f"{_PARTS[1]}/{index}": array for index, array in enumerate(origin)}
+        state |= {
+            "positions": atoms.positions,
+            "momenta": atoms.get_momenta(),
+            "cell": atoms.cell.array,
+            "energy": np.asarray(atoms.get_potential_energy()),
+            "alone": np.array(sorted(self.watch.alone), dtype=np.int64),
+        }
+        self.files.save_state(state)
+        self.saved = time.monotonic()
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state.
+
+        Raises:
+            DynamicsError: it is of another model or another kind of run.
+        """
+        parts: dict[str, dict[str, Any]] = {part: {} for part in _PARTS}
+        for name, value in state.items():
+            part, divided, rest = name.partition("/")
+            if divided:
+                parts[part][rest] = value
+        self.atoms.set_cell(state["cell"], scale_atoms=False)
+        self.atoms.positions = state["positions"]
+        self.atoms.set_momenta(state["momenta"], apply_constraint=False)
+        try:
+            restore_integrator(self.dynamics, self.rng, parts["integrator"])
+        except KeyError as error:
+            raise DynamicsError(
+                f"'{self.files / STATE}' is of another integrator, or of another version of ASE "
+                f"(it lacks {error}). Start a new run from the last frame of {TRAJECTORY}."
+            ) from error
+        self.calculator.neighbor_origin = tuple(parts["neighbors"][str(i)] for i in range(3))
+        found, kept = float(self.atoms.get_potential_energy()), float(state["energy"])
+        if not abs(found - kept) < _SAME_MODEL * len(self.atoms):
+            raise DynamicsError(
+                f"--restart: the model gives {found:.6f} eV for the structure that was saved with "
+                f"{kept:.6f} eV, so it is not the model of this run. Give the checkpoint and "
+                "adapters that the run began with, or start a new one."
+            )
+
+
+def simulate(
+    atoms: Atoms,
+    settings: MDSettings,
+    files: MDFiles,
+    *,
+    rng: np.random.Generator,
+    show: Callable[[Measurement], None],
+    stop: Callable[[], bool] = lambda: False,
+    state: Mapping[str, Any] | None = None,
+) -> Outcome:
+    """Run a simulation to its end, or until it is stopped.
+
+    A run that is stopped and gone on with makes the same steps, bit for bit on the same machine:
+    the state holds positions, momenta, cell, all variables of thermostat and barostat, the random
+    generator, and the geometry that the neighbour list was built for.
+
+    Args:
+        atoms: with momenta and a calculator that is an :class:`MDCalculator`; changed in place.
+        settings: with all defaults written out.
+        files: where everything is written.
+        rng: of the thermostat.
+        show: called after every step.
+        stop: asked before every step; True saves the state and ends the run.
+        state: of :meth:`MDFiles.load_state`, to go on from.
+
+    Raises:
+        DynamicsError: the simulation has gone wrong, or the state is not of this run.
+    """
+    run = _prepared(atoms, settings, files, rng, state)
+    row = run.look()
+    if state is None:
+        files.add(row, atoms)
+        run.save()
+    first, began = row.step, time.monotonic()
+    reason: Literal["finished", "interrupted", "uncertain"] = "finished"
+    while row.step < settings.steps:
+        if stop():
+            reason = "interrupted"
+            break
+        row = run.advance()
+        if row.step % settings.every == 0:
+            files.add(row, atoms)
+        show(row)
+        if time.monotonic() - run.saved > _SECONDS_BETWEEN_STATES:
+            run.save()
+        if _lost(row, settings):
+            reason = "uncertain"
+            break
+    run.save()
+    return Outcome(reason, row, row.step - first, time.monotonic() - began)
+
+
+def _prepared(
+    atoms: Atoms,
+    settings: MDSettings,
+    files: MDFiles,
+    rng: np.random.Generator,
+    state: Mapping[str, Any] | None,
+) -> _Run:
+    calculator: MDCalculator = atoms.calc
+    atoms.get_potential_energy()  # the contacts are those of the structure computed last
+    alone = calculator.contacts().alone if state is None else frozenset(state["alone"].tolist())
+    assert settings.max_temperature is not None
+    watch = Watch(settings.max_temperature, settings.temperature, alone, calculator.contacts)
+    freedom = degrees_of_freedom(atoms, keeps_momentum(settings))
+    dynamics = make_integrator(atoms, settings, rng)
+    run = _Run(dynamics, calculator, settings, files, rng, freedom, watch)
+    if state is not None:
+        run.restore(state)
+    return run
+
+
+def _lost(row: Measurement, settings: MDSettings) -> bool:
+    limit, found = settings.stop_uncertainty, row.forces_uncertainty
+    return limit is not None and found is not None and found > limit
