@@ -81,7 +81,7 @@ def _draw_energy(axis: Any, time: np.ndarray, rows: Mapping[str, np.ndarray], of
 
 def _legend(axis: Any) -> None:
     """Above the panel, where it hides nothing."""
-    place = {"loc": "lower right", "bbox_to_anchor": (1.0, 0.95), "borderaxespad": 0.0}
+    place = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "borderaxespad": 0.0}
     axis.legend(frameon=False, fontsize=8, ncols=2, **place)
 
 

@@ -51,7 +51,8 @@ def run(model: Potential, tmp_path: Path) -> Callable[..., Outcome]:
             atoms = crystal() if atoms is None else atoms
             draw_velocities(atoms, filled.temperature, rng)
             files.write_start(atoms, {})
-        atoms.calc = PETCalculator(model, device="cpu", skin=0.01)
+        # So little a margin that the neighbour list is built again on the way.
+        atoms.calc = PETCalculator(model, device="cpu", skin=0.002)
         asked = [0]
 
         def stop() -> bool:
