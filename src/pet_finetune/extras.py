@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-__all__ = ["QUANTIZATION", "missing_extra"]
+__all__ = ["EXPORT", "QUANTIZATION", "missing_extra"]
 
 #: The library behind ``quant_bits`` and the extra of the package that installs it.
 QUANTIZATION = ("bitsandbytes", "quant")
+#: The libraries behind ``pet-finetune export``; both are parts of namespace packages.
+EXPORT = ("metatensor", "metatomic")
 
 
 def missing_extra(library: str, extra: str) -> str | None:

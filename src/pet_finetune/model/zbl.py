@@ -5,8 +5,6 @@ LAMMPS' ``pair_style zbl`` (https://docs.lammps.org/pair_zbl.html), inner radius
 radius the sum of the covalent radii.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -36,6 +34,8 @@ class ZBL(nn.Module):
         super().__init__()
         self.register_buffer("species_index", species_table(species), persistent=False)
         self.register_buffer("covalent_radii", radii.to(torch.float64))
+        self.coulomb, self.length, self.power = _COULOMB, _LENGTH, _POWER
+        self.amplitudes, self.decays = list(_AMPLITUDES), list(_DECAYS)
 
     @property
     def cutoff(self) -> float:
@@ -57,12 +57,13 @@ class ZBL(nn.Module):
         # Single precision in any model: metatrain's rounding of what depends on the elements
         # alone (1e-8 eV) is part of the potential.
         single_i, single_j = z_i.to(torch.float32), z_j.to(torch.float32)
-        screening = _LENGTH / (single_i**_POWER + single_j**_POWER)
-        decays = distances.new_tensor(_DECAYS).unsqueeze(-1) / screening
-        strength = (_COULOMB * single_i * single_j).to(distances)
-        energy, _, _ = _screened(strength, distances, decays)
+        screening = self.length / (single_i**self.power + single_j**self.power)
+        decays = _column(self.decays, distances) / screening
+        amplitudes = _column(self.amplitudes, distances)
+        strength = (self.coulomb * single_i * single_j).to(distances)
+        energy, _, _ = _screened(strength, distances, amplitudes, decays)
         with torch.no_grad():
-            at_outer, slope, curvature = _screened(strength, outer, decays)
+            at_outer, slope, curvature = _screened(strength, outer, amplitudes, decays)
             cubic = (-3 * slope + outer * curvature) / outer**2
             quartic = (2 * slope - outer * curvature) / outer**3
             constant = -at_outer + outer * slope / 2 - outer**2 * curvature / 12
@@ -70,9 +71,17 @@ class ZBL(nn.Module):
         return torch.where(distances > outer, 0.0, 0.5 * (energy + switch))
 
 
-def _screened(strength: Tensor, r: Tensor, decays: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _column(values: list[float], like: Tensor) -> Tensor:
+    """[n_values, 1] in the type and on the device of a tensor."""
+    # Not torch.tensor(values): in TorchScript that rounds to float32 on the way.
+    return torch.stack([like.new_full((1,), value) for value in values])
+
+
+def _screened(
+    strength: Tensor, r: Tensor, amplitudes: Tensor, decays: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Screened Coulomb energy and its first two derivatives with respect to r."""
-    terms = r.new_tensor(_AMPLITUDES).unsqueeze(-1) * torch.exp(-decays * r)
+    terms = amplitudes * torch.exp(-decays * r)
     phi = terms.sum(0)
     d_phi = -(decays * terms).sum(0)
     d2_phi = (decays**2 * terms).sum(0)

@@ -6,6 +6,9 @@ gas with N neighbours, and makes ``n_i(r) = N`` solvable for any environment.
 
 Two methods exist in metatrain's checkpoints and must be matched digit by digit:
 ``solver`` finds the root; ``grid`` averages probe radii with Gaussian weights.
+
+TorchScript compiles these functions when a model is exported. It reads no constants of a module,
+which is why theirs are inside them.
 """
 
 from __future__ import annotations
@@ -15,13 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from .cutoff import bump
-
-_NEWTON_STEPS = 10
-_SMALLEST_SLOPE = 1e-6
-_SMALLEST_FRACTION = 1.0 / 16.0  # of the largest radius, the solver's lower bound
-_SMALLEST_PROBE = 0.5  # Angstrom, first radius of the grid
-_BUMP_MARGIN = 1e-6
+from .cutoff import bump_step
 
 
 def _sum_over_neighbors(values: Tensor, centers: Tensor, num_atoms: int) -> Tensor:
@@ -32,7 +29,8 @@ def _count(
     radii: Tensor, distances: Tensor, centers: Tensor, width: float, largest: float, wanted: float
 ) -> Tensor:
     """Smoothed neighbour count at the given radii, shape [n_atoms]."""
-    inside = _sum_over_neighbors(bump(distances, radii[centers], width), centers, len(radii))
+    steps = bump_step((distances - (radii[centers] - width)) / width)
+    inside = _sum_over_neighbors(steps, centers, len(radii))
     return inside + wanted * (radii / largest) ** 3
 
 
@@ -42,7 +40,7 @@ def _slope(
     """Derivative of :func:`_count` with respect to the radius, in closed form."""
     x = (distances - (radii[centers] - width)) / width
     tapering = (x > 0.0) & (x < 1.0)
-    angle = math.pi * x.clamp(_BUMP_MARGIN, 1.0 - _BUMP_MARGIN)
+    angle = math.pi * x.clamp(1e-6, 1.0 - 1e-6)  # as the bump itself
     sine = torch.sin(angle)
     tanh = torch.tanh(torch.cos(angle) / sine)
     per_edge = (0.5 * math.pi / width) * (1.0 - tanh * tanh) / (sine * sine) * tapering
@@ -69,22 +67,25 @@ def solver_cutoffs(
     Returns:
         [n_atoms] radii in Angstrom, differentiable with respect to ``distances``.
     """
+    newton_steps = 10
+    smallest_slope = 1e-6
+    smallest_radius = largest / 16.0
     with torch.no_grad():
         low = distances.new_zeros(num_atoms)
         high = distances.new_full((num_atoms,), largest)
         radii = 0.5 * high
-        for _ in range(_NEWTON_STEPS):
+        for _ in range(newton_steps):
             excess = _count(radii, distances, centers, width, largest, wanted) - wanted
             slope = _slope(radii, distances, centers, width, largest, wanted)
             low = torch.where(excess <= 0, radii, low)
             high = torch.where(excess <= 0, high, radii)
-            newton = radii - excess / slope.clamp_min(_SMALLEST_SLOPE)
+            newton = radii - excess / slope.clamp_min(smallest_slope)
             bracketed = (newton >= low) & (newton <= high)
             radii = torch.where(bracketed, newton, 0.5 * (low + high))
         slope = _slope(radii, distances, centers, width, largest, wanted)
     excess = _count(radii, distances, centers, width, largest, wanted) - wanted
-    stepped = radii - excess / slope.clamp_min(_SMALLEST_SLOPE)
-    return stepped.clamp(largest * _SMALLEST_FRACTION, largest)
+    stepped = radii - excess / slope.clamp_min(smallest_slope)
+    return stepped.clamp(smallest_radius, largest)
 
 
 def grid_cutoffs(
@@ -95,10 +96,11 @@ def grid_cutoffs(
     A probe's weight falls off with the distance of its count from ``wanted``, in units of the
     count's own slope along the grid.
     """
+    smallest = 0.5  # Angstrom
     probes = torch.arange(
-        _SMALLEST_PROBE, largest, width / 4.0, device=distances.device, dtype=distances.dtype
+        smallest, largest, width / 4.0, device=distances.device, dtype=distances.dtype
     )
-    per_edge = bump(distances.unsqueeze(0), probes.unsqueeze(1), width)
+    per_edge = bump_step((distances.unsqueeze(0) - (probes.unsqueeze(1) - width)) / width)
     counts = per_edge.new_zeros(len(probes), num_atoms).index_add(1, centers, per_edge).T
     if counts.numel() == 0:
         return distances.new_zeros(num_atoms)

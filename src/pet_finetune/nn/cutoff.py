@@ -11,10 +11,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# The bump is evaluated a hair inside its open interval, where cot() is still finite.
-_BUMP_MARGIN = 1e-6
-
 CutoffFunction = Callable[[Tensor, "Tensor | float", float], Tensor]
+
+
+def bump_step(x: Tensor) -> Tensor:
+    """The bump over the taper, from 1 at ``x = 0`` to 0 at ``x = 1``; TorchScript compiles it."""
+    # Evaluated a hair inside its open interval, where cot() is still finite.
+    x = x.clamp(1e-6, 1.0 - 1e-6)
+    return 0.5 * (1.0 + torch.tanh(1.0 / torch.tan(torch.pi * x)))
+
+
+def cosine_step(x: Tensor) -> Tensor:
+    """The same of the cosine."""
+    return 0.5 * (1.0 + torch.cos(torch.pi * x.clamp(0.0, 1.0)))
 
 
 def bump(distances: Tensor, cutoff: Tensor | float, width: float) -> Tensor:
@@ -28,14 +37,12 @@ def bump(distances: Tensor, cutoff: Tensor | float, width: float) -> Tensor:
     Returns:
         Factors between 0 and 1, the shape of ``distances``.
     """
-    x = ((distances - (cutoff - width)) / width).clamp(_BUMP_MARGIN, 1.0 - _BUMP_MARGIN)
-    return 0.5 * (1.0 + torch.tanh(1.0 / torch.tan(torch.pi * x)))
+    return bump_step((distances - (cutoff - width)) / width)
 
 
 def cosine(distances: Tensor, cutoff: Tensor | float, width: float) -> Tensor:
     """Cosine cutoff with a continuous first derivative; arguments as for :func:`bump`."""
-    x = ((distances - (cutoff - width)) / width).clamp(0.0, 1.0)
-    return 0.5 * (1.0 + torch.cos(torch.pi * x))
+    return cosine_step((distances - (cutoff - width)) / width)
 
 
 CUTOFF_FUNCTIONS: dict[str, CutoffFunction] = {"Bump": bump, "Cosine": cosine}

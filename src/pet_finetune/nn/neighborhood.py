@@ -117,7 +117,7 @@ class Neighborhood:
         return permute_rows(edge_tokens, self.reverse, self.reverse)
 
 
-def _keep(mask: Tensor, reverse: Tensor) -> tuple[Tensor, Tensor]:
+def keep_edges(mask: Tensor, reverse: Tensor) -> tuple[Tensor, Tensor]:
     """Indices of the edges to keep and their renumbered reverse edges."""
     kept = torch.nonzero(mask).squeeze(-1)
     new_index = torch.cumsum(mask, 0) - 1
@@ -153,7 +153,7 @@ def build_neighborhood(
     distances = torch.linalg.vector_norm(vectors, dim=-1) + _TINY
     within = distances <= cutoff
     if not bool(within.all()):
-        kept, reverse = _keep(within, reverse)
+        kept, reverse = keep_edges(within, reverse)
         vectors, distances = vectors[kept], distances[kept]
         centers, neighbors = centers[kept], neighbors[kept]
     radii: Tensor | float = cutoff
@@ -163,7 +163,7 @@ def build_neighborhood(
         )
         # Both directions of a pair must agree on being there, hence the mean of their radii.
         radii = (per_atom[centers] + per_atom[neighbors]) / 2.0
-        kept, reverse = _keep(distances <= radii, reverse)
+        kept, reverse = keep_edges(distances <= radii, reverse)
         vectors, distances, radii = vectors[kept], distances[kept], radii[kept]
         centers, neighbors = centers[kept], neighbors[kept]
     factors = CUTOFF_FUNCTIONS[cutoff_function](distances, radii, cutoff_width)

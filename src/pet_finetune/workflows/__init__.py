@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .evaluate import EvaluationResult, evaluate_files, evaluate_options
+from .export import export_model
 from .info import describe_checkpoint
 from .outcome import TrainOutcome
 from .profile import profile_run
@@ -15,6 +16,7 @@ __all__ = [
     "describe_checkpoint",
     "evaluate_files",
     "evaluate_options",
+    "export_model",
     "profile_run",
     "train",
     "write_report",

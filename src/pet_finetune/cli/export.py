@@ -1,0 +1,60 @@
+"""``pet-finetune export``: a model for simulation engines."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+_EXAMPLES = """\
+examples:
+  pet-finetune export best_model.ckpt -o model.pt
+  pet-finetune export foundation.ckpt --adapter run/adapter -o water.pt
+  pet-finetune export best_model.ckpt -o model.pt --dtype float64
+"""
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
+        "export",
+        help="a model for LAMMPS, i-PI, ASE and other engines",
+        description="Write a model as a metatomic file, which runs without pet-finetune.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", help="ours or metatrain's")
+    parser.add_argument("-o", "--output", help="the file (default: the checkpoint's name with .pt)")
+    parser.add_argument("--adapter", help="folder of an adapter of this model, to merge into it")
+    parser.add_argument(
+        "--target",
+        help="the energy that engines get (default: that of the adapter, the only one, or energy)",
+    )
+    parser.add_argument(
+        "--dtype", metavar="TYPE", help="float32 or float64 (default: that of the model)"
+    )
+    parser.add_argument("--name", help="of the model, for its metadata (default: the file's name)")
+    parser.add_argument(
+        "--author", action="append", default=[], help="for its metadata; may be repeated"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Carry the command out."""
+    from pet_finetune.log import setup_logging
+    from pet_finetune.workflows import export_model
+    from pet_finetune.workflows.export import export_table
+    from pet_finetune.workflows.tables import show
+
+    setup_logging()
+    outcome = export_model(
+        arguments.checkpoint,
+        arguments.output or f"{Path(arguments.checkpoint).stem}.pt",
+        adapter=arguments.adapter,
+        target=arguments.target,
+        dtype=arguments.dtype,
+        name=arguments.name,
+        authors=arguments.author,
+    )
+    show(export_table(outcome))
+    return 0

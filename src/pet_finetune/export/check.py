@@ -1,0 +1,128 @@
+"""Whether an exported model says what the model says that it was made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from metatensor.torch import Labels, TensorBlock, TensorMap
+from metatomic.torch import (
+    ModelEvaluationOptions,
+    ModelOutput,
+    NeighborListOptions,
+    System,
+    load_atomistic_model,
+    register_autograd_neighbors,
+)
+from torch import Tensor
+
+from pet_finetune.data.batch import collate
+from pet_finetune.data.neighbors import edge_vectors, structure_neighbors
+from pet_finetune.data.structure import Structure
+from pet_finetune.errors import CheckpointError
+from pet_finetune.model import Potential, Prediction
+
+__all__ = ["ModelCheck", "make_system"]
+
+#: How much numbers may differ, relative to 1 plus the largest of them.
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+#: The columns of a neighbour list, as metatomic orders them.
+_PAIR = ["first_atom", "second_atom", "cell_shift_a", "cell_shift_b", "cell_shift_c"]
+
+
+def make_system(structure: Structure, options: NeighborListOptions, dtype: torch.dtype) -> System:
+    """A structure as metatomic has it, with its neighbour list; positions carry gradients.
+
+    Args:
+        structure: in Angstrom.
+        options: the list to add.
+        dtype: of positions and cell.
+    """
+    positions, cell = structure.positions, structure.cell
+    system = System(
+        types=structure.numbers.to(torch.int32),
+        positions=positions.to(dtype, copy=True).requires_grad_(True),
+        cell=cell.to(dtype),
+        pbc=structure.pbc,
+    )
+    pairs = structure_neighbors(structure, options.engine_cutoff("angstrom"))
+    rows = torch.cat([pairs.centers[:, None], pairs.neighbors[:, None], pairs.shifts], dim=1)
+    neighbors = TensorBlock(
+        values=edge_vectors(positions, cell, pairs).to(dtype).unsqueeze(-1),
+        samples=Labels(_PAIR, rows.to(torch.int32)),
+        components=[Labels(["xyz"], torch.arange(3).unsqueeze(1))],
+        properties=Labels(["distance"], torch.zeros(1, 1, dtype=torch.int32)),
+    )
+    register_autograd_neighbors(system, neighbors, check_consistency=False)
+    system.add_neighbor_list(options, neighbors)
+    system.add_data("charge", _number("charge", structure.charge, dtype))
+    system.add_data("spin_multiplicity", _number("spin_multiplicity", structure.spin, dtype))
+    return system
+
+
+def _number(name: str, value: int, dtype: torch.dtype) -> TensorMap:
+    """One number of a system, as metatomic hands it to models that ask for it."""
+    block = TensorBlock(
+        values=torch.tensor([[value]], dtype=dtype),
+        samples=Labels(["system"], torch.zeros(1, 1, dtype=torch.int32)),
+        components=[],
+        properties=Labels([name], torch.zeros(1, 1, dtype=torch.int32)),
+    )
+    return TensorMap(Labels(["_"], torch.zeros(1, 1, dtype=torch.int32)), [block])
+
+
+class ModelCheck:
+    """Compares a file with the predictions of the model that it is made of.
+
+    Args:
+        potential: without adapters, on the CPU; asked at once, since writing gives it up.
+        structures: to ask both about.
+        outputs: metatomic's name of each output, and the target it is.
+    """
+
+    def __init__(
+        self, potential: Potential, structures: Sequence[Structure], outputs: Mapping[str, str]
+    ) -> None:
+        self.structures, self.outputs, self.dtype = structures, outputs, potential.dtype
+        pairs = [(s, structure_neighbors(s, potential.cutoff)) for s in structures]
+        wanted = {name: (potential.target(name).is_energy, False) for name in outputs.values()}
+        found = potential.predict_targets(collate(pairs, self.dtype), wanted)
+        self.expected = {output: found[target] for output, target in outputs.items()}
+        #: The largest difference found, relative to 1 plus the largest number.
+        self.difference = 0.0
+
+    def __call__(self, path: Path) -> None:
+        """Ask the file.
+
+        Raises:
+            CheckpointError: it says something else.
+        """
+        model = load_atomistic_model(str(path))
+        (options,) = model.requested_neighbor_lists()
+        for output, expected in self.expected.items():
+            systems = [make_system(s, options, self.dtype) for s in self.structures]
+            kind = model.capabilities().outputs[output].sample_kind
+            of_atoms = not isinstance(expected, Prediction) and expected.spec.per_atom
+            request = ModelOutput(sample_kind=kind if of_atoms else "system")
+            evaluation = ModelEvaluationOptions("angstrom", {output: request})
+            values = model(systems, evaluation, check_consistency=True)[output].block().values
+            if isinstance(expected, Prediction):
+                self._compare(output, values.squeeze(1), expected.energy)
+                positions = [system.positions for system in systems]
+                slopes = torch.autograd.grad(values.sum(), positions, materialize_grads=True)
+                assert expected.forces is not None
+                self._compare(output, -torch.cat(slopes), expected.forces)
+            else:
+                self._compare(output, values.reshape(expected.values.shape), expected.values)
+
+    def _compare(self, output: str, found: Tensor, expected: Tensor) -> None:
+        found, expected = found.detach().double(), expected.detach().double()
+        difference = float((found - expected).abs().max() / (1.0 + expected.abs().max()))
+        self.difference = max(self.difference, difference)
+        if not difference <= _TOLERANCE[self.dtype]:
+            raise CheckpointError(
+                f"The exported model's '{output}' differs from the model's by {difference:.1e} "
+                "of its size, which must not happen: nothing was written. Please report it, with "
+                "the version of torch."
+            )

@@ -1,0 +1,158 @@
+"""What the exported model makes of features: a target in its unit, of atoms or of systems."""
+
+from typing import NamedTuple
+
+import torch
+from metatensor.torch import Labels, TensorBlock, TensorMap
+from torch import Tensor, nn
+
+from pet_finetune.model import Potential
+
+from .neighborhood import Hood
+from .network import plain
+
+
+class Wanted(NamedTuple):
+    """Of what outputs are wanted.
+
+    Attributes:
+        rows: [n] atoms of the joined systems, ascending.
+        samples: [n, 2]: the system of each, and its place there.
+        systems: [n_systems], ascending.
+        cells: of all systems, [n_structures, 3, 3], Angstrom, in the type of the results.
+    """
+
+    rows: Tensor
+    samples: Tensor
+    systems: Tensor
+    cells: Tensor
+
+
+class PlainTarget(nn.Module):
+    """The heads of one target, its scale and its baselines.
+
+    Args:
+        potential: without adapters; its parts are shared.
+        target: which one.
+        output: metatomic's name for it.
+    """
+
+    species_index: Tensor
+    scales: Tensor
+    baselines: Tensor
+
+    def __init__(self, potential: Potential, target: str, output: str) -> None:
+        super().__init__()
+        spec = potential.target(target)
+        # Of standard quantities it is asked for: their name without domain and variant.
+        self.property = output.split("/")[0].split("::")[-1]
+        self.rank, self.per_volume = spec.rank, spec.per_volume
+        self.shape = [3] * spec.rank + [spec.num_subtargets]
+        self.repelled = spec.quantity == "energy" and spec.shape == ()
+        node_heads, edge_heads, node_last, edge_last = potential.network.head_modules(
+            target
+        ).values()
+        self.node_heads = _joined(node_heads, node_last)
+        self.edge_heads = _joined(edge_heads, edge_last)
+        relative = potential.scale.relative(target)
+        ones = torch.ones(len(potential.species), 1, dtype=torch.float64)
+        baselines = potential.composition.get(target).view(len(potential.species), -1)
+        self.register_buffer("species_index", potential.composition.species_index)
+        # [n_species, num_subtargets], or one column for all of them.
+        self.register_buffer(
+            "scales", potential.scale.get(target) * (ones if relative is None else relative)
+        )
+        self.register_buffer("baselines", baselines)
+
+    def forward(
+        self,
+        nodes: list[Tensor],
+        edges: list[Tensor],
+        hood: Hood,
+        numbers: Tensor,
+        repulsion: Tensor | None,
+        wanted: Wanted,
+        of_atoms: bool,
+    ) -> TensorMap:
+        """The output, of atoms or of systems.
+
+        Args:
+            nodes, edges: features of each read-out.
+            hood: the edges.
+            numbers: [n_atoms] atomic numbers.
+            repulsion: [n_atoms], eV, what energies have in addition.
+            wanted: atoms and systems.
+            of_atoms: False for sums over the atoms of a system.
+        """
+        values = self.of_every_atom(nodes, edges, hood, numbers, repulsion)[wanted.rows]
+        return self.pack(values, wanted, of_atoms)
+
+    def of_every_atom(
+        self,
+        nodes: list[Tensor],
+        edges: list[Tensor],
+        hood: Hood,
+        numbers: Tensor,
+        repulsion: Tensor | None,
+    ) -> Tensor:
+        """The value of each atom, [n_atoms, ..., num_subtargets], scalars in float64."""
+        parts: list[Tensor] = []
+        for index, head in enumerate(self.node_heads):
+            parts.append(head(nodes[index]))
+        for index, head in enumerate(self.edge_heads):
+            weighted = head(edges[index]) * hood.factors.unsqueeze(-1)
+            parts.append(torch.zeros_like(parts[0]).index_add(0, hood.centers, weighted))
+        raw = torch.stack(parts).sum(0)
+        species = self.species_index[numbers]
+        scales = self.scales[species].to(raw.dtype)
+        values = raw.view([-1] + self.shape) * scales.view(
+            [-1] + [1] * self.rank + [scales.size(1)]
+        )
+        if self.rank == 0:
+            values = values.to(torch.float64) + self.baselines[species]
+            if self.repelled and repulsion is not None:
+                values = values + repulsion.to(torch.float64).unsqueeze(-1)
+        return values
+
+    def pack(self, values: Tensor, wanted: Wanted, of_atoms: bool) -> TensorMap:
+        """Values of the atoms wanted, or their sums, with the labels that metatomic wants."""
+        device = values.device
+        names, samples = ["system", "atom"], wanted.samples
+        if self.per_volume or not of_atoms:
+            place = torch.searchsorted(wanted.systems, samples[:, 0].contiguous())
+            room = [wanted.systems.size(0)] + self.shape
+            zeros = torch.zeros(room, dtype=values.dtype, device=device)
+            values = zeros.index_add(0, place, values)
+            names, samples = ["system"], wanted.systems.unsqueeze(1)
+            if self.per_volume:
+                values = over_volume(values, wanted.cells[wanted.systems])
+        axis = torch.arange(3, device=device).unsqueeze(1)
+        components: list[Labels] = []
+        for index in range(self.rank):
+            name = "xyz" if self.rank == 1 else f"xyz_{index + 1}"
+            components.append(Labels([name], axis))
+        subtargets = torch.arange(self.shape[-1], device=device).unsqueeze(1)
+        block = TensorBlock(
+            values=values.to(wanted.cells.dtype),
+            samples=Labels(names, samples, assume_unique=True),
+            components=components,
+            properties=Labels([self.property], subtargets),
+        )
+        keys = Labels(["_"], torch.zeros(1, 1, dtype=torch.int64, device=device))
+        return TensorMap(keys, [block])
+
+
+def over_volume(values: Tensor, cells: Tensor) -> Tensor:
+    """Symmetric part of [n_structures, 3, 3, ...] over the volume; zero without a volume."""
+    volumes = torch.linalg.det(cells).abs().to(values.dtype)
+    inverse = torch.where(volumes > 0, 1.0 / volumes.clamp_min(1e-30), 0.0)
+    symmetric = 0.5 * (values + values.transpose(1, 2))
+    return symmetric * inverse.view([-1] + [1] * (values.dim() - 1))
+
+
+def _joined(heads: nn.Module, last_layers: nn.Module) -> nn.ModuleList:
+    """Head and last layer of each read-out as one."""
+    pairs = zip(heads.children(), last_layers.children(), strict=True)
+    return nn.ModuleList(
+        nn.Sequential(*plain(head).children(), *last.children()) for head, last in pairs
+    )

@@ -1,0 +1,127 @@
+"""Writing a model as the TorchScript file that every engine with metatomic's interface reads."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from metatomic.torch import AtomisticModel, ModelCapabilities, ModelMetadata, ModelOutput
+
+from pet_finetune.errors import CheckpointError
+from pet_finetune.keys import TargetSpec
+from pet_finetune.model import Potential
+
+from .interface import ExportedPotential
+
+__all__ = ["interaction_range", "write_model"]
+
+# Of the architecture.
+_PAPER = "https://arxiv.org/abs/2305.19302"
+_DESCRIPTION = (
+    "A PET interatomic potential, written by pet-finetune. Energies in eV, lengths in angstrom."
+)
+
+
+def interaction_range(potential: Potential) -> float:
+    """How far away an atom can lie that the energy of an atom depends on, Angstrom.
+
+    Each GNN layer looks one cutoff further. The ``feedforward`` featurizer reads out messages that
+    hold what the neighbour made of its own surroundings: one more; the radius of an adaptive cutoff
+    depends on the surroundings of both atoms: one more. An engine that splits its box between
+    processors hands each of them the atoms within this range.
+    """
+    hypers = potential.hypers
+    steps = hypers.num_gnn_layers
+    steps += hypers.featurizer_type == "feedforward"
+    steps += hypers.num_neighbors_adaptive is not None
+    return float(max(steps * hypers.cutoff, potential.cutoff))
+
+
+def write_model(
+    path: Path,
+    potential: Potential,
+    outputs: Mapping[str, str],
+    name: str,
+    authors: Sequence[str] = (),
+    card: Mapping[str, str] | None = None,
+    check: Callable[[Path], None] | None = None,
+) -> None:
+    """Write a model in one step: the whole new file is there, or what was there before.
+
+    Args:
+        path: the file; its folder is made when missing.
+        potential: without adapters, on the CPU, in the floating type that the file is to have;
+            it is given up.
+        outputs: as for :class:`ExportedPotential`.
+        name: of the model.
+        authors: of the model.
+        card: what else the file says of itself.
+        check: is shown the new file before it takes its place, and raises if it is wrong.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    metadata = ModelMetadata(
+        name=name,
+        description=_DESCRIPTION,
+        authors=list(authors),
+        references={"architecture": [_PAPER]},
+        extra=dict(card or {}),
+    )
+    capabilities = ModelCapabilities(
+        outputs={output: _described(potential.target(of)) for output, of in outputs.items()},
+        atomic_types=list(potential.species),
+        interaction_range=interaction_range(potential),
+        length_unit="angstrom",
+        supported_devices=["cuda", "cpu"],
+        dtype=str(potential.dtype).removeprefix("torch."),
+    )
+    module = ExportedPotential(potential.eval(), outputs)
+    model = AtomisticModel(module.eval(), metadata, capabilities)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A folder beside it, because the file's name is written into the file.
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            temporary = Path(folder) / path.name
+            with _no_extensions():
+                model.save(str(temporary))
+            if check is not None:
+                check(temporary)
+            os.replace(temporary, path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: the model cannot be written ({error.strerror or error}). An earlier file of "
+            "this name is as it was. Check that the folder is writable and has space left."
+        ) from error
+
+
+def _described(spec: TargetSpec) -> ModelOutput:
+    """What metatomic is told of an output."""
+    try:
+        empty = ModelOutput(unit=spec.unit)
+    except (RuntimeError, ValueError):  # a unit of the user's own; engines convert none then
+        empty = ModelOutput(unit="")
+    description = spec.description or spec.form
+    # Of atoms means that sums over them can be asked for as well.
+    kind = "system" if spec.per_volume else "atom"
+    return ModelOutput(unit=empty.unit, sample_kind=kind, description=description)
+
+
+@contextlib.contextmanager
+def _no_extensions() -> Iterator[None]:
+    """Hide libraries loaded into torch, such as our kernels.
+
+    metatomic writes down all that are loaded and wants them wherever the model runs; the exported
+    network uses none.
+    """
+    loaded: set[str] = torch.ops.loaded_libraries
+    hidden = set(loaded)
+    loaded.clear()
+    try:
+        yield
+    finally:
+        loaded.update(hidden)
