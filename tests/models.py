@@ -28,6 +28,25 @@ SMALL: dict[str, Any] = {
     "num_gnn_layers": 2,
 }
 
+#: Between them every kind of layer and option.
+KINDS: dict[str, dict[str, Any]] = {
+    "today": {"num_neighbors_adaptive": 4.0, "zbl": True, "num_attention_layers": 2},
+    "first": {
+        "featurizer_type": "residual",
+        "transformer_type": "PostLN",
+        "normalization": "LayerNorm",
+        "activation": "SiLU",
+        "cutoff_function": "Cosine",
+        "d_node": 8,
+    },
+    "grid": {
+        "num_neighbors_adaptive": 4.0,
+        "adaptive_cutoff_method": "grid",
+        "system_conditioning": True,
+        "num_gnn_layers": 1,
+    },
+}
+
 #: One configuration of an adapter for each method of adapting.
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pet_finetune.cli import make_parser
 from pet_finetune.config import load_options
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -62,6 +64,18 @@ def test_options_shown_are_accepted(
     assert loaded.options.is_finetuning
     older = three_files or "LORA_RANK" in block
     assert [("older spelling" in notice) for notice in loaded.notices] == [True] * 3 * older
+
+
+def commands() -> list[str]:
+    """The commands of ours that the pages show."""
+    pages = [page.read_text("utf-8") for page in PAGES if page.is_file()]
+    shown = (re.findall(r"^\$ pet-finetune (.*)$", page, re.M) for page in pages)
+    return sorted({line for lines in shown for line in lines})
+
+
+@pytest.mark.parametrize("line", commands())
+def test_commands_shown_are_understood(line: str) -> None:
+    assert make_parser().parse_args(shlex.split(line, comments=True)).run
 
 
 def test_shipped_options_are_accepted_as_they_stand() -> None:

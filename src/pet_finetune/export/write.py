@@ -92,9 +92,10 @@ def write_model(
             if check is not None:
                 check(temporary)
             os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # of torch, where the disk is full
+        reason = getattr(error, "strerror", None) or str(error).split("\n", 1)[0]
         raise CheckpointError(
-            f"{path}: the model cannot be written ({error.strerror or error}). An earlier file of "
+            f"{path}: the model cannot be written ({reason}). An earlier file of "
             "this name is as it was. Check that the folder is writable and has space left."
         ) from error
 

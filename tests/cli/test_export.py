@@ -1,0 +1,87 @@
+"""``pet-finetune export``: what it writes and prints, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from laws import predict
+
+from models import ethanol, random_potential, trained_adapter
+from pet_finetune import extras, load_checkpoint
+from pet_finetune.adapters import save_adapter
+from pet_finetune.checkpoint import save_checkpoint
+from pet_finetune.cli import main
+
+
+def test_help_says_what_it_is_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["export", "--help"])
+    assert "--adapter" in capsys.readouterr().out
+
+
+def test_a_checkpoint_with_an_adapter(command, here: Path) -> None:
+    engines = pytest.importorskip("metatomic_ase")
+    base = load_checkpoint("base.ckpt").model
+    base.add_target(random_potential(targets=("energy/pbe",)).target("energy/pbe"))
+    save_checkpoint("two.ckpt", base)
+    adapted = trained_adapter(copy.deepcopy(base), target="energy/pbe")
+    save_adapter(adapted, here / "adapter", "two.ckpt")
+    answer = command("export", "two.ckpt", "--adapter", "adapter", "--dtype", "float64")
+    assert answer.code == 0, answer.err
+    for text in ("two.pt", "energy/pbe, energy (target 'energy/pbe')", "10.5 A", "float64"):
+        assert text in answer.out
+    assert "Left out, because the adapter was not trained for them: energy" in answer.err
+    atoms = ethanol()
+    with torch.jit.optimized_execution(False):
+        atoms.calc = engines.MetatomicCalculator("two.pt", device="cpu")
+        expected = predict(adapted.double(), [atoms], "energy/pbe").energy
+        assert atoms.get_potential_energy() == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_several_energies_and_none_of_them_plain(command, here: Path) -> None:
+    pytest.importorskip("metatomic.torch")
+    model = random_potential(targets=("energy/pbe", "energy/scan"))
+    save_checkpoint("model.ckpt", model)
+    answer = command("export", "model.ckpt", "-o", "out.pt")
+    assert "energy/pbe, energy/scan" in answer.out
+    assert "tell the engine which variant to use, or choose one with --target" in answer.err
+    answer = command("export", "model.ckpt", "-o", "out.pt", "--target", "energy/scan")
+    assert "energy (target 'energy/scan')" in answer.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.ckpt"], "nowhere.ckpt: no such checkpoint file."),
+        (["train.xyz"], "train.xyz: not a checkpoint:"),
+        (["base.ckpt", "--adapter", "nowhere"], "There is no adapter in 'nowhere'"),
+        (["base.ckpt", "--adapter", "other"], "belongs to the base 'other.ckpt'"),
+        (["base.ckpt", "--target", "energi"], "Did you mean 'energy'?"),
+        (["base.ckpt", "--dtype", "float16"], "dtype: 'float16' is not one of float32, float64."),
+        (["base.ckpt", "-o", "base.ckpt"], "'base.ckpt' is the checkpoint itself"),
+        (["base.ckpt", "-o", "."], "'.' is a folder. Name the file, e.g. model.pt."),
+        (["base.ckpt", "-o", "train.xyz/model.pt"], "the model cannot be written (File exists)"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input(arguments: list[str], message: str, command, here: Path) -> None:
+    pytest.importorskip("metatomic.torch")
+    other = random_potential(seed=7, dtype=torch.float32)
+    save_adapter(trained_adapter(other), here / "other", "other.ckpt")
+    before = sorted(path.name for path in here.iterdir())
+    answer = command("export", *arguments)
+    assert answer.code == 1
+    assert message in answer.err
+    assert sorted(path.name for path in here.iterdir()) == before
+
+
+def test_without_the_extra(command, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = extras.find_spec
+    monkeypatch.setattr(extras, "find_spec", lambda n: None if n == "metatomic" else find(n))
+    answer = command("export", "base.ckpt")
+    assert answer.code == 1
+    assert "needs the library metatomic, which is not installed" in answer.err
+    assert "pip install 'pet-finetune[export]'" in answer.err

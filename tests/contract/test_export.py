@@ -1,0 +1,166 @@
+"""An exported model says what the calculator says, whatever went into it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import ase.io
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+
+pytest.importorskip("metatomic.torch", reason="needs the extra 'export'")
+
+from metatensor.torch import Labels
+from metatomic.torch import ModelOutput
+from metatomic_ase import MetatomicCalculator
+
+from models import (
+    KINDS,
+    METHODS,
+    QUANTISED,
+    all_structures,
+    crystal,
+    ethanol,
+    property_potential,
+    random_potential,
+    trained_adapter,
+)
+from pet_finetune import PETCalculator
+from pet_finetune.adapters import save_adapter
+from pet_finetune.checkpoint import save_checkpoint
+from pet_finetune.keys import TargetSpec
+from pet_finetune.workflows import export_model
+
+FRAMES = all_structures().values()
+
+
+def engine(path: Path, **settings: Any) -> MetatomicCalculator:
+    """ASE's engine for metatomic models, with all of its own checks."""
+    return MetatomicCalculator(path, check_consistency=True, device="cpu", **settings)
+
+
+def assert_same_numbers(
+    one: Any, other: Any, frames: Iterable[Atoms], tolerance: float, energies: bool = True
+) -> None:
+    """Energies, forces and stresses of two calculators, relative to 1 plus the largest."""
+    for frame in frames:
+        found, expected = frame.copy(), frame.copy()
+        found.calc, expected.calc = one, other
+        names = ["energy", "forces"] + ["energies"] * energies + ["stress"] * bool(frame.pbc.all())
+        for name in names:
+            a, b = (
+                np.array(one_of.calc.get_property(name, one_of)) for one_of in (found, expected)
+            )
+            difference = np.abs(a - b).max() / (1.0 + np.abs(b).max())
+            assert difference <= tolerance, f"{name} of {frame.symbols}: {difference:.1e}"
+
+
+@pytest.fixture(autouse=True)
+def _plainly() -> Any:
+    """Run TorchScript without compiling it for the shapes of a few small structures first.
+
+    Quietly: metatomic's calculator computes stresses without a volume too, and says so.
+    """
+    with warnings.catch_warnings(), torch.jit.optimized_execution(False):
+        warnings.filterwarnings("ignore", message="invalid value encountered")
+        warnings.filterwarnings("ignore", message="divide by zero encountered")
+        warnings.filterwarnings("ignore", message=".*torch.jit.*")
+        yield
+
+
+@pytest.mark.parametrize("method", [*METHODS, *QUANTISED])
+def test_of_every_method(method: str, tmp_path: Path) -> None:
+    base = random_potential(num_gnn_layers=1, zbl=True)
+    checkpoint = save_checkpoint(tmp_path / "base.ckpt", base)
+    settings = {**METHODS, **QUANTISED}[method]
+    save_adapter(trained_adapter(base, **settings), tmp_path / "adapter", "base")
+    path = tmp_path / "model.pt"
+    outcome = export_model(checkpoint, path, adapter=tmp_path / "adapter")
+    assert outcome.outputs == {"energy": "energy"}
+    calculator = PETCalculator(checkpoint, adapter=tmp_path / "adapter", device="cpu")
+    assert_same_numbers(engine(path), calculator, FRAMES, 1e-10)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-5)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_every_kind(kind: str, dtype: str, tolerance: float, tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path / "model.ckpt", random_potential(**KINDS[kind]))
+    export_model(checkpoint, tmp_path / "model.pt", dtype=dtype)
+    calculator = PETCalculator(checkpoint, device="cpu", dtype=dtype)
+    frames = [frame.copy() for frame in FRAMES]
+    frames[0].info.update(charge=1, spin=2)  # other kinds ignore them
+    assert_same_numbers(engine(tmp_path / "model.pt"), calculator, frames, tolerance)
+
+
+def test_of_variants_and_properties(tmp_path: Path) -> None:
+    """Each output is what the potential says; direct forces and stress go by standard names."""
+    model = property_potential()
+    model.add_target(TargetSpec("energy/pbe"), inherit_from="energy")
+    model.scale.set("energy/pbe", 3.0)
+    checkpoint = save_checkpoint(tmp_path / "model.ckpt", model)
+    outcome = export_model(checkpoint, tmp_path / "model.pt")
+    assert outcome.difference < 1e-10
+    assert {"energy", "energy/pbe", "mtt::gap", "non_conservative_stress"} <= set(outcome.outputs)
+    for settings, ours in (
+        ({"variants": {"energy": "pbe"}}, {"target": "energy/pbe"}),
+        ({"non_conservative": True}, {"non_conservative": True}),
+    ):
+        calculator = PETCalculator(checkpoint, device="cpu", **ours)
+        found = engine(tmp_path / "model.pt", **settings)
+        assert_same_numbers(found, calculator, [ethanol(), crystal()], 1e-10, energies=False)
+
+
+def test_without_this_package(tmp_path: Path) -> None:
+    """A fresh process in which neither this package nor metatrain can be imported."""
+    checkpoint = save_checkpoint(tmp_path / "model.ckpt", random_potential(zbl=True))
+    export_model(checkpoint, tmp_path / "model.pt")
+    code = (
+        "import sys\n"
+        "sys.modules['pet_finetune'] = sys.modules['metatrain'] = None\n"
+        "import ase.io\n"
+        "from metatomic_ase import MetatomicCalculator\n"
+        "atoms = ase.io.read('ethanol.xyz')\n"
+        "atoms.calc = MetatomicCalculator('model.pt', device='cpu')\n"
+        "print(atoms.get_potential_energy(), atoms.get_forces()[0, 0])"
+    )
+    ase.io.write(tmp_path / "ethanol.xyz", ethanol())
+    atoms = ase.io.read(tmp_path / "ethanol.xyz")
+    atoms.calc = PETCalculator(checkpoint, device="cpu")
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    expected = [atoms.get_potential_energy(), atoms.get_forces()[0, 0]]
+    assert [float(word) for word in run.stdout.split()] == pytest.approx(expected, rel=1e-9)
+
+
+def test_of_several_systems_and_selected_atoms(tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path / "model.ckpt", random_potential(zbl=True))
+    export_model(checkpoint, tmp_path / "model.pt")
+    found, frames = engine(tmp_path / "model.pt"), list(FRAMES)
+    calculator = PETCalculator(checkpoint, device="cpu")
+    atoms = [calculator.get_property("energies", frame) for frame in frames]
+    whole = {"energy": ModelOutput(unit="eV", sample_kind="system")}
+    each = {"energy": ModelOutput(unit="meV", sample_kind="atom")}
+    block = found.run_model(frames, whole)["energy"].block()
+    assert block.samples.values.tolist() == [[index] for index in range(len(frames))]
+    assert block.values.squeeze(1).numpy() == pytest.approx([a.sum() for a in atoms], rel=1e-10)
+    block = found.run_model(frames, each)["energy"].block()
+    assert block.values.squeeze(1).numpy() == pytest.approx(1000 * np.concatenate(atoms), rel=1e-10)
+    # Given in any order, answered in that of the systems; the second of them has none.
+    chosen = torch.tensor([[2, 3], [0, 4], [0, 1]])
+    selected = Labels(["system", "atom"], chosen)
+    block = found.run_model(frames, each, selected)["energy"].block()
+    assert block.samples.values.tolist() == [[0, 1], [0, 4], [2, 3]]
+    expected = [1000 * atoms[system][atom] for system, atom in block.samples.values.tolist()]
+    assert block.values.squeeze(1).numpy() == pytest.approx(expected, rel=1e-10)
+    block = found.run_model(frames, whole, selected)["energy"].block()
+    assert block.samples.values.tolist() == [[0], [2]]
+    sums = [atoms[0][1] + atoms[0][4], atoms[2][3]]
+    assert block.values.squeeze(1).numpy() == pytest.approx(sums, rel=1e-10)
