@@ -87,6 +87,19 @@ def test_a_run_that_was_stopped_has_a_report_and_so_has_the_one_that_goes_on(her
     assert "starting model" in text
 
 
+def test_a_run_goes_on_though_what_its_report_needs_is_damaged(here, command, stop):
+    write_options(here / "mine.yaml", options({"num_epochs": 2}))
+    stop(2)
+    command("train", "mine.yaml", "-c", "base.ckpt", "-o", "run")
+    for name in ("predictions.npz", "run.json"):
+        Path("run", name).write_bytes(b"{ cut")
+    answer = command("train", "mine.yaml", "--restart", "run")
+    assert answer.code == 0, answer.err
+    assert "holds no predictions" in answer.err
+    assert set(Predicted.read(Path("run/predictions.npz")).models) == {"after"}
+    assert PAGE.exists()
+
+
 def test_a_committee_has_one_and_each_member_too(here, train):
     content = options({"num_epochs": 1, "finetune": {"ensemble": 2, "config": {"rank": 2}}})
     train(content, "-c", "base.ckpt")

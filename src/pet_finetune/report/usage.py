@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from .record import RunRecord
 
 _STRUCTURE = "structure.xyz"
+_DYNAMICS = f"{_STRUCTURE} --ensemble nvt --temperature 300 --steps 10000 --timestep 0.5"
 
 
 @dataclass(frozen=True)
@@ -64,18 +65,13 @@ def _single(run: RunRecord) -> list[Recipe]:
         Recipe(
             "Errors on other structures", "shell", f"pet-finetune eval {shell} other_structures.xyz"
         ),
-        Recipe(
-            "A first look at dynamics",
-            "shell",
-            f"pet-finetune md {shell} {_STRUCTURE} --ensemble nvt --temperature 300 "
-            "--steps 10000 --timestep 0.5",
-        ),
+        Recipe("A first look at dynamics", "shell", f"pet-finetune md {shell} {_DYNAMICS}"),
         Recipe(
             "In LAMMPS, i-PI and other engines",
             "shell",
             f"pet-finetune export {shell} -o model.pt\n"
             "\n"
-            "# in the input of LAMMPS, with as many elements as the data file has types:\n"
+            "# in the input of LAMMPS; the atomic numbers are those of its types, in order:\n"
             "#   pair_style metatomic model.pt\n"
             f"#   pair_coeff * * {' '.join(_atomic_numbers(species))}",
             "The file runs wherever metatomic does.",
@@ -97,6 +93,11 @@ def _committee(run: RunRecord) -> list[Recipe]:
             "python",
             _python(f"atoms.calc = PETCalculator({base!r}, adapters={folder!r})")
             + '\nprint(atoms.calc.results["forces_uncertainty"])  # eV/Å, one an atom',
+        ),
+        Recipe(
+            "Dynamics, with an uncertainty at every step",
+            "shell",
+            f"pet-finetune md {shlex.quote(base)} {_DYNAMICS} --adapter {shlex.quote(folder)}",
         ),
         Recipe(
             "One member alone",

@@ -9,7 +9,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,14 @@ import torch
 from pet_finetune.adapters import Committee, active_adapter, save_adapter
 from pet_finetune.checkpoint import save_checkpoint
 from pet_finetune.data.predicted import Predicted
-from pet_finetune.errors import TrainingError
+from pet_finetune.errors import DataError, TrainingError
+from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 
 from .predictions import Recorder, with_model
 from .records import EpochRecord
+
+_logger = get_logger(__name__)
 
 BEST = "best_model.ckpt"
 LAST = "last.ckpt"
@@ -153,14 +156,19 @@ class RunFiles:
 
     def tell(self, facts: Mapping[str, Any]) -> None:
         """Add to what ``run.json`` says of the run."""
-        path = self.folder / ABOUT
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        path, known = self.folder / ABOUT, {}
+        with suppress(OSError, ValueError):  # what is damaged is written anew
+            known = json.loads(path.read_text(encoding="utf-8"))
         self.write(ABOUT, json.dumps({**known, **facts}, indent=2) + "\n")
 
     def keep_predictions(self, recorder: Recorder, name: str, model: Potential | Committee) -> None:
         """Write what a model, ``before`` or ``after``, says of a set beside what others say."""
-        path = self.folder / PREDICTIONS
-        known = Predicted.read(path) if path.exists() else None
+        path, known = self.folder / PREDICTIONS, None
+        if path.exists():
+            try:
+                known = Predicted.read(path)
+            except DataError as error:  # no reason to lose what comes at the end of a run
+                _logger.warning("%s They are left out.", error)
         self.write(PREDICTIONS, with_model(known, recorder, name, model).to_bytes())
 
     def add_row(self, record: EpochRecord) -> None:
