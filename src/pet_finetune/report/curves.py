@@ -87,7 +87,7 @@ def _loss(axes: Any, many: Sequence[Epochs]) -> None:
     shown: list[float] = []
     for rows in many:
         epochs, losses = _series(rows, "loss")
-        axes.plot(epochs, losses, color=AFTER, alpha=_alpha(many))
+        _line(axes, epochs, losses, many, color=AFTER)
         shown += losses
     _log(axes, shown)
     _finish(axes, "training loss", many)
@@ -95,15 +95,20 @@ def _loss(axes: Any, many: Sequence[Epochs]) -> None:
 
 def _rate(axes: Any, many: Sequence[Epochs]) -> None:
     epochs, rates = _series(many[0], "learning_rate")
-    axes.plot(epochs, rates, color=AFTER)
+    _line(axes, epochs, rates, many[:1], color=AFTER)
     axes.ticklabel_format(axis="y", style="plain")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}".replace("-", "−"))
     axes.set_ylim(bottom=0)
     _finish(axes, "learning rate", many)
 
 
-def _alpha(many: Sequence[Epochs]) -> float:
-    return 1.0 if len(many) == 1 else 0.6
+def _line(
+    axes: Any, epochs: list[float], values: list[float], many: Sequence[Epochs], **style: Any
+) -> None:
+    """A line through the epochs, or a dot where there is only one."""
+    marker = "o" if len(epochs) == 1 else ""
+    alpha = 1.0 if len(many) == 1 else 0.6
+    axes.plot(epochs, values, marker=marker, markersize=3, alpha=alpha, **style)
 
 
 def _errors(
@@ -120,7 +125,7 @@ def _errors(
                 continue
             name = f"{group}/{quantity.target}/{quantity.mae}"
             epochs, values = _series(rows, name, quantity.factor)
-            axes.plot(epochs, values, alpha=_alpha(many), **style)
+            _line(axes, epochs, values, many, **style)
             shown += values
     level = _level(run.before, quantity)
     if run.is_finetuning and math.isfinite(level) and level > 0:
@@ -139,6 +144,6 @@ def _level(errors: Mapping[str, Any], quantity: Quantity) -> float:
 def _forgetting(axes: Any, many: Sequence[Epochs], name: str, title: str) -> None:
     for rows in many:
         epochs, values = _series(rows, name, 1000.0)
-        axes.plot(epochs, values, color=WARN, alpha=_alpha(many))
+        _line(axes, epochs, values, many, color=WARN)
     axes.set_ylim(bottom=0)
     _finish(axes, title, many)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -30,6 +31,12 @@ def residuals(predicted: Predicted, quantity: Quantity, model: str) -> np.ndarra
         return None
     errors: np.ndarray = found[quantity.label].astype(np.float64) - label
     return errors / predicted.sizes if quantity.kind == "energy" else errors
+
+
+def mean_known(values: np.ndarray) -> float:
+    """Mean of the numbers that are known; NaN where none is."""
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if known.size else math.nan
 
 
 def by_structure(predicted: Predicted, quantity: Quantity, model: str) -> np.ndarray | None:
@@ -141,8 +148,8 @@ def _parts(predicted: Predicted, quantity: Quantity, masks: dict[str, np.ndarray
         Part(
             name,
             int(mask.sum()),
-            float(np.nanmean(sizes[mask])),
-            {model: float(np.nanmean(values[mask])) for model, values in errors.items()},
+            mean_known(sizes[mask]),
+            {model: mean_known(values[mask]) for model, values in errors.items()},
         )
         for name, mask in masks.items()
         if np.isfinite(sizes[mask]).any()

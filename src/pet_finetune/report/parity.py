@@ -11,7 +11,7 @@ import numpy as np
 
 from pet_finetune.data.predicted import Predicted
 
-from .errors import residuals
+from .errors import mean_known, residuals
 from .figures import AFTER, BEFORE, MUTED, panel
 from .record import Quantity, RunRecord
 from .verdict import number
@@ -51,7 +51,7 @@ def parity_plots(run: RunRecord) -> list[Parity]:
         for model, values in models.items():
             name = run.names[model == "after"]
             errors = residuals(predicted, quantity, model)
-            mae = math.nan if errors is None else float(np.nanmean(np.abs(errors)))
+            mae = math.nan if errors is None else mean_known(np.abs(errors))
             shown = f"MAE {number(quantity.factor * mae)} {quantity.unit}"
             plots.append(
                 panel(

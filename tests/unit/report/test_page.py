@@ -9,10 +9,14 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
 
 from pet_finetune.report import figures
 from pet_finetune.report.page import render
+from pet_finetune.report.record import RunRecord
 from reports import about, committee, epochs, predicted, record, stressed
+from tiny_data import crystals, label, molecules
 
 SECTIONS = ["verdict", "curves", "parity", "errors", "kept", "baselines", "trained", "provenance",
             "use"]  # fmt: skip
@@ -140,6 +144,44 @@ def test_a_target_that_is_no_energy_comes_last_in_its_own_unit(plain):
     text, _ = page(run)
     assert re.search(r"dipole <span class=.unit.>e\*A</span>", text)
     assert "the dipole error from 0.50 to 0.25 e*A (2.0 times smaller)" in text
+
+
+def lone_atoms():
+    """Three atoms alone, on which no force acts."""
+    atoms = Atoms("H", [[0.0, 0.0, 0.0]])
+    atoms.calc = SinglePointCalculator(atoms, energy=-13.0, forces=np.zeros((1, 3)))
+    return predicted([atoms] * 3)
+
+
+def models_of(change):
+    found = predicted()
+    return replace(found, models=change(found))
+
+
+ODD = {
+    "one structure": lambda: predicted(molecules(1)),
+    "lone atoms": lone_atoms,
+    "forces of some": lambda: predicted(
+        [label(a, forces=i > 4) for i, a in enumerate(molecules(9))] + crystals(2)
+    ),
+    "no error at all": lambda: models_of(lambda f: {"before": f.labels, "after": f.labels}),
+    "the starting model alone": lambda: models_of(lambda f: {"before": f.models["before"]}),
+    "no baselines": lambda: replace(predicted(), baselines={}),
+    "nothing but NaN": lambda: models_of(
+        lambda f: {"after": {n: np.full_like(v, np.nan) for n, v in f.labels.items()}}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.filterwarnings("error")
+def test_odd_sets_make_a_page_without_a_warning(name):
+    pytest.importorskip("matplotlib")
+    found = ODD[name]()
+    errors = {"test": {"energy": {"energy_mae": 0.1, "forces_mae": 0.1}}}
+    run = RunRecord("run", "finished", epochs=[epochs(1)], predicted=found, after=errors)
+    text, _ = page(run)
+    assert 'id="errors"' in text
 
 
 def test_what_users_write_is_escaped(plain):
