@@ -23,10 +23,8 @@ from pet_finetune.units import length_to_angstrom
 
 __all__ = ["MetatrainModel", "is_metatrain", "read_metatrain", "read_raw"]
 
-#: Architectures of metatrain that wrap another model, and what to use in their place.
-_WRAPPERS = {
-    "llpr": "an uncertainty estimate around another model; use the checkpoint it was made from",
-}
+#: Architectures of metatrain that wrap another model: where it is, and what they add to it.
+_WRAPPERS = {"llpr": ("wrapped_model_checkpoint", "an uncertainty estimate")}
 
 _BACKEND = "backend."
 #: Parts of a state dict that say nothing the rest does not, or nothing about predictions.
@@ -60,6 +58,7 @@ def read_metatrain(archive: TorchArchive, content: Mapping[str, Any]) -> Metatra
     """
     where = str(archive.path)
     notices: list[str] = []
+    content = _unwrapped(content, where, notices)
     written = _version(content, where)
     raw = upgrade(read_raw(archive, content, notices), where)
     info = _dataset_info(content, where)
@@ -118,12 +117,28 @@ def read_raw(
     )
 
 
+def _unwrapped(content: Mapping[str, Any], where: str, notices: list[str]) -> Mapping[str, Any]:
+    """The model inside a wrapper, as metatrain takes it to fine-tune."""
+    name = content.get("architecture_name")
+    if name not in _WRAPPERS:
+        return content
+    key, addition = _WRAPPERS[name]
+    inside = content.get(key)
+    if not isinstance(inside, dict):
+        raise CheckpointError(
+            f"{where}: this checkpoint is of '{name}', {addition} around another model, and holds "
+            "no such model. Use the checkpoint it was made from."
+        )
+    notices.append(
+        f"The file is of '{name}', {addition} around a model: the model is used without it."
+    )
+    return inside
+
+
 def _check_architecture(content: Mapping[str, Any], where: str) -> None:
     name = content.get("architecture_name")
     if name == "pet":
         return
-    if name in _WRAPPERS:
-        raise CheckpointError(f"{where}: this checkpoint is of '{name}', {_WRAPPERS[name]}.")
     raise CheckpointError(
         f"{where}: this is a checkpoint of metatrain's architecture {name!r}, and only 'pet' can "
         "be read."

@@ -215,6 +215,13 @@ def test_half_a_lora_layer_is_damage(tmp_path, model):
     [
         ({"architecture_name": "soap_bpnn"}, "architecture 'soap_bpnn', and only 'pet'"),
         ({"architecture_name": "llpr"}, "'llpr', an uncertainty estimate around another model"),
+        (
+            {
+                "architecture_name": "llpr",
+                "wrapped_model_checkpoint": {"architecture_name": "mace"},
+            },
+            "architecture 'mace', and only 'pet'",
+        ),
         ({"architecture_name": None}, "architecture None"),
         ({"model_ckpt_version": 17}, "format 17 is not known here; formats 1 to 16 are"),
         ({"model_ckpt_version": 0}, "format 0 is not known"),
