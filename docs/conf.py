@@ -14,7 +14,7 @@ author = "the pet-finetune developers"
 copyright = f"2026, {author}"
 release = version = __version__
 
-extensions = ["myst_parser", "sphinx_copybutton"]
+extensions = ["myst_parser", "sphinx_copybutton", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 # "$ " and ">>> " are prompts, not part of what is copied.
@@ -24,6 +24,12 @@ copybutton_prompt_is_regexp = True
 root_doc = "index"
 exclude_patterns = ["_build", "Thumbs.db", ".DS_Store"]
 nitpicky = True
+# Types of other libraries, and ours that the API page leaves out, are shown without a link.
+nitpick_ignore_regex = [("py:.*", ".*")]
+
+autodoc_typehints = "description"
+autodoc_member_order = "bysource"
+napoleon_use_ivar = True
 
 html_theme = "furo"
 html_title = f"pet-finetune {version}"
