@@ -119,16 +119,14 @@ def sort_keys(
 
 
 def selected_rows(selected: Labels, sizes: Tensor) -> Tensor:
-    """Which atoms of the joined systems are selected, [n_selected] int64, ascending.
+    """Which atoms of the joined systems are selected, [n_selected] int64, in their order.
 
     Args:
         selected: with the columns ``system`` and ``atom``.
         sizes: [n_structures], atoms of each system.
     """
     first = sizes.cumsum(0) - sizes
-    rows = first[selected.column("system").to(torch.int64)] + selected.column("atom")
-    chosen = torch.zeros(int(sizes.sum()), dtype=torch.bool, device=sizes.device)
-    return torch.nonzero(chosen.index_fill(0, rows, True)).squeeze(-1)
+    return first[selected.column("system").to(torch.int64)] + selected.column("atom")
 
 
 def integer_input(systems: list[System], name: str, low: int, high: int, missing: int) -> Tensor:

@@ -16,7 +16,7 @@ class Wanted(NamedTuple):
     """Of what outputs are wanted.
 
     Attributes:
-        rows: [n] atoms of the joined systems, ascending.
+        rows: [n] atoms of the joined systems.
         samples: [n, 2]: the system of each, and its place there.
         systems: [n_systems], ascending.
         cells: of all systems, [n_structures, 3, 3], Angstrom, in the type of the results.

@@ -153,12 +153,12 @@ def test_of_several_systems_and_selected_atoms(tmp_path: Path) -> None:
     assert block.values.squeeze(1).numpy() == pytest.approx([a.sum() for a in atoms], rel=1e-10)
     block = found.run_model(frames, each)["energy"].block()
     assert block.values.squeeze(1).numpy() == pytest.approx(1000 * np.concatenate(atoms), rel=1e-10)
-    # Given in any order, answered in that of the systems; the second of them has none.
-    chosen = torch.tensor([[2, 3], [0, 4], [0, 1]])
-    selected = Labels(["system", "atom"], chosen)
+    # In any order, and none of the second system.
+    chosen = [[2, 3], [0, 4], [0, 1]]
+    selected = Labels(["system", "atom"], torch.tensor(chosen))
     block = found.run_model(frames, each, selected)["energy"].block()
-    assert block.samples.values.tolist() == [[0, 1], [0, 4], [2, 3]]
-    expected = [1000 * atoms[system][atom] for system, atom in block.samples.values.tolist()]
+    assert block.samples.values.tolist() == chosen
+    expected = [1000 * atoms[system][atom] for system, atom in chosen]
     assert block.values.squeeze(1).numpy() == pytest.approx(expected, rel=1e-10)
     block = found.run_model(frames, whole, selected)["energy"].block()
     assert block.samples.values.tolist() == [[0], [2]]
