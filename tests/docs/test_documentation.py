@@ -96,9 +96,13 @@ def strings_of_the_package() -> str:
 
 
 def documented_messages() -> list[str]:
-    """The messages that errors.md explains: its table rows start with one in backticks."""
-    page = REPOSITORY / "docs" / "errors.md"
-    return re.findall(r"^\| `([^`]+)` \|", page.read_text("utf-8"), re.M)
+    """The messages that errors.md explains, in backticks at the start of its table rows, and
+    those among the symptoms of troubleshooting.md.
+    """
+    docs = REPOSITORY / "docs"
+    table = re.findall(r"^\| `([^`]+)` \|", (docs / "errors.md").read_text("utf-8"), re.M)
+    symptoms = re.findall(r"\*\*`([^`]+)`\*\*", (docs / "troubleshooting.md").read_text("utf-8"))
+    return [*table, *symptoms]
 
 
 @pytest.mark.parametrize("message", documented_messages())
