@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ def render(run: RunRecord, version: str) -> str:
         copy_js=Markup(_file("copy.js")),
         version=version,
         run=run,
-        title=run.folder.rstrip("/").rpartition("/")[2] or run.folder,
+        title=_title(run.folder),
         headline=headline(run),
         verdict=judge(run),
         drawn=drawn,
@@ -65,6 +66,13 @@ def render(run: RunRecord, version: str) -> str:
         provenance=provenance(run),
         recipes=recipes(run),
     )
+
+
+def _title(folder: str) -> str:
+    """The name of the folder; with the one above where it is a time, as of outputs/DATE/TIME."""
+    path = Path(folder).resolve()
+    named = any(letter.isalpha() for letter in path.name)
+    return path.name if named else f"{path.parent.name}/{path.name}"
 
 
 @cache

@@ -53,7 +53,7 @@ class Change:
         if self.interval is None:
             return ""
         low, high = (signed(100 * (bound - 1), 0) for bound in self.interval)
-        return f"95 %: {low} to {high} %"
+        return f"95\u00a0%: {low}\u00a0to\u00a0{high}\u00a0%"  # a narrow column breaks it once
 
     @property
     def words(self) -> str:

@@ -197,6 +197,15 @@ def test_what_users_write_is_escaped(plain):
     assert json.loads(data)["frames"][0]["name"].endswith(evil)
 
 
+@pytest.mark.parametrize(
+    ("folder", "title"),
+    [("outputs/run/", "run"), ("outputs/2026-01-02/03-04-05", "2026-01-02/03-04-05")],
+)
+def test_the_title_tells_runs_apart(plain, folder, title):
+    text, _ = page(record(folder=folder))
+    assert f"<h1>{title}</h1>" in text
+
+
 def test_a_large_set_makes_a_small_page():
     pytest.importorskip("matplotlib")
     text, _ = page(record(many_times(predicted(), 125)))
