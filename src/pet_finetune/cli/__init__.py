@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pet_finetune import __version__
 from pet_finetune.errors import PetFinetuneError
 
-from . import adapter, evaluate, export, info, md, report, train
+from . import adapter, evaluate, export, info, inspect, md, report, train
 
-_COMMANDS = (train, evaluate, info, md, adapter, report, export)
+_COMMANDS = (inspect, train, evaluate, info, md, adapter, report, export)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -66,6 +66,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="instead of training, time N steps of the run "
         f"(default: {_PROFILED_STEPS}) and say where the time goes",
     )
+    parser.add_argument(
+        "--no-check",
+        action="store_true",
+        help="do not look at the data before training (pet-finetune inspect shows what is found)",
+    )
     named.add_arguments(parser, several=True)
     parser.set_defaults(run=run)
 
@@ -134,6 +139,7 @@ def run(arguments: argparse.Namespace) -> int:
         restart=restart,
         notices=loaded.notices,
         source=arguments.options,
+        check=not arguments.no_check,
     )
     return 0 if outcome.result.finished else 130
 
@@ -156,7 +162,9 @@ def _named(arguments: argparse.Namespace) -> int:
         return 0
     from pet_finetune.workflows.named_runs import train_named
 
-    return train_named(runs, arguments.config, alone=not arguments.all)
+    return train_named(
+        runs, arguments.config, alone=not arguments.all, check=not arguments.no_check
+    )
 
 
 def new_folder() -> Path:

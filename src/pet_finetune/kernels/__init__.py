@@ -5,7 +5,7 @@ in float32 or float64, and can be differentiated twice. :func:`usable` says whet
 through them; the callers fall back to torch operations where it cannot.
 """
 
-from .compiled import active, disabled, prepare
+from .compiled import active, disabled, prepare, ready
 from .halves import halves, in_bfloat16, multiplies_halves
 from .operators import (
     attention,
@@ -33,6 +33,7 @@ __all__ = [
     "pack",
     "prepare",
     "projection",
+    "ready",
     "rms_norm",
     "silu",
     "swiglu",

@@ -89,6 +89,11 @@ def prepare(device: torch.device | str = "cpu") -> bool:
     return active()
 
 
+def ready(device: torch.device | str = "cpu") -> bool:
+    """Whether :func:`prepare` would not have to compile anything."""
+    return torch.device(device).type != "cpu" or _State.tried or _library_path().exists()
+
+
 def _missing(path: Path) -> str | None:
     """What this machine lacks to use the kernels, or None."""
     if platform.system() != "Linux":

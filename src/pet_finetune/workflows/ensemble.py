@@ -57,6 +57,7 @@ def train_ensemble(
     restart: str | Path | None = None,
     notices: Sequence[str] = (),
     source: str | Path = "",
+    check: bool = True,
 ) -> TrainOutcome:
     """Train every member in a folder of its own, ``member_0`` and so on, then judge them together.
 
@@ -64,7 +65,7 @@ def train_ensemble(
 
     Args:
         train_member: :func:`~.train.train`, for a member's options.
-        options, folder, notices, source: as for a single run.
+        options, folder, notices, source, check: as for a single run; the first member checks.
         restart: the ``last.ckpt`` of any member.
 
     Raises:
@@ -94,6 +95,7 @@ def train_ensemble(
                 own,
                 restart=last if restart is not None and last.exists() else None,
                 notices=notices if member == 0 else (),
+                check=check and member == 0,
             )
         )
         if not outcomes[-1].result.finished:

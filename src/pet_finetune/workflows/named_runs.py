@@ -52,7 +52,9 @@ class RunSummary:
     seconds: float
 
 
-def train_named(runs: Sequence[NamedRun], source: str | Path, *, alone: bool) -> int:
+def train_named(
+    runs: Sequence[NamedRun], source: str | Path, *, alone: bool, check: bool = True
+) -> int:
     """Train runs one after the other, each in its folder.
 
     A finished run is not run again; an interrupted one goes on where it stopped.
@@ -62,6 +64,7 @@ def train_named(runs: Sequence[NamedRun], source: str | Path, *, alone: bool) ->
         source: the file that names them.
         alone: one run was asked for: its error is raised. Else the others are trained, and a
             table compares all, which is written beside the runs as CSV and JSON.
+        check: whether each run inspects its data first.
 
     Returns:
         The exit status: 0, 1 if a run failed, 130 if one was interrupted.
@@ -76,7 +79,7 @@ def train_named(runs: Sequence[NamedRun], source: str | Path, *, alone: bool) ->
     for run in runs:
         _logger.info("run '%s': %s", run.name, run.folder)
         try:
-            if not _train_one(run, source):
+            if not _train_one(run, source, check):
                 status = 130
                 break
         except PetFinetuneError as error:
@@ -93,7 +96,7 @@ def train_named(runs: Sequence[NamedRun], source: str | Path, *, alone: bool) ->
     return status
 
 
-def _train_one(run: NamedRun, source: str | Path) -> bool:
+def _train_one(run: NamedRun, source: str | Path, check: bool) -> bool:
     """Train one run, or what is left of it; False when it was interrupted."""
     folder, options = run.folder, run.loaded.options
     if (folder / RESULTS).exists():
@@ -115,6 +118,7 @@ def _train_one(run: NamedRun, source: str | Path) -> bool:
         restart=saved[0] if saved else None,
         notices=run.loaded.notices,
         source=source,
+        check=check,
     )
     return outcome.result.finished
 

@@ -31,6 +31,7 @@ from .elements import ADVICE
 from .keeping import extra_losses, make_kept, retention_of
 from .machine import choose_dtype, seed_everything
 from .memory import Memory, remember
+from .preflight import check_data, read_checked
 from .provenance import about_run, provenance_of
 from .resume import Errors, RunState, SavedRun, plain_errors, take_files
 from .rounding import rounding_told
@@ -75,6 +76,7 @@ def prepare_run(
     device: torch.device,
     *,
     to_finish: bool = True,
+    check: bool = False,
 ) -> Run:
     """Read everything, set the baselines, choose what trains.
 
@@ -85,6 +87,7 @@ def prepare_run(
         device: where it trains.
         to_finish: whether a new run will be trained to its end, and therefore evaluates the
             starting model and writes down what it keeps of it.
+        check: whether the data are inspected before anything is trained on them.
 
     Raises:
         PetFinetuneError: any bad input, with one clear message.
@@ -93,14 +96,17 @@ def prepare_run(
     dtype = choose_dtype(options.base_precision)
     seed = seed_everything(saved.state.seed if saved else options.seed)
     _logger.info("seed %d, %s, %d bits", seed, device, options.base_precision)
-    splits = _splits(options, files, saved, seed)
+    splits = _splits(options, files, saved, seed, check)
     own_seed, trained_on = seed, splits
     if options.finetune.member is not None:
         own_seed, trained_on = of_member(options, splits, seed)
         seed_everything(own_seed)
     start = saved.start() if saved else start_model(options, splits)
     model = start.model.to(device=device, dtype=dtype)
-    _check_structures(options, splits, model)
+    if check:
+        check_data(options, splits, start)
+    else:
+        _check_structures(options, splits, model)
     memory = None if saved else remember(options, start, trained_on.train, own_seed)
     data = load_data(options, trained_on, model, own_seed, dtype)
     kernels.prepare(device)  # the input is sound: compiling, should they need it, is not in vain
@@ -134,10 +140,12 @@ def prepare_run(
     return Run(options, files, data, trainer, state, kept, retention)
 
 
-def _splits(options: Options, files: RunFiles, saved: SavedRun | None, seed: int) -> Splits:
+def _splits(
+    options: Options, files: RunFiles, saved: SavedRun | None, seed: int, check: bool
+) -> Splits:
     """The three sets: drawn for a new run, as they were for one that goes on."""
     if saved is None:
-        return make_splits(options, seed)
+        return read_checked(options, seed) if check else make_splits(options, seed)
     take_files(saved, files)
     return load_splits(files.folder / SPLITS, options)
 

@@ -37,6 +37,7 @@ def train(
     restart: str | Path | None = None,
     notices: Sequence[str] = (),
     source: str | Path = "",
+    check: bool = True,
 ) -> TrainOutcome:
     """Train as the options say; print the table of errors before and after.
 
@@ -49,13 +50,14 @@ def train(
         restart: a ``last.ckpt`` to go on from, exactly.
         notices: what reading the options had to say, for the log.
         source: the options file, which the run must not overwrite.
+        check: whether a new run inspects its data first (as ``pet-finetune inspect`` does).
 
     Raises:
         PetFinetuneError: any bad input, with one clear message.
     """
     if options.finetune.ensemble is not None and options.finetune.member is None:
         return train_ensemble(
-            train, options, folder, restart=restart, notices=notices, source=source
+            train, options, folder, restart=restart, notices=notices, source=source, check=check
         )
     device = choose_device(options.device)
     files = RunFiles(Path(folder))
@@ -66,7 +68,7 @@ def train(
         _logger.warning(notice)
     try:
         saved = open_run(restart, options) if restart is not None else None
-        run = prepare_run(options, files, saved, device)
+        run = prepare_run(options, files, saved, device, check=check and saved is None)
         result = _train(run)
         _tell_memory(run)
         if result.finished:

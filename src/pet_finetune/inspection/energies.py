@@ -1,0 +1,222 @@
+"""Checks of the energies among each other: references, levels of theory, frames that stand out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from .finding import Finding, Frames, frames_of
+from .subject import Entry, Subject
+from .work import Step
+
+__all__ = ["check_levels", "check_outliers", "element_fit", "references_of"]
+
+#: eV an atom. Energies of bonds stay below the first; a shift of a whole file beyond the second
+#: is none of temperature or phase.
+_COHESIVE, _SHIFT = 15.0, 0.3
+#: How many times the spread within the files it must be.
+_SPREADS = 6.0
+_RIDGE = 1e-8
+#: Å: as far as the work between two frames is trusted to judge a single one.
+_NEARBY = 0.25
+
+
+def _compositions(entries: Sequence[Entry], elements: Sequence[int]) -> np.ndarray:
+    """Fractions of the elements in each structure, ``[n, n_elements]``."""
+    return np.array([[(e.numbers == z).mean() for z in elements] for e in entries])
+
+
+def element_fit(entries: Sequence[Entry]) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """Energies as a sum over atoms: least squares, per atom, of the smallest norm.
+
+    Args:
+        entries: with energies.
+
+    Returns:
+        The elements, their energies in eV, and what is left over for each entry, eV an atom.
+    """
+    elements = sorted({int(z) for e in entries for z in np.unique(e.numbers)})
+    fractions = _compositions(entries, elements)
+    energies = np.array([(e.energy or 0.0) / e.size for e in entries])
+    weights, *_ = np.linalg.lstsq(fractions, energies, rcond=_RIDGE)
+    return elements, weights, energies - fractions @ weights
+
+
+def references_of(entries: Sequence[Entry]) -> str:
+    """Whether the energies hold those of the free atoms, in words; empty without energies."""
+    energies = [abs(e.energy) / e.size for e in entries if e.energy is not None and e.size > 1]
+    if not energies:
+        return ""
+    if float(np.median(energies)) < _COHESIVE:
+        return "relative to some reference of the atoms (of the size of binding energies)"
+    return "total energies (those of the atoms are in them)"
+
+
+def check_levels(subject: Subject) -> Iterator[Finding]:
+    """Files, or parts of one, whose energies lie on different levels."""
+    files = {
+        file: [e for e in entries if e.energy is not None and e.size > 1]
+        for file, entries in subject.files.items()
+    }
+    files = {file: entries for file, entries in files.items() if entries}
+    names = list(files)
+    first = max(names, key=lambda name: len(files[name]), default=None)
+    for name in names:
+        if first is not None and name != first:
+            yield from _compare_files(first, files[first], name, files[name])
+    for file, entries in files.items():
+        yield from _split_levels(file, entries)
+
+
+def _spread(values: np.ndarray) -> float:
+    """A standard deviation that outliers do not change, from the median absolute deviation."""
+    return 1.4826 * float(np.median(np.abs(values - np.median(values)))) if len(values) else 0.0
+
+
+def _compare_files(
+    first: str, entries: Sequence[Entry], second: str, others: Sequence[Entry]
+) -> Iterator[Finding]:
+    """How far the energies of a file are from what another one's elements say."""
+    elements, weights, rest = element_fit(entries)
+    known = [e for e in others if np.isin(e.numbers, elements).all()]
+    if not known:
+        return
+    fractions = _compositions(known, elements)
+    # Only compositions that the first file holds, or mixtures of them, can be compared.
+    basis = np.linalg.svd(_compositions(entries, elements), full_matrices=False)
+    rows = basis[2][basis[1] > 1e-6 * basis[1][0]]
+    inside = np.abs(fractions - fractions @ rows.T @ rows).max(axis=1) < 1e-6
+    if inside.sum() < max(1, len(known) // 2):
+        return
+    energies = np.array([(e.energy or 0.0) / e.size for e in known])
+    left = (energies - fractions @ weights)[inside]
+    shift = float(np.median(left) - np.median(rest))
+    spread = max(_spread(rest), _spread(left))
+    if abs(shift) < max(_SHIFT, _SPREADS * spread):
+        return
+    yield Finding(
+        "warning",
+        "mixed-levels",
+        f"the energies of {second} are {shift:+.3g} eV an atom away from those of {first} at the "
+        f"same composition; within the files they spread by {spread:.2g}",
+        (Frames(second),),
+        "Two levels of theory, programs or references in one target: the model learns what lies "
+        "between them, and validation against the other one means nothing.",
+        "Train on one of them, or shift one to the references of the other.",
+        {"shift": shift, "spread": spread, "beside": first},
+    )
+
+
+def _split_levels(file: str, entries: Sequence[Entry]) -> Iterator[Finding]:
+    """Frames of one composition whose energies fall into two groups with a wide gap between."""
+    groups: dict[bytes, list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault(np.bincount(entry.numbers).tobytes(), []).append(entry)
+    found: list[Entry] = []
+    widest = 0.0
+    for own in groups.values():
+        if len(own) < 8:
+            continue
+        energies = np.array([(e.energy or 0.0) / e.size for e in own])
+        order = np.argsort(energies)
+        steps = np.diff(energies[order])
+        cut = int(steps.argmax())
+        low, high = energies[order[: cut + 1]], energies[order[cut + 1 :]]
+        fewest = max(3, len(own) // 20)
+        width = max(_spread(low), _spread(high), 1e-6)
+        if min(len(low), len(high)) >= fewest and steps[cut] > max(
+            2 * _SHIFT, 2 * _SPREADS * width
+        ):
+            rare = order[: cut + 1] if len(low) < len(high) else order[cut + 1 :]
+            found += [own[k] for k in rare]
+            widest = max(widest, float(steps[cut]))
+    if found:
+        yield Finding(
+            "warning",
+            "mixed-levels",
+            f"frames of the same composition fall into two groups, {widest:.3g} eV an atom apart",
+            frames_of(e.structure for e in found),
+            "Two levels of theory, programs or references in one target: the model learns what "
+            "lies between them.",
+            "Train on one of them, or shift one to the references of the other.",
+            {"gap": widest, "count": len(found)},
+        )
+
+
+def check_outliers(subject: Subject, steps: Mapping[str, Sequence[Step]]) -> Iterator[Finding]:
+    """Frames whose energy their neighbours, or all of the same composition, do not believe."""
+    found: dict[int, tuple[float, Entry]] = {}
+    for file, entries in subject.files.items():
+        for position, off in _against_neighbours(entries, steps.get(file, ())).items():
+            found[id(entries[position])] = (off, entries[position])
+        for entry, off in _against_composition(entries):
+            found.setdefault(id(entry), (off, entry))
+    if not found:
+        return
+    largest = max((off for off, _ in found.values()), key=abs)
+    yield Finding(
+        "warning",
+        "energy-outliers",
+        f"{len(found)} of {len(subject.entries)} frames have an energy that neither their forces "
+        f"nor similar frames explain, off by up to {largest:+.3g} eV an atom",
+        frames_of(entry.structure for _, entry in found.values()),
+        "A calculation that ended in a wrong state or did not converge: a few such frames pull the "
+        "baselines and rule a squared loss.",
+        "Repeat these calculations or remove the frames; a huber loss limits the damage.",
+        {"frames": {f"{entry.file}:{entry.structure.index}": off for off, entry in found.values()}},
+    )
+
+
+def _against_neighbours(entries: Sequence[Entry], steps: Sequence[Step]) -> dict[int, float]:
+    """Energies beside those that neighbouring frames and the work to them let expect, eV an atom.
+
+    Only what is beyond the spread of all frames, and beyond what the work itself is unsure of.
+    """
+    near: dict[int, list[tuple[float, float]]] = {}
+    for step in steps:
+        rest = (step.energy - step.work) / step.atoms
+        if step.displacement > _NEARBY:
+            continue
+        if step.pressing == step.pressing:
+            rest -= step.pressing / step.atoms
+        elif step.strain > 1e-6:
+            continue
+        unsure = step.bend / step.atoms
+        near.setdefault(step.two, []).append((rest, unsure))
+        near.setdefault(step.one, []).append((-rest, unsure))
+    offs = {
+        k: (float(np.median([r for r, _ in own])), float(np.median([u for _, u in own])))
+        for k, own in near.items()
+        if len(own) >= 2
+    }
+    if len(offs) < 10:
+        return {}
+    limit = max(0.03, 20.0 * _spread(np.array([off for off, _ in offs.values()])))
+    return {k: off for k, (off, unsure) in offs.items() if abs(off) > max(limit, 2.0 * unsure)}
+
+
+def _against_composition(entries: Sequence[Entry]) -> Iterator[tuple[Entry, float]]:
+    """Energies far outside those of all frames with the same atoms, eV an atom."""
+    groups: dict[bytes, list[Entry]] = {}
+    for entry in entries:
+        if entry.energy is not None and entry.size > 1:
+            groups.setdefault(np.bincount(entry.numbers).tobytes(), []).append(entry)
+    for own in groups.values():
+        if len(own) < 10:
+            continue
+        energies = np.array([(e.energy or 0.0) / e.size for e in own])
+        off = energies - np.median(energies)
+        low, high = np.quantile(energies, [0.05, 0.95])
+        limit = max(0.05, 4.0 * float(high - low), 15.0 * _spread(energies))
+        forces = [_force(e) for e in own]
+        hot = 1.3 * float(np.quantile(forces, 0.9))
+        for entry, value, force in zip(own, off.tolist(), forces, strict=True):
+            explained = value > 0 and 0.0 < hot < force  # of high energy, as its forces are
+            if abs(value) > limit and not explained:
+                yield entry, value
+
+
+def _force(entry: Entry) -> float:
+    """Root mean square of the forces' components, eV/Å; 0 without forces."""
+    return 0.0 if entry.forces is None else float(np.sqrt((entry.forces**2).mean()))

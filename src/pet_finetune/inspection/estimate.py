@@ -1,0 +1,210 @@
+"""What a run will take: neighbours, memory and time of an epoch, from one measured step."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pet_finetune.adapters import AdapterConfig, freeze, inject
+from pet_finetune.adapters.config import default_modules_to_save
+from pet_finetune.data.batch import Batch, collate
+from pet_finetune.data.neighbors import structure_neighbors
+from pet_finetune.data.structure import Structure
+from pet_finetune.model import Potential
+
+__all__ = ["METHODS", "Estimate", "Load", "estimate", "load_of"]
+
+#: Edges that a measured step should have: enough to be no overhead, few enough for seconds.
+_EDGES, _MOST_ATOMS = 8000, 400
+_SAMPLE = 200
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Load:
+    """How much there is to compute.
+
+    Attributes:
+        structures, atoms, edges: of the training set; edges are directed pairs within the cutoff,
+            extrapolated from a sample.
+        neighbours: an atom has on average, and at most.
+        held_out: edges of validation.
+    """
+
+    structures: int
+    atoms: int
+    edges: float
+    neighbours: float
+    most_neighbours: int
+    held_out: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a method takes.
+
+    Attributes:
+        method: ``full``, ``lora`` or ``heads``.
+        trainable: parameters that train.
+        seconds: of an epoch with validation.
+        memory: at the peak of a step, MiB: weights, gradients, optimiser, and what the step keeps;
+            without what torch itself takes.
+    """
+
+    method: str
+    trainable: int
+    seconds: float
+    memory: float
+
+
+def load_of(training: Sequence[Structure], validation: Sequence[Structure], cutoff: float) -> Load:
+    """Count edges on a sample that is spread over the sets."""
+    edges, atoms, most = _edges_of(training, cutoff)
+    held, held_atoms, _ = _edges_of(validation, cutoff)
+    total = sum(s.num_atoms for s in training)
+    others = sum(s.num_atoms for s in validation)
+    each = edges / max(1, atoms)
+    held_out = held / max(1, held_atoms) * others
+    return Load(len(training), total, each * total, each, most, held_out)
+
+
+def _edges_of(structures: Sequence[Structure], cutoff: float) -> tuple[int, int, int]:
+    edges = atoms = most = 0
+    for structure in structures[:: max(1, -(-len(structures) // _SAMPLE))]:
+        pairs = structure_neighbors(structure, cutoff)
+        counts = torch.bincount(pairs.centers, minlength=structure.num_atoms)
+        edges += pairs.num_edges
+        atoms += structure.num_atoms
+        most = max(most, int(counts.max()))
+    return edges, atoms, most
+
+
+def _heads_only(model: Potential, target: str) -> None:
+    freeze(model, default_modules_to_save(model.network, target))
+
+
+def _all_weights(model: Potential, target: str) -> None:
+    freeze(model, train=None)
+
+
+def _adapters(model: Potential, target: str) -> None:
+    inject(model, AdapterConfig(target=target))
+
+
+#: How each method chooses what trains, in a copy of the model.
+METHODS: dict[str, Callable[[Potential, str], None]] = {
+    "full": _all_weights,
+    "lora": _adapters,
+    "heads": _heads_only,
+}
+
+
+class _Kept:
+    """Counts the bytes that a computation keeps for its backward pass, each storage once."""
+
+    def __init__(self) -> None:
+        self.storages: dict[int, int] = {}
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        self.storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def hooks(self) -> AbstractContextManager[None]:
+        return torch.autograd.graph.saved_tensors_hooks(self, lambda tensor: tensor)
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.storages.values())
+
+
+def estimate(
+    model: Potential,
+    target: str,
+    training: Sequence[Structure],
+    load: Load,
+    batch_size: int,
+    *,
+    forces: bool,
+    stress: bool,
+) -> list[Estimate]:
+    """Measure a step of each method on a few structures and scale it to the whole set.
+
+    Time and memory of a step grow with its edges. Validation has no backward pass, which is a
+    third of the work.
+
+    Args:
+        model: which stays as it is.
+        target: the energy that is trained.
+        training: of which the middle-sized ones are measured.
+        load: of the whole set.
+        batch_size: structures in a batch.
+        forces, stress: whether they are trained.
+    """
+    batch = _sample(training, model).to(device=model.device)
+    found = []
+    # The random numbers of the caller stay where they are.
+    with torch.random.fork_rng(devices=[]):
+        for method, choose in METHODS.items():
+            own = copy.deepcopy(model)
+            choose(own, target)
+            found.append(_measure(method, own, target, batch, load, batch_size, forces, stress))
+    return found
+
+
+def _sample(structures: Sequence[Structure], model: Potential) -> Batch:
+    """Structures of middle size, as many as a quick step takes."""
+    order = sorted(structures, key=lambda s: s.num_atoms)
+    middle = order[len(order) // 2 :] + order[: len(order) // 2][::-1]
+    items, edges, atoms = [], 0, 0
+    for structure in middle:
+        pairs = structure_neighbors(structure, model.cutoff)
+        items.append((structure, pairs))
+        edges, atoms = edges + pairs.num_edges, atoms + structure.num_atoms
+        if edges > _EDGES or atoms > _MOST_ATOMS or len(items) >= 64:
+            break
+    return collate(items, model.dtype)
+
+
+def _measure(
+    method: str,
+    model: Potential,
+    target: str,
+    batch: Batch,
+    load: Load,
+    batch_size: int,
+    forces: bool,
+    stress: bool,
+) -> Estimate:
+    model.train()
+    kept = _Kept()
+    parameters = [p for p in model.network.parameters() if p.requires_grad]
+    seconds = []
+    for attempt in range(3):
+        with kept.hooks() if attempt == 0 else torch.enable_grad():
+            started = time.perf_counter()
+            said = model.predict(batch, target, forces=forces, stress=stress, create_graph=True)
+            loss = said.energy.square().sum()
+            for derivative in (said.forces, said.stress):
+                if derivative is not None:
+                    loss = loss + derivative.square().sum()
+            torch.autograd.grad(loss, parameters, allow_unused=True)
+            if model.device.type == "cuda":
+                torch.cuda.synchronize(model.device)
+            seconds.append(time.perf_counter() - started)
+    fastest = min(seconds[1:])
+    edges = max(1, batch.num_edges)
+    # Where there are no edges at all, an atom costs about what one costs.
+    whole, held = max(load.edges, load.atoms), load.held_out
+    epoch = fastest * (whole + held / 3) / edges
+    weights = sum(p.numel() * p.element_size() for p in model.network.parameters())
+    trained = sum(p.numel() * p.element_size() for p in parameters)
+    of_batch = whole / max(1, load.structures) * min(batch_size, load.structures)
+    memory = weights + 3 * trained + kept.bytes * of_batch / edges
+    return Estimate(method, sum(p.numel() for p in parameters), epoch, memory / _MIB)

@@ -1,0 +1,234 @@
+"""The labels beside what a foundation says: units, and frames that nothing else explains."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pet_finetune.data.loader import Loader
+from pet_finetune.data.species import of_species
+from pet_finetune.model import Potential
+
+from .energies import element_fit
+from .evidence import Evidence
+from .finding import Finding, frames_of
+from .subject import Entry, Subject
+
+__all__ = ["Answer", "ask", "baseline_shift", "check_references", "check_residuals", "units_of"]
+
+_BATCH_ATOMS, _SAME_PLACE = 256, 1e-3
+#: Pearson correlations above which a slope says something, and from which on it says it well.
+_CORRELATED, _WELL = 0.7, 0.9
+_FEWEST = 5
+#: A residual must be so many robust standard deviations from the median, and so large.
+_ROBUST, _ENERGY, _FORCE = 12.0, 0.03, 4.0
+#: eV an atom, beyond which two sets of references differ.
+_REFERENCES = 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What a foundation predicts for a structure: eV, eV/Å, eV/Å³."""
+
+    entry: Entry
+    energy: float
+    forces: np.ndarray
+    stress: np.ndarray | None
+
+
+def ask(
+    model: Potential, target: str, subject: Subject, seconds: float, species: Sequence[int]
+) -> list[Answer]:
+    """Predict as many structures as there is time for, evenly spread over all of them.
+
+    Args:
+        model: it is not changed.
+        target: the energy that is asked for.
+        subject: what is inspected.
+        seconds: after which no further batch is begun.
+        species: elements that the model was trained on; structures with others are left out.
+    """
+    # Atoms at one place have no direction between them, and no forces that are numbers.
+    sound = [e for e in subject.entries if float(e.nearest.min()) > _SAME_PLACE]
+    by_structure = {id(e.structure): e for e in sound}
+    structures = of_species([e.structure for e in sound], species)
+    # Every prefix of this order is spread over the whole set.
+    order = np.argsort((np.arange(len(structures)) * 0.6180339887498949) % 1.0, kind="stable")
+    started = time.perf_counter()
+    answers: list[Answer] = []
+    chunk: list[int] = []
+    training = model.training
+    model.eval()
+    for place, position in enumerate(order.tolist()):
+        chunk.append(position)
+        full = sum(structures[k].num_atoms for k in chunk) >= _BATCH_ATOMS
+        if not full and place + 1 < len(order):
+            continue
+        entries = [by_structure[id(structures[k])] for k in chunk]
+        answers += _predict(model, target, entries)
+        chunk = []
+        if time.perf_counter() - started > seconds:
+            break
+    model.train(training)
+    return answers
+
+
+def _predict(model: Potential, target: str, entries: Sequence[Entry]) -> Iterator[Answer]:
+    structures = [e.structure for e in entries]
+    loader = Loader(structures, model.cutoff, batch_size=len(structures), dtype=model.dtype)
+    batch = next(iter(loader)).to(device=model.device)
+    stress = any(e.stress is not None for e in entries)
+    prediction = model.predict(batch, target, forces=True, stress=stress)
+    assert prediction.forces is not None
+    energies = prediction.energy.detach().cpu().to(torch.float64).tolist()
+    forces = prediction.forces.detach().cpu().to(torch.float64).numpy()
+    stresses = None if prediction.stress is None else prediction.stress.detach().cpu().numpy()
+    start = 0
+    for place, entry in enumerate(entries):
+        own = None if stresses is None or entry.stress is None else stresses[place]
+        yield Answer(entry, energies[place], forces[start : start + entry.size], own)
+        start += entry.size
+
+
+def units_of(answers: Sequence[Answer]) -> dict[str, list[Evidence]]:
+    """What the slopes of labels against predictions say of the units, by file."""
+    files: dict[str, list[Answer]] = {}
+    for answer in answers:
+        files.setdefault(answer.entry.file, []).append(answer)
+    found = {}
+    for file, own in files.items():
+        pieces = (_force_slope(own), _energy_slope(own), _stress_slope(own))
+        found[file] = [piece for piece in pieces if piece is not None]
+    return found
+
+
+def _slope(labels: np.ndarray, said: np.ndarray, quantity: str, name: str) -> Evidence | None:
+    if not labels.any() or not said.any():
+        return None
+    correlation = float((labels * said).sum() / np.sqrt((labels**2).sum() * (said**2).sum()))
+    if abs(correlation) < _CORRELATED:
+        return None
+    slope = float((labels * said).sum() / (said**2).sum())
+    text = (
+        f"the {name} are {slope:.3g} times those of the foundation (1 expected; correlation "
+        f"{correlation:.2f})"
+    )
+    sigma = 0.25 if abs(correlation) > _WELL else 0.4
+    return Evidence({quantity: -1.0}, float(np.log(abs(slope))), sigma, text, int(np.sign(slope)))
+
+
+def _force_slope(answers: Sequence[Answer]) -> Evidence | None:
+    pairs = [(a.entry.forces, a.forces) for a in answers if a.entry.forces is not None]
+    if len(pairs) < _FEWEST:
+        return None
+    labels, said = (np.concatenate([p[k].ravel() for p in pairs]) for k in (0, 1))
+    return _slope(labels, said, "force", "forces")
+
+
+def _energy_slope(answers: Sequence[Answer]) -> Evidence | None:
+    """Of what a sum over elements leaves over."""
+    labelled = [a for a in answers if a.entry.energy is not None and a.entry.size > 1]
+    elements = {int(z) for a in labelled for z in np.unique(a.entry.numbers)}
+    if len(labelled) < _FEWEST + 3 * len(elements):
+        return None
+    *_, labels = element_fit([a.entry for a in labelled])
+    said = _left(labelled, [a.energy for a in labelled])
+    return _slope(labels, said, "energy", "differences of energies")
+
+
+def _stress_slope(answers: Sequence[Answer]) -> Evidence | None:
+    pairs = [(a.entry.stress, a.stress) for a in answers if a.entry.stress is not None]
+    known = [(label, said) for label, said in pairs if label is not None and said is not None]
+    if len(known) < _FEWEST:
+        return None
+    labels, said = (np.concatenate([p[k].ravel() for p in known]) for k in (0, 1))
+    return _slope(labels, said, "stress", "stresses")
+
+
+def _left(answers: Sequence[Answer], energies: Sequence[float]) -> np.ndarray:
+    """Given energies less a sum over elements that is fitted to them, eV an atom."""
+    elements = sorted({int(z) for a in answers for z in np.unique(a.entry.numbers)})
+    fractions = np.array([[(a.entry.numbers == z).mean() for z in elements] for a in answers])
+    values = np.array([e / a.entry.size for e, a in zip(energies, answers, strict=True)])
+    weights, *_ = np.linalg.lstsq(fractions, values, rcond=1e-8)
+    left: np.ndarray = values - fractions @ weights
+    return left
+
+
+def baseline_shift(answers: Sequence[Answer]) -> float | None:
+    """Median of labels less predictions, eV an atom: how far the references of the atoms differ."""
+    off = [
+        (a.entry.energy - a.energy) / a.entry.size for a in answers if a.entry.energy is not None
+    ]
+    return float(np.median(off)) if off else None
+
+
+def check_references(answers: Sequence[Answer], kept: bool) -> Iterator[Finding]:
+    """Energies relative to other references than the foundation's, where its baselines stay.
+
+    Args:
+        answers: of the foundation.
+        kept: whether the run keeps the foundation's baselines.
+    """
+    shift = baseline_shift(answers)
+    if kept and shift is not None and abs(shift) > _REFERENCES:
+        yield Finding(
+            "warning",
+            "references",
+            f"the energies are {shift:+.4g} eV an atom away from those of the foundation, whose "
+            "baselines are kept",
+            (),
+            "The network would have to learn the difference between references of the atoms, "
+            "which it is not made for.",
+            "Set baseline: {mode: refit} (the default), or take the references out of the labels.",
+            {"shift": shift},
+        )
+
+
+def check_residuals(answers: Sequence[Answer]) -> Iterator[Finding]:
+    """Frames whose labels are much further from the foundation than those of the others."""
+    labelled = [a for a in answers if a.entry.energy is not None and a.entry.size > 1]
+    off: dict[int, tuple[str, Answer]] = {}
+    if len(labelled) >= 10:
+        rest = [(a.entry.energy or 0.0) - a.energy for a in labelled]
+        left = _left(labelled, rest)
+        left -= np.median(left)
+        limit = max(_ENERGY, _ROBUST * 1.4826 * float(np.median(np.abs(left))))
+        for answer, value in zip(labelled, left.tolist(), strict=True):
+            if abs(value) > limit:
+                off[id(answer)] = (f"energy {value:+.3g} eV an atom", answer)
+    forced = [(a, _force_error(a)) for a in answers if a.entry.forces is not None]
+    if len(forced) >= 10:
+        logs = np.log([max(1e-6, relative) for _, relative in forced])
+        middle = float(np.median(logs))
+        spread = max(0.25, 1.4826 * float(np.median(np.abs(logs - middle))))
+        for (answer, _), log in zip(forced, logs.tolist(), strict=True):
+            if log - middle > _FORCE * spread:
+                text = f"forces {np.exp(log - middle):.0f} times as far off as usual"
+                told = off.get(id(answer))
+                off[id(answer)] = (f"{told[0]}, {text}" if told else text, answer)
+    if not off:
+        return
+    worst = next(iter(off.values()))
+    yield Finding(
+        "warning",
+        "foundation-outliers",
+        f"the labels of {len(off)} of {len(answers)} frames are much further from the foundation "
+        f"than the others' ({worst[1].entry.structure.where}: {worst[0]})",
+        frames_of(answer.entry.structure for _, answer in off.values()),
+        "A calculation in a wrong state, without convergence or with other settings; or a kind of "
+        "structure that the foundation knows nothing of.",
+        "Look at these frames first; repeat or remove what is wrong.",
+        {"frames": {a.entry.structure.where: text for text, a in off.values()}},
+    )
+
+
+def _force_error(answer: Answer) -> float:
+    """Root mean square error of the forces, over their size plus that of a thermal force."""
+    assert answer.entry.forces is not None
+    error = float(np.sqrt(((answer.forces - answer.entry.forces) ** 2).mean()))
+    return error / (0.3 + float(np.sqrt((answer.forces**2).mean())))

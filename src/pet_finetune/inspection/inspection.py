@@ -1,0 +1,195 @@
+"""All checks of the data, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from pet_finetune.data.charges import check_charges
+from pet_finetune.data.species import check_species
+from pet_finetune.data.structure import Structure
+from pet_finetune.errors import DataError, SpeciesError
+from pet_finetune.model import Potential
+
+from .duplicates import check_duplicates
+from .energies import check_levels, check_outliers
+from .estimate import Estimate, Load
+from .evidence import Declared, Evidence
+from .facts import Facts, facts_of
+from .finding import Finding, worst_first
+from .foundation import (
+    Answer,
+    ask,
+    baseline_shift,
+    check_references,
+    check_residuals,
+    units_of,
+)
+from .geometry import check_distances, check_loneliness, check_periodicity
+from .labels import check_charges_used, check_completeness, check_forces, check_mechanics
+from .subject import Subject, subject_of
+from .suggest import Suggestion
+from .units import check_lengths, check_units, in_found_units
+from .work import steps
+
+__all__ = ["Foundation", "Inspection", "inspect_sets"]
+
+
+@dataclass(frozen=True)
+class Foundation:
+    """What the labels are compared with.
+
+    Attributes:
+        model: on its device.
+        target: the energy that is asked for; None asks for none.
+        species: elements it was trained on.
+        known_too: elements that are going to be added; None for whatever the data hold.
+        advice: what to do about unknown elements, for the message.
+        seconds: how long it may predict.
+        keeps_baselines: whether the run takes its energies of the elements as they are.
+    """
+
+    model: Potential
+    target: str | None
+    species: tuple[int, ...]
+    known_too: tuple[int, ...] | None = ()
+    advice: str = ""
+    seconds: float = 20.0
+    keeps_baselines: bool = False
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a look at the data gave.
+
+    Attributes:
+        facts: numbers.
+        findings: the worst first.
+        compared: structures that the foundation was asked about; 0 without one.
+        cost: what a run has to compute; None where it is not known.
+        estimates: of the methods.
+        measured: how the estimates were made.
+        suggestion: options for this data.
+        errors_before: of the foundation: ``forces_mae``, eV/Å, and ``energy_shift``, by how much
+            the labels lie above its energies, eV an atom.
+    """
+
+    facts: Facts
+    findings: tuple[Finding, ...]
+    compared: int = 0
+    cost: Load | None = None
+    estimates: tuple[Estimate, ...] = ()
+    measured: str = ""
+    suggestion: Suggestion | None = None
+    errors_before: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def errors(self) -> list[Finding]:
+        """What would break a run."""
+        return [finding for finding in self.findings if finding.severity == "error"]
+
+
+def inspect_sets(
+    sets: Mapping[str, Sequence[Structure]],
+    target: str | None,
+    declared: Mapping[str, Declared],
+    foundation: Foundation | None = None,
+    known: Sequence[Finding] = (),
+) -> Inspection:
+    """Look at structures and labels.
+
+    Args:
+        sets: structures by set.
+        target: the energy whose labels are looked at; None where none is trained.
+        declared: what the options say of the units, by file.
+        foundation: to compare with.
+        known: findings from reading the files.
+    """
+    subject = subject_of(sets, target)
+    if not subject.entries:
+        return Inspection(facts_of(subject), tuple(worst_first(known)))
+    answers: list[Answer] = []
+    findings = [*known]
+    if foundation is not None:
+        refused = list(_refused(subject, foundation))
+        findings += refused
+        # Of a charge that it has no embedding for a model can predict nothing.
+        if foundation.target is not None and all(f.code != "unknown-charges" for f in refused):
+            answers = ask(
+                foundation.model, foundation.target, subject, foundation.seconds, foundation.species
+            )
+    findings += _check(subject, declared, foundation, answers)
+    return Inspection(
+        facts_of(subject),
+        tuple(worst_first(findings)),
+        compared=len(answers),
+        errors_before=_errors(answers),
+    )
+
+
+def _refused(subject: Subject, foundation: Foundation) -> Iterator[Finding]:
+    """Structures that the model cannot compute: what training would refuse, as findings."""
+    structures = [entry.structure for entry in subject.entries]
+    hypers = foundation.model.hypers
+    if foundation.known_too is not None:
+        known = {*foundation.species, *foundation.known_too}
+        try:
+            check_species(structures, known, foundation.advice)
+        except SpeciesError as error:
+            yield Finding("error", "unknown-elements", str(error))
+    if hypers.system_conditioning:
+        try:
+            check_charges(structures, hypers.max_charge, hypers.max_spin_multiplicity)
+        except DataError as error:
+            yield Finding("error", "unknown-charges", str(error))
+
+
+def _check(
+    subject: Subject,
+    declared: Mapping[str, Declared],
+    foundation: Foundation | None,
+    answers: Sequence[Answer],
+) -> Iterator[Finding]:
+    """Every check of structures and labels."""
+    model = None if foundation is None else foundation.model
+    conditioned = model is not None and model.hypers.system_conditioning
+    yield from check_distances(subject)
+    yield from check_loneliness(subject, None if model is None else model.cutoff)
+    yield from check_periodicity(subject)
+    yield from check_charges_used(subject, conditioned)
+    lengths = list(check_lengths(subject))
+    yield from lengths
+    if subject.target is None:
+        yield from check_duplicates(subject)
+        return
+    paths = {file: steps(entries) for file, entries in subject.files.items()}
+    more: Mapping[str, Sequence[Evidence]] = units_of(answers)
+    odd = list(check_units(subject, paths, declared, more))
+    yield from odd
+    # The rest as if the units were mended: else every frame would stand out.
+    mended = in_found_units(subject, [*lengths, *odd])
+    if mended is not subject:
+        paths = {file: steps(entries) for file, entries in mended.files.items()}
+    yield from check_duplicates(mended)
+    yield from check_references(answers, foundation is not None and foundation.keeps_baselines)
+    yield from check_completeness(subject)
+    yield from check_forces(mended)
+    yield from check_mechanics(mended)
+    yield from check_levels(mended)
+    yield from check_outliers(mended, paths)
+    entries = {id(entry.structure): entry for entry in mended.entries}
+    yield from check_residuals([replace(a, entry=entries[id(a.entry.structure)]) for a in answers])
+
+
+def _errors(answers: Sequence[Answer]) -> dict[str, float]:
+    """How far the foundation is from the labels before any training: mean absolute error of the
+    forces, eV/Å, and what lies between the references of the energies, eV an atom.
+    """
+    total = count = 0.0
+    for answer in answers:
+        if answer.entry.forces is not None:
+            total += float(abs(answer.forces - answer.entry.forces).sum())
+            count += answer.forces.size
+    errors = {"forces_mae": total / count} if count else {}
+    shift = baseline_shift(answers)
+    return errors if shift is None else {**errors, "energy_shift": shift}

@@ -1,0 +1,241 @@
+"""Checks of the labels, frame by frame: missing, constant, absurd, or against mechanics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from .finding import Finding, Frames, frames_of
+from .subject import Entry, Subject
+
+__all__ = ["check_charges_used", "check_completeness", "check_forces", "check_mechanics"]
+
+#: eV/Å: an atom in a thermal structure feels 1 to 5, in a violent collision up to 30.
+_ABSURD = 50.0
+#: Forces and sums of directions that count as zero.
+_ZERO, _BALANCED = 1e-9, 0.05
+#: eV/Å: below, a set of forces is that of relaxed structures.
+_RELAXED = 0.05
+#: Noise, in eV/Å and as a part of the root mean square force, that a net force stands for.
+_NOISE, _NOISE_PART = 1e-3, 5e-3
+
+
+def check_completeness(subject: Subject) -> Iterator[Finding]:
+    """Frames without forces, energies that never change, sets of one composition."""
+    entries = subject.entries
+    without = [e for e in entries if e.forces is None and e.size > 1]
+    several = [e for e in entries if e.size > 1]
+    if several and len(without) == len(several):
+        yield Finding(
+            "note",
+            "energies-only",
+            "no frame has forces",
+            (),
+            "Each frame then says one number instead of 3 N + 1: many more are needed, and MD with "
+            "the result is a gamble.",
+            "If the forces exist under another name, give it as targets.<name>.forces.key.",
+        )
+    elif without:
+        yield Finding(
+            "note",
+            "partial-forces",
+            f"{len(without)} of {len(entries)} frames have no forces",
+            frames_of(e.structure for e in without),
+            "They count for the energy only.",
+            "Nothing, if that is so in the reference data.",
+            {"count": len(without)},
+        )
+    for file, own in subject.files.items():
+        yield from _constant_energies(file, own)
+    compositions = {tuple(np.bincount(e.numbers)) for e in entries}
+    elements = {int(z) for e in entries for z in np.unique(e.numbers)}
+    if len(compositions) == 1 and len(entries) > 1 and len(elements) > 1:
+        yield Finding(
+            "note",
+            "single-composition",
+            "all frames have the same composition",
+            (),
+            "The energies of the elements cannot be told apart, so the baselines are found only in "
+            "sum: fine for this composition, arbitrary for others.",
+            "Add frames of another composition if the model shall be used for one.",
+        )
+
+
+def _constant_energies(file: str, entries: Sequence[Entry]) -> Iterator[Finding]:
+    energies = [(e.energy, e.size) for e in entries if e.energy is not None]
+    moved = len({e.positions.tobytes() for e in entries}) > 1
+    if len(energies) > 2 and moved and len({energy for energy, _ in energies}) == 1:
+        yield Finding(
+            "warning",
+            "constant-energy",
+            f"all {len(energies)} energies are {energies[0][0]:.6g} eV",
+            (Frames(file),),
+            "The frames differ, so these are no energies but a default that was written for them.",
+            "Find the real ones; if there are none, set the weight of the energy in the loss to 0.",
+        )
+
+
+def check_forces(subject: Subject) -> Iterator[Finding]:
+    """Forces that are absurdly large, exactly zero without a reason, or all but zero."""
+    forced = [e for e in subject.entries if e.forces is not None]
+    absurd = [e for e in forced if _largest(e) > _ABSURD]
+    if absurd:
+        largest = max(map(_largest, absurd))
+        yield Finding(
+            "warning",
+            "absurd-forces",
+            f"{len(absurd)} of {len(forced)} frames have a force above {_ABSURD:g} eV/A, up to "
+            f"{largest:.4g}",
+            frames_of(e.structure for e in absurd),
+            "A few of them rule a squared loss: the errors of all others grow.",
+            "A calculation that has not converged, overlapping atoms, or a wrong unit: remove or "
+            "repeat these frames.",
+            {"count": len(absurd), "largest": largest},
+        )
+    empty = [e for e in forced if e.size > 1 and _largest(e) < _ZERO]
+    unexplained = [e for e in empty if float(e.lopsided.max()) > _BALANCED]
+    if unexplained:
+        yield Finding(
+            "warning",
+            "zero-forces",
+            f"all forces are exactly zero in {len(unexplained)} frames in which no symmetry makes "
+            "them so",
+            frames_of(e.structure for e in unexplained),
+            "Zeros that stand for missing values teach that these structures are relaxed.",
+            "Take the forces out of these frames: frames without forces are fine.",
+            {"count": len(unexplained)},
+        )
+    size = _mean_size(forced)
+    if forced and 0.0 < size < _RELAXED and len(forced) > 2:
+        yield Finding(
+            "note",
+            "relaxed-structures",
+            f"the root mean square force is {size:.3g} eV/A: the structures are relaxed",
+            (),
+            "Near minima only, a model learns little about what happens away from them.",
+            "Add displaced or heated frames if it shall run MD.",
+            {"size": size},
+        )
+    blank = [
+        e
+        for e in subject.entries
+        if e.stress is not None and not e.stress.any() and _largest(e) > 0.0
+    ]
+    if blank:
+        yield Finding(
+            "warning",
+            "zero-stress",
+            f"the stress is exactly zero in {len(blank)} frames that have forces",
+            frames_of(e.structure for e in blank),
+            "Zeros that stand for missing values teach that the cells are relaxed.",
+            "Set `stress: off` for the target, or take it out of these frames.",
+            {"count": len(blank)},
+        )
+
+
+def check_mechanics(subject: Subject) -> Iterator[Finding]:
+    """Net forces, and for molecules net torques, which no potential has."""
+    forced = [e for e in subject.entries if e.forces is not None and e.size > 1]
+    size = _mean_size(forced)
+    limit = max(_NOISE, _NOISE_PART * size)
+    pushed = {id(e): _net_force(e) for e in forced}
+    moving = [e for e in forced if pushed[id(e)] > limit]
+    if moving:
+        worst = max(moving, key=lambda e: pushed[id(e)])
+        assert worst.forces is not None
+        whole = float(np.linalg.norm(worst.forces.sum(axis=0)))
+        typical = float(np.median([pushed[id(e)] for e in moving]))
+        yield Finding(
+            "warning",
+            "net-force",
+            f"the forces do not add up to zero in {len(moving)} of {len(forced)} frames: up to "
+            f"{whole:.3g} eV/A in a frame, as noise of {typical * 1e3:.3g} meV/A on each component "
+            "would make it",
+            frames_of(e.structure for e in moving)
+            if 2 * len(moving) < len(forced)
+            else tuple(dict.fromkeys(Frames(e.file) for e in moving)),
+            "A potential has no net force: this part of the errors cannot be learned.",
+            "Nothing, where it is far below the errors you aim for. Else use a tighter grid or "
+            "convergence in the reference calculations, or subtract the mean force.",
+            {"count": len(moving), "largest": whole, "noise": typical},
+        )
+    still = {id(e) for e in moving}
+    free = [e for e in forced if not e.pbc.any() and id(e) not in still]
+    turning = [(noise, e) for e in free if (noise := _net_torque(e)) > 2.0 * limit]
+    if turning:
+        typical = float(np.median([noise for noise, _ in turning]))
+        yield Finding(
+            "warning",
+            "net-torque",
+            f"the forces turn the whole molecule in {len(turning)} of {len(free)} frames, as noise "
+            f"of {typical * 1e3:.3g} meV/A on each component would",
+            frames_of(e.structure for _, e in turning),
+            "The energy of a molecule does not change when it is turned, so no potential has this.",
+            "Check that positions and forces are in the same axes: programs that reorient the "
+            "molecule may print one of them turned.",
+            {"count": len(turning), "noise": typical},
+        )
+
+
+def check_charges_used(subject: Subject, conditioned: bool) -> Iterator[Finding]:
+    """Charges and spins in the file that the model is not told."""
+    if conditioned:
+        return
+    charged = [e for e in subject.entries if e.structure.charge != 0]
+    spins = {e.structure.spin for e in subject.entries}
+    if charged:
+        kinds = sorted({e.structure.charge for e in subject.entries})
+        several = len(kinds) > 1
+        yield Finding(
+            "warning" if several else "note",
+            "unused-charge",
+            f"{len(charged)} frames are charged (total charges {', '.join(map(str, kinds))}), and "
+            "the model is not told",
+            frames_of(e.structure for e in charged),
+            "Structures of different charge look the same to it, though their energies and forces "
+            "differ."
+            if several
+            else "It learns this one charge, and no other.",
+            "Keep one charge a model, or use a model with system_conditioning.",
+            {"charges": kinds},
+        )
+    if len(spins) > 1:
+        yield Finding(
+            "note",
+            "unused-spin",
+            f"the frames have several spin multiplicities ({', '.join(map(str, sorted(spins)))}), "
+            "and the model is not told",
+            (),
+            "It learns what is between them where the same structure occurs with several.",
+            "Nothing, where each structure has its ground state; else use a model with "
+            "system_conditioning.",
+            {"spins": sorted(spins)},
+        )
+
+
+def _largest(entry: Entry) -> float:
+    """The longest force, eV/Å."""
+    if entry.forces is None:
+        return 0.0
+    return float(np.linalg.norm(entry.forces, axis=1).max())
+
+
+def _mean_size(entries: Sequence[Entry]) -> float:
+    """Root mean square of the components of all forces, eV/Å."""
+    values = [e.forces.ravel() for e in entries if e.forces is not None]
+    return float(np.sqrt((np.concatenate(values) ** 2).mean())) if values else 0.0
+
+
+def _net_force(entry: Entry) -> float:
+    """Size of independent noise on the components that makes as large a sum, eV/Å."""
+    assert entry.forces is not None
+    return float(np.linalg.norm(entry.forces.sum(axis=0))) / float(np.sqrt(3 * entry.size))
+
+
+def _net_torque(entry: Entry) -> float:
+    """The same for the torque about the centre, eV/Å."""
+    assert entry.forces is not None
+    arms = entry.positions - entry.positions.mean(axis=0)
+    torque = float(np.linalg.norm(np.cross(arms, entry.forces).sum(axis=0)))
+    return torque / max(1e-9, float(np.sqrt(2.0 * (arms**2).sum())))

@@ -1,0 +1,217 @@
+"""Reading data that may be wrong: what can be used, and findings about the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ase.io
+import numpy as np
+
+from pet_finetune.config import DatasetOptions
+from pet_finetune.data.files import frame_numbers, read_frames
+from pet_finetune.data.labels import Shape, find_value, to_forces, to_scalar, to_stress
+from pet_finetune.data.readers import read_structures
+from pet_finetune.data.structure import Structure
+from pet_finetune.errors import DataError
+
+from .finding import Finding, Frames
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+__all__ = ["check_cells", "read_anyway", "target_of_file"]
+
+_SAMPLE = 100
+_SHAPES: Mapping[str, Shape] = {
+    "energy": to_scalar,
+    "forces": to_forces,
+    "stress": to_stress,
+    "virial": to_stress,
+}
+
+
+def target_of_file(path: str | Path) -> tuple[dict[str, Any], list[Finding]]:
+    """The section of an energy target that fits the names in a file.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    frames = read_frames(path)
+    keys: dict[str, str | None] = {}
+    for kind in _SHAPES:
+        keys[kind] = _find_key(frames, kind)
+    findings = []
+    if keys["energy"] is None:
+        names = ", ".join(_names(frames[0])) or "nothing but the structure"
+        findings.append(
+            Finding(
+                "error",
+                "no-energy",
+                f"no frame has an energy; there is: {names}",
+                (Frames(str(path)),),
+                "Nothing can be learned without one.",
+                "Name it with targets.energy.key in an options file.",
+            )
+        )
+    for kind, key in keys.items():
+        if key is not None and key != kind:
+            findings.append(
+                Finding(
+                    "note",
+                    "other-key",
+                    f"there is no '{kind}', but '{key}', which is taken for it",
+                    (Frames(str(path)),),
+                    "Options that do not name it would not find it.",
+                    f"Set {'key' if kind == 'energy' else kind + '.key'}: {key} for the target.",
+                    {"kind": kind, "key": key},
+                )
+            )
+    section: dict[str, Any] = {"key": keys["energy"] or "energy", "unit": "eV"}
+    for kind in ("forces", "stress", "virial"):
+        if keys[kind] is not None and not (kind == "virial" and keys["stress"] is not None):
+            section[kind] = {"key": keys[kind], "mode": "auto"}
+        else:
+            section[kind] = "off"
+    return section, findings
+
+
+def _find_key(frames: list[Atoms], kind: str) -> str | None:
+    """The name of a label: its own one, else one that contains it and fits."""
+    shape = _SHAPES[kind]
+    for atoms in frames:
+        if find_value(atoms, kind) is not None:
+            return kind
+    for atoms in (frames[0], frames[-1]):
+        for name in _names(atoms):
+            if (
+                kind.rstrip("s") in name.casefold()
+                and "free" not in name
+                and _fits(atoms, name, shape)
+            ):
+                return name
+    return None
+
+
+def _names(atoms: Atoms) -> list[str]:
+    results = getattr(atoms.calc, "results", {})
+    arrays = [name for name in atoms.arrays if name not in ("numbers", "positions")]
+    return list(dict.fromkeys([*map(str, atoms.info), *arrays, *results]))
+
+
+def _fits(atoms: Atoms, name: str, shape: Shape) -> bool:
+    try:
+        shape(np.asarray(find_value(atoms, name), dtype=np.float64), len(atoms))
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def read_anyway(dataset: DatasetOptions) -> tuple[list[Structure], list[Finding]]:
+    """The structures of a data set that can be read, and errors about the others."""
+    try:
+        return read_structures(dataset), []
+    except DataError as error:
+        reason = str(error)
+    source = dataset.systems.read_from
+    plain = Finding("error", "unreadable", reason, (Frames(source),))
+    try:
+        frames = read_frames(source)
+        chosen = dataset.indices
+        numbers = (
+            list(range(len(frames)))
+            if chosen is None
+            else frame_numbers(chosen, len(frames), source)
+        )
+    except DataError:
+        return [], [plain]
+    broken = {number: why for number in numbers if (why := _broken(frames[number], dataset))}
+    sound = [number for number in numbers if number not in broken]
+    if not broken or not sound:
+        return [], [plain]
+    try:
+        structures = read_structures(dataset.model_copy(update={"indices": tuple(sound)}))
+    except DataError:
+        return [], [plain]
+    return structures, list(_tell(source, broken))
+
+
+def _broken(atoms: Atoms, dataset: DatasetOptions) -> str:
+    """What is wrong with a frame: a code, or nothing."""
+    if not len(atoms) or not np.isfinite(atoms.positions).all():
+        return "bad-geometry"
+    for name, target in dataset.targets.items():
+        if not target.is_energy:
+            continue
+        wanted = {"energy": target.key or name}
+        for kind, options in (("forces", target.forces), ("stress", target.stress)):
+            if options.wanted:
+                wanted[kind] = options.key or kind
+        for kind, key in wanted.items():
+            raw = find_value(atoms, key)
+            if raw is None:
+                if kind == "energy":
+                    return "missing-energy"
+                continue
+            if not _fits(atoms, key, _SHAPES[kind]):
+                return "wrong-shape"
+            if not np.isfinite(np.asarray(raw, dtype=float)).all():
+                return f"not-finite-{kind}"
+    return ""
+
+
+_WORDS = {
+    "bad-geometry": ("have no atoms, or positions that are NaN or infinite", "Remove them."),
+    "missing-energy": (
+        "have no energy",
+        "Remove them, or write the energy under the same name as in the others.",
+    ),
+    "wrong-shape": (
+        "have labels of another shape than their atoms ask for",
+        "Write one energy, 3 numbers for each atom, and 3x3, 9 or 6 of the stress.",
+    ),
+    "not-finite-energy": ("have an energy that is NaN or infinite", "Compute them again."),
+    "not-finite-forces": ("have forces that are NaN or infinite", "Compute them again."),
+    "not-finite-stress": (
+        "have a stress that is NaN or infinite",
+        "Compute them again, or set `stress: off`.",
+    ),
+}
+
+
+def _tell(source: str, broken: Mapping[int, str]) -> Iterator[Finding]:
+    for code in dict.fromkeys(broken.values()):
+        frames = tuple(number for number, why in broken.items() if why == code)
+        what, advice = _WORDS[code]
+        yield Finding(
+            "error",
+            code,
+            f"{len(frames)} frame{'s' if len(frames) > 1 else ''} {what}",
+            (Frames(source, frames),),
+            "Training refuses such data.",
+            advice,
+            {"count": len(frames)},
+        )
+
+
+def check_cells(path: str | Path) -> Iterator[Finding]:
+    """Cells that are there but not used, in the first frames of a file."""
+    try:
+        frames = ase.io.read(path, index=f":{_SAMPLE}", do_not_split_by_at_sign=True)
+    except Exception:  # noqa: BLE001  whoever reads it all says what is wrong with it
+        return
+    odd = [
+        k for k, atoms in enumerate(frames) if abs(atoms.cell.volume) > 1e-6 and not atoms.pbc.any()
+    ]
+    if odd:
+        yield Finding(
+            "warning",
+            "cell-without-pbc",
+            f"{len(odd)} of the first {len(frames)} frames have a cell, but pbc is False",
+            (Frames(str(path), tuple(odd)),),
+            "They are computed as molecules: atoms at the border of the cell lack neighbours, and "
+            "a stress is not used.",
+            'Write pbc="T T T" into the file if they are periodic; else remove the cell.',
+            {"count": len(odd)},
+        )

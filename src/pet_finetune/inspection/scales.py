@@ -1,0 +1,209 @@
+"""What the data themselves say of the units of their energies, forces and stresses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import vesin
+
+from pet_finetune.units import energy_to_ev
+
+from .evidence import Evidence, log_ratio
+from .subject import Entry
+from .work import Step
+
+__all__ = ["evidence_of"]
+
+#: Force constants of bonds of hydrogen, eV/Å²: slopes of the force along the bond against its
+#: length in molecules and liquids (rMD17 ethanol, 3BPA, water, PBE0 molecules: 30 to 34, 42 to 46,
+#: 38 to 50), which agree with those of vibrational spectra (3000, 3400 and 3600 per cm).
+_BONDS = {6: ("C-H", 32.0), 7: ("N-H", 44.0), 8: ("O-H", 42.0)}
+_BOND_REACH = 1.45
+_FEWEST_BONDS = 20
+
+#: Root mean square force, eV/Å, beyond which a set is not thermal: hot and compressed crystals
+#: (MatterSim's high-pressure structures) stay below 4.
+_LARGEST_FORCE = 8.0
+
+#: The same of the stress times the volume of an atom, eV: the same crystals stay below 15.
+_LARGEST_VIRIAL = 30.0
+
+#: A usual bulk modulus, eV/Å³: 100 GPa; caesium has 2 GPa and diamond 440.
+_BULK_MODULUS = 0.6
+
+_STEPS, _FEWEST_STEPS = 120, 8
+
+
+def evidence_of(entries: Sequence[Entry], steps: Sequence[Step]) -> list[Evidence]:
+    """All that a file says of its units.
+
+    Args:
+        entries: of one file.
+        steps: between neighbouring frames of it.
+    """
+    found = (
+        _work(steps),
+        _pressing(steps),
+        _all_electron(entries),
+        *_bonds(entries),
+        _largest_forces(entries),
+        _bulk_modulus(steps),
+        _largest_stresses(entries),
+    )
+    return [piece for piece in found if piece is not None]
+
+
+def _compare(energies: np.ndarray, works: np.ndarray, quantity: str, of: str) -> Evidence | None:
+    """Differences of energies beside what they should be."""
+    if len(works) < _FEWEST_STEPS or not works.any() or not energies.any():
+        return None
+    log, sigma, sign = log_ratio(energies, works, 0.12)
+    text = (
+        f"between {len(works)} pairs of neighbouring frames the energy changes by "
+        f"{_number(np.exp(log) * (sign or 1))} times the work of the {of} (1 expected)"
+    )
+    return Evidence({"energy": -1.0, quantity: 1.0}, log, sigma, text, sign)
+
+
+def _number(value: float) -> str:
+    """Three digits, without an exponent where they fit."""
+    size = abs(value)
+    return f"{value:.3g}" if size < 1000 else f"{value:.0f}"
+
+
+def _work(steps: Sequence[Step]) -> Evidence | None:
+    """Energies against the work of the forces, where the cell hardly changes."""
+    usable = [s for s in steps if s.displacement > 1e-4 and s.strain < 2e-3]
+    chosen = sorted(usable, key=lambda step: step.displacement)[:_STEPS]
+    energies = np.array([s.energy / s.atoms for s in chosen])
+    works = np.array([s.work / s.atoms for s in chosen])
+    return _compare(energies, works, "force", "forces")
+
+
+def _pressing(steps: Sequence[Step]) -> Evidence | None:
+    """Energies against the work of the stress, where the atoms hardly move within the cell."""
+    usable = [
+        s
+        for s in steps
+        if s.strain > 2e-3 and s.pressing == s.pressing and s.displacement < 0.25 * s.strain
+    ]
+    energies = np.array([(s.energy - s.work) / s.atoms for s in usable])
+    works = np.array([s.pressing / s.atoms for s in usable])
+    if not works.any():
+        return None
+    # Copies of a frame that are turned by a symmetry of the crystal differ by no energy.
+    told = np.abs(works) > 0.05 * np.quantile(np.abs(works), 0.9)
+    return _compare(energies[told], works[told], "stress", "stress")
+
+
+def _all_electron(entries: Sequence[Entry]) -> Evidence | None:
+    """Energies against those of all electrons of the atoms, for molecules without a cell.
+
+    The sum over atoms of the Thomas-Fermi energy with the corrections of Scott and Schwinger,
+    -0.768745 Z^(7/3) + Z^2/2 - 0.269900 Z^(5/3) Hartree (Englert and Schwinger, Phys. Rev. A 32
+    (1985) 26), is within 2 % of the total energy of molecules. Energies that are near it in one of
+    the units are taken to be total energies of all electrons; others say nothing.
+    """
+    ratios = []
+    for entry in entries:
+        if entry.energy is None or entry.pbc.any() or entry.numbers.max() < 3:
+            continue
+        z = entry.numbers.astype(float)
+        hartree = -0.768745 * z ** (7 / 3) + z**2 / 2 - 0.269900 * z ** (5 / 3)
+        ratios.append(entry.energy / (float(hartree.sum()) * energy_to_ev("Hartree")))
+    if len(ratios) < 3:
+        return None
+    low, middle, high = np.quantile(ratios, [0.1, 0.5, 0.9])
+    if middle <= 0.0 or high - low > 0.03 * middle:
+        return None
+    log = float(np.log(middle))
+    # Not in Ry: the energies of valence electrons alone happen to be near that in eV.
+    units = ("eV", "kcal/mol", "kJ/mol", "Hartree")
+    if all(abs(log + np.log(energy_to_ev(unit))) > 0.03 for unit in units):
+        return None
+    text = (
+        f"the energies are {_number(middle)} times the total energies in eV that atoms with all "
+        "their electrons have (1 expected)"
+    )
+    return Evidence({"energy": -1.0}, log, 0.03, text)
+
+
+def _bonds(entries: Sequence[Entry]) -> Iterator[Evidence]:
+    """Force constants of bonds of hydrogen, from the forces along them."""
+    lengths: dict[int, list[np.ndarray]] = {element: [] for element in _BONDS}
+    pulls: dict[int, list[np.ndarray]] = {element: [] for element in _BONDS}
+    for entry in entries[:: max(1, len(entries) // 300)]:
+        if entry.forces is None or not (entry.numbers == 1).any():
+            continue
+        atom, other, vector, distance = vesin.NeighborList(
+            cutoff=_BOND_REACH, full_list=True
+        ).compute(points=entry.positions, box=entry.cell, periodic=entry.pbc, quantities="ijDd")
+        alone = np.bincount(atom, minlength=entry.size)[atom] == 1
+        for element in _BONDS:
+            bonds = alone & (entry.numbers[atom] == 1) & (entry.numbers[other] == element)
+            along = (entry.forces[atom[bonds]] * vector[bonds]).sum(axis=1) / distance[bonds]
+            lengths[element].append(distance[bonds])
+            pulls[element].append(along)
+    for element, (name, usual) in _BONDS.items():
+        length = np.concatenate([*lengths[element], np.zeros(0)])
+        pull = np.concatenate([*pulls[element], np.zeros(0)])
+        if len(length) < _FEWEST_BONDS or length.std() < 5e-3 or pull.std() == 0.0:
+            continue
+        correlation = abs(float(np.corrcoef(length, pull)[0, 1]))
+        if correlation < 0.8:
+            continue  # bonds of many kinds, or hardly any vibration
+        constant = float(np.polyfit(length, pull, 1)[0])
+        log = float(np.log(abs(constant) / usual))
+        text = (
+            f"the force constant of {name} bonds is {_number(constant)} eV/A^2 (about "
+            f"{usual:.0f} expected)"
+        )
+        sigma = 0.3 if correlation > 0.9 else 0.5
+        yield Evidence({"force": -1.0}, log, sigma, text, 1 if constant > 0 else -1)
+
+
+def _largest_forces(entries: Sequence[Entry]) -> Evidence | None:
+    """Forces far larger than any thermal ones."""
+    squares = [(e.forces**2).mean() for e in entries if e.forces is not None]
+    size = float(np.sqrt(np.mean(squares))) if squares else 0.0
+    if size <= _LARGEST_FORCE:
+        return None
+    text = f"the root mean square force is {_number(size)} eV/A (below {_LARGEST_FORCE:g} expected)"
+    log = float(np.log(size / _LARGEST_FORCE))
+    return Evidence({"force": -1.0}, log, 0.3, text, one_sided=True)
+
+
+def _bulk_modulus(steps: Sequence[Step]) -> Evidence | None:
+    """How much the pressure changes with the volume, which it cannot do the other way round."""
+    usable = [s for s in steps if abs(s.swelling) > 2e-3 and s.pressure == s.pressure]
+    usable = [s for s in usable if s.displacement < 0.1]
+    if len(usable) < _FEWEST_STEPS:
+        return None
+    moduli = np.array([s.pressure / s.swelling for s in usable])
+    middle = float(np.median(moduli))
+    if middle == 0.0:
+        return None
+    positive = float((moduli > 0).mean())
+    sign = 1 if positive > 0.75 else -1 if positive < 0.25 else 0
+    text = (
+        f"the stress changes with the logarithm of the volume by {_number(middle)} eV/A^3 (a bulk "
+        "modulus, 0.01 to 3 expected)"
+    )
+    return Evidence({"stress": -1.0}, float(np.log(abs(middle) / _BULK_MODULUS)), 1.2, text, sign)
+
+
+def _largest_stresses(entries: Sequence[Entry]) -> Evidence | None:
+    """Stresses far larger than any that crystals withstand."""
+    squares = [
+        (e.stress**2).mean() * (e.volume / e.size) ** 2 for e in entries if e.stress is not None
+    ]
+    size = float(np.sqrt(np.mean(squares))) if squares else 0.0
+    if size <= _LARGEST_VIRIAL:
+        return None
+    text = (
+        f"the root mean square stress times the volume of an atom is {_number(size)} eV (below "
+        f"{_LARGEST_VIRIAL:g} expected)"
+    )
+    log = float(np.log(size / _LARGEST_VIRIAL))
+    return Evidence({"stress": -1.0}, log, 0.3, text, one_sided=True)

@@ -1,0 +1,89 @@
+"""Files that are wrong: what can be used is used, and all that is wrong is said."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from ase.calculators.singlepoint import SinglePointCalculator
+
+from pet_finetune.config.load import parse_options
+from pet_finetune.errors import DataError
+from pet_finetune.inspection.reading import check_cells, read_anyway, target_of_file
+from tiny_data import crystals, data_section, molecules, write_frames
+
+
+def dataset(path, **target):
+    content = {"training_set": data_section(str(path), **target)}
+    return parse_options(content, require_start=False).options.training_set[0]
+
+
+def spoil(frames, index, **results):
+    atoms = frames[index]
+    atoms.calc = SinglePointCalculator(atoms, **{**atoms.calc.results, **results})
+
+
+def test_broken_frames_are_told_apart(tmp_path):
+    frames = molecules(8)
+    spoil(frames, 1, energy=np.nan)
+    forces = frames[4].calc.results["forces"].copy()
+    forces[0, 0] = np.inf
+    spoil(frames, 4, forces=forces)
+    frames[6].calc = SinglePointCalculator(frames[6], forces=frames[6].calc.results["forces"])
+    structures, findings = read_anyway(dataset(write_frames(tmp_path / "a.xyz", frames)))
+    assert [s.index for s in structures] == [0, 2, 3, 5, 7]
+    found = {f.code: f.where[0].numbers for f in findings}
+    assert found == {"not-finite-energy": (1,), "not-finite-forces": (4,), "missing-energy": (6,)}
+    assert {f.severity for f in findings} == {"error"}
+
+
+def test_sound_files_are_read_as_they_are(tmp_path):
+    structures, findings = read_anyway(dataset(write_frames(tmp_path / "a.xyz", molecules(3))))
+    assert len(structures) == 3
+    assert not findings
+
+
+@pytest.mark.parametrize("content", ["", "nonsense\n"])
+def test_files_that_are_none(tmp_path, content):
+    (tmp_path / "a.xyz").write_text(content)
+    structures, (finding,) = read_anyway(dataset(tmp_path / "a.xyz"))
+    assert not structures
+    assert finding.code == "unreadable"
+
+
+def test_a_misspelt_key_names_the_nearest(tmp_path):
+    path = write_frames(tmp_path / "a.xyz", molecules(3))
+    _, (finding,) = read_anyway(dataset(path, forces={"key": "force", "mode": "on"}))
+    assert "Did you mean 'forces'?" in finding.what
+
+
+def test_labels_under_other_names_are_found(tmp_path):
+    frames = molecules(3)
+    for atoms in frames:
+        results = atoms.calc.results
+        atoms.info["REF_energy"], atoms.arrays["REF_forces"] = results["energy"], results["forces"]
+        atoms.calc = None
+    section, findings = target_of_file(write_frames(tmp_path / "a.xyz", frames))
+    assert section["key"] == "REF_energy"
+    assert section["forces"]["key"] == "REF_forces"
+    assert section["stress"] == "off"
+    assert [f.code for f in findings] == ["other-key", "other-key"]
+
+
+def test_no_energy_at_all(tmp_path):
+    frames = molecules(2)
+    for atoms in frames:
+        atoms.calc = None
+    _, (finding,) = target_of_file(write_frames(tmp_path / "a.xyz", frames))
+    assert (finding.code, finding.severity) == ("no-energy", "error")
+
+
+def test_a_file_that_is_not_there():
+    with pytest.raises(DataError, match="does not exist"):
+        target_of_file("nowhere.xyz")
+
+
+def test_cells_without_periodicity(tmp_path):
+    frames = crystals(3)
+    frames[1].pbc = False
+    (finding,) = check_cells(write_frames(tmp_path / "a.xyz", frames))
+    assert finding.where[0].numbers == (1,)

@@ -1,0 +1,118 @@
+"""Units: every wrong factor is found, and none is suspected where there is none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from inspected import codes, frames, look, relabel, scaled, the
+from pet_finetune.inspection import Declared, inspect_sets
+from pet_finetune.inspection.evidence import log_ratio
+from pet_finetune.units import energy_to_ev, to_own_unit
+
+BOHR = to_own_unit("length", "bohr")
+#: Numbers of eV and eV/A in files whose units are these.
+FILES = {
+    "kcal/mol": (energy_to_ev("kcal/mol"), energy_to_ev("kcal/mol")),
+    "kJ/mol": (energy_to_ev("kJ/mol"), energy_to_ev("kJ/mol")),
+    "Hartree": (energy_to_ev("Hartree"), energy_to_ev("Hartree") / BOHR),
+    "Ry": (energy_to_ev("Ry"), energy_to_ev("Ry") / BOHR),
+}
+
+
+@pytest.mark.parametrize("name", ["train", "val", "test"])
+def test_right_units_are_believed(molecules_of, name):
+    assert not codes(look(molecules_of(name))) & {"units", "length-unit", "force-sign"}
+
+
+@pytest.mark.parametrize("unit", FILES)
+def test_forces_in_other_units(molecules_of, unit):
+    _, force = FILES[unit]
+    found = the(look(scaled(molecules_of("train"), forces=1 / force)), "units")
+    # Hartree/A and Ry/Bohr differ by 6 %, less than anything that the data can tell.
+    named = {"Hartree": "Hartree/Bohr", "Ry": "Ry/Bohr"}.get(unit, f"{unit}/A")
+    assert f"forces in {named}" in found.what
+    assert "energies in" not in found.what.split(":")[0]
+    assert found.severity == "warning"
+
+
+@pytest.mark.parametrize("unit", FILES)
+def test_energies_in_other_units(molecules_of, unit):
+    energy, _ = FILES[unit]
+    found = the(look(scaled(molecules_of("train"), energy=1 / energy)), "units")
+    assert f"energies in {unit}" in found.what
+
+
+@pytest.mark.parametrize("unit", ["kcal/mol", "kJ/mol"])
+def test_all_in_other_units_can_be_said_by_the_options(molecules_of, unit):
+    """As the public ethanol file, in kcal/mol: energies and forces agree with each other."""
+    energy, force = FILES[unit]
+    found = the(look(scaled(molecules_of("train"), energy=1 / energy, forces=1 / force)), "units")
+    assert found.data["unit"] == unit
+    assert f"unit: {unit}" in found.advice
+
+
+def test_other_checks_go_on_in_the_units_found(molecules_of):
+    """One mistake, one finding; and a wrong energy is found all the same."""
+    energy, force = FILES["kcal/mol"]
+    structures = scaled(molecules_of("train"), energy=1 / energy, forces=1 / force)
+    off = structures[7].labels["energy"] + 3.0 / energy
+    structures[7] = relabel(structures[7], energy=off)
+    leaked = replace(molecules_of("train")[3], source="val.xyz")
+    inspection = look(structures, validation=[*molecules_of("val"), leaked])
+    assert codes(inspection) == {"units", "energy-outliers", "leak"}
+    assert frames(the(inspection, "energy-outliers")) == [7]
+
+
+def test_units_that_the_options_convert_already(molecules_of):
+    """The file is in eV, but the options say kcal/mol: the labels come out too small."""
+    factor = energy_to_ev("kcal/mol")
+    structures = scaled(molecules_of("train"), energy=factor, forces=factor)
+    declared = {structures[0].source: Declared(energy=factor)}
+    found = the(inspect_sets({"train": structures}, "energy", declared), "units")
+    assert found.data["unit"] == "eV"
+
+
+def test_gradients_instead_of_forces(molecules_of):
+    assert the(look(scaled(molecules_of("train"), forces=-1.0)), "force-sign").where
+
+
+@pytest.mark.parametrize(
+    ("length", "unit"), [(1 / BOHR, "bohr"), (0.1, "nm"), (BOHR, None)], ids=["Bohr", "nm", "twice"]
+)
+def test_positions_in_other_units(molecules_of, length, unit):
+    inspection = look(scaled(molecules_of("val"), length=length))
+    assert the(inspection, "length-unit").data["unit"] == unit
+    assert "units" not in codes(inspection)
+
+
+def test_stress_is_believed(strained):
+    assert not codes(look(strained)) & {"units", "stress-sign", "force-sign"}
+
+
+@pytest.mark.parametrize("unit", ["GPa", "kbar"])
+def test_stress_in_other_units(strained, unit):
+    found = the(look(scaled(strained, stress=1 / to_own_unit("pressure", unit))), "units")
+    assert f"stresses in {unit}" in found.what
+
+
+def test_stress_of_the_wrong_sign(strained):
+    inspection = look(scaled(strained, stress=-1.0))
+    assert "VASP" in the(inspection, "stress-sign").advice
+    assert "units" not in codes(inspection)
+
+
+def test_stress_of_the_wrong_sign_and_unit(strained):
+    factor = to_own_unit("pressure", "kbar")
+    assert {"stress-sign", "units"} <= codes(look(scaled(strained, stress=-1 / factor)))
+
+
+def test_log_ratio_of_noise_is_unsure():
+    rng = np.random.default_rng(0)
+    _, sure, sign = log_ratio(2.0 * np.arange(1.0, 50.0), np.arange(1.0, 50.0), 0.1)
+    assert (sure, sign) == (0.1, 1)
+    _, unsure, sign = log_ratio(rng.normal(size=200), rng.normal(size=200), 0.1)
+    assert unsure > 0.4
+    assert sign == 0
