@@ -69,6 +69,7 @@ def test_options_shown_are_accepted(
 def commands() -> list[str]:
     """The commands of ours that the pages show."""
     pages = [page.read_text("utf-8") for page in PAGES if page.is_file()]
+    pages = [re.sub(r"\\\n\s*", "", page) for page in pages]  # a line goes on after a backslash
     shown = (re.findall(r"^\$ pet-finetune (.*)$", page, re.M) for page in pages)
     return sorted({line for lines in shown for line in lines})
 

@@ -29,14 +29,14 @@ __all__ = ["ArchitectureOptions", "Options"]
 
 _DEVICE = re.compile(r"auto|cpu|gpu|mps|cuda(:\d+)?")
 
-#: The learning rate used when none is given, by how training starts. ``full``, ``lora`` and
-#: ``heads`` were swept on three sets (docs/methods-table.md): at 5e-4 full fine-tuning is unstable
-#: on crystals and water, LoRA is as good at 2e-3 as at a third of it.
+#: The learning rate used when none is given, by how training starts, from a sweep
+#: (docs/methods-table.md): at 5e-4 full fine-tuning is unstable on crystals and water, LoRA is as
+#: good at 2e-3 as at a third of it, prompts are better below 2e-3.
 DEFAULT_LEARNING_RATES = {
     "scratch": 5e-4,
     "full": 2e-4,
     "lora": 2e-3,
-    "prompt": 2e-3,
+    "prompt": 1e-3,
     "heads": 1e-3,
 }
 

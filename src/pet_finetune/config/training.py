@@ -148,8 +148,9 @@ class TrainingOptions(Section):
     )
     learning_rate: PositiveFloat | None = Field(
         default=None,
-        description="Highest learning rate. Null chooses: 2e-3 for `lora`, 1e-3 for `heads`, "
-        "2e-4 for `full` fine-tuning, 5e-4 from scratch. metatrain's default is 1e-4 for all.",
+        description="Highest learning rate. Null chooses: 2e-3 for `lora`, 1e-3 for `heads` and "
+        "`prompt`, 2e-4 for `full` fine-tuning, 5e-4 from scratch. metatrain's default is 1e-4 for "
+        "all.",
     )
     scheduler: Annotated[Literal["cosine", "constant"], OneOf()] = Field(
         default="cosine", description="Course of the learning rate after the warm-up."
