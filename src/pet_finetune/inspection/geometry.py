@@ -16,7 +16,7 @@ __all__ = ["check_distances", "check_loneliness", "check_periodicity"]
 _SAME_PLACE, _CLOSE = 1e-3, 0.6
 #: The shortest distance over the sum of the covalent radii. Below, a bond is compressed as it is
 #: in very hot or shocked matter.
-_COMPRESSED = 0.75
+_COMPRESSED = 0.8
 
 
 def check_distances(subject: Subject) -> Iterator[Finding]:
