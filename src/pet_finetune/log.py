@@ -10,8 +10,19 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress, TextColumn
 
-__all__ = ["FILE_ONLY", "get_logger", "setup_logging", "stderr_console"]
+__all__ = [
+    "FILE_ONLY",
+    "REDRAWS_PER_SECOND",
+    "get_logger",
+    "progress_bar",
+    "setup_logging",
+    "stderr_console",
+]
+
+#: The eye needs no more, drawing takes time from the steps, and numbers to show from a GPU's queue.
+REDRAWS_PER_SECOND = 4
 
 #: As ``extra`` of a message: it goes to the log file but not to stderr, because the user is shown
 #: it in another way.
@@ -65,6 +76,23 @@ def stderr_console() -> Console:
     from rich.console import Console
 
     return Console(stderr=True)
+
+
+def progress_bar(before: TextColumn, *after: TextColumn) -> Progress | None:
+    """A bar between texts, with the time that is left; None where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        return None
+    from rich.progress import BarColumn, Progress, TimeRemainingColumn
+
+    return Progress(
+        before,
+        BarColumn(bar_width=None),
+        *after,
+        TimeRemainingColumn(),
+        console=stderr_console(),
+        transient=True,
+        refresh_per_second=REDRAWS_PER_SECOND,
+    )
 
 
 def _stream_handler() -> logging.Handler:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from types import TracebackType
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 
-from pet_finetune.log import get_logger, stderr_console
+from pet_finetune.log import REDRAWS_PER_SECOND, get_logger, progress_bar
 
 from .measure import Measurement
 
 __all__ = ["MDDisplay"]
 
 _logger = get_logger(__name__)
-_REDRAWS_PER_SECOND = 4
 _LINES = 10
 
 
@@ -32,17 +30,10 @@ class MDDisplay:
         self._steps, self._done, self._atoms = steps, done, atoms
         self._first: float | None = None
         self._began = self._moved = time.monotonic()
-        self._bar: Progress | None = None
-        if sys.stderr.isatty():
-            self._bar = Progress(
-                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-                BarColumn(bar_width=None),
-                TextColumn("{task.fields[words]}"),
-                TimeRemainingColumn(),
-                console=stderr_console(),
-                transient=True,
-                refresh_per_second=_REDRAWS_PER_SECOND,
-            )
+        self._bar = progress_bar(
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[words]}"),
+        )
 
     def __enter__(self) -> MDDisplay:
         if self._bar is not None:
@@ -65,7 +56,7 @@ class MDDisplay:
             self._first = row.conserved
         now = time.monotonic()
         last = row.step >= self._steps
-        if self._bar is not None and (last or now - self._moved > 1 / _REDRAWS_PER_SECOND):
+        if self._bar is not None and (last or now - self._moved > 1 / REDRAWS_PER_SECOND):
             self._moved = now
             self._bar.update(self._task, completed=row.step, words=self._words(row, now))
         tenth = self._steps // _LINES

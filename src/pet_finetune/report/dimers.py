@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pet_finetune.errors import PetFinetuneError
+from .plotting import plotting
 
 _COLUMNS = 4
 # eV: what lies outside is cut off, or the wells would not be seen beside the walls.
@@ -53,13 +53,7 @@ def dimers_svg(distances: Sequence[float], rows: Sequence[DimerRow]) -> str:
     Raises:
         PetFinetuneError: matplotlib is not installed.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PetFinetuneError(
-            "Plots need matplotlib: pip install 'pet-finetune[plots]'."
-        ) from error
+    rc_context, Figure = plotting()
     columns = min(_COLUMNS, len(rows))
     lines = math.ceil(len(rows) / columns)
     # Letters as letters and names by a fixed rule: the same curves give the same file.

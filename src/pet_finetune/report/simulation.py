@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pet_finetune.errors import PetFinetuneError
+from .plotting import plotting
 
 __all__ = ["simulation_svg"]
 
@@ -30,13 +30,7 @@ def simulation_svg(
     Raises:
         PetFinetuneError: matplotlib is not installed.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PetFinetuneError(
-            "Plots need matplotlib: pip install 'pet-finetune[plots]'."
-        ) from error
+    rc_context, Figure = plotting()
     step = max(1, len(rows["step"]) // _MOST_POINTS)
     thin = {name: values[::step] for name, values in rows.items()}
     panels = [_draw_energy, _draw_temperature]

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 
-from pet_finetune.log import get_logger, stderr_console
+from pet_finetune.log import REDRAWS_PER_SECOND, get_logger, progress_bar
 
 from .metrics import Metrics
 from .records import EpochRecord
 
 _logger = get_logger(__name__)
-
-# The eye needs no more, drawing takes time from the steps, and errors to show from a GPU's queue.
-_REDRAWS_PER_SECOND = 4
 
 
 def describe(metrics: Mapping[str, Metrics]) -> str:
@@ -48,18 +44,11 @@ class RunDisplay:
         self._log_interval = log_interval
         self._epoch = epochs_done
         self._moved = -math.inf
-        self._bar: Progress | None = None
-        if sys.stderr.isatty():
-            self._bar = Progress(
-                TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
-                BarColumn(bar_width=None),
-                TextColumn("loss {task.fields[loss]:.3g}  forces {task.fields[forces]} meV/A"),
-                TextColumn("{task.fields[rate]:.0f} structures/s"),
-                TimeRemainingColumn(),
-                console=stderr_console(),
-                transient=True,
-                refresh_per_second=_REDRAWS_PER_SECOND,
-            )
+        self._bar = progress_bar(
+            TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
+            TextColumn("loss {task.fields[loss]:.3g}  forces {task.fields[forces]} meV/A"),
+            TextColumn("{task.fields[rate]:.0f} structures/s"),
+        )
 
     def __enter__(self) -> RunDisplay:
         if self._bar is not None:
@@ -83,7 +72,7 @@ class RunDisplay:
     ) -> None:
         """Move the bar, unless it has only just been moved."""
         now = time.monotonic()
-        if self._bar is None or (done < total and now - self._moved < 1 / _REDRAWS_PER_SECOND):
+        if self._bar is None or (done < total and now - self._moved < 1 / REDRAWS_PER_SECOND):
             return
         self._moved = now
         forces = [m.mae("forces") for m in metrics.values() if "forces" in m.kinds]

@@ -7,6 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
+from pet_finetune import log
 from pet_finetune.train import progress
 from pet_finetune.train.progress import RunDisplay
 
@@ -14,8 +15,8 @@ from pet_finetune.train.progress import RunDisplay
 @pytest.fixture
 def display(monkeypatch):
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
-    monkeypatch.setattr(progress, "stderr_console", lambda: console)
-    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(log, "stderr_console", lambda: console)
+    monkeypatch.setattr(log.sys.stderr, "isatty", lambda: True)
     with RunDisplay(num_epochs=2, log_interval=1) as made:
         yield made
 
@@ -39,7 +40,7 @@ def test_the_bar_moves_a_few_times_a_second_and_to_the_end_of_an_epoch(display, 
 
 
 def test_without_a_terminal_there_is_no_bar(monkeypatch):
-    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: False)
+    monkeypatch.setattr(log.sys.stderr, "isatty", lambda: False)
     with RunDisplay(num_epochs=2, log_interval=1) as made:
         made.step(1, 4, 0.5, {}, 10.0)
     assert made._bar is None
