@@ -325,7 +325,10 @@ def rounded(x):
 
 
 @pytest.mark.usefixtures("_halves")
-@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 16, 16), (17, 48, 16), (301, 32, 80)])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"),
+    [(1, 16, 16), (17, 48, 16), (301, 32, 80), (32, 64, 64), (1077, 272, 112)],
+)
 def test_products_in_bfloat16_round_their_factors_and_nothing_else(rows, inputs, outputs):
     x, weight, bias, g = randoms((rows, inputs), (outputs, inputs), (outputs,), (rows, outputs))
     single = [t.detach().float().requires_grad_() for t in (x, weight, bias, g)]

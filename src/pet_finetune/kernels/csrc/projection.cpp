@@ -6,6 +6,7 @@
 #include "operator.h"
 #include "projection.h"
 #include "sweep.h"
+#include "weight_gradient.h"
 
 namespace pet {
 namespace {
@@ -105,20 +106,26 @@ struct Layer {
 struct Wanted {
   bool dense, low_rank, norms;
 
+  // How many numbers each part of a sweep adds up.
   int64_t numbers(const Layer& layer, int64_t in, int64_t out_width) const {
-    return (dense ? in * out_width : 0) + (low_rank ? layer.a.size(0) * (in + out_width) : 0) +
+    return (low_rank ? layer.a.size(0) * (in + out_width) : 0) +
            (norms ? layer.norm_weight.numel() : 0);
   }
 };
 
-// The gradients that a sweep over the rows adds up, one row of sums a part.
+// The gradients that a sweep over the rows adds up, one row of sums a part; that of the whole weight
+// is of another kind (see WeightGradient).
 struct Sums {
   Tensor weight, a, bt, norm_weight, norm_bias;
+  int64_t numbers;  // each part's
 
-  Sums(const Layer& layer, const Tensor& x, int64_t out_width, const Wanted& wanted,
-       const Rows& rows) {
+  Sums(const Layer& layer, const Tensor& x, int64_t out_width, const Wanted& wanted)
+      : numbers(wanted.numbers(layer, layer.in(x), out_width)) {
     const int64_t in = layer.in(x), rank = layer.a.size(0);
-    weight = part_sums(wanted.dense, rows, in * out_width, x);
+    const Rows rows = Rows::of(wanted.dense ? std::min(kChunk, x.size(0)) : x.size(0), numbers);
+    if (wanted.dense)
+      weight = x.size(0) > 0 ? at::empty({out_width, in}, x.options())
+                             : at::zeros({out_width, in}, x.options());
     a = part_sums(wanted.low_rank, rows, rank * in, x);
     bt = part_sums(wanted.low_rank, rows, rank * out_width, x);
     norm_weight = part_sums(wanted.norms, rows, layer.norm_weight.numel(), x);
@@ -138,8 +145,26 @@ struct Sums {
   // What weight, a and b receive.
   variable_list of_weight(const Layer& layer, int64_t out_width) const {
     const Tensor to_b = matrix(bt, layer.a.size(0));
-    return {matrix(weight, out_width), matrix(a, layer.a.size(0)),
-            to_b.defined() ? to_b.t() : to_b};
+    return {weight, matrix(a, layer.a.size(0)), to_b.defined() ? to_b.t() : to_b};
+  }
+
+  // body(part, first, last, block) for all rows, a few at a time, with memory for as many rows of p,
+  // which it leaves there: the weight's gradient is summed up from them and from gy.
+  template <typename T, typename F>
+  void sweep(const Projection<T>& p, const Tensor& gy, F&& body) const {
+    const int64_t rows = gy.size(0);
+    WeightGradient<T> gradient(p.in, p.out, p.rounds(), out<T>(weight));
+    const int64_t chunk = weight.defined() ? kChunk : std::max<int64_t>(rows, 1);
+    for (int64_t start = 0; start < rows; start += chunk) {
+      const int64_t count = std::min(chunk, rows - start);
+      gradient.begin(count);
+      Rows::of(count, numbers).for_each([&](int64_t part, int64_t first, int64_t last) {
+        T* block = gradient.place(first, last - first);
+        body(part, start + first, start + last, block);
+        gradient.keep(first, last - first, block);
+      });
+      gradient.add(count, data<T>(gy) + start * p.out, start > 0);
+    }
   }
 };
 
@@ -181,25 +206,21 @@ struct ProjectBackward : Function<ProjectBackward> {
     const Wanted wanted{ctx->needs_input_grad(2),
                         ctx->needs_input_grad(3) || ctx->needs_input_grad(4),
                         ctx->needs_input_grad(5)};
-    const Rows sweep = Rows::of(x.size(0), wanted.numbers(layer, layer.in(x), gy.size(1)));
-    const Sums sums(layer, x, gy.size(1), wanted, sweep);
+    const Sums sums(layer, x, gy.size(1), wanted);
     const bool to_x_wanted = layer.prologue != kNone;
     Tensor to_gy = at::empty(gy.sizes(), gy.options());
     Tensor to_x = to_x_wanted ? at::empty_like(x) : Tensor();
     AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "projection_double_backward", [&] {
       const auto p = layer.projection<scalar_t>(x);
       const auto update = layer.low_rank<scalar_t>(p);
-      sweep.for_each([&](int64_t part, int64_t first, int64_t last) {
+      sums.sweep(p, gy, [&](int64_t part, int64_t first, int64_t last, scalar_t* t) {
         const int64_t rows = last - first;
         const scalar_t* g = data<scalar_t>(gy) + first * p.out;
-        scalar_t* t = thread_buffer<scalar_t>(rows * p.in);
         p.apply_double(rows, data<scalar_t>(x) + first * p.width,
                        data<scalar_t>(gp) + first * p.in, data<scalar_t>(c) + first * p.width, t,
                        to_x_wanted ? out<scalar_t>(to_x) + first * p.width : nullptr,
                        part_row<scalar_t>(sums.norm_weight, part));
         p.multiply_tangent(rows, t, out<scalar_t>(to_gy) + first * p.out, 0, p.out);
-        if (wanted.dense)
-          p.add_weight_gradient(rows, g, t, part_row<scalar_t>(sums.weight, part));
         if (wanted.low_rank)
           update.add(rows, g, t, part_row<scalar_t>(sums.a, part),
                      part_row<scalar_t>(sums.bt, part));
@@ -282,17 +303,15 @@ struct Project : Function<Project> {
                         ctx->needs_input_grad(5) || ctx->needs_input_grad(6),
                         ctx->needs_input_grad(3) || ctx->needs_input_grad(4)};
     const bool to_x = ctx->needs_input_grad(0) || wanted.norms;
-    const Rows sweep = Rows::of(x.size(0), wanted.numbers(layer, layer.in(x), gy.size(1)));
-    const Sums sums(layer, x, gy.size(1), wanted, sweep);
+    const Sums sums(layer, x, gy.size(1), wanted);
     Tensor gx = to_x ? at::empty(x.sizes(), x.options()) : Tensor();
     AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "projection_parameters", [&] {
       const auto p = layer.projection<scalar_t>(x);
       const auto update = layer.low_rank<scalar_t>(p);
-      sweep.for_each([&](int64_t part, int64_t first, int64_t last) {
+      sums.sweep(p, gy, [&](int64_t part, int64_t first, int64_t last, scalar_t* block) {
         const int64_t rows = last - first;
         const scalar_t* own = data<scalar_t>(x) + first * p.width;
         const scalar_t* g = data<scalar_t>(gy) + first * p.out;
-        scalar_t* block = thread_buffer<scalar_t>(rows * p.in);
         if (to_x) {
           p.multiply_back(rows, g, block, 0, p.in);
           p.apply_backward(rows, own, block, out<scalar_t>(gx) + first * p.width,
@@ -301,8 +320,6 @@ struct Project : Function<Project> {
         }
         if (!wanted.dense && !wanted.low_rank) return;
         p.apply(rows, own, block);
-        if (wanted.dense)
-          p.add_weight_gradient(rows, g, block, part_row<scalar_t>(sums.weight, part));
         if (wanted.low_rank)
           update.add(rows, g, block, part_row<scalar_t>(sums.a, part),
                      part_row<scalar_t>(sums.bt, part));

@@ -146,20 +146,8 @@ struct Projection {
     panels<false>(rows, in, first, last, t, forward_panels, forward_halves, y, out);
   }
 
-  // Adds the share of some rows to the gradient g^T p of the weight, [out, in].
-  void add_weight_gradient(int64_t rows, const T* g, const T* p, T* gradient) const {
-    if constexpr (std::is_same_v<T, float>)
-      if (forward_halves != nullptr) {
-        const int64_t pairs = (rows + 1) / 2;
-        Halves::Pair* left = thread_buffer<Halves::Pair>(pairs * (out + in));
-        Halves::Pair* right = left + pairs * out;
-        Halves::pair_rows(rows, out, g, left);
-        Halves::pair_rows(rows, in, p, right);
-        Halves::product<true>(out, 0, in, pairs, left, 1, out, right, in, false, gradient, in);
-        return;
-      }
-    product<T, true>(out, in, rows, g, 1, out, p, in, gradient, in);
-  }
+  // Whether products are of factors rounded to bfloat16.
+  bool rounds() const { return forward_halves != nullptr; }
 
  private:
   // c (+)= a times a packed matrix of this depth, in whichever of the two forms it is there.
