@@ -19,11 +19,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import ase.io
 import numpy as np
 from molecules import part_of
-from sampling import KINDS, dimers
+from sampling import KINDS, MANY, dimers
 
 SEED = 20261122
 DRAWS = 20  # molecules, clusters or boxes a chunk
 WIDE = 116  # chunks before this one hold single geometries far from the minimum, for walls
+PLAIN = 1000  # chunks from this one on hold more molecules and less dynamics
 
 
 def chunk(number: int) -> list:
@@ -32,7 +33,7 @@ def chunk(number: int) -> list:
     if number == 0:
         made = [dimers()]
     else:
-        weights, kinds = zip(*KINDS, strict=True)
+        weights, kinds = zip(*(KINDS if number < PLAIN else MANY), strict=True)
         picks = rng.choice(len(kinds), p=np.divide(weights, sum(weights)), size=DRAWS)
         reach = 1.0 if number < WIDE else 0.45
         made = [kinds[pick](rng, reach) for pick in picks]

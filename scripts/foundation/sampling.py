@@ -18,9 +18,10 @@ from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
 from fragments import ELEMENTS, PARTNERS
 from labels import MAX_FORCE, label, tight_binding
 from molecules import conformer, grow, read_smiles, to_atoms
+from rdkit.Chem import Mol
 from shapes import beside, boxed, rattled, stretched, thermal, turned
 
-__all__ = ["KINDS", "box", "cluster", "collision", "dimers", "molecule"]
+__all__ = ["KINDS", "MANY", "box", "cluster", "collision", "dimers", "molecule", "shapes"]
 
 TIMESTEP = 0.7  # fs
 DISTANCES = np.concatenate([np.arange(0.6, 3.0, 0.1), np.arange(3.0, 6.01, 0.3)])
@@ -35,12 +36,31 @@ def molecule(rng: np.random.Generator, reach: float) -> Labelled:
         return smiles, []
     start = to_atoms(shape)
     frames = list(dynamics(start, temperature(rng), 40, 10, rng))
-    singles = [("modes", thermal(shape, temperature(rng), reach, rng)) for _ in range(2)]
-    singles += [("torsion", thermal(turned(shape, rng), 300.0, reach, rng))]
-    singles += [("rattled", rattled(start, reach, rng))]
-    singles += [("stretched", stretched(shape, reach, rng))]
-    frames += labelled(singles)
+    frames += labelled(singles(shape, reach, rng))
     return smiles, named(frames, smiles)
+
+
+def shapes(rng: np.random.Generator, reach: float) -> Labelled:
+    """One grown molecule without dynamics, whose fifty steps cost more than eight geometries."""
+    smiles = grow(rng)
+    shape = conformer(smiles, rng)
+    if shape is None:
+        return smiles, []
+    geometries = singles(shape, reach, rng)
+    geometries += [("modes", thermal(shape, temperature(rng), 1.0, rng)) for _ in range(2)]
+    geometries += [("torsion", thermal(turned(shape, rng), temperature(rng), reach, rng))]
+    return smiles, named(labelled(geometries), smiles)
+
+
+def singles(shape: Mol, reach: float, rng: np.random.Generator) -> list[tuple[str, Atoms | None]]:
+    """Geometries of one molecule worth a single point each."""
+    return [
+        ("modes", thermal(shape, temperature(rng), reach, rng)),
+        ("modes", thermal(shape, temperature(rng), reach, rng)),
+        ("torsion", thermal(turned(shape, rng), 300.0, reach, rng)),
+        ("rattled", rattled(to_atoms(shape), reach, rng)),
+        ("stretched", stretched(shape, reach, rng)),
+    ]
 
 
 def cluster(rng: np.random.Generator, reach: float) -> Labelled:
@@ -170,7 +190,8 @@ def named(frames: list[Atoms], name: str, kind: str | None = None) -> list[Atoms
     return frames
 
 
+Kinds = tuple[tuple[float, Callable[[np.random.Generator, float], Labelled]], ...]
 # How often each kind is drawn. A dimer is not drawn: all are made once, in the first chunk.
-KINDS: tuple[tuple[float, Callable[[np.random.Generator, float], Labelled]], ...] = (
-    (0.76, molecule), (0.14, cluster), (0.08, collision), (0.02, box),
-)  # fmt: skip
+KINDS: Kinds = ((0.76, molecule), (0.14, cluster), (0.08, collision), (0.02, box))
+# For more molecules in the same time.
+MANY: Kinds = ((0.88, shapes), (0.08, cluster), (0.04, collision))

@@ -159,8 +159,14 @@ class TrainingOptions(Section):
         default=0.01,
         description="Part of all steps during which the learning rate rises from zero.",
     )
+    optimizer: Annotated[Literal["adamw", "muon"], OneOf()] = Field(
+        default="adamw",
+        description="`muon` evens out the directions of each weight matrix's update, and leaves "
+        "embeddings, adapters, norms and biases to AdamW; for training from scratch or in full. It "
+        "needs torch 2.9.",
+    )
     weight_decay: NonNegativeFloat | None = Field(
-        default=None, description="Weight decay of AdamW. Null is zero."
+        default=None, description="Weight decay, of matrices only. Null is zero."
     )
     grad_clip_norm: PositiveFloat | None = Field(
         default=1.0, description="Gradients are scaled down to this norm. Null leaves them."

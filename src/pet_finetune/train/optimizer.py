@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,43 @@ from pet_finetune.model.pet import PET
 
 #: Key of a group: what the learning rate of the run is multiplied with.
 FACTOR = "factor"
+# Muon makes all directions of a matrix equally long; with fewer there is nothing to even out.
+_FEWEST = 8
+
+
+class Optimizers:
+    """Several optimisers, each for parameters of its own, used as one."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        self.parts = tuple(parts)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of all parts; what is set in one is set in the part."""
+        return [group for part in self.parts for group in part.param_groups]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=set_to_none)
+
+    def step(self) -> None:
+        """Update all parameters."""
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of each part, and all groups as torch's own optimisers have them."""
+        states = [part.state_dict() for part in self.parts]
+        return {"parts": states, "param_groups": [g for s in states for g in s["param_groups"]]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict` of as many parts."""
+        for part, own in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(own)
+
+
+AnyOptimizer = torch.optim.Optimizer | Optimizers
 
 
 def make_optimizer(
@@ -22,22 +59,68 @@ def make_optimizer(
     parameters: Mapping[str, nn.Parameter],
     options: TrainingOptions,
     learning_rate: float,
-) -> torch.optim.Optimizer:
-    """AdamW; decay acts on matrices only, as biases and norms have no reason to vanish.
+) -> AnyOptimizer:
+    """AdamW, or Muon with AdamW for what is no matrix of a linear layer.
+
+    Decay acts on matrices only, as biases and norms have no reason to vanish.
 
     Args:
         network: the parameters are part of it.
         parameters: what trains, by path in the network.
-        options: weight decay, and what the learning rate of a part depends on.
+        options: the optimiser, weight decay, and what the learning rate of a part depends on.
         learning_rate: the highest.
+
+    Raises:
+        TrainingError: this version of torch has no Muon.
     """
+    if options.optimizer == "muon":
+        linear = _linear_weights(network)
+        rest = {n: p for n, p in parameters.items() if n not in linear}
+        hidden = {n: p for n, p in parameters.items() if n in linear}
+        made = [_muon(_groups(network, hidden, options), learning_rate)] if hidden else []
+        if rest:
+            made.append(_adamw(_groups(network, rest, options), learning_rate))
+        return Optimizers(made)
+    return _adamw(_groups(network, parameters, options), learning_rate)
+
+
+def _adamw(groups: list[dict[str, Any]], learning_rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
+
+
+def _muon(groups: list[dict[str, Any]], learning_rate: float) -> torch.optim.Optimizer:
+    """With updates as long as those of AdamW (arXiv:2502.16982), whose rates then fit."""
+    if not hasattr(torch.optim, "Muon"):
+        raise TrainingError(
+            f"architecture.training.optimizer: muon needs torch 2.9 or newer, this is "
+            f"{torch.__version__}. Update torch, or use adamw."
+        )
+    made: torch.optim.Optimizer = torch.optim.Muon(
+        groups, lr=learning_rate, adjust_lr_fn="match_rms_adamw"
+    )
+    return made
+
+
+def _linear_weights(network: PET) -> set[str]:
+    """Paths of the weights of linear layers between features, which is what Muon is for."""
+    return {
+        f"{path}.weight"
+        for path, module in network.named_modules()
+        if isinstance(module, nn.Linear) and min(module.weight.shape) >= _FEWEST
+    }
+
+
+def _groups(
+    network: PET, parameters: Mapping[str, nn.Parameter], options: TrainingOptions
+) -> list[dict[str, Any]]:
+    """Parameters by learning rate and decay, as torch's optimisers take them."""
     members: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         key = (_factor(name, network, options), parameter.dim() > 1)
         members.setdefault(key, []).append(parameter)
     # Those that learn at the rate of the run come first: whoever reads that rate looks there.
     order = sorted(members, key=lambda key: (abs(key[0] - 1.0), not key[1]))
-    groups = [
+    return [
         {
             "params": members[factor, matrices],
             "weight_decay": (options.weight_decay or 0.0) if matrices else 0.0,
@@ -45,7 +128,6 @@ def make_optimizer(
         }
         for factor, matrices in order
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
 
 
 def _factor(parameter: str, network: PET, options: TrainingOptions) -> float:
@@ -60,18 +142,23 @@ def _factor(parameter: str, network: PET, options: TrainingOptions) -> float:
     return float(config.layer_decay ** depth_of(parameter, network))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: AnyOptimizer, rate: float) -> None:
     """Set the learning rate of the run; each group has its own multiple of it."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group[FACTOR]
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+def load_optimizer(optimizer: AnyOptimizer, state: Mapping[str, Any]) -> None:
     """Go on from a saved state, with the decays and factors that hold now.
 
     Raises:
         TrainingError: the parameters were grouped in another way.
     """
+    if ("parts" in state) != isinstance(optimizer, Optimizers):
+        raise TrainingError(
+            "The saved run was made with another optimiser: keep architecture.training.optimizer "
+            "when going on with --restart, or start a new run with -c."
+        )
     sizes = [len(group["params"]) for group in optimizer.param_groups]
     if [len(group["params"]) for group in state["param_groups"]] != sizes:
         raise TrainingError(

@@ -307,6 +307,50 @@ def test_other_groups_are_refused_and_other_decays_taken_over():
     assert [group["weight_decay"] for group in resumed.optimizer.param_groups] == [0.25, 0.0]
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_muon_takes_the_matrices_between_features_and_adamw_the_rest(method, monkeypatch):
+    monkeypatch.setattr("pet_finetune.train.optimizer._FEWEST", 5)  # the tiny heads are 6 wide
+    trainer = make_trainer(method, optimizer="muon", weight_decay=0.5, learning_rate=1e-3)
+    muon, adamw = trainer.optimizer.parts
+    assert isinstance(muon, torch.optim.Muon)
+    names = {id(p): n for n, p in trainer.parameters.items()}
+    taken = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    left = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
+    assert taken | left == set(trainer.parameters)
+    assert not taken & left
+    assert all(n.endswith(".weight") and trainer.parameters[n].dim() == 2 for n in taken)
+    kept_out = ("lora_", "embedder", "last_layers", "norm", "bias")
+    assert not [n for n in taken if any(word in n for word in kept_out)]
+    heads = {n for n in taken if "_heads." in n}
+    assert heads
+    assert (taken == heads) == (method == "lora")
+    assert [group["weight_decay"] for group in trainer.optimizer.param_groups][0] == 0.5
+
+
+def test_muon_evens_out_the_directions_of_an_update():
+    """Singular values come to 0.7 to 1.2, times a length that is AdamW's (arXiv:2502.16982)."""
+    trainer = make_trainer(optimizer="muon")
+    (name,) = [n for n in trainer.parameters if n.endswith("gnn_layers.0.compress.2.weight")]
+    weight = trainer.parameters[name]
+    before = weight.detach().clone()
+    turn = torch.linalg.qr(torch.randn(weight.shape))[0]
+    weight.grad = turn * torch.logspace(0, -2, weight.shape[1])  # a hundred times as long one way
+    trainer.optimizer.step()
+    moved = torch.linalg.svdvals(weight.detach() - before)
+    length = 3e-3 * 0.2 * math.sqrt(max(weight.shape))
+    assert 0.5 < float((moved / length).min())
+    assert float((moved / length).max()) < 1.3
+
+
+def test_another_optimiser_is_refused_on_restart_and_an_old_torch_on_start(monkeypatch):
+    state = written(uninterrupted_trainer({"optimizer": "muon"}).state())
+    with pytest.raises(TrainingError, match="made with another optimiser"):
+        make_trainer().load_state(state)
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(TrainingError, match="muon needs torch 2.9 or newer"):
+        make_trainer(optimizer="muon")
+
+
 def test_parts_train_one_after_the_other(caplog):
     trainer = make_trainer(num_epochs=4, ema=0.5, weight_decay=0.5,
                            finetune={"unfreeze": {"every": 1}})  # fmt: skip

@@ -31,6 +31,7 @@ KINDS = {
     "full, rmse": {"best_model_metric": "rmse_prod", "weight_decay": 0.1, "scheduler": "constant"},
     "lora, dropout, ema": {"method": "lora", "config": {"dropout": 0.3}, "ema": 0.9},
     "extra loss": {"extra": True},
+    "muon": {"optimizer": "muon", "weight_decay": 0.1},
     "heads, ema": {"method": "heads", "ema": 0.9, "best_model_metric": "loss"},
 }
 
