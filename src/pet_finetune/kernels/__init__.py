@@ -1,10 +1,11 @@
 """Fused operations for the CPU, with plain torch as their reference and their stand-in.
 
 Each function here computes what its one-line torch counterpart in :mod:`pet_finetune.nn` computes,
-in float32 or float64, and can be differentiated twice. :func:`usable` says whether a tensor can go
+in float32 or float64, and can be differentiated twice; those of :mod:`.compact` once. :func:`usable` says whether a tensor can go
 through them; the callers fall back to torch operations where it cannot.
 """
 
+from .compact import PackedLayer, compact, compacts
 from .compiled import active, disabled, prepare, ready
 from .halves import halves, in_bfloat16, multiplies_halves
 from .operators import (
@@ -21,8 +22,11 @@ from .operators import (
 )
 
 __all__ = [
+    "PackedLayer",
     "active",
     "attention",
+    "compact",
+    "compacts",
     "disabled",
     "grouped_projection",
     "halves",

@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from pet_finetune import kernels
 from pet_finetune.config import ModelOptions
 from pet_finetune.data.batch import Batch
 from pet_finetune.data.species import covalent_radii
@@ -28,6 +29,7 @@ from .pet import HEAD_GROUPS, PET
 from .prediction import Prediction, forces_of, stress_of
 from .properties import Property, property_of
 from .scale import Scale
+from .species_rows import sources_of, with_more, without
 from .zbl import ZBL
 
 
@@ -127,12 +129,7 @@ class Potential(nn.Module):
         new, like = tuple(sorted(set(numbers))), dict(like or {})
         if self.adapter is not None:
             raise PetFinetuneError("Species are added to a model before its adapter.")
-        known = [number for number in new if number in self.species]
-        lacking = [number for number in like.values() if number not in self.species]
-        if known or lacking:
-            what = f"has the species {known} already" if known else f"lacks the species {lacking}"
-            raise PetFinetuneError(f"The model {what}; its species are {self.species}.")
-        self._set_species(sorted((*self.species, *new)), like)
+        self._set_species(with_more(self.species, new, like), like)
         return new
 
     def remove_species(self, numbers: Iterable[int]) -> None:
@@ -141,27 +138,18 @@ class Potential(nn.Module):
         Raises:
             PetFinetuneError: the model does not know one, or would know none.
         """
-        gone = set(numbers)
-        left = [number for number in self.species if number not in gone]
-        if not gone <= set(self.species) or not left:
-            raise PetFinetuneError(f"Of the species {self.species}, {sorted(gone)} cannot go.")
-        self._set_species(left, {})
+        self._set_species(without(self.species, numbers), {})
 
     def _set_species(self, species: Sequence[int], like: Mapping[int, int]) -> None:
         """Know other species: those known today keep what belongs to them."""
         if tuple(species) == self.species:
             return
-        rows = {number: row for row, number in enumerate(self.species)}
-        sources = [rows.get(number, rows.get(like.get(number, 0))) for number in species]
+        sources = sources_of(self.species, species, like)
         self.network.rearrange_species(species, sources)
         self.composition.rearrange_species(species, sources)
         self.scale.rearrange_species(sources)
         if self.zbl is not None:
-            radii = covalent_radii(species).to(self.zbl.covalent_radii)
-            for index, number in enumerate(species):
-                if number in rows:
-                    radii[index] = self.zbl.covalent_radii[rows[number]]
-            self.zbl = ZBL(species, radii.cpu()).to(radii)
+            self.zbl = self.zbl.rearranged(species)
         self.species = tuple(species)
 
     def target(self, name: str) -> TargetSpec:
@@ -290,7 +278,9 @@ class Potential(nn.Module):
         """
         energies = {n: both for n, both in wanted.items() if self.target(n).is_energy}
         derive = any(forces or stress for forces, stress in energies.values())
-        with torch.set_grad_enabled(derive or torch.is_grad_enabled()):
+        # Whatever trains, the one derivative taken of this graph is that by the edge vectors.
+        compact = kernels.compact(derive and not create_graph)
+        with torch.set_grad_enabled(derive or torch.is_grad_enabled()), compact:
             vectors = batch.edge_vectors.detach().requires_grad_(derive)
             batch = replace(batch, edge_vectors=vectors)
             outputs = self.network(batch, tuple(wanted))

@@ -5,12 +5,14 @@ LAMMPS' ``pair_style zbl`` (https://docs.lammps.org/pair_zbl.html), inner radius
 radius the sum of the covalent radii.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from pet_finetune.data.species import species_table
+from pet_finetune.data.species import covalent_radii, species_table
 
 _COULOMB = 14.399645478425668  # e^2 / (4 pi epsilon_0), eV Angstrom
 _LENGTH = 0.46850  # Angstrom
@@ -36,6 +38,15 @@ class ZBL(nn.Module):
         self.register_buffer("covalent_radii", radii.to(torch.float64))
         self.coulomb, self.length, self.power = _COULOMB, _LENGTH, _POWER
         self.amplitudes, self.decays = list(_AMPLITUDES), list(_DECAYS)
+
+    def rearranged(self, species: Sequence[int]) -> ZBL:
+        """One for other species; those known today keep their radii."""
+        radii = covalent_radii(species).to(self.covalent_radii)
+        for index, number in enumerate(species):
+            known = int(self.species_index[number]) if number < len(self.species_index) else -1
+            if known >= 0:
+                radii[index] = self.covalent_radii[known]
+        return ZBL(species, radii.cpu()).to(radii)
 
     @property
     def cutoff(self) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pet_finetune import kernels
 
 from .neighborhood import Layout
-from .projection import project
+from .projection import packed_layer, project
 from .prompt import Prompt
 from .rowwise import Prologue
 
@@ -108,6 +108,9 @@ class Attention(nn.Module):
         Returns:
             [n_atoms + n_edges, width].
         """
+        compact = self._compact(tokens, keys, norm)
+        if compact is not None:
+            return compact
         qkv = project(self.input_linear, tokens, norm)
         if kernels.usable(qkv):
             starts = keys.layout.starts
@@ -118,6 +121,17 @@ class Attention(nn.Module):
             queries = qkv[:, : self.output_linear.in_features]
             mixed = mixed + self._read_prompt(self.prompt, queries)
         return project(self.output_linear, mixed)
+
+    def _compact(self, tokens: Tensor, keys: Keys, norm: Prologue | None) -> Tensor | None:
+        """All in one operation, which keeps the tokens alone; None where it cannot be."""
+        if self.prompt is not None and self.prompt.enabled:
+            return None
+        first = packed_layer(self.input_linear, tokens, norm)
+        last = None if first is None else packed_layer(self.output_linear, tokens)
+        if first is None or last is None:
+            return None
+        starts = keys.layout.starts
+        return first.attend(tokens, keys.logarithms, starts, self.num_heads, self.scale, last)
 
     def _read_prompt(self, prompt: Prompt, queries: Tensor) -> Tensor:
         """The prompt's keys and values come from the projection that makes those of the tokens."""

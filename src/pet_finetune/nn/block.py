@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import Attention, Keys
-from .projection import project
+from .projection import project, two_layers
 from .rowwise import LayerNorm, Prologue, RMSNorm, SiLU, SwiGLU
 
 NORMALIZATIONS: dict[str, type[RMSNorm] | type[LayerNorm]] = {
@@ -29,7 +29,7 @@ class FeedForward(nn.Module):
         self, x: Tensor, norm: Prologue | None = None, residual: Tensor | None = None
     ) -> Tensor:
         """The network of ``norm(x)``, plus the residual; all [n, width]."""
-        return project(self.w_out, project(self.w_in, x, norm), self.activation, residual)
+        return two_layers(self.w_in, self.w_out, x, norm, self.activation, residual)
 
 
 class Block(nn.Module):

@@ -146,6 +146,45 @@ def _fused(
     )
 
 
+def packed_layer(
+    linear: nn.Module, x: Tensor, prologue: Prologue | None = None
+) -> kernels.PackedLayer | None:
+    """The layer for operations that keep their inputs alone; None where it cannot be part of one.
+
+    Args:
+        linear: a linear layer, adapted or not, ours or anyone's.
+        x: the rows that go through it, or through what comes before it.
+        prologue: a norm or an activation.
+    """
+    if not (kernels.compacts(x) and kernels.usable(x) and _fits(linear, x)) or kernels.halves():
+        return None
+    linear = cast("nn.Linear", linear)
+    weight = linear.weight
+    if isinstance(linear, Adapted):
+        if linear.training:  # dropout has a way of its own
+            return None
+        update = linear.low_rank_update()
+        weight = linear.effective_weight() if update is None else update.weight
+    settings = {} if prologue is None else prologue.settings(x.dtype)
+    return kernels.PackedLayer(_packed(linear, weight), linear.bias, settings)
+
+
+def two_layers(
+    first: nn.Module,
+    second: nn.Module,
+    x: Tensor,
+    norm: Prologue | None,
+    activation: Prologue,
+    residual: Tensor | None,
+) -> Tensor:
+    """``second(activation(first(norm(x)))) + residual``, [n, in] to [n, out]; rows as above."""
+    one = packed_layer(first, x, norm)
+    two = None if one is None else packed_layer(second, x, activation)
+    if one is None or two is None:
+        return project(second, project(first, x, norm), activation, residual)
+    return one.then(x, two, residual)
+
+
 def chain(
     layers: nn.Module,
     x: Tensor,
@@ -167,8 +206,12 @@ def chain(
         x = layers(x if norm is None else norm(x))
         return x if residual is None else x + residual
     pending = cast("Prologue | None", norm)
-    *_, last = layers.children()
-    for layer in layers.children():
+    members = list(layers.children())
+    last = members[-1]
+    if norm is not None and len(members) == 3 and isinstance(members[1], Prologue):
+        # The input of the norm is kept in any case. Without one only what is between would be.
+        return two_layers(members[0], last, x, pending, members[1], residual)
+    for layer in members:
         if isinstance(layer, Prologue):
             pending = layer
         else:

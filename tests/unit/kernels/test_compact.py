@@ -1,0 +1,144 @@
+"""Operations that keep their inputs alone compute what those they stand for do, to the last bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pet_finetune import kernels
+from pet_finetune.nn.attention import Attention, weigh_keys
+from pet_finetune.nn.block import FeedForward
+from pet_finetune.nn.neighborhood import Layout
+from pet_finetune.nn.projection import chain
+from pet_finetune.nn.rowwise import LayerNorm, RMSNorm, SiLU
+
+WIDTH = 32
+NORMS = {"rms": RMSNorm, "layer": LayerNorm, "none": None}
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _fused():
+    if not kernels.active():
+        pytest.skip("the fused kernels are not in use here")
+
+
+def randoms(*shape, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=dtype).requires_grad_()
+
+
+def layers(module, norm, dtype):
+    torch.manual_seed(0)
+    made = None if norm is None else norm(WIDTH).to(dtype)
+    for parameter in () if made is None else made.parameters():
+        torch.nn.init.normal_(parameter)
+    return module().to(dtype).eval(), made
+
+
+def both_ways(function, *inputs):
+    """Result and gradients of the inputs, with the promise and without it; and bytes kept."""
+    found = []
+    for promised in (True, False):
+        kept = {}
+
+        def keep(tensor, kept=kept):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with (
+            kernels.compact(promised),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        ):
+            out = function()
+        weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        gradients = torch.autograd.grad((out * weights).sum(), inputs)
+        found.append(([out, *gradients], sum(kept.values())))
+    (compact, few), (usual, many) = found
+    for own, reference in zip(compact, usual, strict=True):
+        assert torch.equal(own, reference)
+    return few, many
+
+
+@DTYPES
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+@pytest.mark.parametrize("activation", ["SwiGLU", "SiLU"])
+@pytest.mark.parametrize("residual", ["itself", "another", "none"])
+def test_a_feed_forward_network(dtype, norm, activation, residual):
+    mlp, norm = layers(lambda: FeedForward(WIDTH, 48, activation), norm, dtype)
+    mlp.requires_grad_(False)
+    x = randoms(700, WIDTH, dtype=dtype)
+    other = randoms(700, WIDTH, dtype=dtype, seed=1)
+    rest = {"itself": x, "another": other, "none": None}[residual]
+    inputs = (x, other) if residual == "another" else (x,)
+    few, many = both_ways(lambda: mlp(x, norm, rest), *inputs)
+    assert few < many
+
+
+def test_layers_behind_a_norm_in_a_chain():
+    mlp, norm = layers(
+        lambda: torch.nn.Sequential(
+            torch.nn.Linear(WIDTH, 48), SiLU(), torch.nn.Linear(48, WIDTH)
+        ),
+        LayerNorm,
+        torch.float32,
+    )
+    x = randoms(700, WIDTH, dtype=torch.float32)
+    both_ways(lambda: chain(mlp, x, norm, residual=x), x)
+
+
+# Groups of atoms end at 64 tokens: in the middle of, at and after what is here.
+COUNTS = {
+    "mixed": [2, 0, 5, 80, 0] * 12,
+    "lonely atoms": [0] * 600,
+    "one large": [900],
+    "whole groups": [31] * 40,
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+def test_attention(dtype, norm, counts):
+    attention, norm = layers(lambda: Attention(WIDTH, 4, 1.0), norm, dtype)
+    attention.requires_grad_(False)
+    layout = Layout(torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)), len(counts))
+    tokens = randoms(len(counts) + sum(counts), WIDTH, dtype=dtype)
+    factors = randoms(sum(counts), dtype=dtype, seed=1).detach().sigmoid().requires_grad_()
+    few, many = both_ways(
+        lambda: attention(tokens, weigh_keys(factors, layout), norm), tokens, factors
+    )
+    assert few < many
+
+
+def test_threads_change_nothing():
+    mlp, norm = layers(lambda: FeedForward(WIDTH, 48, "SwiGLU"), RMSNorm, torch.float32)
+    x = randoms(3000, WIDTH, dtype=torch.float32)
+    before = torch.get_num_threads()
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        with kernels.compact():
+            found.append(torch.autograd.grad(mlp(x, norm, x).square().sum(), x)[0])
+    torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
+def test_a_second_derivative_is_refused():
+    mlp, norm = layers(lambda: FeedForward(WIDTH, 48, "SwiGLU"), RMSNorm, torch.float32)
+    x = randoms(700, WIDTH, dtype=torch.float32)
+    with kernels.compact():
+        out = mlp(x, norm, x)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.autograd.grad(out.sum(), x, create_graph=True)
+
+
+def test_wrong_shapes_are_refused():
+    packed = kernels.PackedLayer(torch.zeros(2, 1024), None)
+    x = torch.zeros(700, WIDTH)
+    with pytest.raises(RuntimeError, match="multiples"):
+        kernels.PackedLayer(torch.zeros(2, 1000), None).then(x, packed, None)
+    with pytest.raises(RuntimeError, match="residual"):
+        packed.then(x, packed, torch.zeros(3, WIDTH))
+    with pytest.raises(RuntimeError, match="do not go with"):
+        packed.attend(x, torch.zeros(699), torch.tensor([0, 699]), 4, 1.0, packed)
