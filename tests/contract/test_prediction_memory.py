@@ -1,4 +1,4 @@
-"""How much a prediction of a large structure keeps, counted in tensors, and that it costs no bit."""
+"""How much a prediction of a large structure keeps, counted in tensors; and it costs no bit."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Fused operations for the CPU, with plain torch as their reference and their stand-in.
 
 Each function here computes what its one-line torch counterpart in :mod:`pet_finetune.nn` computes,
-in float32 or float64, and can be differentiated twice; those of :mod:`.compact` once. :func:`usable` says whether a tensor can go
-through them; the callers fall back to torch operations where it cannot.
+in float32 or float64, and can be differentiated twice; those of :mod:`.compact` once.
+:func:`usable` says whether a tensor can go through them; the callers fall back to torch operations
+where it cannot.
 """
 
 from .compact import PackedLayer, compact, compacts

@@ -42,9 +42,7 @@ def without(species: Sequence[int], numbers: Iterable[int]) -> list[int]:
     return left
 
 
-def sources_of(
-    old: Sequence[int], new: Sequence[int], like: Mapping[int, int]
-) -> list[int | None]:
+def sources_of(old: Sequence[int], new: Sequence[int], like: Mapping[int, int]) -> list[int | None]:
     """For each of the new species the row of the old table that it takes over, or None."""
     rows = {number: row for row, number in enumerate(old)}
     return [rows.get(number, rows.get(like.get(number, 0))) for number in new]

@@ -77,9 +77,7 @@ def test_a_feed_forward_network(dtype, norm, activation, residual):
 
 def test_layers_behind_a_norm_in_a_chain():
     mlp, norm = layers(
-        lambda: torch.nn.Sequential(
-            torch.nn.Linear(WIDTH, 48), SiLU(), torch.nn.Linear(48, WIDTH)
-        ),
+        lambda: torch.nn.Sequential(torch.nn.Linear(WIDTH, 48), SiLU(), torch.nn.Linear(48, WIDTH)),
         LayerNorm,
         torch.float32,
     )
