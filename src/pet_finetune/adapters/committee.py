@@ -13,6 +13,7 @@ arithmetic: r (in + out) for each row beside in * out, an eighth more at rank 8 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ from pet_finetune.config import ModelOptions
 from pet_finetune.data.batch import Batch
 from pet_finetune.errors import AdapterError
 from pet_finetune.model import Potential, Prediction
+from pet_finetune.model.fork import Tokens
 from pet_finetune.nn.grouped import Rows
 
 from .members import differing_layers, gather, join, replicate, restore
@@ -30,6 +32,10 @@ from .members import differing_layers, gather, join, replicate, restore
 # Edges of all members that are evaluated together. On a CPU more of them leave its caches, which
 # costs what one pass gains; on a GPU only memory sets a limit.
 _MOST_EDGES = {"cpu": 8192, "cuda": 1_000_000}
+# Edges of all members from which on shared layers are computed once. For fewer, going back through
+# them for one member after the other takes longer than what it saves. On a GPU, where that is a
+# matter of launches, the number is a guess.
+_FEWEST_EDGES = {"cpu": 1024, "cuda": 32768}
 
 
 @dataclass(frozen=True)
@@ -165,10 +171,11 @@ class Committee(nn.Module):
         self.energy_target(target)
         if self.one_pass:
             at_once = self._members_at_once(batch)
-            parts = [
-                self._predict_joined(batch, slice(start, start + at_once), forces, stress)
-                for start in range(0, self.size, at_once)
-            ]
+            with self._shared(batch):
+                parts = [
+                    self._predict_joined(batch, slice(start, start + at_once), forces, stress)
+                    for start in range(0, self.size, at_once)
+                ]
             members = _map(lambda *values: torch.cat(values), *parts)
         else:
             models = [part for part in self.parts if isinstance(part, Potential)]
@@ -177,10 +184,22 @@ class Committee(nn.Module):
         mean = _map(lambda values: values.mean(0), members)
         return CommitteePrediction(**vars(mean), members=members, calibration=self.calibration)
 
+    def _shared(self, batch: Batch) -> AbstractContextManager[None]:
+        """Meanwhile the layers that the members share are computed once, if there are such."""
+        network = self._first.network
+        fewest = _limit(_FEWEST_EDGES, batch)
+        if network.fork is None or batch.num_edges * self.size < fewest:
+            return nullcontext()
+        stop = network.fork.layers
+
+        def run(batch: Batch) -> Tokens:
+            return network.advance(batch, network.neighborhood(batch), stop=stop)
+
+        return network.fork.sharing(batch, run)
+
     def _members_at_once(self, batch: Batch) -> int:
         """So many that the features of all edges together stay within bounds."""
-        limit = _MOST_EDGES.get(batch.edge_vectors.device.type, _MOST_EDGES["cuda"])
-        return max(1, min(self.size, limit // max(1, batch.num_edges)))
+        return max(1, min(self.size, _limit(_MOST_EDGES, batch) // max(1, batch.num_edges)))
 
     def _predict_joined(
         self, batch: Batch, members: slice, forces: bool, stress: bool
@@ -200,6 +219,11 @@ class Committee(nn.Module):
             name: self.predict(batch, name, forces=forces, stress=stress)
             for name, (forces, stress) in wanted.items()
         }
+
+
+def _limit(limits: Mapping[str, int], batch: Batch) -> int:
+    """The one of the device that the batch is on."""
+    return limits.get(batch.edge_vectors.device.type, limits["cuda"])
 
 
 def _map(function: Callable[..., Tensor], *predictions: Prediction) -> Prediction:

@@ -13,6 +13,8 @@ from pet_finetune.data.batch import Batch
 from pet_finetune.errors import AdapterError
 from pet_finetune.model import Potential
 from pet_finetune.model.composition import Composition
+from pet_finetune.model.fork import Fork
+from pet_finetune.model.pet import HEAD_GROUPS
 from pet_finetune.model.scale import Scale
 from pet_finetune.nn.attention import Attention
 from pet_finetune.nn.block import Block
@@ -90,6 +92,19 @@ def differing_layers(first: Potential, members: Sequence[Member]) -> list[str] |
     return None
 
 
+def fork_before(first: Potential, paths: Sequence[str]) -> Fork | None:
+    """The GNN layers before the first one with one of these paths; None where that is the first."""
+    network = first.network
+    layers = len(network.gnn_layers)
+    for path in paths:
+        group, number, *_ = (*path.split("."), "", "")
+        if group in ("gnn_layers", "combination_mlps"):
+            layers = min(layers, int(number))
+        elif group not in HEAD_GROUPS:  # of the structure as a whole, wanted by every layer
+            return None
+    return Fork(layers) if layers else None
+
+
 def join(first: Potential, members: Sequence[Member], paths: Sequence[str], rows: Rows) -> None:
     """Make of the first model one that computes all members, given the structures of each.
 
@@ -100,6 +115,7 @@ def join(first: Potential, members: Sequence[Member], paths: Sequence[str], rows
         rows: the batch under way.
     """
     of_all_tokens = _layers_of_all_tokens(first)
+    first.network.fork = fork_before(first, paths)
     for path in paths:
         layer = first.network.get_submodule(path)
         assert isinstance(layer, nn.Linear)

@@ -26,6 +26,7 @@ from pet_finetune.nn.projection import chain
 from pet_finetune.nn.recompute import recomputed
 from pet_finetune.nn.rowwise import LayerNorm, SiLU
 
+from .fork import Fork, Tokens
 from .species_rows import pick_rows
 
 #: The parts of the network that belong to single targets.
@@ -61,6 +62,8 @@ class PET(nn.Module):
         )
         #: Whether training computes parts of the network again instead of keeping their results.
         self.recompute = False
+        #: Of a committee, the layers that its members share.
+        self.fork: Fork | None = None
         self.feedforward = options.featurizer_type == "feedforward"
         mixers = options.num_gnn_layers if self.feedforward else 0
         double = 2 * options.d_pet
@@ -168,17 +171,41 @@ class PET(nn.Module):
 
     def features(self, batch: Batch, hood: Neighborhood) -> list[tuple[Tensor, Tensor]]:
         """Centre and edge features, [n_atoms, d_node] and [n_edges, d_pet], per read-out."""
+        if self.fork is not None and self.fork.active:
+            shared = self.fork.tokens(batch)
+            tokens = self.advance(batch, hood, shared, self.fork.layers)
+        else:
+            tokens = self.advance(batch, hood)
+        last = [(tokens.nodes, tokens.messages)] if self.feedforward else []
+        return [*tokens.readouts, *last]
+
+    def advance(
+        self,
+        batch: Batch,
+        hood: Neighborhood,
+        tokens: Tokens | None = None,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> Tokens:
+        """Through the GNN layers from ``start`` to before ``stop``, all without them.
+
+        Args:
+            batch: the structures.
+            hood: their neighbourhoods.
+            tokens: what arrives at the first of these layers; None at the very first.
+            start, stop: numbers of layers.
+        """
         species = self.species_to_species_index[batch.numbers]
         neighbor_species = species[hood.neighbors]
         keys = weigh_keys(hood.factors, hood.layout)
         condition = None
         if self.system_conditioning is not None:
             condition = self.system_conditioning(batch.charges, batch.spins, batch.structure_index)
-        readouts = []
-        nodes = self.node_embedders[0](species)
-        messages = self.edge_embedder(neighbor_species)
+        if tokens is None:
+            tokens = Tokens(self.node_embedders[0](species), self.edge_embedder(neighbor_species))
+        nodes, messages, readouts = tokens.nodes, tokens.messages, list(tokens.readouts)
         again = self._again
-        for index, layer in enumerate(self.gnn_layers):
+        for index, layer in list(enumerate(self.gnn_layers))[start:stop]:
             if not self.feedforward:
                 nodes = self.node_embedders[index](species)
             nodes, edges = layer(nodes, messages, neighbor_species, keys, hood, again)
@@ -189,9 +216,7 @@ class PET(nn.Module):
             else:
                 messages = 0.5 * (messages + hood.reversed(edges))
                 readouts.append((nodes, edges))
-        if self.feedforward:
-            readouts.append((nodes, messages))
-        return readouts
+        return Tokens(nodes, messages, tuple(readouts))
 
     @property
     def _again(self) -> bool:

@@ -22,6 +22,7 @@ from pet_finetune.errors import AdapterError
 from pet_finetune.keys import TargetSpec
 from pet_finetune.model import Potential
 from pet_finetune.model.fingerprint import weights_fingerprint
+from pet_finetune.model.pet import HEAD_GROUPS
 
 # Widths that the fused kernels take, beside those of `random_potential`, which they do not.
 WIDE = {"d_pet": 32, "d_node": 48, "d_head": 16, "d_feedforward": 32}
@@ -107,6 +108,69 @@ def test_members_of_other_kinds_are_merged_like_any():
         for i, kind in enumerate(kinds)
     ]
     assert_says_what_its_members_say(models, [ethanol()], 1e-12)
+
+
+def members_from(base, layer, count=3):
+    """Models that differ in the heads and, from some GNN layer on, in all linear layers."""
+    parts = (*HEAD_GROUPS, *(f"gnn_layers.{i}" for i in range(layer, len(base.network.gnn_layers))))
+    models = [copy.deepcopy(base) for _ in range(count)]
+    for index, model in enumerate(models):
+        torch.manual_seed(index)
+        for path, module in model.network.named_modules():
+            if path.startswith(parts) and isinstance(module, torch.nn.Linear):
+                module.weight.data += 0.1 * torch.randn_like(module.weight)
+    return models
+
+
+@pytest.mark.parametrize("hypers", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("layer", [1, 2])
+def test_layers_before_the_first_difference_are_shared(hypers, layer, both_ways, monkeypatch):
+    monkeypatch.setitem(committee._FEWEST_EDGES, "cpu", 0)
+    base = random_potential(**hypers)
+    models = members_from(base, layer)
+    assert Committee(copy.deepcopy(models), "energy")._first.network.fork.layers == layer
+    assert_says_what_its_members_say(models, list(all_structures().values()), 1e-12)
+    assert_says_what_its_members_say(models, [lone_atom()], 1e-12)
+
+
+@pytest.mark.parametrize("edges", [1, 140, 1000])
+def test_shared_layers_are_computed_once(edges, both_ways, monkeypatch):
+    """Whether the members take turns after them or not, and with derivatives or without."""
+    monkeypatch.setitem(committee._FEWEST_EDGES, "cpu", 0)
+    monkeypatch.setitem(committee._MOST_EDGES, "cpu", edges)
+    models = members_from(random_potential(**WIDE), 1)
+    assert_says_what_its_members_say(models, [ethanol()], 1e-12)
+    joint = Committee(models, "energy")
+    rows = []
+    for layer in joint._first.network.gnn_layers:
+        layer.register_forward_hook(lambda _, arrived, __: rows.append(len(arrived[0])))
+    batch = batch_from_atoms(ethanol(), joint.cutoff)
+    for forces in (True, False):
+        rows.clear()
+        joint.predict(batch, "energy", forces=forces)
+        alone = [1, {1: 1, 140: 2, 1000: 3}[edges]]
+        assert rows[:2] == [count * batch.num_atoms for count in alone]
+        assert sum(rows) == 4 * rows[0]
+    assert not joint._first.network.fork.active  # nothing of the structures is kept
+    rows.clear()
+    monkeypatch.setitem(committee._FEWEST_EDGES, "cpu", 10_000)
+    joint.predict(batch, "energy")
+    assert rows[::2] == rows[1::2]  # so little is quicker done again
+
+
+@pytest.mark.parametrize(
+    ("targets", "layers"),
+    [
+        ("all-linear", None),
+        ("mlp.w_in", None),
+        (r"gnn_layers\.1.*w_in", 1),
+        ("combination_mlps.1.0", 1),
+    ],
+)
+def test_where_members_part(targets, layers):
+    joint = Committee(members_of(random_potential(), target_modules=targets), "energy")
+    fork = joint._first.network.fork
+    assert (None if fork is None else fork.layers) == layers
 
 
 def test_what_no_member_adapts_is_held_once():
