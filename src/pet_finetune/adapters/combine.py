@@ -53,7 +53,8 @@ def combine(
         parts: adapters with their weights, which may be negative.
         combination: ``linear``, ``cat`` or ``svd``.
         rank: of the result, for ``svd``; the highest of the parts when left out.
-        base: the base without an adapter; needed where the weights do not sum to 1.
+        base: the base without an adapter; needed where the weights do not sum to 1. With it, heads
+            that began at random are found too.
         name: of the result.
 
     Raises:
@@ -63,6 +64,8 @@ def combine(
     """
     _check_request(parts, combination, rank)
     _check_together(parts)
+    if base is not None:
+        _check_heads(parts, base)
     if combination == "linear":
         _check_ranks(parts)
     updates = {}
@@ -129,6 +132,7 @@ def _check_together(parts: Weighted) -> None:
             ("target", first.config.target, adapter.config.target),
             ("scale", first.scale, adapter.scale),
             ("list of elements", first.species, adapter.species),
+            ("target whose heads it began with", first.inherited_from, adapter.inherited_from),
             ("number of bits of the base", first.config.quant_bits, adapter.config.quant_bits),
         ):
             if one != other:
@@ -142,6 +146,17 @@ def _check_together(parts: Weighted) -> None:
                 f"The adapters '{first.name}' and '{adapter.name}' do not go together: they bring "
                 "different heads (modules_to_save). Retrain one of them with those of the other."
             )
+
+
+def _check_heads(parts: Weighted, base: Potential) -> None:
+    """Random heads are no neighbours of each other: the mean of two predicts nothing."""
+    first, *others = [adapter for adapter, _ in parts]
+    if others and first.config.target not in base.targets and first.inherited_from is None:
+        raise AdapterError(
+            f"The adapters '{first.name}' and '{others[0].name}' do not go together: each brings "
+            f"heads of its own for '{first.config.target}', which their base lacks, and they began "
+            "at random. Train them with inherit_heads to blend them."
+        )
 
 
 def _check_ranks(parts: Weighted) -> None:

@@ -170,7 +170,7 @@ def check_adapters(
             sound.append(adapter)
         findings += found
     if len(sound) > 1:
-        findings.append(_check_blend(sound))
+        findings.append(_check_blend(sound, base))
     return findings
 
 
@@ -211,13 +211,13 @@ def _check_on_base(adapter: Adapter, base: Potential) -> Iterator[Finding]:
     yield Finding(adapter.name, finite, text + ("finite" if finite else "not finite"))
 
 
-def _check_blend(adapters: Sequence[Adapter]) -> Finding:
+def _check_blend(adapters: Sequence[Adapter], base: Potential | None) -> Finding:
     """In which ways the adapters can be combined."""
     possible, reason = [], ""
     weight = 1.0 / len(adapters)
     for combination in ("cat", "svd", "linear"):
         try:
-            combine([(adapter, weight) for adapter in adapters], combination)
+            combine([(adapter, weight) for adapter in adapters], combination, base=base)
             possible.append(combination)
         except AdapterError as error:
             reason = str(error)

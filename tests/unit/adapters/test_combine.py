@@ -9,8 +9,17 @@ import pytest
 import torch
 
 from models import random_potential, trained_adapter
-from pet_finetune.adapters import Adapter, capture, combine, install, merged_copy
+from pet_finetune.adapters import (
+    Adapter,
+    AdapterConfig,
+    capture,
+    combine,
+    inject,
+    install,
+    merged_copy,
+)
 from pet_finetune.errors import AdapterError
+from pet_finetune.keys import TargetSpec
 from pet_finetune.model import Potential
 
 
@@ -93,12 +102,30 @@ def test_what_does_not_go_together(base: Potential, change, combination: str, me
     [
         ({"fingerprint": "f" * 64}, "the base of the one is"),
         ({"scale": 9.0}, "the scale of the one is"),
+        ({"inherited_from": "energy/b"}, "heads it began with of the one is None, that of the"),
     ],
 )
 def test_adapters_of_different_origin(base: Potential, change, message: str):
     one = adapter(base, 1)
     with pytest.raises(AdapterError, match=message):
         combine([(one, 0.5), (replace(one, name="b", **change), 0.5)])
+
+
+@pytest.mark.parametrize("inherited", [None, "energy"])
+def test_heads_that_began_at_random_do_not_blend(base: Potential, inherited):
+    parts = []
+    for seed in (1, 2):
+        model = copy.deepcopy(base)
+        model.add_target(TargetSpec("energy/b"), inherit_from=inherited)
+        inject(model, AdapterConfig(target="energy/b"), inherited_from=inherited)
+        own = replace(capture(model), fingerprint=None, name=f"a{seed}")
+        parts.append((own, 0.5))
+    if inherited is None:
+        with pytest.raises(AdapterError, match="'a1' and 'a2'.*began at random.*inherit_heads"):
+            combine(parts, base=base)
+        assert combine(parts[:1], base=base).config.target == "energy/b"
+    else:
+        assert combine(parts, base=base).config.target == "energy/b"
 
 
 def test_weights_that_do_not_sum_to_one_need_the_base(base: Potential):
