@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -41,6 +41,8 @@ COMMITTEE_PROPERTIES = (
     *("energy_uncertainty", "forces_uncertainty", "stress_uncertainty"),
     *("energy_ensemble", "forces_ensemble", "stress_ensemble"),
 )
+#: Those that take the derivatives of each member.
+_OF_MEMBERS = frozenset(COMMITTEE_PROPERTIES) - {"energy_uncertainty", "energy_ensemble"}
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -58,6 +60,10 @@ class PETCalculator(Calculator):
     :param adapters: several adapter folders, or the folder of a run with ``finetune.ensemble``:
         a committee. All properties are its mean, and there are those of
         :data:`COMMITTEE_PROPERTIES`.
+    :param spread: of a committee: ``"always"`` has what each member says computed with everything
+        else; ``"asked"`` leaves its forces and stress until one of them, or their uncertainty, is
+        asked for, which then takes an evaluation of its own. That is faster where the members share
+        their first layers; where they do not, they are there anyway.
     :param target: the energy to use. Without it: the adapter's, else the only one there is, else
         ``energy``.
     :param non_conservative: True for forces and stress from the model's direct heads
@@ -82,6 +88,7 @@ class PETCalculator(Calculator):
         *,
         adapter: str | os.PathLike[str] | None = None,
         adapters: Adapters | None = None,
+        spread: Literal["always", "asked"] = "always",
         target: str | None = None,
         non_conservative: NonConservative = False,
         device: str | torch.device = "auto",
@@ -98,6 +105,9 @@ class PETCalculator(Calculator):
             raise ConfigError(
                 "adapter and adapters: give one of them, a single adapter or those of a committee."
             )
+        if spread not in ("always", "asked"):
+            raise ConfigError(f"spread: '{spread}' is not one of always, asked.")
+        self._spread_when_asked = spread == "asked"
         self._wanted_target = target
         self._wanted_direct: NonConservative = non_conservative
         self._adapted: AdaptedPotential | None = None
@@ -259,7 +269,8 @@ class PETCalculator(Calculator):
             )
         self.reset()  # nothing of the last structure is left should this one be refused
         check_atoms(atoms, self._model.species)
-        prediction = self._predict(self._batch(atoms), periodic)
+        members = not self._spread_when_asked or not _OF_MEMBERS.isdisjoint(properties or ())
+        prediction = self._predict(self._batch(atoms), periodic, members)
         super().calculate(atoms, properties, system_changes)
         assert prediction.forces is not None
         energy = float(prediction.energy[0])
@@ -274,7 +285,9 @@ class PETCalculator(Calculator):
         if isinstance(prediction, CommitteePrediction):
             self.results.update(_of_committee(prediction))
 
-    def _predict(self, batch: Batch, stress: bool) -> Prediction:
+    def _predict(self, batch: Batch, stress: bool, members: bool) -> Prediction:
+        if isinstance(self._model, Committee):
+            return self._model.predict(batch, self._target, stress=stress, spread=members)
         if self._direct is not None and isinstance(self._model, Potential):
             return predict_direct(self._model, batch, self._target, self._direct, stress)
         return self._model.predict(batch, self._target, forces=True, stress=stress)
@@ -347,23 +360,20 @@ def _plain(
 
 def _of_committee(prediction: CommitteePrediction) -> dict[str, Any]:
     """What :data:`COMMITTEE_PROPERTIES` names, for the one structure of a prediction."""
-    members, forces, stress = (
-        prediction.members,
-        prediction.uncertainty("forces"),
-        prediction.members.stress,
-    )
-    assert members.forces is not None
+    members = prediction.members
     results = {
         "energy_uncertainty": float(prediction.uncertainty("energy")[0]),
-        # Of an atom, the root mean square over the components: the error to expect of each.
-        "forces_uncertainty": _to_numpy(forces.square().mean(-1).sqrt()),
         "energy_ensemble": _to_numpy(members.energy[:, 0]),
-        "forces_ensemble": _to_numpy(members.forces),
     }
-    if stress is not None:
+    if members.forces is not None:
+        # Of an atom, the root mean square over the components: the error to expect of each.
+        forces = prediction.uncertainty("forces").square().mean(-1).sqrt()
+        results["forces_uncertainty"] = _to_numpy(forces)
+        results["forces_ensemble"] = _to_numpy(members.forces)
+    if members.stress is not None:
         uncertainty = _to_numpy(prediction.uncertainty("stress")[0])
         results["stress_uncertainty"] = full_3x3_to_voigt_6_stress(uncertainty)
-        results["stress_ensemble"] = full_3x3_to_voigt_6_stress(_to_numpy(stress[:, 0]))
+        results["stress_ensemble"] = full_3x3_to_voigt_6_stress(_to_numpy(members.stress[:, 0]))
     return results
 
 

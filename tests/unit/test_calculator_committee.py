@@ -92,6 +92,34 @@ def test_one_evaluation_gives_everything(base, folders, monkeypatch):
         calc.get_property("stress_uncertainty", atoms)
 
 
+def test_the_spread_of_forces_can_wait_until_it_is_asked_for(base, folders, tmp_path, monkeypatch):
+    last = [
+        save_adapter(
+            trained_adapter(random_potential(), seed=i, target_modules=r"gnn_layers\.1.*w_in"),
+            tmp_path / str(i),
+        )
+        for i in range(2)
+    ]
+    atoms, other = crystal(), crystal()
+    other.calc = PETCalculator(base, adapters=last, device="cpu")
+    calc = atoms.calc = PETCalculator(base, adapters=last, spread="asked", device="cpu")
+    predict, seen = calc.model.predict, []
+    monkeypatch.setattr(calc.model, "predict", lambda *a, **k: seen.append(1) or predict(*a, **k))
+    np.testing.assert_allclose(atoms.get_forces(), other.get_forces(), atol=1e-12)
+    np.testing.assert_allclose(atoms.get_stress(), other.get_stress(), atol=1e-12)
+    for name in ("energy_uncertainty", "energy_ensemble"):
+        assert calc.results[name] == pytest.approx(other.calc.results[name])
+    assert "forces_uncertainty" not in calc.results
+    for name in ("forces_uncertainty", "stress_ensemble"):
+        found = calc.get_property(name, atoms)
+        np.testing.assert_allclose(found, other.calc.results[name], atol=1e-12)
+    assert len(seen) == 2
+    # Members that share nothing tell their forces for nothing.
+    calc = PETCalculator(base, adapters=folders, spread="asked", device="cpu")
+    calc.get_property("forces", atoms)
+    assert "forces_uncertainty" in calc.results
+
+
 def test_a_single_model_has_no_uncertainty(base):
     with pytest.raises(PropertyNotImplementedError):
         PETCalculator(base, device="cpu").get_property("energy_uncertainty", ethanol())
@@ -125,6 +153,8 @@ def test_copies_and_files(base, folders, tmp_path):
 def test_refusals(base, run, folders, tmp_path):
     with pytest.raises(ConfigError, match="adapter and adapters: give one"):
         PETCalculator(base, adapter=folders[0], adapters=folders)
+    with pytest.raises(ConfigError, match="spread: 'never' is not one of always, asked"):
+        PETCalculator(base, adapters=folders, spread="never")
     with pytest.raises(AdapterError, match="at least two"):
         PETCalculator(base, adapters=[folders[0]])
     with pytest.raises(AdapterError, match="There is no committee in"):

@@ -12,9 +12,9 @@ arithmetic: r (in + out) for each row beside in * out, an eighth more at rank 8 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,8 @@ from pet_finetune.config import ModelOptions
 from pet_finetune.data.batch import Batch
 from pet_finetune.errors import AdapterError
 from pet_finetune.model import Potential, Prediction
-from pet_finetune.model.fork import Tokens
+from pet_finetune.model.fork import Fork, Tokens
+from pet_finetune.model.prediction import forces_of, stress_of
 from pet_finetune.nn.grouped import Rows
 
 from .members import differing_layers, gather, join, replicate, restore
@@ -52,7 +53,8 @@ class CommitteePrediction(Prediction):
     """The mean of a committee, and what each of its members says.
 
     Attributes:
-        members: the same quantities with an axis of the members in front.
+        members: the same quantities with an axis of the members in front; forces and stress are
+            None where only their mean was asked for.
         calibration: of the spread.
     """
 
@@ -154,48 +156,67 @@ class Committee(nn.Module):
         return self.target
 
     def predict(
-        self, batch: Batch, target: str, *, forces: bool = True, stress: bool = False
+        self,
+        batch: Batch,
+        target: str,
+        *,
+        forces: bool = True,
+        stress: bool = False,
+        spread: bool = True,
     ) -> CommitteePrediction:
         """Means and members' values of energies and, where asked for, forces and stresses.
-
-        The derivatives of all members come from one backward pass of the sum of their energies.
 
         Args:
             batch: as for :meth:`Potential.predict`.
             target: the committee's.
             forces, stress: what to derive.
+            spread: False where the mean of the derivatives is enough. Those of the members are
+                then left out if they cost extra, which they do behind layers that all share.
 
         Raises:
             AdapterError: the members are for another energy.
         """
         self.energy_target(target)
+        shared = None
         if self.one_pass:
             at_once = self._members_at_once(batch)
-            with self._shared(batch):
+            with self._shared(batch, together=not spread) as fork:
                 parts = [
                     self._predict_joined(batch, slice(start, start + at_once), forces, stress)
                     for start in range(0, self.size, at_once)
                 ]
+                shared = None if fork is None else fork.gradient()
             members = _map(lambda *values: torch.cat(values), *parts)
         else:
             models = [part for part in self.parts if isinstance(part, Potential)]
             each = [m.predict(batch, target, forces=forces, stress=stress) for m in models]
             members = _map(lambda *values: torch.stack(values), *each)
         mean = _map(lambda values: values.mean(0), members)
+        if shared is not None:
+            mean = _with_derivatives(mean, batch, shared / self.size)
+            members = replace(members, forces=None, stress=None)
         return CommitteePrediction(**vars(mean), members=members, calibration=self.calibration)
 
-    def _shared(self, batch: Batch) -> AbstractContextManager[None]:
-        """Meanwhile the layers that the members share are computed once, if there are such."""
+    @contextmanager
+    def _shared(self, batch: Batch, together: bool) -> Iterator[Fork | None]:
+        """Meanwhile the layers that the members share are computed once, if there are such.
+
+        Args:
+            batch: the structures.
+            together: as for :meth:`Fork.sharing`.
+        """
         network = self._first.network
-        fewest = _limit(_FEWEST_EDGES, batch)
-        if network.fork is None or batch.num_edges * self.size < fewest:
-            return nullcontext()
-        stop = network.fork.layers
+        fork = network.fork
+        enough = together or batch.num_edges * self.size >= _limit(_FEWEST_EDGES, batch)
+        if fork is None or not enough:
+            yield None
+            return
 
         def run(batch: Batch) -> Tokens:
-            return network.advance(batch, network.neighborhood(batch), stop=stop)
+            return network.advance(batch, network.neighborhood(batch), stop=fork.layers)
 
-        return network.fork.sharing(batch, run)
+        with fork.sharing(batch, run, together):
+            yield fork
 
     def _members_at_once(self, batch: Batch) -> int:
         """So many that the features of all edges together stay within bounds."""
@@ -219,6 +240,16 @@ class Committee(nn.Module):
             name: self.predict(batch, name, forces=forces, stress=stress)
             for name, (forces, stress) in wanted.items()
         }
+
+
+def _with_derivatives(mean: Prediction, batch: Batch, gradient: Tensor) -> Prediction:
+    """A prediction with the rest of its energy's gradient on the edge vectors, [n_edges, 3]."""
+    forces, stress = mean.forces, mean.stress
+    return replace(
+        mean,
+        forces=None if forces is None else forces + forces_of(batch, gradient),
+        stress=None if stress is None else stress + stress_of(batch, gradient),
+    )
 
 
 def _limit(limits: Mapping[str, int], batch: Batch) -> int:

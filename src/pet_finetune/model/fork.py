@@ -7,7 +7,7 @@ member hands another gradient down, and each needs its own way back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -55,14 +55,19 @@ class Fork:
         self._run: Callable[[], tuple[Tensor, list[Tensor]]] | None = None
         self._num_atoms = 0
         self._made: tuple[Tensor, list[Tensor]] | None = None
+        self._sums: list[Tensor] | None = None
 
     @contextmanager
-    def sharing(self, batch: Batch, run: Callable[[Batch], Tokens]) -> Iterator[None]:
+    def sharing(
+        self, batch: Batch, run: Callable[[Batch], Tokens], together: bool = False
+    ) -> Iterator[None]:
         """Meanwhile :meth:`tokens` are those of a batch, computed when first asked for.
 
         Args:
             batch: the structures once.
             run: the shared layers.
+            together: whether the members' gradients stop at the fork, to go the rest of the way
+                as their sum, in :meth:`gradient`.
         """
 
         def compute() -> tuple[Tensor, list[Tensor]]:
@@ -70,10 +75,11 @@ class Fork:
             return vectors, run(replace(batch, edge_vectors=vectors)).flat()
 
         self._run, self._num_atoms = compute, batch.num_atoms
+        self._sums = [] if together else None
         try:
             yield
         finally:
-            self._run = self._made = None
+            self._run = self._made = self._sums = None
 
     @property
     def active(self) -> bool:
@@ -97,31 +103,47 @@ class Fork:
             self._made = self._run()
         return self._made
 
+    def back(self, gradients: Sequence[Tensor], count: int) -> Tensor | None:
+        """The gradient of each member on its edge vectors, or None where it waits for the others.
+
+        Args:
+            gradients: of the tensors of :meth:`computed`, each that of so many members in turn.
+            count: members.
+        """
+        if self._sums is None:
+            each = zip(*(gradient.chunk(count) for gradient in gradients), strict=True)
+            return torch.cat([self._through(own) for own in each])
+        sums = [gradient.unflatten(0, (count, -1)).sum(0) for gradient in gradients]
+        old = self._sums or [torch.zeros_like(own) for own in sums]
+        self._sums = [one + other for one, other in zip(old, sums, strict=True)]
+        return None
+
+    def gradient(self) -> Tensor | None:
+        """The sum over the members of what ``together`` kept from them, [n_edges, 3]."""
+        return self._through(self._sums) if self._sums else None
+
+    def _through(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The way back through the shared layers."""
+        vectors, tensors = self.computed()
+        pairs = [pair for pair in zip(tensors, gradients, strict=True) if pair[0].requires_grad]
+        outputs, arrived = zip(*pairs, strict=True)
+        (found,) = torch.autograd.grad(
+            outputs, vectors, arrived, retain_graph=True, materialize_grads=True
+        )
+        return found
+
 
 class _Copies(torch.autograd.Function):
     """Copies of the shared tensors, each with a gradient of its own. Differentiates once."""
 
     @staticmethod
     def forward(ctx: Any, vectors: Tensor, fork: Fork, count: int) -> tuple[Tensor, ...]:
+        ctx.fork, ctx.count = fork, count
         with torch.set_grad_enabled(ctx.needs_input_grad[0]):
-            ctx.computed = fork.computed()
-        ctx.count = count
-        return tuple(t.detach().repeat(count, 1) for t in ctx.computed[1])
+            _, tensors = fork.computed()
+        return tuple(tensor.detach().repeat(count, 1) for tensor in tensors)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        vectors, tensors = ctx.computed
-        chosen = [index for index, tensor in enumerate(tensors) if tensor.requires_grad]
-        each = zip(*(gradients[index].chunk(ctx.count) for index in chosen), strict=True)
-        found = [
-            torch.autograd.grad(
-                [tensors[index] for index in chosen],
-                vectors,
-                grads,
-                retain_graph=True,
-                materialize_grads=True,
-            )[0]
-            for grads in each
-        ]
-        return torch.cat(found), None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
+        return ctx.fork.back(gradients, ctx.count), None, None

@@ -158,6 +158,30 @@ def test_shared_layers_are_computed_once(edges, both_ways, monkeypatch):
     assert rows[::2] == rows[1::2]  # so little is quicker done again
 
 
+@pytest.mark.parametrize("edges", [1, 1000])
+@pytest.mark.parametrize("featurizer", ["feedforward", "residual"])
+def test_the_mean_alone_goes_back_through_shared_layers_once(
+    featurizer, edges, both_ways, monkeypatch
+):
+    monkeypatch.setitem(committee._MOST_EDGES, "cpu", edges)
+    models = members_from(random_potential(featurizer_type=featurizer, **WIDE), 1)
+    batch = batch_from_atoms(list(all_structures().values()), models[0].cutoff)
+    joint = Committee(models, "energy")
+    expected = joint.predict(batch, "energy", stress=True)
+    seen = []
+    fork = joint._first.network.fork
+    through = fork._through
+    monkeypatch.setattr(fork, "_through", lambda grads: seen.append(1) or through(grads))
+    found = joint.predict(batch, "energy", stress=True, spread=False)
+    assert len(seen) == 1
+    for name in QUANTITIES:
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), msg=name)
+    assert found.members.forces is None
+    assert torch.equal(found.uncertainty("energy"), expected.uncertainty("energy"))
+    energies = joint.predict(batch, "energy", forces=False, spread=False)
+    torch.testing.assert_close(energies.energy, expected.energy)
+
+
 @pytest.mark.parametrize(
     ("targets", "layers"),
     [
