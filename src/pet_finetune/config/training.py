@@ -114,9 +114,10 @@ class EarlyStopping(Section):
     patience: PositiveInt = Field(
         default=20, description="Stop after this many epochs without improvement."
     )
-    min_delta: NonNegativeFloat = Field(
+    min_delta: Fraction = Field(
         default=0.0,
-        description="Smallest relative decrease of the metric that counts as improvement.",
+        description="Smallest relative decrease of the metric that counts as improvement: 0.01 is "
+        "one per cent.",
     )
 
     @model_validator(mode="before")

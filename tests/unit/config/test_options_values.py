@@ -85,6 +85,11 @@ MODEL = "architecture.model"
             "expected a positive integer, got -1.",
         ),
         (
+            f"{TRAINING}.early_stopping.min_delta",
+            1,
+            "expected a number from 0 up to, but not including, 1, got 1.",
+        ),
+        (
             f"{TRAINING}.early_stopping",
             False,
             "expected a section with keys (patience, min_delta) or null, got false.",
