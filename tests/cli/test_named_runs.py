@@ -101,6 +101,17 @@ def test_all_runs_are_trained_compared_and_not_trained_again(runs, command):
     assert answer.out.endswith(again.out)
 
 
+def test_runs_without_a_seed_are_compared_on_the_same_structures(runs, command):
+    """Though a seed may be drawn, if that is what an entry says."""
+    shared = {name: value for name, value in DEFAULTS.items() if name != "seed"}
+    entries = {"a": {}, "b": {"lora_r": 1}, "c": {"seed": None}}
+    Path("runs.json").write_text(json.dumps({"defaults": shared, **entries}))
+    shown = {name: named(command, "--show-options", name=name).out for name in "abc"}
+    assert "seed: 0" in shown["a"]
+    assert "seed: 0" in shown["b"]
+    assert "seed: 0" not in shown["c"]
+
+
 def test_an_interrupted_file_of_runs_goes_on(runs, command, stop):
     assert every(command, "-o", "whole").code == 0
     stop(8)  # within the second run: six steps a run

@@ -23,6 +23,19 @@ METHODS = {
         {"ema": 0.9, "finetune": {"method": "prompt", "config": {"num_prompts": 2}}},
         ("-c", "base.ckpt"),
     ),
+    "dora": ({"finetune": {"method": "dora", "config": {"rank": 2}}}, ("-c", "base.ckpt")),
+    "pissa": (
+        {"finetune": {"config": {"rank": 2, "init": "pissa", "use_rslora": True}}},
+        ("-c", "base.ckpt"),
+    ),
+    "heads": ({"finetune": {"method": "heads"}}, ("-c", "base.ckpt")),
+    "unfreezing": (
+        {
+            "swa": {"start": 0.4},
+            "finetune": {"method": "full", "unfreeze": 1, "config": {"layer_decay": 0.8}},
+        },
+        ("-c", "base.ckpt"),
+    ),
     "full": ({"finetune": {"method": "full"}}, ("-c", "base.ckpt")),
     "replay": (
         {
@@ -93,6 +106,11 @@ def assert_same(folder, expected):
         ("lora", 7),
         ("qlora", 4),
         ("prompt", 4),
+        ("dora", 4),
+        ("pissa", 4),
+        ("heads", 4),
+        ("unfreezing", 2),
+        ("unfreezing", 7),
         ("full", 4),
         ("scratch", 5),
         ("replay", 2),

@@ -4,8 +4,8 @@ The structures are given to the network once for each member, all together. What
 held once, and multiplied once with the rows of all of them; a linear layer that differs between
 members holds one weight for each, its adapter merged, and multiplies each member's rows with its
 own. That costs the products of the members evaluated one by one and no more, while all else
-(neighbour lists, launches of operations, reading of weights) is done once. The GNN layers before the
-first one in which members differ see the structures once, see :mod:`pet_finetune.model.fork`.
+(neighbour lists, launches of operations, reading of weights) is done once. The GNN layers before
+the first one in which members differ see the structures once, see :mod:`pet_finetune.model.fork`.
 
 Low-rank updates beside one product with the base's weight would take less memory and more
 arithmetic: r (in + out) for each row beside in * out, an eighth more at rank 8 and width 128.

@@ -25,6 +25,9 @@ _DATA_SECTIONS = ("training_set", "validation_set", "test_set")
 _PLACEHOLDER = {"systems": {"read_from": "-"}, "targets": {"energy": {}}}
 
 
+_START: Path = ("architecture", "training", "finetune", "read_from")
+
+
 @dataclass(frozen=True)
 class LoadedOptions:
     """Options, what there is to say about them, and what they were made from."""
@@ -82,6 +85,8 @@ def parse_options(
         options, plain, removed = _without_wrong(plain, found)
         blamed += removed
     if options is not None:
+        if not require_start and not options.is_finetuning:
+            blamed.append(_START)  # where the run started is known to the run, not to the options
         problems += [
             problem
             for problem in check(options, plain)

@@ -215,6 +215,7 @@ def _options(settings: _Settings, where: str) -> dict[str, Any]:
     finetune.setdefault("method", "lora")
     if "training_set" not in raw:
         raise ConfigError(f"{where}: dataset_path is missing: the structures to learn from.")
+    raw.setdefault("seed", 0)  # one for all runs: they are compared on the same structures
     raw.setdefault("validation_set", _DEFAULT_FRACTION)
     raw.setdefault("test_set", _DEFAULT_FRACTION)
     return raw
