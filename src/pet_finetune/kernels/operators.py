@@ -73,10 +73,14 @@ def pack(weight: Tensor, *, exact: bool = False) -> Tensor:
         weight: numbers to multiply with.
         exact: in its own digits also within :func:`in_bfloat16`.
     """
-    rounds = halves() and not exact and weight.dtype == torch.float32
+    rounds = not exact and _rounds(weight)
     operators = torch.ops.pet_finetune
     packed: Tensor = operators.pack_halves(weight) if rounds else operators.pack(weight)
     return packed
+
+
+def _rounds(weight: Tensor) -> bool:
+    return halves() and weight.dtype == torch.float32
 
 
 def lanes(dtype: torch.dtype) -> int:
@@ -87,7 +91,7 @@ def lanes(dtype: torch.dtype) -> int:
 def projection(
     x: Tensor,
     weight: Tensor,
-    packed: Tensor,
+    packed: Tensor | None,
     bias: Tensor | None,
     *,
     prologue: str = "none",
@@ -103,9 +107,9 @@ def projection(
 
     Args:
         x: [n, in], or [n, 2 * in] before ``swiglu``.
-        weight: [out, in], for its gradient only.
-        packed: the numbers that are multiplied with, from :func:`pack`; with a low-rank update
-            they are those of ``weight + scaling * b @ a``.
+        weight: [out, in]; with a low-rank update, ``scaling * b @ a`` is in it already.
+        packed: the same from :func:`pack`, for a weight that stays; None packs it whenever it is
+            needed and keeps nothing, which takes longer and spares twice the weight's memory.
         bias: [out] or None.
         prologue: ``none``, ``rms_norm``, ``layer_norm``, ``silu`` or ``swiglu``.
         norm_weight, norm_bias, eps: of the norm.
@@ -116,8 +120,9 @@ def projection(
         [n, out].
     """
     out: Tensor = torch.ops.pet_finetune.projection(
-        x, weight, packed, bias, prologue, norm_weight, norm_bias, eps, a, b, scaling, residual
-    )
+        x, weight, packed, bias, prologue, norm_weight, norm_bias, eps, a, b, scaling, residual,
+        _rounds(weight),
+    )  # fmt: skip
     return out
 
 

@@ -60,10 +60,11 @@ class Adapted(nn.Linear):
 _PACKED: WeakKeyDictionary[nn.Module, tuple[Tensor, int, Tensor]] = WeakKeyDictionary()
 
 
-def _packed(linear: nn.Linear, weight: Tensor) -> Tensor:
+def _packed(linear: nn.Linear, weight: Tensor) -> Tensor | None:
+    """The weight in the kernels' form, which is kept; None for one that will soon be another."""
     fixed = weight is linear.weight and not weight.requires_grad
     if not fixed:
-        return kernels.pack(weight)
+        return None
     known = _PACKED.get(linear)
     if known is not None:
         tensor, version, packed = known
@@ -166,7 +167,10 @@ def packed_layer(
         update = linear.low_rank_update()
         weight = linear.effective_weight() if update is None else update.weight
     settings = {} if prologue is None else prologue.settings(x.dtype)
-    return kernels.PackedLayer(_packed(linear, weight), linear.bias, settings)
+    packed = _packed(linear, weight)
+    if packed is None:
+        packed = kernels.pack(weight)
+    return kernels.PackedLayer(packed, linear.bias, settings)
 
 
 def two_layers(

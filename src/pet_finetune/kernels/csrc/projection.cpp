@@ -2,105 +2,38 @@
 
 #include <string>
 
-#include "low_rank.h"
-#include "operator.h"
-#include "projection.h"
+#include "layer.h"
 #include "sweep.h"
 #include "weight_gradient.h"
 
 namespace pet {
 namespace {
 
-constexpr int64_t kNone = int64_t(Prologue::none);
-
 Tensor part_sums(bool needed, const Rows& rows, int64_t width, const Tensor& like) {
   if (!needed || width == 0) return Tensor();
   return at::zeros({rows.parts, width}, like.options());
 }
 
-// The weight [out, in] in panels for products with its transpose, then for products with itself.
-Tensor pack(const Tensor& weight_) {
+// Both forms, [2, out * in].
+Tensor packed_both(const Tensor& weight_, bool rounds) {
   const Tensor weight = weight_.detach().contiguous();
-  const int64_t out_width = weight.size(0), in = weight.size(1);
-  Tensor packed = at::empty({2, out_width * in}, weight.options());
-  AT_DISPATCH_FLOATING_TYPES(weight.scalar_type(), "pack", [&] {
-    const scalar_t* w = data<scalar_t>(weight);
-    Panels<scalar_t>::pack(in, out_width, out<scalar_t>(packed),
-                                [&](int64_t k, int64_t n) { return w[n * in + k]; });
-    Panels<scalar_t>::pack(out_width, in, out<scalar_t>(packed) + out_width * in,
-                                [&](int64_t k, int64_t n) { return w[k * in + n]; });
-  });
+  const auto type = rounds ? at::kBFloat16 : weight.scalar_type();
+  Tensor packed = at::empty({2, weight.numel()}, weight.options().dtype(type));
+  auto* to = static_cast<char*>(packed.mutable_data_ptr());
+  pack_side(weight, Side::forward, rounds, to);
+  pack_side(weight, Side::backward, rounds, to + weight.numel() * packed.element_size());
   return packed;
 }
 
-// The same in bfloat16, pairs of rows of the panels side by side.
-Tensor pack_halves(const Tensor& weight_) {
+Tensor pack(const Tensor& weight) { return packed_both(weight, false); }
+
+Tensor pack_halves(const Tensor& weight) {
   TORCH_CHECK(Halves::available, "pack_halves: this processor does not multiply bfloat16");
-  const Tensor weight = weight_.detach().contiguous();
   TORCH_CHECK(weight.scalar_type() == at::kFloat, "pack_halves: the weight is in float32");
-  const int64_t out_width = weight.size(0), in = weight.size(1);
-  Tensor packed = at::empty({2, out_width * in}, weight.options().dtype(at::kBFloat16));
-  const float* w = data<float>(weight);
-  auto* to = reinterpret_cast<Halves::Pair*>(packed.mutable_data_ptr());
-  const auto half = [&](int64_t o, int64_t i) { return Halves::rounded(w[o * in + i]); };
-  Panels<Halves::Pair>::pack(in / 2, out_width, to, [&](int64_t k, int64_t n) {
-    return half(n, 2 * k) | half(n, 2 * k + 1) << 16;
-  });
-  Panels<Halves::Pair>::pack(out_width / 2, in, to + out_width * in / 2, [&](int64_t k, int64_t n) {
-    return half(2 * k, n) | half(2 * k + 1, n) << 16;
-  });
-  return packed;
+  return packed_both(weight, true);
 }
 
 bool multiplies_halves() { return Halves::available; }
-
-// What does not change from row to row. Tensors that are not there are empty.
-struct Layer {
-  Tensor packed, bias, norm_weight, norm_bias, a, b;
-  int64_t prologue;
-  double eps, scaling;
-
-  static Layer of(const variable_list& saved, size_t first, AutogradContext* ctx) {
-    return {saved[first],     saved[first + 1], saved[first + 2], saved[first + 3],
-            saved[first + 4], saved[first + 5], ctx->saved_data["prologue"].toInt(),
-            ctx->saved_data["eps"].toDouble(),  ctx->saved_data["scaling"].toDouble()};
-  }
-
-  void keep(AutogradContext* ctx, variable_list others) const {
-    for (const Tensor& t : {packed, bias, norm_weight, norm_bias, a, b}) others.push_back(t);
-    ctx->save_for_backward(others);
-    ctx->saved_data["prologue"] = prologue;
-    ctx->saved_data["eps"] = eps;
-    ctx->saved_data["scaling"] = scaling;
-  }
-
-  int64_t in(const Tensor& x) const {
-    return prologue == int64_t(Prologue::swiglu) ? x.size(1) / 2 : x.size(1);
-  }
-
-  template <typename T>
-  Projection<T> projection(const Tensor& x) const {
-    const int64_t width = in(x), out_width = packed.size(1) / width;
-    const auto pointer = [](const Tensor& t) {
-      return t.numel() > 0 ? t.const_data_ptr<T>() : nullptr;
-    };
-    Projection<T> made{Prologue(prologue), x.size(1),          width,         out_width, T(eps),
-                       pointer(norm_weight), pointer(norm_bias), pointer(bias), nullptr,   nullptr};
-    if (packed.scalar_type() == at::kBFloat16) {
-      made.forward_halves = static_cast<const Halves::Pair*>(packed.const_data_ptr());
-      made.backward_halves = made.forward_halves + width * out_width / 2;
-    } else {
-      made.forward_panels = pointer(packed);
-      made.backward_panels = made.forward_panels + width * out_width;
-    }
-    return made;
-  }
-
-  template <typename T>
-  LowRank<T> low_rank(const Projection<T>& p) const {
-    return LowRank<T>(p.in, p.out, a.size(0), data<T>(a), data<T>(b), T(scaling));
-  }
-};
 
 // Which parameters a sweep forms the gradients of.
 struct Wanted {
@@ -113,8 +46,8 @@ struct Wanted {
   }
 };
 
-// The gradients that a sweep over the rows adds up, one row of sums a part; that of the whole weight
-// is of another kind (see WeightGradient).
+// The gradients that a sweep over the rows adds up, one row of sums a part; that of the whole
+// weight is of another kind (see WeightGradient).
 struct Sums {
   Tensor weight, a, bt, norm_weight, norm_bias;
   int64_t numbers;  // each part's
@@ -148,12 +81,12 @@ struct Sums {
     return {weight, matrix(a, layer.a.size(0)), to_b.defined() ? to_b.t() : to_b};
   }
 
-  // body(part, first, last, block) for all rows, a few at a time, with memory for as many rows of p,
-  // which it leaves there: the weight's gradient is summed up from them and from gy.
+  // body(part, first, last, block) for all rows, a few at a time, with memory for as many rows of
+  // p, which it leaves there: the weight's gradient is summed up from them and from gy.
   template <typename T, typename F>
-  void sweep(const Projection<T>& p, const Tensor& gy, F&& body) const {
+  void sweep(const Projection<T>& p, bool rounds, const Tensor& gy, F&& body) const {
     const int64_t rows = gy.size(0);
-    WeightGradient<T> gradient(p.in, p.out, p.rounds(), out<T>(weight));
+    WeightGradient<T> gradient(p.in, p.out, rounds, out<T>(weight));
     const int64_t chunk = weight.defined() ? kChunk : std::max<int64_t>(rows, 1);
     for (int64_t start = 0; start < rows; start += chunk) {
       const int64_t count = std::min(chunk, rows - start);
@@ -169,7 +102,7 @@ struct Sums {
 };
 
 struct ProjectBackward : Function<ProjectBackward> {
-  // weight, a and b are inputs for their gradients alone; `packed` holds the numbers.
+  // weight, a and b are inputs for their gradients alone; the layer holds the numbers.
   static Tensor forward(AutogradContext* ctx, const Tensor& grad, const Tensor& x,
                         const Tensor& weight, const Tensor& a, const Tensor& b,
                         const Tensor& norm_weight, const Layer& layer, bool twice) {
@@ -178,8 +111,9 @@ struct ProjectBackward : Function<ProjectBackward> {
     const bool few = rows <= kFewRows;
     Tensor gx = at::empty(x.sizes(), x.options());
     Tensor gp = twice || few ? at::empty({rows, layer.in(x)}, x.options()) : none(x);
+    const Tensor panels = layer.panels(Side::backward);
     AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "projection_backward", [&] {
-      const auto p = layer.projection<scalar_t>(x);
+      const auto p = layer.projection<scalar_t>(x, Side::backward, panels);
       if (few)
         for_each_panel<scalar_t>(p.in, [&](int64_t first, int64_t last) {
           p.multiply_back(rows, data<scalar_t>(gy), out<scalar_t>(gp), first, last);
@@ -210,10 +144,11 @@ struct ProjectBackward : Function<ProjectBackward> {
     const bool to_x_wanted = layer.prologue != kNone;
     Tensor to_gy = at::empty(gy.sizes(), gy.options());
     Tensor to_x = to_x_wanted ? at::empty_like(x) : Tensor();
+    const Tensor panels = layer.panels(Side::forward);
     AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "projection_double_backward", [&] {
-      const auto p = layer.projection<scalar_t>(x);
+      const auto p = layer.projection<scalar_t>(x, Side::forward, panels);
       const auto update = layer.low_rank<scalar_t>(p);
-      sums.sweep(p, gy, [&](int64_t part, int64_t first, int64_t last, scalar_t* t) {
+      sums.sweep(p, layer.rounds, gy, [&](int64_t part, int64_t first, int64_t last, scalar_t* t) {
         const int64_t rows = last - first;
         const scalar_t* g = data<scalar_t>(gy) + first * p.out;
         p.apply_double(rows, data<scalar_t>(x) + first * p.width,
@@ -241,10 +176,11 @@ struct Project : Function<Project> {
                         const Tensor& bias, const Tensor& norm_weight, const Tensor& norm_bias,
                         const Tensor& a, const Tensor& b, const Tensor& rest,
                         const Layer& layer) {
-    const int64_t rows = x.size(0), out_width = layer.packed.size(1) / layer.in(x);
-    Tensor y = at::empty({rows, out_width}, x.options());
+    const int64_t rows = x.size(0);
+    Tensor y = at::empty({rows, layer.out()}, x.options());
+    const Tensor panels = layer.panels(Side::forward);
     AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "projection", [&] {
-      const auto p = layer.projection<scalar_t>(x);
+      const auto p = layer.projection<scalar_t>(x, Side::forward, panels);
       const scalar_t* extra = rest.numel() > 0 ? data<scalar_t>(rest) : nullptr;
       const auto made = [&](int64_t first, int64_t count) {
         const scalar_t* own = data<scalar_t>(x) + first * p.width;
@@ -267,14 +203,14 @@ struct Project : Function<Project> {
       });
     });
     const bool trains = weight.requires_grad() || a.requires_grad() || b.requires_grad();
-    layer.keep(ctx, {trains || layer.prologue != kNone ? x : shape_of(x), weight});
+    layer.keep(ctx, {trains || layer.prologue != kNone ? x : shape_of(x)});
     return y;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const variable_list saved = ctx->get_saved_variables();
-    const Tensor &x = saved[0], &weight = saved[1], &g = grads[0];
-    const Layer layer = Layer::of(saved, 2, ctx);
+    const Tensor &x = saved[0], &g = grads[0];
+    const Layer layer = Layer::of(saved, 1, ctx);
     variable_list result(9);
     if (ctx->needs_input_grad(7)) result[7] = g;
     if (needs_parameters(ctx)) {
@@ -283,8 +219,8 @@ struct Project : Function<Project> {
                   "Set PET_FINETUNE_KERNELS=off, which computes with plain torch operations.");
       with_parameters(ctx, layer, x, g.contiguous(), result);
     } else if (ctx->needs_input_grad(0)) {
-      result[0] = ProjectBackward::apply(g, x, weight, layer.a, layer.b, layer.norm_weight,
-                                            layer, at::GradMode::is_enabled());
+      result[0] = ProjectBackward::apply(g, x, layer.weight, layer.a, layer.b, layer.norm_weight,
+                                         layer, at::GradMode::is_enabled());
     }
     return result;
   }
@@ -305,10 +241,11 @@ struct Project : Function<Project> {
     const bool to_x = ctx->needs_input_grad(0) || wanted.norms;
     const Sums sums(layer, x, gy.size(1), wanted);
     Tensor gx = to_x ? at::empty(x.sizes(), x.options()) : Tensor();
+    const Tensor panels = to_x ? layer.panels(Side::backward) : none(x);
     AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "projection_parameters", [&] {
-      const auto p = layer.projection<scalar_t>(x);
+      const auto p = layer.projection<scalar_t>(x, Side::backward, panels);
       const auto update = layer.low_rank<scalar_t>(p);
-      sums.sweep(p, gy, [&](int64_t part, int64_t first, int64_t last, scalar_t* block) {
+      const auto body = [&](int64_t part, int64_t first, int64_t last, scalar_t* block) {
         const int64_t rows = last - first;
         const scalar_t* own = data<scalar_t>(x) + first * p.width;
         const scalar_t* g = data<scalar_t>(gy) + first * p.out;
@@ -323,7 +260,8 @@ struct Project : Function<Project> {
         if (wanted.low_rank)
           update.add(rows, g, block, part_row<scalar_t>(sums.a, part),
                      part_row<scalar_t>(sums.bt, part));
-      });
+      };
+      sums.sweep(p, layer.rounds, gy, body);
     });
     if (ctx->needs_input_grad(0)) result[0] = gx;
     const variable_list of_weight = sums.of_weight(layer, gy.size(1));
@@ -336,8 +274,8 @@ struct Project : Function<Project> {
   }
 };
 
-void check_projection(const Tensor& x, const Tensor& weight, const Layer& layer,
-                      const Tensor& residual) {
+void check_projection(const Tensor& x, const Layer& layer, const Tensor& residual) {
+  const Tensor& weight = layer.weight;
   check_rows(x, "projection");
   TORCH_CHECK(weight.dim() == 2, "projection: the weight is a matrix");
   const int64_t in = weight.size(1), out_width = weight.size(0);
@@ -345,9 +283,13 @@ void check_projection(const Tensor& x, const Tensor& weight, const Layer& layer,
   TORCH_CHECK(in % lanes == 0 && out_width % lanes == 0, "projection: widths are multiples of ",
               lanes, ", got ", weight.sizes());
   TORCH_CHECK(layer.in(x) == in, "projection: x has ", x.size(1), " columns for ", in, " inputs");
-  const bool halves = layer.packed.scalar_type() == at::kBFloat16;
-  check_like(layer.packed, halves ? layer.packed : x, {2, in * out_width}, "projection, packed");
-  TORCH_CHECK(!halves || x.scalar_type() == at::kFloat, "projection: halves are for float32");
+  TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "projection: expected a weight of ",
+              x.scalar_type(), ", got ", weight.scalar_type());
+  TORCH_CHECK(!layer.rounds || (Halves::available && x.scalar_type() == at::kFloat),
+              "projection: halves are for float32 and processors that multiply them");
+  if (layer.packed.numel() > 0)
+    check_like(layer.packed, layer.rounds ? layer.packed : x, {2, in * out_width},
+               "projection, packed");
   const auto vector = [&](const Tensor& t, int64_t size, const char* name) {
     if (t.numel() > 0) check_like(t, x, {size}, name);
   };
@@ -366,20 +308,22 @@ void check_projection(const Tensor& x, const Tensor& weight, const Layer& layer,
   if (residual.numel() > 0) check_like(residual, x, {x.size(0), out_width}, "projection, residual");
 }
 
-Tensor projection(const Tensor& x, const Tensor& weight, const Tensor& packed,
+Tensor projection(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& packed,
                   const std::optional<Tensor>& bias, const std::string& prologue,
                   const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
                   double eps, const std::optional<Tensor>& a, const std::optional<Tensor>& b,
-                  double scaling, const std::optional<Tensor>& residual) {
+                  double scaling, const std::optional<Tensor>& residual, bool rounds) {
   const Tensor empty = none(x);
   const auto given = [&](const std::optional<Tensor>& t) { return t.has_value() ? *t : empty; };
   const Tensor a_ = a.has_value() ? a->contiguous() : empty;
   const Tensor b_ = b.has_value() ? b->contiguous() : empty;
-  const Layer layer{packed,  given(bias), given(norm_weight), given(norm_bias), a_,
-                    b_,      int64_t(prologue_of(prologue)), eps, scaling};
-  check_projection(x, weight, layer, given(residual));
-  return Project::apply(x.contiguous(), weight, layer.bias, layer.norm_weight,
-                           layer.norm_bias, a_, b_, given(residual).contiguous(), layer);
+  const bool halves = packed.has_value() ? packed->scalar_type() == at::kBFloat16 : rounds;
+  const Layer layer{weight,           given(packed), given(bias), given(norm_weight),
+                    given(norm_bias), a_,            b_,          int64_t(prologue_of(prologue)),
+                    eps,              scaling,       halves};
+  check_projection(x, layer, given(residual));
+  return Project::apply(x.contiguous(), weight, layer.bias, layer.norm_weight, layer.norm_bias, a_,
+                        b_, given(residual).contiguous(), layer);
 }
 
 }  // namespace
@@ -388,9 +332,9 @@ TORCH_LIBRARY_FRAGMENT(pet_finetune, m) {
   m.def("pack(Tensor weight) -> Tensor", &pack);
   m.def("pack_halves(Tensor weight) -> Tensor", &pack_halves);
   m.def("multiplies_halves() -> bool", &multiplies_halves);
-  m.def("projection(Tensor x, Tensor weight, Tensor packed, Tensor? bias, str prologue,"
+  m.def("projection(Tensor x, Tensor weight, Tensor? packed, Tensor? bias, str prologue,"
         " Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor? a, Tensor? b, float scaling,"
-        " Tensor? residual) -> Tensor", &projection);
+        " Tensor? residual, bool rounds) -> Tensor", &projection);
 }
 
 }  // namespace pet

@@ -146,9 +146,6 @@ struct Projection {
     panels<false>(rows, in, first, last, t, forward_panels, forward_halves, y, out);
   }
 
-  // Whether products are of factors rounded to bfloat16.
-  bool rounds() const { return forward_halves != nullptr; }
-
  private:
   // c (+)= a times a packed matrix of this depth, in whichever of the two forms it is there.
   template <bool Add>
