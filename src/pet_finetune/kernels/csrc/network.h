@@ -1,0 +1,291 @@
+// A frozen network and its derivative as one run through a list of instructions.
+//
+// For a few hundred rows the operators' own work is a few microseconds each, less than what torch
+// and Python need to get to the next one. So a network that does not train is written down once,
+// as instructions on buffers, and each evaluation is one parallel region: forward through the list,
+// then backward through it by hand. Between the instructions there is a barrier and nothing else.
+//
+// A buffer has a row for each atom, each edge, or both (centre tokens first). Products are dealt out
+// by columns, because rows are few: every thread reads its share of the weights alone. Each number
+// is computed by one thread in one order, so results do not depend on how many threads there are.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <vector>
+
+#include "attention.h"
+#include "projection.h"
+
+namespace pet {
+
+// Of an instruction, in the order of `Instruction`; network.py writes the same.
+enum class Op : int64_t { project, attend, take, embed, look_up, condition, norm, read };
+enum class Part : int64_t { atoms, edges, all };
+
+// Rows of a buffer. As one number 3 * buffer + part, or -1 for none.
+struct Value {
+  int64_t buffer = -1;
+  Part part = Part::all;
+
+  static Value of(int64_t code) {
+    return code < 0 ? Value{} : Value{code / 3, Part(code % 3)};
+  }
+  bool there() const { return buffer >= 0; }
+  bool has(Part which) const { return part == Part::all || part == which; }
+};
+
+struct Instruction {
+  static constexpr int64_t kFields = 12;
+  Op op;
+  Value in, out, residual;
+  int64_t in_width, out_width;  // of attend: the second is the number of heads
+  int64_t kind;                 // prologue; of take: 1 for the rows of the reversed edges
+  int64_t weight, transposed;   // where in the weights; of take, embed, look_up: the latter is the
+                                // first column of `out` that is written
+  int64_t bias, norm_weight, norm_bias;  // of take: the first is 1 to add to what is there
+  double number;                         // eps, or a factor
+
+  Instruction(const int64_t* f, double number)
+      : op(Op(f[0])), in(Value::of(f[1])), out(Value::of(f[2])), residual(Value::of(f[3])),
+        in_width(f[4]), out_width(f[5]), kind(f[6]), weight(f[7]), transposed(f[8]), bias(f[9]),
+        norm_weight(f[10]), norm_bias(f[11]), number(number) {}
+
+  // Of the backward pass: whether a gradient is added to what is there, for atoms and edges.
+  bool back = false;
+  bool in_adds[2] = {false, false}, residual_adds[2] = {false, false};
+};
+
+// One structure or several, and what is known of them.
+template <typename T>
+struct Graph {
+  int64_t num_atoms, num_edges;
+  const int64_t *species, *centers, *neighbors, *reverse, *starts;
+  const T *vectors, *distances, *logarithms, *factors;
+  const T* condition;  // [n_atoms, width], or null
+  const T* weights;    // [n_atoms], of the outputs whose weighted sum is differentiated
+};
+
+// What comes out: an output of each atom, and the gradients of their weighted sum.
+template <typename T>
+struct Result {
+  T *outputs, *vectors, *distances, *logarithms, *factors;
+};
+
+struct Team {
+  int thread, threads;
+
+  void wait() const {
+#pragma omp barrier
+  }
+  // body(first, last) for this thread's share of the rows.
+  template <typename F>
+  void rows(int64_t count, F&& body) const {
+    const int64_t first = count * thread / threads, last = count * (thread + 1) / threads;
+    if (first < last) body(first, last);
+  }
+};
+
+template <typename T>
+class Network {
+  static constexpr int W = Simd<T>::width;
+  struct Buffer {
+    Part rows;
+    int64_t width;
+    bool differentiable = false;
+    T *data = nullptr, *grad = nullptr;
+  };
+  struct View {
+    int64_t rows, width, split;  // rows from `split` on are edges
+    T *data, *grad;
+  };
+
+ public:
+  // shapes: [buffers, 2], Part and width.
+  Network(std::vector<Instruction> list, const int64_t* shapes, int64_t count, const T* weights,
+          const Graph<T>& graph, const Result<T>& result)
+      : list(std::move(list)), weights(weights), graph(graph), result(result) {
+    for (int64_t b = 0; b < count; ++b)
+      buffers.push_back({Part(shapes[2 * b]), shapes[2 * b + 1]});
+    plan();
+  }
+
+  // How many numbers `bind` needs.
+  int64_t size() const {
+    int64_t total = W + scratch_size + heads * line();
+    for (const Buffer& b : buffers) total += 2 * row_count(b.rows) * b.width;
+    return total;
+  }
+
+  void bind(T* memory) {
+    while (reinterpret_cast<uintptr_t>(memory) % kVectorBytes != 0) ++memory;
+    const auto take = [&](int64_t numbers) {
+      T* start = memory;
+      memory += numbers;
+      return start;
+    };
+    for (Buffer& b : buffers) {
+      b.data = take(row_count(b.rows) * b.width);
+      b.grad = take(row_count(b.rows) * b.width);
+    }
+    scratch = take(scratch_size);
+    lines = take(heads * line());
+  }
+
+  // By every thread of a team.
+  void run(const Team& team) const {
+    for (const Instruction& i : list) {
+      forward(i, team);
+      team.wait();
+    }
+    for (const Value& v : unused) {
+      const View rows = view(v);
+      team.rows(rows.rows, [&](int64_t first, int64_t last) {
+        std::fill(rows.grad + first * rows.width, rows.grad + last * rows.width, T(0));
+      });
+    }
+    team.wait();
+    for (auto i = list.rbegin(); i != list.rend(); ++i) {
+      if (!i->back) continue;
+      backward(*i, team);
+      team.wait();
+    }
+  }
+
+ private:
+  int64_t row_count(Part part) const {
+    return (part == Part::edges ? 0 : graph.num_atoms) + (part == Part::atoms ? 0 : graph.num_edges);
+  }
+  // Sums by token of one head, for every atom in whole vectors, and room for one more.
+  int64_t line() const {
+    return (graph.num_atoms + graph.num_edges + graph.num_atoms * W + W) / W * W;
+  }
+
+  View view(const Value& v) const {
+    const Buffer& b = buffers[v.buffer];
+    const bool behind = b.rows == Part::all && v.part == Part::edges;
+    const int64_t offset = behind ? graph.num_atoms * b.width : 0;
+    const int64_t rows = b.rows == Part::all ? row_count(v.part) : row_count(b.rows);
+    const bool edges = b.rows == Part::edges || behind;
+    return {rows, b.width, edges ? 0 : graph.num_atoms, b.data + offset, b.grad + offset};
+  }
+
+  // Which values depend on the geometry; which gradient is the first to arrive at a value.
+  void plan() {
+    for (Instruction& i : list) {
+      Buffer& to = buffers[i.out.there() ? i.out.buffer : i.in.buffer];
+      const auto depends = [&](const Value& v) {
+        return v.there() && buffers[v.buffer].differentiable;
+      };
+      to.differentiable |= i.op == Op::embed || depends(i.in) || depends(i.residual);
+      if (i.op == Op::project && i.kind != int64_t(Prologue::none))
+        scratch_size = std::max(scratch_size, view(i.in).rows * i.in_width);
+      if (i.op == Op::norm || i.op == Op::project)
+        scratch_size = std::max(scratch_size, view(i.in).rows * buffers[i.in.buffer].width);
+      if (i.op == Op::attend) heads = std::max(heads, i.out_width);
+    }
+    std::vector<std::array<bool, 2>> written(buffers.size(), {false, false});
+    const auto arrive = [&](const Value& v, bool* adds) {
+      for (const Part part : {Part::atoms, Part::edges})
+        if (touches(v, part)) {
+          adds[int(part)] = written[v.buffer][int(part)];
+          written[v.buffer][int(part)] = true;
+        }
+    };
+    for (auto i = list.rbegin(); i != list.rend(); ++i) {
+      const Value& out = i->op == Op::read ? i->in : i->out;
+      if (!buffers[out.buffer].differentiable) continue;
+      i->back = true;
+      if (i->op != Op::read)
+        for (const Part part : {Part::atoms, Part::edges})
+          if (touches(out, part) && !written[out.buffer][int(part)]) {
+            unused.push_back({out.buffer, part});
+            written[out.buffer][int(part)] = true;
+          }
+      if (i->residual.there()) arrive(i->residual, i->residual_adds);
+      if (i->in.there() && buffers[i->in.buffer].differentiable) arrive(i->in, i->in_adds);
+    }
+  }
+
+  bool touches(const Value& v, Part part) const {
+    const Part rows = buffers[v.buffer].rows;
+    return rows == Part::all ? v.has(part) : rows == part;
+  }
+
+  Projection<T> layer(const Instruction& i, int64_t width) const {
+    const auto at = [&](int64_t offset) { return offset < 0 ? nullptr : weights + offset; };
+    return {Prologue(i.kind), width,        i.in_width,   i.out_width,      T(i.number),
+            at(i.norm_weight), at(i.norm_bias), at(i.bias), at(i.weight), at(i.transposed)};
+  }
+
+  // body(first row, last row, first column, last column) for this thread's share of a product.
+  template <typename F>
+  void blocks(const Team& team, int64_t rows, int64_t columns, F&& body) const {
+    constexpr int64_t wide = 2 * W;
+    const int64_t panels = (columns + wide - 1) / wide;
+    const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+    int64_t chunks = (rows + 63) / 64;
+    if (panels % team.threads != 0)
+      chunks = std::max(chunks, (4 * team.threads + panels - 1) / panels);
+    chunks = std::min(chunks, tiles);
+    const int64_t units = panels * chunks;
+    const int64_t end = units * (team.thread + 1) / team.threads;
+    for (int64_t unit = units * team.thread / team.threads; unit < end; ++unit) {
+      const int64_t panel = unit / chunks, chunk = unit % chunks;
+      const int64_t first = tiles * chunk / chunks * kTileRows;
+      const int64_t last = std::min(rows, tiles * (chunk + 1) / chunks * kTileRows);
+      if (first < last) body(first, last, panel * wide, std::min(columns, (panel + 1) * wide));
+    }
+  }
+
+  // What an atom's heads and its keys' sums are kept in.
+  Tokens tokens(const Instruction& i) const {
+    return {graph.starts, graph.num_atoms, int(i.out_width),
+            int(view(i.in).width / 3 / i.out_width)};
+  }
+  template <typename F>
+  void neighborhoods(const Team& team, int64_t heads, F&& body) const {
+    static thread_local Workspace<T> space;
+    team.rows(graph.num_atoms * heads, [&](int64_t first, int64_t last) {
+      for (int64_t unit = first; unit < last; ++unit)
+        body(unit / heads, int(unit % heads), space);
+    });
+  }
+  T* sums(int64_t atom, int64_t head) const {
+    return lines + head * line() + graph.starts[atom] + atom + atom * W;
+  }
+
+  const int64_t* index(const View& rows, int64_t row) const {
+    return graph.species + (rows.split > 0 ? row : graph.neighbors[row]);
+  }
+
+  void forward(const Instruction& i, const Team& team) const;
+  void forward_project(const Instruction& i, const Team& team) const;
+  void forward_rows(const Instruction& i, const Team& team) const;
+  void forward_read(const Instruction& i, const Team& team) const;
+  void backward(const Instruction& i, const Team& team) const;
+  void backward_project(const Instruction& i, const Team& team) const;
+  void backward_attend(const Instruction& i, const Team& team) const;
+  void backward_rows(const Instruction& i, const Team& team) const;
+  void backward_read(const Instruction& i, const Team& team) const;
+
+  // Rows of a gradient: put there, or added to what is.
+  void arrive(const View& to, const bool* adds, int64_t row, const T* from, T factor = T(1)) const {
+    T* own = to.grad + row * to.width;
+    const bool add = adds[row < to.split ? 0 : 1];
+    for (int64_t j = 0; j < to.width; j += W)
+      store(own + j, add ? load(own + j) + factor * load(from + j) : factor * load(from + j));
+  }
+
+  std::vector<Instruction> list;
+  std::vector<Buffer> buffers;
+  std::vector<Value> unused;  // whose gradient nobody writes
+  int64_t scratch_size = 0, heads = 0;
+  T *scratch = nullptr, *lines = nullptr;
+  const T* weights;
+  Graph<T> graph;
+  Result<T> result;
+};
+
+}  // namespace pet
