@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from ase import Atoms
-from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
+from ase.calculators.calculator import (
+    Calculator,
+    PropertyNotImplementedError,
+    all_changes,
+    equal,
+)
 from ase.stress import full_3x3_to_voigt_6_stress
 from torch import Tensor
 
@@ -21,9 +26,8 @@ from pet_finetune.adapters.committee_files import Adapters
 from pet_finetune.checkpoint import open_adapted, open_committee
 from pet_finetune.data.batch import Batch
 from pet_finetune.data.computable import charge_and_spin, check_atoms
-from pet_finetune.data.contacts import Contacts, find_contacts
-from pet_finetune.data.neighbors import NeighborList, edge_vectors
-from pet_finetune.data.skin import SkinNeighbors
+from pet_finetune.data.contacts import Contacts
+from pet_finetune.data.moving import MovingAtoms, Origin
 from pet_finetune.device import choose_device
 from pet_finetune.errors import AdapterError, ConfigError, DataError
 from pet_finetune.model import Potential, Prediction
@@ -33,6 +37,7 @@ from pet_finetune.model.direct import (
     direct_targets,
     predict_direct,
 )
+from pet_finetune.model.frozen import FrozenEnergy
 
 __all__ = ["PETCalculator"]
 
@@ -41,6 +46,8 @@ COMMITTEE_PROPERTIES = (
     *("energy_uncertainty", "forces_uncertainty", "stress_uncertainty"),
     *("energy_ensemble", "forces_ensemble", "stress_ensemble"),
 )
+#: Of what a structure has, this is not read by the potential.
+_IGNORED = {"initial_charges", "initial_magmoms"}
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -73,7 +80,7 @@ class PETCalculator(Calculator):
     # ASE declares both of these as attributes that instances may change.
     implemented_properties = ["energy", "free_energy", "energies", "forces", "stress"]  # noqa: RUF012
     # The potential does not read them, so setting them costs no evaluation.
-    ignored_changes = {"initial_charges", "initial_magmoms"}  # noqa: RUF012
+    ignored_changes = _IGNORED
     name = "pet"
 
     def __init__(
@@ -116,9 +123,8 @@ class PETCalculator(Calculator):
         self._target = self._choose_target()
         self._direct = self._choose_direct()
         self._conditioned = potential.hypers.system_conditioning
-        self._neighbors = SkinNeighbors(potential.cutoff, float(skin))
-        self._latest: NeighborList | None = None
-        self._pairs: NeighborList | None = None
+        self._moving = MovingAtoms(potential.cutoff, float(skin))
+        self._frozen: FrozenEnergy | None = None
 
     @property
     def model(self) -> Potential | Committee:
@@ -173,27 +179,22 @@ class PETCalculator(Calculator):
 
         :raises DataError: nothing was computed yet.
         """
-        if self.atoms is None or self._latest is None:
+        found = None if self.atoms is None else self._moving.contacts(self.atoms)
+        if found is None:
             raise DataError("There is no structure yet: compute one.")
-        positions, cell, _ = _geometry(self.atoms)
-        return find_contacts(positions, cell, self._latest, self._model.cutoff)
+        return found
 
     @property
-    def neighbor_origin(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    def neighbor_origin(self) -> Origin | None:
         """Positions, cell and pbc for which the neighbour list in use was built; None before one.
 
         Setting what another calculator had here makes this one go on to the same last bit.
         """
-        origin = self._neighbors.origin
-        if origin is None:
-            return None
-        positions, cell, pbc = (tensor.numpy().copy() for tensor in origin)
-        return positions, cell, pbc
+        return self._moving.origin
 
     @neighbor_origin.setter
-    def neighbor_origin(self, origin: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
-        positions, cell, pbc = (torch.from_numpy(np.array(array)) for array in origin)
-        self._neighbors.rebuild(positions, cell, pbc)
+    def neighbor_origin(self, origin: Origin) -> None:
+        self._moving.rebuild(origin)
         self.reset()
 
     def _switchable(self) -> AdaptedPotential:
@@ -207,6 +208,7 @@ class PETCalculator(Calculator):
     def _switched(self) -> None:
         """What was computed is of another model."""
         self.reset()
+        self._frozen = None
         self._target = self._choose_target()
         self._direct = self._choose_direct()
 
@@ -228,10 +230,26 @@ class PETCalculator(Calculator):
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """What changed since the last calculation; counts charge and spin where they matter."""
-        changes: list[str] = super().check_state(atoms, tol=tol)
+        changes = self._changes(atoms, tol)
         if not changes and self.atoms is not None:
             same = self._charge_and_spin(self.atoms) == self._charge_and_spin(atoms)
             return [] if same else ["info"]
+        return changes
+
+    def _changes(self, atoms: Atoms, tol: float) -> list[str]:
+        """What ASE finds to have changed; in a simulation it is asked several times a step."""
+        known = self.atoms
+        if (
+            known is not None
+            and self.ignored_changes >= _IGNORED
+            and np.array_equal(known.numbers, atoms.numbers)
+            and np.array_equal(known.cell.array, atoms.cell.array)
+            and np.array_equal(known.pbc, atoms.pbc)
+        ):
+            same = np.array_equal(known.positions, atoms.positions)
+            same = same or equal(known.positions, atoms.positions, atol=tol)
+            return [] if same else ["positions"]
+        changes: list[str] = super().check_state(atoms, tol=tol)
         return changes
 
     def calculate(
@@ -275,33 +293,20 @@ class PETCalculator(Calculator):
             self.results.update(_of_committee(prediction))
 
     def _predict(self, batch: Batch, stress: bool) -> Prediction:
-        if self._direct is not None and isinstance(self._model, Potential):
-            return predict_direct(self._model, batch, self._target, self._direct, stress)
+        if isinstance(self._model, Potential):
+            if self._direct is not None:
+                return predict_direct(self._model, batch, self._target, self._direct, stress)
+            if self._frozen is None:
+                self._frozen = FrozenEnergy(self._model, self._target)
+            prediction = self._frozen.predict(batch, stress=stress)
+            if prediction is not None:
+                return prediction
         return self._model.predict(batch, self._target, forces=True, stress=stress)
 
     def _batch(self, atoms: Atoms) -> Batch:
         """The structure as the model's input; its edges reach as far as the skin."""
-        device, dtype = self._device, self._model.dtype
-        positions, cell, pbc = _geometry(atoms)
-        pairs = self._neighbors.update(positions, cell, pbc)
-        if self._pairs is None or pairs is not self._latest:
-            self._latest, self._pairs = pairs, _move(pairs, device)
         charge, spin = self._charge_and_spin(atoms)
-        # Differences of positions are taken in double precision, whatever the model's.
-        vectors = edge_vectors(positions.to(device), cell.to(device), self._pairs)
-        return Batch(
-            numbers=torch.tensor(atoms.numbers, dtype=torch.int64, device=device),
-            edge_vectors=vectors.to(dtype),
-            centers=self._pairs.centers,
-            neighbors=self._pairs.neighbors,
-            reverse=self._pairs.reverse,
-            structure_index=torch.zeros(len(atoms), dtype=torch.int64, device=device),
-            cells=cell.unsqueeze(0).to(device=device, dtype=dtype),
-            charges=torch.tensor([charge], device=device),
-            spins=torch.tensor([spin], device=device),
-            labels={},
-            frames=torch.zeros(1, dtype=torch.int64, device=device),
-        )
+        return self._moving.batch(atoms, charge, spin, self._device, self._model.dtype)
 
     def _charge_and_spin(self, atoms: Atoms) -> tuple[int, int]:
         if not self._conditioned:
@@ -312,8 +317,8 @@ class PETCalculator(Calculator):
     def __getstate__(self) -> dict[str, Any]:
         """Without the neighbour list, and with the model on the CPU: any machine can open it."""
         state = self.__dict__.copy()
-        state["_neighbors"] = SkinNeighbors(self._neighbors.cutoff, self._neighbors.skin)
-        state["_latest"] = state["_pairs"] = None
+        state["_moving"] = self._moving.fresh()
+        state["_frozen"] = None
         if self._device.type != "cpu":
             memo: dict[int, Any] = {}
             state["_model"] = copy.deepcopy(self._model, memo).to("cpu")
@@ -324,14 +329,6 @@ class PETCalculator(Calculator):
         self.__dict__.update(state)
         self._device = choose_device(self._wanted_device)
         self._model.to(self._device)
-
-
-def _geometry(atoms: Atoms) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions, cell (zero where not periodic) and pbc of a structure."""
-    positions = torch.tensor(atoms.positions, dtype=torch.float64)
-    pbc = torch.tensor(atoms.pbc, dtype=torch.bool)
-    cell = torch.tensor(atoms.cell.array, dtype=torch.float64)
-    return positions, torch.where(pbc.unsqueeze(1), cell, 0.0), pbc
 
 
 def _plain(
@@ -372,15 +369,6 @@ def _choose_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is not None and chosen not in _DTYPES.values():
         raise ConfigError(f"dtype: '{dtype}' is not one of {', '.join(_DTYPES)}.")
     return chosen
-
-
-def _move(pairs: NeighborList, device: torch.device) -> NeighborList:
-    return NeighborList(
-        pairs.centers.to(device),
-        pairs.neighbors.to(device),
-        pairs.shifts.to(device),
-        pairs.reverse.to(device),
-    )
 
 
 def _to_numpy(tensor: Tensor) -> np.ndarray:
