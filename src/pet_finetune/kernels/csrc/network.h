@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "few_rows.h"
 #include "projection.h"
 
 namespace pet {
@@ -52,6 +53,9 @@ struct Instruction {
         in_width(f[4]), out_width(f[5]), kind(f[6]), weight(f[7]), transposed(f[8]), bias(f[9]),
         norm_weight(f[10]), norm_bias(f[11]), number(number) {}
 
+  // The product that comes after this one, forward and backward: its place in the list, behind
+  // the end of the list for its backward pass, -1 for none.
+  int64_t next[2] = {-1, -1};
   // Of the backward pass: whether a gradient is added to what is there, for atoms and edges.
   bool back = false;
   bool in_adds[2] = {false, false}, residual_adds[2] = {false, false};
@@ -79,17 +83,12 @@ struct Team {
   void wait() const {
 #pragma omp barrier
   }
-  // body(first, last) for this thread's share of the rows.
-  template <typename F>
-  void rows(int64_t count, F&& body) const {
-    const int64_t first = count * thread / threads, last = count * (thread + 1) / threads;
-    if (first < last) body(first, last);
-  }
 };
 
 template <typename T>
 class Network {
   static constexpr int W = Simd<T>::width;
+  static constexpr int64_t kPiece = 8 * FewRows<T>::kMost;  // rows that stay in the first cache
   struct Buffer {
     Part rows;
     int64_t width;
@@ -141,7 +140,7 @@ class Network {
     }
     for (const Value& v : unused) {
       const View rows = view(v);
-      team.rows(rows.rows, [&](int64_t first, int64_t last) {
+      share(team, rows, [&](int64_t first, int64_t last) {
         std::fill(rows.grad + first * rows.width, rows.grad + last * rows.width, T(0));
       });
     }
@@ -171,6 +170,8 @@ class Network {
     return {rows, b.width, edges ? 0 : graph.num_atoms, b.data + offset, b.grad + offset};
   }
 
+  View atoms() const { return {graph.num_atoms, 0, graph.num_atoms, nullptr, nullptr}; }
+
   // Which values depend on the geometry; which gradient is the first to arrive at a value.
   void plan() {
     for (Instruction& i : list) {
@@ -185,6 +186,7 @@ class Network {
         scratch_size = std::max(scratch_size, view(i.in).rows * buffers[i.in.buffer].width);
       if (i.op == Op::attend) heads = std::max(heads, i.out_width);
     }
+    look_ahead();
     std::vector<std::array<bool, 2>> written(buffers.size(), {false, false});
     const auto arrive = [&](const Value& v, bool* adds) {
       for (const Part part : {Part::atoms, Part::edges})
@@ -208,6 +210,19 @@ class Network {
     }
   }
 
+  // Which product comes next, forward and then backward.
+  void look_ahead() {
+    const int64_t count = list.size();
+    int64_t next = -1;
+    const auto note = [&](int64_t i, bool back) {
+      if (list[i].op != Op::project) return;
+      list[i].next[back] = next;
+      next = back ? count + i : i;
+    };
+    for (int64_t i = 0; i < count; ++i) note(i, true);
+    for (int64_t i = count - 1; i >= 0; --i) note(i, false);
+  }
+
   bool touches(const Value& v, Part part) const {
     const Part rows = buffers[v.buffer].rows;
     return rows == Part::all ? v.has(part) : rows == part;
@@ -219,23 +234,84 @@ class Network {
             at(i.norm_weight), at(i.norm_bias), at(i.bias), at(i.weight), at(i.transposed)};
   }
 
-  // body(first row, last row, first column, last column) for this thread's share of a product.
+  // body(first, last) for this thread's rows of the atoms and of the edges. They are the same in
+  // every instruction, so what a thread reads is mostly what it has written itself.
   template <typename F>
-  void blocks(const Team& team, int64_t rows, int64_t columns, F&& body) const {
-    constexpr int64_t wide = 2 * W;
-    const int64_t panels = (columns + wide - 1) / wide;
-    const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-    int64_t chunks = (rows + 63) / 64;
-    if (panels % team.threads != 0)
-      chunks = std::max(chunks, (4 * team.threads + panels - 1) / panels);
-    chunks = std::min(chunks, tiles);
-    const int64_t units = panels * chunks;
-    const int64_t end = units * (team.thread + 1) / team.threads;
+  void share(const Team& team, const View& v, F&& body) const {
+    const auto part = [&](int64_t from, int64_t count) {
+      const int64_t first = count * team.thread / team.threads;
+      const int64_t last = count * (team.thread + 1) / team.threads;
+      if (first < last) body(from + first, from + last);
+    };
+    part(0, v.split);
+    part(v.split, v.rows - v.split);
+  }
+  // Whether a product is dealt out by rows too; with fewer by columns, so that each thread reads
+  // its part of the weights only.
+  bool by_rows(const Team& team, const View& v) const {
+    return v.rows - v.split >= 16 * team.threads;
+  }
+
+  struct Matrix {
+    const T *weights, *bias;
+    int64_t depth, columns, panels;
+    bool by_rows;
+
+    // The first panel that a thread reads.
+    const T* start(const Team& team) const {
+      return weights + (by_rows ? 0 : panels * team.thread / team.threads) * 2 * W * depth;
+    }
+  };
+  Matrix matrix(const Team& team, const Instruction& i, bool back) const {
+    const int64_t columns = back ? i.in_width : i.out_width;
+    return {weights + (back ? i.transposed : i.weight),
+            back || i.bias < 0 ? nullptr : weights + i.bias,
+            back ? i.out_width : i.in_width,
+            columns,
+            (columns + 2 * W - 1) / (2 * W),
+            by_rows(team, view(i.in))};
+  }
+
+  // This thread's share of a product, c = a B + bias + rest; a is [rows, depth] for the rows of v.
+  void multiply(const Team& team, const Instruction& i, bool back, const View& v, const T* a,
+                const T* rest, T* c) const {
+    const Matrix m = matrix(team, i, back);
+    const auto& after = i.next[back];
+    const T* later = after < 0 ? nullptr
+                               : matrix(team, list[after % size_t(list.size())],
+                                        after >= int64_t(list.size())).start(team);
+    const auto step = [&](int64_t first, int64_t last, int64_t panel, const T* next) {
+      const int64_t left = panel * 2 * W, at = first * m.columns + left;
+      FewRows<T>::multiply(last - first, m.depth, a + first * m.depth,
+                           {m.weights + left * m.depth, next,
+                            m.bias == nullptr ? nullptr : m.bias + left},
+                           m.columns - left >= 2 * W, rest == nullptr ? nullptr : rest + at, c + at,
+                           m.columns);
+    };
+    const auto next_of = [&](int64_t panel, int64_t end) {
+      return panel + 1 < end ? m.weights + (panel + 1) * 2 * W * m.depth : later;
+    };
+    if (m.by_rows) {
+      const int64_t pieces = (v.rows / team.threads + kPiece - 1) / kPiece;
+      for (int64_t piece = 0; piece < pieces; ++piece)
+        for (int64_t panel = 0; panel < m.panels; ++panel) {
+          const T* next = piece == 0 ? next_of(panel, m.panels) : nullptr;
+          share(team, v, [&](int64_t first, int64_t last) {
+            const int64_t count = last - first, from = first + count * piece / pieces;
+            step(from, first + count * (piece + 1) / pieces, panel, next);
+            next = nullptr;
+          });
+        }
+      return;
+    }
+    // By columns, and by pieces of the rows where there are too few panels for all threads.
+    int64_t pieces = m.panels % team.threads == 0 ? 1 : (4 * team.threads + m.panels - 1) / m.panels;
+    pieces = std::min(pieces, (v.rows + FewRows<T>::kMost - 1) / FewRows<T>::kMost);
+    const int64_t units = m.panels * pieces, end = units * (team.thread + 1) / team.threads;
     for (int64_t unit = units * team.thread / team.threads; unit < end; ++unit) {
-      const int64_t panel = unit / chunks, chunk = unit % chunks;
-      const int64_t first = tiles * chunk / chunks * kTileRows;
-      const int64_t last = std::min(rows, tiles * (chunk + 1) / chunks * kTileRows);
-      if (first < last) body(first, last, panel * wide, std::min(columns, (panel + 1) * wide));
+      const int64_t panel = unit / pieces, piece = unit % pieces;
+      step(v.rows * piece / pieces, v.rows * (piece + 1) / pieces, panel,
+           piece == 0 ? next_of(panel, (end + pieces - 1) / pieces) : nullptr);
     }
   }
 
@@ -247,10 +323,10 @@ class Network {
   template <typename F>
   void neighborhoods(const Team& team, int64_t heads, F&& body) const {
     static thread_local Workspace<T> space;
-    team.rows(graph.num_atoms * heads, [&](int64_t first, int64_t last) {
-      for (int64_t unit = first; unit < last; ++unit)
-        body(unit / heads, int(unit % heads), space);
-    });
+    const int64_t units = graph.num_atoms * heads;
+    const int64_t end = units * (team.thread + 1) / team.threads;
+    for (int64_t unit = units * team.thread / team.threads; unit < end; ++unit)
+      body(unit / heads, int(unit % heads), space);
   }
   T* sums(int64_t atom, int64_t head) const {
     return lines + head * line() + graph.starts[atom] + atom + atom * W;

@@ -29,17 +29,14 @@ void Network<T>::forward_project(const Instruction& i, const Team& team) const {
   const Projection<T> p = layer(i, x.width);
   const T* made = x.data;
   if (p.prologue != Prologue::none) {
-    team.rows(x.rows, [&](int64_t first, int64_t last) {
+    share(team, x, [&](int64_t first, int64_t last) {
       p.apply(last - first, x.data + first * x.width, scratch + first * p.in);
     });
     team.wait();
     made = scratch;
   }
   const T* rest = i.residual.there() ? view(i.residual).data : nullptr;
-  blocks(team, x.rows, p.out, [&](int64_t first, int64_t last, int64_t left, int64_t right) {
-    p.multiply(last - first, made + first * p.in, rest == nullptr ? nullptr : rest + first * p.out,
-               y.data + first * p.out, left, right);
-  });
+  multiply(team, i, false, x, made, rest, y.data);
 }
 
 // Instructions that make each row by itself.
@@ -47,7 +44,7 @@ template <typename T>
 void Network<T>::forward_rows(const Instruction& i, const Team& team) const {
   const View y = view(i.out), x = i.in.there() ? view(i.in) : y;
   const T* matrix = i.weight < 0 ? nullptr : weights + i.weight;
-  team.rows(y.rows, [&](int64_t begin, int64_t end) {
+  share(team, y, [&](int64_t begin, int64_t end) {
     if (i.op == Op::norm) {
       const Projection<T> p = layer(i, x.width);
       p.apply(end - begin, x.data + begin * x.width, y.data + begin * y.width);
@@ -97,7 +94,7 @@ void Network<T>::forward_read(const Instruction& i, const Team& team) const {
   const Projection<T> p = layer(i, x.width);
   const T* row = weights + i.weight;
   const T bias = weights[i.bias];
-  team.rows(graph.num_atoms, [&](int64_t begin, int64_t end) {
+  share(team, atoms(), [&](int64_t begin, int64_t end) {
     T* made = thread_buffer<T>(p.in);
     const auto value = [&](int64_t r) {
       p.apply(1, x.data + r * x.width, made);
@@ -130,7 +127,7 @@ void Network<T>::backward_project(const Instruction& i, const Team& team) const 
   const Projection<T> p = layer(i, x.width);
   if (i.residual.there()) {
     const View rest = view(i.residual);
-    team.rows(y.rows, [&](int64_t first, int64_t last) {
+    share(team, y, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row)
         arrive(rest, i.residual_adds, row, y.grad + row * y.width);
     });
@@ -138,12 +135,10 @@ void Network<T>::backward_project(const Instruction& i, const Team& team) const 
   if (!buffers[i.in.buffer].differentiable) return;
   const bool straight = p.prologue == Prologue::none && !i.in_adds[0] && !i.in_adds[1];
   T* gp = straight ? x.grad : scratch;
-  blocks(team, y.rows, p.in, [&](int64_t first, int64_t last, int64_t left, int64_t right) {
-    p.multiply_back(last - first, y.grad + first * p.out, gp + first * p.in, left, right);
-  });
+  multiply(team, i, true, y, y.grad, nullptr, gp);
   if (straight) return;
   team.wait();
-  team.rows(x.rows, [&](int64_t first, int64_t last) {
+  share(team, x, [&](int64_t first, int64_t last) {
     T* own = thread_buffer<T>(x.width);
     for (int64_t row = first; row < last; ++row) {
       p.apply_backward(1, x.data + row * x.width, gp + row * p.in, own, nullptr, nullptr);
@@ -163,7 +158,7 @@ void Network<T>::backward_attend(const Instruction& i, const Team& team) const {
                                in.grad, own, space);
   });
   team.wait();
-  team.rows(graph.num_atoms, [&](int64_t begin, int64_t end) {
+  share(team, atoms(), [&](int64_t begin, int64_t end) {
     for (int64_t atom = begin; atom < end; ++atom)
       for (int64_t e = graph.starts[atom]; e < graph.starts[atom + 1]; ++e)
         for (int64_t head = 0; head < i.out_width; ++head)
@@ -176,7 +171,7 @@ void Network<T>::backward_rows(const Instruction& i, const Team& team) const {
   if (i.op == Op::look_up) return;
   const View y = view(i.out), x = i.in.there() ? view(i.in) : y;
   if (i.in.there() && !buffers[i.in.buffer].differentiable) return;
-  team.rows(y.rows, [&](int64_t begin, int64_t end) {
+  share(team, y, [&](int64_t begin, int64_t end) {
     const Projection<T> p = layer(i, x.width);
     T* own = thread_buffer<T>(x.width);
     for (int64_t row = begin; row < end; ++row) {
@@ -205,7 +200,7 @@ void Network<T>::backward_read(const Instruction& i, const Team& team) const {
   const View x = view(i.in);
   const Projection<T> p = layer(i, x.width);
   const T* matrix = weights + i.weight;
-  team.rows(x.rows, [&](int64_t begin, int64_t end) {
+  share(team, x, [&](int64_t begin, int64_t end) {
     T* made = thread_buffer<T>(p.in + x.width);
     T* own = made + p.in;
     for (int64_t row = begin; row < end; ++row) {
