@@ -18,6 +18,7 @@ from .operators import (
     silu,
     swiglu,
     usable,
+    weigh_edges,
 )
 
 __all__ = [
@@ -38,4 +39,5 @@ __all__ = [
     "silu",
     "swiglu",
     "usable",
+    "weigh_edges",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .operators import lanes, pack
 
-__all__ = ["Instructions", "Listing", "Part", "Rows", "Row", "frozen_network"]
+__all__ = ["Instructions", "Listing", "Part", "Row", "Rows", "frozen_network"]
 
 
 class Part(IntEnum):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 from pet_finetune import kernels
 from pet_finetune.data.batch import Batch
 from pet_finetune.kernels.listing import Instructions, frozen_network
-from pet_finetune.nn.attention import weigh_keys
+from pet_finetune.nn.attention import SMALLEST_FACTOR, weigh_keys
+from pet_finetune.nn.neighborhood import TINY
 
 from .listed import list_network
 from .potential import Potential
@@ -18,6 +20,9 @@ from .prediction import Prediction, forces_of, stress_of
 
 #: Up to so many atoms and edges together the operators' surroundings cost more than they do.
 MOST_ROWS = 2048
+
+#: Inputs of the network of each edge, and indices, to what ``frozen_network`` returns.
+Run = Callable[[list[Tensor], tuple[Tensor, ...]], list[Tensor]]
 
 
 class FrozenEnergy:
@@ -63,30 +68,65 @@ class FrozenEnergy:
     def _predict(self, instructions: Instructions, batch: Batch, stress: bool) -> Prediction:
         potential, network = self._potential, self._potential.network
         scale = potential.scale.get(self._target).to(batch.edge_vectors)
-        with torch.enable_grad():
-            vectors = batch.edge_vectors.detach().requires_grad_()
-            batch = replace(batch, edge_vectors=vectors)
-            hood = network.neighborhood(batch)
-            keys = weigh_keys(hood.factors, hood.layout)
-            repulsion = potential._repulsion(batch)
-        species = network.species_to_species_index[batch.numbers]
         condition = None
         if network.system_conditioning is not None:
             with torch.no_grad():
                 condition = network.system_conditioning(
                     batch.charges, batch.spins, batch.structure_index
                 )
-        edges = [hood.vectors, hood.distances, keys.logarithms, hood.factors]
-        raw, *found = frozen_network(
-            instructions,
-            edges,
-            [species, hood.centers, hood.neighbors, hood.reverse],
-            condition,
-            scale.expand(batch.num_atoms),
-        )
-        learned: Tensor = raw * scale
+
+        def run(edges: list[Tensor], indices: tuple[Tensor, ...]) -> list[Tensor]:
+            species = network.species_to_species_index[batch.numbers]
+            weights = scale.expand(batch.num_atoms)
+            return frozen_network(instructions, edges, [species, *indices], condition, weights)
+
+        plain = potential.zbl is not None or network.options.num_neighbors_adaptive is not None
+        derive = self._by_autograd if plain else self._by_hand
+        raw, repulsion, gradient = derive(batch, run)
+        learned = raw * scale
         if repulsion is not None:
-            learned = learned + repulsion.detach()
-            edges, found = [*edges, repulsion], [*found, torch.ones_like(repulsion)]
-        (gradient,) = torch.autograd.grad(edges, vectors, found, materialize_grads=True)
+            learned = learned + repulsion
         return potential._prediction(batch, self._target, learned, gradient, True, stress)
+
+    def _by_hand(self, batch: Batch, run: Run) -> tuple[Tensor, None, Tensor]:
+        """The network's outputs, and the gradient of the energy by the edge vectors, [n_edges, 3].
+
+        With one cutoff for all edges, what lies between these and the network's inputs is short.
+        """
+        options = self._potential.hypers
+        vectors, numbers, indices, which = kernels.weigh_edges(
+            batch.edge_vectors,
+            batch.centers,
+            batch.neighbors,
+            batch.reverse,
+            cutoff=options.cutoff,
+            width=options.cutoff_width,
+            cosine=options.cutoff_function == "Cosine",
+            smallest=SMALLEST_FACTOR,
+            tiny=TINY,
+        )
+        distances, logarithms, factors, log_slopes, slopes = numbers.unbind(0)
+        raw, by_vectors, by_distances, by_logarithms, by_factors = run(
+            [vectors, distances, logarithms, factors], indices
+        )
+        pull = by_distances.addcmul_(by_logarithms, log_slopes).addcmul_(by_factors, slopes)
+        gradient = by_vectors.addcmul_(vectors, (pull / distances).unsqueeze(-1))
+        if len(gradient) < batch.num_edges:
+            gradient = torch.zeros_like(batch.edge_vectors).index_copy_(0, which, gradient)
+        return raw, None, gradient
+
+    def _by_autograd(self, batch: Batch, run: Run) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The same, with the repulsion of atoms [n_atoms], for cutoffs of any kind."""
+        with torch.enable_grad():
+            batch = replace(batch, edge_vectors=batch.edge_vectors.detach().requires_grad_())
+            hood = self._potential.network.neighborhood(batch)
+            keys = weigh_keys(hood.factors, hood.layout)
+            repulsion = self._potential._repulsion(batch)
+        edges = [hood.vectors, hood.distances, keys.logarithms, hood.factors]
+        raw, *found = run(edges, (hood.centers, hood.neighbors, hood.reverse))
+        if repulsion is not None:
+            edges, found = [*edges, repulsion], [*found, torch.ones_like(repulsion)]
+        (gradient,) = torch.autograd.grad(
+            edges, batch.edge_vectors, found, materialize_grads=True
+        )
+        return raw, None if repulsion is None else repulsion.detach(), gradient
