@@ -75,6 +75,7 @@ class Instructions(NamedTuple):
         code, numbers: the instructions.
         shapes: those of the buffers.
         condition_width: of the rows that an evaluation brings along; 0 for none.
+        species: how many each table has a row for.
     """
 
     weights: Tensor
@@ -82,6 +83,7 @@ class Instructions(NamedTuple):
     numbers: Tensor
     shapes: Tensor
     condition_width: int
+    species: int
 
 
 @dataclass
@@ -99,6 +101,7 @@ class Listing:
     _numbers: list[float] = field(default_factory=list)
     _shapes: list[tuple[Part, int]] = field(default_factory=list)
     _condition_width: int = 0
+    _species: int = 0
 
     def buffer(self, part: Part, width: int) -> Rows:
         """A new buffer with a row for each atom, edge, or both."""
@@ -165,6 +168,7 @@ class Listing:
 
     def look_up(self, out: Rows, column: int, table: Tensor) -> None:
         """Rows of a table by the species of atoms, or of edges' neighbours, to columns."""
+        self._species = len(table)
         self._add(_Op.LOOK_UP, None, out, None, table.shape[1], 0, 0, self._keep(table), column)
 
     def condition(self, x: Rows) -> Rows:
@@ -189,6 +193,7 @@ class Listing:
             torch.tensor(self._numbers, dtype=torch.float64),
             torch.tensor(self._shapes, dtype=torch.int64),
             self._condition_width,
+            self._species,
         )
 
     def _keep(self, tensor: Tensor | None) -> int:
@@ -240,5 +245,6 @@ def frozen_network(
         gradient,
         instructions.weights,
         [instructions.code, instructions.numbers, instructions.shapes],
+        instructions.species,
     )
     return results

@@ -16,7 +16,7 @@ from pet_finetune.nn.neighborhood import TINY
 
 from .listed import list_network
 from .potential import Potential
-from .prediction import Prediction, forces_of, stress_of
+from .prediction import Prediction
 
 #: Up to so many atoms and edges together the operators' surroundings cost more than they do.
 MOST_ROWS = 2048
@@ -126,7 +126,5 @@ class FrozenEnergy:
         raw, *found = run(edges, (hood.centers, hood.neighbors, hood.reverse))
         if repulsion is not None:
             edges, found = [*edges, repulsion], [*found, torch.ones_like(repulsion)]
-        (gradient,) = torch.autograd.grad(
-            edges, batch.edge_vectors, found, materialize_grads=True
-        )
+        (gradient,) = torch.autograd.grad(edges, batch.edge_vectors, found, materialize_grads=True)
         return raw, None if repulsion is None else repulsion.detach(), gradient

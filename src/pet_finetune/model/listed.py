@@ -90,8 +90,12 @@ def _block(to: Listing, block: Block, nodes: Rows, edges: Rows) -> tuple[Rows, R
     if block.post_norm:
         mixed = _attention(to, block.attention, tokens, None)
         weight, bias = _weights(block.attention.output_linear)
-        tokens = to.norm(to.project(mixed, weight, bias, residual=tokens), _row(block.norm_attention, to))
-        tokens = to.norm(_feed_forward(to, block.mlp, tokens, None, tokens), _row(block.norm_mlp, to))
+        tokens = to.norm(
+            to.project(mixed, weight, bias, residual=tokens), _row(block.norm_attention, to)
+        )
+        tokens = to.norm(
+            _feed_forward(to, block.mlp, tokens, None, tokens), _row(block.norm_mlp, to)
+        )
         new_centers, new_edges = tokens.of(Part.ATOMS), tokens.of(Part.EDGES)
     else:
         mixed = _attention(to, block.attention, tokens, _row(block.norm_attention, to))
@@ -114,9 +118,7 @@ def _attention(to: Listing, attention: Attention, tokens: Rows, norm: Row | None
     return to.attend(qkv, attention.num_heads, attention.scale)
 
 
-def _feed_forward(
-    to: Listing, mlp: FeedForward, x: Rows, norm: Row | None, residual: Rows
-) -> Rows:
+def _feed_forward(to: Listing, mlp: FeedForward, x: Rows, norm: Row | None, residual: Rows) -> Rows:
     hidden = _project(to, mlp.w_in, x, norm)
     return _project(to, mlp.w_out, hidden, _row(mlp.activation, to), residual)
 
@@ -132,9 +134,7 @@ def _combine(to: Listing, network: PET, index: int, edges: Rows, messages: Rows)
     return _chain(to, network.combination_mlps[index], both, norm, total)
 
 
-def _read_out(
-    to: Listing, network: PET, target: str, index: int, nodes: Rows, edges: Rows
-) -> None:
+def _read_out(to: Listing, network: PET, target: str, index: int, nodes: Rows, edges: Rows) -> None:
     node_heads, edge_heads, node_last, edge_last = network.head_modules(target).values()
     for x, heads, last in ((nodes, node_heads, node_last), (edges, edge_heads, edge_last)):
         layers = list(_sequence(heads[index]))

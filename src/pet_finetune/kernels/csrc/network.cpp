@@ -59,7 +59,7 @@ Tensor starts_of(const Tensor& centers, int64_t atoms) {
 }
 
 void check(const Given& given, const Tensor& weights, const Tensor& code, const Tensor& numbers,
-           const Tensor& shapes) {
+           const Tensor& shapes, int64_t species) {
   const int64_t atoms = given.species.size(0), edges = given.centers.size(0);
   const char* name = "frozen_network";
   check_like(given.vectors, weights, {edges, 3}, name);
@@ -76,6 +76,7 @@ void check(const Given& given, const Tensor& weights, const Tensor& code, const 
   };
   TORCH_CHECK(within(given.neighbors, atoms) && within(given.reverse, edges), name,
               ": an index is beyond the atoms or edges");
+  TORCH_CHECK(within(given.species, species), name, ": a species is beyond those known");
   TORCH_CHECK(code.is_contiguous() && code.dim() == 2 && code.size(1) == Instruction::kFields &&
               numbers.numel() == code.size(0) && shapes.is_contiguous() && shapes.dim() == 2 &&
               weights.is_contiguous(), name, ": these are no instructions");
@@ -85,13 +86,14 @@ void check(const Given& given, const Tensor& weights, const Tensor& code, const 
 // distances, logarithms and factors. No autograd: what could be differentiated comes back.
 variable_list frozen_network(const variable_list& edges, const variable_list& indices,
                              const std::optional<Tensor>& condition, const Tensor& gradient,
-                             const Tensor& weights, const variable_list& list) {
+                             const Tensor& weights, const variable_list& list,
+                             int64_t species) {
   TORCH_CHECK(edges.size() == 4 && indices.size() == 4 && list.size() == 3, "frozen_network");
   const auto plain = [](const Tensor& t) { return t.detach().contiguous(); };
   const Given given{plain(edges[0]),   plain(edges[1]),   plain(edges[2]),   plain(edges[3]),
                     plain(indices[0]), plain(indices[1]), plain(indices[2]), plain(indices[3]),
                     condition.has_value() ? plain(*condition) : Tensor(), plain(gradient)};
-  check(given, weights, list[0], list[1], list[2]);
+  check(given, weights, list[0], list[1], list[2], species);
   const Tensor starts = starts_of(given.centers, given.species.size(0));
   variable_list results{at::zeros_like(given.gradient)};
   for (size_t k = 0; k < 4; ++k) results.push_back(at::zeros_like(plain(edges[k])));
@@ -105,7 +107,7 @@ variable_list frozen_network(const variable_list& edges, const variable_list& in
 
 TORCH_LIBRARY_FRAGMENT(pet_finetune, m) {
   m.def("frozen_network(Tensor[] edges, Tensor[] indices, Tensor? condition, Tensor gradient,"
-        " Tensor weights, Tensor[] list) -> Tensor[]", &frozen_network);
+        " Tensor weights, Tensor[] list, int species) -> Tensor[]", &frozen_network);
 }
 
 }  // namespace pet
