@@ -23,6 +23,7 @@ from pet_finetune import kernels
 from pet_finetune.adapters import AdaptedPotential
 from pet_finetune.adapters.committee import Committee, CommitteePrediction
 from pet_finetune.adapters.committee_files import Adapters
+from pet_finetune.adapters.committee_results import COMMITTEE_PROPERTIES, committee_results
 from pet_finetune.checkpoint import open_adapted, open_committee
 from pet_finetune.data.batch import Batch
 from pet_finetune.data.computable import charge_and_spin, check_atoms
@@ -41,11 +42,6 @@ from pet_finetune.model.frozen import FrozenEnergy
 
 __all__ = ["PETCalculator"]
 
-#: What a committee computes beside the properties of ASE.
-COMMITTEE_PROPERTIES = (
-    *("energy_uncertainty", "forces_uncertainty", "stress_uncertainty"),
-    *("energy_ensemble", "forces_ensemble", "stress_ensemble"),
-)
 #: Of what a structure has, this is not read by the potential.
 _IGNORED = {"initial_charges", "initial_magmoms"}
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -290,7 +286,7 @@ class PETCalculator(Calculator):
         if prediction.stress is not None:
             self.results["stress"] = full_3x3_to_voigt_6_stress(_to_numpy(prediction.stress[0]))
         if isinstance(prediction, CommitteePrediction):
-            self.results.update(_of_committee(prediction))
+            self.results.update(committee_results(prediction))
 
     def _predict(self, batch: Batch, stress: bool) -> Prediction:
         if isinstance(self._model, Potential):
@@ -340,28 +336,6 @@ def _plain(
             "of its own. Give its checkpoint instead."
         )
     return model
-
-
-def _of_committee(prediction: CommitteePrediction) -> dict[str, Any]:
-    """What :data:`COMMITTEE_PROPERTIES` names, for the one structure of a prediction."""
-    members, forces, stress = (
-        prediction.members,
-        prediction.uncertainty("forces"),
-        prediction.members.stress,
-    )
-    assert members.forces is not None
-    results = {
-        "energy_uncertainty": float(prediction.uncertainty("energy")[0]),
-        # Of an atom, the root mean square over the components: the error to expect of each.
-        "forces_uncertainty": _to_numpy(forces.square().mean(-1).sqrt()),
-        "energy_ensemble": _to_numpy(members.energy[:, 0]),
-        "forces_ensemble": _to_numpy(members.forces),
-    }
-    if stress is not None:
-        uncertainty = _to_numpy(prediction.uncertainty("stress")[0])
-        results["stress_uncertainty"] = full_3x3_to_voigt_6_stress(uncertainty)
-        results["stress_ensemble"] = full_3x3_to_voigt_6_stress(_to_numpy(stress[:, 0]))
-    return results
 
 
 def _choose_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

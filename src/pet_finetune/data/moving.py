@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from ase import Atoms
@@ -18,6 +20,16 @@ __all__ = ["MovingAtoms", "Origin"]
 Origin = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
+class _Fixed(NamedTuple):
+    """The parts of a batch that stay as they are while atoms and cell move."""
+
+    numbers: Tensor
+    structure_index: Tensor
+    charges: Tensor
+    spins: Tensor
+    frames: Tensor
+
+
 class MovingAtoms:
     """Makes batches of one structure; what has not changed since the last one is used again.
 
@@ -30,7 +42,7 @@ class MovingAtoms:
         self._latest: NeighborList | None = None
         self._pairs: NeighborList | None = None
         self._numbers = np.empty(0, dtype=np.int64)
-        self._fixed: dict[str, Tensor] = {}
+        self._fixed: _Fixed | None = None
         self._made_for: object = None
 
     def fresh(self) -> MovingAtoms:
@@ -64,23 +76,23 @@ class MovingAtoms:
             reverse=self._pairs.reverse,
             cells=cells.to(device=device, dtype=dtype),
             labels={},
-            **self._without_geometry(atoms, charge, spin, device),
+            **self._without_geometry(atoms, charge, spin, device)._asdict(),
         )
 
     def _without_geometry(
         self, atoms: Atoms, charge: int, spin: int, device: torch.device
-    ) -> dict[str, Tensor]:
-        """The parts of a batch that stay as they are while atoms and cell move."""
+    ) -> _Fixed:
         made_for = charge, spin, device
-        if made_for != self._made_for or not np.array_equal(atoms.numbers, self._numbers):
+        same = made_for == self._made_for and np.array_equal(atoms.numbers, self._numbers)
+        if self._fixed is None or not same:
             self._numbers, self._made_for = atoms.numbers.astype(np.int64), made_for
-            self._fixed = {
-                "numbers": torch.tensor(self._numbers, device=device),
-                "structure_index": torch.zeros(len(atoms), dtype=torch.int64, device=device),
-                "charges": torch.tensor([charge], device=device),
-                "spins": torch.tensor([spin], device=device),
-                "frames": torch.zeros(1, dtype=torch.int64, device=device),
-            }
+            self._fixed = _Fixed(
+                numbers=torch.tensor(self._numbers, device=device),
+                structure_index=torch.zeros(len(atoms), dtype=torch.int64, device=device),
+                charges=torch.tensor([charge], device=device),
+                spins=torch.tensor([spin], device=device),
+                frames=torch.zeros(1, dtype=torch.int64, device=device),
+            )
         return self._fixed
 
     def contacts(self, atoms: Atoms) -> Contacts | None:
