@@ -34,9 +34,10 @@ DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
 @pytest.fixture(autouse=True)
-def _fused():
+def _fused(monkeypatch):
     if not kernels.active():
         pytest.skip("the fused kernels are not in use here")
+    monkeypatch.setattr(module, "MOST_ROWS", 1_000_000)
 
 
 def assert_same(model: Potential, structures: list[Atoms], margin: float = 0.0) -> None:

@@ -18,8 +18,9 @@ from .listed import list_network
 from .potential import Potential
 from .prediction import Prediction
 
-#: Up to so many atoms and edges together the operators' surroundings cost more than they do.
-MOST_ROWS = 2048
+#: Up to so many atoms and edges together the list is the faster way, as measured; beyond it the
+#: modules are, whose operators take a few rows at a time from norm to product.
+MOST_ROWS = 400
 
 #: Inputs of the network of each edge, and indices, to what ``frozen_network`` returns.
 Run = Callable[[list[Tensor], tuple[Tensor, ...]], list[Tensor]]
