@@ -10,7 +10,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from ase import Atoms
-from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
+from ase.calculators.calculator import (
+    Calculator,
+    PropertyNotImplementedError,
+    all_changes,
+    equal,
+)
 from ase.stress import full_3x3_to_voigt_6_stress
 from torch import Tensor
 
@@ -18,12 +23,16 @@ from pet_finetune import kernels
 from pet_finetune.adapters import AdaptedPotential
 from pet_finetune.adapters.committee import Committee, CommitteePrediction
 from pet_finetune.adapters.committee_files import Adapters
+from pet_finetune.adapters.committee_results import (
+    COMMITTEE_PROPERTIES,
+    OF_MEMBERS,
+    committee_results,
+)
 from pet_finetune.checkpoint import open_adapted, open_committee
 from pet_finetune.data.batch import Batch
 from pet_finetune.data.computable import charge_and_spin, check_atoms
-from pet_finetune.data.contacts import Contacts, find_contacts
-from pet_finetune.data.neighbors import NeighborList, edge_vectors
-from pet_finetune.data.skin import SkinNeighbors
+from pet_finetune.data.contacts import Contacts
+from pet_finetune.data.moving import MovingAtoms, Origin
 from pet_finetune.device import choose_device
 from pet_finetune.errors import AdapterError, ConfigError, DataError
 from pet_finetune.model import Potential, Prediction
@@ -33,16 +42,12 @@ from pet_finetune.model.direct import (
     direct_targets,
     predict_direct,
 )
+from pet_finetune.model.frozen import FrozenEnergy
 
 __all__ = ["PETCalculator"]
 
-#: What a committee computes beside the properties of ASE.
-COMMITTEE_PROPERTIES = (
-    *("energy_uncertainty", "forces_uncertainty", "stress_uncertainty"),
-    *("energy_ensemble", "forces_ensemble", "stress_ensemble"),
-)
-#: Those that take the derivatives of each member.
-_OF_MEMBERS = frozenset(COMMITTEE_PROPERTIES) - {"energy_uncertainty", "energy_ensemble"}
+#: Of what a structure has, this is not read by the potential.
+_IGNORED = {"initial_charges", "initial_magmoms"}
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -79,7 +84,7 @@ class PETCalculator(Calculator):
     # ASE declares both of these as attributes that instances may change.
     implemented_properties = ["energy", "free_energy", "energies", "forces", "stress"]  # noqa: RUF012
     # The potential does not read them, so setting them costs no evaluation.
-    ignored_changes = {"initial_charges", "initial_magmoms"}  # noqa: RUF012
+    ignored_changes = _IGNORED
     name = "pet"
 
     def __init__(
@@ -126,9 +131,8 @@ class PETCalculator(Calculator):
         self._target = self._choose_target()
         self._direct = self._choose_direct()
         self._conditioned = potential.hypers.system_conditioning
-        self._neighbors = SkinNeighbors(potential.cutoff, float(skin))
-        self._latest: NeighborList | None = None
-        self._pairs: NeighborList | None = None
+        self._moving = MovingAtoms(potential.cutoff, float(skin))
+        self._frozen: FrozenEnergy | None = None
 
     @property
     def model(self) -> Potential | Committee:
@@ -183,27 +187,22 @@ class PETCalculator(Calculator):
 
         :raises DataError: nothing was computed yet.
         """
-        if self.atoms is None or self._latest is None:
+        found = None if self.atoms is None else self._moving.contacts(self.atoms)
+        if found is None:
             raise DataError("There is no structure yet: compute one.")
-        positions, cell, _ = _geometry(self.atoms)
-        return find_contacts(positions, cell, self._latest, self._model.cutoff)
+        return found
 
     @property
-    def neighbor_origin(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    def neighbor_origin(self) -> Origin | None:
         """Positions, cell and pbc for which the neighbour list in use was built; None before one.
 
         Setting what another calculator had here makes this one go on to the same last bit.
         """
-        origin = self._neighbors.origin
-        if origin is None:
-            return None
-        positions, cell, pbc = (tensor.numpy().copy() for tensor in origin)
-        return positions, cell, pbc
+        return self._moving.origin
 
     @neighbor_origin.setter
-    def neighbor_origin(self, origin: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
-        positions, cell, pbc = (torch.from_numpy(np.array(array)) for array in origin)
-        self._neighbors.rebuild(positions, cell, pbc)
+    def neighbor_origin(self, origin: Origin) -> None:
+        self._moving.rebuild(origin)
         self.reset()
 
     def _switchable(self) -> AdaptedPotential:
@@ -217,6 +216,7 @@ class PETCalculator(Calculator):
     def _switched(self) -> None:
         """What was computed is of another model."""
         self.reset()
+        self._frozen = None
         self._target = self._choose_target()
         self._direct = self._choose_direct()
 
@@ -238,10 +238,26 @@ class PETCalculator(Calculator):
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """What changed since the last calculation; counts charge and spin where they matter."""
-        changes: list[str] = super().check_state(atoms, tol=tol)
+        changes = self._changes(atoms, tol)
         if not changes and self.atoms is not None:
             same = self._charge_and_spin(self.atoms) == self._charge_and_spin(atoms)
             return [] if same else ["info"]
+        return changes
+
+    def _changes(self, atoms: Atoms, tol: float) -> list[str]:
+        """What ASE finds to have changed; in a simulation it is asked several times a step."""
+        known = self.atoms
+        if (
+            known is not None
+            and self.ignored_changes >= _IGNORED
+            and np.array_equal(known.numbers, atoms.numbers)
+            and np.array_equal(known.cell.array, atoms.cell.array)
+            and np.array_equal(known.pbc, atoms.pbc)
+        ):
+            same = np.array_equal(known.positions, atoms.positions)
+            same = same or equal(known.positions, atoms.positions, atol=tol)
+            return [] if same else ["positions"]
+        changes: list[str] = super().check_state(atoms, tol=tol)
         return changes
 
     def calculate(
@@ -269,7 +285,7 @@ class PETCalculator(Calculator):
             )
         self.reset()  # nothing of the last structure is left should this one be refused
         check_atoms(atoms, self._model.species)
-        members = not self._spread_when_asked or not _OF_MEMBERS.isdisjoint(properties or ())
+        members = not self._spread_when_asked or not OF_MEMBERS.isdisjoint(properties or ())
         prediction = self._predict(self._batch(atoms), periodic, members)
         super().calculate(atoms, properties, system_changes)
         assert prediction.forces is not None
@@ -283,38 +299,24 @@ class PETCalculator(Calculator):
         if prediction.stress is not None:
             self.results["stress"] = full_3x3_to_voigt_6_stress(_to_numpy(prediction.stress[0]))
         if isinstance(prediction, CommitteePrediction):
-            self.results.update(_of_committee(prediction))
+            self.results.update(committee_results(prediction))
 
     def _predict(self, batch: Batch, stress: bool, members: bool) -> Prediction:
         if isinstance(self._model, Committee):
             return self._model.predict(batch, self._target, stress=stress, spread=members)
-        if self._direct is not None and isinstance(self._model, Potential):
+        if self._direct is not None:
             return predict_direct(self._model, batch, self._target, self._direct, stress)
+        if self._frozen is None:
+            self._frozen = FrozenEnergy(self._model, self._target)
+        prediction = self._frozen.predict(batch, stress=stress)
+        if prediction is not None:
+            return prediction
         return self._model.predict(batch, self._target, forces=True, stress=stress)
 
     def _batch(self, atoms: Atoms) -> Batch:
         """The structure as the model's input; its edges reach as far as the skin."""
-        device, dtype = self._device, self._model.dtype
-        positions, cell, pbc = _geometry(atoms)
-        pairs = self._neighbors.update(positions, cell, pbc)
-        if self._pairs is None or pairs is not self._latest:
-            self._latest, self._pairs = pairs, _move(pairs, device)
         charge, spin = self._charge_and_spin(atoms)
-        # Differences of positions are taken in double precision, whatever the model's.
-        vectors = edge_vectors(positions.to(device), cell.to(device), self._pairs)
-        return Batch(
-            numbers=torch.tensor(atoms.numbers, dtype=torch.int64, device=device),
-            edge_vectors=vectors.to(dtype),
-            centers=self._pairs.centers,
-            neighbors=self._pairs.neighbors,
-            reverse=self._pairs.reverse,
-            structure_index=torch.zeros(len(atoms), dtype=torch.int64, device=device),
-            cells=cell.unsqueeze(0).to(device=device, dtype=dtype),
-            charges=torch.tensor([charge], device=device),
-            spins=torch.tensor([spin], device=device),
-            labels={},
-            frames=torch.zeros(1, dtype=torch.int64, device=device),
-        )
+        return self._moving.batch(atoms, charge, spin, self._device, self._model.dtype)
 
     def _charge_and_spin(self, atoms: Atoms) -> tuple[int, int]:
         if not self._conditioned:
@@ -325,8 +327,8 @@ class PETCalculator(Calculator):
     def __getstate__(self) -> dict[str, Any]:
         """Without the neighbour list, and with the model on the CPU: any machine can open it."""
         state = self.__dict__.copy()
-        state["_neighbors"] = SkinNeighbors(self._neighbors.cutoff, self._neighbors.skin)
-        state["_latest"] = state["_pairs"] = None
+        state["_moving"] = self._moving.fresh()
+        state["_frozen"] = None
         if self._device.type != "cpu":
             memo: dict[int, Any] = {}
             state["_model"] = copy.deepcopy(self._model, memo).to("cpu")
@@ -337,14 +339,6 @@ class PETCalculator(Calculator):
         self.__dict__.update(state)
         self._device = choose_device(self._wanted_device)
         self._model.to(self._device)
-
-
-def _geometry(atoms: Atoms) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions, cell (zero where not periodic) and pbc of a structure."""
-    positions = torch.tensor(atoms.positions, dtype=torch.float64)
-    pbc = torch.tensor(atoms.pbc, dtype=torch.bool)
-    cell = torch.tensor(atoms.cell.array, dtype=torch.float64)
-    return positions, torch.where(pbc.unsqueeze(1), cell, 0.0), pbc
 
 
 def _plain(
@@ -358,39 +352,11 @@ def _plain(
     return model
 
 
-def _of_committee(prediction: CommitteePrediction) -> dict[str, Any]:
-    """What :data:`COMMITTEE_PROPERTIES` names, for the one structure of a prediction."""
-    members = prediction.members
-    results = {
-        "energy_uncertainty": float(prediction.uncertainty("energy")[0]),
-        "energy_ensemble": _to_numpy(members.energy[:, 0]),
-    }
-    if members.forces is not None:
-        # Of an atom, the root mean square over the components: the error to expect of each.
-        forces = prediction.uncertainty("forces").square().mean(-1).sqrt()
-        results["forces_uncertainty"] = _to_numpy(forces)
-        results["forces_ensemble"] = _to_numpy(members.forces)
-    if members.stress is not None:
-        uncertainty = _to_numpy(prediction.uncertainty("stress")[0])
-        results["stress_uncertainty"] = full_3x3_to_voigt_6_stress(uncertainty)
-        results["stress_ensemble"] = full_3x3_to_voigt_6_stress(_to_numpy(members.stress[:, 0]))
-    return results
-
-
 def _choose_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and chosen not in _DTYPES.values():
         raise ConfigError(f"dtype: '{dtype}' is not one of {', '.join(_DTYPES)}.")
     return chosen
-
-
-def _move(pairs: NeighborList, device: torch.device) -> NeighborList:
-    return NeighborList(
-        pairs.centers.to(device),
-        pairs.neighbors.to(device),
-        pairs.shifts.to(device),
-        pairs.reverse.to(device),
-    )
 
 
 def _to_numpy(tensor: Tensor) -> np.ndarray:

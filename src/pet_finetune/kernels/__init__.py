@@ -20,6 +20,7 @@ from .operators import (
     silu,
     swiglu,
     usable,
+    weigh_edges,
 )
 
 __all__ = [
@@ -43,4 +44,5 @@ __all__ = [
     "silu",
     "swiglu",
     "usable",
+    "weigh_edges",
 ]

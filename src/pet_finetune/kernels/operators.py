@@ -155,3 +155,36 @@ def grouped_projection(
         x, packed, bias, leading, prologue, norm_weight, norm_bias, eps, residual
     )
     return out
+
+
+def weigh_edges(
+    vectors: Tensor,
+    centers: Tensor,
+    neighbors: Tensor,
+    reverse: Tensor,
+    *,
+    cutoff: float,
+    width: float,
+    cosine: bool,
+    smallest: float,
+    tiny: float,
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor], Tensor]:
+    """The edges within a cutoff and how much they count; nothing of it is known to autograd.
+
+    Args:
+        vectors: [n_edges, 3].
+        centers, neighbors, reverse: [n_edges] int64.
+        cutoff, width: where the factors end, and over which length they fall.
+        cosine: the cosine instead of the bump.
+        smallest: the logarithms are of factors of at least this.
+        tiny: under the root of the distances.
+
+    Returns:
+        The vectors of the edges that are left [n, 3]; distances, logarithms, factors and the
+        derivatives of these two by the distance [5, n]; centres, neighbours and reverse [n]; and
+        which edges they are [n], empty where all are left.
+    """
+    left, numbers, *indices, which = torch.ops.pet_finetune.weigh_edges(
+        vectors, centers, neighbors, reverse, cutoff, width, cosine, smallest, tiny
+    )
+    return left, numbers, (indices[0], indices[1], indices[2]), which

@@ -16,7 +16,7 @@ from .prompt import Prompt
 from .rowwise import Prologue
 
 # Cutoff factors below this count as this: the logarithm of a vanished edge stays finite.
-_SMALLEST_FACTOR = 1e-15
+SMALLEST_FACTOR = 1e-15
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Keys:
 
 def weigh_keys(factors: Tensor, layout: Layout) -> Keys:
     """The keys of edges with cutoff factors [n_edges]."""
-    return Keys(torch.log(factors.clamp_min(_SMALLEST_FACTOR)), layout)
+    return Keys(torch.log(factors.clamp_min(SMALLEST_FACTOR)), layout)
 
 
 def attend(qkv: Tensor, keys: Keys, heads: int, scale: float) -> Tensor:

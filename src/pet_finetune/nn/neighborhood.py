@@ -19,7 +19,7 @@ from .cutoff import CUTOFF_FUNCTIONS
 from .gather import pad_rows, permute_rows, unpad_rows
 
 # Added under the square root so that its derivative stays finite; part of the trained model.
-_TINY = 1e-15
+TINY = 1e-15
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def build_neighborhood(
         num_neighbors_adaptive: wanted neighbours per atom; None for one cutoff for all.
         adaptive_method: ``solver`` or ``grid``.
     """
-    distances = torch.linalg.vector_norm(vectors, dim=-1) + _TINY
+    distances = torch.linalg.vector_norm(vectors, dim=-1) + TINY
     within = distances <= cutoff
     if not bool(within.all()):
         kept, reverse = keep_edges(within, reverse)
@@ -169,7 +169,7 @@ def build_neighborhood(
     factors = CUTOFF_FUNCTIONS[cutoff_function](distances, radii, cutoff_width)
     return Neighborhood(
         vectors=vectors,
-        distances=torch.sqrt(torch.sum(vectors**2, dim=-1) + _TINY),
+        distances=torch.sqrt(torch.sum(vectors**2, dim=-1) + TINY),
         factors=factors,
         centers=centers,
         neighbors=neighbors,

@@ -177,20 +177,25 @@ class Head {
 };
 
 template <typename T>
+void attention_head_forward(const Tokens& tokens, int64_t atom, int h, T scale, const T* qkv,
+                            const T* bias, T* out, Workspace<T>& space) {
+  const int64_t d = tokens.width();
+  space.resize(tokens.count(atom), tokens.head_width);
+  Head<T> head(tokens, atom, h, space);
+  const T* q = head.read(qkv, 3 * d, 0, scale);
+  const T* k = head.transpose(head.read(qkv, 3 * d, d));
+  const T* v = head.read(qkv, 3 * d, 2 * d);
+  const T* p = head.probabilities(q, k, head.read_bias(bias));
+  T* o = space.tall();
+  head.mix(p, v, o);
+  head.write(o, out, d, 0);
+}
+
+template <typename T>
 void attention_forward(const Tokens& tokens, int64_t atom, T scale, const T* qkv, const T* bias,
                        T* out, Workspace<T>& space) {
-  const int64_t d = tokens.width();
-  for (int h = 0; h < tokens.heads; ++h) {
-    space.resize(tokens.count(atom), tokens.head_width);
-    Head<T> head(tokens, atom, h, space);
-    const T* q = head.read(qkv, 3 * d, 0, scale);
-    const T* k = head.transpose(head.read(qkv, 3 * d, d));
-    const T* v = head.read(qkv, 3 * d, 2 * d);
-    const T* p = head.probabilities(q, k, head.read_bias(bias));
-    T* o = space.tall();
-    head.mix(p, v, o);
-    head.write(o, out, d, 0);
-  }
+  for (int h = 0; h < tokens.heads; ++h)
+    attention_head_forward(tokens, atom, h, scale, qkv, bias, out, space);
 }
 
 // Row by row: r = sum(P * D) and G = P * (D - r), in place of D.
@@ -207,34 +212,42 @@ inline void softmax_backward(int64_t n, int64_t np, const T* p, T* square) {
   }
 }
 
+// Adds what the biases receive to `bias_sum`, by token, whole vectors of them.
+template <typename T>
+void attention_head_backward(const Tokens& tokens, int64_t atom, int h, T scale, const T* qkv,
+                             const T* bias, const T* grad, T* grad_qkv, T* bias_sum,
+                             Workspace<T>& space) {
+  const int64_t d = tokens.width();
+  space.resize(tokens.count(atom), tokens.head_width);
+  Head<T> head(tokens, atom, h, space);
+  const T* q = head.read(qkv, 3 * d, 0, scale);
+  const T* k = head.read(qkv, 3 * d, d, scale);
+  const T* kt = head.transpose(head.read(qkv, 3 * d, d));
+  const T* vt = head.transpose(head.read(qkv, 3 * d, 2 * d));
+  const T* go = head.read(grad, d, 0);
+  const T* p = head.probabilities(q, kt, head.read_bias(bias));
+  T* g = space.square();
+  head.outer(go, vt, g);
+  softmax_backward(space.n, space.np, p, g);
+  T* out = space.tall();
+  head.mix(g, k, out);
+  head.write(out, grad_qkv, 3 * d, 0);
+  head.mix_back(g, q, out);
+  head.write(out, grad_qkv, 3 * d, d);
+  head.mix_back(p, go, out);
+  head.write(out, grad_qkv, 3 * d, 2 * d);
+  head.add_columns(g, bias_sum);
+}
+
 template <typename T>
 void attention_backward(const Tokens& tokens, int64_t atom, T scale, const T* qkv, const T* bias,
                         const T* grad, T* grad_qkv, T* grad_bias, Workspace<T>& space,
                         std::vector<T>& bias_sum) {
-  const int64_t d = tokens.width();
   const int64_t count = tokens.count(atom);
   bias_sum.assign(count + Simd<T>::width, T(0));
-  for (int h = 0; h < tokens.heads; ++h) {
-    space.resize(count, tokens.head_width);
-    Head<T> head(tokens, atom, h, space);
-    const T* q = head.read(qkv, 3 * d, 0, scale);
-    const T* k = head.read(qkv, 3 * d, d, scale);
-    const T* kt = head.transpose(head.read(qkv, 3 * d, d));
-    const T* vt = head.transpose(head.read(qkv, 3 * d, 2 * d));
-    const T* go = head.read(grad, d, 0);
-    const T* p = head.probabilities(q, kt, head.read_bias(bias));
-    T* g = space.square();
-    head.outer(go, vt, g);
-    softmax_backward(space.n, space.np, p, g);
-    T* out = space.tall();
-    head.mix(g, k, out);
-    head.write(out, grad_qkv, 3 * d, 0);
-    head.mix_back(g, q, out);
-    head.write(out, grad_qkv, 3 * d, d);
-    head.mix_back(p, go, out);
-    head.write(out, grad_qkv, 3 * d, 2 * d);
-    head.add_columns(g, bias_sum.data());
-  }
+  for (int h = 0; h < tokens.heads; ++h)
+    attention_head_backward(tokens, atom, h, scale, qkv, bias, grad, grad_qkv, bias_sum.data(),
+                            space);
   for (int64_t t = 1; t < count; ++t) grad_bias[tokens.starts[atom] + t - 1] = bias_sum[t];
 }
 

@@ -1,0 +1,150 @@
+"""A potential that is written down as instructions predicts what it predicts module by module."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+
+from models import METHODS, crystal, ethanol, heat, random_potential, trained_adapter
+from pet_finetune import PETCalculator, kernels
+from pet_finetune.data.batch import Batch, batch_from_atoms
+from pet_finetune.model import Potential
+from pet_finetune.model import frozen as module
+from pet_finetune.model.frozen import FrozenEnergy
+
+WIDE = {"d_pet": 32, "d_node": 48, "d_head": 16, "d_feedforward": 32, "num_heads": 2}
+VARIANTS = {
+    "default": {},
+    "two blocks a layer": {"num_attention_layers": 2},
+    "equal widths": {"d_node": 32},
+    "layer norm, silu": {"normalization": "LayerNorm", "activation": "SiLU"},
+    "post norm": {"transformer_type": "PostLN"},
+    "post norm, equal widths": {"transformer_type": "PostLN", "d_node": 32},
+    "residual": {"featurizer_type": "residual"},
+    "cosine": {"cutoff_function": "Cosine"},
+    "adaptive cutoff": {"num_neighbors_adaptive": 4.0},
+    "repulsion": {"zbl": True},
+    "conditioned": {"system_conditioning": True},
+}
+# In float32 both ways are off by a few 1e-5 of the largest value, measured against float64.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4}
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _fused(monkeypatch):
+    if not kernels.active():
+        pytest.skip("the fused kernels are not in use here")
+    monkeypatch.setattr(module, "MOST_ROWS", 1_000_000)
+
+
+def assert_same(model: Potential, structures: list[Atoms], margin: float = 0.0) -> None:
+    """The margin is that of a neighbour list with a skin: edges beyond the cutoff are left out."""
+    model = model.eval().requires_grad_(False)
+    batch = batch_from_atoms(structures, model.cutoff + margin, model.dtype)
+    found = FrozenEnergy(model, "energy").predict(batch, stress=True)
+    assert found is not None
+    with kernels.disabled():
+        wanted = model.predict(batch, forces=True, stress=True)
+    for name, value in vars(wanted).items():
+        size = max(float(value.abs().max()), 1e-30)
+        got = getattr(found, name)
+        assert got.dtype == value.dtype
+        assert not got.requires_grad
+        torch.testing.assert_close(
+            got / size, value / size, atol=TOLERANCE[model.dtype], rtol=0, msg=name
+        )
+
+
+@DTYPES
+@pytest.mark.parametrize("hypers", VARIANTS.values(), ids=VARIANTS)
+def test_every_kind_of_network_is_the_same(hypers, dtype):
+    model = random_potential(**{**WIDE, **hypers}).to(dtype)
+    assert_same(model, [ethanol(), crystal()], margin=0.5)
+
+
+def test_more_rows_than_a_piece_and_odd_numbers_of_threads():
+    model = random_potential(**WIDE)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert_same(model, [crystal().repeat((2, 2, 1)), ethanol()])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_atoms_without_neighbours():
+    alone = Atoms("HO", positions=[[0, 0, 0], [9, 0, 0]])
+    assert_same(random_potential(**WIDE), [alone])
+    assert_same(random_potential(**WIDE), [Atoms("H"), ethanol()])
+
+
+@pytest.mark.parametrize("config", METHODS.values(), ids=METHODS)
+def test_adapters_are_part_of_it_or_left_to_the_modules(config):
+    model = trained_adapter(random_potential(**WIDE), **config)
+    model = model.eval().requires_grad_(False)
+    batch = batch_from_atoms(ethanol(), model.cutoff, model.dtype)
+    found = FrozenEnergy(model, "energy").predict(batch)
+    if "num_prompts" in config:
+        assert found is None
+        return
+    wanted = model.predict(batch)
+    torch.testing.assert_close(found.forces, wanted.forces, atol=1e-10, rtol=0)
+
+
+def test_weights_that_change_are_read_again():
+    model = random_potential(**WIDE).eval().requires_grad_(False)
+    frozen = FrozenEnergy(model, "energy")
+    batch = batch_from_atoms(ethanol(), model.cutoff, torch.float64)
+    before = frozen.predict(batch).energy
+    with torch.no_grad():
+        for parameter in model.network.parameters():
+            parameter.mul_(1.1)
+    after = frozen.predict(batch).energy
+    torch.testing.assert_close(after, model.predict(batch).energy)
+    assert not torch.allclose(before, after)
+
+
+@pytest.mark.parametrize("what", ["narrow", "many", "halves", "off"])
+def test_what_is_left_to_the_modules(what, monkeypatch):
+    hypers = {"d_pet": 8, "d_node": 12, "d_head": 6} if what == "narrow" else {}
+    model = random_potential(**{**WIDE, **hypers}, dtype=torch.float32)
+    model = model.eval().requires_grad_(False)
+    batch = batch_from_atoms(ethanol(), model.cutoff, torch.float32)
+    if what == "many":
+        monkeypatch.setattr(module, "MOST_ROWS", 8)
+    frozen = FrozenEnergy(model, "energy")
+    if what == "off":
+        with kernels.disabled():
+            assert frozen.predict(batch) is None
+    elif what == "halves":
+        with kernels.in_bfloat16():
+            assert frozen.predict(batch) is None
+    else:
+        assert frozen.predict(batch) is None
+
+
+def test_a_calculator_uses_it_and_says_the_same(monkeypatch):
+    calls = []
+    predict = FrozenEnergy.predict
+
+    def counted(self: FrozenEnergy, batch: Batch, **options):
+        found = predict(self, batch, **options)
+        calls.append(found is not None)
+        return found
+
+    monkeypatch.setattr(FrozenEnergy, "predict", counted)
+    model = random_potential(**WIDE)
+    calc = PETCalculator(model, device="cpu")
+    atoms = ethanol()
+    heat(atoms, 300)
+    for _ in range(3):
+        atoms.positions += 0.05 * atoms.get_momenta()
+        forces = calc.get_forces(atoms)
+        with kernels.disabled():
+            wanted = PETCalculator(model, device="cpu").get_forces(atoms)
+        assert np.allclose(forces, wanted, atol=1e-12)
+    assert calls[::2] == [True] * 3
