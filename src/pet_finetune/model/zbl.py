@@ -5,8 +5,7 @@ LAMMPS' ``pair_style zbl`` (https://docs.lammps.org/pair_zbl.html), inner radius
 radius the sum of the covalent radii.
 """
 
-from __future__ import annotations
-
+# No postponed annotations: an export scripts this module, and torch.jit reads types, not strings.
 from collections.abc import Sequence
 
 import torch
@@ -39,7 +38,7 @@ class ZBL(nn.Module):
         self.coulomb, self.length, self.power = _COULOMB, _LENGTH, _POWER
         self.amplitudes, self.decays = list(_AMPLITUDES), list(_DECAYS)
 
-    def rearranged(self, species: Sequence[int]) -> ZBL:
+    def rearranged(self, species: Sequence[int]) -> "ZBL":
         """One for other species; those known today keep their radii."""
         radii = covalent_radii(species).to(self.covalent_radii)
         for index, number in enumerate(species):
