@@ -151,7 +151,7 @@ def _library(path: Path) -> Path:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     # A warning, because that is shown also where nobody set up logging, and the wait needs a word.
-    _LOG.warning("Compiling the CPU kernels, once on this machine: about a minute.")
+    _LOG.warning("Compiling the CPU kernels, once on this machine: a minute or two.")
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=path.parent) as folder, _on_path(ninja.BIN_DIR):
         cpp_extension.load(
