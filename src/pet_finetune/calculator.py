@@ -17,7 +17,6 @@ from ase.calculators.calculator import (
     equal,
 )
 from ase.stress import full_3x3_to_voigt_6_stress
-from torch import Tensor
 
 from pet_finetune import kernels
 from pet_finetune.adapters import AdaptedPotential
@@ -27,6 +26,7 @@ from pet_finetune.adapters.committee_results import (
     COMMITTEE_PROPERTIES,
     OF_MEMBERS,
     committee_results,
+    to_numpy,
 )
 from pet_finetune.checkpoint import open_adapted, open_committee
 from pet_finetune.data.batch import Batch
@@ -293,11 +293,11 @@ class PETCalculator(Calculator):
         self.results = {
             "energy": energy,
             "free_energy": energy,
-            "energies": _to_numpy(prediction.atom_energies),
-            "forces": _to_numpy(prediction.forces),
+            "energies": to_numpy(prediction.atom_energies),
+            "forces": to_numpy(prediction.forces),
         }
         if prediction.stress is not None:
-            self.results["stress"] = full_3x3_to_voigt_6_stress(_to_numpy(prediction.stress[0]))
+            self.results["stress"] = full_3x3_to_voigt_6_stress(to_numpy(prediction.stress[0]))
         if isinstance(prediction, CommitteePrediction):
             self.results.update(committee_results(prediction))
 
@@ -357,8 +357,3 @@ def _choose_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is not None and chosen not in _DTYPES.values():
         raise ConfigError(f"dtype: '{dtype}' is not one of {', '.join(_DTYPES)}.")
     return chosen
-
-
-def _to_numpy(tensor: Tensor) -> np.ndarray:
-    array: np.ndarray = tensor.detach().to("cpu", torch.float64).numpy()
-    return array
