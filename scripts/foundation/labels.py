@@ -8,9 +8,10 @@ from ase.calculators.calculator import CalculationFailed
 from ase.calculators.singlepoint import SinglePointCalculator
 from tblite.ase import TBLite
 
-__all__ = ["MAX_FORCE", "label", "tight_binding"]
+__all__ = ["MAX_FORCE", "WALL_FORCE", "label", "tight_binding"]
 
 MAX_FORCE = 50.0  # eV/Angstrom; beyond it the geometry is of no use to anybody
+WALL_FORCE = 200.0  # eV/Angstrom, of bare pairs: nothing closer holds a model up
 
 
 def tight_binding() -> TBLite:
@@ -21,10 +22,12 @@ def tight_binding() -> TBLite:
     return TBLite(method="GFN2-xTB", verbosity=0)
 
 
-def label(atoms: Atoms, calculator: TBLite | None = None) -> Atoms | None:
+def label(
+    atoms: Atoms, calculator: TBLite | None = None, max_force: float = MAX_FORCE
+) -> Atoms | None:
     """A copy with energy (eV), forces (eV/A) and, in a cell, stress (eV/A^3).
 
-    None where the SCF does not converge or an atom feels more than ``MAX_FORCE``.
+    None where the SCF does not converge or an atom feels more than ``max_force``.
     """
     copy = atoms.copy()
     copy.calc = calculator or tight_binding()
@@ -35,7 +38,7 @@ def label(atoms: Atoms, calculator: TBLite | None = None) -> Atoms | None:
         stress = copy.get_stress(voigt=False) if copy.pbc.all() else None
     except (CalculationFailed, RuntimeError):
         return None
-    if not np.isfinite(energy) or not np.isfinite(forces).all() or np.abs(forces).max() > MAX_FORCE:
+    if not np.isfinite(energy) or not np.isfinite(forces).all() or np.abs(forces).max() > max_force:
         return None
     bare = Atoms(copy.numbers, copy.positions, cell=copy.cell, pbc=copy.pbc, info=dict(atoms.info))
     results = {"energy": float(energy), "forces": forces}

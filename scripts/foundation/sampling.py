@@ -16,7 +16,7 @@ from ase.calculators.calculator import CalculationFailed
 from ase.md.langevin import Langevin
 from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
 from fragments import ELEMENTS, PARTNERS
-from labels import MAX_FORCE, label, tight_binding
+from labels import MAX_FORCE, WALL_FORCE, label, tight_binding
 from molecules import conformer, grow, read_smiles, to_atoms
 from rdkit.Chem import Mol
 from shapes import beside, boxed, rattled, stretched, thermal, turned
@@ -108,7 +108,7 @@ def box(rng: np.random.Generator, reach: float) -> Labelled:
 def dimers() -> Labelled:
     """All pairs of elements from 0.6 to 6 Angstrom, and the atoms alone; the same at each call.
 
-    Where the force stays below ``labels.MAX_FORCE``.
+    Where the force stays below ``labels.WALL_FORCE``.
     """
     pairs = [(a, b) for i, a in enumerate(ELEMENTS) for b in ELEMENTS[i:]]
     shapes = [("atom", Atoms(symbol)) for symbol in ELEMENTS]
@@ -117,7 +117,7 @@ def dimers() -> Labelled:
         for a, b in pairs
         for distance in DISTANCES
     ]
-    return "dimers", named(labelled(shapes), "dimers")
+    return "dimers", named(labelled(shapes, WALL_FORCE), "dimers")
 
 
 def temperature(rng: np.random.Generator) -> float:
@@ -174,10 +174,12 @@ def dynamics(
             yield frame
 
 
-def labelled(shapes: Iterable[tuple[str, Atoms | None]]) -> list[Atoms]:
+def labelled(
+    shapes: Iterable[tuple[str, Atoms | None]], max_force: float = MAX_FORCE
+) -> list[Atoms]:
     done = []
     for how, atoms in shapes:
-        frame = None if atoms is None else label(atoms)
+        frame = None if atoms is None else label(atoms, max_force=max_force)
         if frame is not None:
             frame.info["sampling"] = how
             done.append(frame)
