@@ -133,6 +133,7 @@ class PETCalculator(Calculator):
         self._conditioned = potential.hypers.system_conditioning
         self._moving = MovingAtoms(potential.cutoff, float(skin))
         self._frozen: FrozenEnergy | None = None
+        self._blocks = kernels.Blocks()
 
     @property
     def model(self) -> Potential | Committee:
@@ -286,7 +287,8 @@ class PETCalculator(Calculator):
         self.reset()  # nothing of the last structure is left should this one be refused
         check_atoms(atoms, self._model.species)
         members = not self._spread_when_asked or not OF_MEMBERS.isdisjoint(properties or ())
-        prediction = self._predict(self._batch(atoms), periodic, members)
+        with self._blocks.reused():
+            prediction = self._predict(self._batch(atoms), periodic, members)
         super().calculate(atoms, properties, system_changes)
         assert prediction.forces is not None
         energy = float(prediction.energy[0])

@@ -6,6 +6,7 @@ in float32 or float64, and can be differentiated twice; those of :mod:`.compact`
 where it cannot.
 """
 
+from .blocks import Blocks
 from .compact import PackedLayer, compact, compacts
 from .compiled import active, disabled, prepare, ready
 from .halves import halves, in_bfloat16, multiplies_halves
@@ -24,6 +25,7 @@ from .operators import (
 )
 
 __all__ = [
+    "Blocks",
     "PackedLayer",
     "active",
     "attention",

@@ -1,0 +1,139 @@
+"""Blocks of memory go from one prediction to the next, and nothing of this can be seen outside."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+
+import numpy as np
+import pytest
+import torch
+from ase.build import bulk
+
+from models import random_potential
+from pet_finetune import PETCalculator, kernels
+
+LARGE = 1_000_000  # numbers of 4 bytes
+MB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def _fused():
+    if not kernels.active():
+        pytest.skip("the fused kernels are not in use here")
+
+
+def address(numbers=LARGE):
+    """Of a tensor that is gone when this returns."""
+    return torch.empty(numbers).data_ptr()
+
+
+def test_a_block_is_used_again():
+    blocks = kernels.Blocks()
+    with blocks.reused():
+        first = address()
+        assert address() == first
+    assert blocks.bytes >= 4 * LARGE
+    with blocks.reused():
+        assert address() == first
+
+
+def test_a_block_fits_what_is_a_little_smaller_or_larger_and_is_not_wasted():
+    blocks = kernels.Blocks()
+    with blocks.reused():
+        first = address()
+        assert address(LARGE + LARGE // 100) == first
+        assert address(LARGE - LARGE // 4) == first
+        held = blocks.bytes
+        address(LARGE // 2)
+        assert blocks.bytes > held  # a block of its own
+
+
+def test_small_tensors_are_left_to_the_c_library():
+    blocks = kernels.Blocks()
+    with blocks.reused():
+        address(MB // 4 - 1)
+    assert blocks.bytes == 0
+
+
+def test_what_was_not_used_goes_back_to_the_system():
+    blocks = kernels.Blocks()
+    with blocks.reused():
+        address()
+    with blocks.reused():
+        pass
+    assert blocks.bytes == 0
+
+
+def test_tensors_outlive_the_context_and_the_owner():
+    blocks = kernels.Blocks()
+    with blocks.reused():
+        kept = torch.arange(LARGE)
+        view = kept.view(-1, 10)[-1]
+    with blocks.reused():
+        torch.zeros(LARGE, dtype=torch.int64)
+    del blocks
+    assert torch.equal(kept, torch.arange(LARGE))
+    del kept
+    assert view.tolist() == list(range(LARGE - 10, LARGE))
+
+
+def test_other_threads_are_served_as_ever():
+    blocks = kernels.Blocks()
+    with blocks.reused():
+        thread = threading.Thread(target=address)
+        thread.start()
+        thread.join()
+        assert blocks.bytes == 0
+
+
+def test_one_owner_inside_another():
+    outer, inner = kernels.Blocks(), kernels.Blocks()
+    with outer.reused():
+        first = address()
+        with inner.reused():
+            assert address() != first
+        assert address() == first
+    assert outer.bytes > 0
+    assert inner.bytes > 0
+
+
+def test_an_error_ends_it():
+    blocks = kernels.Blocks()
+    with pytest.raises(RuntimeError, match="shape"), blocks.reused():
+        torch.empty(LARGE).view(3, -1)
+    held = blocks.bytes
+    assert held > 0
+    address()
+    assert blocks.bytes == held
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_copies_start_empty(copied):
+    blocks = kernels.Blocks()
+    with blocks.reused():
+        address()
+    other = copied(blocks)
+    assert other.bytes == 0
+    with other.reused():
+        address()
+    assert other.bytes > 0
+
+
+def test_without_the_kernels_nothing_is_kept():
+    blocks = kernels.Blocks()
+    with kernels.disabled(), blocks.reused():
+        address()
+    assert blocks.bytes == 0
+
+
+def test_a_calculator_computes_the_same_from_old_blocks():
+    model = random_potential(d_pet=64, cutoff=5.0, dtype=torch.float32)
+    old = PETCalculator(model, skin=0.0)
+    atoms = bulk("Si", cubic=True) * (4, 4, 4)
+    for seed in range(3):
+        atoms.rattle(0.05, seed=seed)
+        found = old.get_forces(atoms)
+    assert old._blocks.bytes > 4 * MB
+    assert np.array_equal(found, PETCalculator(model, skin=0.0).get_forces(atoms))
