@@ -1,4 +1,4 @@
-"""Memory that one prediction after another uses, instead of fetching it from the system anew."""
+"""Memory that is used again and again, instead of fetched from the system anew."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["Blocks"]
 
 
 class Blocks:
-    """The large blocks of one owner's predictions, kept from one to the next.
+    """The memory of one owner's work: predictions one after another, or the steps of a training.
 
-    Blocks that a prediction did not use are returned to the system when it ends, all of them with
-    the last reference to this object. Without the kernels' library nothing is kept. Copies and
-    pickles start empty.
+    Each tensor lies as low in it as there is room. What lies above all that a piece of work used is
+    returned to the system when it ends, the rest with the last reference to this object. Without
+    the kernels' library nothing is kept. Copies and pickles start empty.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class Blocks:
 
     @contextmanager
     def reused(self) -> Iterator[None]:
-        """Tensors of 1 MB and more that this thread makes here are made from the kept blocks.
+        """Tensors of 16 KiB and more that this thread makes here lie in the kept memory.
 
         They may outlive the context.
         """
@@ -43,7 +43,7 @@ class Blocks:
 
     @property
     def bytes(self) -> int:
-        """What is kept and free now."""
+        """What is kept and free now, at most."""
         return 0 if self._blocks is None else int(self._blocks.bytes())
 
     def __getstate__(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import torch
 from torch.autograd.profiler_util import EventList
 from torch.profiler import ProfilerActivity, record_function
 
+from pet_finetune import kernels
 from pet_finetune.data.batch import Batch
 from pet_finetune.errors import TrainingError
 from pet_finetune.stages import listening
@@ -183,6 +184,7 @@ class _Steps:
         self._trainer = trainer
         self._metrics = {name: Metrics(name) for name in trainer.objectives}
         self._batches = self._endless()
+        self._memory = kernels.Blocks()
         self._batches_of_step = trainer.options.gradient_accumulation_steps
         self._device = trainer.model.device
 
@@ -197,7 +199,8 @@ class _Steps:
 
     def take(self, count: int) -> list[_Step]:
         """Take some steps; the learning rate stays that of the run's next step."""
-        return [self._one() for _ in range(count)]
+        with self._memory.reused():  # as in Trainer.fit
+            return [self._one() for _ in range(count)]
 
     def _one(self) -> _Step:
         started, sizes = time.perf_counter(), []

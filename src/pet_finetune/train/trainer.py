@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pet_finetune import kernels
 from pet_finetune.config import TrainingOptions
 from pet_finetune.data.batch import Batch
 from pet_finetune.data.loader import Loader
@@ -107,7 +108,7 @@ class Trainer:
         early = self.options.early_stopping
         stopped_early = self.progress.patience_ran_out(early)  # when such a run is resumed
         self._log_precision()
-        with InterruptGuard() as guard:
+        with InterruptGuard() as guard, kernels.Blocks().reused():
             while self.progress.epoch < self.options.num_epochs and not stopped_early:
                 record = self._run_epoch(guard)
                 if record is None:

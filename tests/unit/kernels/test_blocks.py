@@ -1,4 +1,4 @@
-"""Blocks of memory go from one prediction to the next, and nothing of this can be seen outside."""
+"""Memory goes from one piece of work to the next, and nothing of this can be seen outside."""
 
 from __future__ import annotations
 
@@ -39,21 +39,36 @@ def test_a_block_is_used_again():
         assert address() == first
 
 
-def test_a_block_fits_what_is_a_little_smaller_or_larger_and_is_not_wasted():
+def test_what_was_free_side_by_side_is_one_again():
     blocks = kernels.Blocks()
     with blocks.reused():
-        first = address()
-        assert address(LARGE + LARGE // 100) == first
-        assert address(LARGE - LARGE // 4) == first
-        held = blocks.bytes
-        address(LARGE // 2)
-        assert blocks.bytes > held  # a block of its own
+        first, second, third = (torch.empty(LARGE) for _ in range(3))
+        start, held = first.data_ptr(), 4 * LARGE
+        del first, second
+        assert address(2 * LARGE) == start
+        assert address(LARGE // 2) == start
+        assert address(3 * LARGE) > third.data_ptr()
+        del third
+        assert address(3 * LARGE) == start
+    assert blocks.bytes >= 6 * held  # up to the end of the three at the end
+
+
+def test_no_two_tensors_share_memory():
+    generator = np.random.default_rng(0)
+    blocks, alive = kernels.Blocks(), {}
+    for step in range(300):
+        with blocks.reused():
+            if alive and generator.random() < 0.45:
+                number = generator.choice(list(alive))
+                assert bool((alive.pop(number) == int(number)).all())
+            alive[step] = torch.full((int(generator.integers(2_000, 200_000)),), step)
+    assert all(bool((tensor == number).all()) for number, tensor in alive.items())
 
 
 def test_small_tensors_are_left_to_the_c_library():
     blocks = kernels.Blocks()
     with blocks.reused():
-        address(MB // 4 - 1)
+        address(4 * 1024 - 1)
     assert blocks.bytes == 0
 
 
@@ -77,6 +92,17 @@ def test_tensors_outlive_the_context_and_the_owner():
     assert torch.equal(kept, torch.arange(LARGE))
     del kept
     assert view.tolist() == list(range(LARGE - 10, LARGE))
+
+
+def test_libraries_below_torch_may_take_memory_and_keep_it():
+    blocks = kernels.Blocks()
+    halves = torch.randn(512, 512).to(torch.bfloat16)
+    with blocks.reused():
+        inside = [halves @ halves, torch.conv2d(torch.randn(2, 8, 64, 64), torch.randn(8, 8, 3, 3))]
+    del blocks
+    outside = halves @ halves
+    assert torch.equal(inside[0], outside)
+    assert bool(inside[1].isfinite().all())
 
 
 def test_other_threads_are_served_as_ever():
