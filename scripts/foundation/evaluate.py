@@ -15,12 +15,14 @@ import ase.io
 import numpy as np
 import torch
 from ase import Atoms
-from scipy.spatial.transform import Rotation
 
 from pet_finetune import kernels
 from pet_finetune.checkpoint import load_checkpoint
+from pet_finetune.data import Loader
 from pet_finetune.data.batch import batch_from_atoms
+from pet_finetune.data.structure import atoms_to_structure
 from pet_finetune.model import Potential
+from pet_finetune.train import rotational_spread
 
 BATCH = 16
 ROTATIONS = 6
@@ -36,28 +38,6 @@ def predictions(model: Potential, frames: list[Atoms]) -> tuple[np.ndarray, list
         energies.append(found.energy.detach().numpy())
         forces += np.split(found.forces.numpy(), np.cumsum([len(f) for f in part])[:-1])
     return np.concatenate(energies), forces
-
-
-def turned(frames: list[Atoms], rotation: np.ndarray) -> list[Atoms]:
-    """Bare copies, turned."""
-    return [
-        Atoms(f.numbers, f.positions @ rotation.T, cell=f.cell.array @ rotation.T, pbc=f.pbc)
-        for f in frames
-    ]
-
-
-def rotational_spread(model: Potential, frames: list[Atoms]) -> tuple[float, float]:
-    """Mean absolute deviation from the mean over random rotations: energy per atom, forces."""
-    energies, forces = [], []
-    for seed in range(ROTATIONS):
-        matrix = Rotation.random(random_state=seed).as_matrix()
-        energy, force = predictions(model, turned(frames, matrix))
-        energies.append(energy)
-        forces.append(np.concatenate(force) @ matrix)
-    atoms = np.array([len(f) for f in frames])
-    off = np.array(energies) - np.mean(energies, axis=0)
-    turn = np.array(forces) - np.mean(forces, axis=0)
-    return float(np.abs(off / atoms).mean()), float(np.abs(turn).mean())
 
 
 def group(
@@ -125,12 +105,19 @@ def main() -> None:
     frames = [f for f in ase.io.read(arguments.test, ":") if known.issuperset(f.numbers.tolist())]
     rows = errors(model, frames)
     print(markdown(rows))
-    spread = rotational_spread(model, frames[:: max(1, len(frames) // arguments.rotated)])
-    share = 100e3 * spread[1] / rows[0]["forces_mae"]
-    print(f"\nUnder rotations: energy {1e3 * spread[0]:.2f} meV/atom, forces {1e3 * spread[1]:.1f} "
-          f"meV/Å in the mean, {share:.0f} % of the force MAE.")  # fmt: skip
+    some = frames[:: max(1, len(frames) // arguments.rotated)]
+    loader = Loader([atoms_to_structure(f) for f in some], model.cutoff, batch_size=BATCH)
+    spread = rotational_spread(model, loader, "energy", ROTATIONS)
+    energy, forces = 1e3 * spread.energy, 1e3 * spread.forces
+    share = 100 * forces / rows[0]["forces_mae"]
+    print(
+        f"\nUnder rotations: energy {energy:.2f} meV/atom, forces {forces:.1f} meV/Å in the mean, "
+        f"{share:.0f} % of the force MAE."
+    )
     if arguments.json:
-        arguments.json.write_text(json.dumps({"rows": rows, "rotations": spread}, indent=2) + "\n")
+        arguments.json.write_text(
+            json.dumps({"rows": rows, "rotations": vars(spread)}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,20 @@ def test_a_model_on_files(run, command):
     expected = json.loads((run / "results.json").read_text())["after"]["test"]["energy"]
     assert number(answer, "forces MAE") == pytest.approx(1000 * expected["forces_mae"], abs=0.006)
     assert number(answer, "energy RMSE") == pytest.approx(1000 * expected["energy_rmse"], abs=0.006)
+
+
+def test_orientations_are_compared_where_asked_for(run, command):
+    plain = command("eval", "run/best_model.ckpt", "test.xyz")
+    answer = command("eval", "run/best_model.ckpt", "test.xyz", "--rotations", "3")
+    assert answer.code == 0, answer.err
+    assert "orientations" not in plain.out
+    text = " ".join(answer.out.split())
+    found = re.search(r"3 random orientations: energy ([\d.]+) meV/atom, forces ([\d.]+)", text)
+    assert float(found[2]) > 0.01
+    assert "% of their MAE" in text
+    wrong = command("eval", "run/best_model.ckpt", "test.xyz", "--rotations", "1")
+    assert wrong.code != 0
+    assert "Give 2 or more" in wrong.err
 
 
 def test_the_sets_of_an_options_file(run, command):

@@ -37,6 +37,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--target",
         help="which target (default: the only one, that of the adapter, or all of the options)",
     )
+    parser.add_argument(
+        "--rotations",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also compare predictions in N random orientations with each other",
+    )
     parser.add_argument("--device", help="auto, cpu or cuda (default: auto, or the options')")
     parser.add_argument(
         "-r", "--override", action="append", default=[], metavar="KEY=VALUE",
@@ -87,6 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
         adapter=arguments.adapter,
         target=arguments.target,
         device=arguments.device or "auto",
+        rotations=arguments.rotations,
     )
     return 0
 
@@ -99,7 +107,13 @@ def _named(arguments: argparse.Namespace) -> int:
 
     setup_logging()
     files = [arguments.first, *arguments.files] if arguments.first is not None else []
-    evaluate_named(entry, files, target=arguments.target, device=arguments.device)
+    evaluate_named(
+        entry,
+        files,
+        target=arguments.target,
+        device=arguments.device,
+        rotations=arguments.rotations,
+    )
     return 0
 
 
@@ -126,5 +140,6 @@ def _with_options(arguments: argparse.Namespace) -> int:
         adapter=arguments.adapter,
         target=arguments.target,
         device=arguments.device,
+        rotations=arguments.rotations,
     )
     return 0

@@ -23,7 +23,13 @@ from pet_finetune.config.load import LoadedOptions, load_options, parse_options
 from pet_finetune.config.loss import LossTerm, LossType, TargetLoss
 from pet_finetune.config.model import LongRangeOptions, ModelOptions
 from pet_finetune.config.options import ArchitectureOptions, Options
-from pet_finetune.config.recipes import LabelNoise, LossStage, WeightMean, first_epoch
+from pet_finetune.config.recipes import (
+    LabelNoise,
+    LossStage,
+    RotationalConsistency,
+    WeightMean,
+    first_epoch,
+)
 from pet_finetune.config.training import (
     BaselineOptions,
     BestModelMetric,
@@ -57,6 +63,7 @@ __all__ = [
     "Options",
     "ReplayOptions",
     "RetentionOptions",
+    "RotationalConsistency",
     "SetOptions",
     "SystemsOptions",
     "TargetLoss",

@@ -28,6 +28,7 @@ __all__ = [
     "PositiveFloat",
     "PositiveInt",
     "Section",
+    "Share",
     "Text",
     "TextList",
     "ignored_field",
@@ -173,6 +174,9 @@ Fraction = Annotated[
 ]
 OpenFraction = Annotated[
     float, Expects("a number between 0 and 1, both excluded", real_number(above=0.0, below=1.0))
+]
+Share = Annotated[
+    float, Expects("a number above 0, at most 1", real_number(above=0.0, below=1.0 + 1e-12))
 ]
 Flag = Annotated[bool, Expects("true or false", _flag)]
 Text = Annotated[str, Expects("text", _text)]

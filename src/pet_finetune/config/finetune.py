@@ -16,6 +16,7 @@ from pet_finetune.config.base import (
     PositiveFloat,
     PositiveInt,
     Section,
+    Share,
     Text,
     TextList,
     integer,
@@ -68,11 +69,6 @@ def _pattern(check: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
 RankPattern = Annotated[dict[str, int], Expects("{layer: positive integer}", _pattern(integer(1)))]
 AlphaPattern = Annotated[
     dict[str, float], Expects("{layer: positive number}", _pattern(real_number(above=0.0)))
-]
-
-#: How much slower each part learns than the one above it.
-LayerDecay = Annotated[
-    float, Expects("a number above 0, at most 1", real_number(above=0.0, below=1.0 + 1e-12))
 ]
 
 
@@ -154,7 +150,7 @@ class FinetuneConfig(Section):
         description="Method `heads`: name prefixes of the last layers to train. "
         "Null: those of the trained targets.",
     )
-    layer_decay: LayerDecay = Field(
+    layer_decay: Share = Field(
         default=1.0,
         description="Method `full`: factor on the learning rate for each part further from the "
         "heads: the GNN layers from the last to the first, then the embeddings.",

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from pet_finetune.config.base import (
     Fraction,
@@ -15,6 +15,7 @@ from pet_finetune.config.base import (
     OpenFraction,
     PositiveFloat,
     Section,
+    Share,
 )
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "LossSchedule",
     "LossStage",
     "MixedPrecision",
+    "RotationalConsistency",
     "WeightMean",
     "first_epoch",
 ]
@@ -72,6 +74,26 @@ def _as_list(value: Any) -> Any:
 
 
 LossSchedule = Annotated[tuple[LossStage, ...], BeforeValidator(_as_list)]
+
+
+class RotationalConsistency(Section):
+    """A loss of what predictions change by when the structure is turned."""
+
+    weight: PositiveFloat = Field(
+        default=2.0, description="Factor on the weights of `loss`, whose types count, too."
+    )
+    fraction: Share = Field(
+        default=0.25,
+        description="Part of each batch that is turned once more and predicted again; a step takes "
+        "about as much longer.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _weight_alone(cls, value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return value
+        return {"weight": value}
 
 
 class LabelNoise(Section):

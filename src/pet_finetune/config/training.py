@@ -24,7 +24,13 @@ from pet_finetune.config.base import (
 )
 from pet_finetune.config.finetune import FinetuneOptions
 from pet_finetune.config.loss import LossOptions, LossTerm, TargetLoss
-from pet_finetune.config.recipes import LabelNoise, LossSchedule, MixedPrecision, WeightMean
+from pet_finetune.config.recipes import (
+    LabelNoise,
+    LossSchedule,
+    MixedPrecision,
+    RotationalConsistency,
+    WeightMean,
+)
 
 __all__ = [
     "BaselineOptions",
@@ -211,6 +217,11 @@ class TrainingOptions(Section):
     )
     rotational_augmentation: Flag = Field(
         default=True, description="Turn and mirror each structure at random in each epoch."
+    )
+    rotational_consistency: RotationalConsistency | None = Field(
+        default=None,
+        description="Part of each batch is predicted in two orientations, and what they differ by "
+        "is a loss. Null is off; a number is the `weight`.",
     )
     baseline: BaselineOptions = Field(
         default=BaselineOptions(), description="How the energy of each species is found."

@@ -103,6 +103,30 @@ class Batch:
             for source, indices in by_source.items()
         )
 
+    def first(self, count: int) -> Batch:
+        """The first structures alone."""
+        atoms = int((self.structure_index < count).sum())
+        edges = int((self.centers < atoms).sum())
+
+        def rows(name: str, value: Tensor) -> Tensor:
+            return value[: atoms if label_kind(name, self.kinds).per_atom else count]
+
+        return replace(
+            self,
+            numbers=self.numbers[:atoms],
+            edge_vectors=self.edge_vectors[:edges],
+            centers=self.centers[:edges],
+            neighbors=self.neighbors[:edges],
+            reverse=self.reverse[:edges],
+            structure_index=self.structure_index[:atoms],
+            cells=self.cells[:count],
+            charges=self.charges[:count],
+            spins=self.spins[:count],
+            labels={name: rows(name, value) for name, value in self.labels.items()},
+            frames=self.frames[:count],
+            sources=self.sources[:count],
+        )
+
     def to(
         self,
         device: torch.device | str | None = None,

@@ -5,6 +5,15 @@ from __future__ import annotations
 from .baselines import prepare_baselines
 from .metrics import Metrics, evaluate
 from .records import TrainingResult
+from .rotations import Spread, rotational_spread
 from .trainer import Trainer
 
-__all__ = ["Metrics", "Trainer", "TrainingResult", "evaluate", "prepare_baselines"]
+__all__ = [
+    "Metrics",
+    "Spread",
+    "Trainer",
+    "TrainingResult",
+    "evaluate",
+    "prepare_baselines",
+    "rotational_spread",
+]

@@ -16,6 +16,8 @@ from pet_finetune.adapters.merge import lora_layers
 from pet_finetune.adapters.new_rows import ROWS, grown_tables
 from pet_finetune.model import Potential
 
+from .extra import Seen
+
 
 def anchored_parameters(model: Potential) -> dict[str, nn.Parameter]:
     """Trained parameters that count by their own values.
@@ -81,7 +83,7 @@ class AnchorLoss:
         for name, parameter in self._parameters.items():
             yield name, parameter - self._reference[name]
 
-    def __call__(self, epoch: int, batch: int) -> Tensor:
+    def __call__(self, seen: Seen) -> Tensor:
         """The weighted penalty, a scalar; the same for every batch."""
         terms = [
             (move**2).sum() if self._even else (self._importance[name] * move**2).sum()

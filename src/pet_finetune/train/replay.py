@@ -12,6 +12,7 @@ from pet_finetune.config import TrainingOptions
 from pet_finetune.data.beside import Beside
 from pet_finetune.model import Potential
 
+from .extra import Seen
 from .loss import Objective, batch_loss
 from .schedule import loss_stage
 
@@ -41,9 +42,9 @@ class ReplayLoss:
         self.objective, self._options = objective, options
         self._wanted = {objective.target: (objective.forces, objective.stress)}
 
-    def __call__(self, epoch: int, batch: int) -> Tensor:
+    def __call__(self, seen: Seen) -> Tensor:
         """The weighted loss of what goes beside a batch, a scalar."""
-        replayed = self.beside.batch(epoch, batch).to(self.model.device, self.model.dtype)
+        replayed = self.beside.batch(seen.epoch, seen.index).to(self.model.device, self.model.dtype)
         predictions = self.model.predict_many(replayed, self._wanted, create_graph=True)
-        objective = self.objective.at(loss_stage(self._options, epoch))
+        objective = self.objective.at(loss_stage(self._options, seen.epoch))
         return self.weight * batch_loss(replayed, predictions, {objective.target: objective})

@@ -27,7 +27,8 @@ from pet_finetune.model import Potential
 from pet_finetune.stages import each, stage
 
 from .average import WeightAverage
-from .extra import ExtraLoss
+from .consistency import ConsistencyLoss
+from .extra import ExtraLoss, Seen
 from .finite import check_and_clip
 from .interrupt import InterruptGuard
 from .loss import Objective, batch_loss
@@ -79,7 +80,7 @@ class Trainer:
         self.options = options
         self.learning_rate = learning_rate
         self.callbacks = callbacks or Callbacks()
-        self.extra_losses = tuple(extra_losses)
+        self.extra_losses = (*extra_losses, *self._own_extra_losses())
         self.parameters = {n: p for n, p in model.network.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(model.network, self.parameters, options, learning_rate)
         averages = options.ema is not None or options.swa is not None
@@ -98,6 +99,13 @@ class Trainer:
         self._energies = [name for name, o in self.objectives.items() if o.energy]
         labels = validation.label_names
         check_metric(options.best_model_metric, labels, self.wanted, self._energies)
+
+    def _own_extra_losses(self) -> list[ExtraLoss]:
+        options = self.options.rotational_consistency
+        if options is None:
+            return []
+        seed = self.training.seed
+        return [ConsistencyLoss(self.model, self.objectives, options, self.options, seed)]
 
     def fit(self) -> TrainingResult:
         """Train until the last epoch, early stopping or an interrupt.
@@ -233,11 +241,12 @@ class Trainer:
             # Named inputs: the edge vectors ask for gradients too, and nobody reads theirs.
             (loss / size).backward(inputs=parameters)
         losses = [loss.detach()]
+        seen = Seen(epoch, index, batch, predictions)
         # One after the other, so that the memory of one graph is enough for all.
         for term in self.extra_losses:
             with stage(term.name):
                 with self._precision():
-                    value = term(epoch, index)
+                    value = term(seen)
                 if value is not None and value.requires_grad:
                     (value / size).backward(inputs=parameters)
             losses.append(torch.zeros_like(losses[0]) if value is None else value.detach().to(loss))

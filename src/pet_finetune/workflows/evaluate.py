@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pet_finetune import kernels
@@ -21,7 +21,7 @@ from pet_finetune.errors import ConfigError, DataError, did_you_mean
 from pet_finetune.keys import TargetSpec, direct_quantity, forces_key, stress_key
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
-from pet_finetune.train import Metrics, evaluate
+from pet_finetune.train import Metrics, Spread, evaluate, rotational_spread
 
 from .tables import error_table, show
 
@@ -31,9 +31,10 @@ _BATCH = 32  # structures
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Errors by data set and target."""
+    """Errors by data set and target; where asked for, also what turning changes."""
 
     errors: dict[str, dict[str, Metrics]]
+    spreads: dict[str, dict[str, Spread]] = field(default_factory=dict)
 
 
 def _open(
@@ -53,6 +54,7 @@ def evaluate_files(
     adapter: str | Path | None = None,
     target: str | None = None,
     device: str = "auto",
+    rotations: int = 0,
 ) -> EvaluationResult:
     """Errors on whole files with energies, forces and stresses under ASE's names.
 
@@ -64,6 +66,8 @@ def evaluate_files(
         adapter: folder of an adapter of this checkpoint.
         target: which target of the model is compared; None for the adapter's, or the only energy.
         device: as in the options.
+        rotations: in how many random orientations energies and forces are compared with each
+            other; none with 0.
     """
     model, adapted = _open(checkpoint, adapter, device)
     spec = _chosen(model, target or adapted)
@@ -71,7 +75,7 @@ def evaluate_files(
     for file in files:
         options = _file_options(file, spec)
         sets[str(file)] = read_structures(options)
-    return _evaluate(model, sets, [spec.name])
+    return _evaluate(model, sets, [spec.name], rotations)
 
 
 def _chosen(model: Potential, wanted: str | None) -> TargetSpec:
@@ -91,6 +95,7 @@ def evaluate_options(
     target: str | None = None,
     device: str | None = None,
     seed: int | None = None,
+    rotations: int = 0,
 ) -> EvaluationResult:
     """Errors on the validation and test sets of an options file, or on the training set.
 
@@ -104,6 +109,7 @@ def evaluate_options(
         target: the one target to compare; None for all that options and model share.
         device: instead of that of the options.
         seed: used where the options name none.
+        rotations: as for :func:`evaluate_files`.
     """
     specs = options.target_specs()
     if target is not None and target not in specs:
@@ -120,7 +126,7 @@ def evaluate_options(
     splits = make_splits(options, options.seed if options.seed is not None else seed or 0)
     sets = {"validation": splits.validation, "test": splits.test}
     sets = {name: structures for name, structures in sets.items() if structures}
-    return _evaluate(model, sets or {"train": splits.train}, targets)
+    return _evaluate(model, sets or {"train": splits.train}, targets, rotations)
 
 
 #: ASE's names of what the quantity of a direct prediction is.
@@ -143,9 +149,13 @@ def _file_options(file: str | Path, spec: TargetSpec) -> DatasetOptions:
 
 
 def _evaluate(
-    model: Potential, sets: Mapping[str, Sequence[Structure]], targets: list[str]
+    model: Potential, sets: Mapping[str, Sequence[Structure]], targets: list[str], rotations: int
 ) -> EvaluationResult:
-    errors = {}
+    if rotations == 1 or rotations < 0:
+        raise ConfigError(
+            f"rotations: {rotations} orientations are nothing to compare. Give 2 or more."
+        )
+    errors, spreads = {}, {}
     for name, structures in sets.items():
         if not structures:
             raise DataError(f"'{name}' holds no structures.")
@@ -158,6 +168,22 @@ def _evaluate(
             for t in targets
         }
         errors[name] = evaluate(model, loader, wanted)
+        if rotations:
+            energies = [t for t in targets if model.targets[t].is_energy]
+            spreads[name] = {t: rotational_spread(model, loader, t, rotations) for t in energies}
+        notes = [
+            _spread_text(rotations, target, spread, errors[name][target])
+            for target, spread in spreads.get(name, {}).items()
+        ]
         title = f"{name} ({len(structures)} structures)"
-        show(error_table({"": {"error": errors[name]}}, title=title))
-    return EvaluationResult(errors)
+        show(error_table({"": {"error": errors[name]}}, notes, title=title))
+    return EvaluationResult(errors, spreads)
+
+
+def _spread_text(rotations: int, target: str, spread: Spread, errors: Metrics) -> str:
+    error = errors.mae("forces")
+    share = f" ({100 * spread.forces / error:.0f} % of their MAE)" if error > 0 else ""
+    return (
+        f"{rotations} random orientations: {target} {1000 * spread.energy:.2f} meV/atom, forces "
+        f"{1000 * spread.forces:.2f} meV/A{share} from their mean"
+    )

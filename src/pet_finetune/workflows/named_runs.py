@@ -155,6 +155,7 @@ def evaluate_named(
     *,
     target: str | None = None,
     device: str | None = None,
+    rotations: int = 0,
 ) -> EvaluationResult:
     """Errors of a trained run: on files, or on its own validation and test sets.
 
@@ -168,11 +169,15 @@ def evaluate_named(
             "-r and -o: pet-finetune train --config FILE --run-name " + run.name
         )
     if files:
-        return evaluate_files(best, files, target=target, device=device or "auto")
+        return evaluate_files(
+            best, files, target=target, device=device or "auto", rotations=rotations
+        )
     options = run.loaded.options
     own = run.folder / OPTIONS
     seed = read_yaml(own).get("seed") if own.exists() else None
-    return evaluate_options(options, best, target=target, device=device, seed=seed)
+    return evaluate_options(
+        options, best, target=target, device=device, seed=seed, rotations=rotations
+    )
 
 
 def compare(

@@ -28,6 +28,7 @@ _STAGES = {
     "energies": "the network, forwards (size of the model, cutoff)",
     "derivatives": "forces and stress, by autograd (which of them is asked for)",
     "replay": "structures that the foundation knows (finetune.replay)",
+    "rotations": "predictions in another orientation (rotational_consistency)",
     "anchor": "distance from the foundation (finetune.anchor)",
     "loss": "errors and their weights",
     "backward": "gradient of the loss (what trains: finetune.method)",

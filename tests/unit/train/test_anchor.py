@@ -15,6 +15,7 @@ from pet_finetune.train.fisher import fisher_information
 from pet_finetune.train.labels import label_with
 from pet_finetune.train.loss import Objective, batch_loss
 from tiny_data import molecules, structures_of
+from trainers import at
 
 OBJECTIVE = Objective("energy", TargetLoss(weight=3.0), forces=True, stress=False, scale=2.0)
 SMALL = {"d_pet": 4, "d_head": 3, "d_node": 4, "d_feedforward": 4, "num_gnn_layers": 1}
@@ -55,7 +56,7 @@ def move(model, size=0.1):
 def test_at_the_start_there_is_neither_penalty_nor_pull(method):
     model = METHODS[method]()
     anchor = AnchorLoss(model, reference_weights(model), None, strength=2.0)
-    loss = anchor(0, 0)
+    loss = anchor(at(0))
     assert float(loss.detach()) == 0.0
     loss.backward()
     for parameter in model.network.parameters():
@@ -74,7 +75,7 @@ def test_l2sp_is_the_distance_of_the_merged_weights(method):
     after = merged_copy(model).network.state_dict()
     distance = sum(float(((after[n] - before[n]) ** 2).sum()) for n in before)
     assert distance > 0.01
-    assert float(anchor(4, 2).detach()) == pytest.approx(1.5 * distance, rel=1e-9)
+    assert float(anchor(at(4, 2)).detach()) == pytest.approx(1.5 * distance, rel=1e-9)
 
 
 def test_parameters_without_a_reference_are_free():
@@ -83,7 +84,7 @@ def test_parameters_without_a_reference_are_free():
     free = {n for n in reference if n.startswith("node_heads.")}
     anchor = AnchorLoss(model, {n: v for n, v in reference.items() if n not in free}, None, 1.0)
     move(model)
-    anchor(0, 0).backward()
+    anchor(at(0)).backward()
     grown = {n for n, p in model.network.named_parameters() if p.grad is not None}
     assert grown == set(reference) - free
 
@@ -149,7 +150,7 @@ def test_ewc_of_strength_one_rises_as_the_loss_would():
     batch.labels.update(labels)
     prediction = {"energy": model.predict(batch, "energy")}
     risen = float(batch_loss(batch, prediction, {"energy": OBJECTIVE}))
-    assert float(anchor(0, 0).detach()) == pytest.approx(risen, rel=0.2)
+    assert float(anchor(at(0)).detach()) == pytest.approx(risen, rel=0.2)
 
 
 def test_importance_decides_what_is_held():
@@ -161,4 +162,4 @@ def test_importance_decides_what_is_held():
     anchor = AnchorLoss(model, reference, importance, 0.5)
     move(model)
     moved = model.network.get_parameter(first).detach() - reference[first]
-    assert float(anchor(0, 0).detach()) == pytest.approx(float((0.5 * moved**2).sum()))
+    assert float(anchor(at(0)).detach()) == pytest.approx(float((0.5 * moved**2).sum()))

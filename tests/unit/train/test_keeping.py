@@ -19,6 +19,7 @@ from pet_finetune.train.loss import Objective, batch_loss
 from pet_finetune.train.replay import ReplayLoss
 from pet_finetune.train.retention import Retention
 from tiny_data import crystals, molecules, structures_of
+from trainers import at
 
 STRUCTURES = structures_of([*molecules(5), *crystals(3)])
 OBJECTIVE = Objective("energy", TargetLoss(), forces=True, stress=True, scale=2.0)
@@ -93,7 +94,7 @@ def test_replay_is_the_weighted_loss_of_what_goes_beside_the_batch(labelled):
     batch = term.beside.batch(1, 1)
     predictions = {"energy": other.predict(batch, "energy", stress=True)}
     expected = 0.5 * float(batch_loss(batch, predictions, {"energy": OBJECTIVE}).detach())
-    loss = term(1, 1)
+    loss = term(at(1, 1))
     assert float(loss.detach()) == pytest.approx(expected)
     loss.backward()
     assert float(other.network.edge_embedder.weight.grad.abs().max()) > 0
@@ -104,20 +105,20 @@ def test_the_schedule_of_the_loss_holds_for_replay(labelled):
     options = TrainingOptions.model_validate({"num_epochs": 4, "loss_schedule": [stage]})
     other = random_potential(seed=5, targets=("energy", "other"))
     plain, staged = (
-        float(replay(other, labelled, options=o)(2, 0).detach()) for o in (None, options)
+        float(replay(other, labelled, options=o)(at(2)).detach()) for o in (None, options)
     )
     assert staged == pytest.approx(3.0 * plain)
-    assert float(replay(other, labelled, options=options)(1, 0).detach()) == pytest.approx(
-        float(replay(other, labelled)(1, 0).detach())
+    assert float(replay(other, labelled, options=options)(at(1)).detach()) == pytest.approx(
+        float(replay(other, labelled)(at(1)).detach())
     )
 
 
 def test_what_a_model_says_itself_costs_nothing_until_it_says_otherwise(model, labelled):
     term = replay(random_potential(targets=("energy", "other")), labelled)
-    assert float(term(0, 0).detach()) < 1e-20
+    assert float(term(at(0)).detach()) < 1e-20
     with torch.no_grad():
         term.model.network.edge_embedder.weight += 0.05
-    assert float(term(0, 0).detach()) > 1e-6
+    assert float(term(at(0)).detach()) > 1e-6
 
 
 def kept(model, labelled):

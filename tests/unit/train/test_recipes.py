@@ -27,6 +27,7 @@ RECIPES = {
     "swa, own rate": {"swa": {"start": 0.3, "learning_rate": 1e-3}, "best_model_metric": "loss"},
     "accumulation": {"gradient_accumulation_steps": 2},
     "noise": {"label_noise": {"energy": 0.1, "forces": 0.2}},
+    "rotations": {"rotational_consistency": {"weight": 3.0, "fraction": 0.5}},
     "loss schedule": {
         "loss_schedule": [{"start": 0.0, "forces": 0.5}, {"start": 0.6, "energy": 9}]
     },
@@ -40,6 +41,7 @@ RECIPES = {
         "weight_decay": 0.1,
         "gradient_accumulation_steps": 2,
         "label_noise": {"forces": 0.1},
+        "rotational_consistency": 2,
         "loss_schedule": {"start": 0.5, "energy": 10.0},
         "extra": True,
         "precision": "bf16-mixed",

@@ -1,0 +1,85 @@
+"""What predictions change by when a structure is turned, as a loss.
+
+PET learns from turned structures that energies do not change and forces turn along (Pozdnyakov and
+Ceriotti, arXiv:2305.19302). What is left of the difference between orientations is noise in MD
+(Langer, Pozdnyakov and Ceriotti, arXiv:2406.17747), and can be asked for directly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pet_finetune.config import RotationalConsistency, TrainingOptions
+from pet_finetune.data.augment import random_rotations, rotate_batch
+from pet_finetune.keys import forces_key, stress_key
+from pet_finetune.model import Potential, Prediction, Property
+
+from .extra import Seen
+from .loss import Objective, batch_loss
+from .schedule import loss_stage
+
+_STREAM = 4  # order, rotations, replay and noise have smaller numbers
+
+
+class ConsistencyLoss:
+    """An extra loss: structures just seen, turned, labelled with what was just said of them.
+
+    The gradient goes through the second orientation alone. Over many steps each of the two has
+    that place as often, so it points where the gradient through both would, at half the length
+    and little more than half the price.
+
+    Args:
+        model: is trained.
+        objectives: of the run; types and weights hold here, too.
+        consistency: how much of it.
+        options: ``architecture.training``, whose ``loss_schedule`` holds here, too.
+        seed: of the run.
+    """
+
+    name = "rotations"
+
+    def __init__(
+        self,
+        model: Potential,
+        objectives: Mapping[str, Objective],
+        consistency: RotationalConsistency,
+        options: TrainingOptions,
+        seed: int,
+    ) -> None:
+        self.model, self.objectives, self.consistency = model, dict(objectives), consistency
+        self._options, self._seed = options, seed
+        self._wanted = {name: (o.forces, o.stress) for name, o in self.objectives.items()}
+
+    def __call__(self, seen: Seen) -> Tensor:
+        """The weighted loss of the turned structures, a scalar."""
+        count = math.ceil(self.consistency.fraction * seen.batch.num_structures)
+        said = replace(seen.batch, labels=_as_labels(seen.predictions)).first(count)
+        turned = rotate_batch(said, self._rotations(seen, count).to(said.cells.device))
+        predictions = self.model.predict_targets(turned, self._wanted, create_graph=True)
+        stage = loss_stage(self._options, seen.epoch)
+        objectives = {name: o.at(stage) for name, o in self.objectives.items()}
+        return self.consistency.weight * batch_loss(turned, predictions, objectives)
+
+    def _rotations(self, seen: Seen, count: int) -> Tensor:
+        """On the CPU whatever the model is on: the same rotations everywhere."""
+        sequence = np.random.SeedSequence([self._seed, seen.epoch, seen.index, _STREAM])
+        generator = torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
+        return random_rotations(count, generator)
+
+
+def _as_labels(predictions: Mapping[str, Prediction | Property]) -> dict[str, Tensor]:
+    """Predictions under the names of the labels that they are predictions of."""
+    labels: dict[str, Tensor | None] = {}
+    for name, prediction in predictions.items():
+        if isinstance(prediction, Property):
+            labels[name] = prediction.values
+            continue
+        labels[name] = prediction.energy
+        labels[forces_key(name)], labels[stress_key(name)] = prediction.forces, prediction.stress
+    return {name: value.detach() for name, value in labels.items() if value is not None}
