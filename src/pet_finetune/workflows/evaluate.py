@@ -171,12 +171,10 @@ def _evaluate(
         if rotations:
             energies = [t for t in targets if model.targets[t].is_energy]
             spreads[name] = {t: rotational_spread(model, loader, t, rotations) for t in energies}
-        notes = [
-            _spread_text(rotations, target, spread, errors[name][target])
-            for target, spread in spreads.get(name, {}).items()
-        ]
         title = f"{name} ({len(structures)} structures)"
-        show(error_table({"": {"error": errors[name]}}, notes, title=title))
+        show(error_table({"": {"error": errors[name]}}, title=title))
+        for target, spread in spreads.get(name, {}).items():
+            _logger.info("%s", _spread_text(rotations, target, spread, errors[name][target]))
     return EvaluationResult(errors, spreads)
 
 
@@ -185,5 +183,5 @@ def _spread_text(rotations: int, target: str, spread: Spread, errors: Metrics) -
     share = f" ({100 * spread.forces / error:.0f} % of their MAE)" if error > 0 else ""
     return (
         f"{rotations} random orientations: {target} {1000 * spread.energy:.2f} meV/atom, forces "
-        f"{1000 * spread.forces:.2f} meV/A{share} from their mean"
+        f"{1000 * spread.forces:.2f} meV/A{share} from the mean over them"
     )
