@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib
 from benchmarks.speed.inputs import water_box, write_structure
 from benchmarks.speed.protocol import Worker
-from benchmarks.speed.rows import WARM_UP, Pairs
+from benchmarks.speed.rows import WARM_UP
 from benchmarks.speed.settings import OURS, THEIRS
 from benchmarks.speed.tools import Tools
 
@@ -28,42 +28,60 @@ _BOXES = (
 )  # fmt: skip
 _QUICK_BOXES = _BOXES[:2]
 _PAIRS = 3
-_LARGE = 4000  # atoms: a call takes so long that one is warm-up enough
-_ATOMS_IN_A_BLOCK = 2000  # small systems are evaluated more than once
+_LARGE = 1000  # atoms: a call takes so long that one is warm-up enough
+_ATOMS_IN_A_BLOCK = 4000  # small systems are evaluated more than once
 
 
 def measure(tools: Tools) -> dict[str, Any]:
-    """Seconds of a call by number of atoms, for each tool as far as its memory allows."""
+    """Seconds of a call by number of atoms, for each tool as far as its memory allows.
+
+    All sizes take their turn in each round, so that a slow quarter of an hour of the machine is
+    spread over them and not taken for a size that costs more.
+    """
     settings = tools.settings
-    pairs = min(_PAIRS, settings.pairs)
+    boxes = _QUICK_BOXES if settings.quick else _BOXES
     sizes: list[dict[str, Any]] = []
     workers = {tool: tools.fresh(tool) for tool in (OURS, THEIRS)}
     try:
         empty = {tool: _peak_gb(tools, workers[tool]) for tool in workers}
-        for cells in _QUICK_BOXES if settings.quick else _BOXES:
-            atoms = water_box(cells)
-            fitting = [
-                tool
-                for tool in workers
-                if _expected_gb(sizes, tool, len(atoms), empty[tool]) <= settings.max_memory
-            ]
-            if not fitting:
-                break
-            path = write_structure(settings.work, f"water-{len(atoms)}", atoms)
-            for tool in fitting:
-                tools.open(workers[tool], tool, path)
-                workers[tool].ask("evaluations", count=WARM_UP if len(atoms) < _LARGE else 1)
-            count = max(1, _ATOMS_IN_A_BLOCK // len(atoms))
-            seconds: Pairs = {tool: [] for tool in fitting}
-            for pair in range(pairs):
-                for tool in fitting if pair % 2 == 0 else reversed(fitting):
-                    seconds[tool].append(workers[tool].ask("evaluations", count=count) / count)
-            peaks = {tool: _peak_gb(tools, workers[tool]) for tool in fitting}
-            sizes.append({"atoms": len(atoms), "seconds": seconds, "peak_gb": peaks})
+        for number in range(min(_PAIRS, settings.pairs)):
+            for index, cells in enumerate(boxes):
+                atoms = water_box(cells)
+                if number == 0:
+                    size = _size(len(atoms), sizes, empty, settings.max_memory)
+                    if not size["seconds"]:
+                        break
+                    sizes.append(size)
+                elif index == len(sizes):
+                    break
+                path = write_structure(settings.work, f"water-{len(atoms)}", atoms)
+                _pair(tools, workers, sizes[index], path, ours_first=number % 2 == 0)
     finally:
         for worker in workers.values():
             worker.close()
     return {"sizes": sizes, "deviation": {tool: deviation(sizes, tool) for tool in workers}}
+
+
+def _size(
+    atoms: int, before: list[dict[str, Any]], empty: dict[str, float], max_memory: float
+) -> dict[str, Any]:
+    """Room for the measurements of one size, for those tools that it should fit."""
+    fitting = [t for t in empty if _expected_gb(before, t, atoms, empty[t]) <= max_memory]
+    return {"atoms": atoms, "seconds": {tool: [] for tool in fitting}, "peak_gb": {}}
+
+
+def _pair(
+    tools: Tools, workers: dict[str, Worker], size: dict[str, Any], path: Path, *, ours_first: bool
+) -> None:
+    """One block of each tool, added to ``size``; the peak only when it grew to this size."""
+    count = max(1, _ATOMS_IN_A_BLOCK // size["atoms"])
+    fitting = list(size["seconds"])
+    for tool in fitting if ours_first else reversed(fitting):
+        tools.open(workers[tool], tool, path)
+        workers[tool].ask("evaluations", count=WARM_UP if size["atoms"] < _LARGE else 1)
+        seconds = workers[tool].ask("evaluations", count=count) / count
+        size["seconds"][tool].append(seconds)
+        size["peak_gb"].setdefault(tool, _peak_gb(tools, workers[tool]))
 
 
 def _peak_gb(tools: Tools, worker: Worker) -> float:
