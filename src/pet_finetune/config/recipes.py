@@ -80,10 +80,12 @@ class RotationalConsistency(Section):
     """A loss of what predictions change by when the structure is turned."""
 
     weight: PositiveFloat = Field(
-        default=2.0, description="Factor on the weights of `loss`, whose types count, too."
+        default=1.0,
+        description="What a turned structure counts beside a labelled one, with the types and "
+        "weights of `loss`; more than 2 can spoil the training.",
     )
     fraction: Share = Field(
-        default=0.25,
+        default=0.5,
         description="Part of each batch that is turned once more and predicted again; a step takes "
         "about as much longer.",
     )

@@ -30,6 +30,10 @@ _STREAM = 4  # order, rotations, replay and noise have smaller numbers
 class ConsistencyLoss:
     """An extra loss: structures just seen, turned, labelled with what was just said of them.
 
+    A turned structure counts ``weight`` times as much as a labelled one: the loss is a mean over
+    the turned ones times their share of the batch. Without the share, a few structures with a
+    large weight have most of the gradient, and its noise spoils the training.
+
     The gradient goes through the second orientation alone. Over many steps each of the two has
     that place as often, so it points where the gradient through both would, at half the length
     and little more than half the price.
@@ -64,7 +68,8 @@ class ConsistencyLoss:
         predictions = self.model.predict_targets(turned, self._wanted, create_graph=True)
         stage = loss_stage(self._options, seen.epoch)
         objectives = {name: o.at(stage) for name, o in self.objectives.items()}
-        return self.consistency.weight * batch_loss(turned, predictions, objectives)
+        share = count / seen.batch.num_structures
+        return self.consistency.weight * share * batch_loss(turned, predictions, objectives)
 
     def _rotations(self, seen: Seen, count: int) -> Tensor:
         """On the CPU whatever the model is on: the same rotations everywhere."""

@@ -50,7 +50,7 @@ def test_it_is_the_loss_against_the_turned_prediction():
     forward = torch.einsum("nij,nj->ni", rotations[first.structure_index], said.forces[:atoms])
     forces = (turned.forces - forward) / 2.0
     assert float((back - said.forces[:atoms]).detach().abs().max()) > 1e-6
-    expected = 4.0 * (3.0 * (energies**2).mean() + 0.5 * forces.abs().mean())
+    expected = 4.0 * (3 / 6) * (3.0 * (energies**2).mean() + 0.5 * forces.abs().mean())
     torch.testing.assert_close(term(seen), expected)
 
 
