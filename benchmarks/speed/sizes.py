@@ -39,23 +39,22 @@ def measure(tools: Tools) -> dict[str, Any]:
     spread over them and not taken for a size that costs more.
     """
     settings = tools.settings
-    boxes = _QUICK_BOXES if settings.quick else _BOXES
     sizes: list[dict[str, Any]] = []
+    paths: list[Path] = []
     workers = {tool: tools.fresh(tool) for tool in (OURS, THEIRS)}
     try:
         empty = {tool: _peak_gb(tools, workers[tool]) for tool in workers}
-        for number in range(min(_PAIRS, settings.pairs)):
-            for index, cells in enumerate(boxes):
-                atoms = water_box(cells)
-                if number == 0:
-                    size = _size(len(atoms), sizes, empty, settings.max_memory)
-                    if not size["seconds"]:
-                        break
-                    sizes.append(size)
-                elif index == len(sizes):
-                    break
-                path = write_structure(settings.work, f"water-{len(atoms)}", atoms)
-                _pair(tools, workers, sizes[index], path, ours_first=number % 2 == 0)
+        for cells in _QUICK_BOXES if settings.quick else _BOXES:
+            atoms = water_box(cells)
+            size = _size(len(atoms), sizes, empty, settings.max_memory)
+            if not size["seconds"]:
+                break
+            sizes.append(size)
+            paths.append(write_structure(settings.work, f"water-{len(atoms)}", atoms))
+            _pair(tools, workers, size, paths[-1], ours_first=True)
+        for number in range(1, min(_PAIRS, settings.pairs)):
+            for size, path in zip(sizes, paths, strict=True):
+                _pair(tools, workers, size, path, ours_first=number % 2 == 0)
     finally:
         for worker in workers.values():
             worker.close()

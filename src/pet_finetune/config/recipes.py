@@ -86,8 +86,8 @@ class RotationalConsistency(Section):
     )
     fraction: Share = Field(
         default=0.5,
-        description="Part of each batch that is turned once more and predicted again; a step takes "
-        "about as much longer.",
+        description="Part of each batch that is turned once more and predicted again; a step "
+        "takes somewhat more than as much longer.",
     )
 
     @model_validator(mode="before")
