@@ -1,4 +1,8 @@
-"""Showing how a run goes: a progress bar on a terminal, plain lines anywhere else."""
+"""Showing how a run goes: a progress bar on a terminal, plain lines anywhere else.
+
+A long epoch writes a line each minute, so that a run that goes wrong is seen before its epoch ends;
+beside a bar these lines go to the log file only.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,14 @@ from types import TracebackType
 
 from rich.progress import TextColumn
 
-from pet_finetune.log import REDRAWS_PER_SECOND, get_logger, progress_bar
+from pet_finetune.log import FILE_ONLY, REDRAWS_PER_SECOND, get_logger, progress_bar
 
 from .metrics import Metrics
 from .records import EpochRecord
 
 _logger = get_logger(__name__)
+
+_SECONDS_BETWEEN_LINES = 60.0
 
 
 def describe(metrics: Mapping[str, Metrics]) -> str:
@@ -44,6 +50,7 @@ class RunDisplay:
         self._log_interval = log_interval
         self._epoch = epochs_done
         self._moved = -math.inf
+        self._line_at = time.monotonic()
         self._bar = progress_bar(
             TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
             TextColumn("loss {task.fields[loss]:.3g}  forces {task.fields[forces]} meV/A"),
@@ -70,8 +77,11 @@ class RunDisplay:
     def step(
         self, done: int, total: int, loss: float, metrics: Mapping[str, Metrics], rate: float
     ) -> None:
-        """Move the bar, unless it has only just been moved."""
+        """Move the bar, unless it has only just been moved, and write a line each minute."""
         now = time.monotonic()
+        if done < total and now - self._line_at >= _SECONDS_BETWEEN_LINES:
+            self._line_at = now
+            self._line(done, total, loss, metrics, rate)
         if self._bar is None or (done < total and now - self._moved < 1 / REDRAWS_PER_SECOND):
             return
         self._moved = now
@@ -86,9 +96,20 @@ class RunDisplay:
             rate=rate,
         )
 
+    def _line(
+        self, done: int, total: int, loss: float, metrics: Mapping[str, Metrics], rate: float
+    ) -> None:
+        _logger.info(
+            "epoch %*d/%d, batch %*d of %d | loss %.4g | train %s | %.0f structures/s",
+            len(str(self._num_epochs)), self._epoch + 1, self._num_epochs,
+            len(str(total)), done, total, loss, describe(metrics), rate,
+            extra=FILE_ONLY if self._bar else None,
+        )  # fmt: skip
+
     def epoch(self, record: EpochRecord) -> None:
         """A line in the log."""
         self._epoch = record.epoch
+        self._line_at = time.monotonic()
         last = record.epoch == self._num_epochs
         if record.epoch % self._log_interval and not last and record.epoch > 1:
             return
