@@ -215,6 +215,12 @@ class TrainingOptions(Section):
         description="Validation figure that picks the best model: a product over energy, forces "
         "and stress (`mae_prod`, `rmse_prod`), the loss, or one mean absolute error.",
     )
+    best_model_window: PositiveInt | None = Field(
+        default=None,
+        description="The figure is averaged over this many epochs, the last of which is kept, so "
+        "that few validation structures met by chance do not pick the model. Null: a tenth of the "
+        "run, at most 5.",
+    )
     rotational_augmentation: Flag = Field(
         default=True, description="Turn and mirror each structure at random in each epoch."
     )

@@ -34,7 +34,7 @@ class EpochRecord:
         learning_rate: of the last step.
         loss: mean training loss, extra losses included.
         train, validation: errors by target, during the epoch and after it.
-        metric: what picks the best model (lower is better).
+        metric: what picks the best model (lower is better), a mean over the last epochs.
         best: whether this epoch is the best so far.
         seconds: of training and validation; waiting between two parts of a run does not count.
         structures_per_second: training throughput.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 
+from pet_finetune.config import TrainingOptions
 from pet_finetune.errors import TrainingError
 from pet_finetune.keys import forces_key
 
@@ -42,6 +43,11 @@ def check_metric(
             "best_model_metric 'forces_mae' needs forces, but none are trained: no training "
             "structure has any, or their weight in the loss is 0. Use another metric."
         )
+
+
+def best_window(options: TrainingOptions) -> int:
+    """Over how many epochs the mean of :func:`best_metric` picks the best model."""
+    return options.best_model_window or min(5, max(1, options.num_epochs // 10))
 
 
 def best_metric(metrics: Mapping[str, Metrics], kind: str, loss: Callable[[], float]) -> float:

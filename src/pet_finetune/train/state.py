@@ -20,6 +20,7 @@ class Progress:
         step: updates done.
         loss_sum, extra_sums, structures, seconds, epoch_metrics: of the epoch under way, for when
             it is interrupted.
+        recent: the metrics of the last epochs, as many as the mean is taken over.
         best_metric, best_epoch: of the best model.
         reference, waited: the metric last seen to improve by enough, and the epochs since.
     """
@@ -31,6 +32,7 @@ class Progress:
     extra_sums: dict[str, float] = field(default_factory=dict)
     structures: int = 0
     seconds: float = 0.0
+    recent: list[float] = field(default_factory=list)
     best_metric: float = math.inf
     best_epoch: int = 0
     reference: float = math.inf
@@ -52,10 +54,23 @@ class Progress:
         self.batch, self.loss_sum, self.epoch_metrics = 0, 0.0, {}
         self.extra_sums, self.structures, self.seconds = {}, 0, 0.0
 
-    def count_patience(self, metric: float, early: EarlyStopping | None) -> None:
-        """Take an epoch's metric in; improvements too small to count add up until they do."""
+    def averaged(self, metric: float, window: int) -> float:
+        """Take an epoch's metric in; its mean over the last ``window`` epochs."""
+        self.recent = [*self.recent, metric][-window:]
+        return sum(self.recent) / len(self.recent)
+
+    def is_best(self, metric: float, window: int) -> bool:
+        """Whether the epoch just done is the best so far, given its :meth:`averaged` metric.
+
+        Until a window is full each epoch takes the place of the one before: with a single
+        validation structure the first could meet its energy by chance and never be beaten.
+        """
+        return self.epoch <= window or metric < self.best_metric
+
+    def count_patience(self, metric: float, window: int, early: EarlyStopping | None) -> None:
+        """Take an epoch's averaged metric in; too small improvements add up until they count."""
         least = early.min_delta if early else 0.0
-        if metric < self.reference * (1.0 - least):
+        if self.epoch <= window or metric < self.reference * (1.0 - least):
             self.reference, self.waited = metric, 0
         else:
             self.waited += 1

@@ -38,7 +38,7 @@ from .optimizer import load_optimizer, make_optimizer, set_learning_rate
 from .precision import mixed, precision_errors
 from .records import Callbacks, EpochRecord, StepResult, TrainingResult
 from .schedule import averages_weights, loss_stage, rate_at
-from .selection import best_metric, check_metric
+from .selection import best_metric, best_window, check_metric
 from .state import Progress
 from .unfreeze import Unfreezing
 
@@ -272,10 +272,12 @@ class Trainer:
         extra = {n: value / max(1, num_batches) for n, value in progress.extra_sums.items()}
         with self.average.applied() if self.average else nullcontext():
             validation = evaluate(self.model, self.validation.view(), self.wanted)
-            metric = best_metric(validation, self.options.best_model_metric, self._validation_loss)
+            own = best_metric(validation, self.options.best_model_metric, self._validation_loss)
+            window = best_window(self.options)
+            metric = progress.averaged(own, window)
             progress.next_epoch()
-            progress.count_patience(metric, self.options.early_stopping)
-            best = metric < progress.best_metric or progress.best_epoch == 0
+            progress.count_patience(metric, window, self.options.early_stopping)
+            best = progress.is_best(metric, window)
             record = EpochRecord(
                 epoch=progress.epoch,
                 learning_rate=self.optimizer.param_groups[0]["lr"],

@@ -15,6 +15,7 @@ from pet_finetune.errors import TrainingError
 from pet_finetune.train import Trainer
 from pet_finetune.train.metrics import Metrics
 from pet_finetune.train.records import Callbacks
+from pet_finetune.train.selection import best_window
 from trainers import (
     TRAIN,
     VALIDATION,
@@ -180,21 +181,52 @@ def fixed_metrics(monkeypatch, values):
         # Each step is too small to count, but they add up: 5 -> 4.7 -> 4.4.
         ([5.0, 4.7, 4.4, 4.4, 4.4], {"patience": 2, "min_delta": 0.1}, 5, 3),
         ([5.0, 4.9, 4.9], {"patience": 2, "min_delta": 0.1}, 3, 2),
-        ([math.inf, math.inf], {"patience": 3}, 3, 1),
+        ([math.inf, math.inf], {"patience": 3}, 4, 1),
     ],
 )
 def test_patience(monkeypatch, metrics, early, epochs, best_epoch):
     fixed_metrics(monkeypatch, metrics)
-    trainer = make_trainer(num_epochs=20, early_stopping=early)
+    trainer = make_trainer(num_epochs=20, early_stopping=early, best_model_window=1)
     result = trainer.fit()
     assert result.finished
     assert result.stopped_early
     assert (result.epochs, result.best_epoch) == (epochs, best_epoch)
 
 
+@pytest.mark.parametrize(
+    ("window", "metrics", "best_epoch", "best_metric"),
+    [
+        # The first epoch met its few structures by chance.
+        (1, [0.1, 9.0, 3.0, 3.0, 1.5, 3.3], 1, 0.1),
+        (3, [0.1, 9.0, 3.0, 3.0, 1.5, 3.3], 5, 2.5),
+        # A chance in the middle counts as one of three.
+        (3, [9.0, 9.0, 0.1, 9.0, 3.0, 3.0], 5, 12.1 / 3),
+        # Windows that are not full are beaten by whatever comes.
+        (9, [0.1, 9.0, 3.0, 3.0, 1.5, 3.3], 6, 19.9 / 6),
+    ],
+)
+def test_the_best_is_picked_by_a_mean_over_epochs(
+    monkeypatch, window, metrics, best_epoch, best_metric
+):
+    fixed_metrics(monkeypatch, metrics)
+    trainer = make_trainer(num_epochs=6, best_model_window=window)
+    halfway = make_trainer(num_epochs=6, best_model_window=window)
+    trainer.callbacks = Callbacks(save=lambda: halfway.load_state(written(trainer.state())))
+    result = trainer.fit()
+    assert result.best_epoch == best_epoch
+    assert result.best_metric == pytest.approx(best_metric)
+    assert halfway.progress == trainer.progress
+
+
+@pytest.mark.parametrize(("epochs", "window"), [(1, 1), (19, 1), (20, 2), (50, 5), (1000, 5)])
+def test_longer_runs_pick_by_more_epochs(epochs, window):
+    assert best_window(TrainingOptions(num_epochs=epochs)) == window
+    assert best_window(TrainingOptions(num_epochs=epochs, best_model_window=3)) == 3
+
+
 def test_a_run_that_stopped_early_does_not_go_on_when_resumed(monkeypatch):
     fixed_metrics(monkeypatch, [1.0])
-    options = {"num_epochs": 20, "early_stopping": {"patience": 1}}
+    options = {"num_epochs": 10, "early_stopping": {"patience": 1}}
     trainer = make_trainer(**options)
     trainer.fit()
     resumed = make_trainer(**options)
