@@ -33,7 +33,7 @@ from pet_finetune.data.batch import Batch
 from pet_finetune.data.computable import charge_and_spin, check_atoms
 from pet_finetune.data.contacts import Contacts
 from pet_finetune.data.moving import MovingAtoms, Origin
-from pet_finetune.device import choose_device
+from pet_finetune.device import choose_device, choose_dtype
 from pet_finetune.errors import AdapterError, ConfigError, DataError
 from pet_finetune.model import Potential, Prediction
 from pet_finetune.model.direct import (
@@ -43,12 +43,13 @@ from pet_finetune.model.direct import (
     predict_direct,
 )
 from pet_finetune.model.frozen import FrozenEnergy
+from pet_finetune.model.orientations import orientations as make_orientations
+from pet_finetune.model.orientations import predict_mean
 
 __all__ = ["PETCalculator"]
 
 #: Of what a structure has, this is not read by the potential.
 _IGNORED = {"initial_charges", "initial_magmoms"}
-_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 class PETCalculator(Calculator):
@@ -77,6 +78,8 @@ class PETCalculator(Calculator):
     :param device: ``auto`` (the first GPU, else the CPU), ``cpu``, ``cuda``, ``cuda:1``...
     :param dtype: ``float32``, ``float64``, or None for the model's own.
     :param skin: margin of the neighbour list in Å; it changes speed, never results.
+    :param orientations: 4, 12 or 24 for the mean over a group of as many rotations, which a model
+        that only learned its symmetry is closer to obeying; each costs an evaluation.
     :raises PetFinetuneError: of the kind that says what is wrong with checkpoint, adapter, target,
         device or dtype. Structures that cannot be computed raise it when they are.
     """
@@ -99,13 +102,15 @@ class PETCalculator(Calculator):
         device: str | torch.device = "auto",
         dtype: str | torch.dtype | None = None,
         skin: float = 0.5,
+        orientations: int = 1,
     ) -> None:
         super().__init__()
         if not skin >= 0.0:
             raise ConfigError(f"skin: the margin is a length of 0 Å or more, got {skin}.")
+        self._rotations = make_orientations(orientations)
         self._wanted_device = str(device)
         self._device = choose_device(self._wanted_device)
-        floating = _choose_dtype(dtype)
+        floating = choose_dtype(dtype)
         if adapter is not None and adapters is not None:
             raise ConfigError(
                 "adapter and adapters: give one of them, a single adapter or those of a committee."
@@ -118,7 +123,7 @@ class PETCalculator(Calculator):
         self._adapted: AdaptedPotential | None = None
         potential: Potential | Committee
         if adapters is not None:
-            potential = open_committee(_plain(model), adapters)
+            potential = open_committee(model, adapters)
             self.implemented_properties = [*self.implemented_properties, *COMMITTEE_PROPERTIES]
         else:
             self._adapted = open_adapted(model, adapter)
@@ -288,7 +293,7 @@ class PETCalculator(Calculator):
         check_atoms(atoms, self._model.species)
         members = not self._spread_when_asked or not OF_MEMBERS.isdisjoint(properties or ())
         with self._blocks.reused():
-            prediction = self._predict(self._batch(atoms), periodic, members)
+            prediction = self._predict_mean(self._batch(atoms), periodic, members)
         super().calculate(atoms, properties, system_changes)
         assert prediction.forces is not None
         energy = float(prediction.energy[0])
@@ -302,6 +307,11 @@ class PETCalculator(Calculator):
             self.results["stress"] = full_3x3_to_voigt_6_stress(to_numpy(prediction.stress[0]))
         if isinstance(prediction, CommitteePrediction):
             self.results.update(committee_results(prediction))
+
+    def _predict_mean(self, batch: Batch, stress: bool, members: bool) -> Prediction:
+        if len(self._rotations) == 1:
+            return self._predict(batch, stress, members)
+        return predict_mean(batch, self._rotations, lambda b: self._predict(b, stress, members))
 
     def _predict(self, batch: Batch, stress: bool, members: bool) -> Prediction:
         if isinstance(self._model, Committee):
@@ -341,21 +351,3 @@ class PETCalculator(Calculator):
         self.__dict__.update(state)
         self._device = choose_device(self._wanted_device)
         self._model.to(self._device)
-
-
-def _plain(
-    model: str | os.PathLike[str] | Potential | AdaptedPotential,
-) -> str | os.PathLike[str] | Potential:
-    if isinstance(model, AdaptedPotential):
-        raise ConfigError(
-            "adapters: a committee is made of a base and adapter folders; this model has adapters "
-            "of its own. Give its checkpoint instead."
-        )
-    return model
-
-
-def _choose_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if dtype is not None and chosen not in _DTYPES.values():
-        raise ConfigError(f"dtype: '{dtype}' is not one of {', '.join(_DTYPES)}.")
-    return chosen

@@ -1,4 +1,4 @@
-"""Where to compute: turning a name such as ``auto`` into a device that is there."""
+"""Where and with how many digits to compute: devices and dtypes of their names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import torch
 
 from pet_finetune.errors import ConfigError
 
-__all__ = ["choose_device"]
+__all__ = ["choose_device", "choose_dtype"]
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 def choose_device(name: str) -> torch.device:
@@ -34,3 +36,15 @@ def choose_device(name: str) -> torch.device:
             "Use 'cpu' or 'auto'."
         )
     return device
+
+
+def choose_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The floating type that is meant; None, for a model's own, stays None.
+
+    :param dtype: ``float32`` or ``float64``, or torch's.
+    :raises ConfigError: it is another one.
+    """
+    chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and chosen not in _DTYPES.values():
+        raise ConfigError(f"dtype: '{dtype}' is not one of {', '.join(_DTYPES)}.")
+    return chosen

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 
 from models import crystal, ethanol, random_potential, trained_adapter
+from pet_finetune import calculator
 from pet_finetune.adapters import save_adapter
 from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
 from pet_finetune.dynamics.progress import MDDisplay
+from pet_finetune.model.orientations import predict_mean
 from pet_finetune.workflows import md as workflow
 
 SHORT = ("--steps", 6, "--timestep", 0.1, "--every", 2, "--temperature", 50, "--seed", 1)
@@ -104,6 +106,22 @@ def test_a_simulation_is_gone_on_with_from_anywhere(md, command, monkeypatch) ->
     assert lost.code == 1
     assert "no such checkpoint file" in lost.err
     assert command("md", "../moved.ckpt", "--restart", folder, "--steps", 10).code == 0
+
+
+def test_orientations_move_the_atoms_by_their_mean(md, command, monkeypatch) -> None:
+    turned = []
+    monkeypatch.setattr(
+        calculator, "predict_mean", lambda *given: turned.append(1) or predict_mean(*given)
+    )
+    assert md("--orientations", 4).code == 0
+    steps = len(turned)
+    assert steps > 6
+    assert command("md", "--restart", "run", "--steps", 8).code == 0
+    assert len(turned) > steps
+    assert json.loads(Path("run/md.json").read_text())["model"]["orientations"] == 4
+    refused = md("--orientations", 5, output="five")
+    assert refused.code == 1
+    assert "orientations: 5 is not one of 1, 4, 12, 24" in refused.err
 
 
 def test_a_committee_has_an_uncertainty_and_can_stop_a_run(md, here: Path) -> None:

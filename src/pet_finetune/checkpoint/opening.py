@@ -15,7 +15,7 @@ from pet_finetune.checkpoint.archive import TorchArchive
 from pet_finetune.checkpoint.metatrain import is_metatrain, read_metatrain
 from pet_finetune.checkpoint.native import is_native, read_native
 from pet_finetune.checkpoint.safe_pickle import StoredTensor
-from pet_finetune.errors import CheckpointError
+from pet_finetune.errors import CheckpointError, ConfigError
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 
@@ -132,14 +132,22 @@ def open_potential(
     return (potential, None) if config is None else (merged_copy(potential), config.target)
 
 
-def open_committee(model: str | os.PathLike[str] | Potential, adapters: Adapters) -> Committee:
+def open_committee(
+    model: str | os.PathLike[str] | Potential | AdaptedPotential, adapters: Adapters
+) -> Committee:
     """A committee to predict with, of several adapters of one base.
 
     :param model: the base: a checkpoint, or a potential, which stays as it is.
     :param adapters: as for :func:`~pet_finetune.adapters.committee_files.load_committee`.
     :raises CheckpointError: as :func:`load_checkpoint`.
     :raises AdapterError: the adapters cannot be read, are too few, or do not belong together.
+    :raises ConfigError: the base has adapters already.
     """
+    if isinstance(model, AdaptedPotential):
+        raise ConfigError(
+            "adapters: a committee is made of a base and adapter folders; this model has adapters "
+            "of its own. Give its checkpoint instead."
+        )
     base = model if isinstance(model, Potential) else load_checkpoint(model).model
     return load_committee(base, adapters)
 

@@ -53,7 +53,7 @@ _SETTINGS: dict[str, tuple[type, str, str]] = {
     ),
     "barostat_time": (float, "FS", "of npt, in fs (default: 1000)"),
 }
-_OF_MODEL = ("target", "device", "dtype")
+_OF_MODEL = ("target", "device", "dtype", "orientations")
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -97,6 +97,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--target", help="which energy, where the model has several")
     parser.add_argument("--device", help="auto, cpu or cuda (default: auto)")
     parser.add_argument("--dtype", help="float32 or float64 (default: the model's)")
+    parser.add_argument(
+        "--orientations", type=int, metavar="N",
+        help="forces as a mean over 4, 12 or 24 orientations, for N times the time (default: 1)",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from pet_finetune.config import TrainingOptions
+from pet_finetune.data.batch import Batch
+from pet_finetune.data.prefetch import on_device
 from pet_finetune.errors import TrainingError
 from pet_finetune.keys import forces_key
+from pet_finetune.model import Potential
 
+from .loss import Objective, batch_loss
 from .metrics import Metrics
+from .schedule import loss_stage
 
 
 def check_metric(
@@ -70,3 +75,32 @@ def best_metric(metrics: Mapping[str, Metrics], kind: str, loss: Callable[[], fl
         name = kind.split("_")[0]
         value = math.prod(getattr(m, name)(k) for m in metrics.values() for k in m.kinds)
     return value if math.isfinite(value) else math.inf
+
+
+def mean_loss(
+    model: Potential,
+    batches: Iterable[Batch],
+    objectives: Mapping[str, Objective],
+    options: TrainingOptions,
+) -> float:
+    """The loss as a mean over structures, with the weights that the model has now.
+
+    Those of the loss are the last stage's in every epoch: numbers with different weights could
+    not be compared.
+
+    Args:
+        model: is put into evaluation mode.
+        batches: of the validation set.
+        objectives: what is asked of each target.
+        options: ``architecture.training``.
+    """
+    model.eval()
+    last = loss_stage(options, options.num_epochs)
+    wanted = {name: (o.forces, o.stress) for name, o in objectives.items()}
+    objectives = {name: o.at(last) for name, o in objectives.items()}
+    total, count = 0.0, 0
+    for batch in on_device(batches, model.device, model.dtype):
+        predictions = model.predict_targets(batch, wanted)
+        total += float(batch_loss(batch, predictions, objectives)) * batch.num_structures
+        count += batch.num_structures
+    return total / count

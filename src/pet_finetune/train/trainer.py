@@ -38,7 +38,7 @@ from .optimizer import load_optimizer, make_optimizer, set_learning_rate
 from .precision import mixed, precision_errors
 from .records import Callbacks, EpochRecord, StepResult, TrainingResult
 from .schedule import averages_weights, loss_stage, rate_at
-from .selection import best_metric, best_window, check_metric
+from .selection import best_metric, best_window, check_metric, mean_loss
 from .state import Progress
 from .unfreeze import Unfreezing
 
@@ -298,20 +298,7 @@ class Trainer:
         return record
 
     def _validation_loss(self) -> float:
-        """Mean loss over the validation set, with the weights the model has now.
-
-        Those of the loss are the last stage's in every epoch: numbers with different weights
-        could not be compared.
-        """
-        self.model.eval()
-        last = loss_stage(self.options, self.options.num_epochs)
-        objectives = {name: o.at(last) for name, o in self.objectives.items()}
-        total, count = 0.0, 0
-        for batch in on_device(self.validation.view(), self.model.device, self.model.dtype):
-            predictions = self.model.predict_targets(batch, self.wanted)
-            total += float(batch_loss(batch, predictions, objectives)) * batch.num_structures
-            count += batch.num_structures
-        return total / count
+        return mean_loss(self.model, self.validation.view(), self.objectives, self.options)
 
     def state(self) -> dict[str, Any]:
         """All that the rest of the run depends on: tensors and plain values only.

@@ -19,6 +19,7 @@ from pet_finetune.adapters import active_adapter, load_adapter, merged_copy
 from pet_finetune.checkpoint import Checkpoint, load_checkpoint, weights_fingerprint
 from pet_finetune.data.probe import probe_structures
 from pet_finetune.data.structure import Structure
+from pet_finetune.device import choose_dtype
 from pet_finetune.errors import ConfigError
 from pet_finetune.extras import EXPORT, missing_extra
 from pet_finetune.log import get_logger
@@ -27,7 +28,6 @@ from pet_finetune.model import Potential
 from .tables import size_text
 
 _LOG = get_logger(__name__)
-_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 # Enough to notice an error, few enough to cost a second.
 _STRUCTURES = 6
 
@@ -82,13 +82,12 @@ def export_model(
     for library in EXPORT:
         if (problem := missing_extra(library, "export")) is not None:
             raise ConfigError(f"export: it {problem}")
-    if dtype not in (None, *_DTYPES):
-        raise ConfigError(f"dtype: '{dtype}' is not one of {', '.join(_DTYPES)}.")
+    wanted = choose_dtype(dtype)
     path = _output(Path(output), Path(checkpoint))
     opened = load_checkpoint(checkpoint)
     potential, of_adapter = _merged(opened.model, adapter)
-    if dtype is not None:
-        potential.to(_DTYPES[dtype])
+    if wanted is not None:
+        potential.to(wanted)
     energy = _energy(potential, target or of_adapter)
     only = None if of_adapter is None else {of_adapter}
     from pet_finetune.export import ModelCheck, choose_outputs, interaction_range, write_model

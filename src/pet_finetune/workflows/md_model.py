@@ -23,6 +23,7 @@ class ModelChoice:
         target: the energy, where the model has several.
         device: as in the options.
         dtype: ``float32`` or ``float64``; None for the model's own.
+        orientations: as in the calculator.
     """
 
     checkpoint: str
@@ -30,6 +31,7 @@ class ModelChoice:
     target: str | None = None
     device: str = "auto"
     dtype: str | None = None
+    orientations: int = 1
 
     @property
     def is_committee(self) -> bool:
@@ -50,7 +52,12 @@ class ModelChoice:
         elif self.adapters:
             which["adapter"] = self.adapters[0]
         return PETCalculator(
-            self.checkpoint, target=self.target, device=self.device, dtype=self.dtype, **which
+            self.checkpoint,
+            target=self.target,
+            device=self.device,
+            dtype=self.dtype,
+            orientations=self.orientations,
+            **which,
         )
 
     def absolute(self) -> ModelChoice:

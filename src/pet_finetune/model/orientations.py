@@ -1,0 +1,137 @@
+"""Means over a few orientations, for a model that learned its symmetry and is not built with it.
+
+How far predictions depend on the orientation: Langer, Pozdnyakov and Ceriotti, arXiv:2406.17747.
+The orientations are a group of rotations of the cube. As a function of the rotation, a mean over a
+group has no part of the lowest orders l: half turns about the axes remove l = 1, the group of the
+tetrahedron l = 2 as well, that of the cube l = 3. So much less is left than of as many at random.
+They are the same for every structure: the mean energy is as smooth as the energy, and the mean
+forces are its derivatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import permutations, product
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from pet_finetune.data.batch import Batch
+from pet_finetune.errors import ConfigError
+
+from .prediction import Prediction
+
+__all__ = ["ORIENTATIONS", "copies", "orientations", "predict_mean"]
+
+#: How many there can be: none but the structure's own, half turns, tetrahedron, cube.
+ORIENTATIONS = (1, 4, 12, 24)
+
+#: Copies with so many atoms together are predicted at once; memory grows no further.
+_MOST_ATOMS = 2000
+
+#: Where each quantity has its structures or atoms, from the end.
+_AXES = {"energy": -1, "atom_energies": -1, "forces": -2, "stress": -3}
+
+AnyPrediction = TypeVar("AnyPrediction", bound=Prediction)
+
+
+def orientations(count: int) -> Tensor:
+    """The rotations of a group, ``[count, 3, 3]`` float64, the first of them the identity.
+
+    Their elements are 0, 1 and -1, so turning loses no digit.
+
+    Args:
+        count: one of :data:`ORIENTATIONS`.
+
+    Raises:
+        ConfigError: it is another number.
+    """
+    if count not in ORIENTATIONS:
+        raise ConfigError(
+            f"orientations: {count} is not one of {', '.join(map(str, ORIENTATIONS))}. They are "
+            "groups of rotations; of other sets less of the errors would cancel."
+        )
+    cube = [
+        torch.diag(torch.tensor(signs, dtype=torch.float64))[:, list(axes)]
+        for axes in permutations(range(3))
+        for signs in product((1.0, -1.0), repeat=3)
+    ]
+    cube = [matrix for matrix in cube if torch.linalg.det(matrix) > 0]
+    # Of the tetrahedron are those that exchange no two axes, half turns those that leave all.
+    tetrahedron = [matrix for matrix in cube if torch.linalg.det(matrix.abs()) > 0]
+    half_turns = [matrix for matrix in cube if torch.equal(matrix.abs(), torch.eye(3).double())]
+    groups = {1: half_turns[:1], 4: half_turns, 12: tetrahedron, 24: cube}
+    return torch.stack(groups[count])
+
+
+def copies(batch: Batch, rotations: Tensor) -> Batch:
+    """A batch in ``k`` orientations, without labels: all structures in the first, and so on.
+
+    Args:
+        batch: the structures.
+        rotations: ``[k, 3, 3]``; vectors become ``R v``.
+    """
+    k = len(rotations)
+    matrices = rotations.to(batch.edge_vectors)
+
+    def shifted(index: Tensor, by: int) -> Tensor:
+        return (index + by * torch.arange(k, device=index.device).unsqueeze(1)).flatten()
+
+    return replace(
+        batch,
+        numbers=batch.numbers.repeat(k),
+        edge_vectors=torch.einsum("kij,ej->kei", matrices, batch.edge_vectors).flatten(0, 1),
+        centers=shifted(batch.centers, batch.num_atoms),
+        neighbors=shifted(batch.neighbors, batch.num_atoms),
+        reverse=shifted(batch.reverse, batch.num_edges),
+        structure_index=shifted(batch.structure_index, batch.num_structures),
+        cells=torch.einsum("kij,baj->kbai", matrices, batch.cells).flatten(0, 1),
+        charges=batch.charges.repeat(k),
+        spins=batch.spins.repeat(k),
+        labels={},
+        frames=batch.frames.repeat(k),
+        sources=batch.sources * k,
+    )
+
+
+def predict_mean(
+    batch: Batch, rotations: Tensor, predict: Callable[[Batch], AnyPrediction]
+) -> AnyPrediction:
+    """What is predicted in several orientations, turned back, as a mean.
+
+    Args:
+        batch: the structures.
+        rotations: ``[k, 3, 3]``.
+        predict: of a batch; quantities may have axes in front, as those of a committee's members.
+    """
+    most = max(1, _MOST_ATOMS // max(1, batch.num_atoms))
+    chunks = rotations.split(most)
+    return _mean([predict(copies(batch, some)) for some in chunks], chunks)
+
+
+def _mean(parts: Sequence[AnyPrediction], chunks: Sequence[Tensor]) -> AnyPrediction:
+    """One prediction of those of copies; ``chunks`` are the rotations of each."""
+    values: dict[str, Any] = {}
+    for name, first in vars(parts[0]).items():
+        each = [getattr(part, name) for part in parts]
+        if isinstance(first, Prediction):
+            values[name] = _mean(each, chunks)
+        elif isinstance(first, Tensor):
+            axis = _AXES[name]
+            back = [
+                _turned_back(value, some, axis) for value, some in zip(each, chunks, strict=True)
+            ]
+            values[name] = torch.cat(back, axis - 1).mean(axis - 1)
+    return replace(parts[0], **values)
+
+
+def _turned_back(values: Tensor, rotations: Tensor, axis: int) -> Tensor:
+    """In the structures' own frame, with an axis of the orientations before ``axis``."""
+    values, matrices = values.detach().unflatten(axis, (len(rotations), -1)), rotations.to(values)
+    if axis == _AXES["forces"]:
+        return torch.einsum("...kni,kij->...knj", values, matrices)
+    if axis == _AXES["stress"]:
+        return torch.einsum("...kbxy,kxi,kyj->...kbij", values, matrices, matrices)
+    return values
