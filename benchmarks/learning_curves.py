@@ -151,7 +151,7 @@ def plot(results: dict[str, dict], starts: list[str], updates: int, path: Path) 
                 axes.loglog(*zip(*points, strict=True), "o-", label=Path(start).stem)
         axes.set(title=curve.title, xlabel="training structures", ylabel="force MAE, meV/Å")
         axes.grid(alpha=0.3, which="both")
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1.0, 0.88))
     figure.savefig(path)
 
 
