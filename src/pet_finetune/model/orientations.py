@@ -53,17 +53,18 @@ def orientations(count: int) -> Tensor:
             f"orientations: {count} is not one of {', '.join(map(str, ORIENTATIONS))}. They are "
             "groups of rotations; of other sets less of the errors would cancel."
         )
-    cube = [
-        torch.diag(torch.tensor(signs, dtype=torch.float64))[:, list(axes)]
-        for axes in permutations(range(3))
-        for signs in product((1.0, -1.0), repeat=3)
-    ]
-    cube = [matrix for matrix in cube if torch.linalg.det(matrix) > 0]
+    signed = torch.stack(
+        [
+            torch.diag(torch.tensor(signs, dtype=torch.float64))[:, list(axes)]
+            for axes in permutations(range(3))
+            for signs in product((1.0, -1.0), repeat=3)
+        ]
+    )
+    cube = signed[torch.linalg.det(signed) > 0]
     # Of the tetrahedron are those that exchange no two axes, half turns those that leave all.
-    tetrahedron = [matrix for matrix in cube if torch.linalg.det(matrix.abs()) > 0]
-    half_turns = [matrix for matrix in cube if torch.equal(matrix.abs(), torch.eye(3).double())]
-    groups = {1: half_turns[:1], 4: half_turns, 12: tetrahedron, 24: cube}
-    return torch.stack(groups[count])
+    tetrahedron = cube[torch.linalg.det(cube.abs()) > 0]
+    half_turns = cube[cube.abs().diagonal(dim1=1, dim2=2).sum(1) == 3]
+    return {1: half_turns[:1], 4: half_turns, 12: tetrahedron, 24: cube}[count]
 
 
 def copies(batch: Batch, rotations: Tensor) -> Batch:
@@ -119,19 +120,19 @@ def _mean(parts: Sequence[AnyPrediction], chunks: Sequence[Tensor]) -> AnyPredic
         if isinstance(first, Prediction):
             values[name] = _mean(each, chunks)
         elif isinstance(first, Tensor):
-            axis = _AXES[name]
-            back = [
-                _turned_back(value, some, axis) for value, some in zip(each, chunks, strict=True)
-            ]
-            values[name] = torch.cat(back, axis - 1).mean(axis - 1)
+            turned = zip(each, chunks, strict=True)
+            back = [_turned_back(name, value, some) for value, some in turned]
+            axis = _AXES[name] - 1
+            values[name] = torch.cat(back, axis).mean(axis)
     return replace(parts[0], **values)
 
 
-def _turned_back(values: Tensor, rotations: Tensor, axis: int) -> Tensor:
-    """In the structures' own frame, with an axis of the orientations before ``axis``."""
-    values, matrices = values.detach().unflatten(axis, (len(rotations), -1)), rotations.to(values)
-    if axis == _AXES["forces"]:
+def _turned_back(name: str, values: Tensor, rotations: Tensor) -> Tensor:
+    """A quantity in the structures' own frame, with an axis of the orientations before its own."""
+    matrices = rotations.to(values)
+    values = values.detach().unflatten(_AXES[name], (len(rotations), -1))
+    if name == "forces":
         return torch.einsum("...kni,kij->...knj", values, matrices)
-    if axis == _AXES["stress"]:
+    if name == "stress":
         return torch.einsum("...kbxy,kxi,kyj->...kbij", values, matrices, matrices)
     return values

@@ -21,8 +21,7 @@ from pet_finetune.keys import forces_key, stress_key
 from pet_finetune.model import Potential, Prediction, Property
 
 from .extra import Seen
-from .loss import Objective, batch_loss
-from .schedule import loss_stage
+from .loss import Objective, batch_loss, derivatives, objectives_at
 
 _STREAM = 4  # order, rotations, replay and noise have smaller numbers
 
@@ -58,7 +57,7 @@ class ConsistencyLoss:
     ) -> None:
         self.model, self.objectives, self.consistency = model, dict(objectives), consistency
         self._options, self._seed = options, seed
-        self._wanted = {name: (o.forces, o.stress) for name, o in self.objectives.items()}
+        self._wanted = derivatives(self.objectives)
 
     def __call__(self, seen: Seen) -> Tensor:
         """The weighted loss of the turned structures, a scalar."""
@@ -66,8 +65,7 @@ class ConsistencyLoss:
         said = replace(seen.batch, labels=_as_labels(seen.predictions)).first(count)
         turned = rotate_batch(said, self._rotations(seen, count).to(said.cells.device))
         predictions = self.model.predict_targets(turned, self._wanted, create_graph=True)
-        stage = loss_stage(self._options, seen.epoch)
-        objectives = {name: o.at(stage) for name, o in self.objectives.items()}
+        objectives = objectives_at(self.objectives, self._options, seen.epoch)
         share = count / seen.batch.num_structures
         return self.consistency.weight * share * batch_loss(turned, predictions, objectives)
 

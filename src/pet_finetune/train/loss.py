@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pet_finetune.config import LossStage, LossTerm, TargetLoss
+from pet_finetune.config import LossStage, LossTerm, TargetLoss, TrainingOptions
 from pet_finetune.data.batch import Batch
 from pet_finetune.keys import forces_key, stress_key
 from pet_finetune.model import Prediction, Property
 
 from .measure import counted
+from .schedule import loss_stage
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,19 @@ class Objective:
             "stress": stress.model_copy(update={"weight": stress.weight * stage.stress}),
         }
         return replace(self, loss=self.loss.model_copy(update=weights))
+
+
+def derivatives(objectives: Mapping[str, Objective]) -> dict[str, tuple[bool, bool]]:
+    """Whether forces and stress are computed, for each target."""
+    return {name: (o.forces, o.stress) for name, o in objectives.items()}
+
+
+def objectives_at(
+    objectives: Mapping[str, Objective], options: TrainingOptions, epoch: int
+) -> dict[str, Objective]:
+    """The objectives in an epoch, from 0, with the weights that ``loss_schedule`` gives it."""
+    stage = loss_stage(options, epoch)
+    return {name: o.at(stage) for name, o in objectives.items()}
 
 
 def _values(errors: Tensor, term: LossTerm) -> Tensor:

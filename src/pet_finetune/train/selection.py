@@ -12,9 +12,8 @@ from pet_finetune.errors import TrainingError
 from pet_finetune.keys import forces_key
 from pet_finetune.model import Potential
 
-from .loss import Objective, batch_loss
+from .loss import Objective, batch_loss, derivatives, objectives_at
 from .metrics import Metrics
-from .schedule import loss_stage
 
 
 def check_metric(
@@ -95,9 +94,8 @@ def mean_loss(
         options: ``architecture.training``.
     """
     model.eval()
-    last = loss_stage(options, options.num_epochs)
-    wanted = {name: (o.forces, o.stress) for name, o in objectives.items()}
-    objectives = {name: o.at(last) for name, o in objectives.items()}
+    wanted = derivatives(objectives)
+    objectives = objectives_at(objectives, options, options.num_epochs)
     total, count = 0.0, 0
     for batch in on_device(batches, model.device, model.dtype):
         predictions = model.predict_targets(batch, wanted)

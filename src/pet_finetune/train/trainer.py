@@ -31,13 +31,13 @@ from .consistency import ConsistencyLoss
 from .extra import ExtraLoss, Seen
 from .finite import check_and_clip
 from .interrupt import InterruptGuard
-from .loss import Objective, batch_loss
+from .loss import Objective, batch_loss, derivatives, objectives_at
 from .metrics import Metrics, evaluate
 from .noise import add_label_noise
 from .optimizer import load_optimizer, make_optimizer, set_learning_rate
 from .precision import mixed, precision_errors
 from .records import Callbacks, EpochRecord, StepResult, TrainingResult
-from .schedule import averages_weights, loss_stage, rate_at
+from .schedule import averages_weights, rate_at
 from .selection import best_metric, best_window, check_metric, mean_loss
 from .state import Progress
 from .unfreeze import Unfreezing
@@ -75,7 +75,7 @@ class Trainer:
     ) -> None:
         self.model = model
         self.objectives = dict(objectives)
-        self.wanted = {name: (o.forces, o.stress) for name, o in self.objectives.items()}
+        self.wanted = derivatives(self.objectives)
         self.training, self.validation = training, validation
         self.options = options
         self.learning_rate = learning_rate
@@ -234,8 +234,7 @@ class Trainer:
         with stage("energies"), self._precision():  # the potential marks the derivatives within
             predictions = self.model.predict_targets(batch, self.wanted, create_graph=True)
         with stage("loss"):
-            current = loss_stage(self.options, epoch)
-            objectives = {name: o.at(current) for name, o in self.objectives.items()}
+            objectives = objectives_at(self.objectives, self.options, epoch)
             loss = batch_loss(self._noisy(batch, index), predictions, objectives)
         with stage("backward"):
             # Named inputs: the edge vectors ask for gradients too, and nobody reads theirs.

@@ -210,12 +210,12 @@ def test_the_best_is_picked_by_a_mean_over_epochs(
 ):
     fixed_metrics(monkeypatch, metrics)
     trainer = make_trainer(num_epochs=6, best_model_window=window)
-    halfway = make_trainer(num_epochs=6, best_model_window=window)
-    trainer.callbacks = Callbacks(save=lambda: halfway.load_state(written(trainer.state())))
+    resumed = make_trainer(num_epochs=6, best_model_window=window)
+    trainer.callbacks = Callbacks(save=lambda: resumed.load_state(written(trainer.state())))
     result = trainer.fit()
     assert result.best_epoch == best_epoch
     assert result.best_metric == pytest.approx(best_metric)
-    assert halfway.progress == trainer.progress
+    assert resumed.progress == trainer.progress
 
 
 @pytest.mark.parametrize(("epochs", "window"), [(1, 1), (19, 1), (20, 2), (50, 5), (1000, 5)])
