@@ -232,6 +232,8 @@ def test_folders_and_arguments_that_do_not_go_together(md, command) -> None:
     )
     answer = command("md", "--restart", "run", "--temperature", 3, "--index", 0)
     assert "leave --temperature, --index out" in answer.err
+    answer = command("md", "--restart", "run", "--orientations", 4, "--dtype", "float64")
+    assert "leave --dtype, --orientations out" in answer.err
 
 
 def test_another_model_does_not_go_on(md, command, here: Path) -> None:

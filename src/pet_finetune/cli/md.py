@@ -137,6 +137,8 @@ def _restart(arguments: argparse.Namespace, given: dict[str, Any], model: dict[s
     """Go on with a run; only its length and the place of its model may be said anew."""
     steps = given.pop("steps", None)
     unused = [f"--{name.replace('_', '-')}" for name in given if name != "velocities"]
+    # What makes other forces of the same weights would not go on with the run either.
+    unused += [f"--{name}" for name in ("target", "dtype", "orientations") if name in model]
     unused += ["--keep-velocities or --new-velocities"] if "velocities" in given else []
     unused += ["the structure"] if arguments.structure is not None else []
     unused += ["--index"] if arguments.index is not None else []
