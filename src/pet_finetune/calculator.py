@@ -78,8 +78,9 @@ class PETCalculator(Calculator):
     :param device: ``auto`` (the first GPU, else the CPU), ``cpu``, ``cuda``, ``cuda:1``...
     :param dtype: ``float32``, ``float64``, or None for the model's own.
     :param skin: margin of the neighbour list in Å; it changes speed, never results.
-    :param orientations: 4, 12 or 24 for the mean over a group of as many rotations, which a model
-        that only learned its symmetry is closer to obeying; each costs an evaluation.
+    :param orientations: 2 for the mean of the structure and its image in a point, 4, 12 or 24 for
+        that over a group of as many rotations: a model that only learned its symmetry is then
+        closer to obeying it. Each costs an evaluation.
     :raises PetFinetuneError: of the kind that says what is wrong with checkpoint, adapter, target,
         device or dtype. Structures that cannot be computed raise it when they are.
     """

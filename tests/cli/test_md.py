@@ -121,7 +121,7 @@ def test_orientations_move_the_atoms_by_their_mean(md, command, monkeypatch) -> 
     assert json.loads(Path("run/md.json").read_text())["model"]["orientations"] == 4
     refused = md("--orientations", 5, output="five")
     assert refused.code == 1
-    assert "orientations: 5 is not one of 1, 4, 12, 24" in refused.err
+    assert "orientations: 5 is not one of 1, 2, 4, 12, 24" in refused.err
 
 
 def test_a_committee_has_an_uncertainty_and_can_stop_a_run(md, here: Path) -> None:

@@ -25,6 +25,16 @@ from pet_finetune.model.orientations import ORIENTATIONS, orientations
 MANY = [count for count in ORIENTATIONS if count > 1]
 
 
+def test_two_are_a_structure_and_its_image_in_a_point():
+    """What is odd in the edges has no part in their mean, so reversing all changes nothing."""
+    atoms = ethanol()
+    atoms.calc = calculator(random_potential(), orientations=2)
+    image = turned(atoms, -np.eye(3))
+    image.calc = atoms.calc
+    np.testing.assert_allclose(image.get_potential_energy(), atoms.get_potential_energy())
+    np.testing.assert_allclose(image.get_forces(), -atoms.get_forces(), atol=1e-12)
+
+
 def turned(atoms, rotation):
     copy = atoms.copy()
     copy.set_cell(atoms.cell.array @ rotation.T)
@@ -37,11 +47,12 @@ def calculator(model, **options):
 
 
 @pytest.mark.parametrize("count", ORIENTATIONS)
-def test_they_are_groups_of_rotations(count):
+def test_they_are_groups(count):
     rotations = orientations(count)
     assert rotations.shape == (count, 3, 3)
     torch.testing.assert_close(rotations[0], torch.eye(3, dtype=torch.float64))
-    assert torch.linalg.det(rotations).tolist() == pytest.approx([1.0] * count)
+    handed = [1.0, -1.0] if count == 2 else [1.0] * count
+    assert torch.linalg.det(rotations).tolist() == pytest.approx(handed)
     listed = {tuple(matrix.flatten().tolist()) for matrix in rotations + 0.0}
     assert len(listed) == count
     products = torch.einsum("aij,bjk->abik", rotations, rotations).reshape(-1, 9) + 0.0
@@ -129,5 +140,5 @@ def test_direct_forces_have_a_mean_too():
 
 
 def test_other_numbers_are_refused():
-    with pytest.raises(ConfigError, match="orientations: 3 is not one of 1, 4, 12, 24"):
+    with pytest.raises(ConfigError, match="orientations: 3 is not one of 1, 2, 4, 12, 24"):
         calculator(random_potential(), orientations=3)

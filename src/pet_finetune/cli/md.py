@@ -99,7 +99,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--dtype", help="float32 or float64 (default: the model's)")
     parser.add_argument(
         "--orientations", type=int, metavar="N",
-        help="forces as a mean over 4, 12 or 24 orientations, for N times the time (default: 1)",
+        help="forces as a mean over 2, 4, 12 or 24 orientations, for N times the time (default: 1)",
     )  # fmt: skip
     parser.set_defaults(run=run)
 

@@ -1,11 +1,12 @@
 """Means over a few orientations, for a model that learned its symmetry and is not built with it.
 
 How far predictions depend on the orientation: Langer, Pozdnyakov and Ceriotti, arXiv:2406.17747.
-The orientations are a group of rotations of the cube. As a function of the rotation, a mean over a
+The orientations are a group of symmetries of the cube. As a function of the rotation, a mean over a
 group has no part of the lowest orders l: half turns about the axes remove l = 1, the group of the
-tetrahedron l = 2 as well, that of the cube l = 3. So much less is left than of as many at random.
-They are the same for every structure: the mean energy is as smooth as the energy, and the mean
-forces are its derivatives.
+tetrahedron l = 2 as well, that of the cube l = 3. A structure and its image in a point, whose edges
+are all reversed, have a mean without what is odd in the edges. So much less is left than of as many
+at random. They are the same for every structure: the mean energy is as smooth as the energy, and
+the mean forces are its derivatives.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from .prediction import Prediction
 
 __all__ = ["ORIENTATIONS", "copies", "orientations", "predict_mean"]
 
-#: How many there can be: none but the structure's own, half turns, tetrahedron, cube.
-ORIENTATIONS = (1, 4, 12, 24)
+#: How many: the structure's own; with its image in a point; half turns; tetrahedron; cube.
+ORIENTATIONS = (1, 2, 4, 12, 24)
 
 #: Copies with so many atoms together are predicted at once; memory grows no further.
 _MOST_ATOMS = 2000
@@ -38,9 +39,10 @@ AnyPrediction = TypeVar("AnyPrediction", bound=Prediction)
 
 
 def orientations(count: int) -> Tensor:
-    """The rotations of a group, ``[count, 3, 3]`` float64, the first of them the identity.
+    """The matrices of a group, ``[count, 3, 3]`` float64, the first of them the identity.
 
-    Their elements are 0, 1 and -1, so turning loses no digit.
+    All are rotations but the inversion, the second of two. Their elements are
+    0, 1 and -1, so turning loses no digit.
 
     Args:
         count: one of :data:`ORIENTATIONS`.
@@ -51,7 +53,7 @@ def orientations(count: int) -> Tensor:
     if count not in ORIENTATIONS:
         raise ConfigError(
             f"orientations: {count} is not one of {', '.join(map(str, ORIENTATIONS))}. They are "
-            "groups of rotations; of other sets less of the errors would cancel."
+            "groups of symmetries; of other sets less of the errors would cancel."
         )
     signed = torch.stack(
         [
@@ -64,7 +66,9 @@ def orientations(count: int) -> Tensor:
     # Of the tetrahedron are those that exchange no two axes, half turns those that leave all.
     tetrahedron = cube[torch.linalg.det(cube.abs()) > 0]
     half_turns = cube[cube.abs().diagonal(dim1=1, dim2=2).sum(1) == 3]
-    return {1: half_turns[:1], 4: half_turns, 12: tetrahedron, 24: cube}[count]
+    identity = half_turns[:1]
+    inversion = torch.cat([identity, -identity])
+    return {1: identity, 2: inversion, 4: half_turns, 12: tetrahedron, 24: cube}[count]
 
 
 def copies(batch: Batch, rotations: Tensor) -> Batch:
