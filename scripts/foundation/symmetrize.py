@@ -73,8 +73,7 @@ def main() -> None:
     kernels.prepare()
     model = load_checkpoint(arguments.model).model.eval()
     rotations = orientations(arguments.orientations)
-    every = slice(None, None, arguments.every)
-    frames = ase.io.read(arguments.structures, ":")[every]
+    frames = ase.io.read(arguments.structures, f"::{arguments.every}")
     done = 0
     if arguments.output.exists():
         done = sum(1 for _ in ase.io.iread(arguments.output))

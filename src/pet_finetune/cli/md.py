@@ -138,7 +138,7 @@ def _restart(arguments: argparse.Namespace, given: dict[str, Any], model: dict[s
     steps = given.pop("steps", None)
     unused = [f"--{name.replace('_', '-')}" for name in given if name != "velocities"]
     # What makes other forces of the same weights would not go on with the run either.
-    unused += [f"--{name}" for name in ("target", "dtype", "orientations") if name in model]
+    unused += [f"--{name}" for name in _OF_MODEL if name in model and name != "device"]
     unused += ["--keep-velocities or --new-velocities"] if "velocities" in given else []
     unused += ["the structure"] if arguments.structure is not None else []
     unused += ["--index"] if arguments.index is not None else []
