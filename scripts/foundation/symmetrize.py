@@ -10,55 +10,40 @@ with mean energies and forces as their labels. It can be stopped: what is in the
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 
 import ase.io
-import numpy as np
 import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from pet_finetune import kernels
 from pet_finetune.checkpoint import load_checkpoint
-from pet_finetune.data.batch import batch_from_atoms
+from pet_finetune.data import Loader
+from pet_finetune.data.structure import atoms_to_structure
 from pet_finetune.model import Potential
 from pet_finetune.model.orientations import ORIENTATIONS, orientations, predict_mean
 
 #: Written at once; what a stop loses.
 PART = 2048
 
-#: Atoms predicted at once, those of all orientations together.
+#: Atoms predicted at once, those of all orientations together (or a larger structure).
 ATOMS = 1500
 
 
-def batches(frames: list[Atoms], most: int) -> Iterator[list[int]]:
-    """Indices of structures of like size, with at most so many atoms together (or one of more)."""
-    part: list[int] = []
-    atoms = 0
-    for index in sorted(range(len(frames)), key=lambda i: len(frames[i])):
-        if part and atoms + len(frames[index]) > most:
-            yield part
-            part, atoms = [], 0
-        part.append(index)
-        atoms += len(frames[index])
-    if part:
-        yield part
-
-
 def means(model: Potential, frames: list[Atoms], rotations: torch.Tensor) -> list[Atoms]:
-    """The structures, in their order, with the mean predictions as labels (eV, eV/Angstrom)."""
-    labelled: dict[int, Atoms] = {}
-    for part in batches(frames, ATOMS // len(rotations)):
-        batch = batch_from_atoms([frames[i] for i in part], model.cutoff, torch.float32)
+    """The structures with the mean predictions as labels (eV, eV/Angstrom)."""
+    structures = [atoms_to_structure(atoms) for atoms in frames]
+    most = ATOMS // len(rotations)
+    left, labelled = iter(frames), []
+    for batch in Loader(structures, model.cutoff, max_atoms_per_batch=most):
         mean = predict_mean(batch, rotations, lambda b: model.predict(b, "energy"))
-        ends = np.cumsum([len(frames[i]) for i in part])[:-1]
-        forces = np.split(mean.forces.double().numpy(), ends)
-        for index, energy, own in zip(part, mean.energy.double().numpy(), forces, strict=True):
-            atoms = frames[index].copy()
-            atoms.calc = SinglePointCalculator(atoms, energy=float(energy), forces=own)
-            labelled[index] = atoms
-    return [labelled[i] for i in range(len(frames))]
+        own = mean.forces.double().split(batch.structure_index.bincount().tolist())
+        for energy, forces in zip(mean.energy.tolist(), own, strict=True):
+            atoms = next(left).copy()
+            atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=forces.numpy())
+            labelled.append(atoms)
+    return labelled
 
 
 def main() -> None:
