@@ -139,6 +139,7 @@ def table(results: dict[str, dict], starts: list[str], updates: int) -> str:
 def plot(results: dict[str, dict], starts: list[str], updates: int, path: Path) -> None:
     """Force errors against the number of structures, both logarithmic."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     figure = Figure(figsize=(4.2 * len(CURVES), 3.6), layout="constrained")
     for axes, (name, curve) in zip(
@@ -150,6 +151,9 @@ def plot(results: dict[str, dict], starts: list[str], updates: int, path: Path) 
             if points:
                 axes.loglog(*zip(*points, strict=True), "o-", label=Path(start).stem)
         axes.set(title=curve.title, xlabel="training structures", ylabel="force MAE, meV/Å")
+        axes.xaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))  # 40, not 4 x 10^1
         axes.grid(alpha=0.3, which="both")
         axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1.0, 0.88))
     figure.savefig(path)
