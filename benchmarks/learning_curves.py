@@ -29,6 +29,8 @@ import yaml
 from benchmarks.accuracy import dataset, errors
 from benchmarks.methods.jobs import FOUNDATION_SHAPE
 
+from pet_finetune.report.figures import log_ticks
+
 BATCH = 5
 VALIDATION = 20
 SEED = 1
@@ -139,21 +141,21 @@ def table(results: dict[str, dict], starts: list[str], updates: int) -> str:
 def plot(results: dict[str, dict], starts: list[str], updates: int, path: Path) -> None:
     """Force errors against the number of structures, both logarithmic."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter
 
     figure = Figure(figsize=(4.2 * len(CURVES), 3.6), layout="constrained")
     for axes, (name, curve) in zip(
         np.atleast_1d(figure.subplots(1, len(CURVES))), CURVES.items(), strict=True
     ):
+        drawn: list[float] = []
         for start in starts:
             found = [(n, results.get(key(name, n, start, updates))) for n in curve.sizes]
             points = [(size, row["forces_mae"]) for size, row in found if row]
             if points:
                 axes.loglog(*zip(*points, strict=True), "o-", label=Path(start).stem)
+                drawn += [error for _, error in points]
         axes.set(title=curve.title, xlabel="training structures", ylabel="force MAE, meV/Å")
-        axes.xaxis.set_major_formatter(LogFormatter())
-        axes.yaxis.set_major_formatter(LogFormatter())
-        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))  # 40, not 4 x 10^1
+        log_ticks(axes.xaxis, curve.sizes)
+        log_ticks(axes.yaxis, drawn)
         axes.grid(alpha=0.3, which="both")
         axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1.0, 0.88))
     figure.savefig(path)

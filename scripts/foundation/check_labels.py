@@ -11,7 +11,7 @@ energy.
 from __future__ import annotations
 
 import argparse
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import ase.io
@@ -66,8 +66,9 @@ def draw(
     order = [chunks[i] for i in rng.permutation(len(chunks))]
     frames = [atoms for path in order[:12] for atoms in ase.io.iread(path)]
     drawn = [frames[i] for i in rng.permutation(len(frames))[:structures]]
-    everything = (atoms for path in order for atoms in ase.io.iread(path))
-    return drawn, list(islice((a for a in everything if a.info["kind"] == "box"), 3))
+    others = (atoms for path in order[12:] for atoms in ase.io.iread(path))
+    boxes = (atoms for atoms in chain(frames, others) if atoms.info["kind"] == "box")
+    return drawn, list(islice(boxes, 3))
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ def means(model: Potential, frames: list[Atoms], rotations: torch.Tensor) -> lis
     left, labelled = iter(frames), []
     for batch in Loader(structures, model.cutoff, max_atoms_per_batch=most):
         mean = predict_mean(batch, rotations, lambda b: model.predict(b, "energy"))
-        own = mean.forces.double().split(batch.structure_index.bincount().tolist())
+        own = mean.forces.double().split(batch.atoms_per_structure.tolist())
         for energy, forces in zip(mean.energy.tolist(), own, strict=True):
             atoms = next(left).copy()
             atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=forces.numpy())
