@@ -141,15 +141,31 @@ def _on_path(folder: str) -> Iterator[None]:
         os.environ["PATH"] = before
 
 
+@contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Wait for another process that compiles the same library, so that no work is done twice."""
+    import fcntl  # not on Windows, where nothing is compiled
+
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _library(path: Path) -> Path:
-    """The library's path, compiled first if need be; replaced in one step when done."""
-    if path.exists():
+    """The library's path, compiled first if need be."""
+    if path.exists():  # perhaps in a folder that cannot be written
         return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _one_at_a_time(path):
+        return path if path.exists() else _compiled(path)
+
+
+def _compiled(path: Path) -> Path:
+    """The library, compiled and put in its place in one step."""
     # Slow to import, and needed by nobody who has the library.
     import ninja
     from torch.utils import cpp_extension
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     # A warning, because that is shown also where nobody set up logging, and the wait needs a word.
     _LOG.warning("Compiling the CPU kernels, once on this machine: a minute or two.")
     started = time.perf_counter()

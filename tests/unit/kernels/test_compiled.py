@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -67,3 +69,19 @@ def test_each_torch_and_processor_has_a_library_of_its_own(fresh, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(compiled, "_processor", lambda: "flags: none")
     assert len({here.name, other_torch.name, compiled._library_path().name}) == 3
+
+
+def test_of_several_processes_that_need_it_one_compiles(monkeypatch, tmp_path):
+    compiles = []
+
+    def compile_slowly(path):
+        compiles.append(path)
+        time.sleep(0.05)
+        path.touch()
+        return path
+
+    monkeypatch.setattr(compiled, "_compiled", compile_slowly)
+    path = tmp_path / "kernels" / "library.so"
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(compiled._library, [path] * 4)) == [path] * 4
+    assert compiles == [path]
