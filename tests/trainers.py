@@ -13,10 +13,10 @@ from models import random_potential
 from pet_finetune.adapters import AdapterConfig, freeze, inject
 from pet_finetune.config import TargetLoss, TrainingOptions
 from pet_finetune.data import Loader
-from pet_finetune.train import Trainer
-from pet_finetune.train.baselines import fit_composition
-from pet_finetune.train.extra import Seen
-from pet_finetune.train.loss import Objective
+from pet_finetune.training import Trainer
+from pet_finetune.training.baselines import fit_composition
+from pet_finetune.training.extra import Seen
+from pet_finetune.training.loss import Objective
 from tiny_data import molecules, structures_of
 
 TRAIN, VALIDATION = structures_of(molecules(7)), structures_of(molecules(3, seed=1))

@@ -17,7 +17,7 @@ from pet_finetune.workflows import evaluate_files, train
 class PetFinetune(Tool):
     """What ``pet-finetune train``, ``pet-finetune eval`` and scripts with ASE run."""
 
-    epoch_logger = "pet_finetune.train.progress"
+    epoch_logger = "pet_finetune.training.progress"
 
     def versions(self) -> dict[str, str]:
         return {"pet-finetune": pet_finetune.__version__}

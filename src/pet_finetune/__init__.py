@@ -12,11 +12,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from pet_finetune.version import __version__
+
 if TYPE_CHECKING:
     from pet_finetune.calculator import PETCalculator
     from pet_finetune.checkpoint import load, load_checkpoint
-
-__version__ = "0.1.0"
 
 __all__ = ["PETCalculator", "__version__", "load", "load_checkpoint"]
 

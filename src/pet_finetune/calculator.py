@@ -20,15 +20,15 @@ from ase.stress import full_3x3_to_voigt_6_stress
 
 from pet_finetune import kernels
 from pet_finetune.adapters import AdaptedPotential
-from pet_finetune.adapters.committee import Committee, CommitteePrediction
-from pet_finetune.adapters.committee_files import Adapters
-from pet_finetune.adapters.committee_results import (
+from pet_finetune.checkpoint import open_adapted, open_committee
+from pet_finetune.committee.committee import Committee, CommitteePrediction
+from pet_finetune.committee.files import Adapters
+from pet_finetune.committee.results import (
     COMMITTEE_PROPERTIES,
     OF_MEMBERS,
     committee_results,
     to_numpy,
 )
-from pet_finetune.checkpoint import open_adapted, open_committee
 from pet_finetune.data.batch import Batch
 from pet_finetune.data.computable import charge_and_spin, check_atoms
 from pet_finetune.data.contacts import Contacts
@@ -36,12 +36,7 @@ from pet_finetune.data.moving import MovingAtoms, Origin
 from pet_finetune.device import choose_device, choose_dtype
 from pet_finetune.errors import AdapterError, ConfigError, DataError
 from pet_finetune.model import Potential, Prediction
-from pet_finetune.model.direct import (
-    DirectTargets,
-    NonConservative,
-    direct_targets,
-    predict_direct,
-)
+from pet_finetune.model.direct import DirectTargets, NonConservative, direct_targets, predict_direct
 from pet_finetune.model.frozen import FrozenEnergy
 from pet_finetune.model.orientations import orientations as make_orientations
 from pet_finetune.model.orientations import predict_mean

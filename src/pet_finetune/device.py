@@ -1,14 +1,19 @@
-"""Where and with how many digits to compute: devices and dtypes of their names."""
+"""Where and with how many digits to compute, and the versions of what computes."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 
 import torch
 
 from pet_finetune.errors import ConfigError
+from pet_finetune.version import __version__
 
-__all__ = ["choose_device", "choose_dtype"]
+__all__ = ["choose_device", "choose_dtype", "dtype_of_bits", "versions"]
+
+#: Packages whose versions determine the numbers.
+PACKAGES = ("torch", "ase", "numpy", "vesin")
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -48,3 +53,19 @@ def choose_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is not None and chosen not in _DTYPES.values():
         raise ConfigError(f"dtype: '{dtype}' is not one of {', '.join(_DTYPES)}.")
     return chosen
+
+
+def dtype_of_bits(bits: int) -> torch.dtype:
+    """The floating type of ``base_precision``, 32 or 64."""
+    return {32: torch.float32, 64: torch.float64}[bits]
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that determine the numbers, by name."""
+    found = {"pet-finetune": __version__}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -11,7 +11,7 @@ import pytest
 
 from pet_finetune.data.predicted import Predicted
 from pet_finetune.model import Potential
-from pet_finetune.workflows import report
+from pet_finetune.report import write as report
 from tiny_data import options, write_options
 
 PAGE = Path("run/report.html")

@@ -13,8 +13,8 @@ import yaml
 from models import random_potential
 from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
 from pet_finetune.data.probe import probe_structures
-from pet_finetune.train.labels import label_with
-from pet_finetune.train.retention import Retention
+from pet_finetune.forgetting.retention import Retention
+from pet_finetune.training.labels import label_with
 from tiny_data import data_section, epochs, molecules, options, write_frames, write_options
 
 FULL = {"method": "full"}
@@ -91,7 +91,7 @@ def test_switched_off_or_impossible(here, train, command):
 
 
 def test_without_structures_of_its_elements_there_is_no_report(here, train, monkeypatch):
-    monkeypatch.setattr("pet_finetune.workflows.memory.probe_structures", lambda species: [])
+    monkeypatch.setattr("pet_finetune.forgetting.memory.probe_structures", lambda species: [])
     answer = train(finetune(method="heads"), "-c", "base.ckpt")
     assert "no forgetting report: no structure of the probe set" in answer.err
     assert "retention" not in results()["before"]

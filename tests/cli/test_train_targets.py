@@ -15,7 +15,7 @@ import torch
 from pet_finetune import PETCalculator
 from pet_finetune.checkpoint import load_checkpoint, open_potential
 from pet_finetune.data import batch_from_atoms
-from pet_finetune.train.progress import RunDisplay
+from pet_finetune.training.progress import RunDisplay
 from tiny_data import crystals, epochs, molecules, options, write_frames, write_options
 
 TARGETS: dict[str, dict[str, Any]] = {

@@ -35,8 +35,8 @@ from models import (
 from pet_finetune import PETCalculator
 from pet_finetune.adapters import save_adapter
 from pet_finetune.checkpoint import save_checkpoint
+from pet_finetune.export.export import export_model
 from pet_finetune.keys import TargetSpec
-from pet_finetune.workflows import export_model
 
 FRAMES = all_structures().values()
 

@@ -28,9 +28,9 @@ from pet_finetune.adapters import (
     save_adapter,
     trainable_report,
 )
-from pet_finetune.adapters.committee import Committee
 from pet_finetune.adapters.files import CONFIG_FILE, WEIGHTS_FILE
 from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
+from pet_finetune.committee.committee import Committee
 from pet_finetune.data.batch import batch_from_atoms
 from pet_finetune.errors import AdapterError
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from ase.io import read
 
-from pet_finetune.workflows import export_model
+from pet_finetune.export.export import export_model
 
 pytest.importorskip("metatrain", reason="metatrain comes with the test extra")
 from metatensor.torch import Labels

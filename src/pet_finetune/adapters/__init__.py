@@ -5,8 +5,6 @@ from __future__ import annotations
 from .adapted import AdaptedPotential
 from .adapter import Adapter, capture, install
 from .combine import combine
-from .committee import Committee
-from .committee_files import load_committee
 from .config import AdapterConfig
 from .files import load_adapter, read_adapter, save_adapter, write_adapter
 from .inject import active_adapter, eject, inject
@@ -18,7 +16,6 @@ __all__ = [
     "AdaptedPotential",
     "Adapter",
     "AdapterConfig",
-    "Committee",
     "LoraLinear",
     "TrainableReport",
     "active_adapter",
@@ -30,7 +27,6 @@ __all__ = [
     "inject",
     "install",
     "load_adapter",
-    "load_committee",
     "merge",
     "merged_copy",
     "read_adapter",

@@ -14,14 +14,7 @@ from pet_finetune.model import Potential
 from pet_finetune.model.fingerprint import weights_fingerprint
 
 from .config import AdapterConfig, resolve
-from .inject import (
-    active_adapter,
-    adapter_state,
-    adapter_tensors,
-    eject,
-    place,
-    saved_parameters,
-)
+from .inject import active_adapter, adapter_state, adapter_tensors, eject, place, saved_parameters
 from .quantized import quantize_base
 
 

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from pet_finetune.checkpoint.native import save_checkpoint
-from pet_finetune.checkpoint.oldest import load_oldest_start
-from pet_finetune.checkpoint.opening import (
-    Checkpoint,
-    load,
-    load_checkpoint,
-    open_adapted,
-    open_committee,
-    open_potential,
-)
 from pet_finetune.model.fingerprint import weights_fingerprint
+
+from .legacy_state_dict import load_oldest_start
+from .native import save_checkpoint
+from .opening import Checkpoint, load, load_checkpoint, open_adapted, open_committee, open_potential
 
 __all__ = [
     "Checkpoint",

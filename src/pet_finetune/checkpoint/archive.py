@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from pet_finetune.checkpoint.safe_pickle import StoredTensor, read_pickle
 from pet_finetune.errors import CheckpointError
+
+from .safe_pickle import StoredTensor, read_pickle
 
 __all__ = ["TorchArchive"]
 

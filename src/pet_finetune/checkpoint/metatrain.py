@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pet_finetune.checkpoint.archive import TorchArchive
-from pet_finetune.checkpoint.build import build_potential, model_options
-from pet_finetune.checkpoint.merge_lora import merge_lora_layers
-from pet_finetune.checkpoint.plain import plain_value
-from pet_finetune.checkpoint.safe_pickle import Inert
-from pet_finetune.checkpoint.targets import usable_targets
-from pet_finetune.checkpoint.upgrade import RawCheckpoint, upgrade
 from pet_finetune.errors import CheckpointError, UnitError
 from pet_finetune.model import Potential
 from pet_finetune.units import length_to_angstrom
+
+from .archive import TorchArchive
+from .build import build_potential, model_options
+from .merge_lora import merge_lora_layers
+from .plain import plain_value
+from .safe_pickle import Inert
+from .targets import usable_targets
+from .upgrade import RawCheckpoint, upgrade
 
 __all__ = ["MetatrainModel", "is_metatrain", "read_metatrain", "read_raw"]
 

@@ -40,12 +40,13 @@ from pet_finetune.adapters.lora import is_adapter_tensor
 from pet_finetune.adapters.new_rows import grown_tables, merge_new_rows
 from pet_finetune.adapters.prompts import remove_prompts
 from pet_finetune.adapters.quantized import quantize_base
-from pet_finetune.checkpoint.build import build_potential, model_options
-from pet_finetune.checkpoint.plain import plain_value
 from pet_finetune.errors import CheckpointError, PetFinetuneError
 from pet_finetune.keys import TargetSpec
 from pet_finetune.model import Potential
 from pet_finetune.nn.quantized import QUANTIZED_PART, dense_state
+
+from .build import build_potential, model_options
+from .plain import plain_value
 
 __all__ = ["FORMAT", "VERSION", "NativeCheckpoint", "is_native", "read_native", "save_checkpoint"]
 

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pet_finetune.adapters import AdaptedPotential, active_adapter, load_adapter, merged_copy
-from pet_finetune.adapters.committee import Committee
-from pet_finetune.adapters.committee_files import Adapters, load_committee
-from pet_finetune.checkpoint.archive import TorchArchive
-from pet_finetune.checkpoint.metatrain import is_metatrain, read_metatrain
-from pet_finetune.checkpoint.native import is_native, read_native
-from pet_finetune.checkpoint.safe_pickle import StoredTensor
+from pet_finetune.committee.committee import Committee
+from pet_finetune.committee.files import Adapters, load_committee
 from pet_finetune.errors import CheckpointError, ConfigError
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
+
+from .archive import TorchArchive
+from .metatrain import is_metatrain, read_metatrain
+from .native import is_native, read_native
+from .safe_pickle import StoredTensor
 
 __all__ = [
     "Checkpoint",
@@ -138,7 +139,7 @@ def open_committee(
     """A committee to predict with, of several adapters of one base.
 
     :param model: the base: a checkpoint, or a potential, which stays as it is.
-    :param adapters: as for :func:`~pet_finetune.adapters.committee_files.load_committee`.
+    :param adapters: as for :func:`~pet_finetune.committee.files.load_committee`.
     :raises CheckpointError: as :func:`load_checkpoint`.
     :raises AdapterError: the adapters cannot be read, are too few, or do not belong together.
     :raises ConfigError: the base has adapters already.

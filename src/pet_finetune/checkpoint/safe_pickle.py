@@ -22,7 +22,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pet_finetune.checkpoint.allowed_names import (
+from pet_finetune.errors import CheckpointError
+
+from .allowed_names import (
     CALLS,
     DTYPES,
     INERT_CLASSES,
@@ -33,7 +35,6 @@ from pet_finetune.checkpoint.allowed_names import (
     as_count,
     as_key,
 )
-from pet_finetune.errors import CheckpointError
 
 __all__ = ["Inert", "StoredTensor", "read_pickle"]
 

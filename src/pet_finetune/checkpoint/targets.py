@@ -10,12 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pet_finetune.checkpoint.archive import TorchArchive
-from pet_finetune.checkpoint.safe_pickle import Inert, StoredTensor
-from pet_finetune.checkpoint.tensormap import Block, read_tensor_map
 from pet_finetune.errors import CheckpointError, UnitError
 from pet_finetune.keys import TargetSpec, direct_quantity
 from pet_finetune.units import own_unit, to_own_unit
+
+from .archive import TorchArchive
+from .safe_pickle import Inert, StoredTensor
+from .tensormap import Block, read_tensor_map
 
 __all__ = ["StoredTarget", "usable_targets"]
 

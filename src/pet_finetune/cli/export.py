@@ -41,10 +41,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Carry the command out."""
+    from pet_finetune.export.export import export_model, export_table
     from pet_finetune.log import setup_logging
-    from pet_finetune.workflows import export_model
-    from pet_finetune.workflows.export import export_table
-    from pet_finetune.workflows.tables import show
+    from pet_finetune.report.tables import show
 
     setup_logging()
     outcome = export_model(

@@ -18,9 +18,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Carry the command out."""
+    from pet_finetune.checkpoint.info import describe_checkpoint
     from pet_finetune.log import setup_logging
-    from pet_finetune.workflows import describe_checkpoint
-    from pet_finetune.workflows.tables import show
+    from pet_finetune.report.tables import show
 
     setup_logging()
     for path in arguments.checkpoint:

@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     from pet_finetune.log import get_logger, setup_logging
 
     setup_logging("WARNING" if arguments.json else "INFO")
-    from pet_finetune.workflows.inspect import (
+    from pet_finetune.inspection.inspect import (
         inspect_data,
         request_of_files,
         request_of_options,

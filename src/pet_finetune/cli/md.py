@@ -119,8 +119,8 @@ def run(arguments: argparse.Namespace) -> int:
             "md: name a model and a structure: md MODEL STRUCTURE, or go on with --restart FOLDER."
         )
     from pet_finetune.dynamics import MDSettings
+    from pet_finetune.dynamics.md import ModelChoice, run_md
     from pet_finetune.log import setup_logging
-    from pet_finetune.workflows.md import ModelChoice, run_md
 
     setup_logging()
     result = run_md(
@@ -151,8 +151,8 @@ def _restart(arguments: argparse.Namespace, given: dict[str, Any], model: dict[s
             "--device can be given."
         )
     folder = _newest(arguments.output or _OUTPUTS) if auto else Path(arguments.restart)
+    from pet_finetune.dynamics.md import restart_md
     from pet_finetune.log import setup_logging
-    from pet_finetune.workflows.md import restart_md
 
     setup_logging()
     if arguments.checkpoint is not None:

@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
             "named. Leave -o out: each report goes into its own folder."
         )
     from pet_finetune.log import setup_logging
-    from pet_finetune.workflows import write_report
+    from pet_finetune.report.write import write_report
 
     setup_logging()
     for folder in arguments.folders:

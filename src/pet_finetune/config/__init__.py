@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pet_finetune.config.dataset import (
+from .dataset import (
     DatasetOptions,
     ExtraDataOptions,
     GradientOptions,
@@ -11,32 +11,21 @@ from pet_finetune.config.dataset import (
     SystemsOptions,
     TargetOptions,
 )
-from pet_finetune.config.finetune import (
+from .finetune import (
     DEFAULT_TARGET_MODULES,
     FinetuneConfig,
     FinetuneMethod,
     FinetuneOptions,
     LegacyStart,
 )
-from pet_finetune.config.keeping import AnchorOptions, ReplayOptions, RetentionOptions
-from pet_finetune.config.load import LoadedOptions, load_options, parse_options
-from pet_finetune.config.loss import LossTerm, LossType, TargetLoss
-from pet_finetune.config.model import LongRangeOptions, ModelOptions
-from pet_finetune.config.options import ArchitectureOptions, Options
-from pet_finetune.config.recipes import (
-    LabelNoise,
-    LossStage,
-    RotationalConsistency,
-    WeightMean,
-    first_epoch,
-)
-from pet_finetune.config.training import (
-    BaselineOptions,
-    BestModelMetric,
-    EarlyStopping,
-    TrainingOptions,
-)
-from pet_finetune.config.unfreeze import Unfreeze
+from .keeping import AnchorOptions, ReplayOptions, RetentionOptions
+from .load import LoadedOptions, load_options, parse_options
+from .loss import LossTerm, LossType, TargetLoss
+from .model import LongRangeOptions, ModelOptions
+from .options import ArchitectureOptions, Options
+from .recipes import LabelNoise, LossStage, RotationalConsistency, WeightMean, first_epoch
+from .training import BaselineOptions, BestModelMetric, EarlyStopping, TrainingOptions
+from .unfreeze import Unfreeze
 
 __all__ = [
     "DEFAULT_TARGET_MODULES",

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from pet_finetune.config.checks_data import check_data
-from pet_finetune.config.checks_keeping import check_keeping
-from pet_finetune.config.checks_recipes import check_recipes
-from pet_finetune.config.finetune import METATRAIN_KEYS, METHOD_KEYS
-from pet_finetune.config.options import Options
-from pet_finetune.config.problems import Path, Problem, format_path
 from pet_finetune.errors import did_you_mean
 from pet_finetune.extras import QUANTIZATION, missing_extra
+
+from .checks_data import check_data
+from .checks_keeping import check_keeping
+from .checks_recipes import check_recipes
+from .finetune import METATRAIN_KEYS, METHOD_KEYS
+from .options import Options
+from .problems import Path, Problem, format_path
 
 __all__ = ["check"]
 

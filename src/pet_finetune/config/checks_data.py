@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pet_finetune.config.checks_target import check_committee, check_fixed_baselines, check_target
-from pet_finetune.config.dataset import DatasetOptions, IndexedSet
-from pet_finetune.config.options import Options
-from pet_finetune.config.problems import Path, Problem, format_path
 from pet_finetune.errors import did_you_mean
+
+from .checks_target import check_committee, check_fixed_baselines, check_target
+from .dataset import DatasetOptions, IndexedSet
+from .options import Options
+from .problems import Path, Problem, format_path
 
 __all__ = ["check_data", "located_datasets"]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pet_finetune.config.base import Section
-from pet_finetune.config.checks_target import check_target
-from pet_finetune.config.dataset import DatasetOptions
-from pet_finetune.config.options import Options
-from pet_finetune.config.problems import Path, Problem
+from .base import Section
+from .checks_target import check_target
+from .dataset import DatasetOptions
+from .options import Options
+from .problems import Path, Problem
 
 __all__ = ["check_keeping"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pet_finetune.config.options import Options
-from pet_finetune.config.problems import Path, Problem
-from pet_finetune.config.recipes import first_epoch
+from .options import Options
+from .problems import Path, Problem
+from .recipes import first_epoch
 
 __all__ = ["check_recipes"]
 

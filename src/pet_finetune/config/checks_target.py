@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pet_finetune.config.options import Options
-from pet_finetune.config.problems import Path, Problem
-from pet_finetune.config.target import TargetOptions
 from pet_finetune.keys import direct_quantity
+
+from .options import Options
+from .problems import Path, Problem
+from .target import TargetOptions
 
 __all__ = ["check_committee", "check_fixed_baselines", "check_target"]
 

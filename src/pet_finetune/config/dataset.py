@@ -7,26 +7,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from pet_finetune.config.base import (
-    Expects,
-    Fraction,
-    Ignored,
-    OneOf,
-    OptionalText,
-    Section,
-    Text,
-    ignored_field,
-)
-from pet_finetune.config.shorthands import expand_dataset
-from pet_finetune.config.target import (
-    CartesianType,
-    GradientOptions,
-    Reader,
-    TargetOptions,
-    TargetType,
-)
 from pet_finetune.errors import UnitError, did_you_mean
 from pet_finetune.units import LENGTH_UNITS, length_to_angstrom
+
+from .base import Expects, Fraction, Ignored, OneOf, OptionalText, Section, Text, ignored_field
+from .shorthands import expand_dataset
+from .target import CartesianType, GradientOptions, Reader, TargetOptions, TargetType
 
 __all__ = [
     "CartesianType",

@@ -7,7 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pet_finetune.config.base import (
+from pet_finetune.elements import atomic_number, symbol_of
+from pet_finetune.errors import did_you_mean
+
+from .base import (
     Expects,
     Flag,
     Fraction,
@@ -22,10 +25,8 @@ from pet_finetune.config.base import (
     integer,
     real_number,
 )
-from pet_finetune.config.keeping import AnchorOptions, ReplayOptions, RetentionOptions
-from pet_finetune.config.unfreeze import Unfreeze
-from pet_finetune.elements import atomic_number, symbol_of
-from pet_finetune.errors import did_you_mean
+from .keeping import AnchorOptions, ReplayOptions, RetentionOptions
+from .unfreeze import Unfreeze
 
 __all__ = [
     "DEFAULT_TARGET_MODULES",

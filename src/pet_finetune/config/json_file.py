@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pet_finetune.config.yaml_file import neighbours
 from pet_finetune.errors import ConfigError
+
+from .yaml_file import neighbours
 
 __all__ = ["read_json"]
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pet_finetune.config.base import (
+from .base import (
     NonNegativeFloat,
     NonNegativeInt,
     OneOf,
@@ -16,8 +16,8 @@ from pet_finetune.config.base import (
     Section,
     TextList,
 )
-from pet_finetune.config.dataset import DatasetOptions
-from pet_finetune.config.shorthands import expand_switch
+from .dataset import DatasetOptions
+from .shorthands import expand_switch
 
 __all__ = ["AnchorOptions", "ReplayOptions", "RetentionOptions"]
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from pet_finetune.config.problems import Path, Problem, format_path
+from .problems import Path, Problem, format_path
 
 __all__ = ["Rewriting", "rewrite"]
 

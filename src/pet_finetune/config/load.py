@@ -10,13 +10,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pet_finetune.config.checks import check
-from pet_finetune.config.legacy import rewrite
-from pet_finetune.config.notices import notices
-from pet_finetune.config.options import Options
-from pet_finetune.config.problems import Path, Problem, config_error, problems_of
-from pet_finetune.config.start import apply_start
-from pet_finetune.config.yaml_file import read_yaml
+from .checks import check
+from .legacy import rewrite
+from .notices import notices
+from .options import Options
+from .problems import Path, Problem, config_error, problems_of
+from .start import apply_start
+from .yaml_file import read_yaml
 
 __all__ = ["LoadedOptions", "load_options", "parse_options"]
 

@@ -7,13 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from pet_finetune.config.base import (
-    Expects,
-    NonNegativeFloat,
-    OneOf,
-    PositiveFloat,
-    Section,
-)
+from .base import Expects, NonNegativeFloat, OneOf, PositiveFloat, Section
 
 __all__ = ["GradientLosses", "LossOptions", "LossTerm", "LossType", "TargetLoss"]
 

@@ -6,14 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pet_finetune.config.base import (
-    Flag,
-    NonNegativeInt,
-    OneOf,
-    PositiveFloat,
-    PositiveInt,
-    Section,
-)
+from .base import Flag, NonNegativeInt, OneOf, PositiveFloat, PositiveInt, Section
 
 __all__ = ["LongRangeOptions", "ModelOptions"]
 

@@ -16,14 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
-from pet_finetune.config.finetune import FinetuneConfig, FinetuneOptions
-from pet_finetune.config.json_file import read_json
-from pet_finetune.config.load import LoadedOptions, parse_options
-from pet_finetune.config.options import Options
-from pet_finetune.config.problems import Path, format_path
-from pet_finetune.config.training import TrainingOptions
-from pet_finetune.config.yaml_file import parse_override, read_yaml
 from pet_finetune.errors import ConfigError, did_you_mean
+
+from .finetune import FinetuneConfig, FinetuneOptions
+from .json_file import read_json
+from .load import LoadedOptions, parse_options
+from .options import Options
+from .problems import Path, format_path
+from .training import TrainingOptions
+from .yaml_file import parse_override, read_yaml
 
 __all__ = ["DEFAULTS", "NamedRun", "read_named_runs", "run_names"]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pet_finetune.config.base import Section
-from pet_finetune.config.checks_data import located_datasets
-from pet_finetune.config.finetune import METHOD_KEYS
-from pet_finetune.config.options import Options
-from pet_finetune.config.plain import is_ignored
-from pet_finetune.config.problems import Path, format_path
+from .base import Section
+from .checks_data import located_datasets
+from .finetune import METHOD_KEYS
+from .options import Options
+from .plain import is_ignored
+from .problems import Path, format_path
 
 __all__ = ["notices"]
 

@@ -8,22 +8,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pet_finetune.config.base import (
-    Expects,
-    Flag,
-    Ignored,
-    NonNegativeInt,
-    Section,
-    ignored_field,
-    without_nulls,
-)
-from pet_finetune.config.dataset import DatasetOptions, IndexedSet, SetOptions
-from pet_finetune.config.finetune import METHOD_KEYS, FinetuneOptions
-from pet_finetune.config.model import ModelOptions
-from pet_finetune.config.plain import to_plain
-from pet_finetune.config.shorthands import expand_datasets, expand_set
-from pet_finetune.config.training import TrainingOptions
 from pet_finetune.keys import TargetSpec
+
+from .base import Expects, Flag, Ignored, NonNegativeInt, Section, ignored_field, without_nulls
+from .dataset import DatasetOptions, IndexedSet, SetOptions
+from .finetune import METHOD_KEYS, FinetuneOptions
+from .model import ModelOptions
+from .plain import to_plain
+from .shorthands import expand_datasets, expand_set
+from .training import TrainingOptions
 
 __all__ = ["ArchitectureOptions", "Options"]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from pet_finetune.config.base import Section
+from .base import Section
 
 __all__ = ["is_ignored", "to_plain"]
 

@@ -9,14 +9,9 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from pet_finetune.config.schema import (
-    allowed_keys,
-    describe,
-    is_nullable,
-    where_it_belongs,
-    without_tags,
-)
 from pet_finetune.errors import ConfigError, did_you_mean
+
+from .schema import allowed_keys, describe, is_nullable, where_it_belongs, without_tags
 
 __all__ = ["Path", "Problem", "config_error", "format_path", "problems_of", "visible_path"]
 

@@ -8,15 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from pet_finetune.config.base import (
-    Fraction,
-    NonNegativeFloat,
-    OneOf,
-    OpenFraction,
-    PositiveFloat,
-    Section,
-    Share,
-)
+from .base import Fraction, NonNegativeFloat, OneOf, OpenFraction, PositiveFloat, Section, Share
 
 __all__ = [
     "LabelNoise",

@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from pet_finetune.config.base import Expects, Section
-from pet_finetune.config.options import Options
-from pet_finetune.config.plain import is_ignored, to_plain
-from pet_finetune.config.schema import is_nullable, section_in
+from .base import Expects, Section
+from .options import Options
+from .plain import is_ignored, to_plain
+from .schema import is_nullable, section_in
 
 __all__ = ["OptionEntry", "option_entries", "options_reference"]
 

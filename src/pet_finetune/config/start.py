@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from pet_finetune.config.finetune import METHOD_KEYS, METHOD_SHORTHANDS
-from pet_finetune.config.legacy import Rewriting
-from pet_finetune.config.problems import Path, Problem
+from .finetune import METHOD_KEYS, METHOD_SHORTHANDS
+from .legacy import Rewriting
+from .problems import Path, Problem
 
 __all__ = ["apply_start"]
 

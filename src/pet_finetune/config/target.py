@@ -7,11 +7,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pet_finetune.config.base import Expects, OneOf, OptionalText, PositiveInt, Section
-from pet_finetune.config.shorthands import expand_gradient
 from pet_finetune.errors import UnitError
 from pet_finetune.keys import TargetSpec, direct_quantity
 from pet_finetune.units import own_unit, to_own_unit
+
+from .base import Expects, OneOf, OptionalText, PositiveInt, Section
+from .shorthands import expand_gradient
 
 __all__ = ["CartesianType", "GradientOptions", "Reader", "TargetOptions", "TargetType"]
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pet_finetune.config.base import (
+from .base import (
     Expects,
     Flag,
     Fraction,
@@ -22,15 +22,9 @@ from pet_finetune.config.base import (
     TextList,
     ignored_field,
 )
-from pet_finetune.config.finetune import FinetuneOptions
-from pet_finetune.config.loss import LossOptions, LossTerm, TargetLoss
-from pet_finetune.config.recipes import (
-    LabelNoise,
-    LossSchedule,
-    MixedPrecision,
-    RotationalConsistency,
-    WeightMean,
-)
+from .finetune import FinetuneOptions
+from .loss import LossOptions, LossTerm, TargetLoss
+from .recipes import LabelNoise, LossSchedule, MixedPrecision, RotationalConsistency, WeightMean
 
 __all__ = [
     "BaselineOptions",

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from pet_finetune.config.base import Expects, PositiveInt, Section, TextList
+from .base import Expects, PositiveInt, Section, TextList
 
 __all__ = ["Unfreeze"]
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from pet_finetune.data.augment import random_rotations, rotate_batch
-from pet_finetune.data.batch import Batch, batch_from_atoms, collate
-from pet_finetune.data.files import read_frames
-from pet_finetune.data.fingerprint import structures_fingerprint
-from pet_finetune.data.loader import Loader
-from pet_finetune.data.neighbors import (
-    NeighborList,
-    edge_vectors,
-    neighbor_list,
-    structure_neighbors,
-)
-from pet_finetune.data.readers import read_structures
-from pet_finetune.data.species import check_species, find_species
-from pet_finetune.data.splits import Splits, load_splits, make_splits
-from pet_finetune.data.structure import Structure, atoms_to_structure
+from .augment import random_rotations, rotate_batch
+from .batch import Batch, batch_from_atoms, collate
+from .files import read_frames
+from .fingerprint import structures_fingerprint
+from .loader import Loader
+from .neighbors import NeighborList, edge_vectors, neighbor_list, structure_neighbors
+from .readers import read_structures
+from .species import check_species, find_species
+from .splits import Splits, load_splits, make_splits
+from .structure import Structure, atoms_to_structure
 
 __all__ = [
     "Batch",

@@ -7,8 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pet_finetune.data.batch import Batch
 from pet_finetune.keys import LabelKind, label_kind
+
+from .batch import Batch
 
 __all__ = ["random_rotations", "rotate_batch"]
 

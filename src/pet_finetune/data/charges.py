@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pet_finetune.data.structure import Structure
 from pet_finetune.errors import DataError
+
+from .structure import Structure
 
 __all__ = ["check_charges"]
 

@@ -9,8 +9,9 @@ import numpy as np
 from ase import Atoms
 from ase.data import chemical_symbols
 
-from pet_finetune.data.structure import DEFAULT_CHARGE_KEYS, DEFAULT_SPIN_KEYS, as_integer
 from pet_finetune.errors import DataError, SpeciesError
+
+from .structure import DEFAULT_CHARGE_KEYS, DEFAULT_SPIN_KEYS, as_integer
 
 __all__ = ["charge_and_spin", "check_atoms"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pet_finetune.data.neighbors import NeighborList, edge_vectors
+from .neighbors import NeighborList, edge_vectors
 
 __all__ = ["Contacts", "find_contacts"]
 

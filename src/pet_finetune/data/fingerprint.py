@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from pet_finetune.data.structure import Structure
+from .structure import Structure
 
 __all__ = ["structures_fingerprint"]
 

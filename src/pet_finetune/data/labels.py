@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pet_finetune.data.files import list_frames
-from pet_finetune.data.structure import place
 from pet_finetune.errors import DataError, did_you_mean
 from pet_finetune.keys import TargetSpec
+
+from .files import list_frames
+from .structure import place
 
 if TYPE_CHECKING:
     from ase import Atoms

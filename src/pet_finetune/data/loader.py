@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pet_finetune.data.augment import random_rotations, rotate_batch
-from pet_finetune.data.batch import Batch, collate_prepared, prepare
-from pet_finetune.data.neighbors import structure_neighbors
-from pet_finetune.data.structure import Structure
 from pet_finetune.errors import DataError
 from pet_finetune.log import get_logger
+
+from .augment import random_rotations, rotate_batch
+from .batch import Batch, collate_prepared, prepare
+from .neighbors import structure_neighbors
+from .structure import Structure
 
 __all__ = ["Loader", "pack"]
 

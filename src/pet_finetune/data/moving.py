@@ -9,10 +9,10 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
-from pet_finetune.data.batch import Batch
-from pet_finetune.data.contacts import Contacts, find_contacts
-from pet_finetune.data.neighbors import NeighborList, edge_vectors
-from pet_finetune.data.skin import SkinNeighbors
+from .batch import Batch
+from .contacts import Contacts, find_contacts
+from .neighbors import NeighborList, edge_vectors
+from .skin import SkinNeighbors
 
 __all__ = ["MovingAtoms", "Origin"]
 

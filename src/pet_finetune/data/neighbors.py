@@ -9,7 +9,7 @@ import torch
 import vesin
 from torch import Tensor
 
-from pet_finetune.data.structure import Structure
+from .structure import Structure
 
 __all__ = ["NeighborList", "edge_vectors", "neighbor_list", "structure_neighbors"]
 

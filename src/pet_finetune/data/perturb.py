@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from pet_finetune.data.structure import Structure
+from .structure import Structure
 
 __all__ = ["distorted"]
 

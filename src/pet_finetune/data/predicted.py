@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pet_finetune.data.structure import Structure, place
 from pet_finetune.errors import DataError
 from pet_finetune.keys import label_kind
+
+from .structure import Structure, place
 
 __all__ = ["Predicted"]
 

@@ -8,7 +8,7 @@ from typing import Final, TypeVar
 
 import torch
 
-from pet_finetune.data.batch import Batch
+from .batch import Batch
 
 __all__ = ["on_device", "one_ahead"]
 

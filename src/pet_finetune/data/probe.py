@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from pet_finetune.data.files import read_frames
-from pet_finetune.data.species import of_species
-from pet_finetune.data.structure import Structure, atoms_to_structure
+from .files import read_frames
+from .species import of_species
+from .structure import Structure, atoms_to_structure
 
 __all__ = ["PROBE", "probe_structures"]
 

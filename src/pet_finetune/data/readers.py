@@ -10,21 +10,14 @@ from torch import Tensor
 
 from pet_finetune.config.dataset import DatasetOptions, ExtraDataOptions
 from pet_finetune.config.target import GradientOptions, TargetOptions
-from pet_finetune.data.files import frame_numbers, read_frames
-from pet_finetune.data.labels import (
-    Column,
-    Shape,
-    find_value,
-    shape_of,
-    to_forces,
-    to_scalar,
-    to_stress,
-)
-from pet_finetune.data.structure import Structure, as_integer, atoms_to_structure, place
 from pet_finetune.errors import DataError
 from pet_finetune.keys import TargetSpec, forces_key, stress_key
 from pet_finetune.log import get_logger
 from pet_finetune.units import length_to_angstrom
+
+from .files import frame_numbers, read_frames
+from .labels import Column, Shape, find_value, shape_of, to_forces, to_scalar, to_stress
+from .structure import Structure, as_integer, atoms_to_structure, place
 
 if TYPE_CHECKING:
     from ase import Atoms

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pet_finetune.data.neighbors import NeighborList, neighbor_list
+from .neighbors import NeighborList, neighbor_list
 
 __all__ = ["SkinNeighbors"]
 

@@ -10,8 +10,9 @@ from ase.data import chemical_symbols
 from ase.data import covalent_radii as ase_covalent_radii
 from torch import Tensor
 
-from pet_finetune.data.structure import Structure
 from pet_finetune.errors import SpeciesError
+
+from .structure import Structure
 
 __all__ = ["check_species", "covalent_radii", "find_species", "of_species", "species_table"]
 

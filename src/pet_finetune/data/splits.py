@@ -13,11 +13,12 @@ import numpy as np
 
 from pet_finetune.config.dataset import DatasetOptions, IndexedSet
 from pet_finetune.config.options import Options
-from pet_finetune.data.files import check_file, frame_numbers, list_frames
-from pet_finetune.data.fingerprint import structures_fingerprint
-from pet_finetune.data.readers import read_structures
-from pet_finetune.data.structure import Structure
 from pet_finetune.errors import DataError
+
+from .files import check_file, frame_numbers, list_frames
+from .fingerprint import structures_fingerprint
+from .readers import read_structures
+from .structure import Structure
 
 __all__ = ["SplitPart", "Splits", "load_splits", "make_splits"]
 

@@ -17,14 +17,7 @@ from .estimate import Estimate, Load
 from .evidence import Declared, Evidence
 from .facts import Facts, facts_of
 from .finding import Finding, worst_first
-from .foundation import (
-    Answer,
-    ask,
-    baseline_shift,
-    check_references,
-    check_residuals,
-    units_of,
-)
+from .foundation import Answer, ask, baseline_shift, check_references, check_residuals, units_of
 from .geometry import check_distances, check_loneliness, check_periodicity
 from .labels import check_charges_used, check_completeness, check_forces, check_mechanics
 from .subject import Subject, subject_of

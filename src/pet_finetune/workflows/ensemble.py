@@ -13,17 +13,21 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from pet_finetune import kernels
-from pet_finetune.adapters import load_committee
-from pet_finetune.adapters.committee import Calibration
-from pet_finetune.adapters.committee_files import COMMITTEE_FILE, write_committee
+from pet_finetune.committee.calibration import LEVELS, Deviations, collect, miscalibration_area
+from pet_finetune.committee.calibration_plot import Curves, plot_calibration
+from pet_finetune.committee.committee import Calibration
+from pet_finetune.committee.files import COMMITTEE_FILE, load_committee, write_committee
 from pet_finetune.config import Options
 from pet_finetune.data.splits import load_splits
-from pet_finetune.device import choose_device
+from pet_finetune.device import choose_device, dtype_of_bits
 from pet_finetune.errors import TrainingError
 from pet_finetune.log import FILE_ONLY, get_logger, setup_logging
-from pet_finetune.report.calibration import Curves, plot_calibration
-from pet_finetune.train.calibration import LEVELS, Deviations, collect, miscalibration_area
-from pet_finetune.train.run_files import (
+from pet_finetune.report.tables import calibration_table, committee_table, show
+from pet_finetune.report.write import report_or_warn
+from pet_finetune.rng import seed_everything
+from pet_finetune.training.bootstrap import options_of_member
+from pet_finetune.training.resume import Errors, plain_errors
+from pet_finetune.training.run_files import (
     ADAPTER,
     LAST,
     LOG,
@@ -33,15 +37,10 @@ from pet_finetune.train.run_files import (
     SPLITS,
     RunFiles,
 )
+from pet_finetune.training.start import read_start
 
-from .bootstrap import options_of_member
-from .machine import choose_dtype, seed_everything
 from .outcome import TrainOutcome
 from .prepare import AFTER, evaluate_sets, load_data, options_of_run, wanted_derivatives
-from .report import report_or_warn
-from .resume import Errors, plain_errors
-from .start import read_start
-from .tables import calibration_table, committee_table, show
 
 _logger = get_logger(__name__)
 PLOT = "calibration.svg"
@@ -173,7 +172,7 @@ def _finish(
     base, _, _ = read_start(options)
     device = choose_device(options.device)
     committee = load_committee(base, [files.folder / name for name in names])
-    committee.to(device=device, dtype=choose_dtype(options.base_precision))
+    committee.to(device=device, dtype=dtype_of_bits(options.base_precision))
     kernels.prepare(device)
     splits = load_splits(member_folder(files.folder, 0) / SPLITS, options)
     data = load_data(options, splits, committee, seed, committee.dtype)

@@ -21,9 +21,8 @@ from pet_finetune.errors import ConfigError, DataError, did_you_mean
 from pet_finetune.keys import TargetSpec, direct_quantity, forces_key, stress_key
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
-from pet_finetune.train import Metrics, Spread, evaluate, rotational_spread
-
-from .tables import error_table, show
+from pet_finetune.report.tables import error_table, show
+from pet_finetune.training import Metrics, Spread, evaluate, rotational_spread
 
 _logger = get_logger(__name__)
 _BATCH = 32  # structures

@@ -16,14 +16,15 @@ from pet_finetune.config import Options
 from pet_finetune.config.named_runs import NamedRun
 from pet_finetune.config.yaml_file import read_yaml
 from pet_finetune.errors import ConfigError, PetFinetuneError, did_you_mean
+from pet_finetune.files import size_text
 from pet_finetune.log import get_logger, setup_logging
-from pet_finetune.train.metrics import SHOWN
-from pet_finetune.train.run_files import ADAPTER, BEST, LAST, OPTIONS, RESULTS, TABLE, RunFiles
+from pet_finetune.report.tables import show
+from pet_finetune.training.metrics import SHOWN
+from pet_finetune.training.resume import changed_options
+from pet_finetune.training.run_files import ADAPTER, BEST, LAST, OPTIONS, RESULTS, TABLE, RunFiles
 
 from .evaluate import EvaluationResult, evaluate_files, evaluate_options
 from .prepare import RETENTION
-from .resume import changed_options
-from .tables import show, size_text
 from .train import train
 
 _logger = get_logger(__name__)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pet_finetune.train import TrainingResult
-
-from .resume import Errors
+from pet_finetune.training import TrainingResult
+from pet_finetune.training.resume import Errors
 
 
 @dataclass(frozen=True)

@@ -9,34 +9,35 @@ import torch
 from omegaconf import OmegaConf
 
 from pet_finetune import kernels
-from pet_finetune.adapters import Committee, trainable_report
+from pet_finetune.adapters import trainable_report
+from pet_finetune.committee.committee import Committee
 from pet_finetune.config import Options
 from pet_finetune.data.charges import check_charges
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.species import check_species
 from pet_finetune.data.splits import Splits, load_splits, make_splits
+from pet_finetune.device import dtype_of_bits
+from pet_finetune.forgetting.keeping import extra_losses, make_kept, retention_of
+from pet_finetune.forgetting.kept import Kept
+from pet_finetune.forgetting.memory import Memory, remember
+from pet_finetune.forgetting.retention import Retention
+from pet_finetune.inspection.preflight import check_data, read_checked
 from pet_finetune.keys import forces_key, stress_key
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
-from pet_finetune.train import Trainer, evaluate, prepare_baselines
-from pet_finetune.train.baselines import BaselineTable
-from pet_finetune.train.kept import Kept
-from pet_finetune.train.loss import Objective
-from pet_finetune.train.predictions import Recorder
-from pet_finetune.train.retention import Retention
-from pet_finetune.train.run_files import OPTIONS, SPLITS, RunFiles
-
-from .bootstrap import of_member
-from .elements import ADVICE
-from .keeping import extra_losses, make_kept, retention_of
-from .machine import choose_dtype, seed_everything
-from .memory import Memory, remember
-from .preflight import check_data, read_checked
-from .provenance import about_run, provenance_of
-from .resume import Errors, RunState, SavedRun, plain_errors, take_files
-from .rounding import rounding_told
-from .start import Start, check_targets, choose_trainable, start_model
-from .tables import baseline_text
+from pet_finetune.report.tables import baseline_text
+from pet_finetune.rng import seed_everything
+from pet_finetune.training import Trainer, evaluate, prepare_baselines
+from pet_finetune.training.baselines import BaselineTable
+from pet_finetune.training.bootstrap import of_member
+from pet_finetune.training.elements import ADVICE
+from pet_finetune.training.loss import Objective
+from pet_finetune.training.predictions import Recorder
+from pet_finetune.training.provenance import about_run, provenance_of
+from pet_finetune.training.resume import Errors, RunState, SavedRun, plain_errors, take_files
+from pet_finetune.training.rounding import rounding_told
+from pet_finetune.training.run_files import OPTIONS, SPLITS, RunFiles
+from pet_finetune.training.start import Start, check_targets, choose_trainable, start_model
 
 _logger = get_logger(__name__)
 #: How results call the errors on the retention set.
@@ -93,7 +94,7 @@ def prepare_run(
         PetFinetuneError: any bad input, with one clear message.
     """
     check_targets(options)
-    dtype = choose_dtype(options.base_precision)
+    dtype = dtype_of_bits(options.base_precision)
     seed = seed_everything(saved.state.seed if saved else options.seed)
     _logger.info("seed %d, %s, %d bits", seed, device, options.base_precision)
     splits = _splits(options, files, saved, seed, check)

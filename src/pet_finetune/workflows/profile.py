@@ -9,15 +9,14 @@ from pathlib import Path
 from rich.table import Table
 
 from pet_finetune.config import Options
-from pet_finetune.device import choose_device
+from pet_finetune.device import choose_device, versions
 from pet_finetune.errors import PetFinetuneError
 from pet_finetune.log import FILE_ONLY, get_logger, setup_logging
-from pet_finetune.train.profile import OTHER, TrainingProfile, check_steps, profile_steps
-from pet_finetune.train.run_files import LOG, PROFILE, TRACE, RunFiles
+from pet_finetune.report.tables import show
+from pet_finetune.training.profile import OTHER, TrainingProfile, check_steps, profile_steps
+from pet_finetune.training.run_files import LOG, PROFILE, TRACE, RunFiles
 
-from .machine import versions
 from .prepare import prepare_run
-from .tables import show
 
 _logger = get_logger(__name__)
 _LONGEST_NAME = 48

@@ -12,20 +12,21 @@ from pet_finetune.checkpoint import load_checkpoint
 from pet_finetune.config import Options
 from pet_finetune.device import choose_device
 from pet_finetune.errors import PetFinetuneError
+from pet_finetune.files import size_text
+from pet_finetune.forgetting.dimer_report import report_dimers
 from pet_finetune.log import FILE_ONLY, get_logger, setup_logging
-from pet_finetune.train import TrainingResult
-from pet_finetune.train.memory import peak_gpu_mib, peak_resident_mib
-from pet_finetune.train.progress import RunDisplay
-from pet_finetune.train.records import Callbacks, EpochRecord
-from pet_finetune.train.run_files import LOG, OPTIONS, RESULTS, RunFiles
+from pet_finetune.report.tables import error_table, show
+from pet_finetune.report.write import report_or_warn
+from pet_finetune.training import TrainingResult
+from pet_finetune.training.memory import peak_gpu_mib, peak_resident_mib
+from pet_finetune.training.progress import RunDisplay
+from pet_finetune.training.records import Callbacks, EpochRecord
+from pet_finetune.training.resume import Errors, open_run, plain_errors
+from pet_finetune.training.run_files import LOG, OPTIONS, RESULTS, RunFiles
 
-from .dimers import report_dimers
 from .ensemble import train_ensemble
 from .outcome import TrainOutcome
 from .prepare import AFTER, BEFORE, RETENTION, Run, evaluate_sets, prepare_run, telling_set
-from .report import report_or_warn
-from .resume import Errors, open_run, plain_errors
-from .tables import error_table, show, size_text
 
 _logger = get_logger(__name__)
 

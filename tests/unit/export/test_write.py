@@ -19,9 +19,10 @@ from models import ethanol, random_potential
 from pet_finetune.checkpoint import save_checkpoint
 from pet_finetune.data import atoms_to_structure, batch_from_atoms
 from pet_finetune.errors import CheckpointError
-from pet_finetune.export import ModelCheck, interaction_range, write_model
+from pet_finetune.export.check import ModelCheck
+from pet_finetune.export.export import export_model
+from pet_finetune.export.write import interaction_range, write_model
 from pet_finetune.model import Potential
-from pet_finetune.workflows import export_model
 
 OUTPUTS = {"energy": "energy"}
 

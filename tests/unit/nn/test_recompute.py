@@ -13,7 +13,7 @@ from models import crystal, ethanol, random_potential, trained_adapter
 from pet_finetune import kernels
 from pet_finetune.data.batch import batch_from_atoms
 from pet_finetune.nn.recompute import recomputed
-from pet_finetune.train.precision import mixed
+from pet_finetune.training.precision import mixed
 
 KINDS = {
     "full": {},

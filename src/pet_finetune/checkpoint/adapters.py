@@ -1,0 +1,225 @@
+"""What one does with adapter folders: look, check, merge, combine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from ase import Atoms
+from ase.data import covalent_radii
+from rich.table import Table
+
+from pet_finetune.adapters import Adapter, combine, install, merged_copy, read_adapter
+from pet_finetune.adapters.files import write_adapter
+from pet_finetune.adapters.merge import lora_layers
+from pet_finetune.data.batch import batch_from_atoms
+from pet_finetune.errors import AdapterError
+from pet_finetune.files import size_text
+from pet_finetune.model import Potential
+
+from . import load_checkpoint, save_checkpoint, weights_fingerprint
+
+# An update larger than the weight it adapts has forgotten it.
+_LARGE = 1.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One result of a check.
+
+    Attributes:
+        folder: of the adapter.
+        sound: False where the adapter cannot be used as it is.
+        text: what was found.
+    """
+
+    folder: str
+    sound: bool
+    text: str
+
+
+def describe_adapter(directory: str | Path) -> Table:
+    """A table of what an adapter folder holds.
+
+    Raises:
+        AdapterError: it cannot be read.
+    """
+    adapter = read_adapter(directory)
+    config = adapter.config
+    table = Table(title=str(directory), title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    endings = sorted({".".join(path.split(".")[-2:]) for path in config.target_modules})
+    size = sum(path.stat().st_size for path in Path(directory).iterdir())
+    rows = {
+        "method": _method(adapter),
+        "rank, alpha": f"{config.rank}, {config.alpha:g}" + _patterns(adapter),
+        "dropout": f"{config.dropout:g}",
+        "layers": f"{len(config.target_modules)}: {', '.join(endings)}",
+        "trained whole": ", ".join(config.modules_to_save or ()) or "nothing",
+        "parameters": f"{adapter.num_parameters:,}",
+        "size": size_text(size),
+        "base": f"{adapter.base_name or 'unnamed'} ({adapter.fingerprint or 'not recorded'})",
+        "target": "not recorded" if adapter.target is None else adapter.target.name,
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _method(adapter: Adapter) -> str:
+    config = adapter.config
+    name = "DoRA" if config.use_dora else "LoRA"
+    name = f"rank-stabilised {name}" if config.use_rslora else name
+    return name if config.init == "default" else f"{name}, started from {config.init}"
+
+
+def _patterns(adapter: Adapter) -> str:
+    config = adapter.config
+    parts = [f"{key}: rank {rank}" for key, rank in config.rank_pattern.items()]
+    parts += [f"{key}: alpha {alpha:g}" for key, alpha in config.alpha_pattern.items()]
+    return f" ({'; '.join(parts)})" if parts else ""
+
+
+def merge_adapter(directory: str | Path, checkpoint: str | Path, output: str | Path) -> Path:
+    """Write base and adapter as one plain checkpoint.
+
+    Args:
+        directory: the adapter folder.
+        checkpoint: its base.
+        output: the new checkpoint; a file that exists is left alone.
+
+    Raises:
+        AdapterError: the adapter cannot be read, belongs to another base, or ``output`` exists.
+        CheckpointError: the base cannot be read, or the new file not be written.
+    """
+    if Path(output).exists():
+        raise AdapterError(f"'{output}' exists already. Choose another name with -o.")
+    adapter = read_adapter(directory)
+    base = load_checkpoint(checkpoint)
+    install(base.model, adapter)
+    provenance = {
+        "parent": Path(checkpoint).stem,
+        "parent_fingerprint": adapter.fingerprint,
+        "parent_provenance": base.provenance,
+        "adapter": str(directory),
+    }
+    return save_checkpoint(output, merged_copy(base.model), provenance=provenance)
+
+
+def combine_adapters(
+    directories: Sequence[str | Path],
+    output: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    combination: str = "cat",
+    rank: int | None = None,
+    checkpoint: str | Path | None = None,
+) -> Path:
+    """Blend adapter folders into a new one.
+
+    Args:
+        directories: at least one.
+        output: the new folder; one that holds an adapter is left alone.
+        weights: one for each; equal ones that sum to 1 when left out.
+        combination, rank: as for :func:`pet_finetune.adapters.combine`.
+        checkpoint: the base; needed where the weights do not sum to 1.
+
+    Raises:
+        AdapterError: the adapters cannot be read or do not go together, the number of weights is
+            another, or ``output`` holds an adapter.
+    """
+    weights = [1.0 / len(directories)] * len(directories) if weights is None else list(weights)
+    if len(weights) != len(directories):
+        raise AdapterError(
+            f"{len(directories)} adapters and {len(weights)} weights: give one weight for each."
+        )
+    if Path(output).is_dir() and any(Path(output).iterdir()):
+        raise AdapterError(f"'{output}' is not empty. Choose another folder with -o.")
+    parts = list(zip(map(read_adapter, directories), weights, strict=True))
+    base = None if checkpoint is None else load_checkpoint(checkpoint).model
+    mixed = combine(parts, combination, rank=rank, base=base, name=str(output))
+    return write_adapter(mixed, output)
+
+
+def check_adapters(
+    directories: Sequence[str | Path], checkpoint: str | Path | None = None
+) -> list[Finding]:
+    """Check adapter folders, alone, with their base where it is given, and with each other.
+
+    Args:
+        directories: at least one.
+        checkpoint: the base.
+
+    Raises:
+        CheckpointError: the base cannot be read.
+    """
+    base = None if checkpoint is None else load_checkpoint(checkpoint).model
+    findings, sound = [], []
+    for directory in directories:
+        try:
+            adapter = read_adapter(directory)
+            found = list(_check_alone(adapter))
+            if base is not None:
+                found += _check_on_base(adapter, base)
+        except AdapterError as error:
+            found = [Finding(str(directory), False, str(error))]
+        else:
+            sound.append(adapter)
+        findings += found
+    if len(sound) > 1:
+        findings.append(_check_blend(sound, base))
+    return findings
+
+
+def _check_alone(adapter: Adapter) -> Iterator[Finding]:
+    wrong = [name for name, value in adapter.tensors.items() if not bool(value.isfinite().all())]
+    if wrong:
+        text = f"{len(wrong)} tensors hold numbers that are not finite, such as {wrong[0]}."
+        yield Finding(adapter.name, False, text)
+        return
+    text = f"{len(adapter.tensors)} tensors, {adapter.num_parameters:,} numbers, all finite"
+    yield Finding(adapter.name, True, text)
+    factors = {n: t for n, t in adapter.tensors.items() if n.endswith(".lora_B")}
+    if factors and adapter.config.init == "default" and not any(t.any() for t in factors.values()):
+        yield Finding(adapter.name, True, "the update is zero: the adapter was never trained")
+
+
+def _check_on_base(adapter: Adapter, base: Potential) -> Iterator[Finding]:
+    """Whether it fits, how large its update is, and whether predictions are numbers."""
+    model = merged_copy(base)
+    install(model, adapter)
+    yield Finding(adapter.name, True, f"fits the base ({weights_fingerprint(base)[:12]})")
+    with torch.no_grad():
+        ratios = {
+            path: float((layer.updated_weight() - layer.weight).norm() / layer.weight.norm())
+            for path, layer in lora_layers(model)
+        }
+    if ratios:
+        path, largest = max(ratios.items(), key=lambda item: item[1])
+        text = f"largest update: {100 * largest:.1f} % of the weight of {path}"
+        text += " (more than the weight itself: look at its errors)" if largest > _LARGE else ""
+        yield Finding(adapter.name, True, text)
+    pairs = [Atoms([z, z], [[0, 0, 0], [0, 0, 2.2 * covalent_radii[z]]]) for z in model.species]
+    batch = batch_from_atoms(pairs, model.cutoff, model.dtype)
+    predicted = model.predict(batch, adapter.config.target or next(iter(model.targets)))
+    assert predicted.forces is not None
+    finite = bool(predicted.energy.isfinite().all() and predicted.forces.isfinite().all())
+    text = "energies and forces of a pair of atoms of each element are "
+    yield Finding(adapter.name, finite, text + ("finite" if finite else "not finite"))
+
+
+def _check_blend(adapters: Sequence[Adapter], base: Potential | None) -> Finding:
+    """In which ways the adapters can be combined."""
+    possible, reason = [], ""
+    weight = 1.0 / len(adapters)
+    for combination in ("cat", "svd", "linear"):
+        try:
+            combine([(adapter, weight) for adapter in adapters], combination, base=base)
+            possible.append(combination)
+        except AdapterError as error:
+            reason = str(error)
+    text = f"can be combined by {', '.join(possible)}. " if possible else ""
+    return Finding("together", True, (text + reason).strip())

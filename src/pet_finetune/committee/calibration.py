@@ -1,0 +1,112 @@
+"""From the spread of a committee to an uncertainty: scaling, coverage, miscalibration area."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pet_finetune.data.batch import Batch
+from pet_finetune.data.prefetch import on_device
+from pet_finetune.keys import forces_key, stress_key
+
+from .committee import Committee
+
+#: Confidence levels of a coverage curve, those of the uncertainty toolbox.
+LEVELS = np.linspace(0.0, 1.0, 100)
+
+
+@dataclass(frozen=True, eq=False)
+class Deviations:
+    """Errors of a committee and the spread of its members, number by number.
+
+    Attributes:
+        errors: [n], mean of the members less the label.
+        spreads: [n], standard deviation over the members.
+    """
+
+    errors: np.ndarray
+    spreads: np.ndarray
+
+    def scaled(self, factor: float) -> Deviations:
+        """With other uncertainties for the same errors."""
+        return Deviations(self.errors, factor * self.spreads)
+
+    @property
+    def factor(self) -> float:
+        """What the spread is multiplied with for its mean square to be that of the errors.
+
+        The root of the ratio of the means, sum e^2 / sum s^2, which makes the root mean variance
+        equal to the root mean squared error (the two that Levi et al., Sensors 22, 5540 (2022)
+        compare). The mean of the ratios, e^2 / s^2 (Imbalzano et al., arXiv:2011.08828), has no
+        finite expectation for three members or fewer: their spread is near zero too often. The
+        factor is 1 where members agree in everything.
+        """
+        variance = float(np.mean(self.spreads**2))
+        return math.sqrt(float(np.mean(self.errors**2)) / variance) if variance > 0.0 else 1.0
+
+    def coverage(self) -> np.ndarray:
+        """Which part of the errors lies within the central interval of each of :data:`LEVELS`.
+
+        Intervals are those of a normal distribution around the mean, [n_levels].
+        """
+        normal, sizes = NormalDist(), np.abs(self.errors)
+        widths = [normal.inv_cdf(0.5 + 0.5 * level) for level in LEVELS[:-1].tolist()]
+        inside = [float(np.mean(sizes <= width * self.spreads)) for width in widths]
+        return np.array([*inside, 1.0])  # the last interval is endless
+
+
+def miscalibration_area(observed: np.ndarray, expected: np.ndarray = LEVELS) -> float:
+    """Area between the curve of observed over expected coverage and the diagonal, 0 to 0.5.
+
+    Definition of the uncertainty toolbox (Chung et al., arXiv:2109.10254; Tran et al., Mach.
+    Learn.: Sci. Technol. 1, 025006 (2020)), which needs shapely and scikit-learn for it. Between
+    levels the curve is a straight line, so the area is exact where it crosses the diagonal, too.
+    """
+    gaps = observed - expected
+    left, right, steps = gaps[:-1], gaps[1:], np.diff(expected)
+    sizes = np.abs(left) + np.abs(right)
+    crossing = left * right < 0.0
+    triangles = (left**2 + right**2) / np.where(sizes > 0.0, sizes, 1.0)
+    return float(np.sum(0.5 * steps * np.where(crossing, triangles, sizes)))
+
+
+def collect(
+    committee: Committee, batches: Iterable[Batch], wanted: Mapping[str, tuple[bool, bool]]
+) -> dict[str, Deviations]:
+    """Errors and spreads on labelled batches, by kind: energies per atom, components of the others.
+
+    Args:
+        committee: whose calibration is not applied.
+        batches: any device and dtype; moved to the committee's.
+        wanted: for its target, whether forces and stress are compared.
+    """
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    name = committee.target
+    keys = {"energy": name, "forces": forces_key(name), "stress": stress_key(name)}
+    for batch in on_device(batches, committee.device, committee.dtype):
+        prediction = committee.predict_many(batch, wanted)[name]
+        atoms = batch.atoms_per_structure
+        for kind, key in keys.items():
+            label, mean = batch.labels.get(key), getattr(prediction, kind)
+            if label is None or mean is None:
+                continue
+            error, spread = mean - label, prediction.spread(kind)
+            if kind == "energy":
+                error, spread = error / atoms, spread / atoms
+            known = ~label.isnan()
+            found.setdefault(kind, []).append((error[known], spread[known]))
+    return {
+        kind: Deviations(*(_numpy(torch.cat(values)) for values in zip(*parts, strict=True)))
+        for kind, parts in found.items()
+    }
+
+
+def _numpy(values: Tensor) -> np.ndarray:
+    array: np.ndarray = values.detach().to("cpu", torch.float64).numpy()
+    return array

@@ -1,0 +1,129 @@
+"""What can be seen to be wrong with a simulation before its first step, all of it at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ase import Atoms
+
+from pet_finetune.calculator import PETCalculator
+from pet_finetune.config.problems import config_error
+from pet_finetune.data.computable import check_atoms
+from pet_finetune.data.files import read_frames
+from pet_finetune.errors import DataError, PetFinetuneError
+from pet_finetune.log import get_logger
+
+from . import MDSettings
+from .model import ModelChoice
+from .watch import CLOSEST, atom_name
+
+_logger = get_logger(__name__)
+
+
+def check_start(
+    model: ModelChoice, structure: str | Path, settings: MDSettings, index: int | None
+) -> tuple[Atoms, PETCalculator]:
+    """Read structure and model, and see whether they can be simulated as asked.
+
+    Returns:
+        The structure, without a calculator, and the calculator.
+
+    Raises:
+        ConfigError: with a line for each problem.
+    """
+    problems = settings.problems()
+    if settings.stop_uncertainty is not None and not model.is_committee:
+        problems.append(
+            "--stop-uncertainty: one model has no uncertainty. Give several --adapter, or the "
+            "folder of a run with finetune.ensemble."
+        )
+    atoms = calculator = None
+    try:
+        atoms = read_frame(structure, index)
+        problems += _of_structure(atoms, structure, settings)
+    except PetFinetuneError as error:
+        problems.append(str(error))
+    try:
+        calculator = model.open()
+    except PetFinetuneError as error:
+        problems.append(str(error))
+    if atoms is not None and calculator is not None:
+        problems += _of_both(atoms, structure, calculator, settings, not problems)
+    if problems:
+        raise config_error(problems, "md")
+    assert atoms is not None
+    assert calculator is not None
+    return atoms, calculator
+
+
+def read_frame(structure: str | Path, index: int | None) -> Atoms:
+    """One frame of a file; the last where none is named, which is said when there are several.
+
+    Raises:
+        DataError: the file cannot be read, or has no such frame.
+    """
+    frames = read_frames(structure)
+    if index is None and len(frames) > 1:
+        _logger.info(
+            "%s has %d frames: the last, %d, is taken (--index N takes another)",
+            structure,
+            len(frames),
+            len(frames) - 1,
+        )
+    chosen = -1 if index is None else index
+    if not -len(frames) <= chosen < len(frames):
+        raise DataError(
+            f"--index: {structure} has no frame {chosen}. It has frames 0 to {len(frames) - 1}; "
+            "negative numbers count from the end."
+        )
+    atoms = frames[chosen]
+    atoms.calc = None
+    return atoms
+
+
+def _of_structure(atoms: Atoms, structure: str | Path, settings: MDSettings) -> list[str]:
+    problems = []
+    if settings.ensemble == "npt" and not (atoms.pbc.all() and atoms.cell.rank == 3):
+        problems.append(
+            "--ensemble npt: the pressure needs a volume, and "
+            f"{structure} has pbc = {atoms.pbc.tolist()}"
+            f"{'' if atoms.cell.rank == 3 else ' and no three cell vectors'}. Use nvt."
+        )
+    chain = settings.ensemble == "npt" or settings.thermostat == "nose-hoover"
+    if chain and atoms.constraints:
+        kinds = ", ".join(sorted({type(c).__name__ for c in atoms.constraints}))
+        problems.append(
+            f"{structure} has constraints ({kinds}), which Nose-Hoover chains and barostats of "
+            "ASE do not allow. Use --ensemble nvt with --thermostat langevin or bussi."
+        )
+    if settings.velocities == "keep" and not atoms.get_momenta().any():
+        problems.append(
+            f"--keep-velocities: {structure} holds no velocities (an array 'momenta'). Leave it "
+            "out, and they are drawn."
+        )
+    return problems
+
+
+def _of_both(
+    atoms: Atoms,
+    structure: str | Path,
+    calculator: PETCalculator,
+    settings: MDSettings,
+    compute: bool,
+) -> list[str]:
+    """Elements, cell and coordinates; and, where nothing else is wrong, one evaluation."""
+    try:
+        check_atoms(atoms, calculator.model.species)
+        if not compute:
+            return []
+        calculator.calculate(atoms)
+    except PetFinetuneError as error:
+        return [f"{structure}: {error}"]
+    contacts = calculator.contacts()
+    if contacts.closest is None or contacts.distance >= CLOSEST or settings.minimize:
+        return []
+    first, second = (atom_name(atoms, number) for number in contacts.closest)
+    return [
+        f"{structure}: {first} and {second} are {contacts.distance:.2f} A apart, closer than any "
+        f"two atoms can be ({CLOSEST} A). Check units and cell; --minimize 200 moves them apart."
+    ]

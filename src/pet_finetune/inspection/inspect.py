@@ -1,0 +1,309 @@
+"""A look at data before a run: files by themselves, or the sets of an options file."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pet_finetune import kernels
+from pet_finetune.config import DatasetOptions, Options
+from pet_finetune.config.load import LoadedOptions, parse_options
+from pet_finetune.config.yaml_file import to_yaml
+from pet_finetune.data.species import find_species, of_species
+from pet_finetune.data.splits import make_splits
+from pet_finetune.data.structure import Structure
+from pet_finetune.device import choose_device
+from pet_finetune.elements import symbol_of
+from pet_finetune.errors import ConfigError, DataError, PetFinetuneError
+from pet_finetune.keys import forces_key, stress_key
+from pet_finetune.log import get_logger
+from pet_finetune.model import Potential
+from pet_finetune.training.elements import ADVICE
+from pet_finetune.training.start import read_start
+
+from . import Finding, Foundation, Inspection, inspect_sets
+from .estimate import estimate, load_of
+from .preflight import cells_of, declared_units, energy_of
+from .reading import read_anyway, target_of_file
+from .suggest import Suggestion, suggest, training_section
+
+_logger = get_logger(__name__)
+_SETS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be looked at.
+
+    Attributes:
+        options: how the files are read, and what is trained on them.
+        raw: the options as they were written, for the suggestion.
+        findings: from choosing the names of the labels.
+        whole: whether the files are looked at as they are, not cut into sets by fraction.
+    """
+
+    options: Options
+    raw: Mapping[str, Any]
+    findings: tuple[Finding, ...] = ()
+    whole: bool = False
+
+
+def request_of_files(
+    files: Sequence[str],
+    checkpoint: str | None = None,
+    validation: Sequence[str] = (),
+    test: Sequence[str] = (),
+) -> Request:
+    """Files by themselves, with labels under whatever names they have, in eV and Å.
+
+    Raises:
+        DataError: a file that cannot be read.
+        ConfigError: as reading options.
+    """
+    findings: list[Finding] = []
+    sections: dict[str, Any] = {}
+    for name, own in (("training_set", files), ("validation_set", validation), ("test_set", test)):
+        found = []
+        for file in own:
+            target, told = target_of_file(file)
+            findings += told
+            found.append(training_section([file], target))
+        if found:
+            sections[name] = found[0] if len(found) == 1 else found
+    loaded = parse_options(sections, checkpoint, require_start=False)
+    return Request(loaded.options, sections, tuple(findings), whole=True)
+
+
+def request_of_options(loaded: LoadedOptions, files: Sequence[str] = ()) -> Request:
+    """The sets that options name; ``files`` take the place of the training set's.
+
+    Raises:
+        ConfigError: several training sets, where it is not clear how the files are read.
+    """
+    if not files:
+        return Request(loaded.options, loaded.raw)
+    datasets = loaded.options.training_set
+    if len(datasets) > 1:
+        raise ConfigError(
+            f"The options have {len(datasets)} training sets, so how {files[0]} is to be read is "
+            "not clear. Leave it out, or give options with one training set."
+        )
+    moved = tuple(_moved(datasets[0], file) for file in files)
+    options = loaded.options.model_copy(update={"training_set": moved})
+    raw = copy.deepcopy(dict(loaded.raw))
+    raw["training_set"] = options.resolved()["training_set"]
+    return Request(options, raw)
+
+
+def _moved(dataset: DatasetOptions, file: str) -> DatasetOptions:
+    """The same data set read from another file."""
+    targets = {
+        name: target.model_copy(
+            update={
+                "read_from": file,
+                **{
+                    kind: getattr(target, kind).model_copy(update={"read_from": file})
+                    for kind in ("forces", "stress", "virial")
+                },
+            }
+        )
+        for name, target in dataset.targets.items()
+    }
+    systems = dataset.systems.model_copy(update={"read_from": file})
+    return dataset.model_copy(update={"systems": systems, "targets": targets, "indices": None})
+
+
+def inspect_data(request: Request, *, device: str = "auto", seconds: float = 20.0) -> Inspection:
+    """Look at the data, and at what a run with them takes.
+
+    Args:
+        request: what is looked at.
+        device: where a foundation is asked and a step is measured.
+        seconds: how long the foundation may be asked; of large sets it sees a part.
+
+    Raises:
+        PetFinetuneError: a checkpoint that cannot be read; what is wrong with the data is in the
+            findings.
+    """
+    options = request.options
+    target = energy_of(options)
+    sets, findings = _read(request)
+    model = read_start(options)[0] if options.is_finetuning else None
+    foundation, chosen = None, choose_device(device)
+    if model is not None:
+        if kernels.ready(chosen):
+            kernels.prepare(chosen)
+        model.to(chosen)
+        grows = options.finetune.new_elements is not None
+        foundation = Foundation(
+            model,
+            _energy_target(model, target),
+            tuple(model.species),
+            known_too=None if grows else (),
+            advice=ADVICE,
+            seconds=seconds,
+            keeps_baselines=options.baseline_mode() == "keep",
+        )
+    declared = declared_units(options.datasets(), target)
+    known = [*request.findings, *findings, *cells_of(options)]
+    inspection = inspect_sets(sets, target, declared, foundation, known)
+    if not sets.get("train"):
+        return inspection
+    return _with_cost(inspection, request, sets, model, target, chosen)
+
+
+def _read(request: Request) -> tuple[dict[str, Sequence[Structure]], list[Finding]]:
+    """The sets, as far as they can be read, and what is wrong with the rest."""
+    options = request.options
+    if not request.whole:
+        try:
+            splits = make_splits(options, options.seed or 0)
+        except DataError as error:
+            failed = Finding("error", "unreadable", str(error))
+        else:
+            return {name: getattr(splits, name) for name in _SETS}, []
+    sets: dict[str, Sequence[Structure]] = {}
+    findings: list[Finding] = []
+    for name, chosen in zip(
+        _SETS, (options.training_set, options.validation_set, options.test_set), strict=True
+    ):
+        for dataset in chosen if isinstance(chosen, tuple) else ():
+            structures, told = read_anyway(dataset)
+            sets[name] = [*sets.get(name, ()), *structures]
+            findings += told
+    if not request.whole and not findings:
+        findings.append(failed)
+    return sets, findings
+
+
+def _energy_target(model: Potential, target: str | None) -> str | None:
+    """Which energy of a foundation is asked for."""
+    energies = [name for name, spec in model.targets.items() if spec.is_energy]
+    if target is None or not energies:
+        return None
+    return target if target in energies else "energy" if "energy" in energies else energies[0]
+
+
+def _with_cost(
+    inspection: Inspection,
+    request: Request,
+    sets: Mapping[str, Sequence[Structure]],
+    model: Potential | None,
+    target: str | None,
+    device: torch.device,
+) -> Inspection:
+    """Add what a run takes, measured on a sample, and options for the data."""
+    options, training = request.options, sets["train"]
+    held_out = sets.get("validation", ())
+    cutoff = model.cutoff if model is not None else options.model.cutoff
+    load = load_of(training, held_out, cutoff)
+    first = _suggest(inspection, request, sets, model)
+    batch = first.options["architecture"]["training"]["batch_size"]
+    if not request.whole and options.training.max_atoms_per_batch is None:
+        batch = options.training.batch_size
+    reference = None if model is None else _energy_target(model, target)
+    known = [] if model is None else of_species(training, model.species)
+    broken = {f.code for f in inspection.errors} & {"unknown-charges", "same-place"}
+    if model is None or reference is None or target is None or not known or broken:
+        why = "give a checkpoint with -c" if model is None else "the model cannot compute the data"
+        return replace(inspection, cost=load, measured=why, suggestion=first)
+    estimates = estimate(
+        model,
+        reference,
+        known,
+        load,
+        batch,
+        forces=any(forces_key(target) in s.labels for s in training),
+        stress=any(stress_key(target) in s.labels for s in training),
+    )
+    kind = "kernels" if kernels.active() and device.type == "cpu" else "plain torch operations"
+    threads = f", {torch.get_num_threads()} threads, {kind}" if device.type == "cpu" else ""
+    measured = f"from one measured step each ({device.type}{threads}), batches of {batch}"
+    done = replace(inspection, cost=load, estimates=tuple(estimates), measured=measured)
+    return replace(done, suggestion=_suggest(done, request, sets, model))
+
+
+def _suggest(
+    inspection: Inspection,
+    request: Request,
+    sets: Mapping[str, Sequence[Structure]],
+    model: Potential | None,
+) -> Suggestion:
+    """Options for the data, in the units that the findings suggest."""
+    options = request.options
+    training = sets["train"]
+    held = {name: len(sets.get(name, ())) for name in _SETS}
+    drawn = not request.whole and isinstance(options.validation_set, float)
+    count = held["train"] + (held["validation"] + held["test"] if drawn else 0)
+    cutoff = model.cutoff if model is not None else options.model.cutoff
+    load = inspection.cost or load_of(training, sets.get("validation", ()), cutoff)
+    load = replace(load, structures=count or load.structures)
+    unknown = []
+    if model is not None:
+        unknown = [symbol_of(z) for z in find_species(training) if z not in model.species]
+    codes = {finding.code for finding in inspection.findings}
+    raw = copy.deepcopy(dict(request.raw))
+    for name in ("training_set", "validation_set", "test_set"):
+        raw[name] = _in_units(raw.get(name), inspection.findings)
+    return suggest(
+        raw["training_set"],
+        load,
+        checkpoint=options.finetune.read_from,
+        parameters=0 if model is None else model.num_parameters(),
+        validation=raw["validation_set"],
+        test=raw["test_set"],
+        unknown=unknown,
+        outliers=bool(codes & {"energy-outliers", "foundation-outliers"}),
+        estimates=inspection.estimates,
+    )
+
+
+def _in_units(section: Any, findings: Sequence[Finding]) -> Any:
+    """A section with the units that were found, where options can name them."""
+    if isinstance(section, list):
+        return [_in_units(one, findings) for one in section]
+    if not isinstance(section, dict) or not isinstance(section.get("systems"), dict):
+        return section
+    file = section["systems"].get("read_from")
+    for finding in findings:
+        if file not in {frames.file for frames in finding.where} or not finding.data:
+            continue
+        unit = finding.data.get("unit")
+        if unit and finding.code == "length-unit":
+            section["systems"]["length_unit"] = unit
+        elif unit and finding.code == "units":
+            for target in section.get("targets", {}).values():
+                if isinstance(target, dict):
+                    target["unit"] = unit
+    return section
+
+
+def write_suggestion(inspection: Inspection, path: str | Path) -> None:
+    """Write the suggested options as a file that ``train`` runs.
+
+    Raises:
+        DataError: there are no structures to suggest anything for.
+        ConfigError: the file exists.
+    """
+    suggestion = inspection.suggestion
+    if suggestion is None:
+        raise DataError("No structure could be read, so there are no options to write.")
+    file = Path(path)
+    if file.exists():
+        raise ConfigError(f"--write-options: '{file}' exists and is not overwritten.")
+    try:
+        parse_options(suggestion.options)
+    except PetFinetuneError as error:
+        raise ConfigError(f"--write-options: {error}") from error
+    lines = ["# Suggested by pet-finetune inspect; run it with: pet-finetune train " + file.name]
+    lines += [f"# * {reason}" for reason in suggestion.reasons]
+    errors = [finding.code for finding in inspection.errors]
+    if errors:
+        lines.append(f"# To be mended first: {', '.join(errors)}")
+    file.write_text("\n".join([*lines, to_yaml(suggestion.options)]) + "\n", encoding="utf-8")
+    _logger.info("options: %s", file)

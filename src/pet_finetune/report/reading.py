@@ -1,0 +1,209 @@
+"""A run as it lies in its folder, read for its report."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase.data import atomic_numbers
+
+from pet_finetune.checkpoint import load_checkpoint
+from pet_finetune.committee.calibration_plot import Curves
+from pet_finetune.config.yaml_file import read_yaml
+from pet_finetune.data.predicted import Predicted
+from pet_finetune.errors import ConfigError, DataError, PetFinetuneError
+from pet_finetune.forgetting.dimer_plot import DimerRow
+from pet_finetune.forgetting.dimers import wall_distance
+from pet_finetune.log import get_logger
+from pet_finetune.training.run_files import (
+    ABOUT,
+    ADAPTER,
+    BEST,
+    DIMERS,
+    LAST,
+    LOG,
+    OPTIONS,
+    PREDICTIONS,
+    REPORT,
+    RESULTS,
+    TABLE,
+)
+
+from .record import Committee, Dimers, Epochs, RunRecord
+
+_logger = get_logger(__name__)
+#: One of these is in every folder of a run.
+_MARKS = (TABLE, RESULTS, LAST, BEST, ABOUT, LOG)
+
+
+def gather(folder: Path) -> RunRecord:
+    """Read what there is; a file that is missing or damaged leaves its part of the report out.
+
+    Raises:
+        DataError: the folder holds no run.
+    """
+    if not folder.is_dir():
+        raise DataError(f"There is no folder '{folder}'. Name the folder of a run.")
+    members = sorted(path for path in folder.glob("member_*") if path.is_dir())
+    if not members and not any((folder / name).exists() for name in _MARKS):
+        raise DataError(
+            f"'{folder}' holds no run: there is no {TABLE}, {RESULTS} or {LAST} in it. Name the "
+            "folder that `pet-finetune train` wrote (outputs/DATE/TIME without -o)."
+        )
+    own = members or [folder]
+    results, text = _json(folder / RESULTS), _text(folder / OPTIONS)
+    abouts, epochs = [_json(path / ABOUT) for path in own], [_epochs(path / TABLE) for path in own]
+    about = _about(abouts[0], own[0])
+    after = results.get("after", {}) if results else _so_far(epochs)
+    return RunRecord(
+        folder=str(folder),
+        status="finished" if results else "interrupted",
+        options=_options(folder / OPTIONS),
+        options_text=text,
+        start=about,
+        before=results.get("before") or about.pop("before", {}),
+        after=after,
+        parameters=results.get("parameters", {}),
+        memory=_memory(abouts),
+        epochs=epochs,
+        predicted=_predicted(folder / PREDICTIONS),
+        dimers=_dimers(folder / f"{DIMERS}.csv", results.get("dimers", {})),
+        committee=_committee(results, folder),
+        files=_files(folder),
+    )
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The content of a file; nothing where it is missing or damaged."""
+    try:
+        content = json.loads(_text(path) or "{}")
+    except ValueError as error:
+        _logger.warning("'%s' is damaged and left out of the report (%s)", path, error)
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _options(path: Path) -> dict[str, Any]:
+    """The options of the run; nothing where they are missing or damaged."""
+    if not path.exists():
+        return {}
+    try:
+        return read_yaml(path)
+    except ConfigError as error:
+        _logger.warning("%s", error)
+        return {}
+
+
+def _about(start: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What ``run.json`` says; of a run without one, what its checkpoint says of itself."""
+    if "versions" in start or not (folder / BEST).exists():
+        return start
+    try:
+        provenance = load_checkpoint(folder / BEST).provenance
+    except PetFinetuneError as error:
+        _logger.warning("%s", error)
+        return {}
+    return {**start, **{key: value for key, value in provenance.items() if key != "options"}}
+
+
+def _memory(abouts: list[dict[str, Any]]) -> dict[str, float | None]:
+    """The largest peaks of the members, MiB."""
+    found: dict[str, float | None] = {}
+    for about in abouts:
+        for key, value in about.get("peak_memory_mib", {}).items():
+            if value is not None:
+                found[key] = max(value, found.get(key) or 0.0)
+    return found
+
+
+def _epochs(path: Path) -> Epochs:
+    """The rows of a table as numbers; empty cells and half-written rows are left out."""
+    if not path.exists():
+        return []
+    rows = []
+    with path.open(newline="", encoding="utf-8") as stream:
+        for row in csv.DictReader(stream):
+            try:
+                rows.append({name: float(cell) for name, cell in row.items() if cell})
+            except (TypeError, ValueError):
+                continue
+    return [row for row in rows if "epoch" in row]
+
+
+def _so_far(epochs: list[Epochs]) -> dict[str, Any]:
+    """The validation errors of the best epoch of a run that has no results yet."""
+    best = [row for row in epochs[0] if row.get("best") == 1] if len(epochs) == 1 else []
+    targets: dict[str, dict[str, float]] = {}
+    for name, value in best[-1].items() if best else ():
+        group, _, rest = name.partition("/")
+        target, _, error = rest.rpartition("/")
+        if group == "validation" and target:
+            targets.setdefault(target, {})[error] = value
+    return {"validation": targets} if targets else {}
+
+
+def _predicted(path: Path) -> Predicted | None:
+    if not path.exists():
+        return None
+    try:
+        return Predicted.read(path)
+    except DataError as error:
+        _logger.warning("%s The report does without.", error)
+        return None
+
+
+def _dimers(path: Path, verdicts: Mapping[str, str]) -> Dimers | None:
+    """The curves, with what ``results.json`` says of them."""
+    if not path.exists() or not verdicts:
+        return None
+    lengths: dict[float, None] = {}
+    curves: dict[str, dict[str, list[float]]] = {}
+    with path.open(newline="", encoding="utf-8") as stream:
+        for row in csv.DictReader(stream):
+            pair = curves.setdefault(row.pop("pair"), {})
+            lengths[float(row.pop("distance"))] = None
+            for name, energy in row.items():
+                pair.setdefault(name, []).append(float(energy))
+    rows = [
+        DimerRow(name, energies, _wall(name), verdicts[name])
+        for name, energies in curves.items()
+        if name in verdicts
+    ]
+    return Dimers(list(lengths), rows) if rows else None
+
+
+def _wall(pair: str) -> float:
+    first, _, second = pair.partition("-")
+    return wall_distance((atomic_numbers[first], atomic_numbers[second]))
+
+
+def _committee(results: Mapping[str, Any], folder: Path) -> Committee | None:
+    if "members" not in results:
+        return None
+    calibration = {}
+    for kind, curve in results.get("calibration", {}).items():
+        plain: dict[str, Any] = {
+            key: np.array(value) if isinstance(value, list) else value
+            for key, value in curve.items()
+        }
+        calibration[kind] = Curves(**plain)
+    reports = sorted(path.parent.name + f"/{REPORT}" for path in folder.glob(f"member_*/{REPORT}"))
+    return Committee(results["members"], calibration, reports)
+
+
+def _files(folder: Path) -> dict[str, int]:
+    """Sizes of what is there to be used, bytes."""
+    found = {}
+    if (folder / BEST).exists():
+        found[BEST] = (folder / BEST).stat().st_size
+    if (folder / ADAPTER).is_dir():
+        found[ADAPTER] = sum(path.stat().st_size for path in (folder / ADAPTER).iterdir())
+    return found

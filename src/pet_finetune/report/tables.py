@@ -1,0 +1,116 @@
+"""The tables of a run: baselines before it, errors before and after at its end."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from pet_finetune.committee.calibration_plot import Curves
+from pet_finetune.training.baselines import BaselineTable
+from pet_finetune.training.metrics import Metrics
+
+
+def _text(table: Table) -> str:
+    """A table as plain lines, for a log."""
+    console = Console(width=110, no_color=True, force_terminal=False)
+    with console.capture() as capture:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def baseline_text(table: BaselineTable) -> str:
+    """Baselines per species, before and after."""
+    out = Table(title=f"baseline of '{table.target}' ({table.mode})", title_justify="left")
+    unit = f" ({table.unit})" if table.unit else ""
+    for name in ("element", "atoms", f"before{unit}", f"after{unit}", f"change{unit}"):
+        out.add_column(name, justify="right")
+    for symbol, atoms, before, after in table.rows:
+        cells = ("new", "") if math.isnan(before) else (f"{before:.4f}", f"{after - before:+.4f}")
+        out.add_row(symbol, f"{atoms}", cells[0], f"{after:.4f}", cells[1])
+    return _text(out)
+
+
+def error_table(
+    groups: Mapping[str, Mapping[str, Mapping[str, Metrics]]],
+    notes: Sequence[str] = (),
+    title: str = "",
+) -> Table:
+    """Errors of several models (columns) by target and quantity (rows).
+
+    Args:
+        groups: what stands before the names of the rows, and for each model its errors by target.
+            All groups are of the same models.
+        notes: lines below the table.
+        title: line above it.
+    """
+    table = Table(title=title, title_justify="left", caption="\n".join(notes) or None)
+    table.add_column("error")
+    table.add_column("unit")
+    for name in next(iter(groups.values())):
+        table.add_column(name, justify="right")
+    for heading, columns in groups.items():
+        _add_errors(table, heading, list(columns.values()))
+    return table
+
+
+def _add_errors(table: Table, heading: str, columns: Sequence[Mapping[str, Metrics]]) -> None:
+    """Rows for each target and quantity; a model that was not evaluated has dashes."""
+    last = columns[-1]
+    for target in last:
+        for kind in last[target].kinds:
+            name, factor, unit = last[target].shown(kind)
+            named = len(last) > 1 and kind != "value"
+            prefix = f"{heading}{target} " if named else heading
+            # Energies are in meV; a property may have any size.
+            digits = "4g" if kind == "value" else "2f"
+            for statistic in ("MAE", "RMSE"):
+                values = [
+                    getattr(metrics[target], statistic.lower())(kind) * factor
+                    if target in metrics
+                    else math.nan
+                    for metrics in columns
+                ]
+                cells = ["-" if math.isnan(v) else f"{v:.{digits}}" for v in values]
+                table.add_row(f"{prefix}{name} {statistic}", unit, *cells)
+
+
+def committee_table(members: Sequence[Metrics], committee: Metrics, title: str = "") -> Table:
+    """Errors (columns) of each member, of a member on average, and of the committee's mean."""
+    columns = [(kind, name) for kind in committee.kinds for name in ("mae", "rmse")]
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for kind, name in columns:
+        table.add_column(f"{kind} {name.upper()}\n{committee.shown(kind)[2]}", justify="right")
+
+    def errors(metrics: Metrics) -> list[float]:
+        return [getattr(metrics, name)(kind) * metrics.shown(kind)[1] for kind, name in columns]
+
+    each = [errors(metrics) for metrics in members]
+    rows = {f"member {number}": values for number, values in enumerate(each)}
+    rows["a member on average"] = [sum(values) / len(each) for values in zip(*each, strict=True)]
+    rows["committee"] = errors(committee)
+    for name, values in rows.items():
+        table.add_row(name, *(f"{value:.2f}" for value in values))
+    return table
+
+
+def calibration_table(curves: Mapping[str, Curves]) -> Table:
+    """Factor and miscalibration areas of each kind."""
+    table = Table(title="calibration of the spread", title_justify="left")
+    for name in ("", "factor", "miscalibration area before", "after"):
+        table.add_column(name, justify="right" if name else "left")
+    for kind, found in curves.items():
+        areas = f"{found.area_before:.3f}", f"{found.area_after:.3f}"
+        table.add_row(kind, f"{found.factor:.3f}", *areas)
+    return table
+
+
+def show(table: Table) -> str:
+    """Print a table to standard output and return it as plain text."""
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110)
+    console.print(table)
+    return _text(table)

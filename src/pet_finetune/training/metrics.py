@@ -1,0 +1,148 @@
+"""Errors over a data set: energies per atom, components of forces and stress, properties."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from pet_finetune.committee.committee import Committee
+from pet_finetune.data.batch import Batch
+from pet_finetune.data.prefetch import on_device
+from pet_finetune.keys import TargetSpec, forces_key, stress_key
+from pet_finetune.model import Potential, Prediction, Property
+
+from .measure import shown, shown_unit
+
+#: Factor and unit in which each kind of error of an energy is shown.
+SHOWN = {
+    "energy": (1000.0, "meV/atom"),
+    "forces": (1000.0, "meV/A"),
+    "stress": (1000.0, "meV/A^3"),
+}
+
+
+class Metrics:
+    """Running sums of absolute and squared errors for one target.
+
+    Args:
+        target: its name.
+        state: sums to go on from, as :meth:`state` gave them.
+        spec: the target; where it is no energy, the first prediction tells it too.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        state: Mapping[str, list[float]] | None = None,
+        spec: TargetSpec | None = None,
+    ) -> None:
+        self.target = target
+        self.spec = TargetSpec(target) if spec is None else spec
+        # Of each kind: absolute errors, squared errors, their number; [3] float64. They stay on
+        # the device until someone asks, so that a step on a GPU need not wait for them.
+        self._sums = {k: torch.tensor(v, dtype=torch.float64) for k, v in (state or {}).items()}
+
+    def state(self) -> dict[str, list[float]]:
+        """The sums, as plain numbers."""
+        return {kind: sums.tolist() for kind, sums in self._sums.items()}
+
+    def _add(self, kind: str, errors: Tensor, known: Tensor) -> None:
+        errors = torch.where(known, errors.to(torch.float64), 0.0)
+        new = torch.stack([errors.abs().sum(), (errors**2).sum(), known.sum().to(torch.float64)])
+        old = self._sums.get(kind)
+        self._sums[kind] = new if old is None else old.to(new.device) + new
+
+    @torch.no_grad()
+    def update(self, batch: Batch, prediction: Prediction | Property) -> None:
+        """Add the errors of one batch; labels that are NaN do not count, such predictions do."""
+        label = batch.labels.get(self.target)
+        if isinstance(prediction, Property):
+            self.spec = prediction.spec
+            if label is not None:
+                errors = prediction.values - label
+                errors = shown(prediction.spec, errors, batch.atoms_per_structure)
+                self._add("value", errors, ~label.isnan())
+            return
+        if label is not None:
+            errors = (prediction.energy - label) / batch.atoms_per_structure
+            self._add("energy", errors, ~label.isnan())
+        label = batch.labels.get(forces_key(self.target))
+        if label is not None and prediction.forces is not None:
+            self._add("forces", prediction.forces - label, ~label.isnan())
+        label = batch.labels.get(stress_key(self.target))
+        if label is not None and prediction.stress is not None:
+            self._add("stress", prediction.stress - label, ~label.isnan())
+
+    def shown(self, kind: str) -> tuple[str, float, str]:
+        """What to call a kind of error, and factor and unit in which it is shown."""
+        if kind == "value":
+            return self.target, *shown_unit(self.spec)
+        return kind, *SHOWN[kind]
+
+    def mae(self, kind: str) -> float:
+        """Mean absolute error of ``energy`` (eV/atom), ``forces`` or ``stress``; NaN if none.
+
+        A property has the kind ``value``, in its own unit (per atom where it is one of structures
+        and not intensive).
+        """
+        total, _, count = self._plain(kind)
+        return total / count if count else math.nan
+
+    def rmse(self, kind: str) -> float:
+        """Root mean squared error; units as for :meth:`mae`."""
+        _, total, count = self._plain(kind)
+        return math.sqrt(total / count) if count else math.nan
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of label that were seen."""
+        return [kind for kind, sums in self.state().items() if sums[2]]
+
+    def _plain(self, kind: str) -> list[float]:
+        sums = self._sums.get(kind)
+        return [0.0, 0.0, 0.0] if sums is None else sums.tolist()
+
+    def as_dict(self) -> dict[str, float]:
+        """All errors, ``energy_mae`` and so on."""
+        return {
+            f"{kind}_{name}": value
+            for kind in self.kinds
+            for name, value in (("mae", self.mae(kind)), ("rmse", self.rmse(kind)))
+        }
+
+
+def evaluate(
+    model: Potential | Committee,
+    batches: Iterable[Batch],
+    wanted: Mapping[str, tuple[bool, bool]],
+    keep: Callable[[Batch, Mapping[str, Prediction | Property]], None] | None = None,
+) -> dict[str, Metrics]:
+    """Errors of a model on labelled batches.
+
+    Args:
+        model: is put into evaluation mode, and back.
+        batches: any device and dtype; moved to the model's.
+        wanted: for each target, whether forces and stress are compared.
+        keep: is given each batch and what the model says of it.
+
+    Returns:
+        Metrics by target.
+    """
+    metrics = {name: Metrics(name) for name in wanted}
+    training = model.training
+    model.eval()
+    try:
+        for batch in on_device(batches, model.device, model.dtype):
+            # A committee is of an energy and has no other targets.
+            ask = model.predict_many if isinstance(model, Committee) else model.predict_targets
+            predictions = ask(batch, wanted)
+            for name, prediction in predictions.items():
+                metrics[name].update(batch, prediction)
+            if keep is not None:
+                keep(batch, predictions)
+    finally:
+        model.train(training)
+    return metrics

@@ -1,0 +1,104 @@
+"""Keeping what a model says of a set while its errors are counted, so that it is asked once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pet_finetune.committee.committee import Committee, CommitteePrediction
+from pet_finetune.data.batch import Batch
+from pet_finetune.data.loader import Loader
+from pet_finetune.data.predicted import Predicted
+from pet_finetune.keys import forces_key, stress_key
+from pet_finetune.model import Potential, Prediction, Property
+
+#: What follows a label's name where the number is a spread over the members of a committee.
+SPREAD = "~spread"
+
+
+class Recorder:
+    """Gathers what a model says of the batches of a loader, in the order of its structures.
+
+    Args:
+        loader: in whose order the batches come; every one of epoch 0 is given once.
+        set_name: what its set is called.
+    """
+
+    def __init__(self, loader: Loader, set_name: str) -> None:
+        self.loader, self.set_name = loader, set_name
+        self._parts: dict[str, list[np.ndarray]] = {}
+        self._rows: dict[str, bool] = {}  # whether a name's rows are atoms
+
+    def add(self, batch: Batch, predictions: Mapping[str, Prediction | Property]) -> None:
+        """Keep what a model says of the next batch."""
+        for target, prediction in predictions.items():
+            if isinstance(prediction, Property):
+                self._keep(target, prediction.values, prediction.spec.per_atom)
+                continue
+            for kind, key, per_atom in (
+                ("energy", target, False),
+                ("forces", forces_key(target), True),
+                ("stress", stress_key(target), False),
+            ):
+                values = getattr(prediction, kind)
+                if values is None:
+                    continue
+                self._keep(key, values, per_atom)
+                if isinstance(prediction, CommitteePrediction):
+                    self._keep(key + SPREAD, prediction.spread(kind), per_atom)
+
+    def _keep(self, name: str, values: Tensor, per_atom: bool) -> None:
+        values = values.detach().cpu()
+        # Totals are float64 already; of all else float32 says more than a plot can show.
+        if values.dim() > 1:
+            values = values.to(torch.float32)
+        self._parts.setdefault(name, []).append(values.numpy())
+        self._rows[name] = per_atom
+
+    def values(self) -> dict[str, np.ndarray]:
+        """All predictions, [n_structures, ...] or [n_atoms, ...], by the names of their labels."""
+        order = self.loader.order()
+        sizes = np.array([self.loader.structures[index].num_atoms for index in order])
+        back = np.argsort(order)
+        of_atoms = np.split(np.arange(sizes.sum()), np.cumsum(sizes)[:-1])
+        atoms_back = np.concatenate([of_atoms[index] for index in back])
+        return {
+            name: np.concatenate(parts)[atoms_back if self._rows[name] else back]
+            for name, parts in self._parts.items()
+        }
+
+
+def with_model(
+    predicted: Predicted | None, recorder: Recorder, name: str, model: Potential | Committee
+) -> Predicted:
+    """Predictions of one more model.
+
+    Args:
+        predicted: those of others; dropped where they are of other structures.
+        recorder: what the model said.
+        name: ``before`` or ``after``.
+        model: gives the baselines of energies; those of a committee are what they were.
+    """
+    own = Predicted.of(recorder.loader.structures, recorder.set_name)
+    others = predicted if predicted is not None and predicted.same_structures(own) else own
+    baselines = others.baselines
+    if isinstance(model, Potential):
+        baselines = {
+            target: _baselines(model, target, own)
+            for target, spec in model.targets.items()
+            if spec.is_energy and target in own.labels
+        }
+    return replace(own, baselines=baselines, models={**others.models, name: recorder.values()})
+
+
+def _baselines(model: Potential, target: str, structures: Predicted) -> np.ndarray:
+    """Sum of an energy's baselines over the atoms of each structure, eV, [n_structures]."""
+    values = model.composition.get(target).cpu().numpy()
+    # An element that the model lacks would have been refused before.
+    rows = np.searchsorted(np.array(model.species), structures.numbers)
+    sums: np.ndarray = np.bincount(structures.structure_index, values[rows], len(structures.sizes))
+    return sums

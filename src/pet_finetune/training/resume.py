@@ -1,0 +1,205 @@
+"""Going on with a run: what ``last.ckpt`` keeps of it, and what must not have changed since."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pet_finetune.adapters.new_rows import ROWS, train_new_rows
+from pet_finetune.checkpoint import load_checkpoint
+from pet_finetune.config import Options
+from pet_finetune.errors import TrainingError
+from pet_finetune.keys import TargetSpec
+from pet_finetune.log import get_logger
+from pet_finetune.model import Potential
+
+from . import Metrics
+from .run_files import BEST, OPTIONS, RunFiles
+from .start import Start
+
+_logger = get_logger(__name__)
+
+Errors = dict[str, dict[str, Metrics]]
+
+
+def plain_errors(errors: Errors) -> dict[str, dict[str, dict[str, float]]]:
+    """Errors as numbers, for a file: by set, target and name."""
+    return {
+        name: {target: metrics.as_dict() for target, metrics in targets.items()}
+        for name, targets in errors.items()
+    }
+
+
+# How an epoch is cut into batches: half an epoch of one kind cannot be finished as another.
+_BATCHES = ("batch_size", "max_atoms_per_batch", "min_atoms_per_batch")
+_NO_MATTER = frozenset({"finetune", "learning_rate", "log_interval", "checkpoint_interval"})
+# Used before the first epoch only; their results are in the checkpoint.
+_AT_START = frozenset({"baseline", "atomic_baseline", "scale_targets", "fixed_scaling_weights"})
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a run is told once and keeps to its end, beside the trainer's state.
+
+    Attributes:
+        seed: of the data's order and rotations.
+        learning_rate: the highest.
+        baseline: how the baselines were found.
+        before: errors of the starting model by set and target.
+        name, fingerprint, inherited: as in :class:`~.start.Start`.
+        new_species: atomic numbers that were added to the starting model.
+    """
+
+    seed: int
+    learning_rate: float
+    baseline: str
+    before: Errors
+    name: str
+    fingerprint: str | None
+    inherited: dict[str, str]
+    new_species: list[int] = field(default_factory=list)
+
+    def plain(self) -> dict[str, Any]:
+        """As plain values, for the checkpoint."""
+        before = {
+            name: {target: metrics.state() for target, metrics in targets.items()}
+            for name, targets in self.before.items()
+        }
+        return {**vars(self), "before": before}
+
+    @classmethod
+    def from_plain(
+        cls, values: Mapping[str, Any], specs: Mapping[str, TargetSpec] | None = None
+    ) -> RunState:
+        """The opposite of :meth:`plain`; ``specs`` are the model's targets."""
+        specs = specs or {}
+        before = {
+            name: {
+                target: Metrics(target, state, specs.get(target))
+                for target, state in targets.items()
+            }
+            for name, targets in values["before"].items()
+        }
+        return cls(**{**values, "before": before})
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A run that can be gone on with.
+
+    Attributes:
+        path: its ``last.ckpt``.
+        model: with its adapter unmerged.
+        provenance: of the run.
+        state: what it was told.
+        trainer: the trainer's state.
+    """
+
+    path: Path
+    model: Potential
+    provenance: dict[str, Any]
+    state: RunState
+    trainer: dict[str, Any]
+
+    def start(self) -> Start:
+        """The model with the same parameters training as before."""
+        trained, state = self.trainer["trained"], self.state
+        for name, parameter in self.model.network.named_parameters():
+            parameter.requires_grad_(name in trained)
+        rows_train = any(name.endswith(f".{ROWS}") for name in trained)
+        if rows_train and self.model.adapter is None:  # an adapter brings its own
+            train_new_rows(self.model, state.new_species)
+        return Start(self.model, state.name, state.fingerprint, {}, (), state.inherited)
+
+
+def open_run(path: str | Path, options: Options) -> SavedRun:
+    """Open a ``last.ckpt``, and warn where the options are not those of its run.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+        TrainingError: it holds no run, or options changed that half an epoch depends on.
+    """
+    checkpoint = load_checkpoint(path, keep_adapter=True)
+    if checkpoint.training is None:
+        raise TrainingError(
+            f"{path} holds a model but no run to go on with. Give the run's last.ckpt to "
+            f"--restart, or start a new run from this model with -c {path}."
+        )
+    try:
+        state = RunState.from_plain(checkpoint.training["run"], checkpoint.model.targets)
+        trainer = checkpoint.training["trainer"]
+        middle = trainer["progress"]["batch"] > 0
+    except (KeyError, TypeError, AttributeError) as error:
+        raise TrainingError(
+            f"{path} holds a run that this release of pet-finetune did not write ({error}). Start "
+            f"a new run from its model with -c {path}."
+        ) from error
+    before = checkpoint.provenance.get("options", {})
+    _check_member(options, before, path)
+    _compare_options(options, before, middle)
+    return SavedRun(Path(path), checkpoint.model, checkpoint.provenance, state, trainer)
+
+
+def take_files(run: SavedRun, files: RunFiles) -> None:
+    """Make the run's files so far those of the folder in which it goes on.
+
+    Raises:
+        TrainingError: the best model so far is gone, or the folder holds another run.
+    """
+    old = run.path.parent
+    if run.trainer["progress"]["best_epoch"] > 0 and not (old / BEST).exists():
+        raise TrainingError(
+            f"'{old / BEST}', the best model of this run so far, is gone: put it back beside "
+            f"{run.path.name}, or start a new run with -c {run.path}."
+        )
+    if old.resolve() != files.folder.resolve():
+        files.take_over(old)
+
+
+def _check_member(options: Options, before: Mapping[str, Any], path: str | Path) -> None:
+    """Make sure that a run goes on with the structures and the seed that it began with."""
+    old = before.get("architecture", {}).get("training", {}).get("finetune", {})
+    then = (old.get("member"), old.get("member") is not None and old.get("bootstrap"))
+    now = options.finetune.member
+    if then != (now, now is not None and options.finetune.bootstrap):
+        whose = (
+            "no member of an ensemble"
+            if then[0] is None
+            else (f"member {then[0]} of an ensemble with bootstrap: {str(then[1]).lower()}")
+        )
+        raise TrainingError(
+            f"--restart: '{path}' is of {whose}, which these options are not for. Use the "
+            f"{OPTIONS} beside it, or that of the whole run."
+        )
+
+
+def _compare_options(options: Options, before: Mapping[str, Any], middle: bool) -> None:
+    """Warn of options that differ from those the run had until now."""
+    for name, now, then in changed_options(options, before):
+        if middle and name.rpartition(".")[2] in _BATCHES:
+            raise TrainingError(
+                f"--restart: {name} is {now}, but the run stopped within an epoch whose batches "
+                f"were cut with {then}. Set it back, at least until the end of that epoch."
+            )
+        _logger.warning("--restart: %s is %s; until now the run had %s", name, now, then)
+
+
+def changed_options(options: Options, before: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Name, value now and value then of each option whose change is felt."""
+    now = options.resolved()
+    if "base_precision" in before and now["base_precision"] != before["base_precision"]:
+        yield "base_precision", now["base_precision"], before["base_precision"]
+    old = before.get("architecture", {}).get("training", {})
+    new = now["architecture"]["training"]
+    path = "architecture.training"
+    for name in sorted(new.keys() & old.keys() - _NO_MATTER - _AT_START):
+        if new[name] != old[name]:
+            yield f"{path}.{name}", new[name], old[name]
+    given = options.training.learning_rate
+    if given is not None and given != old.get("learning_rate", given):
+        yield f"{path}.learning_rate", given, old["learning_rate"]
+    method = old.get("finetune", {}).get("method")
+    if options.is_finetuning and method not in (None, options.finetune.method):
+        _logger.warning("--restart: the run goes on with method %s, as it began", method)

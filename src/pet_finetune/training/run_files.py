@@ -1,0 +1,253 @@
+"""What a run leaves behind, as it goes: ``train.csv``, ``best_model.ckpt``, ``last.ckpt``."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pet_finetune.adapters import active_adapter, save_adapter
+from pet_finetune.checkpoint import save_checkpoint
+from pet_finetune.committee.committee import Committee
+from pet_finetune.data.predicted import Predicted
+from pet_finetune.errors import DataError, TrainingError
+from pet_finetune.log import get_logger
+from pet_finetune.model import Potential
+
+from .predictions import Recorder, with_model
+from .records import EpochRecord
+
+_logger = get_logger(__name__)
+
+BEST = "best_model.ckpt"
+LAST = "last.ckpt"
+ADAPTER = "adapter"
+TABLE = "train.csv"
+LOG = "train.log"
+OPTIONS = "options.yaml"
+SPLITS = "splits.json"
+KEPT = "kept.pt"
+DIMERS = "dimers"
+RESULTS = "results.json"
+ABOUT = "run.json"
+PREDICTIONS = "predictions.npz"
+REPORT = "report.html"
+PROFILE = "profile.json"
+TRACE = "profile_trace.json"
+
+#: What a run that goes on in another folder takes with it.
+_TAKEN_ALONG = (BEST, ADAPTER, TABLE, OPTIONS, SPLITS, KEPT, ABOUT, PREDICTIONS)
+
+
+class RunFiles:
+    """Writes the files of one run.
+
+    Args:
+        folder: the run's folder; made where it does not exist.
+
+    Attributes:
+        folder: as given.
+        base_name: what the model that the run started from is called.
+        provenance: goes into every checkpoint.
+
+    Raises:
+        TrainingError: the folder cannot be written to.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.base_name = ""
+        self.provenance: dict[str, Any] = {}
+        with self._explained():
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / ".writable"
+            probe.touch()
+            probe.unlink()
+
+    @property
+    def best(self) -> Path:
+        """The best model so far, adapters merged."""
+        return self.folder / BEST
+
+    @property
+    def last(self) -> Path:
+        """All that is needed to go on."""
+        return self.folder / LAST
+
+    @property
+    def adapter(self) -> Path:
+        """The folder of the best adapter."""
+        return self.folder / ADAPTER
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Say of a failed write which folder it was for and what to do."""
+        try:
+            yield
+        except OSError as error:
+            raise TrainingError(
+                f"Cannot write to the output folder '{self.folder}': {error.strerror or error}. "
+                "Choose another with -o FOLDER."
+            ) from error
+
+    def check_free(self, options_file: str | Path = "") -> None:
+        """Make sure that a new run overwrites neither an older one nor the user's options file.
+
+        Raises:
+            TrainingError: it would.
+        """
+        if self.best.exists() or self.last.exists():
+            raise TrainingError(
+                f"The output folder '{self.folder}' holds a run already. Choose another with "
+                f"-o FOLDER, or go on with that run: --restart {self.folder}."
+            )
+        own = self.folder / OPTIONS
+        if options_file and own.exists() and own.resolve() == Path(options_file).resolve():
+            raise TrainingError(
+                f"The run would replace your options file '{options_file}' by its own copy: "
+                f"choose another folder than '{self.folder}' with -o FOLDER."
+            )
+
+    def start_over(self) -> None:
+        """Remove what a run left that was killed before it could be gone on with."""
+        with self._explained():
+            for path in (self.folder / name for name in _TAKEN_ALONG):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+
+    def take_over(self, other: Path) -> None:
+        """Copy what a run in the folder ``other`` has written so far, to go on with it here."""
+        self.check_free()
+        with self._explained():
+            for path in (other / name for name in _TAKEN_ALONG):
+                if path.is_dir():
+                    shutil.copytree(path, self.folder / path.name, dirs_exist_ok=True)
+                elif path.exists():
+                    shutil.copy2(path, self.folder / path.name)
+
+    def keep_best(self, model: Potential, record: EpochRecord) -> None:
+        """Write the best model and, where there is one, its adapter."""
+        provenance = {**self.provenance, "epoch": record.epoch, "metric": record.metric}
+        if active_adapter(model) is not None:
+            save_adapter(model, self.adapter, self.base_name)
+        save_checkpoint(self.best, model, provenance=provenance)
+
+    def keep_last(self, model: Potential, training: dict[str, Any]) -> None:
+        """Write the state of the run."""
+        save_checkpoint(self.last, model, provenance=self.provenance, training=training)
+
+    def write(self, name: str, content: str | bytes) -> None:
+        """Write a file in one step: it is whole or as it was."""
+        path = self.folder / name
+        partial = path.with_name(f".{name}.part")
+        with self._explained():
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+            os.replace(partial, path)
+
+    def tell(self, facts: Mapping[str, Any]) -> None:
+        """Add to what ``run.json`` says of the run."""
+        path, known = self.folder / ABOUT, {}
+        with suppress(OSError, ValueError):  # what is damaged is written anew
+            known = json.loads(path.read_text(encoding="utf-8"))
+        self.write(ABOUT, json.dumps({**known, **facts}, indent=2) + "\n")
+
+    def keep_predictions(self, recorder: Recorder, name: str, model: Potential | Committee) -> None:
+        """Write what a model, ``before`` or ``after``, says of a set beside what others say."""
+        path, known = self.folder / PREDICTIONS, None
+        if path.exists():
+            try:
+                known = Predicted.read(path)
+            except DataError as error:  # no reason to lose what comes at the end of a run
+                _logger.warning("%s They are left out.", error)
+        self.write(PREDICTIONS, with_model(known, recorder, name, model).to_bytes())
+
+    def add_row(self, record: EpochRecord) -> None:
+        """Add an epoch to ``train.csv``; the heading is written with the first."""
+        row: dict[str, Any] = {
+            "epoch": record.epoch,
+            "learning_rate": f"{record.learning_rate:.3e}",
+            "loss": f"{record.loss:.6g}",
+            "metric": f"{record.metric:.6g}",
+            "best": int(record.best),
+            "seconds": f"{record.seconds:.3f}",
+            "structures_per_second": f"{record.structures_per_second:.2f}",
+        }
+        row |= {f"train/{name}": f"{value:.6g}" for name, value in record.extra.items()}
+        groups = {
+            "train": record.train,
+            "validation": record.validation,
+            "retention": record.retention,
+        }
+        for prefix, group in groups.items():
+            for target, metrics in group.items():
+                for name, value in metrics.as_dict().items():
+                    row[f"{prefix}/{target}/{name}"] = f"{value:.6g}"
+        path = self.folder / TABLE
+        with self._explained():
+            heading = _heading(path)
+            with path.open("a", newline="", encoding="utf-8") as stream:
+                # Errors that are not computed after every epoch leave their cells empty.
+                writer = csv.DictWriter(
+                    stream, heading or row.keys(), extrasaction="ignore", lineterminator="\n"
+                )
+                if not heading:
+                    writer.writeheader()
+                writer.writerow(row)
+
+    def write_kept(self, content: dict[str, Any]) -> None:
+        """Write what the run keeps of its foundation; tensors and plain values."""
+        path = self.folder / KEPT
+        partial = path.with_name(f".{KEPT}.part")
+        with self._explained():
+            torch.save(content, partial)
+            os.replace(partial, path)
+
+    def read_kept(self) -> dict[str, Any]:
+        """Read what :meth:`write_kept` wrote.
+
+        Raises:
+            TrainingError: it is gone or damaged.
+        """
+        path = self.folder / KEPT
+        try:
+            content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise TrainingError(
+                f"'{path}', which holds what the run keeps of the model it started from, cannot be "
+                f"read ({error}). Put it back beside {LAST}, or start a new run."
+            ) from error
+        return content
+
+    def drop_rows_after(self, epoch: int) -> None:
+        """Forget rows of epochs that a resumed run will do again, and half-written ones."""
+        path = self.folder / TABLE
+        if not path.exists():
+            return
+        with path.open(newline="", encoding="utf-8") as stream:
+            heading, *rows = list(csv.reader(stream)) or [[]]
+        kept = [row for row in rows if len(row) == len(heading) and int(row[0]) <= epoch]
+        if not kept:
+            path.unlink()
+            return
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([heading, *kept])
+        self.write(TABLE, text.getvalue())
+
+
+def _heading(path: Path) -> list[str]:
+    """The first line of a table; empty where there is none."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as stream:
+        return next(csv.reader(stream), [])

@@ -1,0 +1,163 @@
+"""Labels a model gives itself, replay, the forgetting report, and what is written of them."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import pytest
+import torch
+
+from models import random_potential
+from pet_finetune.config import TargetLoss, TrainingOptions
+from pet_finetune.data import Loader
+from pet_finetune.data.mixing import Beside
+from pet_finetune.forgetting.dimers import DimerCurves, dimer_curves
+from pet_finetune.forgetting.kept import Kept, KeptAnchor, KeptDimers, KeptReplay, KeptRetention
+from pet_finetune.forgetting.replay import ReplayLoss
+from pet_finetune.forgetting.retention import Retention
+from pet_finetune.training.labels import label_with, relabelled
+from pet_finetune.training.loss import Objective, batch_loss
+from tiny_data import crystals, molecules, structures_of
+from trainers import at
+
+STRUCTURES = structures_of([*molecules(5), *crystals(3)])
+OBJECTIVE = Objective("energy", TargetLoss(), forces=True, stress=True, scale=2.0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_potential(targets=("energy", "other"))
+
+
+@pytest.fixture(scope="module")
+def labelled(model):
+    return label_with(model, STRUCTURES, ["energy", "other"])
+
+
+def test_a_model_makes_no_errors_on_its_own_labels(model, labelled):
+    assert [
+        torch.equal(a.positions, b.positions) for a, b in zip(STRUCTURES, labelled, strict=True)
+    ]
+    assert set(labelled[0].labels) == {"energy", "energy/forces", "other", "other/forces"}
+    assert set(labelled[-1].labels) == set(labelled[0].labels) | {"energy/stress", "other/stress"}
+    errors = Retention(labelled, ["energy", "other"], model, 1).errors(model)
+    for metrics in errors.values():
+        assert metrics.kinds == ["energy", "forces"]
+        assert metrics.rmse("energy") < 1e-12
+        assert metrics.rmse("forces") < 1e-12
+
+
+def test_another_baseline_is_forgotten_and_the_labels_moved_onto_it_are_not(model, labelled):
+    """What the refit of the baseline explains is taken out to the last digit."""
+    shift = torch.tensor([1.0, -20.0, 300.0, 7.0], dtype=torch.float64)
+    moved = random_potential(targets=("energy", "other"))
+    moved.composition.set("energy", moved.composition.get("energy") + shift)
+    assert Retention(labelled, ["energy"], moved, 1).errors(moved)["energy"].mae("energy") > 1.0
+    shifted = relabelled(labelled, "energy", {"energy": shift}, model.species)
+    errors = Retention(shifted, ["energy"], moved, 1).errors(moved)["energy"]
+    assert errors.rmse("energy") < 1e-12
+    assert errors.rmse("forces") < 1e-12
+
+
+def test_labels_of_one_energy_for_another(model, labelled):
+    zero = torch.zeros(4, dtype=torch.float64)
+    moved = relabelled(labelled, "energy", {"new": zero, "energy": zero + 1.0}, model.species)
+    last, own = moved[-1].labels, labelled[-1].labels
+    assert set(last) == {f"{t}{k}" for t in ("new", "energy") for k in ("", "/forces", "/stress")}
+    assert torch.equal(last["new"], own["energy"])
+    assert float(last["energy"] - own["energy"]) == pytest.approx(2.0)  # two atoms
+    assert torch.equal(last["new/forces"], own["energy/forces"])
+
+
+@pytest.mark.parametrize(
+    ("every", "epochs"), [(1, [1, 2, 3, 4, 5, 6, 7]), (3, [1, 3, 6]), (10, [1])]
+)
+def test_the_report_is_due_every_few_epochs(model, labelled, every, epochs):
+    retention = Retention(labelled, ["energy"], model, every)
+    assert [e for e in range(1, 8) if retention.errors_after(model, e)] == epochs
+
+
+def replay(model, structures, weight=0.5, options=None):
+    main = Loader(STRUCTURES, model.cutoff, batch_size=4, shuffle=True, seed=1, dtype=model.dtype)
+    second = Loader(
+        structures, model.cutoff, batch_size=1, augment=False, seed=1, dtype=model.dtype
+    )
+    return ReplayLoss(
+        model, Beside(second, main, 0.5), OBJECTIVE, weight, options or TrainingOptions()
+    )
+
+
+def test_replay_is_the_weighted_loss_of_what_goes_beside_the_batch(labelled):
+    other = random_potential(seed=5, targets=("energy", "other"))
+    term = replay(other, labelled)
+    batch = term.beside.batch(1, 1)
+    predictions = {"energy": other.predict(batch, "energy", stress=True)}
+    expected = 0.5 * float(batch_loss(batch, predictions, {"energy": OBJECTIVE}).detach())
+    loss = term(at(1, 1))
+    assert float(loss.detach()) == pytest.approx(expected)
+    loss.backward()
+    assert float(other.network.edge_embedder.weight.grad.abs().max()) > 0
+
+
+def test_the_schedule_of_the_loss_holds_for_replay(labelled):
+    stage = {"start": 0.5, "energy": 3.0, "forces": 3.0, "stress": 3.0}
+    options = TrainingOptions.model_validate({"num_epochs": 4, "loss_schedule": [stage]})
+    other = random_potential(seed=5, targets=("energy", "other"))
+    plain, staged = (
+        float(replay(other, labelled, options=o)(at(2)).detach()) for o in (None, options)
+    )
+    assert staged == pytest.approx(3.0 * plain)
+    assert float(replay(other, labelled, options=options)(at(1)).detach()) == pytest.approx(
+        float(replay(other, labelled)(at(1)).detach())
+    )
+
+
+def test_what_a_model_says_itself_costs_nothing_until_it_says_otherwise(model, labelled):
+    term = replay(random_potential(targets=("energy", "other")), labelled)
+    assert float(term(at(0)).detach()) < 1e-20
+    with torch.no_grad():
+        term.model.network.edge_embedder.weight += 0.05
+    assert float(term(at(0)).detach()) > 1e-6
+
+
+def kept(model, labelled):
+    weights = {"a.weight": torch.ones(2, 3)}
+    return Kept(
+        KeptRetention(tuple(labelled), ("energy",), 3),
+        KeptReplay(tuple(labelled[:2]), "energy", 0.25, 2.0),
+        KeptAnchor(weights, None, 0.1),
+        KeptDimers("energy", dimer_curves(model, "energy", (1, 8))),
+    )
+
+
+def written(values):
+    file = io.BytesIO()
+    torch.save(values, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+
+
+def test_what_is_kept_survives_a_file(model, labelled):
+    before = kept(model, labelled)
+    after = Kept.from_plain(written(before.plain()))
+    for name in ("retention", "replay"):
+        for a, b in zip(
+            getattr(before, name).structures, getattr(after, name).structures, strict=True
+        ):
+            assert (a.index, a.source, a.charge, a.spin) == (b.index, b.source, b.charge, b.spin)
+            assert a.labels.keys() == b.labels.keys()
+            assert all(torch.equal(a.labels[n], b.labels[n]) for n in a.labels)
+            assert torch.equal(a.positions, b.positions)
+    assert (after.retention.targets, after.retention.every) == (("energy",), 3)
+    assert (after.replay.target, after.replay.fraction, after.replay.weight) == ("energy", 0.25, 2)
+    assert torch.equal(after.anchor.reference["a.weight"], torch.ones(2, 3))
+    assert isinstance(after.dimers.before, DimerCurves)
+    assert torch.equal(after.dimers.before.energies, before.dimers.before.energies)
+
+
+def test_a_run_may_keep_little(model, labelled):
+    some = replace(kept(model, labelled), replay=None, anchor=None)
+    after = Kept.from_plain(written(some.plain()))
+    assert after.replay is None
+    assert after.anchor is None
+    assert after.retention is not None

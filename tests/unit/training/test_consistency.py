@@ -1,0 +1,116 @@
+"""The loss of what turning changes: against its definition, and whether it does what it is for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from models import random_potential
+from pet_finetune.config import RotationalConsistency, TargetLoss, TrainingOptions
+from pet_finetune.data import Loader, rotate_batch
+from pet_finetune.training import rotational_spread
+from pet_finetune.training.consistency import ConsistencyLoss
+from pet_finetune.training.extra import Seen
+from pet_finetune.training.loss import Objective
+from tiny_data import molecules, structures_of
+from trainers import make_trainer, without_directions
+
+STRUCTURES = structures_of(molecules(6))
+OBJECTIVE = Objective(
+    "energy",
+    TargetLoss(weight=3.0, forces={"type": "mae", "weight": 0.5}),
+    forces=True,
+    stress=False,
+    scale=2.0,
+)
+
+
+def seen_by(model, epoch=0, index=0):
+    (batch,) = Loader(STRUCTURES, model.cutoff, batch_size=6, dtype=model.dtype)
+    predictions = model.predict_targets(batch, {"energy": (True, False)}, create_graph=True)
+    return Seen(epoch, index, batch, predictions)
+
+
+def loss_of(model, **options):
+    consistency = RotationalConsistency(**options)
+    return ConsistencyLoss(model, {"energy": OBJECTIVE}, consistency, TrainingOptions(), seed=5)
+
+
+def test_it_is_the_loss_against_the_turned_prediction():
+    model = random_potential()
+    term, seen = loss_of(model, weight=4.0, fraction=0.5), seen_by(model)
+    first = seen.batch.first(3)
+    rotations = term._rotations(seen, 3)
+    turned = model.predict(rotate_batch(first, rotations), "energy")
+    said, atoms = seen.predictions["energy"], first.num_atoms
+    energies = (turned.energy - said.energy[:3]) / first.atoms_per_structure / 2.0
+    back = torch.einsum("nji,nj->ni", rotations[first.structure_index], turned.forces)
+    forward = torch.einsum("nij,nj->ni", rotations[first.structure_index], said.forces[:atoms])
+    forces = (turned.forces - forward) / 2.0
+    assert float((back - said.forces[:atoms]).detach().abs().max()) > 1e-6
+    expected = 4.0 * (3 / 6) * (3.0 * (energies**2).mean() + 0.5 * forces.abs().mean())
+    torch.testing.assert_close(term(seen), expected)
+
+
+def test_it_vanishes_where_only_lengths_count():
+    model = without_directions(random_potential())
+    assert loss_of(model)(seen_by(model)).item() < 1e-12
+    model = random_potential()
+    assert loss_of(model)(seen_by(model)).item() > 1e-9
+
+
+def test_the_gradient_is_that_of_the_second_orientation_alone():
+    model = random_potential()
+    seen = seen_by(model)
+    assert seen.predictions["energy"].energy.requires_grad
+    loss_of(model)(seen).backward()  # the graph of what was seen is never asked for
+    seen.predictions["energy"].energy.sum().backward()
+
+
+def test_rotations_depend_on_the_place_in_the_run_alone():
+    model = random_potential()
+    values = [
+        loss_of(model)(seen_by(model, *place)).item() for place in [(0, 0), (0, 1), (1, 0), (0, 0)]
+    ]
+    assert values[0] == values[3]
+    assert len(set(values)) == 3
+
+
+@pytest.mark.parametrize("fraction", [0.01, 1.0])
+def test_at_least_one_structure_and_at_most_all(fraction):
+    model = random_potential()
+    counted = []
+    predict = model.predict_targets
+    model.predict_targets = lambda batch, *a, **k: (
+        counted.append(batch.num_structures) or predict(batch, *a, **k)
+    )
+    seen = seen_by(model)
+    loss_of(model, fraction=fraction)(seen)
+    assert counted == [6, 1 if fraction < 0.5 else 6]
+
+
+def test_training_with_it_makes_orientations_agree():
+    plain = make_trainer(num_epochs=12)
+    consistent = make_trainer(num_epochs=12, rotational_consistency={"weight": 10, "fraction": 1.0})
+    spreads = []
+    for trainer in (plain, consistent):
+        trainer.fit()
+        spreads.append(rotational_spread(trainer.model, trainer.validation, "energy", 6))
+    assert spreads[1].energy < 0.7 * spreads[0].energy
+    assert spreads[1].forces < 0.7 * spreads[0].forces
+
+
+def test_the_first_structures_of_a_batch_are_a_batch():
+    model = random_potential()
+    (batch,) = Loader(STRUCTURES, model.cutoff, batch_size=6, dtype=model.dtype)
+    (few,) = Loader(STRUCTURES[:2], model.cutoff, batch_size=6, dtype=model.dtype)
+    cut = batch.first(2)
+    for name, value in vars(few).items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(getattr(cut, name), value), name
+    assert cut.labels.keys() == few.labels.keys()
+    assert all(torch.equal(cut.labels[name], value) for name, value in few.labels.items())
+    assert cut.sources == few.sources
+    assert replace(cut, labels={}).num_structures == 2

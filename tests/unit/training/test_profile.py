@@ -1,0 +1,162 @@
+"""A profile of training: what it counts adds up. How long things take is no test."""
+
+from __future__ import annotations
+
+import json
+import mmap
+
+import pytest
+import torch
+
+from models import random_potential
+from pet_finetune.config import TargetLoss, TrainingOptions
+from pet_finetune.data import Loader
+from pet_finetune.errors import TrainingError
+from pet_finetune.stages import listening, stage
+from pet_finetune.training import Trainer, memory
+from pet_finetune.training import profile as profile_module
+from pet_finetune.training.loss import Objective
+from pet_finetune.training.profile import OTHER, StageClock, profile_steps
+from tiny_data import molecules, structures_of
+
+TRAIN = structures_of(molecules(7))
+
+
+def make_trainer(**options):
+    settings = TrainingOptions.model_validate({"batch_size": 3, "num_epochs": 2, **options})
+    model = random_potential(dtype=torch.float32)
+    loader = Loader(TRAIN, model.cutoff, batch_size=3, shuffle=True, augment=True, seed=3)
+    objective = Objective("energy", TargetLoss(), forces=True, stress=False, scale=1e4)
+    return Trainer(model, {"energy": objective}, loader, loader.view(), settings, 1e-4)
+
+
+class Time:
+    """A clock that moves when it is told to."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(profile_module.time, "perf_counter", lambda: self.now)
+
+    def passes(self, seconds):
+        self.now += seconds
+
+
+def test_the_clock_gives_each_second_to_the_innermost_stage(monkeypatch):
+    time, waits = Time(monkeypatch), []
+    clock = StageClock(lambda: waits.append(time.now))
+    time.passes(5)
+    with listening(clock):
+        for _ in range(2):
+            time.passes(100)  # between two stages
+            with stage("outer"):
+                time.passes(1)
+                with stage("inner"):
+                    time.passes(10)
+                time.passes(2)
+    assert clock.seconds == {"outer": 6.0, "inner": 20.0}
+    assert waits == [105, 106, 116, 118, 218, 219, 229, 231]
+
+
+def test_a_stage_that_fails_is_counted_and_over(monkeypatch):
+    time = Time(monkeypatch)
+    clock = StageClock()
+    with pytest.raises(ValueError), listening(clock), stage("one"):  # noqa: PT012
+        time.passes(1)
+        raise ValueError
+    time.passes(10)
+    with listening(clock), stage("two"):
+        time.passes(2)
+    assert clock.seconds == {"one": 1.0, "two": 2.0}
+
+
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory):
+    """A profile of four steps, the batches of all the steps taken for it, and the timeline."""
+    trainer, taken = make_trainer(num_epochs=2), []
+    trace = tmp_path_factory.mktemp("profile") / "trace.json"
+    step, before = trainer.step, dict(vars(trainer.progress))
+    trainer.step = lambda group, *rest: step((taken.append(b) or b for b in group), *rest)
+    profile = profile_steps(trainer, 4, trace)
+    assert vars(trainer.progress) == before
+    return profile, taken, json.loads(trace.read_text())
+
+
+def test_the_numbers_are_those_of_the_timed_steps(profiled):
+    profile, taken, _ = profiled
+    # More steps than the run has: they go on from the first epoch again.
+    assert len(taken) == 3 + 4 + 2
+    assert (profile.steps, len(profile.step_seconds), profile.steps_per_epoch) == (4, 4, 3)
+    timed = taken[3:7]
+    assert profile.structures == sum(batch.num_structures for batch in timed) / 4
+    assert profile.atoms == sum(batch.num_atoms for batch in timed) / 4
+    assert profile.edges == sum(batch.num_edges for batch in timed) / 4
+    assert list(profile.stages)[:2] == ["batch", "energies"]
+    assert set(profile.stages) >= {"loss", "backward", "update", "metrics", OTHER}
+    assert sum(profile.stages.values()) == pytest.approx(profile.seconds)
+    assert profile.validation_seconds > 0
+    content = json.loads(json.dumps(profile.as_dict()))
+    assert content["structures_per_second"] == profile.structures / profile.seconds
+    assert content["neighbors_per_atom"] == profile.edges / profile.atoms
+    assert content["seconds_per_epoch"] == profile.epoch_seconds > 3 * profile.seconds
+
+
+def test_operations_and_timeline(profiled):
+    profile, _, timeline = profiled
+    names = [operation.name for operation in profile.operations]
+    assert len(names) == len(set(names)) == 15
+    assert any(name.startswith("aten::") for name in names)
+    assert not set(names) & set(profile.stages)
+    times = [operation.seconds for operation in profile.operations]
+    assert times == sorted(times, reverse=True)
+    assert 0 < sum(operation.share for operation in profile.operations) <= 1
+    ranges = [e["name"] for e in timeline["traceEvents"] if e.get("cat") == "user_annotation"]
+    assert ranges.count("backward") == 2
+
+
+def test_the_steps_are_those_of_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(profile_module, "_trace", lambda steps, *ignored: steps.take(2))
+    trained, profiled = make_trainer(scheduler="constant"), make_trainer(scheduler="constant")
+    metrics = {"energy": profile_module.Metrics("energy")}
+    batches = [batch for epoch in (0, 1) for batch in trained.batches(epoch)]
+    for batch in batches:
+        trained.step([batch], 1, metrics)
+    profile_steps(profiled, 1, tmp_path / "trace.json")  # six steps in all
+    for name, parameter in trained.parameters.items():
+        assert torch.equal(parameter, profiled.parameters[name]), name
+
+
+def test_a_step_of_several_batches_counts_them_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(profile_module, "_trace", lambda *ignored: [])
+    trainer = make_trainer(gradient_accumulation_steps=2)
+    profile = profile_steps(trainer, 3, tmp_path / "trace.json")
+    assert profile.steps_per_epoch == 2
+    # Of 3, 3 and 1 structures an epoch, the warm-up of 6 batches takes two; then come 3 and 3,
+    # 1 and 3, 3 and 1.
+    assert profile.structures == pytest.approx((6 + 4 + 4) / 3)
+
+
+@pytest.mark.parametrize("steps", [0, -3])
+def test_no_steps_are_refused(tmp_path, steps):
+    with pytest.raises(TrainingError, match=f"--profile {steps}: at least 1 step"):
+        profile_steps(make_trainer(), steps, tmp_path / "trace.json")
+
+
+def test_memory_is_seen():
+    if memory.resident_mib() is None:
+        pytest.skip("this system does not say")
+    cpu = torch.device("cpu")
+    memory.forget_peak(cpu)
+    before = memory.resident_mib()
+    # Pages straight from the system: a tensor may get some that the process has held all along.
+    with mmap.mmap(-1, 64 * 2**20) as held:
+        held.write(bytes(64 * 2**20))
+        assert memory.resident_mib() > before + 60
+    assert memory.peak_resident_mib() > before + 60
+    assert memory.peak_gpu_mib(cpu) is None
+
+
+def test_a_system_that_does_not_say(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "_PROCESS", tmp_path / "nowhere")
+    memory.forget_peak(torch.device("cpu"))
+    assert memory.resident_mib() is None
+    assert memory.peak_resident_mib() is None or memory.peak_resident_mib() > 10
