@@ -20,7 +20,7 @@ def _leave_logging_as_it_was() -> Iterator[None]:
 
 
 def test_all_loggers_hang_below_the_package() -> None:
-    assert get_logger("train").name == "pet_finetune.training"
+    assert get_logger("training").name == "pet_finetune.training"
     assert get_logger("pet_finetune.training").name == "pet_finetune.training"
     assert get_logger().name == "pet_finetune"
 
