@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from pet_finetune import kernels
+from pet_finetune.kernels import compiled
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -33,16 +35,24 @@ def _kernels() -> None:
     kernels.prepare()
 
 
+@pytest.fixture
+def with_kernels() -> None:
+    """Skip a test of the fused kernels where they are not in use; fail where they are required."""
+    if not kernels.active():
+        missing = "the fused kernels are not in use here"
+        required = os.environ.get(compiled.VARIABLE) == "require"
+        pytest.fail(missing) if required else pytest.skip(missing)
+
+
 @pytest.fixture(params=["fused", "plain"])
 def both_ways(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test with the fused kernels and again with plain torch operations."""
-    if request.param == "plain":
-        with kernels.disabled():
-            yield request.param
-    elif kernels.active():
+    if request.param == "fused":
+        request.getfixturevalue("with_kernels")
         yield request.param
     else:
-        pytest.skip("the fused kernels are not in use here")
+        with kernels.disabled():
+            yield request.param
 
 
 @pytest.fixture(scope="session")

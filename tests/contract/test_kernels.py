@@ -27,10 +27,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
-@pytest.fixture(autouse=True)
-def _fused():
-    if not kernels.active():
-        pytest.skip("the fused kernels are not in use here")
+pytestmark = pytest.mark.usefixtures("with_kernels")
 
 
 def everything(model: Potential, batch: Batch) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from ase import Atoms
 from ase.io import read
 
 from models import all_structures, apart, crystal, ethanol, lone_atom, random_potential, slab
-from pet_finetune.adapters import AdapterConfig, active_adapter
+from pet_finetune.adapters import AdapterConfig, inject
 from pet_finetune.checkpoint import load_checkpoint
 from pet_finetune.model import Potential
 
@@ -34,8 +34,8 @@ def test_injection_is_the_identity(base: Potential, config: AdapterConfig, dtype
     laws.injection_is_the_identity(base.to(dtype), FRAMES, config)
 
 
-def test_merged_equals_unmerged(adapted: Potential):
-    laws.merged_equals_unmerged(adapted, FRAMES)
+def test_merged_equals_unmerged(adapted: Potential, base: Potential):
+    laws.merged_equals_unmerged(adapted, base, FRAMES)
 
 
 def test_unmerging_returns_the_base(adapted: Potential, base: Potential):
@@ -46,10 +46,21 @@ def test_disabled_equals_the_base(adapted: Potential, base: Potential):
     laws.disabled_equals_the_base(adapted, base, FRAMES)
 
 
-def test_only_what_is_stated_trains(adapted: Potential):
-    config = active_adapter(adapted)
-    assert config is not None
-    laws.only_what_is_stated_trains(adapted, config)
+@pytest.mark.parametrize(
+    "config",
+    [
+        AdapterConfig(),
+        AdapterConfig(target_modules="all-linear", modules_to_save=[]),
+        AdapterConfig(
+            target_modules=["mlp.w_in", "compress.0"], modules_to_save=["node_embedders"]
+        ),
+    ],
+    ids=["default", "everywhere", "some"],
+)
+def test_only_what_is_stated_trains(base: Potential, config: AdapterConfig):
+    adapted = copy.deepcopy(base)
+    inject(adapted, config)
+    laws.only_what_is_stated_trains(adapted, base, config)
 
 
 @SHAPES

@@ -19,7 +19,7 @@ from models import (
     starting_model,
     trained_adapter,
 )
-from pet_finetune.adapters import AdapterConfig, active_adapter, eject, inject, merged_copy
+from pet_finetune.adapters import AdapterConfig, eject, inject, merged_copy
 from pet_finetune.errors import AdapterError
 from pet_finetune.model import Potential
 
@@ -74,8 +74,8 @@ def test_a_quantised_base_is_the_rounded_one(base: Potential, settings):
     laws.assert_close(laws.predict(merged_copy(single).double(), FRAMES), found, 1e-3)
 
 
-def test_merged_equals_unmerged(adapted: Potential, tolerance: float):
-    laws.merged_equals_unmerged(adapted, FRAMES, tolerance)
+def test_merged_equals_unmerged(adapted: Potential, start: Potential, tolerance: float):
+    laws.merged_equals_unmerged(adapted, start, FRAMES, tolerance)
 
 
 def test_unmerging_returns_the_base(adapted: Potential, base: Potential, config: AdapterConfig):
@@ -95,10 +95,8 @@ def test_ejected_is_the_base(adapted: Potential, base: Potential, config: Adapte
             eject(adapted)
 
 
-def test_only_what_is_stated_trains(adapted: Potential):
-    config = active_adapter(adapted)
-    assert config is not None
-    laws.only_what_is_stated_trains(adapted, config)
+def test_only_what_is_stated_trains(adapted: Potential, base: Potential, config: AdapterConfig):
+    laws.only_what_is_stated_trains(adapted, base, config)
 
 
 def test_forces_are_finite_differences(adapted: Potential):

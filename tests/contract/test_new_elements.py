@@ -57,8 +57,16 @@ def adapted(request: pytest.FixtureRequest, base: Potential, grown: Potential) -
     return model.eval()
 
 
-def test_merged_equals_unmerged(adapted: Potential):
-    laws.merged_equals_unmerged(adapted, [*KNOWN, NEW])
+def test_merged_equals_unmerged(adapted: Potential, base: Potential):
+    laws.merged_equals_unmerged(adapted, base, [*KNOWN, NEW])
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"modules_to_save": []}], ids=str)
+def test_only_what_is_stated_trains(grown: Potential, base: Potential, settings: dict[str, Any]):
+    config, model = AdapterConfig(**settings), copy.deepcopy(grown)
+    inject(model, config, fingerprint="base", brought_species=(3, 7))
+    tables = [n for n, m in base.network.named_modules() if isinstance(m, torch.nn.Embedding)]
+    laws.only_what_is_stated_trains(model, base, config, tables)
 
 
 def test_disabled_equals_the_base(adapted: Potential, base: Potential):

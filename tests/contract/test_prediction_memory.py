@@ -23,10 +23,7 @@ MOST = 17
 USUAL = 45
 
 
-@pytest.fixture(autouse=True)
-def _fused():
-    if not kernels.active():
-        pytest.skip("the fused kernels are not in use here")
+pytestmark = pytest.mark.usefixtures("with_kernels")
 
 
 def silicon(model: Potential) -> Batch:

@@ -7,6 +7,7 @@ and to the processor's instructions, neither of which an installer knows.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -25,9 +26,13 @@ from pet_finetune.log import get_logger
 _LOG = get_logger(__name__)
 _SOURCES = Path(__file__).with_name("csrc")
 _NAME = "pet_finetune_kernels"
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
-#: ``off`` computes with plain torch; ``auto``, the default, uses the kernels where it can.
+_FLAGS = ("-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+#: ``off`` computes with plain torch; ``auto``, the default, uses the kernels where it can;
+#: ``require`` is an error where it cannot.
 VARIABLE = "PET_FINETUNE_KERNELS"
+_SETTINGS = ("auto", "off", "require")
+#: The processor to compile for, as the compiler's ``-march`` has it; ``native`` is the default.
+PROCESSOR = "PET_FINETUNE_KERNELS_MARCH"
 
 
 class _State:
@@ -56,37 +61,52 @@ def disabled() -> Iterator[None]:
 def prepare(device: torch.device | str = "cpu") -> bool:
     """Load the kernels if work on ``device`` can use them, compiling them where there are none.
 
-    The choice is made and logged once in a process; a failure to compile is a notice, no error.
+    The choice is made and logged once in a process; a failure to compile is a notice, no error,
+    unless the kernels are required.
 
     Returns:
         Whether the kernels are in use.
 
     Raises:
-        ConfigError: the environment variable has another value than those it can have.
+        ConfigError: the environment variable has another value than those it can have, or requires
+            kernels that cannot be had.
     """
     if torch.device(device).type != "cpu" or _State.tried:
         return active()
     setting = os.environ.get(VARIABLE, "auto")
-    if setting not in ("auto", "off"):
-        raise ConfigError(f"{VARIABLE}: '{setting}' is not one of auto, off.")
-    _State.tried = True
+    if setting not in _SETTINGS:
+        raise ConfigError(f"{VARIABLE}: '{setting}' is not one of {', '.join(_SETTINGS)}.")
     if setting == "off":
+        _State.tried = True
         _LOG.info("Computing with plain torch operations (%s=off).", VARIABLE)
         return False
-    try:
-        path = _library_path()
-        reason = _missing(path)
-        if reason is not None:
-            _LOG.info("Computing with plain torch operations: %s.", reason)
-            return False
-        torch.ops.load_library(str(_library(path)))
-    except (OSError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
-        _LOG.debug("%s", error)
-        _LOG.warning("Computing with plain torch operations, more slowly: %s", _first_line(error))
+    failure = _load()
+    if failure is not None and setting == "require":
+        raise ConfigError(
+            f"{VARIABLE}=require, but {failure[1]}. Mend that, or set {VARIABLE}=auto to compute "
+            "with plain torch operations, more slowly."
+        )
+    _State.tried = True
+    if failure is not None:
+        _LOG.log(failure[0], "Computing with plain torch operations, more slowly: %s.", failure[1])
         return False
     _State.loaded = True
     _LOG.info("Computing with the fused CPU kernels.")
     return active()
+
+
+def _load() -> tuple[int, str] | None:
+    """Compile if need be and load; a level of logging and a reason where that failed."""
+    try:
+        path = _library_path()
+        reason = _missing(path)
+        if reason is not None:
+            return logging.INFO, reason
+        torch.ops.load_library(str(_library(path)))
+    except (OSError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
+        _LOG.debug("%s", error)
+        return logging.WARNING, _first_line(error)
+    return None
 
 
 def ready(device: torch.device | str = "cpu") -> bool:
@@ -113,12 +133,16 @@ def _cache() -> Path:
 
 
 def _library_path() -> Path:
-    """One file for each combination of sources, torch and processor."""
-    parts = [torch.__version__, platform.machine(), _processor(), *_FLAGS]
+    """One file for each combination of sources, torch, processor and flags."""
+    parts = [torch.__version__, platform.machine(), _processor(), *_flags()]
     digest = hashlib.sha256("\n".join(parts).encode())
     for source in sorted(_SOURCES.iterdir()):
         digest.update(source.read_bytes())
     return _cache() / f"{_NAME}-{digest.hexdigest()[:16]}.so"
+
+
+def _flags() -> list[str]:
+    return ["-O3", f"-march={os.environ.get(PROCESSOR, 'native')}", *_FLAGS]
 
 
 def _processor() -> str:
@@ -173,7 +197,7 @@ def _compiled(path: Path) -> Path:
         cpp_extension.load(
             name=_NAME,
             sources=[str(source) for source in sorted(_SOURCES.glob("*.cpp"))],
-            extra_cflags=list(_FLAGS),
+            extra_cflags=_flags(),
             build_directory=folder,
             is_python_module=False,
             is_standalone=False,

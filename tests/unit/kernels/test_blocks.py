@@ -18,10 +18,7 @@ LARGE = 1_000_000  # numbers of 4 bytes
 MB = 1 << 20
 
 
-@pytest.fixture(autouse=True)
-def _fused():
-    if not kernels.active():
-        pytest.skip("the fused kernels are not in use here")
+pytestmark = pytest.mark.usefixtures("with_kernels")
 
 
 def address(numbers=LARGE):

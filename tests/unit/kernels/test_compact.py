@@ -17,10 +17,7 @@ NORMS = {"rms": RMSNorm, "layer": LayerNorm, "none": None}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
 
-@pytest.fixture(autouse=True)
-def _fused():
-    if not kernels.active():
-        pytest.skip("the fused kernels are not in use here")
+pytestmark = pytest.mark.usefixtures("with_kernels")
 
 
 def randoms(*shape, dtype, seed=0):

@@ -19,7 +19,8 @@ def fresh(monkeypatch, tmp_path, caplog):
     for name in ("tried", "loaded"):
         monkeypatch.setattr(compiled._State, name, False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv(compiled.VARIABLE, raising=False)
+    for name in (compiled.VARIABLE, compiled.PROCESSOR):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(logging.getLogger("pet_finetune"), "propagate", True)
     caplog.set_level("INFO", "pet_finetune")
     return caplog
@@ -37,7 +38,9 @@ def test_they_can_be_switched_off(fresh, monkeypatch):
 
 def test_a_wrong_setting_is_an_error(fresh, monkeypatch):
     monkeypatch.setenv(compiled.VARIABLE, "fast")
-    with pytest.raises(ConfigError, match=r"PET_FINETUNE_KERNELS: 'fast' is not one of auto, off"):
+    with pytest.raises(
+        ConfigError, match=r"PET_FINETUNE_KERNELS: 'fast' is not one of auto, off, require"
+    ):
         kernels.prepare()
 
 
@@ -56,19 +59,38 @@ def test_a_failing_compiler_is_a_notice(fresh, monkeypatch):
     assert not list(compiled._cache().glob("*.so"))
 
 
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [("no-such-compiler", r"need a C\+\+ compiler"), ("false", "could not be built")],
+)
+def test_required_kernels_that_cannot_be_had_are_an_error(compiler, reason, fresh, monkeypatch):
+    """Each time: not only in the first call, after which others might go on without."""
+    monkeypatch.setenv(compiled.VARIABLE, "require")
+    monkeypatch.setenv("CXX", compiler)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=f"KERNELS=require, but .*{reason}.*KERNELS=auto"):
+            kernels.prepare()
+    assert not kernels.active()
+
+
 def test_a_gpu_has_no_use_for_them(fresh):
     assert not kernels.prepare("cuda")
     assert messages(fresh) == []
     assert not compiled._State.tried
 
 
-def test_each_torch_and_processor_has_a_library_of_its_own(fresh, monkeypatch):
-    here = compiled._library_path()
-    monkeypatch.setattr(compiled.torch, "__version__", "0.0.1")
-    other_torch = compiled._library_path()
-    monkeypatch.undo()
-    monkeypatch.setattr(compiled, "_processor", lambda: "flags: none")
-    assert len({here.name, other_torch.name, compiled._library_path().name}) == 3
+def test_each_torch_processor_and_target_has_a_library_of_its_own(fresh, monkeypatch):
+    paths = [compiled._library_path()]
+    for patch in (
+        lambda inside: inside.setattr(compiled.torch, "__version__", "0.0.1"),
+        lambda inside: inside.setattr(compiled, "_processor", lambda: "flags: none"),
+        lambda inside: inside.setenv(compiled.PROCESSOR, "x86-64-v3"),
+    ):
+        with monkeypatch.context() as inside:
+            patch(inside)
+            paths.append(compiled._library_path())
+        assert compiled._library_path() == paths[0]
+    assert len(set(paths)) == 4
 
 
 def test_of_several_processes_that_need_it_one_compiles(monkeypatch, tmp_path):

@@ -15,13 +15,7 @@ WIDTHS = [5, 16, 33]
 COUNTS = {"mixed": [2, 0, 5], "one": [17], "long": [40, 1, 30]}
 TOLERANCE = {torch.float32: {"atol": 5e-6, "rtol": 2e-5}, torch.float64: {"atol": 1e-12, "rtol": 0}}
 
-pytestmark = pytest.mark.usefixtures("_fused")
-
-
-@pytest.fixture
-def _fused():
-    if not kernels.active():
-        pytest.skip("the fused kernels are not in use here")
+pytestmark = pytest.mark.usefixtures("with_kernels")
 
 
 def randoms(*shapes, dtype=torch.float64, seed=0):
@@ -315,7 +309,7 @@ def test_a_grouped_projection_refuses_what_it_cannot_do():
 
 
 @pytest.fixture
-def _halves(_fused):
+def _halves(with_kernels):
     if not kernels.multiplies_halves():
         pytest.skip("this processor does not multiply bfloat16")
 
