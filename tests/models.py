@@ -53,9 +53,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "rslora": {"use_rslora": True, "rank_pattern": {"w_in": 3}, "alpha_pattern": {"mlp.*": 7.0}},
     "dora": {"use_dora": True},
     "dora everywhere": {"use_dora": True, "use_rslora": True, "target_modules": "all-linear"},
-    "pissa": {"init": "pissa", "rank_pattern": {"attention.output_linear": 1}},
-    "olora": {"init": "olora", "use_rslora": True},
-    "dora from pissa": {"init": "pissa", "use_dora": True},
+    "lora of other ranks": {"rank_pattern": {"attention.output_linear": 1}},
     "prompt": {"num_prompts": 3},
 }
 #: The same for methods that round the base's weights, where "the base" is the rounded one and two
@@ -63,7 +61,7 @@ METHODS: dict[str, dict[str, Any]] = {
 QUANTISED: dict[str, dict[str, Any]] = {
     "qlora 4": {"quant_bits": 4, "target_modules": "all-linear"},
     "qlora 8": {"quant_bits": 8},
-    "qdora 4": {"quant_bits": 4, "use_dora": True, "init": "pissa"},
+    "qdora 4": {"quant_bits": 4, "use_dora": True},
 }
 
 

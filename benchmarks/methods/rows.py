@@ -57,8 +57,6 @@ METHODS: dict[str, Method] = {
     "lora r16": _lora(rank=16),
     "rslora r16": _lora(rank=16, alpha=8, use_rslora=True),
     "dora r8": Method("dora", {"rank": 8}),
-    "pissa r8": _lora(rank=8, init="pissa"),
-    "olora r8": _lora(rank=8, init="olora"),
     "lora+ r8": _lora(rank=8, loraplus_lr_ratio=4),
     "qlora r8, 8 bits": _lora(rank=8, quant_bits=8),
     "qlora r8, 4 bits": _lora(rank=8, quant_bits=4),

@@ -24,8 +24,8 @@ METHODS = {
         ("-c", "base.ckpt"),
     ),
     "dora": ({"finetune": {"method": "dora", "config": {"rank": 2}}}, ("-c", "base.ckpt")),
-    "pissa": (
-        {"finetune": {"config": {"rank": 2, "init": "pissa", "use_rslora": True}}},
+    "rslora": (
+        {"finetune": {"config": {"rank": 2, "use_rslora": True}}},
         ("-c", "base.ckpt"),
     ),
     "heads": ({"finetune": {"method": "heads"}}, ("-c", "base.ckpt")),
@@ -107,7 +107,7 @@ def assert_same(folder, expected):
         ("qlora", 4),
         ("prompt", 4),
         ("dora", 4),
-        ("pissa", 4),
+        ("rslora", 4),
         ("heads", 4),
         ("unfreezing", 2),
         ("unfreezing", 7),

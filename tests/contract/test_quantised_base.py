@@ -69,7 +69,7 @@ def force_loss_gradients(model):
     return dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
 
 
-@pytest.mark.parametrize("method", [{}, {"use_dora": True}, {"init": "olora"}, {"dropout": 0.5}])
+@pytest.mark.parametrize("method", [{}, {"use_dora": True}, {"use_rslora": True}, {"dropout": 0.5}])
 def test_a_force_loss_has_the_gradients_of_the_dequantised_model(bits, method):
     """Through the energy's own derivative: each quantised product is differentiated twice."""
     model = trained_adapter(random_potential(), quant_bits=bits, **method)

@@ -49,8 +49,8 @@ class Adapter:
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers it holds, those that training started from aside."""
-        return sum(t.numel() for n, t in self.tensors.items() if ".start_" not in n)
+        """How many numbers it holds."""
+        return sum(tensor.numel() for tensor in self.tensors.values())
 
 
 def capture(model: Potential, base_name: str = "") -> Adapter:

@@ -86,7 +86,6 @@ def combine(
         rank=common,
         alpha=float(common),
         use_rslora=False,
-        init="default",
         target_modules=tuple(layers),
         rank_pattern={p: r for p, r in ranks.items() if r != common},
         alpha_pattern={p: float(r) for p, r in ranks.items() if r != common},
@@ -188,16 +187,13 @@ def _heads(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _factors(adapter: Adapter, path: str) -> tuple[Tensor, Tensor] | None:
-    """A and s B of a layer, with what they started from taken off; None where it has none."""
+    """A and s B of a layer; None where it has none."""
     tensors, config = adapter.tensors, adapter.config
     a, b = tensors.get(f"{path}.lora_A"), tensors.get(f"{path}.lora_B")
     if a is None or b is None:
         return None
     rank = config.rank_of(path)
     scaling = config.alpha_of(path) / (math.sqrt(rank) if config.use_rslora else rank)
-    if f"{path}.start_A" in tensors:
-        a = torch.cat([a, tensors[f"{path}.start_A"]])
-        b = torch.cat([b, -tensors[f"{path}.start_B"]], dim=1)
     return a, scaling * b
 
 

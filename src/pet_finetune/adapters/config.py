@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from torch import nn
 
@@ -33,8 +32,6 @@ class AdapterConfig:
             stands for the heads and last layers of ``target``.
         target: the energy that the adapter is for.
         use_dora: train lengths and directions apart (:class:`~.dora.DoraLinear`).
-        init: what the factors start from: ``default`` (A random, B zero), ``pissa`` or ``olora``
-            (:mod:`~.initial`).
         rank_pattern, alpha_pattern: other ranks and alphas for the layers whose path ends like
             the key, or matches it as a regular expression; the first match counts.
         quant_bits: hold the frozen weights in 4 or 8 bits (:mod:`~.quantized`); None keeps them.
@@ -50,7 +47,6 @@ class AdapterConfig:
     target: str = "energy"
     use_rslora: bool = False
     use_dora: bool = False
-    init: Literal["default", "pissa", "olora"] = "default"
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     quant_bits: int | None = None

@@ -5,15 +5,14 @@ there. What PEFT has no place for (the fingerprint of the base, the target, its 
 and its scale) is JSON in the metadata of the safetensors file, where it cannot be parted from the
 weights it belongs to.
 
-An update that started from factors other than zero is written as one of twice the rank, the
-factors and those of the start side by side, which any reader understands; ours parts them again.
+Releases that could start from the factors of PiSSA or OLoRA wrote such an update as plain LoRA of
+twice the rank, which is what it is read as.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -80,9 +79,7 @@ def write_adapter(adapter: Adapter, directory: str | Path) -> Path:
         AdapterError: the folder cannot be written.
     """
     folder = Path(directory)
-    config, tensors = adapter.config, dict(adapter.tensors)
-    if config.init != "default":
-        config, tensors = _doubled(config, tensors)
+    config = adapter.config
     extra = {
         "format": "pet-finetune adapter",
         "version": 1,
@@ -94,9 +91,8 @@ def write_adapter(adapter: Adapter, directory: str | Path) -> Path:
         "composition": None if adapter.composition is None else adapter.composition.tolist(),
         "scale": adapter.scale,
         "quant_bits": config.quant_bits,
-        "started": _start(adapter.config),
     }
-    stored = {stored_name(name): value.contiguous() for name, value in tensors.items()}
+    stored = {stored_name(name): value.contiguous() for name, value in adapter.tensors.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         peft = json.dumps(to_peft(config, adapter.base_name), indent=2) + "\n"
@@ -123,8 +119,6 @@ def read_adapter(directory: str | Path) -> Adapter:
         config = from_peft(peft)
         if not extra:
             return Adapter(config, tensors, name=str(folder))
-        if extra.get("started"):
-            config, tensors = replace(config, **extra["started"]), _parted(tensors)
         spec = TargetSpec(**extra["target"])
         return Adapter(
             config=replace(config, target=spec.name, quant_bits=extra.get("quant_bits")),
@@ -155,56 +149,6 @@ class _DamageExplained:
                 f"'{self._folder}' is damaged: a value in its files is missing or of the wrong "
                 f"kind ({type(error).__name__}: {error})."
             ) from error
-
-
-def _start(config: AdapterConfig) -> dict[str, Any] | None:
-    """What :func:`_doubled` changes of a configuration, as it was before."""
-    if config.init == "default":
-        return None
-    return {
-        "init": config.init,
-        "rank": config.rank,
-        "alpha": config.alpha,
-        "rank_pattern": dict(config.rank_pattern),
-        "alpha_pattern": dict(config.alpha_pattern),
-    }
-
-
-def _doubled(
-    config: AdapterConfig, tensors: Mapping[str, Tensor]
-) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """B A - B0 A0 as one product of twice the rank, at the same scaling."""
-    merged = {name: value for name, value in tensors.items() if ".start_" not in name}
-    for name, start in tensors.items():
-        if name.endswith(".start_A"):
-            factor = name.replace(".start_A", ".lora_A")
-            merged[factor] = torch.cat([tensors[factor], start])
-        elif name.endswith(".start_B"):
-            factor = name.replace(".start_B", ".lora_B")
-            merged[factor] = torch.cat([tensors[factor], -start], dim=1)
-    stretch = 2**0.5 if config.use_rslora else 2.0
-    doubled = replace(
-        config,
-        rank=2 * config.rank,
-        alpha=config.alpha * stretch,
-        rank_pattern={key: 2 * rank for key, rank in config.rank_pattern.items()},
-        alpha_pattern={key: alpha * stretch for key, alpha in config.alpha_pattern.items()},
-    )
-    return doubled, merged
-
-
-def _parted(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The opposite of :func:`_doubled`."""
-    parted: dict[str, Tensor] = {}
-    for name, value in tensors.items():
-        if name.endswith(".lora_A"):
-            parted[name], parted[name.replace(".lora_A", ".start_A")] = value.chunk(2)
-        elif name.endswith(".lora_B"):
-            parted[name], start = value.chunk(2, dim=1)
-            parted[name.replace(".lora_B", ".start_B")] = -start
-        else:
-            parted[name] = value
-    return parted
 
 
 def read_metadata(directory: str | Path) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from pet_finetune.model.fingerprint import weights_fingerprint
 
 from .config import AdapterConfig, fitted
 from .dora import DoraLinear
-from .initial import STARTS
 from .lora import LoraLinear, is_adapter_tensor
 from .modules import replace_module
 from .new_rows import drop_new_rows, train_new_rows
@@ -107,10 +106,6 @@ def inject(
         brought_target=brought_target,
         brought_species=brought_species,
     )
-    if resolved.init != "default":
-        start = STARTS[resolved.init]
-        for layer in layers:
-            layer.start_from(*start(layer.weight.detach(), layer.rank, layer.scaling))
     if resolved.quant_bits is not None:
         _logger.info("%s", quantize_base(model, resolved))
         for layer in layers:
@@ -166,10 +161,7 @@ def _adapted(network: nn.Module, path: str, config: AdapterConfig) -> LoraLinear
     assert isinstance(base, nn.Linear), f"{path} is not linear"
     kind = DoraLinear if config.use_dora else LoraLinear
     rank, alpha = config.rank_of(path), config.alpha_of(path)
-    layer = kind(base, rank, alpha, config.dropout, config.use_rslora).train(base.training)
-    if config.init != "default":
-        layer.start_from(layer.lora_A, layer.lora_B)  # makes room for the true ones
-    return layer
+    return kind(base, rank, alpha, config.dropout, config.use_rslora).train(base.training)
 
 
 def saved_parameters(model: Potential, paths: Sequence[str]) -> list[tuple[str, nn.Parameter]]:

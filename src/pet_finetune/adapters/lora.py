@@ -13,7 +13,7 @@ from pet_finetune.nn.projection import Adapted, LowRankUpdate, plain_linear
 from pet_finetune.nn.quantized import QuantizedWeight, product, quantize
 
 #: Endings of the names of all tensors that adapted layers and tables add to a network.
-_OWN = (".lora_A", ".lora_B", ".lora_magnitude_vector", ".start_A", ".start_B", f".{ROWS}")
+_OWN = (".lora_A", ".lora_B", ".lora_magnitude_vector", f".{ROWS}")
 
 
 def is_adapter_tensor(name: str) -> bool:
@@ -32,10 +32,6 @@ class LoraLinear(Adapted):
     merged layer computes the very same numbers. Dropout acts on the adapter's input, so while
     it is active (in training) the two paths are computed apart.
 
-    Where training starts from other factors than B = 0 (:meth:`start_from`), the update is what
-    the factors' product has gained since, ``s (B A - B0 A0)``, which is zero to the last bit at
-    the start.
-
     The base weight may be held in few bits (:meth:`quantize`). Then the update always goes its own
     way beside the product with it, and ``weight`` is None but while merged.
 
@@ -48,8 +44,6 @@ class LoraLinear(Adapted):
     """
 
     quantized: QuantizedWeight | None
-    start_A: Tensor | None
-    start_B: Tensor | None
     _base_weight: Tensor | None
 
     def __init__(
@@ -73,8 +67,6 @@ class LoraLinear(Adapted):
         self.quantized = None
         self.lora_A = nn.Parameter(base.weight.new_empty(rank, base.in_features))
         self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
-        self.register_buffer("start_A", None)
-        self.register_buffer("start_B", None)
         self.register_buffer("_base_weight", None, persistent=False)
         self.weight.requires_grad_(False)
         if self.bias is not None:
@@ -113,19 +105,9 @@ class LoraLinear(Adapted):
         """The product with that weight, [..., in] to [..., out]."""
         return x @ self.weight.T if self.quantized is None else product(x, self.quantized)
 
-    @torch.no_grad()
-    def start_from(self, a: Tensor, b: Tensor) -> None:
-        """Begin with the factors A, [r, in], and B, [out, r]; the layer's output stays."""
-        self.lora_A.copy_(a)
-        self.lora_B.copy_(b)
-        self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
-
     def delta(self) -> Tensor:
         """The update of the weight, [out, in], differentiable."""
-        product = self.lora_B @ self.lora_A
-        if self.start_A is not None and self.start_B is not None:
-            product = product - self.start_B @ self.start_A
-        return self.scaling * product
+        return self.scaling * (self.lora_B @ self.lora_A)
 
     def updated_weight(self) -> Tensor:
         """The base weight with the adapter, [out, in], differentiable; whatever is merged."""
@@ -154,10 +136,7 @@ class LoraLinear(Adapted):
 
     def _beside(self, x: Tensor) -> Tensor:
         """What the adapter adds to the base's output, by the thin way."""
-        out = (x @ self.lora_A.T) @ self.lora_B.T
-        if self.start_A is not None and self.start_B is not None:
-            out = out - (x @ self.start_A.T) @ self.start_B.T
-        return self.scaling * out
+        return self.scaling * ((x @ self.lora_A.T) @ self.lora_B.T)
 
     def low_rank_update(self) -> LowRankUpdate | None:
         """The update, where it is what trains."""

@@ -72,8 +72,7 @@ def describe_adapter(directory: str | Path) -> Table:
 def _method(adapter: Adapter) -> str:
     config = adapter.config
     name = "DoRA" if config.use_dora else "LoRA"
-    name = f"rank-stabilised {name}" if config.use_rslora else name
-    return name if config.init == "default" else f"{name}, started from {config.init}"
+    return f"rank-stabilised {name}" if config.use_rslora else name
 
 
 def _patterns(adapter: Adapter) -> str:
@@ -183,7 +182,7 @@ def _check_alone(adapter: Adapter) -> Iterator[Finding]:
     text = f"{len(adapter.tensors)} tensors, {adapter.num_parameters:,} numbers, all finite"
     yield Finding(adapter.name, True, text)
     factors = {n: t for n, t in adapter.tensors.items() if n.endswith(".lora_B")}
-    if factors and adapter.config.init == "default" and not any(t.any() for t in factors.values()):
+    if factors and not any(t.any() for t in factors.values()):
         yield Finding(adapter.name, True, "the update is zero: the adapter was never trained")
 
 

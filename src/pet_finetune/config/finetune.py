@@ -76,7 +76,7 @@ AlphaPattern = Annotated[
 class FinetuneConfig(Section):
     """Settings of the method; which keys may be given depends on ``finetune.method``.
 
-    Files may use PEFT's names `r`, `lora_alpha`, `lora_dropout`, `init_lora_weights` too.
+    Files may use PEFT's names `r`, `lora_alpha`, `lora_dropout` too.
     """
 
     rank: PositiveInt = Field(
@@ -116,12 +116,6 @@ class FinetuneConfig(Section):
         default=False,
         description="Train the lengths of the weights' rows apart from their directions (DoRA). "
         "`method: dora` means the same.",
-    )
-    init: Annotated[Literal["default", "pissa", "olora"], OneOf()] = Field(
-        default="default",
-        description="What the factors A and B start from: A random and B zero (`default`), the "
-        "weight's largest singular vectors (`pissa`), or its QR decomposition (`olora`). Exact "
-        "at the first step in each case.",
     )
     rank_pattern: RankPattern = Field(
         default={},
@@ -173,7 +167,7 @@ METHOD_KEYS: dict[FinetuneMethod, frozenset[str]] = {
     "lora": frozenset(
         {
             "rank", "alpha", "dropout", "target_modules", "modules_to_save", "use_rslora",
-            "use_dora", "init", "rank_pattern", "alpha_pattern", "quant_bits",
+            "use_dora", "rank_pattern", "alpha_pattern", "quant_bits",
             "loraplus_lr_ratio",
         }
     ),

@@ -33,7 +33,6 @@ _PEFT_NAMES = {
     "r": "rank",
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
-    "init_lora_weights": "init",
 }
 
 
@@ -97,6 +96,7 @@ def rewrite(raw: dict[str, Any]) -> Rewriting:
         _lora_switch,
         _legacy_start,
         _peft_names,
+        _first_factors,
         _per_atom,
     )
     for step in steps:
@@ -189,6 +189,21 @@ def _peft_names(rewriting: Rewriting) -> None:
     """PEFT's names are welcome, not outdated: no notice."""
     for old, new in _PEFT_NAMES.items():
         rewriting.move((*_CONFIG, old), (*_CONFIG, new), notice=False)
+
+
+def _first_factors(rewriting: Rewriting) -> None:
+    """``init``, which once chose between LoRA's start, PiSSA's and OLoRA's."""
+    config = rewriting.section(_CONFIG)
+    for name in ("init", "init_lora_weights"):
+        value = None if config is None else config.pop(name, None)
+        if value not in (None, True, "default"):
+            rewriting.problems.append(
+                Problem(
+                    (*_CONFIG, name),
+                    f"is {value!r}, but factors start as LoRA's do (A random, B zero): PiSSA and "
+                    "OLoRA brought no gain over it and are gone. Leave this out.",
+                )
+            )
 
 
 def _per_atom(rewriting: Rewriting) -> None:

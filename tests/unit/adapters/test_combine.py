@@ -41,7 +41,7 @@ def weights(base: Potential, one: Adapter) -> dict[str, torch.Tensor]:
     return dict(merged_copy(model).network.named_parameters())
 
 
-DIFFERENT = [{"rank": 2}, {"rank": 3, "use_rslora": True}, {"init": "pissa", "rank": 2}]
+DIFFERENT = [{"rank": 2}, {"rank": 3, "use_rslora": True}, {"rank_pattern": {"mlp.w_in": 1}}]
 
 
 @pytest.mark.parametrize("factors", [(0.5, 0.2, 0.3), (1.0, 1.0, -0.5)], ids=str)

@@ -103,7 +103,7 @@ def test_members_that_train_embeddings_or_norms_are_evaluated_one_by_one():
 def test_members_of_other_kinds_are_merged_like_any():
     """What an adapter is made of matters only until it is merged."""
     base = random_potential(**WIDE)
-    kinds = ({"use_dora": True}, {"use_rslora": True}, {"init": "pissa"})
+    kinds = ({"use_dora": True}, {"use_rslora": True}, {"rank": 3})
     models = [
         merged_copy(trained_adapter(copy.deepcopy(base), seed=i, **kind))
         for i, kind in enumerate(kinds)

@@ -144,9 +144,17 @@ def test_settings_of_prompts_choose_prompts() -> None:
 
 
 def test_pefts_names_of_settings() -> None:
-    config = {"r": 4, "lora_alpha": 2, "init_lora_weights": "pissa", "use_rslora": True}
+    config = {"r": 4, "lora_alpha": 2, "init_lora_weights": True, "use_rslora": True}
     own = load({"finetune": {"config": config}}, "m.ckpt").options.finetune.config
-    assert (own.rank, own.alpha, own.init, own.use_rslora) == (4, 2.0, "pissa", True)
+    assert (own.rank, own.alpha, own.use_rslora) == (4, 2.0, True)
+
+
+@pytest.mark.parametrize("key", ["init", "init_lora_weights"])
+def test_factors_start_as_loras_alone(key: str) -> None:
+    """Once there was a choice, and options files of then are still about."""
+    load({"finetune": {"config": {"rank": 4, key: "default"}}}, "m.ckpt")
+    (line,) = problems({"finetune": {"config": {"rank": 4, key: "pissa"}}}, "m.ckpt")
+    assert line.startswith(f"{FINETUNE}.config.{key}: is 'pissa', but")
 
 
 @pytest.mark.parametrize(
@@ -156,7 +164,6 @@ def test_pefts_names_of_settings() -> None:
         ({"alpha": -1}, "alpha", "a positive number"),
         ({"rank_pattern": {"w_in": 0}}, "rank_pattern", "{layer: positive integer}"),
         ({"alpha_pattern": ["w_in"]}, "alpha_pattern", "{layer: positive number}"),
-        ({"init": "pisa"}, "init", "Did you mean 'pissa'?"),
     ],
 )
 def test_settings_of_lora_that_make_no_sense(config: Any, key: str, phrase: str) -> None:

@@ -39,7 +39,6 @@ METHODS = {
     "heads": heads_only,
     "lora": adapted,
     "dora": lambda: adapted(use_dora=True),
-    "pissa": lambda: adapted(init="pissa"),
     "qlora": lambda: adapted(quant_bits=8),
 }
 
