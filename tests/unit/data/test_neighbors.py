@@ -9,7 +9,9 @@ from ase import Atoms
 from ase.build import bulk, fcc111, graphene, molecule
 from ase.neighborlist import neighbor_list as ase_neighbor_list
 
-from pet_finetune.data import atoms_to_structure, edge_vectors, structure_neighbors
+from pet_finetune.data import atoms_to_structure, edge_vectors, neighbors, structure_neighbors
+from pet_finetune.data.neighbors import find_pairs
+from pet_finetune.errors import DataError
 
 
 def rattled(atoms: Atoms, seed: int = 0) -> Atoms:
@@ -109,3 +111,67 @@ def test_edge_vectors_are_differentiable():
     numeric = (total(structure.cell + step) - total(structure.cell - step)) / 2e-6
     assert cell.grad[1, 2].item() == pytest.approx(numeric.item(), rel=1e-6)
     assert positions.grad.abs().max() > 0
+
+
+def points_in(cell, pbc, positions, cutoff=7.5):
+    return find_pairs(
+        np.array(positions, float), np.array(cell, float), np.array(pbc, bool), cutoff, "ij",
+        full=False, where="frame 5 of data.xyz",
+    )  # fmt: skip
+
+
+NO_CELL, CUBE = np.zeros((3, 3)), 10.0 * np.eye(3)
+OUT = [False] * 3
+REFUSED = {
+    "one atom far away": (NO_CELL, OUT, [[0, 0, 0], [1, 0, 0], [1e7, 0, 0]], "atom 2 lies 1e.07 A"),
+    "far outside of its cell": (CUBE, [1, 1, 1], [[0, 0, 0], [0, -1e12, 0]], "atom 1 .* cells out"),
+    "far above a slab": (np.diag([3, 3, 0]), [1, 1, 0], [[0, 0, 0], [1, 1, 0], [0, 0, 1e6]],
+                         "atom 2 lies"),
+    "a huge cell": (np.diag([9e6, 5, 5]), [1, 1, 1], [[0, 0, 0]], "cell vector is 9e.06 A long"),
+    "a position that is NaN": (NO_CELL, OUT, [[0, 0, 0], [0, 0, np.nan]], "atom 1 is NaN"),
+    "an infinite position": (CUBE, [1, 1, 1], [[np.inf, 0, 0]], "atom 0 is NaN or infinite"),
+    "a cell without volume": (np.diag([3, 3, 0]), [1, 1, 1], [[0, 0, 0]], "linearly dependent"),
+    "lengths in nm": (CUBE / 10, [1, 1, 1], np.random.default_rng(0).random((60, 3)), "in nm need"),
+    "a tiny cell": (CUBE / 1e4, [1, 1, 1], [[0, 0, 0]], "so dense"),
+    "a flat cell": (np.diag([1e-4, 9, 9]), [1, 1, 1], [[0, 0, 0]], "so dense"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED.keys())
+def test_what_the_native_code_dies_of_is_refused_and_named(case):
+    cell, pbc, positions, message = case
+    with pytest.raises(DataError, match=f"frame 5 of data.xyz: .*{message}"):
+        points_in(cell, pbc, positions)
+
+
+def test_more_pairs_than_memory_are_refused(monkeypatch):
+    monkeypatch.setattr(neighbors, "_memory", lambda: 1e6)
+    grid = np.stack(np.meshgrid(*[np.arange(10.0)] * 3), axis=-1).reshape(-1, 3)
+    with pytest.raises(DataError, match="1000 atoms have about .* do not fit into the memory"):
+        points_in(CUBE, [1, 1, 1], grid)
+
+
+@pytest.mark.parametrize("spread", [1e3, 9e4], ids=["near", "far"])
+def test_sparse_atoms_in_a_plane_keep_their_pairs(spread):
+    """More than 1e5 cells, and one along z: vesin divides by zero there."""
+    rng = np.random.default_rng(0)
+    centers = rng.random((400, 3)) * [spread, spread, 0.0]
+    pairs = np.concatenate([centers, centers + [0.9, 0.0, 0.0]])
+    first, second = points_in(NO_CELL, OUT, pairs, cutoff=1.45)
+    found = {tuple(sorted(pair)) for pair in zip(first.tolist(), second.tolist(), strict=True)}
+    assert found >= {(k, k + 400) for k in range(400)}
+    vectors = pairs[list(first)] - pairs[list(second)]
+    assert (np.linalg.norm(vectors, axis=1) < 1.45).all()
+
+
+def test_a_pair_in_a_wide_flat_cell_is_found():
+    first, _ = points_in(np.diag([9e4, 9e4, 20]), [1, 1, 1], [[0, 0, 0], [0, 8.9999e4, 1]])
+    assert len(first) == 1
+
+
+def test_atoms_far_outside_of_their_cell_keep_the_order():
+    atoms = Atoms("H3", positions=[[0, 0, 0], [5e4, 1, 0], [0, 0, -9e4]], cell=[1, 1, 1], pbc=True)
+    pairs = structure_neighbors(atoms_to_structure(atoms), 1.2)
+    rows = np.stack([pairs.centers, pairs.neighbors, *pairs.shifts.T])
+    assert (np.lexsort(rows[::-1]) == np.arange(pairs.num_edges)).all()
+    assert torch.equal(pairs.centers[pairs.reverse], pairs.neighbors)
