@@ -12,6 +12,7 @@ from typing import Any
 import ase.io
 import numpy as np
 import pytest
+from ase.constraints import FixAtoms, FixBondLengths
 
 from models import crystal, ethanol, random_potential, trained_adapter
 from pet_finetune import calculator
@@ -201,6 +202,45 @@ def test_velocities_of_a_file(md) -> None:
     assert "velocities: drawn for 50 K" in new.err
     first = ase.io.read("new/trajectory.xyz", 0)
     assert not np.allclose(first.get_momenta(), last.get_momenta())
+
+
+@pytest.mark.parametrize("ending", ["xyz", "traj", "json"])
+def test_going_on_from_the_last_frame_is_the_same_physics(md, command, ending: str) -> None:
+    start = ethanol()
+    start.set_masses(np.where(start.numbers == 1, 2.014, start.get_masses()))
+    # extended XYZ written by ASE alone has no room for bond lengths.
+    bonds = [] if ending == "xyz" else [FixBondLengths([[0, 1]])]
+    start.set_constraint([FixAtoms([2]), *bonds])
+    start.info["charge"] = 0
+    ase.io.write(f"start.{ending}", start)
+    assert md(structure=f"start.{ending}").code == 0
+    assert command("md", "--restart", "run", "--steps", 8).code == 0
+    assert md("--keep-velocities", structure="run/final.xyz", output="next").code == 0
+    for folder in ("run", "next"):
+        frames = ase.io.read(f"{folder}/trajectory.xyz", ":")
+        assert ending == "json" or frames[0].info["charge"] == 0  # ASE's database has no info
+        np.testing.assert_allclose(frames[-1].get_masses(), start.get_masses())
+        moved = np.abs(frames[-1].positions - frames[0].positions).max(axis=1)
+        assert moved[2] == 0
+        assert moved[3] > 0
+        assert [type(c).__name__ for c in frames[-1].constraints] == ["FixAtoms"]
+        if bonds:
+            assert frames[-1].get_distance(0, 1) == pytest.approx(start.get_distance(0, 1))
+            assert frames[-1].info["constraints"][0]["name"] == "FixBondLengths"
+    last, first = ase.io.read("run/final.xyz"), ase.io.read("next/trajectory.xyz", 0)
+    assert last.info["temperature_K"] == pytest.approx(first.info["temperature_K"], rel=1e-5)
+
+
+def test_a_column_of_masses_counts(md) -> None:
+    text = "3\nProperties=species:S:1:pos:R:3:mass:R:1\nO 0 0 .1193 {}\nH 0 .7632 -.477 2.014\n"
+    Path("mass.xyz").write_text(text.format(15.999) + "H 0 -.7632 -.477 2.014\n")
+    answer = md(structure="mass.xyz")
+    assert answer.code == 0, answer.err
+    np.testing.assert_allclose(ase.io.read("run/final.xyz").get_masses(), [15.999, 2.014, 2.014])
+    Path("mass.xyz").write_text(text.format(0) + "H 0 -.7632 -.477 2.014\n")
+    assert "atom 0 (O) has the mass 0 in the column 'mass'" in (
+        md(structure="mass.xyz", output="other").err
+    )
 
 
 def test_a_start_can_be_relaxed(md) -> None:

@@ -14,6 +14,9 @@ from pet_finetune.errors import DataError, PetFinetuneError
 from pet_finetune.log import get_logger
 
 from . import MDSettings
+from .carried import from_ase
+from .freedom import constraint_problems, degrees_of_freedom
+from .integrators import keeps_momentum
 from .model import ModelChoice
 from .watch import CLOSEST, atom_name
 
@@ -78,7 +81,7 @@ def read_frame(structure: str | Path, index: int | None) -> Atoms:
         )
     atoms = frames[chosen]
     atoms.calc = None
-    return atoms
+    return from_ase(atoms, f"frame {chosen} of {structure}" if len(frames) > 1 else str(structure))
 
 
 def _of_structure(atoms: Atoms, structure: str | Path, settings: MDSettings) -> list[str]:
@@ -95,6 +98,13 @@ def _of_structure(atoms: Atoms, structure: str | Path, settings: MDSettings) -> 
         problems.append(
             f"{structure} has constraints ({kinds}), which Nose-Hoover chains and barostats of "
             "ASE do not allow. Use --ensemble nvt with --thermostat langevin or bussi."
+        )
+    of_constraints = constraint_problems(atoms)
+    problems += [f"{structure}: {problem}" for problem in of_constraints]
+    if not of_constraints and degrees_of_freedom(atoms, keeps_momentum(settings)) < 1:
+        problems.append(
+            f"{structure}: nothing can move: its constraints, and motions of the whole that stay "
+            "as they are, leave no degree of freedom."
         )
     if settings.velocities == "keep" and not atoms.get_momenta().any():
         problems.append(

@@ -17,12 +17,15 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from pet_finetune.data.structure import DEFAULT_CHARGE_KEYS, DEFAULT_SPIN_KEYS
 from pet_finetune.errors import DynamicsError
+from pet_finetune.log import get_logger
 
+from .carried import carried, from_ase, to_traj
 from .measure import Measurement
 
 __all__ = ["MDFiles"]
+
+_logger = get_logger(__name__)
 
 TRAJECTORY = "trajectory.xyz"
 TABLE = "md.csv"
@@ -67,6 +70,7 @@ class MDFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._template: Atoms | None = None
         with self._explained():
             folder.mkdir(parents=True, exist_ok=True)
             (folder / ".writable").touch()
@@ -122,11 +126,11 @@ class MDFiles:
             os.replace(partial, self / name)
 
     def write_start(self, atoms: Atoms, settings: Mapping[str, Any]) -> None:
-        """Keep what the run starts from: structure with masses and constraints, and settings."""
-        atoms = atoms.copy()
-        atoms.calc = None
+        """Keep what the run starts from: the structure with all it carries, and settings."""
+        partial = self / f".{START}.part"
         with self._explained():
-            ase.io.write(self / START, atoms)
+            ase.io.write(partial, to_traj(atoms), format="traj")
+            os.replace(partial, self / START)
         self.write(SETTINGS, json.dumps(settings, indent=2) + "\n")
 
     def read_start(self) -> tuple[Atoms, dict[str, Any]]:
@@ -137,14 +141,43 @@ class MDFiles:
         """
         try:
             atoms = ase.io.read(self / START)
+            assert isinstance(atoms, Atoms)
+            atoms = from_ase(atoms, str(self / START))
             settings: dict[str, Any] = json.loads((self / SETTINGS).read_text(encoding="utf-8"))
         except Exception as error:  # ASE's reader raises whatever it meets
             raise DynamicsError(
                 f"'{self.folder}' cannot be gone on with: {START} and {SETTINGS} cannot be read "
                 f"({error}). Start a new run, from {FINAL} or the last frame of {TRAJECTORY}."
             ) from error
-        assert isinstance(atoms, Atoms)
         return atoms, settings
+
+    def frame(self, atoms: Atoms, row: Measurement | None = None) -> Atoms:
+        """A structure as it is written: what was computed for it, and what it has carried along.
+
+        What was left out of it is said once.
+        """
+        if self._template is None:
+            self._template, left = carried(atoms)
+            if left:
+                _logger.info(
+                    "%s are not written into the frames: they were computed for the start, or "
+                    "extended XYZ cannot hold them; %s has them",
+                    ", ".join(left),
+                    START,
+                )
+        out = self._template.copy()
+        out.set_cell(atoms.cell, apply_constraint=False)
+        out.positions = atoms.positions
+        out.set_momenta(atoms.get_momenta(), apply_constraint=False)
+        if row is not None:
+            out.info |= {"step": row.step, "time_fs": row.time, "temperature_K": row.temperature}
+        results = {} if atoms.calc is None else atoms.calc.results
+        if "forces_uncertainty" in results:
+            out.arrays["forces_uncertainty"] = np.array(results["forces_uncertainty"])
+            out.info["energy_uncertainty"] = results["energy_uncertainty"]
+        kept = {name: results[name] for name in ("energy", "forces", "stress") if name in results}
+        out.calc = SinglePointCalculator(out, **kept)
+        return out
 
     def add(self, row: Measurement, atoms: Atoms) -> None:
         """Add a row to the log and a frame to the trajectory; a heading comes with the first."""
@@ -155,7 +188,7 @@ class MDFiles:
             if stream.tell() == 0:
                 writer.writeheader()
             writer.writerow(cells)
-        self.write_frames(TRAJECTORY, [frame(atoms, row)], append=True)
+        self.write_frames(TRAJECTORY, [self.frame(atoms, row)], append=True)
 
     def write_frames(self, name: str, frames: Sequence[Atoms], append: bool = False) -> None:
         """Write frames as extended XYZ, which every program reads."""
@@ -209,28 +242,6 @@ class MDFiles:
                 if length:
                     os.truncate(self / name, length)
         return state
-
-
-def frame(atoms: Atoms, row: Measurement | None = None) -> Atoms:
-    """A structure with its computed energy, forces, stress and uncertainty, and nothing else."""
-    info = {
-        key: atoms.info[key]
-        for key in (*DEFAULT_CHARGE_KEYS, *DEFAULT_SPIN_KEYS)
-        if key in atoms.info
-    }
-    out = Atoms(
-        atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc,
-        momenta=atoms.get_momenta(), info=info,
-    )  # fmt: skip
-    if row is not None:
-        out.info |= {"step": row.step, "time_fs": row.time, "temperature_K": row.temperature}
-    results = {} if atoms.calc is None else atoms.calc.results
-    if "forces_uncertainty" in results:
-        out.arrays["forces_uncertainty"] = np.array(results["forces_uncertainty"])
-        out.info["energy_uncertainty"] = results["energy_uncertainty"]
-    kept = {name: results[name] for name in ("energy", "forces", "stress") if name in results}
-    out.calc = SinglePointCalculator(out, **kept)
-    return out
 
 
 def _cell(value: float) -> str:

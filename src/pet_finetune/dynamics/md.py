@@ -23,7 +23,7 @@ from pet_finetune.training.interrupt import InterruptGuard
 
 from . import MDFiles, MDSettings, Outcome, Summary, simulate, summarize
 from .checks import check_start
-from .files import FINAL, LOG, PLOT, RESULTS, TRAJECTORY, frame
+from .files import FINAL, LOG, PLOT, RESULTS, TRAJECTORY
 from .freedom import degrees_of_freedom, draw_velocities, temperature
 from .integrators import keeps_momentum
 from .model import ModelChoice
@@ -210,7 +210,7 @@ def _go(
         _logger.error("%s", error, extra=FILE_ONLY)
         _draw(files, settings, len(atoms))
         raise
-    files.write_frames(FINAL, [frame(atoms, outcome.row)])
+    files.write_frames(FINAL, [files.frame(atoms, outcome.row)])
     _draw(files, settings, len(atoms))
     _explain(outcome, settings, files)
     summary = summarize(files.read_rows(), len(atoms))

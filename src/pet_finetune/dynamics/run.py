@@ -14,7 +14,7 @@ from ase.md.md import MolecularDynamics
 from pet_finetune.data.contacts import Contacts
 from pet_finetune.errors import DynamicsError, PetFinetuneError
 
-from .files import STATE, STOPPED, TRAJECTORY, MDFiles, frame
+from .files import STATE, STOPPED, TRAJECTORY, MDFiles
 from .freedom import degrees_of_freedom
 from .integrators import integrator_state, keeps_momentum, make_integrator, restore_integrator
 from .measure import Measurement, measure
@@ -91,7 +91,7 @@ class _Run:
 
     def advance(self) -> Measurement:
         """Make a step."""
-        self.before = frame(self.atoms)
+        self.before = self.files.frame(self.atoms)
         try:
             self.dynamics.step()  # type: ignore[attr-defined]  # of every subclass
             self.dynamics.nsteps += 1
@@ -105,7 +105,7 @@ class _Run:
         """Keep the last two structures and stop."""
         step = self.dynamics.nsteps
         frames = [] if self.before is None else [self.before]
-        self.files.write_frames(STOPPED, [*frames, frame(self.atoms)])
+        self.files.write_frames(STOPPED, [*frames, self.files.frame(self.atoms)])
         raise DynamicsError(
             f"The simulation has gone wrong at step {step} "
             f"({step * self.settings.timestep:.6g} fs): {problem.rstrip('.')}.\n"
@@ -156,7 +156,7 @@ class _Run:
             part, divided, rest = name.partition("/")
             if divided:
                 parts[part][rest] = value
-        self.atoms.set_cell(state["cell"], scale_atoms=False)
+        self.atoms.set_cell(state["cell"], scale_atoms=False, apply_constraint=False)
         self.atoms.positions = state["positions"]
         self.atoms.set_momenta(state["momenta"], apply_constraint=False)
         try:
@@ -236,6 +236,10 @@ def _prepared(
     state: Mapping[str, Any] | None,
 ) -> _Run:
     calculator: MDCalculator = atoms.calc
+    # Lengths that a constraint is to keep are taken from the structure at its first use: let that
+    # be the start, of a run that goes on too.
+    atoms.set_constraint([constraint.copy() for constraint in atoms.constraints])
+    atoms.set_momenta(atoms.get_momenta())
     atoms.get_potential_energy()  # the contacts are those of the structure computed last
     alone = calculator.contacts().alone if state is None else frozenset(state["alone"].tolist())
     assert settings.max_temperature is not None

@@ -10,6 +10,7 @@ import ase.io
 import numpy as np
 import pytest
 from ase import Atoms, units
+from ase.constraints import FixAtoms, FixBondLengths, FixCartesian, FixCom, Hookean
 
 from models import crystal, ethanol, random_potential
 from pet_finetune import PETCalculator
@@ -89,6 +90,46 @@ def test_a_stopped_run_ends_as_one_that_never_stopped(run, tmp_path: Path, kind:
     with np.load(tmp_path / "whole" / STATE) as one, np.load(tmp_path / "parts" / STATE) as other:
         assert set(one) == set(other)
         assert [name for name in one if not np.array_equal(one[name], other[name])] == []
+
+
+HELD = {
+    "fixed": [FixAtoms([0])],
+    "coordinates": [FixCartesian([0, 1], [True, False, True])],
+    "bonds": [FixBondLengths([[0, 1], [1, 2]])],
+    "centre": [FixCom()],
+    "spring": [Hookean(0, 1, k=1.0, rt=1.0)],
+    "several": [FixAtoms([3]), FixBondLengths([[0, 1]])],
+}
+
+
+@pytest.mark.parametrize("kind", ["nve", "langevin", "bussi"])
+@pytest.mark.parametrize("held", HELD)
+def test_a_stopped_run_goes_on_with_its_masses_and_constraints(
+    run, tmp_path: Path, kind: str, held: str
+) -> None:
+    def start() -> Atoms:
+        atoms = ethanol()
+        atoms.set_masses(np.linspace(2.0, 30.0, 9))
+        atoms.set_constraint([constraint.copy() for constraint in HELD[held]])
+        return atoms
+
+    settings = replace(QUICK, **KINDS[kind])
+    run("whole", settings, atoms=start())
+    run("parts", settings, atoms=start(), stop_after=5)
+    run("parts", settings)
+    for name in (TRAJECTORY, TABLE):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    frames = ase.io.read(tmp_path / "whole" / TRAJECTORY, ":")
+    np.testing.assert_allclose(frames[-1].get_masses(), start().get_masses(), atol=1e-7)
+    first, last = frames[0], frames[-1]
+    assert np.abs(last.positions - first.positions).max() > 1e-3
+    if held in ("fixed", "several"):
+        fixed = HELD[held][0].index
+        np.testing.assert_array_equal(last.positions[fixed], first.positions[fixed])
+    if held in ("bonds", "several"):
+        assert last.get_distance(0, 1) == pytest.approx(start().get_distance(0, 1), abs=1e-7)
+    if held == "coordinates":
+        np.testing.assert_array_equal(last.positions[:2, [0, 2]], first.positions[:2, [0, 2]])
 
 
 def test_frames_and_rows(run, tmp_path: Path, model: Potential) -> None:
