@@ -10,7 +10,15 @@ import torch
 
 from models import random_potential
 from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
-from tiny_data import crystals, data_section, epochs, molecules, options, write_frames
+from tiny_data import (
+    crystals,
+    data_section,
+    epochs,
+    molecules,
+    options,
+    write_frames,
+    write_options,
+)
 
 
 def test_batches_by_atoms(here, train):
@@ -78,7 +86,7 @@ def test_sets_by_indices_and_no_final_evaluation(here, train):
     assert splits["test"]["parts"][0]["frames"] == [2]
 
 
-def test_charges_and_spins_are_read_for_a_model_that_knows_them(here, train):
+def test_charges_and_spins_are_read_for_a_model_that_knows_them(here, train, command):
     frames = molecules(10)
     for index, atoms in enumerate(frames):
         atoms.info["charge"] = index % 3 - 1
@@ -87,6 +95,12 @@ def test_charges_and_spins_are_read_for_a_model_that_knows_them(here, train):
     content = options(test_set=0.1)
     content["training_set"]["extra_data"] = {"charge": {"key": "charge"}}
     train(content, "-c", "base.ckpt")
+    frames[3].info["charge"] = 2
+    write_frames(Path("train.xyz"), frames)
+    write_options(Path("more.yaml"), content)
+    answer = command("train", "more.yaml", "-c", "base.ckpt")
+    assert answer.code != 0
+    assert "the total charge is 2" in answer.err
 
 
 def test_heads_of_two_targets(here, train):

@@ -55,6 +55,31 @@ def assert_same_both_ways(model: Potential, dtype: torch.dtype) -> None:
         )
 
 
+def operations(model: Potential) -> set[str]:
+    """The names of our own operations that a prediction goes through."""
+    batch = batch_from_atoms(ethanol(), model.cutoff, model.dtype)
+    with torch.profiler.profile() as seen:
+        model.predict(batch)
+    return {e.key for e in seen.key_averages() if e.key.startswith("pet_finetune::")}
+
+
+def test_a_prediction_runs_them():
+    """Compiled and loaded is not yet used."""
+    model = random_potential(**WIDE)
+    assert {"pet_finetune::attention", "pet_finetune::projection"} <= operations(model)
+    with kernels.disabled():
+        assert operations(model) == set()
+
+
+def test_a_fault_in_one_of_them_is_found(monkeypatch):
+    multiply = torch.ops.pet_finetune.attention
+    monkeypatch.setattr(
+        torch.ops.pet_finetune, "attention", lambda *given: multiply(*given) * (1 + 1e-9)
+    )
+    with pytest.raises(AssertionError):
+        assert_same_both_ways(random_potential(**WIDE), torch.float64)
+
+
 @DTYPES
 @pytest.mark.parametrize("hypers", VARIANTS.values(), ids=VARIANTS)
 def test_a_whole_potential_is_the_same(hypers, dtype):

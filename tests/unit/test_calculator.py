@@ -260,7 +260,7 @@ def test_copies_predict_the_same(clone: Callable, calc: PETCalculator):
 def test_works_in_another_process(calc: PETCalculator):
     expected = _energy(calc)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.map(_energy, [calc]) == [expected]
+        assert pool.map(_energy, [calc]) == pytest.approx([expected], rel=1e-12)
 
 
 def test_trajectories_keep_the_results(tmp_path, calc: PETCalculator):
@@ -369,10 +369,11 @@ def test_adapters_are_switched_in_a_running_simulation(model: Potential, tmp_pat
             calc.set_adapter(name)
         dynamics.run(2)
         alone = PETCalculator(tuned.get(name, model), device="cpu")
-        assert np.array_equal(atoms.get_forces(), alone.get_forces(atoms))
+        # One list of neighbours is of before the last steps, the other of now: in another order.
+        np.testing.assert_allclose(atoms.get_forces(), alone.get_forces(atoms), atol=1e-10)
     with pytest.raises(AdapterError, match=r"no adapter 'doar'\. Did you mean 'dora'"):
         calc.set_adapter("doar")
     again = pickle.loads(pickle.dumps(calc))
     again.set_adapter("lora")
     expected = PETCalculator(tuned["lora"], device="cpu").get_forces(atoms)
-    assert np.array_equal(again.get_forces(atoms), expected)
+    np.testing.assert_allclose(again.get_forces(atoms), expected, atol=1e-10)

@@ -59,8 +59,8 @@ def assert_says_what_its_members_say(models, frames, tolerance, one_pass=True):
         size = each.abs().max().clamp_min(1.0)
         ours = getattr(found.members, name)
         torch.testing.assert_close(ours / size, each / size, atol=tolerance, rtol=0, msg=name)
-        assert torch.equal(getattr(found, name), ours.mean(0))
-        torch.testing.assert_close(found.spread(name), ours.std(0), atol=0, rtol=0)
+        torch.testing.assert_close(getattr(found, name), ours.mean(0))
+        torch.testing.assert_close(found.spread(name), ours.std(0))
     assert float(found.spread("energy").min()) > 1e-3
 
 

@@ -121,8 +121,10 @@ def test_the_steps_are_those_of_training(tmp_path, monkeypatch):
     for batch in batches:
         trained.step([batch], 1, metrics)
     profile_steps(profiled, 1, tmp_path / "trace.json")  # six steps in all
+    fresh = make_trainer().parameters
     for name, parameter in trained.parameters.items():
         assert torch.equal(parameter, profiled.parameters[name]), name
+        assert not torch.equal(parameter, fresh[name]), name
 
 
 def test_a_step_of_several_batches_counts_them_all(tmp_path, monkeypatch):
