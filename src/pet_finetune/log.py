@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
+import time
 from functools import cache
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FILE_ONLY",
     "REDRAWS_PER_SECOND",
+    "Watch",
     "get_logger",
     "progress_bar",
     "setup_logging",
@@ -93,6 +97,80 @@ def progress_bar(before: TextColumn, *after: TextColumn) -> Progress | None:
         transient=True,
         refresh_per_second=REDRAWS_PER_SECOND,
     )
+
+
+class Watch:
+    """Says that something goes on: a bar on a terminal, a line each minute in a log.
+
+    What is done within two seconds shows nothing. The thread that made it calls :meth:`step`;
+    another one draws, so that a call that takes long is seen too. It draws nothing where another
+    bar is drawn already.
+
+    Args:
+        what: what is done, e.g. ``reading train.xyz``.
+        unit: what is counted, e.g. ``frames``.
+        total: how many there are, where that is known.
+    """
+
+    _WAIT, _LINE = 2.0, 60.0  # seconds
+
+    def __init__(self, what: str, unit: str = "", total: int | None = None) -> None:
+        self._what, self._unit, self._total = what, unit, total
+        self._done = 0
+        self._stopped = threading.Event()
+        self._began = time.monotonic()
+        self._thread = threading.Thread(target=self._show, daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def step(self, count: int = 1) -> None:
+        """So many more are done."""
+        self._done += count
+
+    def _words(self) -> str:
+        if not self._unit:
+            return ""
+        of = "" if self._total is None else f" of {self._total:,}"
+        return f"{self._done:,}{of} {self._unit}"
+
+    def _show(self) -> None:
+        if not sys.stderr.isatty():
+            while not self._stopped.wait(self._LINE):
+                seconds = time.monotonic() - self._began
+                words = [self._what, self._words(), f"for {seconds:.0f} s"]
+                get_logger().info("%s", ", ".join(word for word in words if word))
+            return
+        if not self._stopped.wait(self._WAIT):
+            self._draw()
+
+    def _draw(self) -> None:
+        from rich.errors import LiveError
+        from rich.progress import TextColumn
+
+        words = TextColumn("{task.fields[words]}")
+        bar = progress_bar(TextColumn("{task.description}"), words)
+        assert bar is not None
+        try:
+            bar.start()
+        except LiveError:  # another one is drawn
+            return
+        task = bar.add_task(self._what, total=self._total, words="")
+        try:
+            while not self._stopped.wait(1 / REDRAWS_PER_SECOND):
+                bar.update(task, completed=self._done, words=self._words())
+        finally:
+            bar.stop()
 
 
 def _stream_handler() -> logging.Handler:

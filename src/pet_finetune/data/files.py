@@ -1,46 +1,374 @@
-"""Frames and frame numbers from files; every failure says what to look at."""
+"""Frames and frame numbers from files; every failure says what to look at.
+
+ASE reads; what it takes for something else, leaves out or invents is seen to here and in the
+modules beside: :mod:`.text`, :mod:`.extxyz`, :mod:`.lammps`, :mod:`.outputs`.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
+import hashlib
+import re
+import tempfile
+import warnings
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ase.io
+import numpy as np
+from ase.io.formats import UnknownFileTypeError, filetype, ioformats
 
+from pet_finetune.data.extxyz import CELL_WORDS, read_extxyz
+from pet_finetune.data.lammps import LAMMPS, lammps_units, looks_like_lammps_data, with_elements
+from pet_finetune.data.outputs import clean_outcar, doubtful_frames, hint_of, is_cp2k
+from pet_finetune.data.symbols import as_types
+from pet_finetune.data.text import (
+    NamedBytes,
+    NamedText,
+    is_binary,
+    load_bytes,
+    to_text,
+    unpacked_name,
+)
 from pet_finetune.errors import DataError, did_you_mean
+from pet_finetune.log import Watch
 
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["frame_numbers", "list_frames", "read_frames"]
+__all__ = ["FrameFile", "frame_numbers", "list_frames", "read_file", "read_frames"]
 
 _SHOWN = 10
+# Files that were read stay in memory up to so many frames and atoms, so that a look at the names of
+# labels and the reading of them is one parse.
+_KEPT_FRAMES, _KEPT_ATOMS = 20_000, 1_000_000
+# Formats whose readers know no cell, though files may hold one.
+_WITHOUT_CELL = frozenset(
+    {"turbomole", "nwchem-in", "mol", "sdf", "gromos", "gaussian-in", "proteindatabank"}
+)
 
 
-def read_frames(path: str | Path) -> list[Atoms]:
-    """Read all structures of a file with ASE.
+@dataclass(frozen=True, eq=False)
+class FrameFile:
+    """The frames of one file. They are shared by all who read it: copy before changing one.
 
-    :raises DataError: the file is missing, a folder, of a format ASE does not know, damaged or
-        empty.
+    Attributes:
+        frames: as ASE keeps them.
+        doubtful: frames whose labels are no converged results of the calculation, and why.
+    """
+
+    frames: list[Atoms]
+    doubtful: Mapping[int, str] = field(default_factory=dict)
+
+
+_read: OrderedDict[tuple[Any, ...], FrameFile] = OrderedDict()
+
+
+def read_frames(
+    path: str | Path, format: str = "", types: Mapping[int, str] | None = None
+) -> list[Atoms]:
+    """The structures of a file; see :func:`read_file`."""
+    return read_file(path, format, types).frames
+
+
+def read_file(
+    path: str | Path, format: str = "", types: Mapping[int, str] | None = None
+) -> FrameFile:
+    """Read all structures of a file with ASE, and what is known of their labels.
+
+    A file that was read already and has not changed is not parsed again.
+
+    Args:
+        path: the file, also compressed (.gz, .bz2, .xz).
+        format: ASE's name of the format; guessed from name and content where empty.
+        types: elements by type of atom, for LAMMPS files that do not say them.
+
+    Raises:
+        DataError: the file is missing, a folder, of a format ASE does not know, damaged, empty,
+            or would be read as something else than is meant.
     """
     file = Path(path)
     check_file(file, "data file")
-    try:
-        frames = ase.io.read(file, index=":", do_not_split_by_at_sign=True)
-    except Exception as error:  # ASE's many readers raise whatever they meet
-        if file.stat().st_size == 0:
-            raise DataError(f"{path} is empty: it holds no structures.") from None
-        reason = str(error).strip() or "no reason given"
-        raise DataError(
-            f"ASE cannot read {path} ({type(error).__name__}: {reason}). The format is guessed "
-            "from name and content; extended xyz (.xyz, .extxyz) always works."
-        ) from error
+    data = load_bytes(file)
+    elements = as_types(types or {})
+    key = (str(path), format, tuple(sorted(elements.items())), hashlib.blake2b(data).digest())
+    if key not in _read:
+        _keep(key, _parse(file, str(path), data, format, elements))
+    _read.move_to_end(key)
+    return _read[key]
+
+
+def _keep(key: tuple[Any, ...], content: FrameFile) -> None:
+    """Remember a file, and forget the oldest ones where that is too much."""
+    _read[key] = content
+    while len(_read) > 1:
+        frames = [len(one.frames) for one in _read.values()]
+        atoms = sum(len(atoms) for one in _read.values() for atoms in one.frames)
+        if sum(frames) <= _KEPT_FRAMES and atoms <= _KEPT_ATOMS:
+            return
+        _read.popitem(last=False)
+
+
+def _parse(
+    file: Path, source: str, data: bytes, format: str, types: Mapping[int, str]
+) -> FrameFile:
+    """Read the content of a file that is there."""
+    if not data.strip():
+        raise DataError(f"{source} is empty: it holds no structures.")
+    text = "" if is_binary(data) else to_text(data, source)
+    kind = _named_format(format, source) if format else _guess(file, source, data, text)
+    if kind == "vasp-out":
+        text = clean_outcar(text, source)
+    with Watch(f"reading {source}", "frames") as watch:
+        try:
+            frames = list(_frames(kind, file, source, data, text, types, watch))
+        except DataError:
+            raise
+        except Exception as error:  # ASE's many readers raise whatever they meet
+            raise _unreadable(error, kind, source, text, bool(format)) from error
     if not frames:
-        empty = file.stat().st_size == 0
-        why = "is empty: it holds no structures." if empty else "holds no structures ASE can find."
-        raise DataError(f"{path} {why}")
-    return list(frames)
+        raise DataError(f"{source} holds no structures ASE can find.{hint_of(text)}")
+    if kind in LAMMPS:
+        with_elements(kind, text, frames, types, source)
+    if kind in ("db", "json"):
+        for atoms in frames:
+            _flatten(atoms)
+    _check_frames(kind, text, frames, source)
+    return FrameFile(frames, doubtful_frames(kind, text, frames))
+
+
+def _named_format(format: str, source: str) -> str:
+    """ASE's name of a format that the user gave."""
+    if format in ioformats:
+        return format
+    if f"{format}-text" in ioformats:
+        return f"{format}-text"
+    raise DataError(
+        f"format: ASE knows no {format!r}, with which {source} is to be read."
+        f"{did_you_mean(format, ioformats)} `ase info --formats` lists them."
+    )
+
+
+def _guess(file: Path, source: str, data: bytes, text: str) -> str:
+    """ASE's name of the format, from the name and the content of a file."""
+    if looks_like_lammps_data(text):
+        return "lammps-data"
+    name = str(file.with_name(unpacked_name(file)))
+    head = text[:50_000].encode() if text else data[:50_000]
+    try:
+        kind: str = filetype(NamedBytes(head, name))
+    except UnknownFileTypeError:
+        kind = ""
+    if kind in ioformats and not (kind == "espresso-out" and is_cp2k(text)):
+        return kind
+    if is_cp2k(text):
+        raise DataError(
+            f"{source} is an output of CP2K, which ASE has no reader for.{hint_of(text)} Convert "
+            "positions, cell, energies and forces to extended xyz (cp2k-output-tools or dpdata "
+            "do that)."
+        )
+    raise DataError(
+        f"ASE cannot read {source}: neither name nor content says which format it is. Say it: "
+        "`format: ...` beside `read_from` of the systems, or --format on the command line (`ase "
+        "info --formats` lists the names). Extended xyz (.xyz, .extxyz) always works."
+    )
+
+
+def _unreadable(error: Exception, kind: str, source: str, text: str, given: bool) -> DataError:
+    reason = str(error).strip() or "no reason given"
+    how = "as the options say" if given else "guessed from name and content; `format` names it"
+    more = ""
+    if kind == "lammps-data":
+        more = " The line `Atoms # full` of a data file names the style of its columns."
+    return DataError(
+        f"ASE cannot read {source} ({type(error).__name__}: {reason}).{hint_of(text)} It was taken "
+        f"for the format {kind!r} ({how}).{more} Extended xyz (.xyz, .extxyz) always works."
+    )
+
+
+def _frames(
+    kind: str,
+    file: Path,
+    source: str,
+    data: bytes,
+    text: str,
+    types: Mapping[int, str],
+    watch: Watch,
+) -> Iterator[Atoms]:
+    """The frames of a file, as its format is read."""
+    if kind in ("extxyz", "xyz"):
+        yield from read_extxyz(text, source, types, plain=kind == "xyz", step=watch.step)
+        return
+    options: dict[str, Any] = {}
+    if kind == "cif":
+        options["fractional_occupancies"] = True
+    elif kind == "aims-output":
+        options["non_convergence_ok"] = True  # it is looked for here
+    elif kind in LAMMPS:
+        options |= lammps_units(kind, text, source)
+    io = ioformats[kind]
+    parts: list[str | bytes] = list(_records(kind, text)) if text else [data]
+    for part in parts:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for atoms in _with_ase(kind, io.acceptsfd, io.isbinary, file, part, data, options):
+                watch.step()
+                yield atoms
+
+
+def _with_ase(
+    kind: str,
+    from_memory: bool,
+    binary: bool,
+    file: Path,
+    part: str | bytes,
+    data: bytes,
+    options: Mapping[str, Any],
+) -> Iterator[Atoms]:
+    """Frames that ASE finds in a piece of a file."""
+    name = str(file.with_name(unpacked_name(file)))
+    if from_memory:
+        stream: NamedBytes | NamedText
+        if binary:
+            stream = NamedBytes(part if isinstance(part, bytes) else part.encode(), name)
+        elif isinstance(part, str):
+            stream = NamedText(part, name)
+        else:
+            stream = NamedText(part.decode("latin-1"), name)
+        yield from ase.io.iread(stream, ":", format=kind, **options)
+        return
+    if unpacked_name(file) == file.name and (
+        isinstance(part, bytes) or part.encode(errors="ignore") == data
+    ):
+        yield from ase.io.iread(
+            str(file), ":", format=kind, do_not_split_by_at_sign=True, **options
+        )
+        return
+    with tempfile.TemporaryDirectory() as folder:  # unpacked, or with plain text
+        copy = Path(folder) / unpacked_name(file)
+        copy.write_bytes(part if isinstance(part, bytes) else part.encode())
+        yield from ase.io.iread(
+            str(copy), ":", format=kind, do_not_split_by_at_sign=True, **options
+        )
+
+
+def _records(kind: str, text: str) -> Iterator[str]:
+    """The structures of a file one by one, where ASE reads only the first."""
+    if kind == "sdf":
+        yield from (part.lstrip("\n") if k else part for k, part in _split_sdf(text))
+    elif kind == "gromacs":
+        lines = text.split("\n")
+        line = 0
+        while line + 1 < len(lines) and lines[line + 1].strip().isdecimal():
+            end = line + 3 + int(lines[line + 1])
+            yield "\n".join([*lines[line:end], ""])
+            line = end
+    elif kind == "vasp":
+        lines = text.split("\n")
+        starts = [0, *(k for k in range(8, len(lines) - 5) if _begins_poscar(lines, k))]
+        for begin, end in zip(starts, [*starts[1:], len(lines)], strict=True):
+            yield "\n".join([*lines[begin:end], ""])
+    else:
+        yield text
+
+
+def _split_sdf(text: str) -> Iterator[tuple[int, str]]:
+    for number, part in enumerate(re.split(r"^\$\$\$\$[^\n]*\n?", text, flags=re.M)):
+        if part.strip():
+            yield number, part
+
+
+def _begins_poscar(lines: list[str], line: int) -> bool:
+    """Whether another POSCAR begins: after its comment a scale and three vectors."""
+    words = [row.split() for row in lines[line + 1 : line + 5]]
+    if [len(row) for row in words] != [1, 3, 3, 3]:
+        return False
+    try:
+        for row in words:
+            list(map(float, row))
+    except ValueError:
+        return False
+    return True
+
+
+def _flatten(atoms: Atoms) -> None:
+    """Bring the columns and data of a row of an ASE database where labels are looked for."""
+    for place in ("key_value_pairs", "data"):
+        values = atoms.info.get(place)
+        if isinstance(values, Mapping):
+            del atoms.info[place]
+            for key, value in values.items():
+                atoms.info.setdefault(key, value)
+
+
+#: Lines that begin a frame, by format: as many frames are in the file.
+_BEGINNINGS = {
+    "vasp-out": re.compile(r"FREE ENERGIE OF THE ION-ELECTRON SYSTEM"),
+    "vasp-xdatcar": re.compile(r"^\s*Direct configuration\s*=", re.M),
+    "lammps-dump-text": re.compile(r"^ITEM: TIMESTEP", re.M),
+    "proteindatabank": re.compile(r"^MODEL\b", re.M),
+    "cif": re.compile(r"^\s*_atom_site_(?:label|type_symbol)\s*$(?:(?!^\s*data_)[\s\S])*", re.M),
+}
+
+
+def _check_frames(kind: str, text: str, frames: list[Atoms], source: str) -> None:
+    """Frames against the text: none lost, no atom invented.
+
+    Raises:
+        DataError: with the frame.
+    """
+    beginning = _BEGINNINGS.get(kind)
+    expected = len(beginning.findall(text)) if beginning is not None else 0
+    if expected > len(frames):
+        raise DataError(
+            f"{source} holds {expected} frames, and ASE reads {len(frames)} of them. The file is "
+            f"damaged or cut off after frame {len(frames) - 1}. Remove what is incomplete, or "
+            "convert it to extended xyz."
+        )
+    for number, atoms in enumerate(frames):
+        where = f"frame {number} of {source}"
+        dummies = np.flatnonzero(atoms.numbers < 1)
+        if len(dummies):
+            raise DataError(
+                f"{where}: {len(dummies)} of {len(atoms)} atoms, the first is atom {dummies[0]}, "
+                "are dummies without an element (X), which no potential can be asked about. "
+                "Remove them, or write their elements."
+            )
+        _check_occupancies(atoms, where)
+    bare = kind in _WITHOUT_CELL and not any(a.pbc.any() or a.cell.any() for a in frames)
+    found = CELL_WORDS.search(text[:20_000]) if bare else None
+    if found is not None:
+        raise DataError(
+            f"{source} seems to hold a cell ({' '.join(found[0].split())[:60]!r}), which is lost "
+            f"in reading the format {kind!r}: the structure would be a molecule in vacuum. "
+            "Convert it to extended xyz with a Lattice, or remove the cell if it is one."
+        )
+
+
+def _check_occupancies(atoms: Atoms, where: str) -> None:
+    """Refuse sites that are shared or partly empty: one atom would be taken for all of them."""
+    sites = atoms.info.pop("occupancy", None)
+    partial = []
+    if isinstance(sites, Mapping):
+        for number, shares in sites.items():
+            values = [float(share) for share in shares.values()]
+            if len(values) > 1 or any(value < 0.999 for value in values):
+                shown = ", ".join(f"{name} {float(share):g}" for name, share in shares.items())
+                partial.append(f"site {number}: {shown}")
+    column = atoms.arrays.get("occupancy")
+    if column is not None and np.issubdtype(np.asarray(column).dtype, np.number):
+        some = np.flatnonzero((column > 0) & (column < 0.999))
+        partial += [f"atom {k}: {column[k]:g}" for k in some]
+    if partial:
+        more = f" and {len(partial) - 3} more" if len(partial) > 3 else ""
+        raise DataError(
+            f"{where} has partly occupied sites ({'; '.join(partial[:3])}{more}). Such a structure "
+            "is an average, not an arrangement of atoms: reading it would invent one. Make an "
+            "ordered structure of it first (pymatgen's OrderDisorderedStructureTransformation, "
+            "icet or supercell do that)."
+        )
 
 
 def check_file(file: Path, what: str) -> None:

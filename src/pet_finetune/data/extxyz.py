@@ -1,0 +1,422 @@
+"""Extended XYZ, frame by frame: all that the text holds is read, or the line is named.
+
+ASE stops without a word at the first empty line, ignores columns that ``Properties`` does not
+name, and knows one form of a stress. Here the frames are walked by their numbers of atoms, and
+each is handed to ASE by itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+from ase.data import atomic_masses
+from ase.io.extxyz import key_val_str_to_dict, read_xyz
+
+from pet_finetune.data.symbols import element_of, is_dummy
+from pet_finetune.data.text import NamedText
+from pet_finetune.errors import DataError
+from pet_finetune.log import get_logger
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+__all__ = ["CELL_WORDS", "read_extxyz"]
+
+_logger = get_logger(__name__)
+
+_DEFAULT = "species:S:1:pos:R:3"
+_PROPERTIES = re.compile(r"""Properties\s*=\s*["']?([^\s"']+)""")
+_FLOAT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eEdD][-+]?\d+)?|[-+]?(?i:nan|inf)")
+# Values of the keys for which ASE allows nine numbers and nothing else.
+_MATRIX = re.compile(
+    r"(?<![\w-])(Lattice|stress|virial)\s*=\s*"
+    r"(\"[^\"]*\"|'[^']*'|\{[^}]*\}|\[\s*\[.*?\]\s*\]|\[[^\]]*\]|[^\s\"'{\[]\S*)"
+)
+#: A cell that stands in a text in words, not as Lattice="...".
+CELL_WORDS = re.compile(
+    r"(?i)(?<![a-z])(lattice|unit[-_ ]?cell|super[-_ ]?cell|cell|simulation[-_ ]?box|box|pbc[-_ ]?"
+    r"box|cryst1|celldm|h[-_ ]?matrix|abc)(?:[-_ ]?(?:vectors?|par\w*|sizes?|lengths?|matrix|"
+    r"dim\w*|abc))?(?![a-z])[^\d.+-]{0,16}((?:[-+]?\d*\.?\d+(?:e[-+]?\d+)?[\s,;\"'\]\[)(]*){3,})"
+)
+_VECTOR = re.compile(r"\s*VEC[1-3]\s")
+
+
+def read_extxyz(
+    text: str,
+    source: str,
+    types: Mapping[int, str] | None = None,
+    *,
+    plain: bool = False,
+    step: Callable[[], None] = lambda: None,
+) -> list[Atoms]:
+    """All frames of an XYZ file, plain or extended.
+
+    Empty lines between frames are skipped. Numbers and isotopes stand for their elements, six
+    numbers of a stress or virial for a symmetric matrix (xx yy zz yz xz xy).
+
+    Args:
+        text: of the file, with plain line ends.
+        source: the file, for messages.
+        types: elements by number, where the first column holds types of atoms.
+        plain: whether the comment is only a comment.
+        step: called after each frame.
+
+    Raises:
+        DataError: names frame and line of what cannot be read, or would be read as something
+            else than is meant.
+    """
+    reader = _Reader(text.split("\n"), source, dict(types or {}), plain, text.endswith("\n"))
+    frames = []
+    for atoms in reader.frames():
+        frames.append(atoms)
+        step()
+    reader.finish()
+    return frames
+
+
+@dataclass
+class _Reader:
+    """Goes through the lines of one file."""
+
+    lines: list[str]
+    source: str
+    types: dict[int, str]
+    plain: bool
+    ended: bool
+    notes: Counter[str] = field(default_factory=Counter)
+    #: Whole numbers met in place of elements, and whether any real symbol was.
+    numeric: set[int] = field(default_factory=set)
+    symbolic: bool = False
+    frame: int = 0
+    #: Index of the line with the frame's number of atoms.
+    start: int = 0
+
+    def frames(self) -> Iterator[Atoms]:
+        """Each frame in turn."""
+        line = 0
+        while True:
+            while line < len(self.lines) and not self.lines[line].strip():
+                line += 1
+            if line >= len(self.lines):
+                return
+            count = self._count(line)
+            self.start = line
+            end = line + 2 + count
+            while end < len(self.lines) and end < line + 5 + count:
+                if not _VECTOR.match(self.lines[end]):
+                    break
+                end += 1
+            yield self._read(count, end)
+            self.frame += 1
+            line = end
+
+    def finish(self) -> None:
+        """What is said once for the whole file."""
+        largest = len(self.numeric)
+        if self.numeric and not self.symbolic and not self.types:
+            if self.numeric == set(range(1, largest + 1)):
+                raise DataError(self._typed(largest))
+            self.notes["have atomic numbers in place of symbols; they are taken as such"] = (
+                self.frame
+            )
+        for note, count in self.notes.items():
+            _logger.info("%s: %d of %d frames %s", self.source, count, self.frame, note)
+
+    def _count(self, line: int) -> int:
+        """The number of atoms that a frame begins with."""
+        word = self.lines[line].strip()
+        if word.isdecimal():
+            return int(word)
+        if not self.frame:
+            self._fail(line, f"a number of atoms is expected, found {_shown(word)}")
+        before = f"frame {self.frame - 1}, which begins on line {self.start + 1}"
+        if len(word.split()) >= 4:
+            self._fail(
+                line,
+                f"the number of atoms of the next frame is expected, found {_shown(word)}. This "
+                f"looks like an atom more than {before}, says it has",
+            )
+        self._fail(
+            line,
+            f"{before}, ends here, and the number of atoms of the next one is expected, found "
+            f"{_shown(word)}",
+        )
+
+    def _read(self, count: int, end: int) -> Atoms:
+        """The frame that begins at ``start``."""
+        first = self.start + 2
+        rows = self.lines[first : first + count]
+        comment = self.lines[self.start + 1] if self.start + 1 < len(self.lines) else ""
+        layout = _Layout.of("" if self.plain else comment)
+        cut = len(rows) < count or (rows and end >= len(self.lines) and not rows[-1].strip())
+        if cut:
+            there = sum(bool(row.strip()) for row in rows)
+            raise DataError(
+                f"{self.source}: the last frame, {self.frame}, which begins on line "
+                f"{self.start + 1}, is cut off: it says it has {count} atoms, and {there} are "
+                f"there. Remove it (the lines from {self.start + 1} on), or write the file again."
+            )
+        rows = self._checked(rows, layout, first)
+        self._cut_in_a_number(rows, end)
+        rows, masses = self._with_elements(rows, layout, first, comment)
+        if not self._has_cell(comment, end - first - count):
+            self._refuse_cell(comment)
+        vectors = self.lines[first + count : end]
+        try:
+            atoms = self._atoms([comment, *rows, *vectors], count)
+        except DataError:
+            raise
+        except Exception as error:  # noqa: BLE001  ASE raises whatever it meets
+            atoms = self._second_try(error, [comment, *rows, *vectors], count)
+        for index, mass in masses.items():
+            if "masses" not in atoms.arrays:
+                atoms.set_masses(atomic_masses[atoms.numbers])
+            atoms.arrays["masses"][index] = mass
+        return atoms
+
+    def _checked(self, rows: list[str], layout: _Layout, first: int) -> list[str]:
+        """The rows of the atoms, each with as many columns as are named."""
+        more = 0
+        for number, row in enumerate(rows):
+            width = len(row.split())
+            if width < layout.width:
+                hint = ""
+                if row.strip().isdecimal() or not row.strip():
+                    hint = (
+                        f" The number of atoms on line {self.start + 1} is probably too large, or "
+                        "atoms are missing."
+                    )
+                self._fail(
+                    first + number,
+                    f"{layout.width} columns are expected ({layout.names}), found "
+                    f"{_shown(row.strip())}.{hint}",
+                )
+            more += width > layout.width
+        if more:
+            self.notes[
+                f"have columns behind the {layout.width} that are named ({layout.names}); they are "
+                "not read. If they are labels, name them with Properties=..."
+            ] += 1
+        return rows
+
+    def _cut_in_a_number(self, rows: Sequence[str], end: int) -> None:
+        """The file ends within the last row, where all rows have one length."""
+        if self.ended or end < len(self.lines) or len(rows) < 3:
+            return
+        lengths = {len(row) for row in rows[:-1]}
+        if len(lengths) == 1 and len(rows[-1]) < min(lengths):
+            raise DataError(
+                f"{self.source}: the last frame, {self.frame}, which begins on line "
+                f"{self.start + 1}, is cut off: the file ends within a row, {_shown(rows[-1])}. "
+                f"Remove it (the lines from {self.start + 1} on), or write the file again."
+            )
+
+    def _with_elements(
+        self, rows: list[str], layout: _Layout, first: int, comment: str
+    ) -> tuple[list[str], dict[int, float]]:
+        """Rows with symbols of elements, and the masses of isotopes by atom."""
+        masses: dict[int, float] = {}
+        if layout.species is None:
+            return rows, masses
+        changed = None
+        typed = bool(self.types) or comment.lstrip().startswith("Atoms. Timestep")
+        for number, row in enumerate(rows):
+            label = row.split(None, layout.species + 1)[layout.species]
+            symbol, mass = self._element(label, first + number, typed)
+            if mass is not None:
+                masses[number] = mass
+            if symbol != label:
+                changed = changed if changed is not None else list(rows)
+                words = row.split()
+                words[layout.species] = symbol
+                changed[number] = " ".join(words)
+        if masses:
+            self.notes["name isotopes; they are read as their elements, with these masses"] += 1
+        return (rows if changed is None else changed), masses
+
+    def _element(self, label: str, line: int, typed: bool) -> tuple[str, float | None]:
+        """Symbol and, for an isotope, mass."""
+        if label.isdecimal() and int(label):
+            if typed:
+                if not self.types:
+                    raise DataError(self._typed(0))
+                if int(label) not in self.types:
+                    self._fail(line, f"type {label} is not among the types given: {self.types}")
+                return self.types[int(label)], None
+            self.numeric.add(int(label))
+        else:
+            self.symbolic = True
+        found = element_of(label)
+        if found is not None:
+            return found
+        if is_dummy(label):
+            self._fail(
+                line,
+                f"{label!r} is a dummy atom, a place without an element, which no potential can "
+                "be asked about. Remove such atoms, and lower the number of atoms",
+            )
+        self._fail(
+            line,
+            f"{label!r} is no element, and what it stands for is not clear. Write the symbol of "
+            "the element in this column",
+        )
+
+    def _typed(self, largest: int) -> str:
+        what = f"hold the numbers 1 to {largest}" if largest > 1 else "hold numbers"
+        return (
+            f"{self.source}: the places of the elements {what}, which are types of atoms in files "
+            "of LAMMPS and would be hydrogen, helium, ... as atomic numbers. Say which type is "
+            "which element: `types: {1: O, 2: H}` beside `read_from` of the systems, or --types "
+            "1=O,2=H on the command line."
+        )
+
+    def _has_cell(self, comment: str, vectors: int) -> bool:
+        """Whether the frame has a cell, or says that it has none."""
+        if vectors:
+            return True
+        if self.plain:
+            return False
+        return "Lattice" in comment and re.search(r"Lattice\s*=", comment) is not None
+
+    def _refuse_cell(self, comment: str) -> None:
+        """Stop where the comment holds a cell that would be lost."""
+        if re.search(r"(?i)\bpbc\s*=\s*[\"'\[{]?\s*f\w*[\s,]+f\w*[\s,]+f", comment):
+            return
+        found = CELL_WORDS.search(comment)
+        cell = found[0].strip() if found else ""
+        if self.plain and not cell and "Lattice" in comment:
+            cell = comment.strip()
+        if not cell and not _looks_like_cell(comment):
+            return
+        self._fail(
+            self.start + 1,
+            f"the comment seems to hold a cell ({_shown(cell or comment.strip())}), but not in the "
+            "form that is read, so that the structure would be a molecule in vacuum. Write "
+            'Lattice="ax ay az bx by bz cx cy cz" (in the unit of the positions), or pbc="F F F" '
+            "if it is one",
+        )
+
+    def _parse(self, comment: str) -> dict[str, Any]:
+        """The comment as ASE reads it, with matrices in the forms that have one meaning."""
+        if self.plain:
+            return {}
+        return dict(key_val_str_to_dict(_MATRIX.sub(self._matrix, comment)))
+
+    def _matrix(self, found: re.Match[str]) -> str:
+        """Nine numbers for the key, where its value says them."""
+        key, value = found[1], found[2]
+        numbers = [word.translate(_EXPONENT) for word in _FLOAT.findall(value)]
+        if len(numbers) == 6 and key != "Lattice":
+            xx, yy, zz, yz, xz, xy = numbers
+            numbers = [xx, xy, xz, xy, yy, yz, xz, yz, zz]
+            self.notes[
+                f"have a {key} of six numbers, taken in the order xx yy zz yz xz xy (Voigt)"
+            ] += 1
+        elif len(numbers) == 3 and key == "Lattice":
+            x, y, z = numbers
+            numbers = [x, "0", "0", "0", y, "0", "0", "0", z]
+        elif len(numbers) != 9:
+            allowed = "9 or 3" if key == "Lattice" else "9, or 6 in the order xx yy zz yz xz xy"
+            self._fail(
+                self.start + 1,
+                f"{key} should be {allowed} numbers, found {_shown(value)}",
+            )
+        return f'{key}="{" ".join(numbers)}"'
+
+    def _atoms(self, lines: Sequence[str], count: int) -> Atoms:
+        """A frame by itself, as ASE reads it."""
+        block = "\n".join([str(count), *lines, ""])
+        atoms: Atoms = next(read_xyz(NamedText(block, self.source), 0, self._parse))
+        return atoms
+
+    def _second_try(self, error: Exception, lines: Sequence[str], count: int) -> Atoms:
+        """The frame with exponents as Fortran writes them (1.0D-03); else what is wrong."""
+        plain = [lines[0], *(_FORTRAN.sub(r"\1e\2", line) for line in lines[1:])]
+        if plain != lines:
+            try:
+                return self._atoms(plain, count)
+            except Exception:  # noqa: BLE001  the first error is explained
+                pass
+        self._explain(error, lines)
+
+    def _explain(self, error: Exception, lines: Sequence[str]) -> NoReturn:
+        """The error of ASE with the place where it happened."""
+        layout, first = _Layout.of("" if self.plain else lines[0]), self.start + 2
+        for number, row in enumerate(lines[1:]):
+            for column, word in enumerate(row.split()[: layout.width]):
+                if layout.kinds[column] in "RI" and not _is_number(word, layout.kinds[column]):
+                    kind = "a number" if layout.kinds[column] == "R" else "a whole number"
+                    self._fail(
+                        first + number, f"{kind} is expected in column {column + 1}, found {word!r}"
+                    )
+        reason = str(error).strip() or type(error).__name__
+        self._fail(self.start + 1, f"ASE cannot read the frame: {reason}")
+
+    def _fail(self, line: int, what: str) -> NoReturn:
+        end = "" if what.endswith((".", "!")) else "."
+        raise DataError(f"{self.source}, line {line + 1} (frame {self.frame}): {what}{end}")
+
+
+_FORTRAN = re.compile(r"(?<![A-Za-z])(\d*\.?\d+)[dD]([-+]?\d+)(?![A-Za-z])")
+_EXPONENT = str.maketrans("dD", "ee")
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The columns of a frame."""
+
+    #: How messages call them.
+    names: str
+    #: One letter a column: R, I, S or L.
+    kinds: str
+    #: The column with the element; None where atomic numbers (``Z``) or nothing say it.
+    species: int | None
+
+    @property
+    def width(self) -> int:
+        return len(self.kinds)
+
+    @staticmethod
+    def of(comment: str) -> _Layout:
+        """The columns that a comment names; element and position without it."""
+        found = _PROPERTIES.search(comment)
+        words = (found[1] if found else _DEFAULT).split(":")
+        kinds, species = "", None
+        for name, kind, count in zip(words[::3], words[1::3], words[2::3], strict=False):
+            if name == "species" and kind == "S":
+                species = len(kinds)
+            kinds += kind[:1] * (int(count) if count.isdecimal() else 0)
+        # Numbers beside symbols are what ASE believes.
+        return _Layout(":".join(words), kinds, None if "Z" in words[::3] else species)
+
+
+def _looks_like_cell(comment: str) -> bool:
+    """Whether a comment of nothing but numbers is a cell: lengths, lengths and angles, vectors."""
+    words = comment.strip().strip("#").replace(",", " ").split()
+    if len(words) not in (3, 6, 9) or not all(_is_number(word, "R") for word in words):
+        return False
+    values = np.array([float(word.translate(_EXPONENT)) for word in words])
+    if not np.isfinite(values).all():
+        return False
+    if len(words) == 9:
+        return bool(np.linalg.det(values.reshape(3, 3)) > 8.0)
+    lengths = bool((values[:3] > 2.0).all())
+    return lengths and (len(words) == 3 or bool(((values[3:] > 20) & (values[3:] < 160)).all()))
+
+
+def _is_number(word: str, kind: str) -> bool:
+    try:
+        int(word) if kind == "I" else float(word.translate(_EXPONENT))
+    except ValueError:
+        return False
+    return True
+
+
+def _shown(text: str) -> str:
+    """A piece of a file, short enough for a message."""
+    return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -1,0 +1,273 @@
+"""What the outputs of electronic-structure codes say beside the numbers: did the SCF converge?
+
+ASE reads energies and forces and drops the status of the calculation. Here the text is searched
+for what the codes write when they give up, and each such line is laid to its frame.
+"""
+
+from __future__ import annotations
+
+import bisect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from ase.units import Hartree
+
+from pet_finetune.errors import DataError
+from pet_finetune.log import get_logger
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+__all__ = ["clean_outcar", "doubtful_frames", "hint_of", "is_cp2k"]
+
+_logger = get_logger(__name__)
+
+#: What codes write when a self-consistent field did not converge.
+_FAILED = re.compile(
+    r"EDIFF was not reached \(unconverged\)"
+    r"|>{5,} Convergence criterion not met|Convergence failure -- run terminated"  # Gaussian
+    r"|SCF NOT CONVERGED AFTER|SCF not fully converged|wavefunction IS NOT (?:FULLY )?CONVERGED"
+    r"|wavefunction not fully converged|SCF CONVERGENCE FAILURE"  # ORCA
+    r"|SCF run NOT converged"  # CP2K
+    r"|convergence NOT achieved"  # Quantum ESPRESSO
+    r"|SELF-CONSISTENCY CYCLE DID NOT CONVERGE|Self-consistency cycle not converged"
+    r"|SCF cycle not converged|s\.c\.f\. cycle (?:was )?not converged"  # FHI-aims
+    r"|system has not reached the groundstate"  # CASTEP
+    r"|Calculation failed to converge"  # NWChem
+    r"|Did not converge!"  # GPAW
+    r"|SCF IS UNCONVERGED"  # GAMESS
+    r"|was not enough SCF cycles to converge"  # ABINIT
+    r"|SCC is NOT converged"  # DFTB+
+)
+#: In a table of names and values (``info``, ``key_value_pairs``): false means the same.
+_FLAGS = re.compile(r"(?i)(?:is_|scf_|electronic_)*converged(?:_scf|_electronic)?$")
+
+
+@dataclass(frozen=True)
+class _Code:
+    """How the frames lie in the output of a code."""
+
+    #: Lines of which every frame has one.
+    frame: re.Pattern[str]
+    #: Whether the line ends the frame's part of the text; else it begins it.
+    ends: bool = True
+    #: What a part must hold for ASE to make a frame of it.
+    holds: re.Pattern[str] | None = None
+
+
+_CODES: Mapping[str, _Code] = {
+    "vasp-out": _Code(re.compile(r"FREE ENERGIE OF THE ION-ELECTRON SYSTEM")),
+    "gaussian-out": _Code(re.compile(r"^ *SCF Done:.*\n(?:(?!.*SCF Done:).*\n){0,12}", re.M)),
+    "orca-output": _Code(
+        re.compile(r"ORCA TERMINATED NORMALLY|ORCA GEOMETRY RELAXATION STEP")
+    ),
+    "espresso-out": _Code(
+        re.compile(r"Program PWSCF|ATOMIC_POSITIONS"),
+        ends=False,
+        holds=re.compile(
+            r"!    total energy|Forces acting on atoms|total   stress|Magnetic moment per site"
+            r"|End of self-consistent calculation|End of band structure calculation"
+        ),
+    ),
+    "aims-output": _Code(
+        re.compile(
+            r"Self-consistency cycle converged|Self-consistency cycle not converged"
+            r"|SELF-CONSISTENCY CYCLE DID NOT CONVERGE|SCF cycle not converged"
+        )
+    ),
+    "castep-castep": _Code(re.compile(r"^ *Final (?:free )?energy.*=", re.M)),
+    "nwchem-out": _Code(re.compile(r"Total (?:DFT|SCF) energy")),
+}
+
+
+def is_cp2k(text: str) -> bool:
+    """Whether a text is the output of CP2K, which ASE has no reader for."""
+    return "CP2K|" in text[:20000]
+
+
+def hint_of(text: str) -> str:
+    """For a message about an output that cannot be read: that its SCF failed, or nothing."""
+    found = _FAILED.search(text)
+    if found is None:
+        return ""
+    return f" It says on line {_line(text, found.start())}: {_whole_line(text, found)!r}."
+
+
+def doubtful_frames(kind: str, text: str, frames: Sequence[Atoms]) -> dict[int, str]:
+    """Frames whose labels are no converged results, with the reason.
+
+    Args:
+        kind: ASE's name of the format.
+        text: of the file; empty where it is none.
+        frames: as ASE read them.
+    """
+    found = {}
+    for number, atoms in enumerate(frames):
+        for key, value in atoms.info.items():
+            if _FLAGS.match(str(key)) and _is_false(value):
+                found[number] = f"{key} is false"
+    if kind == "vasp-xml":
+        found |= _vasprun(text, len(frames))
+    elif kind not in ("extxyz", "xyz") and text:
+        if kind == "vasp-out":
+            found |= dict(_full_cycles(text))
+        found |= _failures(kind, text, frames)
+    return found
+
+
+def _failures(kind: str, text: str, frames: Sequence[Atoms]) -> dict[int, str]:
+    """Lines that say that a cycle failed, by the frame they belong to."""
+    lines = list(_FAILED.finditer(text))
+    if not lines:
+        return {}
+    part_of = _parts(kind, text, frames)
+    found: dict[int, str] = {}
+    for line in lines:
+        reason = f"line {_line(text, line.start())}: {_whole_line(text, line)!r}"
+        for number in part_of(line.start()):
+            found.setdefault(number, reason)
+    return found
+
+
+def _parts(kind: str, text: str, frames: Sequence[Atoms]) -> Callable[[int], Sequence[int]]:
+    """Which frames a place in the text belongs to; all of them where that is not clear."""
+    everything = range(len(frames))
+    code = _CODES.get(kind)
+    if code is None or len(frames) == 1:
+        return lambda place: everything
+    marks = list(code.frame.finditer(text))
+    if kind == "gaussian-out" and len(marks) != len(frames):
+        return _by_energy(marks, frames)
+    if not code.ends:
+        starts = [mark.start() for mark in marks]
+        ends = [*starts[1:], len(text)]
+        kept = [
+            begin
+            for begin, end in zip(starts, ends, strict=True)
+            if code.holds is None or code.holds.search(text, begin, end)
+        ]
+        if len(kept) != len(frames):
+            return lambda place: everything
+        number = {begin: index for index, begin in enumerate(kept)}
+
+        def begun(place: int) -> Sequence[int]:
+            before = bisect.bisect_right(starts, place) - 1
+            own = number.get(starts[max(before, 0)])
+            return () if own is None else (own,)
+
+        return begun
+    ends_at = [mark.end() for mark in marks]
+    # A run that was stopped has a part that no frame comes of.
+    if not len(frames) <= len(ends_at) <= len(frames) + 1:
+        return lambda place: everything
+
+    def ended(place: int) -> Sequence[int]:
+        own = bisect.bisect_left(ends_at, place + 1)
+        return (own,) if own < len(frames) else ()
+
+    return ended
+
+
+def _by_energy(
+    marks: Sequence[re.Match[str]], frames: Sequence[Atoms]
+) -> Callable[[int], Sequence[int]]:
+    """Frames by their energy: Gaussian repeats geometries, which ASE puts together."""
+    ends = [mark.end() for mark in marks]
+    energies = [float(m[0].split("=")[1].split()[0].replace("D", "e")) * Hartree for m in marks]
+    own = [atoms.calc.results.get("energy") if atoms.calc else None for atoms in frames]
+
+    def same(place: int) -> Sequence[int]:
+        mark = bisect.bisect_left(ends, place + 1)
+        if mark >= len(marks):
+            return ()
+        near = [k for k, e in enumerate(own) if e is not None and abs(e - energies[mark]) < 1e-6]
+        return near or range(len(frames))
+
+    return same
+
+
+def _full_cycles(text: str) -> Iterator[tuple[int, str]]:
+    """Steps of an OUTCAR that used all NELM iterations and do not say that they converged."""
+    limit = re.search(r"\bNELM\s*=\s*(\d+);", text)
+    if limit is None:
+        return
+    begin = 0
+    for number, mark in enumerate(_CODES["vasp-out"].frame.finditer(text)):
+        part = text[begin : mark.start()]
+        begin = mark.end()
+        cycles = [int(k) for k in re.findall(r"Iteration +\d+\( *(\d+)\)", part)]
+        if cycles and max(cycles) >= int(limit[1]) and "EDIFF is reached" not in part:
+            yield number, f"all {limit[1]} iterations (NELM) were used"
+
+
+def _vasprun(text: str, count: int) -> dict[int, str]:
+    """The same in vasprun.xml, and steps that a machine-learned force field predicted."""
+    limit = re.search(r'name="NELM">\s*(\d+)\s*<', text)
+    learned = re.search(r'name="ML_LMLFF">\s*T', text) is not None
+    found = {}
+    parts = text.split("<calculation>")[1:]
+    for number, part in enumerate(parts[:count]):
+        cycles = part.count("<scstep>")
+        if limit and cycles >= int(limit[1]):
+            found[number] = f"all {limit[1]} iterations (NELM) were used"
+        elif learned and not cycles:
+            found[number] = "predicted by VASP's machine-learned force field"
+    return found
+
+
+_LEARNED = re.compile(
+    r"^[^\n]*(?:\bML FORCE on cell|TOTAL-FORCE \(eV/Angst\) \(ML\)).*?"
+    r"^[^\n]*\bML energy +without entropy[^\n]*\n(?:\s*\n[^\n]*enthalpy is ML TOTEN[^\n]*\n)?",
+    re.M | re.S,
+)
+_WITHOUT_VDW = re.compile(r"(?: eV)?\s+w/o vdW\s*=\s*\S+(?: eV)?")
+
+
+def clean_outcar(text: str, source: str) -> str:
+    """An OUTCAR without what ASE takes for something else.
+
+    Steps that VASP's machine-learned force field predicted are no DFT: they are left out, which
+    the log says. Of energies with and without van der Waals terms the ones without go.
+
+    Raises:
+        DataError: no step was computed by DFT.
+    """
+    text, learned = _LEARNED.subn("", text) if "ML TOTEN" in text else (text, 0)
+    if learned:
+        computed = len(_CODES["vasp-out"].frame.findall(text))
+        if not computed:
+            raise DataError(
+                f"{source}: all {learned} steps are predictions of VASP's machine-learned force "
+                "field (ML_LMLFF); none was computed by DFT, so there is nothing to learn from. "
+                "Recompute some of these structures, or use the ML_AB file's data."
+            )
+        _logger.warning(
+            "%s: %d steps are predictions of VASP's machine-learned force field and are left out; "
+            "the %d steps computed by DFT are read",
+            source,
+            learned,
+            computed,
+        )
+    if "w/o vdW" in text:
+        text = _WITHOUT_VDW.sub("", text)
+    return text
+
+
+def _is_false(value: object) -> bool:
+    if isinstance(value, str):
+        return value.casefold() in ("f", "false", "no")
+    return isinstance(value, (bool, np.bool_, int, np.integer)) and not value
+
+
+def _line(text: str, place: int) -> int:
+    return text.count("\n", 0, place) + 1
+
+
+def _whole_line(text: str, found: re.Match[str]) -> str:
+    begin = text.rfind("\n", 0, found.start()) + 1
+    end = text.find("\n", found.end())
+    line = " ".join(text[begin : end if end >= 0 else None].split())
+    return line if len(line) <= 90 else " ".join(found[0].split())

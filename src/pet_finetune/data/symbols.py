@@ -1,0 +1,77 @@
+"""Elements from the labels of atoms that files use: symbols, numbers, isotopes, site labels."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+
+from ase.data import atomic_numbers, chemical_symbols
+
+from pet_finetune.errors import DataError
+
+__all__ = ["as_types", "element_of", "is_dummy"]
+
+# Masses in u of what chemists give a letter of its own (AME2020).
+_HYDROGEN = {"D": 2.01410177812, "T": 3.01604928199}
+_DUMMIES = frozenset({"X", "Xx", "Du", "Bq", "Gh", "Lp", "Vac", "Va", "Q"})
+_LABEL = re.compile(r"([A-Za-z]{1,2})(?:[0-9]+[+-]?|[+-][0-9]*|[_.:-].*)'*$")
+_ISOTOPE = re.compile(r"([0-9]{1,3})([A-Za-z]{1,2})$")
+
+
+@lru_cache(maxsize=4096)
+def element_of(label: str) -> tuple[str, float | None] | None:
+    """The element that a label of an atom stands for, where it has one meaning.
+
+    ``Fe``, ``fe`` and ``26`` are iron; ``C1``, ``C_a`` and ``Fe2+`` are sites of carbon and iron;
+    ``D``, ``T``, ``2H`` and ``13C`` are isotopes.
+
+    Returns:
+        Symbol, and for an isotope its mass in u; None where the label is no element or could be
+        several (``OW``, ``CA1x``).
+    """
+    symbol = label.capitalize()
+    if symbol in atomic_numbers and atomic_numbers[symbol] > 0:
+        return symbol, None
+    if symbol in _HYDROGEN:
+        return "H", _HYDROGEN[symbol]
+    if label.isdecimal():
+        number = int(label)
+        return (chemical_symbols[number], None) if 0 < number < len(chemical_symbols) else None
+    isotope = _ISOTOPE.match(label)
+    if isotope:
+        found = element_of(isotope[2])
+        mass = float(isotope[1])
+        # A mass number lies between Z and 3 Z: "1C" is no isotope of carbon.
+        if found and atomic_numbers[found[0]] <= mass <= 3 * atomic_numbers[found[0]]:
+            exact = {"2H": _HYDROGEN["D"], "3H": _HYDROGEN["T"]}
+            return found[0], exact.get(label.upper(), mass)
+        return None
+    site = _LABEL.match(label)
+    if site:
+        found = element_of(site[1])
+        return found if found is not None and not is_dummy(label) else None
+    return None
+
+
+def is_dummy(label: str) -> bool:
+    """Whether a label stands for a place without an atom."""
+    return label.rstrip("0123456789").capitalize() in _DUMMIES or label == "0"
+
+
+def as_types(given: Mapping[int, str]) -> dict[int, str]:
+    """A mapping of atom types to elements, checked.
+
+    Args:
+        given: element by the number of the type, from 1.
+
+    Raises:
+        DataError: a value that is no element.
+    """
+    types = {}
+    for number, name in given.items():
+        found = element_of(str(name))
+        if found is None:
+            raise DataError(f"types: {number} is given as {name!r}, which is no element.")
+        types[int(number)] = found[0]
+    return types
