@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from pet_finetune.elements import atomic_number, symbol_of
 from pet_finetune.errors import UnitError, did_you_mean
 from pet_finetune.units import LENGTH_UNITS, length_to_angstrom
 
@@ -64,6 +65,23 @@ Indices = Annotated[
 ]
 
 
+def _types(value: Any) -> dict[int, str]:
+    if not isinstance(value, Mapping):
+        raise ValueError
+    types = {}
+    for number, name in value.items():
+        if isinstance(number, bool) or not str(number).isdecimal() or not int(number):
+            raise ValueError
+        types[int(number)] = symbol_of(atomic_number(name))
+    return types
+
+
+Types = Annotated[
+    dict[int, str],
+    Expects("elements by number of the type, for instance {1: O, 2: H}", _types),
+]
+
+
 class SystemsOptions(Section):
     """Where the structures come from."""
 
@@ -73,6 +91,22 @@ class SystemsOptions(Section):
     )
     length_unit: LengthUnit = Field(
         default="angstrom", description="Unit of positions and cells in the file."
+    )
+    format: OptionalText = Field(
+        default="",
+        description="ASE's name of the file's format (`ase info --formats` lists them), where the "
+        "name of the file does not tell; empty means that it is guessed from name and content.",
+    )
+    types: Types = Field(
+        default={},
+        description="Elements by number of the type of atom, for LAMMPS files that do not say "
+        "them: `{1: O, 2: H}`.",
+    )
+    unconverged: Annotated[Literal["drop", "error", "keep"], OneOf()] = Field(
+        default="drop",
+        description="Frames whose self-consistent field did not converge, as the output of the "
+        "code says: `drop`: left out, and named in the log; `error`: the run stops; `keep`: "
+        "trained on like all others.",
     )
 
 

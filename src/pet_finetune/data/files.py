@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ase.db
 import ase.io
 import numpy as np
 from ase.io.formats import UnknownFileTypeError, filetype, ioformats
@@ -132,9 +133,6 @@ def _parse(
         raise DataError(f"{source} holds no structures ASE can find.{hint_of(text)}")
     if kind in LAMMPS:
         with_elements(kind, text, frames, types, source)
-    if kind in ("db", "json"):
-        for atoms in frames:
-            _flatten(atoms)
     _check_frames(kind, text, frames, source)
     return FrameFile(frames, doubtful_frames(kind, text, frames))
 
@@ -208,12 +206,13 @@ def _frames(
         options["non_convergence_ok"] = True  # it is looked for here
     elif kind in LAMMPS:
         options |= lammps_units(kind, text, source)
-    io = ioformats[kind]
+    form = ioformats[kind]
+    from_memory = form.acceptsfd and kind != "json"
     parts: list[str | bytes] = list(_records(kind, text)) if text else [data]
     for part in parts:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for atoms in _with_ase(kind, io.acceptsfd, io.isbinary, file, part, data, options):
+            for atoms in _with_ase(kind, from_memory, form.isbinary, file, part, data, options):
                 watch.step()
                 yield atoms
 
@@ -242,22 +241,31 @@ def _with_ase(
     if unpacked_name(file) == file.name and (
         isinstance(part, bytes) or part.encode(errors="ignore") == data
     ):
-        yield from ase.io.iread(
-            str(file), ":", format=kind, do_not_split_by_at_sign=True, **options
-        )
+        yield from _from_path(kind, file, options)
         return
     with tempfile.TemporaryDirectory() as folder:  # unpacked, or with plain text
         copy = Path(folder) / unpacked_name(file)
         copy.write_bytes(part if isinstance(part, bytes) else part.encode())
-        yield from ase.io.iread(
-            str(copy), ":", format=kind, do_not_split_by_at_sign=True, **options
-        )
+        yield from _from_path(kind, copy, options)
+
+
+def _from_path(kind: str, file: Path, options: Mapping[str, Any]) -> Iterator[Atoms]:
+    """Frames of a format that ASE reads by the name of the file only."""
+    if kind in ("db", "json"):
+        with ase.db.connect(str(file), type=kind) as rows:
+            for row in rows.select():
+                atoms = row.toatoms(add_additional_information=True)
+                _flatten(atoms)
+                yield atoms
+        return
+    yield from ase.io.iread(str(file), ":", format=kind, do_not_split_by_at_sign=True, **options)
 
 
 def _records(kind: str, text: str) -> Iterator[str]:
     """The structures of a file one by one, where ASE reads only the first."""
     if kind == "sdf":
-        yield from (part.lstrip("\n") if k else part for k, part in _split_sdf(text))
+        parts = re.split(r"^\$\$\$\$[^\n]*\n?", text, flags=re.M)
+        yield from (part for part in parts if part.strip())
     elif kind == "gromacs":
         lines = text.split("\n")
         line = 0
@@ -272,12 +280,6 @@ def _records(kind: str, text: str) -> Iterator[str]:
             yield "\n".join([*lines[begin:end], ""])
     else:
         yield text
-
-
-def _split_sdf(text: str) -> Iterator[tuple[int, str]]:
-    for number, part in enumerate(re.split(r"^\$\$\$\$[^\n]*\n?", text, flags=re.M)):
-        if part.strip():
-            yield number, part
 
 
 def _begins_poscar(lines: list[str], line: int) -> bool:

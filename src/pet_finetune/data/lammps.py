@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import atomic_masses, atomic_numbers, chemical_symbols
 
 from pet_finetune.data.symbols import element_of
@@ -90,7 +91,8 @@ def with_elements(
             _set_elements(atoms, types, source)
         if kind != "lammps-data" and atoms.calc is not None:
             # ASE puts an energy of zero beside the forces of a dump.
-            atoms.calc.results.pop("energy", None)
+            results = {k: v for k, v in atoms.calc.results.items() if k != "energy"}
+            atoms.calc = SinglePointCalculator(atoms, **results)
 
 
 def _set_elements(atoms: Atoms, types: Mapping[int, str], source: str) -> None:

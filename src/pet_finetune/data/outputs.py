@@ -60,10 +60,8 @@ class _Code:
 
 _CODES: Mapping[str, _Code] = {
     "vasp-out": _Code(re.compile(r"FREE ENERGIE OF THE ION-ELECTRON SYSTEM")),
-    "gaussian-out": _Code(re.compile(r"^ *SCF Done:.*\n(?:(?!.*SCF Done:).*\n){0,12}", re.M)),
-    "orca-output": _Code(
-        re.compile(r"ORCA TERMINATED NORMALLY|ORCA GEOMETRY RELAXATION STEP")
-    ),
+    "gaussian-out": _Code(re.compile(r"^ *SCF Done:.*", re.M)),
+    "orca-output": _Code(re.compile(r"ORCA TERMINATED NORMALLY|ORCA GEOMETRY RELAXATION STEP")),
     "espresso-out": _Code(
         re.compile(r"Program PWSCF|ATOMIC_POSITIONS"),
         ends=False,
@@ -127,7 +125,11 @@ def _failures(kind: str, text: str, frames: Sequence[Atoms]) -> dict[int, str]:
     found: dict[int, str] = {}
     for line in lines:
         reason = f"line {_line(text, line.start())}: {_whole_line(text, line)!r}"
-        for number in part_of(line.start()):
+        place = line.start()
+        if line[0].startswith("Convergence failure"):  # behind the energy that it is about
+            energies = list(_CODES["gaussian-out"].frame.finditer(text, 0, place))
+            place = energies[-1].start() if energies else place
+        for number in part_of(place):
             found.setdefault(number, reason)
     return found
 

@@ -15,9 +15,17 @@ from pet_finetune.keys import TargetSpec, forces_key, stress_key
 from pet_finetune.log import get_logger
 from pet_finetune.units import length_to_angstrom
 
-from .files import frame_numbers, read_frames
+from .files import frame_numbers, list_frames, read_file
 from .labels import Column, Shape, find_value, shape_of, to_forces, to_scalar, to_stress
-from .structure import Structure, as_integer, atoms_to_structure, place
+from .stated_units import StatedUnits
+from .structure import (
+    DEFAULT_CHARGE_KEYS,
+    DEFAULT_SPIN_KEYS,
+    Structure,
+    as_integer,
+    atoms_to_structure,
+    place,
+)
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -31,9 +39,11 @@ def read_structures(options: DatasetOptions) -> list[Structure]:
     """Read the structures of one data set.
 
     Energies are converted from the target's unit, positions from the systems' length unit, and
-    forces, stress and virial from the units these two make. Frames without forces or stress, or
-    without a target that is no energy, are kept. A stress counts only where the structure is
-    periodic in all three directions.
+    forces, stress and virial from the units these two make; a unit that the file itself states for
+    them wins, which the log says. Frames without forces or stress, or without a target that is no
+    energy, are kept. A stress counts only where the structure is periodic in all three directions.
+    Frames of calculations that did not converge are left out unless the options say otherwise; the
+    others keep their numbers.
 
     :param options: files, names and units.
     :raises DataError: see :mod:`pet_finetune.data.files` and :class:`~.labels.Column`; also an
@@ -52,6 +62,7 @@ def read_structures(options: DatasetOptions) -> list[Structure]:
     charges = _read_integers(reading, options.extra_data.get("charge"), "charge")
     multiplicity = options.extra_data.get("spin_multiplicity")
     spins = _read_integers(reading, multiplicity, "spin_multiplicity")
+    _log_odd_charges(reading)
     return [
         atoms_to_structure(
             reading.frames[index],
@@ -73,26 +84,43 @@ class _Reading:
 
     options: DatasetOptions
     files: dict[str, list[Atoms]] = field(default_factory=dict)
+    units: dict[str, StatedUnits] = field(default_factory=dict)
     source: str = ""
     frames: list[Atoms] = field(default_factory=list)
     chosen: list[int] = field(default_factory=list)
+    #: Å per unit of length that the options name, and per unit of the positions in the file.
+    declared_length: float = 1.0
     length: float = 1.0
 
     def __post_init__(self) -> None:
-        self.source = self.options.systems.read_from
-        self.length = length_to_angstrom(self.options.systems.length_unit)
-        self.frames = self.files[self.source] = read_frames(self.source)
+        systems = self.options.systems
+        self.source = systems.read_from
+        content = read_file(self.source, systems.format, systems.types)
+        self.frames = self.files[self.source] = content.frames
+        self.declared_length = length_to_angstrom(systems.length_unit)
+        self.length = self.stated(self.source).factor(
+            "length",
+            "positions",
+            self.declared_length,
+            systems.length_unit,
+            default=self.declared_length == 1.0,
+        )
         count = len(self.frames)
         given = self.options.indices
-        self.chosen = (
-            list(range(count)) if given is None else frame_numbers(given, count, self.source)
-        )
+        chosen = list(range(count)) if given is None else frame_numbers(given, count, self.source)
+        self.chosen = _converged(chosen, content.doubtful, self.source, systems.unconverged)
+
+    def stated(self, source: str) -> StatedUnits:
+        """The units that a file that was read states."""
+        if source not in self.units:
+            self.units[source] = StatedUnits.of(self.files[source], source)
+        return self.units[source]
 
     def column(self, what: str, source: str, key: str, shape: Shape) -> Column:
         """The values of a name; ``source`` may be another file with the same frames."""
         source = source or self.source
         if source not in self.files:
-            self.files[source] = read_frames(source)
+            self.files[source] = read_file(source).frames
             if len(self.files[source]) != len(self.frames):
                 raise DataError(
                     f"The {what} come from {source}, which has {len(self.files[source])} frames, "
@@ -117,9 +145,11 @@ def _read_target(
     _check_name(name)
     if not target.is_energy:
         return {name: _read_property(reading, target.spec(name), target)}
-    factor = target.factor
     what = f"values of target {name!r}"
     column = reading.column(what, target.read_from, target.key or name, to_scalar)
+    factor = reading.stated(column.source).factor(
+        "energy", column.key, target.factor, target.unit, default=target.factor == 1.0
+    )
     values = column.read(factor)
     absent = [index for index, value in zip(reading.chosen, values, strict=True) if value is None]
     if absent:
@@ -200,6 +230,10 @@ class _Gradient:
         what = f"{self.kind} of target {self.target!r}"
         source = self.options.read_from or self.source
         column = self.reading.column(what, source, self.options.key or self.kind, self.shape)
+        # Options have no unit of their own for these, so that the file contradicts none.
+        factor = self.reading.stated(column.source).factor(
+            self.kind, column.key, factor, "the units of energy and length", default=True
+        )
         values = column.read(factor, usable)
         count, found = len(values), sum(value is not None for value in values)
         if found == 0:
@@ -228,6 +262,61 @@ class _Gradient:
                 suggestion,
                 self.kind,
             )
+
+
+def _converged(
+    chosen: Sequence[int], doubtful: Mapping[int, str], source: str, how: str
+) -> list[int]:
+    """The frames that are wanted, without those of failed calculations unless these are kept.
+
+    :raises DataError: there are some, and the options refuse them; or nothing else is left.
+    """
+    found = [index for index in chosen if index in doubtful]
+    if not found:
+        return list(chosen)
+    reason = doubtful[found[0]]
+    text = (
+        f"{source}: the calculation of {list_frames(found)} did not converge ({len(found)} of "
+        f"{len(chosen)} frames). Frame {found[0]}: {reason}."
+    )
+    if how == "keep":
+        _logger.warning("%s They are kept, as `unconverged: keep` says.", text)
+        return list(chosen)
+    left = [index for index in chosen if index not in doubtful]
+    if how == "error" or not left:
+        none = "" if left else " No other frame is left."
+        raise DataError(
+            f"{text}{none} Energies and forces of such frames are no labels: compute them again. "
+            "`unconverged: drop` beside `read_from` of the systems leaves them out, `keep` takes "
+            "them as they are."
+        )
+    _logger.warning("%s They are left out.", text)
+    return left
+
+
+def _log_odd_charges(reading: _Reading) -> None:
+    """Say once which frames hold something else than an integer as charge or spin."""
+    for keys, name in ((DEFAULT_CHARGE_KEYS, "charge"), (DEFAULT_SPIN_KEYS, "spin multiplicity")):
+        option = "charge" if name == "charge" else "spin_multiplicity"
+        if option in reading.options.extra_data:
+            continue
+        for key in keys:
+            odd = [
+                index
+                for index in reading.chosen
+                if key in reading.frames[index].info
+                and as_integer(reading.frames[index].info[key]) is None
+            ]
+            if odd:
+                _logger.info(
+                    "%s: %r of %d frames is not an integer (%s: %r), and not taken as the %s",
+                    reading.source,
+                    key,
+                    len(odd),
+                    place(odd[0]),
+                    reading.frames[odd[0]].info[key],
+                    name,
+                )
 
 
 def _check_name(name: str) -> None:

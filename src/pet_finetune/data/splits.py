@@ -15,7 +15,7 @@ from pet_finetune.config.dataset import DatasetOptions, IndexedSet
 from pet_finetune.config.options import Options
 from pet_finetune.errors import DataError
 
-from .files import check_file, frame_numbers, list_frames
+from .files import check_file, frame_numbers, list_frames, read_frames
 from .fingerprint import structures_fingerprint
 from .readers import read_structures
 from .structure import Structure
@@ -135,6 +135,12 @@ def load_splits(path: str | Path, options: Options) -> Splits:
         dataset = _dataset(options, *key, path).model_copy(update={"indices": tuple(frames)})
         try:
             read[key] = {structure.index: structure for structure in read_structures(dataset)}
+            gone = sorted(set(frames) - set(read[key]))
+            if gone:
+                raise DataError(
+                    f"{list_frames(gone)} of {dataset.systems.read_from}, which were trained on, "
+                    "are now left out as not converged. Set `unconverged: keep` as it was."
+                )
         except DataError as error:
             raise DataError(f"The sets of {path} cannot be restored. {error}") from error
     members: dict[str, list[_Members]] = {name: [] for name in _SETS}
@@ -176,10 +182,13 @@ class _Pool:
     left: list[int]
 
     def take(self, frames: Sequence[int]) -> list[Structure]:
-        """Remove frames from the pool and return their structures."""
+        """Remove frames from the pool and return their structures.
+
+        Frames that reading left out (failed calculations) are in no set.
+        """
         gone = set(frames)
         self.left = [frame for frame in self.left if frame not in gone]
-        return [self.structures[frame] for frame in frames]
+        return [self.structures[frame] for frame in frames if frame in self.structures]
 
 
 def _named_frames(options: Options, name: str) -> list[int]:
@@ -202,7 +211,9 @@ def _read_pool(dataset: DatasetOptions, indexed: Mapping[str, list[int]]) -> _Po
     _refuse_overlap(source, "validation_set", indexed["validation"], "test_set", indexed["test"])
     if dataset.indices is None:
         structures = read_structures(dataset)
-        frame_numbers(tuple(named) or (0,), len(structures), source)
+        systems = dataset.systems
+        count = len(read_frames(source, systems.format, systems.types))
+        frame_numbers(tuple(named) or (0,), count, source)
         left = [structure.index for structure in structures]
     else:
         left = frame_numbers(dataset.indices, None, source)
@@ -210,6 +221,8 @@ def _read_pool(dataset: DatasetOptions, indexed: Mapping[str, list[int]]) -> _Po
             _refuse_overlap(source, "training_set", left, f"{name}_set", frames)
         everything = dataset.model_copy(update={"indices": (*left, *named)})
         structures = read_structures(everything)
+        there = {structure.index for structure in structures}
+        left = [frame for frame in left if frame in there]
     return _Pool(source, {structure.index: structure for structure in structures}, left)
 
 

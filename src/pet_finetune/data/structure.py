@@ -12,7 +12,6 @@ from torch import Tensor
 
 from pet_finetune.errors import DataError
 from pet_finetune.keys import LabelKind
-from pet_finetune.log import get_logger
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -23,8 +22,6 @@ __all__ = ["Structure", "as_integer", "atoms_to_structure", "place"]
 DEFAULT_CHARGE_KEYS = ("charge",)
 #: The same for the spin multiplicity 2S+1.
 DEFAULT_SPIN_KEYS = ("spin", "spin_multiplicity")
-
-_logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,8 +99,9 @@ def atoms_to_structure(
     :param spin: multiplicity 2S+1. Without it, ``atoms.info["spin"]`` or
         ``atoms.info["spin_multiplicity"]``, else 1.
     :param length_factor: Å per length unit of ``atoms``.
-    :raises DataError: no atoms, numbers that are not finite, an unknown element, a periodic
-        direction without a cell vector, or a multiplicity below 1.
+    :raises DataError: no atoms, numbers that are not finite, an unknown element, or a
+        periodic direction without a cell vector. Charge and multiplicity are what the file says:
+        :func:`~.charges.check_charges` judges them for a model that reads them.
     """
     where = place(index, source)
     numbers = np.array(atoms.numbers, dtype=np.int64)
@@ -112,13 +110,9 @@ def atoms_to_structure(
     cell = np.where(pbc[:, None], np.asarray(atoms.cell, dtype=np.float64) * length_factor, 0.0)
     _check_geometry(numbers, positions, cell, pbc, where)
     if charge is None:
-        charge = _usual_integer(atoms.info, DEFAULT_CHARGE_KEYS, 0, "charge", where)
+        charge = usual_integer(atoms.info, DEFAULT_CHARGE_KEYS, 0)
     if spin is None:
-        spin = _usual_integer(atoms.info, DEFAULT_SPIN_KEYS, 1, "spin multiplicity", where)
-    if spin < 1:
-        raise DataError(
-            f"{where}: the spin multiplicity is {spin}, but 2S+1 is at least 1 (1 = closed shell)."
-        )
+        spin = usual_integer(atoms.info, DEFAULT_SPIN_KEYS, 1)
     return Structure(
         index=index,
         source=source,
@@ -162,25 +156,11 @@ def as_integer(value: Any) -> int | None:
     return round(number) if np.isfinite(number) and abs(number - round(number)) < 1e-6 else None
 
 
-def _usual_integer(
-    info: Mapping[str, Any], keys: tuple[str, ...], default: int, name: str, where: str
-) -> int:
-    """Look for an integer under its usual names.
+def usual_integer(info: Mapping[str, Any], keys: tuple[str, ...], default: int) -> int:
+    """The integer under its usual names.
 
-    An entry that only happens to have the name and holds something else is passed over aloud.
+    An entry that only happens to have the name and holds something else is passed over;
+    :func:`~.readers.read_structures` says how many frames have one.
     """
-    for key in keys:
-        if key not in info:
-            continue
-        value = as_integer(info[key])
-        if value is not None:
-            return value
-        _logger.warning(
-            "%s: %r = %r is not an integer, so it is not taken as the %s; using %d.",
-            where,
-            key,
-            info[key],
-            name,
-            default,
-        )
-    return default
+    found = (as_integer(info[key]) for key in keys if key in info)
+    return next((value for value in found if value is not None), default)

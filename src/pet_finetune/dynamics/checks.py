@@ -79,8 +79,7 @@ def read_frame(structure: str | Path, index: int | None) -> Atoms:
             f"--index: {structure} has no frame {chosen}. It has frames 0 to {len(frames) - 1}; "
             "negative numbers count from the end."
         )
-    atoms = frames[chosen]
-    atoms.calc = None
+    atoms = frames[chosen].copy()  # without a calculator
     return from_ase(atoms, f"frame {chosen} of {structure}" if len(frames) > 1 else str(structure))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import numpy as np
 import pytest
 import torch
@@ -11,6 +9,7 @@ from ase import Atoms
 from ase.build import bulk, molecule
 
 from pet_finetune.data import atoms_to_structure
+from pet_finetune.data.charges import check_charges
 from pet_finetune.data.structure import as_integer
 from pet_finetune.errors import DataError
 
@@ -73,23 +72,13 @@ def test_as_integer(value, integer):
     assert as_integer(value) == integer
 
 
-def test_usual_name_with_something_else_is_passed_over_aloud(caplog):
+def test_charge_and_spin_are_what_the_file_says_and_judged_by_who_reads_them():
     atoms = molecule("OH")
-    atoms.info["charge"] = 0.5
-    logger = logging.getLogger("pet_finetune")
-    logger.addHandler(caplog.handler)
-    try:
-        assert atoms_to_structure(atoms).charge == 0
-    finally:
-        logger.removeHandler(caplog.handler)
-    assert "not an integer" in caplog.text
-
-
-def test_spin_below_one_is_refused():
-    atoms = molecule("OH")
-    atoms.info["spin"] = 0
-    with pytest.raises(DataError, match="at least 1"):
-        atoms_to_structure(atoms)
+    atoms.info.update(charge=0.5, spin=0)  # fairchem writes spin=0 where none is meant
+    structure = atoms_to_structure(atoms)
+    assert (structure.charge, structure.spin) == (0, 0)
+    with pytest.raises(DataError, match="spin multiplicity .* is 0"):
+        check_charges([structure], max_charge=5, max_spin=5)
 
 
 def broken_structures():

@@ -1,0 +1,222 @@
+"""Extended XYZ is read whole: no frame, column, cell or element is lost or made up."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+
+import numpy as np
+import pytest
+from ase.build import bulk, molecule
+from ase.io import write
+
+from pet_finetune.data import read_frames
+from pet_finetune.data.extxyz import read_extxyz
+from pet_finetune.data.symbols import element_of
+from pet_finetune.errors import DataError
+
+WATER = """\
+3
+Properties=species:S:1:pos:R:3 energy=-1.5
+O 0.000 0.000 0.000
+H 0.960 0.000 0.000
+H 0.000 0.960 0.000
+"""
+
+
+def read(text: str, **options):
+    return read_extxyz(text, "w.xyz", **options)
+
+
+def refused(text: str, **options) -> str:
+    with pytest.raises(DataError) as error:
+        read(text, **options)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("between", ["\n", "\n\n  \n", " \n"])
+def test_frames_behind_empty_lines_are_read(between):
+    frames = read(WATER + between + WATER + between)
+    assert [len(atoms) for atoms in frames] == [3, 3]
+    assert frames[1].get_potential_energy() == -1.5
+
+
+def test_an_empty_comment_is_no_end():
+    assert len(read("1\n\nAr 0 0 0\n1\n\nAr 0 0 0\n")) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (WATER + "trailing words\n", ["line 6", "frame 0", "'trailing words'"]),
+        (WATER.replace("3\n", "2\n", 1), ["line 5", "more than frame 0", "line 1"]),
+        (WATER.replace("3\n", "4\n", 1) + WATER, ["line 6 (frame 0)", "'3'", "too large"]),
+        (WATER + WATER[:-22], ["last frame, 1", "line 6", "cut off", "3 atoms, and 2"]),
+        (WATER + WATER[:-4], ["last frame, 1", "line 6", "ends within a row"]),
+        (WATER.replace("0.960", "O.960", 1), ["line 4", "column 2", "'O.960'"]),
+        (WATER.replace(" 0.000\nH", "\nH", 1), ["line 3", "4 columns"]),
+        ("three\n" + WATER, ["line 1", "'three'"]),
+    ],
+)
+def test_what_cannot_be_read_is_named_by_frame_and_line(text, words):
+    message = refused(text)
+    assert [word for word in words if word not in message] == [], message
+
+
+def test_columns_that_are_not_named_are_said(package_log):
+    read("1\nplain\nAr 0 0 0 0.1 0.2 0.3\n")
+    assert "not read" in package_log.text
+
+
+def test_six_numbers_of_a_stress_are_in_the_order_of_voigt(package_log):
+    voigt = 'Lattice="9 0 0 0 9 0 0 0 9" stress="1 2 3 4 5 6" virial=[1, 2, 3, 4, 5, 6]'
+    (atoms,) = read(WATER.replace("energy", voigt + " energy"))
+    np.testing.assert_array_equal(atoms.get_stress(), [1, 2, 3, 4, 5, 6])
+    np.testing.assert_array_equal(atoms.info["virial"], [[1, 6, 5], [6, 2, 4], [5, 4, 3]])
+    assert "xx yy zz yz xz xy" in package_log.text
+
+
+@pytest.mark.parametrize("nine", ['"1 6 5 6 2 4 5 4 3"', "[[1, 6, 5], [6, 2, 4], [5, 4, 3]]"])
+def test_nine_numbers_of_a_stress_flat_and_nested(nine):
+    (atoms,) = read(WATER.replace("energy", f"stress={nine} energy"))
+    np.testing.assert_array_equal(atoms.get_stress(), [1, 2, 3, 4, 5, 6])
+
+
+def test_other_counts_of_numbers_are_refused():
+    message = refused(WATER.replace("energy", 'stress="1 2 3 4" energy'))
+    assert "line 2" in message
+    assert "6 in the order xx yy zz yz xz xy" in message
+
+
+def test_fortran_exponents():
+    (atoms,) = read(WATER.replace("H 0.960", "H 0.960D+00"))
+    assert atoms.positions[1, 0] == 0.96
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [
+        ("fe", ("Fe", None)), ("26", ("Fe", None)), ("C1", ("C", None)), ("C_a", ("C", None)),
+        ("Fe2+", ("Fe", None)), ("Cl-", ("Cl", None)), ("D", ("H", 2.014)), ("T", ("H", 3.016)),
+        ("2H", ("H", 2.014)), ("13C", ("C", 13.0)), ("OW", None), ("X", None), ("0", None),
+        ("119", None), ("1C", None), ("Du1", None),
+    ],
+)  # fmt: skip
+def test_labels_of_atoms(label, expected):
+    found = element_of(label)
+    if expected is None or expected[1] is None:
+        assert found == expected
+    else:
+        assert found is not None
+        assert found[0] == expected[0]
+        assert found[1] == pytest.approx(expected[1], abs=1e-3)
+
+
+def test_isotopes_keep_their_masses():
+    (atoms,) = read(WATER.replace("H 0.960", "D 0.960"))
+    assert atoms.get_chemical_symbols() == ["O", "H", "H"]
+    assert atoms.get_masses() == pytest.approx([15.999, 2.014, 1.008], abs=1e-3)
+
+
+def test_numbers_in_place_of_symbols_are_atomic_numbers():
+    (atoms,) = read(WATER.replace("O 0", "8 0").replace("H 0", "1 0"))
+    assert atoms.get_chemical_formula() == "H2O"
+
+
+@pytest.mark.parametrize("comment", ["Properties=species:S:1:pos:R:3", "Atoms. Timestep: 0"])
+def test_numbers_from_one_on_are_types_and_asked_for(comment):
+    text = f"3\n{comment}\n1 0 0 0\n2 1 0 0\n2 0 1 0\n"
+    assert "types: {1: O, 2: H}" in refused(text)
+    (atoms,) = read(text, types={1: "O", 2: "H"})
+    assert atoms.get_chemical_formula() == "H2O"
+    assert "type 2" in refused(text, types={1: "O"})
+
+
+@pytest.mark.parametrize(
+    ("label", "words"), [("X", "dummy atom"), ("OW", "'OW' is no element"), ("0", "dummy")]
+)
+def test_atoms_that_are_none(label, words):
+    message = refused(WATER.replace("O 0", f"{label} 0"))
+    assert words in message
+    assert "line 3" in message
+
+
+@pytest.mark.parametrize(
+    "comment",
+    [
+        "cell: 12.4 12.4 12.4",
+        "Box = 12.4, 12.4, 12.4",
+        'cell="12.4 0 0 0 12.4 0 0 0 12.4" energy=1',
+        "# CELL(abcABC): 12.4 12.4 12.4 90.0 90.0 90.0  Step: 0",
+        'lattice="12.4 0 0 0 12.4 0 0 0 12.4"',
+        "CRYST1 12.4 12.4 12.4 90 90 90",
+        "12.4 12.4 12.4",
+        "12.4 0 0 0 12.4 0 0 0 12.4",
+        "12.4 12.4 12.4 90 90 90",
+    ],
+)
+def test_a_cell_that_would_be_lost_is_refused(comment):
+    message = refused(f"1\n{comment}\nAr 0 0 0\n")
+    assert "molecule in vacuum" in message
+    assert "line 2" in message
+    (atoms,) = read(f'1\nnote="{comment.replace(chr(34), "")}" pbc="F F F"\nAr 0 0 0\n')
+    assert not atoms.pbc.any()
+
+
+@pytest.mark.parametrize(
+    "comment",
+    ["water box 64 molecules", "i = 3, time = 1.5, E = -17.1646", "-76.3 0.1 0.2", "gdb 1 3 4 5"],
+)
+def test_comments_without_a_cell_stay_molecules(comment):
+    (atoms,) = read(f"1\n{comment}\nAr 0 0 0\n")
+    assert not atoms.pbc.any()
+
+
+def test_plain_xyz_loses_no_lattice():
+    text = '1\nLattice="9 0 0 0 9 0 0 0 9"\nAr 0 0 0\n'
+    assert read(text)[0].pbc.all()
+    assert "molecule in vacuum" in refused(text, plain=True)
+
+
+def test_encodings_and_line_ends(tmp_path):
+    text = WATER.replace("energy", 'note="5 Å" energy')
+    contents = {
+        "bom": text.encode("utf-8-sig"),
+        "utf16": text.encode("utf-16"),
+        "latin1": text.encode("latin-1"),
+        "dos": text.replace("\n", "\r\n").encode(),
+        "mac": text.replace("\n", "\r").encode(),
+    }
+    for name, content in contents.items():
+        (tmp_path / f"{name}.xyz").write_bytes(content)
+        (atoms,) = read_frames(tmp_path / f"{name}.xyz")
+        assert atoms.info["note"] == "5 Å", name
+        assert atoms.get_potential_energy() == -1.5
+
+
+@pytest.mark.parametrize(
+    ("ending", "pack"), [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)]
+)
+def test_packed_files(tmp_path, ending, pack):
+    file = tmp_path / f"w.xyz{ending}"
+    file.write_bytes(pack((WATER + "\n" + WATER).encode()))
+    assert len(read_frames(file)) == 2
+    file.write_bytes(pack(WATER.encode() * 50)[:-20])
+    with pytest.raises(DataError, match="damaged, cut off"):
+        read_frames(file)
+
+
+def test_the_same_as_ase_where_ase_is_right(tmp_path):
+    frames = [bulk("NaCl", "rocksalt", a=5.6), molecule("CH3CH2OH")]
+    for atoms in frames:
+        atoms.info.update(name="a b", values=np.arange(3.0))
+        atoms.set_velocities(np.ones((len(atoms), 3)))
+    write(tmp_path / "a.xyz", frames)
+    for atoms, own in zip(frames, read_frames(tmp_path / "a.xyz"), strict=True):
+        np.testing.assert_allclose(atoms.positions, own.positions, atol=1e-7)
+        np.testing.assert_allclose(atoms.cell.array, own.cell.array)
+        np.testing.assert_allclose(atoms.get_momenta(), own.get_momenta(), atol=1e-7)
+        assert atoms.pbc.tolist() == own.pbc.tolist()
+        assert own.info["name"] == "a b"
+        assert own.info["values"].tolist() == [0, 1, 2]

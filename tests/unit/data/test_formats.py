@@ -1,0 +1,359 @@
+"""Files of other programs: elements, cells and the status of the calculation are not made up."""
+
+from __future__ import annotations
+
+import ase.db
+import numpy as np
+import pytest
+from ase.build import bulk, molecule
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.io import write
+
+from pet_finetune.config.dataset import DatasetOptions
+from pet_finetune.data import read_frames, read_structures
+from pet_finetune.data.files import read_file
+from pet_finetune.data.outputs import clean_outcar, doubtful_frames
+from pet_finetune.errors import DataError
+
+DUMP = """\
+ITEM: TIMESTEP
+0
+ITEM: NUMBER OF ATOMS
+2
+ITEM: BOX BOUNDS pp pp pp
+0 10
+0 10
+0 10
+ITEM: ATOMS id type x y z fx fy fz
+1 1 0.0 0.0 0.0 0.1 0.0 0.0
+2 2 1.0 0.0 0.0 -0.1 0.0 0.0
+"""
+DATA = """\
+made by hand
+
+2 atoms
+2 atom types
+0 10 xlo xhi
+0 10 ylo yhi
+0 10 zlo zhi
+
+Masses
+
+1 {0}
+2 {1}
+
+Atoms # atomic
+
+1 1 0.0 0.0 0.0
+2 2 1.0 0.0 0.0
+"""
+CIF = """\
+data_x
+_cell_length_a 4
+_cell_length_b 4
+_cell_length_c 4
+_cell_angle_alpha 90
+_cell_angle_beta 90
+_cell_angle_gamma 90
+_symmetry_space_group_name_H-M 'P 1'
+loop_
+_atom_site_label
+_atom_site_type_symbol
+_atom_site_fract_x
+_atom_site_fract_y
+_atom_site_fract_z
+_atom_site_occupancy
+Cu1 Cu 0 0 0 {0}
+Au1 Au {2} {2} {2} {1}
+"""
+
+
+def refused(path, **options) -> str:
+    with pytest.raises(DataError) as error:
+        read_frames(path, **options)
+    return str(error.value)
+
+
+def test_a_dump_without_elements_is_asked_about(tmp_path):
+    file = tmp_path / "x.dump"
+    file.write_text(DUMP + DUMP)
+    message = refused(file)
+    assert "types of atoms (1, 2)" in message
+    assert "--types 1=O,2=H" in message
+    frames = read_frames(file, types={1: "Na", 2: "Cl"})
+    assert [atoms.get_chemical_formula() for atoms in frames] == ["ClNa", "ClNa"]
+    np.testing.assert_allclose(frames[1].get_forces()[0], [0.1, 0, 0])
+    # ASE puts an energy of zero beside the forces.
+    assert "energy" not in frames[0].calc.results
+    assert "type 2" in refused(file, types={1: "Na"})
+
+
+def test_a_dump_with_elements_and_units(tmp_path):
+    file = tmp_path / "x.lammpstrj"
+    text = DUMP.replace("id type", "id element").replace("\n1 1 ", "\n1 Na ")
+    text = text.replace("\n2 2 ", "\n2 Cl ")
+    file.write_text("ITEM: UNITS\nreal\n" + text)
+    (atoms,) = read_frames(file)
+    assert atoms.get_chemical_symbols() == ["Na", "Cl"]
+    assert atoms.get_forces()[0, 0] == pytest.approx(0.1 * 0.0433641, rel=1e-5)
+    file.write_text("ITEM: UNITS\nlj\n" + text)
+    assert "'lj'" in refused(file)
+
+
+def test_a_dump_that_is_cut_off(tmp_path):
+    file = tmp_path / "x.dump"
+    file.write_text(DUMP + DUMP[: DUMP.rindex("2 2")])
+    message = refused(file, types={1: "Na", 2: "Cl"})
+    assert "frame 1" in message
+    assert "2 atoms, and 1 are there" in message
+
+
+@pytest.mark.parametrize("name", ["x.data", "x.lmp", "data.water"])
+def test_elements_of_a_data_file_are_those_of_its_masses(tmp_path, name):
+    file = tmp_path / name
+    file.write_text(DATA.format("22.99", "35.45"))
+    assert read_frames(file)[0].get_chemical_symbols() == ["Na", "Cl"]
+    file.write_text(DATA.format("2.014", "15.999"))
+    assert read_frames(file)[0].get_chemical_symbols() == ["H", "O"]
+
+
+def test_masses_that_are_no_elements_are_asked_about(tmp_path):
+    file = tmp_path / "x.data"
+    for masses in (("1.0", "1.0"), ("72.0", "15.999")):
+        file.write_text(DATA.format(*masses))
+        assert "types: {1: O" in refused(file)
+        frames = read_frames(file, types={1: "Na", 2: "Cl"})
+        assert frames[0].get_chemical_symbols() == ["Na", "Cl"]
+    text = DATA.format("1", "1")
+    file.write_text(text[: text.index("Masses")] + text[text.index("Atoms") :])
+    assert "types of atoms (1, 2)" in refused(file)
+
+
+def test_the_format_can_be_named(tmp_path):
+    file = tmp_path / "structure.of.mine"
+    write(file, bulk("NaCl", "rocksalt", a=5.6), format="vasp")
+    assert "`format: ...`" in refused(file)
+    assert read_frames(file, "vasp")[0].get_chemical_formula() == "ClNa"
+    assert "Did you mean 'vasp'?" in refused(file, format="vaps")
+
+
+def test_partly_occupied_sites_are_refused(tmp_path):
+    file = tmp_path / "x.cif"
+    file.write_text(CIF.format("1", "1.0", "0.5"))
+    assert len(read_frames(file)[0]) == 2
+    assert "occupancy" not in read_frames(file)[0].info
+    file.write_text(CIF.format("0.5", "0.5", "0"))
+    message = refused(file)
+    assert "Cu 0.5, Au 0.5" in message
+    assert "ordered" in message
+    file.write_text(CIF.format("0.7", "1", "0.5"))
+    assert "Cu 0.7" in refused(file)
+
+
+def test_all_molecules_of_an_sdf_and_all_structures_of_one_poscar(tmp_path):
+    record = "\n  made by hand\n\n  1  0\n    0.0000    0.0000    0.0000 {0}   0  0\nM  END\n$$$$\n"
+    (tmp_path / "x.sdf").write_text(record.format("Ar") + record.format("Ne"))
+    assert [str(a.symbols) for a in read_frames(tmp_path / "x.sdf")] == ["Ar", "Ne"]
+    write(tmp_path / "POSCAR", bulk("Cu"))
+    text = (tmp_path / "POSCAR").read_text()
+    (tmp_path / "POSCAR").write_text(text + text.replace("Cu", "Ag"))
+    assert [str(a.symbols) for a in read_frames(tmp_path / "POSCAR")] == ["Cu", "Ag"]
+
+
+def test_dummies_of_any_format_are_refused(tmp_path):
+    atoms = molecule("H2O")
+    atoms.numbers[1] = 0
+    write(tmp_path / "x.traj", [molecule("H2O"), atoms])
+    message = refused(tmp_path / "x.traj")
+    assert "frame 1" in message
+    assert "dummies" in message
+
+
+def test_columns_and_data_of_a_database_are_labels(tmp_path):
+    atoms = molecule("H2O")
+    forces = np.arange(9.0).reshape(3, 3)
+    with ase.db.connect(tmp_path / "x.db") as rows:
+        rows.write(atoms, dft_energy=-3.0, data={"dft_forces": forces})
+    target = {"key": "dft_energy", "forces": {"key": "dft_forces"}, "stress": "off"}
+    options = {"systems": str(tmp_path / "x.db"), "targets": {"energy": target}}
+    (structure,) = read_structures(DatasetOptions.model_validate(options))
+    assert structure.labels["energy"].item() == -3.0
+    np.testing.assert_array_equal(structure.labels["energy/forces"].numpy(), forces)
+
+
+def vasp(*, cycles=(3, 3), limit=3, converged=(True, True)) -> str:
+    """The lines of an OUTCAR that say whether its steps converged."""
+    text = f"   NELM   =    {limit};   NELMIN=  2\n"
+    for step, (count, fine) in enumerate(zip(cycles, converged, strict=True), start=1):
+        text += "".join(f"---- Iteration {step:6d}({k:4d})  ----\n" for k in range(1, count + 1))
+        text += "---- aborting loop because EDIFF is reached ----\n" if fine else ""
+        text += "  FREE ENERGIE OF THE ION-ELECTRON SYSTEM (eV)\n"
+    return text
+
+
+def frames_of(*energies: float):
+    frames = []
+    for energy in energies:
+        atoms = molecule("H2O")
+        atoms.calc = SinglePointCalculator(atoms, energy=energy)
+        frames.append(atoms)
+    return frames
+
+
+GAUSSIAN = " SCF Done:  E(RHF) =  -1.0     A.U. after   10 cycles\n"
+FAILED_GAUSSIAN = " >>>>>>>>>> Convergence criterion not met.\n" + GAUSSIAN.replace("-1.0", "-2.0")
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "doubtful"),
+    [
+        ("vasp-out", vasp(), []),
+        ("vasp-out", vasp(converged=(True, False)), [1]),
+        ("vasp-out", vasp(cycles=(2, 3), converged=(False, False)), [1]),
+        (
+            "vasp-out",
+            vasp().replace("because EDIFF is reached", "EDIFF was not reached (unconverged)", 1),
+            [0],
+        ),
+        ("gaussian-out", GAUSSIAN + GAUSSIAN, []),
+        ("gaussian-out", GAUSSIAN + FAILED_GAUSSIAN, [1]),
+        ("gaussian-out", FAILED_GAUSSIAN + " Convergence failure -- run terminated.\n", [1]),
+        (
+            "orca-output",
+            "ORCA GEOMETRY RELAXATION STEP\nFINAL SINGLE POINT ENERGY (SCF not fully converged!)\n"
+            "ORCA TERMINATED NORMALLY\n",
+            [1],
+        ),
+        (
+            "espresso-out",
+            "Program PWSCF\nEnd of self-consistent calculation\n"
+            "     convergence NOT achieved after 100 iterations: stopping\n"
+            "ATOMIC_POSITIONS\n!    total energy = -1 Ry\n",
+            [0],
+        ),
+        (
+            "aims-output",
+            "Self-consistency cycle not yet converged - restarting mixer\n"
+            "Self-consistency cycle converged.\nSelf-consistency cycle not converged\n",
+            [1],
+        ),
+        ("castep-castep", " Final energy = -1 eV\n *Warning* max. SCF cycles performed"
+         " but system has not reached the groundstate.\n Final energy = -1 eV\n", [1]),
+        ("gpaw-out", "Did not converge!\n", [0, 1]),  # which one is not known
+        (
+            "vasp-xml",
+            '<i type="int" name="NELM">     2</i><calculation><scstep></scstep></calculation>'
+            "<calculation><scstep></scstep><scstep></scstep></calculation>",
+            [1],
+        ),
+        (
+            "vasp-xml",
+            '<i type="logical" name="ML_LMLFF"> T  </i>'
+            "<calculation><scstep></scstep></calculation><calculation></calculation>",
+            [1],
+        ),
+    ],
+)  # fmt: skip
+def test_frames_that_did_not_converge(kind, text, doubtful):
+    frames = frames_of(-1.0 * 27.211386024367243, -2.0 * 27.211386024367243)
+    assert sorted(doubtful_frames(kind, text, frames)) == doubtful
+
+
+def test_a_frame_that_says_itself_that_it_did_not_converge():
+    frames = frames_of(-1.0, -2.0, -3.0)
+    frames[0].info["converged"] = True
+    frames[1].info["scf_converged"] = False
+    assert list(doubtful_frames("extxyz", "", frames)) == [1]
+
+
+def test_steps_of_a_learned_force_field_are_no_dft(package_log):
+    learned = (
+        "  ML FORCE on cell =-STRESS\n  in kB 0 0 0 0 0 0\n"
+        "  POSITION  TOTAL-FORCE (eV/Angst) (ML)\n"
+        "  ML FREE ENERGIE OF THE ION-ELECTRON SYSTEM (eV)\n  free  energy ML TOTEN  = 1 eV\n\n"
+        "  ML energy  without entropy= 1  ML energy(sigma->0) = 1\n"
+    )
+    computed = "  FREE ENERGIE OF THE ION-ELECTRON SYSTEM (eV)\n  free  energy   TOTEN  = 2 eV\n"
+    text = clean_outcar(learned + computed + learned + learned + computed, "OUTCAR")
+    assert text == computed + computed
+    assert "3 steps are predictions" in package_log.text
+    with pytest.raises(DataError, match="all 2 steps are predictions"):
+        clean_outcar(learned + learned, "OUTCAR")
+
+
+def test_energies_without_van_der_waals_terms_go():
+    line = "  energy  without entropy=  -3.0 eV    w/o vdW =  -1.0  energy(sigma->0) =  -3.1 eV"
+    line += "    w/o vdW =   -1.1"
+    assert clean_outcar(line, "OUTCAR").split()[-1] == "-3.1"
+    assert clean_outcar(line, "OUTCAR").split()[6] == "-3.1"
+
+
+@pytest.fixture
+def half_converged(tmp_path):
+    frames = frames_of(-1.0, -2.0, -3.0)
+    for atoms, fine in zip(frames, (True, False, True), strict=True):
+        atoms.info["scf_converged"] = fine
+    write(tmp_path / "x.xyz", frames)
+    return tmp_path / "x.xyz"
+
+
+def of(path, **systems):
+    systems["read_from"] = str(path)
+    return DatasetOptions.model_validate({"systems": systems, "targets": {"energy": {}}})
+
+
+def test_frames_that_did_not_converge_are_left_out_kept_or_refused(half_converged, package_log):
+    kept = read_structures(of(half_converged))
+    assert [structure.index for structure in kept] == [0, 2]  # their numbers stay
+    assert "frame 1 did not converge (1 of 3 frames)" in package_log.text
+    assert len(read_structures(of(half_converged, unconverged="keep"))) == 3
+    with pytest.raises(DataError, match=r"frame 1 did not converge.*unconverged: drop"):
+        read_structures(of(half_converged, unconverged="error"))
+    only = of(half_converged).model_copy(update={"indices": (1,)})
+    with pytest.raises(DataError, match="No other frame is left"):
+        read_structures(only)
+
+
+def test_a_file_that_was_read_is_not_parsed_again_until_it_changes(half_converged):
+    first = read_file(half_converged)
+    assert read_file(half_converged) is first
+    half_converged.write_text(half_converged.read_text().replace("energy=-1.0", "energy=-9.0"))
+    assert read_file(half_converged).frames[0].get_potential_energy() == -9.0
+
+
+@pytest.mark.parametrize(
+    ("stated", "energy", "force", "stress"),
+    [
+        ("energy-unit=kcal/mol", 0.0433641, None, None),
+        ("energy_unit=eV force-unit=Hartree/Bohr", 1.0, 51.42207, None),
+        ("stress-unit=GPa", 1.0, 1.0, 0.00624151),
+        ("units=atomic", 27.211386, 51.42207, 183.6315),
+        ('unit_stress="eV/Ang^3"', 1.0, 1.0, 1.0),
+    ],
+)
+def test_units_that_a_file_states_are_used(tmp_path, package_log, stated, energy, force, stress):
+    (tmp_path / "x.xyz").write_text(
+        '1\nLattice="9 0 0 0 9 0 0 0 9" energy=1 stress="1 0 0 0 1 0 0 0 1" '
+        f"Properties=species:S:1:pos:R:3:forces:R:3 {stated}\nAr 1 0 0 1 0 0\n"
+    )
+    (structure,) = read_structures(of(tmp_path / "x.xyz"))
+    assert structure.labels["energy"].item() == pytest.approx(energy, rel=1e-5)
+    if force is not None:
+        assert structure.labels["energy/forces"][0, 0].item() == pytest.approx(force, rel=1e-4)
+    if stress is not None:
+        assert structure.labels["energy/stress"][0, 0].item() == pytest.approx(stress, rel=1e-4)
+    changed = (energy, force or 1.0, stress or 1.0) != (1.0, 1.0, 1.0)
+    assert ("states" in package_log.text) == changed
+
+
+def test_units_that_contradict_the_options_are_refused(tmp_path):
+    (tmp_path / "x.xyz").write_text("1\nenergy=1 energy-unit=kcal/mol\nAr 0 0 0\n")
+    options = {"systems": str(tmp_path / "x.xyz"), "targets": {"energy": {"unit": "Hartree"}}}
+    with pytest.raises(DataError, match=r"energy-unit=kcal/mol, and the options say Hartree"):
+        read_structures(DatasetOptions.model_validate(options))
+    options["targets"]["energy"]["unit"] = "kcal/mol"
+    (structure,) = read_structures(DatasetOptions.model_validate(options))
+    assert structure.labels["energy"].item() == pytest.approx(0.0433641, rel=1e-5)
+    (tmp_path / "x.xyz").write_text("1\nenergy=1 energy-unit=eV/atom\nAr 0 0 0\n")
+    with pytest.raises(DataError, match="no unit of the energy"):
+        read_structures(DatasetOptions.model_validate(options))
