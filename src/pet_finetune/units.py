@@ -16,6 +16,7 @@ __all__ = [
     "PRESSURE_UNITS",
     "energy_to_ev",
     "force_to_ev_per_angstrom",
+    "is_energy_unit",
     "length_to_angstrom",
     "own_unit",
     "stress_to_ev_per_angstrom3",
@@ -120,6 +121,12 @@ def energy_to_ev(unit: str) -> float:
     :raises UnitError: if the unit is unknown; the message lists the known ones.
     """
     return _lookup(unit, ENERGY_UNITS, "energy")
+
+
+def is_energy_unit(unit: object) -> bool:
+    """Whether this is the name of a unit of energy."""
+    known = {_folded(spelling) for spelling in ENERGY_UNITS}
+    return isinstance(unit, str) and _folded(unit) in known
 
 
 def force_to_ev_per_angstrom(energy_unit: str, length_unit: str) -> float:

@@ -3,34 +3,53 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pet_finetune.errors import ConfigError
 
 from . import named
 
+if TYPE_CHECKING:
+    from pet_finetune.workflows import EvaluationSettings, LabelNames
+
 _EXAMPLES = """\
 examples:
   pet-finetune eval options.yaml -c best_model.ckpt      the sets that the options name
   pet-finetune eval best_model.ckpt structures.xyz       whole files, in eV and Angstrom
+  pet-finetune eval best_model.ckpt structures.xyz --energy-key REF_energy -o predicted.xyz
+  pet-finetune eval best_model.ckpt eval.yaml            an options file of `mtt eval`
   pet-finetune eval --config finetune_configs.json --run-name ethanol_r8_dora [structures.xyz]
 """
 _YAML = {".yaml", ".yml"}
+#: Arguments that say how files are read; options files say it themselves.
+_OF_FILES = {
+    "--energy-key": "key",
+    "--forces-key": "forces_key",
+    "--stress-key": "stress_key",
+    "--virial-key": "virial_key",
+    "--energy-unit": "energy_unit",
+    "--length-unit": "length_unit",
+}
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command to the command line."""
     parser = commands.add_parser(
         "eval",
-        help="errors of a model on labelled structures",
-        description="Compare a model's energies, forces, stresses and other targets with labels.",
+        help="errors of a model on labelled structures, and its predictions",
+        description="Compare a model's energies, forces, stresses and other targets with labels, "
+        "and write what it predicts.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "first", nargs="?", metavar="OPTIONS|CHECKPOINT", help="an options file or a model"
     )
-    parser.add_argument("files", nargs="*", help="with a model: files of structures")
+    parser.add_argument(
+        "files", nargs="*", help="with a model: files of structures, or one options file"
+    )
     parser.add_argument("-c", "--checkpoint", help="with an options file: the model")
     parser.add_argument("--adapter", help="folder of an adapter of this model")
     parser.add_argument(
@@ -44,6 +63,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="N",
         help="also compare predictions in N random orientations with each other",
     )
+    parser.add_argument(
+        "-b", "--batch-size", type=int, default=32, metavar="N",
+        help="structures predicted at once (default: 32)",
+    )  # fmt: skip
     parser.add_argument("--device", help="auto, cpu or cuda (default: auto, or the options')")
     parser.add_argument(
         "-r", "--override", action="append", default=[], metavar="KEY=VALUE",
@@ -52,11 +75,36 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "-o",
         "--output",
-        default=named.ROOT,
-        help=f"with --config: the folder above those of the runs (default: {named.ROOT})",
+        metavar="PATH",
+        help="write the structures with the predictions to a file (.xyz, .extxyz, .db) or, with a "
+        "slash behind (predictions/), as metatrain's memory-mapped arrays; with --config the "
+        f"folder above those of the runs (default: {named.ROOT})",
     )
+    _add_names(parser)
     named.add_arguments(parser, several=False)
     parser.set_defaults(run=run)
+
+
+def _add_names(parser: argparse.ArgumentParser) -> None:
+    """How labels are called in files, and their units."""
+    group = parser.add_argument_group(
+        "labels of files", "names and units in files of structures; options files name them"
+    )
+    group.add_argument(
+        "--energy-key", "--key", dest="key", metavar="NAME",
+        help="the energies, or the values of another --target (default: energy, or its name)",
+    )  # fmt: skip
+    for kind in ("forces", "stress", "virial"):
+        group.add_argument(f"--{kind}-key", metavar="NAME", help=f"the {kind}")
+    group.add_argument(
+        "--energy-unit", "--unit", dest="energy_unit", metavar="UNIT",
+        help="of the energies, or of the values of another --target (default: eV, or its own)",
+    )  # fmt: skip
+    group.add_argument(
+        "--length-unit", metavar="UNIT",
+        help="of positions and cells; forces and stresses are in the units that this and the "
+        "energy's make (default: angstrom)",
+    )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -70,6 +118,10 @@ def run(arguments: argparse.Namespace) -> int:
         return _named(arguments)
     if arguments.first is None:
         raise ConfigError("eval: name a model and files: eval MODEL FILE..., or --config FILE.")
+    files = arguments.files
+    if len(files) == 1 and Path(files[0]).suffix in _YAML and arguments.checkpoint is None:
+        # As `mtt eval model.pt eval.yaml`.
+        arguments.first, arguments.checkpoint, arguments.files = files[0], arguments.first, []
     if Path(arguments.first).suffix in _YAML:
         return _with_options(arguments)
     if arguments.checkpoint is not None:
@@ -94,30 +146,67 @@ def run(arguments: argparse.Namespace) -> int:
         adapter=arguments.adapter,
         target=arguments.target,
         device=arguments.device or "auto",
-        rotations=arguments.rotations,
+        labels=_labels(arguments),
+        how=_settings(arguments),
     )
     return 0
 
 
+def _labels(arguments: argparse.Namespace) -> LabelNames:
+    from pet_finetune.workflows import LabelNames
+
+    return LabelNames(
+        key=arguments.key,
+        forces=arguments.forces_key,
+        stress=arguments.stress_key,
+        virial=arguments.virial_key,
+        energy_unit=arguments.energy_unit,
+        length_unit=arguments.length_unit,
+    )
+
+
+def _settings(arguments: argparse.Namespace) -> EvaluationSettings:
+    from pet_finetune.workflows import EvaluationSettings
+
+    # With --config, -o is the folder of the runs.
+    output = arguments.output if arguments.config is None else None
+    return EvaluationSettings(arguments.rotations, output, arguments.batch_size)
+
+
+def _no_names(arguments: argparse.Namespace, source: str) -> None:
+    """Names and units of labels have no place beside something that says them."""
+    for name, attribute in _OF_FILES.items():
+        if getattr(arguments, attribute) is not None:
+            raise ConfigError(
+                f"eval: {name} says how files of structures are read, but {source} says that of "
+                "its sets. Change it there, or with -r KEY=VALUE."
+            )
+
+
 def _named(arguments: argparse.Namespace) -> int:
     """Evaluate a run by its name: on files, or on its own validation and test sets."""
-    (entry,) = named.read_runs(arguments, arguments.output)
+    (entry,) = named.read_runs(arguments, arguments.output or named.ROOT)
+    files = [arguments.first, *arguments.files] if arguments.first is not None else []
+    if not files:
+        _no_names(arguments, f"the run '{entry.name}'")
     from pet_finetune.log import setup_logging
     from pet_finetune.workflows.named_runs import evaluate_named
 
     setup_logging()
-    files = [arguments.first, *arguments.files] if arguments.first is not None else []
     evaluate_named(
         entry,
         files,
         target=arguments.target,
         device=arguments.device,
-        rotations=arguments.rotations,
+        labels=_labels(arguments),
+        how=_settings(arguments),
     )
     return 0
 
 
 def _with_options(arguments: argparse.Namespace) -> int:
+    """Evaluate on the sets of an options file: of a run, or of ``mtt eval``."""
+    from pet_finetune.config.evaluation import is_evaluation, load_evaluation
     from pet_finetune.config.load import load_options
 
     if arguments.checkpoint is None:
@@ -127,19 +216,40 @@ def _with_options(arguments: argparse.Namespace) -> int:
             f"eval: the options file names the structures, so '{arguments.files[0]}' is one file "
             "too many. Write: eval options.yaml -c MODEL, or: eval MODEL FILE..."
         )
+    _no_names(arguments, arguments.first)
+    if is_evaluation(arguments.first):
+        sets = load_evaluation(arguments.first, arguments.override)
+        from pet_finetune.workflows import evaluate_datasets
+
+        _tell(sets.notices)
+        evaluate_datasets(
+            sets.datasets,
+            arguments.checkpoint,
+            adapter=arguments.adapter,
+            target=arguments.target,
+            device=arguments.device or "auto",
+            how=_settings(arguments),
+        )
+        return 0
     loaded = load_options(arguments.first, arguments.override, require_start=False)
-    from pet_finetune.log import get_logger, setup_logging
     from pet_finetune.workflows import evaluate_options
 
-    setup_logging()
-    for notice in loaded.notices:
-        get_logger(__name__).warning(notice)
+    _tell(loaded.notices)
     evaluate_options(
         loaded.options,
         arguments.checkpoint,
         adapter=arguments.adapter,
         target=arguments.target,
         device=arguments.device,
-        rotations=arguments.rotations,
+        how=_settings(arguments),
     )
     return 0
+
+
+def _tell(notices: Sequence[str]) -> None:
+    """Start the log with remarks on the options."""
+    from pet_finetune.log import get_logger, setup_logging
+
+    setup_logging()
+    for notice in notices:
+        get_logger(__name__).warning(notice)

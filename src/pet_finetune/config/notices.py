@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pet_finetune.keys import direct_quantity
+
 from .base import Section
 from .checks_data import located_datasets
 from .finetune import METHOD_KEYS
 from .options import Options
 from .plain import is_ignored
 from .problems import Path, format_path
+from .shorthands import quantity_is_assumed
 
 __all__ = ["notices"]
 
@@ -26,6 +29,7 @@ def notices(options: Options, raw: Mapping[str, Any]) -> Iterator[str]:
         yield f"accepted for metatrain's files, without effect here: {', '.join(ignored)}."
     yield from _unused_settings(options, raw)
     yield from _units(options, raw)
+    yield from _quantities(options, raw)
     yield from _same_files(options)
     yield from _rehearsed_report(options)
 
@@ -97,6 +101,23 @@ def _units(options: Options, raw: Mapping[str, Any]) -> Iterator[str]:
         yield f"length_unit not given, taken as angstrom: {', '.join(lengths)}."
     if energies:
         yield f"unit not given, taken as eV: {', '.join(energies)}."
+
+
+def _quantities(options: Options, raw: Mapping[str, Any]) -> Iterator[str]:
+    """Targets that are energies because nothing says otherwise, as in metatrain."""
+    assumed: dict[str, None] = {}
+    for path, dataset in located_datasets(options, raw):
+        targets = _written(raw, path).get("targets")
+        for name in dataset.targets:
+            own = targets.get(name) if isinstance(targets, Mapping) else None
+            plain = own if isinstance(own, Mapping) else {}
+            if direct_quantity(name) is None and quantity_is_assumed(name, plain):
+                assumed[format_path((*path, "targets", name))] = None
+    if assumed:
+        yield (
+            f"quantity not given, taken as energy as in metatrain: {', '.join(assumed)}. Forces "
+            "and stress are read where they are asked for (`forces: on`)."
+        )
 
 
 def _written(raw: Mapping[str, Any], path: Path) -> Mapping[str, Any]:

@@ -9,9 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pet_finetune.keys import direct_quantity
+from pet_finetune.keys import base_name, direct_quantity
+from pet_finetune.units import is_energy_unit
 
-__all__ = ["expand_dataset", "expand_datasets", "expand_gradient", "expand_set", "expand_switch"]
+__all__ = [
+    "expand_dataset",
+    "expand_datasets",
+    "expand_gradient",
+    "expand_set",
+    "expand_switch",
+    "quantity_is_assumed",
+]
 
 _SWITCHES = {
     True: "on",
@@ -87,9 +95,9 @@ def _expand_target(name: Any, target: Any, source: Any) -> Any:
     # Only a target named or declared an energy has gradients by default, and a virial takes the
     # place of a stress that is not asked for by name. "energy/x" is a variant of the energy.
     _complete_direct(str(name), target)
-    if not target.get("quantity"):
-        target["quantity"] = "energy" if str(name).split("/")[0] == "energy" else ""
-    energy = _has_gradients(target)
+    declared = base_name(str(name)) == "energy" or target.get("quantity") == "energy"
+    _complete_quantity(str(name), target)
+    energy = declared and _is_one_energy(target)
     virial = expand_gradient(target.get("virial"))
     virial_given = isinstance(virial, Mapping) and virial.get("mode", "on") != "off"
     defaults = {"forces": energy, "stress": energy and not virial_given, "virial": False}
@@ -116,11 +124,34 @@ def _complete_direct(name: str, target: dict[str, Any]) -> None:
         target["type"] = {"cartesian": {"rank": 1 if forces else 2}}
 
 
-def _has_gradients(target: Mapping[str, Any]) -> bool:
+def quantity_is_assumed(name: str, target: Mapping[str, Any]) -> bool:
+    """Whether a target is an energy because nothing speaks against it, as metatrain has it.
+
+    One number for each structure is an energy there unless ``quantity`` says otherwise. A unit
+    that no energy has speaks against it here.
+    """
+    given = target.get("quantity") is not None or base_name(name) == "energy"
+    unit = target.get("unit")
+    return not given and _is_one_number(target) and (not unit or is_energy_unit(unit))
+
+
+def _complete_quantity(name: str, target: dict[str, Any]) -> None:
+    """Fill in the quantity where it is not given; an empty one is one that is no energy."""
+    if quantity_is_assumed(name, target):
+        target["quantity"] = "energy"
+    elif not target.get("quantity"):
+        target["quantity"] = "energy" if base_name(name) == "energy" else ""
+
+
+def _is_one_energy(target: Mapping[str, Any]) -> bool:
     """Whether a target is one energy for each structure, as far as what is given says."""
+    return target["quantity"] == "energy" and _is_one_number(target)
+
+
+def _is_one_number(target: Mapping[str, Any]) -> bool:
     given = (target.get("sample_kind"), target.get("type"), target.get("num_subtargets"))
     usual = zip(given, ("system", "scalar", 1), strict=True)
-    return target["quantity"] == "energy" and all(v is None or v == u for v, u in usual)
+    return all(v is None or v == u for v, u in usual)
 
 
 def _inherit(section: Any, source: Any, key: str) -> Any:

@@ -106,8 +106,9 @@ class TargetOptions(Section):
     quantity: OptionalText = Field(
         default="energy",
         description="The physical quantity; `energy` can have forces and stress. Left out, it is "
-        "`energy` for targets named `energy` or `energy/...`, `force` and `pressure` for "
-        "`non_conservative_...` ones, and empty for others.",
+        "`force` or `pressure` for targets named `non_conservative_...`, and as in metatrain "
+        "`energy` for all others with one number for each structure (unless their `unit` is none "
+        "of an energy). Write `gap`, `dipole` or whatever it is for other properties.",
     )
     read_from: OptionalText = Field(
         default="", description="Path of the file; empty means that of the structures."

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from pet_finetune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
+    from omegaconf import DictConfig, ListConfig
 
-__all__ = ["neighbours", "parse_override", "read_yaml", "to_yaml"]
+__all__ = ["neighbours", "parse_override", "read_yaml", "read_yaml_document", "to_yaml"]
 
 
 def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -20,6 +20,16 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     :raises ConfigError: if the file cannot be read, is no YAML (with the line), is no section of
         options, or an override or interpolation does not work.
     """
+    plain = read_yaml_document(path, overrides)
+    if isinstance(plain, list):
+        raise ConfigError(f"{path}: expected options such as `training_set: ...`, got a list.")
+    return plain
+
+
+def read_yaml_document(
+    path: str | Path, overrides: Sequence[str] = ()
+) -> dict[str, Any] | list[Any]:
+    """What :func:`read_yaml` reads, where a list is as good as a section."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -33,8 +43,9 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     except OmegaConfBaseException as error:
         where = f"{error.full_key}: " if error.full_key else ""
         raise ConfigError(f"{path}: {where}{_first_line(error)}.") from None
-    if not isinstance(plain, dict):  # pragma: no cover - _load has seen to it
-        raise ConfigError(f"{path}: expected a section of options.")
+    if isinstance(plain, list):
+        return plain
+    assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 
 
@@ -45,9 +56,9 @@ def to_yaml(plain: dict[str, Any]) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(plain))
 
 
-def _load(path: str | Path) -> DictConfig:
+def _load(path: str | Path) -> DictConfig | ListConfig:
     import yaml  # type: ignore[import-untyped, unused-ignore]
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf import OmegaConf
     from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
     try:
@@ -67,8 +78,6 @@ def _load(path: str | Path) -> DictConfig:
         ) from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {_first_line(error)}.") from None
-    if not isinstance(config, DictConfig):
-        raise ConfigError(f"{path}: expected options such as `training_set: ...`, got a list.")
     if not config:
         raise ConfigError(f"{path}: the file is empty. At least training_set must be given.")
     return config
@@ -92,7 +101,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     return key.strip(), plain["value"]
 
 
-def _override(config: DictConfig, text: str) -> str | None:
+def _override(config: DictConfig | ListConfig, text: str) -> str | None:
     """Apply one override; return what is wrong with it, if anything."""
     import yaml  # type: ignore[import-untyped, unused-ignore]
     from omegaconf import OmegaConf

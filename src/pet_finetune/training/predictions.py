@@ -72,6 +72,34 @@ class Recorder:
         }
 
 
+def split_predictions(
+    batch: Batch, predictions: Mapping[str, Prediction | Property]
+) -> list[dict[str, np.ndarray]]:
+    """What a model says of each structure of a batch, by the names of the labels.
+
+    A stress is NaN where the structure has no volume.
+    """
+    sizes = batch.atoms_per_structure.tolist()
+    results: list[dict[str, np.ndarray]] = [{} for _ in sizes]
+
+    def put(name: str, values: Tensor, per_atom: bool) -> None:
+        rows = torch.split(values.detach().cpu(), sizes if per_atom else 1)
+        for result, row in zip(results, rows, strict=True):
+            result[name] = (row if per_atom else row[0]).numpy()
+
+    for target, prediction in predictions.items():
+        if isinstance(prediction, Property):
+            put(target, prediction.values, prediction.spec.per_atom)
+            continue
+        put(target, prediction.energy, False)
+        if prediction.forces is not None:
+            put(forces_key(target), prediction.forces, True)
+        if prediction.stress is not None:
+            known = (batch.volumes > 0).view(-1, 1, 1)
+            put(stress_key(target), prediction.stress.masked_fill(~known, torch.nan), False)
+    return results
+
+
 def with_model(
     predicted: Predicted | None, recorder: Recorder, name: str, model: Potential | Committee
 ) -> Predicted:

@@ -4,28 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from pet_finetune import kernels
 from pet_finetune.checkpoint import open_potential
 from pet_finetune.config import DatasetOptions, Options
 from pet_finetune.config.load import parse_options
+from pet_finetune.data.batch import Batch
 from pet_finetune.data.charges import check_charges
+from pet_finetune.data.files import read_frames
+from pet_finetune.data.labels import find_value
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.readers import read_structures
 from pet_finetune.data.species import check_species
 from pet_finetune.data.splits import make_splits
 from pet_finetune.data.structure import Structure
+from pet_finetune.data.writing import PredictionWriter, check_prediction_path, numbered
 from pet_finetune.device import choose_device
 from pet_finetune.errors import ConfigError, DataError, did_you_mean
 from pet_finetune.keys import TargetSpec, direct_quantity, forces_key, stress_key
 from pet_finetune.log import get_logger
-from pet_finetune.model import Potential
+from pet_finetune.model import Potential, Prediction, Property
 from pet_finetune.report.tables import error_table, show
 from pet_finetune.training import Metrics, Spread, evaluate, rotational_spread
+from pet_finetune.training.predictions import split_predictions
+from pet_finetune.units import length_to_angstrom
 
 _logger = get_logger(__name__)
-_BATCH = 32  # structures
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,59 @@ class EvaluationResult:
 
     errors: dict[str, dict[str, Metrics]]
     spreads: dict[str, dict[str, Spread]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LabelNames:
+    """How the labels of files are called and in which units they are.
+
+    Attributes:
+        key: name of the energy, or of the values of another target; None is ``energy``, or the
+            target's own name.
+        forces, stress, virial: names; None is ASE's, and the label is used where it is there.
+        energy_unit: None is eV, or the unit of the target.
+        length_unit: of positions and cells; forces and stress are in the units these two make.
+    """
+
+    key: str | None = None
+    forces: str | None = None
+    stress: str | None = None
+    virial: str | None = None
+    energy_unit: str | None = None
+    length_unit: str | None = None
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What to do with each set of structures.
+
+    Attributes:
+        rotations: in how many random orientations energies and forces are compared with each
+            other; none with 0.
+        output: where predictions are written; several sets are told apart by ``_<name>``.
+        batch_size: structures predicted at once.
+    """
+
+    rotations: int = 0
+    output: str | None = None
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be done before anything is opened."""
+        if self.rotations == 1 or self.rotations < 0:
+            raise ConfigError(
+                f"rotations: {self.rotations} orientations are nothing to compare. Give 2 or more."
+            )
+        if self.batch_size < 1:
+            raise ConfigError(f"batch size: at least one structure, not {self.batch_size}.")
+
+
+@dataclass(frozen=True)
+class _Set:
+    """Structures with a name, and the lengths of the units in their files, Å."""
+
+    structures: Sequence[Structure]
+    lengths: Mapping[str, float] = field(default_factory=dict)
 
 
 def _open(
@@ -53,28 +112,49 @@ def evaluate_files(
     adapter: str | Path | None = None,
     target: str | None = None,
     device: str = "auto",
-    rotations: int = 0,
+    labels: LabelNames = LabelNames(),
+    how: EvaluationSettings = EvaluationSettings(),
 ) -> EvaluationResult:
-    """Errors on whole files with energies, forces and stresses under ASE's names.
-
-    Values of a target that is no energy are looked for under its name.
+    """Errors on whole files.
 
     Args:
         checkpoint: ours or metatrain's.
-        files: anything ASE reads, in eV and Angstrom.
+        files: anything ASE reads.
         adapter: folder of an adapter of this checkpoint.
         target: which target of the model is compared; None for the adapter's, or the only energy.
         device: as in the options.
-        rotations: in how many random orientations energies and forces are compared with each
-            other; none with 0.
+        labels: names and units in the files. A file without the label is predicted only, if that
+            is asked for and the label is not named.
+        how: what else to do.
     """
+    names = [str(index) for index in range(len(files))]
+    _check_outputs(how, names, files)
     model, adapted = _open(checkpoint, adapter, device)
     spec = _chosen(model, target or adapted)
-    sets = {}
-    for file in files:
-        options = _file_options(file, spec)
-        sets[str(file)] = read_structures(options)
-    return _evaluate(model, sets, [spec.name], rotations)
+    sets, marks = {}, {}
+    for file, number in zip(files, names, strict=True):
+        options = _file_options(file, spec, labels)
+        key = options.targets[spec.name].key
+        if how.output is not None and labels.key is None and not _any_has(file, key):
+            _logger.info("%s has no %r: nothing is compared, only predicted", file, key)
+            options = options.model_copy(update={"targets": {}})
+        sets[str(file)] = _read([options])
+        marks[str(file)] = number
+    return _evaluate(model, sets, [spec.name], how, marks)
+
+
+def _any_has(file: str | Path, key: str) -> bool:
+    return any(find_value(atoms, key) is not None for atoms in read_frames(file))
+
+
+def _read(datasets: Sequence[DatasetOptions]) -> _Set:
+    structures = [one for dataset in datasets for one in read_structures(dataset)]
+    return _Set(structures, _lengths(datasets))
+
+
+def _lengths(datasets: Sequence[DatasetOptions]) -> dict[str, float]:
+    systems = [dataset.systems for dataset in datasets]
+    return {one.read_from: length_to_angstrom(one.length_unit) for one in systems}
 
 
 def _chosen(model: Potential, wanted: str | None) -> TargetSpec:
@@ -86,6 +166,50 @@ def _chosen(model: Potential, wanted: str | None) -> TargetSpec:
     return model.target(wanted)
 
 
+def evaluate_datasets(
+    datasets: Sequence[DatasetOptions],
+    checkpoint: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    target: str | None = None,
+    device: str = "auto",
+    how: EvaluationSettings = EvaluationSettings(),
+) -> EvaluationResult:
+    """Errors on data sets as ``mtt eval`` takes them; one without targets is predicted only.
+
+    Args:
+        datasets: checked options.
+        checkpoint: ours or metatrain's.
+        adapter: folder of an adapter of this checkpoint.
+        target: the one target to compare; None for all that a set and the model share.
+        device: as in the options.
+        how: what else to do.
+    """
+    if how.output is None and not all(dataset.targets for dataset in datasets):
+        raise ConfigError(
+            "The options name no targets, so there is nothing to compare. Name them, or write "
+            "predictions with -o predictions.xyz."
+        )
+    marks = [str(index) for index in range(len(datasets))]
+    _check_outputs(how, marks, [dataset.systems.read_from for dataset in datasets])
+    model, adapted = _open(checkpoint, adapter, device)
+    result = EvaluationResult({})
+    for dataset, mark in zip(datasets, marks, strict=True):
+        known = [name for name in dataset.targets if name in model.targets]
+        if dataset.targets and target is None:
+            targets = known or [model.target(next(iter(dataset.targets))).name]
+        else:
+            targets = [_chosen(model, target or adapted).name]
+        name = dataset.systems.read_from
+        if name in result.errors:
+            name = f"{name} ({mark})"
+        many = len(datasets) > 1
+        one = _evaluate(model, {name: _read([dataset])}, targets, how, {name: mark}, several=many)
+        result.errors.update(one.errors)
+        result.spreads.update(one.spreads)
+    return result
+
+
 def evaluate_options(
     options: Options,
     checkpoint: str | Path,
@@ -94,7 +218,7 @@ def evaluate_options(
     target: str | None = None,
     device: str | None = None,
     seed: int | None = None,
-    rotations: int = 0,
+    how: EvaluationSettings = EvaluationSettings(),
 ) -> EvaluationResult:
     """Errors on the validation and test sets of an options file, or on the training set.
 
@@ -108,7 +232,7 @@ def evaluate_options(
         target: the one target to compare; None for all that options and model share.
         device: instead of that of the options.
         seed: used where the options name none.
-        rotations: as for :func:`evaluate_files`.
+        how: what else to do.
     """
     specs = options.target_specs()
     if target is not None and target not in specs:
@@ -116,6 +240,8 @@ def evaluate_options(
             f"training_set.targets has no '{target}'.{did_you_mean(target, specs)} "
             f"Targets: {', '.join(specs)}."
         )
+    files = [dataset.systems.read_from for dataset in options.datasets()]
+    _check_outputs(how, ["train", "validation", "test"], files)
     model, _ = _open(checkpoint, adapter, device or options.device)
     targets = [name for name in specs if name in model.targets and target in (None, name)]
     if not targets:
@@ -123,58 +249,118 @@ def evaluate_options(
     if options.seed is None and seed is None:
         _logger.warning("no seed in the options: sets drawn by fraction are not those of training")
     splits = make_splits(options, options.seed if options.seed is not None else seed or 0)
-    sets = {"validation": splits.validation, "test": splits.test}
-    sets = {name: structures for name, structures in sets.items() if structures}
-    return _evaluate(model, sets or {"train": splits.train}, targets, rotations)
+    lengths = _lengths(options.datasets())
+    held_out = {"validation": splits.validation, "test": splits.test}
+    sets = {name: _Set(some, lengths) for name, some in held_out.items() if some}
+    return _evaluate(model, sets or {"train": _Set(splits.train, lengths)}, targets, how)
 
 
 #: ASE's names of what the quantity of a direct prediction is.
 _ASE_NAMES = {"force": "forces", "pressure": "stress"}
 
 
-def _file_options(file: str | Path, spec: TargetSpec) -> DatasetOptions:
-    """Options that read one target from a file in the package's units."""
+def _file_options(file: str | Path, spec: TargetSpec, labels: LabelNames) -> DatasetOptions:
+    """Options that read one target from a file."""
     name, direct = spec.name, direct_quantity(spec.name)
+    usual = "energy" if spec.is_energy else _ASE_NAMES[direct] if direct else name
+    named = {"forces": labels.forces, "stress": labels.stress, "virial": labels.virial}
+    if not spec.is_energy and any(named.values()):
+        raise ConfigError(
+            f"forces, stress and virial belong to an energy, but '{name}' is {spec.form}. Name "
+            "its values with --key, or another target with --target."
+        )
     target = {
         "quantity": spec.quantity,
-        "key": "energy" if spec.is_energy else _ASE_NAMES[direct] if direct else name,
-        "unit": spec.unit,
+        "key": labels.key or usual,
+        "unit": labels.energy_unit or spec.unit,
         "sample_kind": "atom" if spec.per_atom else "system",
         "type": {"cartesian": {"rank": spec.rank}} if spec.rank else "scalar",
         "num_subtargets": spec.num_subtargets,
+        **{kind: {"key": key} for kind, key in named.items() if key is not None},
     }
-    section = {"systems": {"read_from": str(file)}, "targets": {name: target}}
-    return parse_options({"training_set": section}, require_start=False).options.training_set[0]
+    systems = {"read_from": str(file), "length_unit": labels.length_unit or "angstrom"}
+    section = {"systems": systems, "targets": {name: target}}
+    options = parse_options({"training_set": section}, require_start=False, source=str(file))
+    return options.options.training_set[0]
+
+
+def _check_outputs(
+    how: EvaluationSettings, marks: Sequence[str], files: Sequence[str | Path]
+) -> None:
+    """Refuse a place for predictions before the model is opened."""
+    if how.output is None:
+        return
+    paths = [how.output] if len(files) == 1 else [numbered(how.output, mark) for mark in marks]
+    for path in {how.output, *paths}:
+        check_prediction_path(path)
 
 
 def _evaluate(
-    model: Potential, sets: Mapping[str, Sequence[Structure]], targets: list[str], rotations: int
+    model: Potential,
+    sets: Mapping[str, _Set],
+    targets: list[str],
+    how: EvaluationSettings,
+    marks: Mapping[str, str] | None = None,
+    *,
+    several: bool = False,
 ) -> EvaluationResult:
-    if rotations == 1 or rotations < 0:
-        raise ConfigError(
-            f"rotations: {rotations} orientations are nothing to compare. Give 2 or more."
-        )
+    """Errors on sets of structures; ``marks`` are added to the name of the output of each."""
     errors, spreads = {}, {}
-    for name, structures in sets.items():
+    for name, chosen in sets.items():
+        structures = chosen.structures
         if not structures:
             raise DataError(f"'{name}' holds no structures.")
         check_species(structures, model.species)
         if model.hypers.system_conditioning:
             check_charges(structures, model.hypers.max_charge, model.hypers.max_spin_multiplicity)
-        loader = Loader(structures, model.cutoff, batch_size=_BATCH, dtype=model.dtype)
-        wanted = {
-            t: (forces_key(t) in loader.label_names, stress_key(t) in loader.label_names)
-            for t in targets
-        }
-        errors[name] = evaluate(model, loader, wanted)
-        if rotations:
+        loader = Loader(structures, model.cutoff, batch_size=how.batch_size, dtype=model.dtype)
+        path = how.output
+        if path is not None and (several or len(sets) > 1):
+            path = numbered(path, (marks or {}).get(name, name))
+        errors[name] = _errors(model, loader, targets, path, chosen.lengths)
+        if how.rotations:
             energies = [t for t in targets if model.targets[t].is_energy]
-            spreads[name] = {t: rotational_spread(model, loader, t, rotations) for t in energies}
-        title = f"{name} ({len(structures)} structures)"
-        show(error_table({"": {"error": errors[name]}}, title=title))
+            spreads[name] = {
+                t: rotational_spread(model, loader, t, how.rotations) for t in energies
+            }
+        if any(metrics.kinds for metrics in errors[name].values()):
+            title = f"{name} ({len(structures)} structures)"
+            show(error_table({"": {"error": errors[name]}}, title=title))
         for target, spread in spreads.get(name, {}).items():
-            _logger.info("%s", _spread_text(rotations, target, spread, errors[name][target]))
+            text = _spread_text(how.rotations, target, spread, errors[name][target])
+            _logger.info("%s", text)
     return EvaluationResult(errors, spreads)
+
+
+def _errors(
+    model: Potential,
+    loader: Loader,
+    targets: Sequence[str],
+    path: str | None,
+    lengths: Mapping[str, float],
+) -> dict[str, Metrics]:
+    """Errors on one set; predictions go to a file where there is a path."""
+    labels = loader.label_names
+    if path is None:
+        wanted = {t: (forces_key(t) in labels, stress_key(t) in labels) for t in targets}
+        return evaluate(model, loader, wanted)
+    periodic = any(bool(structure.pbc.all()) for structure in loader.structures)
+    wanted = {
+        t: (True, periodic) if model.targets[t].is_energy else (False, False) for t in targets
+    }
+    energies = [t for t in targets if model.targets[t].is_energy]
+    kinds = {t: model.targets[t].label_kind for t in targets if t not in energies}
+    main = "energy" if "energy" in energies else energies[0] if energies else None
+    left = iter(loader.structures)
+    with PredictionWriter(path, main, kinds=kinds, lengths=lengths) as writer:
+
+        def keep(batch: Batch, predictions: Mapping[str, Prediction | Property]) -> None:
+            values = split_predictions(batch, predictions)
+            writer.add(list(islice(left, len(values))), values)
+
+        metrics = evaluate(model, loader, wanted, keep)
+    _logger.info("predictions of %d structures: %s", len(loader.structures), path)
+    return metrics
 
 
 def _spread_text(rotations: int, target: str, spread: Spread, errors: Metrics) -> str:

@@ -23,7 +23,13 @@ from pet_finetune.training.metrics import SHOWN
 from pet_finetune.training.resume import changed_options
 from pet_finetune.training.run_files import ADAPTER, BEST, LAST, OPTIONS, RESULTS, TABLE, RunFiles
 
-from .evaluate import EvaluationResult, evaluate_files, evaluate_options
+from .evaluate import (
+    EvaluationResult,
+    EvaluationSettings,
+    LabelNames,
+    evaluate_files,
+    evaluate_options,
+)
 from .prepare import RETENTION
 from .train import train
 
@@ -156,7 +162,8 @@ def evaluate_named(
     *,
     target: str | None = None,
     device: str | None = None,
-    rotations: int = 0,
+    labels: LabelNames,
+    how: EvaluationSettings,
 ) -> EvaluationResult:
     """Errors of a trained run: on files, or on its own validation and test sets.
 
@@ -171,14 +178,12 @@ def evaluate_named(
         )
     if files:
         return evaluate_files(
-            best, files, target=target, device=device or "auto", rotations=rotations
+            best, files, target=target, device=device or "auto", labels=labels, how=how
         )
     options = run.loaded.options
     own = run.folder / OPTIONS
     seed = read_yaml(own).get("seed") if own.exists() else None
-    return evaluate_options(
-        options, best, target=target, device=device, seed=seed, rotations=rotations
-    )
+    return evaluate_options(options, best, target=target, device=device, seed=seed, how=how)
 
 
 def compare(

@@ -57,7 +57,7 @@ def test_targets_and_gradients_inherit_the_file_they_do_not_name() -> None:
     assert energy.forces == GradientOptions(mode="on", read_from="forces.xyz", key="forces")
     assert energy.stress == GradientOptions(mode="on", read_from="labels.xyz", key="s")
     other = data.targets["mtt::other"]
-    assert (other.read_from, other.key, other.quantity) == ("others.xyz", "mtt::other", "")
+    assert (other.read_from, other.key, other.quantity) == ("others.xyz", "mtt::other", "energy")
 
 
 @pytest.mark.parametrize(
@@ -95,6 +95,37 @@ def test_only_energies_have_gradients_unasked(name: str, quantity: str | None, m
     assert data.targets[name].forces.mode == mode
     assert data.targets[name].stress.mode == mode
     assert data.targets[name].virial.mode == "off"
+
+
+@pytest.mark.parametrize(
+    ("target", "quantity"),
+    [
+        ({}, "energy"),
+        ({"key": "E", "unit": "hartree", "forces": True}, "energy"),
+        ({"quantity": None}, "energy"),
+        ({"quantity": ""}, ""),
+        ({"quantity": "gap", "unit": "eV"}, "gap"),
+        ({"unit": "Debye"}, ""),
+        ({"sample_kind": "atom"}, ""),
+        ({"num_subtargets": 3}, ""),
+        ({"type": {"cartesian": {"rank": 1}}}, ""),
+    ],
+)
+def test_one_number_for_each_structure_is_an_energy_unless_something_speaks_against_it(
+    target: dict[str, Any], quantity: str
+) -> None:
+    data = DatasetOptions.model_validate({"systems": "a.xyz", "targets": {"mtt::x": target}})
+    own = data.targets["mtt::x"]
+    assert own.quantity == quantity
+    assert own.is_energy == (quantity == "energy")
+    assert own.forces.mode == ("on" if "forces" in target else "off")
+
+
+def test_a_quantity_that_was_assumed_is_told() -> None:
+    targets = {"energy": {}, "mtt::x": {"unit": "eV"}, "mtt::dos": {"num_subtargets": 2}}
+    lines = parse_options({"training_set": {"systems": "a.xyz", "targets": targets}}).notices
+    (line,) = [line for line in lines if "quantity" in line]
+    assert "taken as energy as in metatrain: training_set.targets.mtt::x." in line
 
 
 def test_a_virial_takes_the_place_of_a_stress_that_is_not_named() -> None:

@@ -90,7 +90,7 @@ WRONG = {
         {"replay": {"read_from": {"systems": "a.xyz", "targets": {"energy": {}, "u": {}}}}},
         ("replay.read_from.targets", "expected one target", "energy, u")),
     "no energy": (
-        {"retention": {"read_from": {"systems": "a.xyz", "targets": {"dipole": {}}}}},
+        {"retention": {"read_from": {"systems": "a.xyz", "targets": {"dipole": {"unit": "D"}}}}},
         ("retention.read_from.targets.dipole", "expected an energy")),
     "unit": (
         {"retention": {"read_from": data_section("a.xyz", unit="eV/atom")}},

@@ -43,7 +43,8 @@ def test_the_name_completes_a_target(
 
 def test_intensive_targets_are_those_whose_values_count_whole() -> None:
     specs = options(
-        {"energy": {}, "gap": {}, "volume": {}}, per_structure_targets=["gap", "energy"]
+        {"energy": {}, "gap": {"quantity": "gap"}, "volume": {"quantity": "volume"}},
+        per_structure_targets=["gap", "energy"],
     ).target_specs()
     assert {name for name, spec in specs.items() if spec.intensive} == {"gap"}
 
@@ -63,7 +64,11 @@ FORCES = "non_conservative_forces"
         ({"non_conservative_stress": {"unit": "Gpaa"}}, {}, "Unknown pressure unit 'Gpaa'"),
         ({"non_conservative_stress": {"unit": "eV/A"}}, {}, "an energy over a cubed length"),
         ({FORCES: {}}, {"atomic_baseline": {FORCES: 0.0}}, "only scalars have a baseline"),
-        ({"gap": {}}, {"finetune": {"ensemble": 4}}, "a committee predicts an energy, but gap"),
+        (
+            {"gap": {"quantity": "gap"}},
+            {"finetune": {"ensemble": 4}},
+            "a committee predicts an energy, but gap",
+        ),
     ],
 )
 def test_what_cannot_be_meant(

@@ -21,6 +21,7 @@ from pet_finetune.errors import DataError
 from pet_finetune.units import to_own_unit
 
 VECTOR, TENSOR = ({"cartesian": {"rank": rank}} for rank in (1, 2))
+NO_ENERGY = {"quantity": "y"}
 ATOMS = {"sample_kind": "atom"}
 RNG = np.random.default_rng(3)
 WATER, SILICON = molecule("H2O"), bulk("Si")
@@ -120,9 +121,14 @@ def test_unknown_values_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFi
 @pytest.mark.parametrize(
     ("target", "value", "per_atom", "message"),
     [
-        ({}, np.ones(3), True, "should be a scalar for each structure, but 'y' .* values of atoms"),
+        (
+            NO_ENERGY,
+            np.ones(3),
+            True,
+            "should be a scalar for each structure, but 'y' .* values of atoms",
+        ),
         ({"type": VECTOR}, np.ones(3), True, "should be a vector for each structure"),
-        ({}, np.ones(3), False, r"shape \(3,\); expected one number .* `sample_kind: atom`"),
+        (NO_ENERGY, np.ones(3), False, r"shape \(3,\); expected one number .* `sample_kind: atom`"),
         (ATOMS, np.float64(1.0), False, r"shape \(\); expected .* `sample_kind: system`"),
         ({**ATOMS, "type": VECTOR}, np.ones(3), True, r"expected 3 numbers for each atom"),
         ({}, np.inf, False, "are NaN or infinite in frame 0"),

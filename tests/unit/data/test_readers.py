@@ -386,7 +386,7 @@ def test_several_targets_with_units_of_their_own(tmp_path):
     targets = {
         "energy/cheap": {"key": "cheap", "unit": "Hartree"},
         "energy/dear": {"key": "dear"},
-        "mtt::gap": {"key": "gap", "unit": "Hartree"},
+        "mtt::gap": {"quantity": "gap", "key": "gap", "unit": "Hartree"},
     }
     (structure,) = read_structures(options(tmp_path / "set.xyz", targets))
     values = {name: value.item() for name, value in structure.labels.items()}

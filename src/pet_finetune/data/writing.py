@@ -1,0 +1,251 @@
+"""Structures with predicted values, written as files of several formats."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any
+
+import ase.io
+import numpy as np
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.stress import full_3x3_to_voigt_6_stress
+
+from pet_finetune.errors import DataError
+from pet_finetune.keys import LabelKind, forces_key, label_kind, stress_key
+
+from .files import read_frames
+from .structure import Structure
+
+if TYPE_CHECKING:
+    from ase.db.core import Database
+
+__all__ = ["PREDICTION_ENDINGS", "PredictionWriter", "check_prediction_path", "numbered"]
+
+_XYZ = (".xyz", ".extxyz")
+_DB = ".db"
+#: Endings of the files that predictions can be written to.
+PREDICTION_ENDINGS = (*_XYZ, _DB)
+#: What ASE keeps as results of a calculator, in its forms.
+_RESULTS: dict[str, Callable[[np.ndarray], Any]] = {
+    "energy": float,
+    "forces": np.asarray,
+    "stress": full_3x3_to_voigt_6_stress,
+}
+
+
+class PredictionWriter:
+    """A file of structures and what a model says of them, in eV and Å, in the order they come.
+
+    It appears whole when the ``with`` block ends, and not at all if that ends with an error.
+
+    * ``.xyz``, ``.extxyz`` and ``.db`` (ASE's database): the frames as they were read, with what
+      stands in them, and the predictions of the ``main`` energy as ASE's results ``energy``,
+      ``forces`` and ``stress``. Other targets stand under their names (without ``mtt::``), their
+      derivatives as ``<name>_forces`` and ``<name>_stress``.
+    * a folder (a path that ends in ``/``): metatrain's memory-mapped arrays, ``<target>.bin``,
+      ``<target>_forces.bin`` and ``<target>_stress.bin`` in float32.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        main: str | None,
+        *,
+        kinds: Mapping[str, LabelKind] | None = None,
+        lengths: Mapping[str, float] | None = None,
+    ) -> None:
+        """Make ready to write.
+
+        :param path: where to.
+        :param main: the energy whose values are ASE's results.
+        :param kinds: what the values of targets that are no energies belong to.
+        :param lengths: by file that was read, Å per unit of length in it, where that is not 1.
+        :raises DataError: the ending is not known, something is there already, or the folder it
+            would be in does not exist.
+        """
+        self.path = check_prediction_path(path)
+        self.main, self.kinds, self.lengths = main, dict(kinds or {}), dict(lengths or {})
+        self._partial = self.path.with_name(self.path.name + ".partial")
+        self._frames: dict[str, list[Atoms]] = {}
+        self._open = ExitStack()
+        self._write: Callable[[Structure, Mapping[str, np.ndarray]], None]
+        self._sizes: list[int] = []
+        self._arrays: dict[str, IO[bytes]] = {}
+
+    def __enter__(self) -> PredictionWriter:
+        """Open the file beside the final one."""
+        self._discard()
+        try:
+            if self._is_folder:
+                self._partial.mkdir()
+                self._write = self._to_arrays
+            elif self.path.suffix == _DB:
+                from ase.db import connect  # takes a while to import
+
+                database = connect(str(self._partial), type="db")
+                self._write = lambda s, values: self._to_database(database, s, values)
+            else:
+                stream = self._open.enter_context(self._partial.open("w", encoding="utf-8"))
+                self._write = lambda s, values: ase.io.write(
+                    stream, self._atoms(s, values), format="extxyz"
+                )
+        except OSError as error:
+            raise DataError(f"Cannot write '{self.path}': {error.strerror}.") from error
+        return self
+
+    def add(
+        self, structures: Sequence[Structure], values: Sequence[Mapping[str, np.ndarray]]
+    ) -> None:
+        """Write more structures.
+
+        :param values: for each the predictions under the names of their labels.
+        """
+        for structure, own in zip(structures, values, strict=True):
+            self._write(structure, own)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
+        """Close the file and give it its name, or remove it."""
+        if kind is None and self._is_folder:
+            np.save(self._partial / "ns.npy", len(self._sizes))
+            np.save(self._partial / "na.npy", np.cumsum([0, *self._sizes], dtype=np.int64))
+        self._open.close()
+        if kind is None:
+            os.replace(self._partial, self.path)
+        else:
+            self._discard()
+
+    @property
+    def _is_folder(self) -> bool:
+        return not self.path.suffix
+
+    def _discard(self) -> None:
+        if self._partial.is_dir():
+            shutil.rmtree(self._partial)
+        else:
+            self._partial.unlink(missing_ok=True)
+
+    def _atoms(self, structure: Structure, values: Mapping[str, np.ndarray]) -> Atoms:
+        """The frame as it was read, in Å, with predictions in the place of ASE's results."""
+        if structure.source not in self._frames:
+            self._frames = {structure.source: read_frames(structure.source)}
+        atoms = self._frames[structure.source][structure.index].copy()
+        if (length := self.lengths.get(structure.source, 1.0)) != 1.0:
+            atoms.set_cell(atoms.cell.array * length)
+            atoms.positions = structure.positions.numpy()
+        for name in _RESULTS:  # labels that were no results of a calculator
+            atoms.info.pop(name, None)
+            atoms.arrays.pop(name, None)
+        results: dict[str, Any] = {}
+        for label, array in values.items():
+            name = self._name(label)
+            if np.isnan(array).all():
+                continue  # a stress where no volume is defined
+            if name in _RESULTS:
+                results[name] = _RESULTS[name](array)
+            elif label_kind(label, self.kinds).per_atom:
+                atoms.arrays[name] = array.reshape(structure.num_atoms, -1)
+            else:
+                atoms.info[name] = float(array) if array.ndim == 0 else array
+        atoms.calc = SinglePointCalculator(atoms, **results)
+        return atoms
+
+    def _name(self, label: str) -> str:
+        """What a label is called in the file."""
+        for kind, key in (("energy", ""), ("forces", forces_key("")), ("stress", stress_key(""))):
+            target = label.removesuffix(key)
+            if self.main is not None and label == f"{self.main}{key}":
+                return kind
+            if key and target != label:
+                return f"{_short(target)}_{kind}"
+        return _short(label)
+
+    def _to_database(
+        self, database: Database, structure: Structure, values: Mapping[str, np.ndarray]
+    ) -> None:
+        """A row; what a database has no column for stands in its ``data``."""
+        atoms = self._atoms(structure, values)
+        data = {**atoms.info, **{k: v for k, v in atoms.arrays.items() if k not in _STRUCTURE}}
+        database.write(atoms, data={name: _plain(value) for name, value in data.items()})
+
+    def _to_arrays(self, structure: Structure, values: Mapping[str, np.ndarray]) -> None:
+        """Append to metatrain's arrays."""
+        self._sizes.append(structure.num_atoms)
+        arrays: dict[str, np.ndarray] = {
+            "a": structure.numbers.numpy().astype(np.int32),
+            "x": structure.positions.numpy().astype(np.float32),
+            "c": structure.cell.numpy().astype(np.float32),
+        }
+        for label, array in values.items():
+            name = label
+            for kind, key in (("forces", forces_key("")), ("stress", stress_key(""))):
+                if label.endswith(key):
+                    name = f"{label.removesuffix(key)}_{kind}"
+            if "/" in name:
+                raise DataError(
+                    f"'{self.path}/': a target named '{name}' cannot be a file in a folder of "
+                    "arrays. Write a file that ends in .xyz or .db instead."
+                )
+            arrays[name] = array.astype(np.float32)
+        for name, array in arrays.items():
+            if name not in self._arrays:
+                stream = (self._partial / f"{name}.bin").open("wb")
+                self._arrays[name] = self._open.enter_context(stream)
+            array.tofile(self._arrays[name])
+
+
+_STRUCTURE = frozenset({"numbers", "positions"})
+
+
+def check_prediction_path(path: str | Path) -> Path:
+    """Refuse a place that predictions cannot be written to.
+
+    :raises DataError: says which can.
+    """
+    text, file = str(path), Path(path)
+    folder = text.endswith(("/", os.sep))
+    if file.suffix and (folder or file.suffix not in PREDICTION_ENDINGS):
+        endings = ", ".join(PREDICTION_ENDINGS)
+        raise DataError(
+            f"'{text}': predictions are written to files that end in {endings}, or as metatrain's "
+            "arrays to a folder without an ending, given with a slash behind: predictions/."
+        )
+    if not file.suffix and not folder:
+        raise DataError(
+            f"'{text}' has no ending that says what to write: {text}.xyz, {text}.db, or {text}/ "
+            "for a folder of metatrain's memory-mapped arrays."
+        )
+    if file.exists():
+        raise DataError(f"'{text}' exists and is not overwritten. Remove it, or name another.")
+    if not file.parent.is_dir():
+        raise DataError(f"'{text}': the folder '{file.parent}' does not exist. Make it first.")
+    return file
+
+
+def numbered(path: str | Path, mark: str) -> str:
+    """The path with ``_<mark>`` before its ending, for one of several sets."""
+    text = str(path)
+    if text.endswith(("/", os.sep)):
+        return f"{text.rstrip('/' + os.sep)}_{mark}/"
+    file = Path(text)
+    return str(file.with_name(f"{file.stem}_{mark}{file.suffix}"))
+
+
+def _short(target: str) -> str:
+    """A target's name without the mark of metatrain's that a column of a file cannot have."""
+    return target.removeprefix("mtt::").replace("::", "_")
+
+
+def _plain(value: Any) -> Any:
+    """What a database can hold of a value."""
+    return value if isinstance(value, (int, float, str, bool, np.ndarray)) else str(value)
