@@ -9,7 +9,7 @@ import numpy as np
 from scipy.spatial.distance import pdist
 
 from .finding import Finding, frames_of
-from .fingerprint import composition, neighbours
+from .fingerprint import composition, within
 from .subject import REACH, Entry, Subject
 
 __all__ = ["Twins", "check_duplicates", "find_twins"]
@@ -17,7 +17,6 @@ __all__ = ["Twins", "check_duplicates", "find_twins"]
 #: Å between fingerprints: the same frame up to the rounding of files, and a copy that was
 #: displaced so little that it tells nothing new. MD frames 1 fs apart differ by about 0.01.
 _SAME, _NEAR = 1e-4, 0.01
-_NEIGHBOURS = 4
 #: eV an atom, and eV/Å of the root mean square force: same frames, different labels.
 _ENERGY, _FORCE = 2e-3, 0.02
 
@@ -39,25 +38,24 @@ def find_twins(entries: Sequence[Entry]) -> list[Twins]:
     """
     whole = [e for e in entries if e.size > 1 and float(e.nearest.max()) < REACH]
     keys = [(composition(e), e.size, bool(e.pbc.any())) for e in whole]
-    pairs = neighbours(whole, keys, _NEIGHBOURS)
-    near = (Twins(whole[i], whole[j], d) for i, j, d in pairs if d < _NEAR)
-    return [twins for twins in near if _same_far(twins)]
+    near = (Twins(whole[i], whole[j], d) for i, j, d in within(whole, keys, _NEAR))
+    return [pair for pair in near if _same_far(pair)]
 
 
-def _same_far(twins: Twins) -> bool:
+def _same_far(pair: Twins) -> bool:
     """Whether molecules agree in all their distances, not only in those that are near."""
-    one, two = twins.one, twins.two
+    one, two = pair.one, pair.two
     if one.pbc.any() or one.size > 300:
         return True
     near, far = np.sort(pdist(one.positions)), np.sort(pdist(two.positions))
-    return bool(np.sqrt(((near - far) ** 2).mean()) < max(_NEAR, 3.0 * twins.distance))
+    return bool(np.sqrt(((near - far) ** 2).mean()) < max(_NEAR, 3.0 * pair.distance))
 
 
 def check_duplicates(subject: Subject) -> Iterator[Finding]:
     """Copies within the sets, leaks between them, and copies with other labels."""
-    twins = find_twins(subject.entries)
-    yield from _leaks(subject, [t for t in twins if t.one.set != t.two.set])
-    own = [t for t in twins if t.one.set == t.two.set and t.distance < _SAME]
+    found = find_twins(subject.entries)
+    yield from _leaks(subject, [t for t in found if t.one.set != t.two.set])
+    own = [t for t in found if t.one.set == t.two.set and t.distance < _SAME]
     again = list({id(t.two): t.two for t in own}.values())
     if again:
         part = len(again) / len(subject.entries)
@@ -71,7 +69,7 @@ def check_duplicates(subject: Subject) -> Iterator[Finding]:
             "Remove the copies, or draw the sets yourself.",
             {"count": len(again)},
         )
-    yield from _contradictions([t for t in twins if t.distance < _SAME])
+    yield from _contradictions([t for t in found if t.distance < _SAME])
 
 
 def _leaks(subject: Subject, across: Sequence[Twins]) -> Iterator[Finding]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from .finding import Finding, Frames, frames_of
 from .subject import Entry, Subject
 from .work import Step
 
-__all__ = ["check_levels", "check_outliers", "element_fit", "references_of"]
+__all__ = ["check_levels", "check_outliers", "compositions", "element_fit", "references_of"]
 
 #: eV an atom. Energies of bonds stay below the first; a shift of a whole file beyond the second
 #: is none of temperature or phase.
@@ -22,9 +23,16 @@ _RIDGE = 1e-8
 _NEARBY = 0.25
 
 
-def _compositions(entries: Sequence[Entry], elements: Sequence[int]) -> np.ndarray:
+def compositions(entries: Sequence[Entry], elements: Sequence[int]) -> np.ndarray:
     """Fractions of the elements in each structure, ``[n, n_elements]``."""
-    return np.array([[(e.numbers == z).mean() for z in elements] for e in entries])
+    columns = np.full(max(elements, default=0) + 1, len(elements))
+    columns[list(elements)] = np.arange(len(elements))
+    found = np.zeros((len(entries), len(elements) + 1))  # the last one is of all other elements
+    for row, entry in zip(found, entries, strict=True):
+        own, counts = entry.elements
+        known = np.where(own < len(columns), columns[np.minimum(own, len(columns) - 1)], -1)
+        row[known] = counts / entry.size
+    return found[:, :-1]
 
 
 def element_fit(entries: Sequence[Entry]) -> tuple[list[int], np.ndarray, np.ndarray]:
@@ -36,8 +44,8 @@ def element_fit(entries: Sequence[Entry]) -> tuple[list[int], np.ndarray, np.nda
     Returns:
         The elements, their energies in eV, and what is left over for each entry, eV an atom.
     """
-    elements = sorted({int(z) for e in entries for z in np.unique(e.numbers)})
-    fractions = _compositions(entries, elements)
+    elements = sorted({int(z) for e in entries for z in e.elements[0]})
+    fractions = compositions(entries, elements)
     energies = np.array([(e.energy or 0.0) / e.size for e in entries])
     weights, *_ = np.linalg.lstsq(fractions, energies, rcond=_RIDGE)
     return elements, weights, energies - fractions @ weights
@@ -61,10 +69,12 @@ def check_levels(subject: Subject) -> Iterator[Finding]:
     }
     files = {file: entries for file, entries in files.items() if entries}
     names = list(files)
-    first = max(names, key=lambda name: len(files[name]), default=None)
-    for name in names:
-        if first is not None and name != first:
-            yield from _compare_files(first, files[first], name, files[name])
+    first = max(names, key=lambda name: len(files[name]), default="")
+    if len(names) > 1:
+        levels = _levels_of(first, files[first])
+        for name in names:
+            if name != first:
+                yield from _compare_files(levels, name, files[name])
     for file, entries in files.items():
         yield from _split_levels(file, entries)
 
@@ -74,18 +84,37 @@ def _spread(values: np.ndarray) -> float:
     return 1.4826 * float(np.median(np.abs(values - np.median(values)))) if len(values) else 0.0
 
 
-def _compare_files(
-    first: str, entries: Sequence[Entry], second: str, others: Sequence[Entry]
-) -> Iterator[Finding]:
-    """How far the energies of a file are from what another one's elements say."""
+@dataclass(frozen=True)
+class _Levels:
+    """What the elements are worth in a file that others are compared with.
+
+    Attributes:
+        file: its name.
+        elements, weights, rest: of :func:`element_fit`.
+        rows: an orthonormal basis of its compositions, ``[k, n_elements]``.
+    """
+
+    file: str
+    elements: list[int]
+    weights: np.ndarray
+    rest: np.ndarray
+    rows: np.ndarray
+
+
+def _levels_of(file: str, entries: Sequence[Entry]) -> _Levels:
     elements, weights, rest = element_fit(entries)
-    known = [e for e in others if np.isin(e.numbers, elements).all()]
+    basis = np.linalg.svd(compositions(entries, elements), full_matrices=False)
+    return _Levels(file, elements, weights, rest, basis[2][basis[1] > 1e-6 * basis[1][0]])
+
+
+def _compare_files(first: _Levels, second: str, others: Sequence[Entry]) -> Iterator[Finding]:
+    """How far the energies of a file are from what another one's elements say."""
+    elements, weights, rest, rows = first.elements, first.weights, first.rest, first.rows
+    known = [e for e in others if np.isin(e.elements[0], elements).all()]
     if not known:
         return
-    fractions = _compositions(known, elements)
+    fractions = compositions(known, elements)
     # Only compositions that the first file holds, or mixtures of them, can be compared.
-    basis = np.linalg.svd(_compositions(entries, elements), full_matrices=False)
-    rows = basis[2][basis[1] > 1e-6 * basis[1][0]]
     inside = np.abs(fractions - fractions @ rows.T @ rows).max(axis=1) < 1e-6
     if inside.sum() < max(1, len(known) // 2):
         return
@@ -98,13 +127,13 @@ def _compare_files(
     yield Finding(
         "warning",
         "mixed-levels",
-        f"the energies of {second} are {shift:+.3g} eV an atom away from those of {first} at the "
-        f"same composition; within the files they spread by {spread:.2g}",
+        f"the energies of {second} are {shift:+.3g} eV an atom away from those of {first.file} at "
+        f"the same composition; within the files they spread by {spread:.2g}",
         (Frames(second),),
         "Two levels of theory, programs or references in one target: the model learns what lies "
         "between them, and validation against the other one means nothing.",
         "Train on one of them, or shift one to the references of the other.",
-        {"shift": shift, "spread": spread, "beside": first},
+        {"shift": shift, "spread": spread, "beside": first.file},
     )
 
 
@@ -112,7 +141,7 @@ def _split_levels(file: str, entries: Sequence[Entry]) -> Iterator[Finding]:
     """Frames of one composition whose energies fall into two groups with a wide gap between."""
     groups: dict[bytes, list[Entry]] = {}
     for entry in entries:
-        groups.setdefault(np.bincount(entry.numbers).tobytes(), []).append(entry)
+        groups.setdefault(entry.formula, []).append(entry)
     found: list[Entry] = []
     widest = 0.0
     for own in groups.values():
@@ -201,7 +230,7 @@ def _against_composition(entries: Sequence[Entry]) -> Iterator[tuple[Entry, floa
     groups: dict[bytes, list[Entry]] = {}
     for entry in entries:
         if entry.energy is not None and entry.size > 1:
-            groups.setdefault(np.bincount(entry.numbers).tobytes(), []).append(entry)
+            groups.setdefault(entry.formula, []).append(entry)
     for own in groups.values():
         if len(own) < 10:
             continue

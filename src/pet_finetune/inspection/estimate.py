@@ -6,15 +6,16 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pet_finetune.adapters import AdapterConfig, freeze, inject
 from pet_finetune.adapters.config import default_modules_to_save
 from pet_finetune.data.batch import Batch, collate
-from pet_finetune.data.neighbors import structure_neighbors
+from pet_finetune.data.neighbors import find_pairs, structure_neighbors
 from pet_finetune.data.structure import Structure
 from pet_finetune.model import Potential
 
@@ -22,7 +23,8 @@ __all__ = ["METHODS", "Estimate", "Load", "estimate", "load_of"]
 
 #: Edges that a measured step should have: enough to be no overhead, few enough for seconds.
 _EDGES, _MOST_ATOMS = 8000, 400
-_SAMPLE = 200
+#: Structures, and atoms in them, that edges are counted on.
+_SAMPLE, _SAMPLE_ATOMS = 200, 40_000
 _MIB = 2**20
 
 
@@ -76,11 +78,17 @@ def load_of(training: Sequence[Structure], validation: Sequence[Structure], cuto
 
 def _edges_of(structures: Sequence[Structure], cutoff: float) -> tuple[int, int, int]:
     edges = atoms = most = 0
-    for structure in structures[:: max(1, -(-len(structures) // _SAMPLE))]:
-        pairs = structure_neighbors(structure, cutoff)
-        counts = torch.bincount(pairs.centers, minlength=structure.num_atoms)
-        edges += pairs.num_edges
-        atoms += structure.num_atoms
+    total = sum(s.num_atoms for s in structures)
+    step = max(1, -(-len(structures) // _SAMPLE), -(-total // _SAMPLE_ATOMS))
+    for s in structures[::step]:
+        first, second = find_pairs(
+            s.positions.numpy(), s.cell.numpy(), s.pbc.numpy(), cutoff, "ij", full=False,
+            where=s.where,
+        )  # fmt: skip
+        counts = np.bincount(first, minlength=s.num_atoms)
+        counts = counts + np.bincount(second, minlength=s.num_atoms)
+        edges += 2 * len(first)
+        atoms += s.num_atoms
         most = max(most, int(counts.max()))
     return edges, atoms, most
 
@@ -163,13 +171,38 @@ def _sample(structures: Sequence[Structure], model: Potential) -> Batch:
     order = sorted(structures, key=lambda s: s.num_atoms)
     middle = order[len(order) // 2 :] + order[: len(order) // 2][::-1]
     items, edges, atoms = [], 0, 0
-    for structure in middle:
+    for whole in middle:
+        structure = _piece(whole, _MOST_ATOMS)
         pairs = structure_neighbors(structure, model.cutoff)
         items.append((structure, pairs))
         edges, atoms = edges + pairs.num_edges, atoms + structure.num_atoms
         if edges > _EDGES or atoms > _MOST_ATOMS or len(items) >= 64:
             break
     return collate(items, model.dtype)
+
+
+def _piece(structure: Structure, atoms: int) -> Structure:
+    """The atoms that are nearest to one of them, without labels, in the cell of the whole.
+
+    What a step takes is measured for each edge, so that a piece stands for a frame of any size.
+    """
+    if structure.num_atoms <= atoms:
+        return structure
+    positions, pbc = structure.positions.numpy(), structure.pbc.numpy()
+    away = positions - positions[0]
+    if pbc.any():
+        cell = structure.cell.numpy()[pbc]
+        inside = away @ np.linalg.pinv(cell)
+        away = away - np.round(inside) @ cell
+    near = np.argsort((away**2).sum(axis=1), kind="stable")[:atoms]
+    chosen = torch.from_numpy(np.sort(near))
+    return replace(
+        structure,
+        numbers=structure.numbers[chosen],
+        positions=structure.positions[chosen],
+        labels={},
+        kinds={},
+    )
 
 
 def _measure(

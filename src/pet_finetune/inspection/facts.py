@@ -101,7 +101,7 @@ def _set_facts(entries: Sequence[Entry]) -> SetFacts:
     structures: Counter[int] = Counter()
     atoms: Counter[int] = Counter()
     for entry in entries:
-        numbers, counts = np.unique(entry.numbers, return_counts=True)
+        numbers, counts = entry.elements
         structures.update(numbers.tolist())
         atoms.update(dict(zip(numbers.tolist(), counts.tolist(), strict=True)))
     sizes = Range.of([e.size for e in entries])
@@ -114,7 +114,7 @@ def _set_facts(entries: Sequence[Entry]) -> SetFacts:
         structures=len(entries),
         atoms=int(sum(e.size for e in entries)),
         elements={symbol_of(z): (structures[z], atoms[z]) for z in sorted(atoms)},
-        compositions=len({tuple(np.bincount(e.numbers)) for e in entries}),
+        compositions=len({e.formula for e in entries}),
         sizes=sizes,
         periodicity=dict(Counter(_KINDS[int(e.pbc.sum())] for e in entries)),
         nearest=Range.of(nearest[np.isfinite(nearest)]),

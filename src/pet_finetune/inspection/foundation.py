@@ -13,7 +13,7 @@ from pet_finetune.data.loader import Loader
 from pet_finetune.data.species import of_species
 from pet_finetune.model import Potential
 
-from .energies import element_fit
+from .energies import compositions, element_fit
 from .evidence import Evidence
 from .finding import Finding, frames_of
 from .subject import Entry, Subject
@@ -132,7 +132,7 @@ def _force_slope(answers: Sequence[Answer]) -> Evidence | None:
 def _energy_slope(answers: Sequence[Answer]) -> Evidence | None:
     """Of what a sum over elements leaves over."""
     labelled = [a for a in answers if a.entry.energy is not None and a.entry.size > 1]
-    elements = {int(z) for a in labelled for z in np.unique(a.entry.numbers)}
+    elements = {int(z) for a in labelled for z in a.entry.elements[0]}
     if len(labelled) < _FEWEST + 3 * len(elements):
         return None
     *_, labels = element_fit([a.entry for a in labelled])
@@ -151,8 +151,8 @@ def _stress_slope(answers: Sequence[Answer]) -> Evidence | None:
 
 def _left(answers: Sequence[Answer], energies: Sequence[float]) -> np.ndarray:
     """Given energies less a sum over elements that is fitted to them, eV an atom."""
-    elements = sorted({int(z) for a in answers for z in np.unique(a.entry.numbers)})
-    fractions = np.array([[(a.entry.numbers == z).mean() for z in elements] for a in answers])
+    elements = sorted({int(z) for a in answers for z in a.entry.elements[0]})
+    fractions = compositions([a.entry for a in answers], elements)
     values = np.array([e / a.entry.size for e, a in zip(energies, answers, strict=True)])
     weights, *_ = np.linalg.lstsq(fractions, values, rcond=1e-8)
     left: np.ndarray = values - fractions @ weights

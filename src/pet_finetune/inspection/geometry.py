@@ -5,18 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import vesin
+
+from pet_finetune.data.neighbors import find_pairs
 
 from .finding import Finding, frames_of
 from .subject import REACH, Entry, Subject
 
-__all__ = ["check_distances", "check_loneliness", "check_periodicity"]
+__all__ = ["check_distances", "check_extent", "check_loneliness", "check_periodicity"]
 
 #: Å. Two atoms at one place have no direction between them; no bond is shorter than 0.74 Å.
 _SAME_PLACE, _CLOSE = 1e-3, 0.6
 #: The shortest distance over the sum of the covalent radii. Below, a bond is compressed as it is
 #: in very hot or shocked matter.
 _COMPRESSED = 0.8
+
+
+def check_extent(subject: Subject) -> Iterator[Finding]:
+    """Structures that no neighbours can be found in: atoms far away, absurd cells or densities."""
+    if subject.broken:
+        yield Finding(
+            "error",
+            "impossible-structure",
+            f"{_count(subject.broken)} cannot be computed; {subject.broken[0][1]}",
+            frames_of(structure for structure, _ in subject.broken),
+            "No neighbours can be found in them.",
+            "Remove these frames, or mend what is wrong with them.",
+            {"reasons": {structure.where: why for structure, why in subject.broken}},
+        )
 
 
 def check_distances(subject: Subject) -> Iterator[Finding]:
@@ -107,8 +122,9 @@ def _alone(entry: Entry, reach: float) -> int:
     """How many atoms have no neighbour within reach, which may be further than was looked."""
     if reach <= REACH:
         return int((entry.nearest > reach).sum())
-    (first,) = vesin.NeighborList(cutoff=reach, full_list=True).compute(
-        points=entry.positions, box=entry.cell, periodic=entry.pbc, quantities="i"
+    where = entry.structure.where
+    (first,) = find_pairs(
+        entry.positions, entry.cell, entry.pbc, reach, "i", full=True, where=where
     )
     return entry.size - len(np.unique(first))
 

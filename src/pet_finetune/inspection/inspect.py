@@ -27,7 +27,7 @@ from pet_finetune.training.elements import ADVICE
 from pet_finetune.training.start import read_start
 
 from . import Finding, Foundation, Inspection, inspect_sets
-from .estimate import estimate, load_of
+from .estimate import Load, estimate, load_of
 from .preflight import cells_of, declared_units, energy_of
 from .reading import read_anyway, target_of_file
 from .suggest import Suggestion, suggest, training_section
@@ -201,8 +201,12 @@ def _with_cost(
     options, training = request.options, sets["train"]
     held_out = sets.get("validation", ())
     cutoff = model.cutoff if model is not None else options.model.cutoff
+    if {"length-unit", "impossible-structure"} & {f.code for f in inspection.findings}:
+        # In other lengths there are other neighbours, perhaps more than any memory holds.
+        load = Load(len(training), sum(s.num_atoms for s in training), 0.0, 0.0, 0, 0.0)
+        return replace(inspection, suggestion=_suggest(inspection, request, sets, model, load))
     load = load_of(training, held_out, cutoff)
-    first = _suggest(inspection, request, sets, model)
+    first = _suggest(inspection, request, sets, model, load)
     batch = first.options["architecture"]["training"]["batch_size"]
     if not request.whole and options.training.max_atoms_per_batch is None:
         batch = options.training.batch_size
@@ -225,7 +229,7 @@ def _with_cost(
     threads = f", {torch.get_num_threads()} threads, {kind}" if device.type == "cpu" else ""
     measured = f"from one measured step each ({device.type}{threads}), batches of {batch}"
     done = replace(inspection, cost=load, estimates=tuple(estimates), measured=measured)
-    return replace(done, suggestion=_suggest(done, request, sets, model))
+    return replace(done, suggestion=_suggest(done, request, sets, model, load))
 
 
 def _suggest(
@@ -233,6 +237,7 @@ def _suggest(
     request: Request,
     sets: Mapping[str, Sequence[Structure]],
     model: Potential | None,
+    load: Load,
 ) -> Suggestion:
     """Options for the data, in the units that the findings suggest."""
     options = request.options
@@ -240,8 +245,6 @@ def _suggest(
     held = {name: len(sets.get(name, ())) for name in _SETS}
     drawn = not request.whole and isinstance(options.validation_set, float)
     count = held["train"] + (held["validation"] + held["test"] if drawn else 0)
-    cutoff = model.cutoff if model is not None else options.model.cutoff
-    load = inspection.cost or load_of(training, sets.get("validation", ()), cutoff)
     load = replace(load, structures=count or load.structures)
     unknown = []
     if model is not None:

@@ -18,12 +18,12 @@ from .evidence import Declared, Evidence
 from .facts import Facts, facts_of
 from .finding import Finding, worst_first
 from .foundation import Answer, ask, baseline_shift, check_references, check_residuals, units_of
-from .geometry import check_distances, check_loneliness, check_periodicity
+from .geometry import check_distances, check_extent, check_loneliness, check_periodicity
 from .labels import check_charges_used, check_completeness, check_forces, check_mechanics
 from .subject import Subject, subject_of
 from .suggest import Suggestion
 from .units import check_lengths, check_units, in_found_units
-from .work import steps
+from .work import near_pairs, steps
 
 __all__ = ["Foundation", "Inspection", "inspect_sets"]
 
@@ -99,19 +99,27 @@ def inspect_sets(
         known: findings from reading the files.
     """
     subject = subject_of(sets, target)
+    findings = [*known, *check_extent(subject)]
     if not subject.entries:
-        return Inspection(facts_of(subject), tuple(worst_first(known)))
+        return Inspection(facts_of(subject), tuple(worst_first(findings)))
+    # What is cheap comes first: a model that is asked about positions in nm takes all memory.
+    lengths = list(check_lengths(subject))
+    odd = {frames.file for finding in lengths for frames in finding.where}
+    findings += lengths
     answers: list[Answer] = []
-    findings = [*known]
     if foundation is not None:
         refused = list(_refused(subject, foundation))
         findings += refused
         # Of a charge that it has no embedding for a model can predict nothing.
         if foundation.target is not None and all(f.code != "unknown-charges" for f in refused):
             answers = ask(
-                foundation.model, foundation.target, subject, foundation.seconds, foundation.species
+                foundation.model,
+                foundation.target,
+                subject.without(odd),
+                foundation.seconds,
+                foundation.species,
             )
-    findings += _check(subject, declared, foundation, answers)
+    findings += _check(subject, declared, foundation, answers, lengths)
     return Inspection(
         facts_of(subject),
         tuple(worst_first(findings)),
@@ -142,27 +150,28 @@ def _check(
     declared: Mapping[str, Declared],
     foundation: Foundation | None,
     answers: Sequence[Answer],
+    lengths: Sequence[Finding],
 ) -> Iterator[Finding]:
-    """Every check of structures and labels."""
+    """Every check of structures and labels, but that of the lengths."""
     model = None if foundation is None else foundation.model
     conditioned = model is not None and model.hypers.system_conditioning
     yield from check_distances(subject)
     yield from check_loneliness(subject, None if model is None else model.cutoff)
     yield from check_periodicity(subject)
     yield from check_charges_used(subject, conditioned)
-    lengths = list(check_lengths(subject))
-    yield from lengths
     if subject.target is None:
         yield from check_duplicates(subject)
         return
-    paths = {file: steps(entries) for file, entries in subject.files.items()}
+    pairs = {file: near_pairs(entries) for file, entries in subject.files.items()}
+    paths = {file: steps(entries, pairs[file]) for file, entries in subject.files.items()}
     more: Mapping[str, Sequence[Evidence]] = units_of(answers)
-    odd = list(check_units(subject, paths, declared, more))
+    doubtful = {frames.file for finding in lengths for frames in finding.where}
+    odd = list(check_units(subject, paths, declared, more, doubtful))
     yield from odd
     # The rest as if the units were mended: else every frame would stand out.
     mended = in_found_units(subject, [*lengths, *odd])
     if mended is not subject:
-        paths = {file: steps(entries) for file, entries in mended.files.items()}
+        paths = {file: steps(entries, pairs[file]) for file, entries in mended.files.items()}
     yield from check_duplicates(mended)
     yield from check_references(answers, foundation is not None and foundation.keeps_baselines)
     yield from check_completeness(subject)

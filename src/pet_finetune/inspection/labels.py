@@ -48,8 +48,8 @@ def check_completeness(subject: Subject) -> Iterator[Finding]:
         )
     for file, own in subject.files.items():
         yield from _constant_energies(file, own)
-    compositions = {tuple(np.bincount(e.numbers)) for e in entries}
-    elements = {int(z) for e in entries for z in np.unique(e.numbers)}
+    compositions = {e.formula for e in entries}
+    elements = {int(z) for e in entries for z in e.elements[0]}
     if len(compositions) == 1 and len(entries) > 1 and len(elements) > 1:
         yield Finding(
             "note",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import vesin
 
+from pet_finetune.data.neighbors import find_pairs
 from pet_finetune.units import energy_to_ev
 
 from .evidence import Evidence, log_ratio
@@ -136,9 +136,10 @@ def _bonds(entries: Sequence[Entry]) -> Iterator[Evidence]:
     for entry in entries[:: max(1, len(entries) // 300)]:
         if entry.forces is None or not (entry.numbers == 1).any():
             continue
-        atom, other, vector, distance = vesin.NeighborList(
-            cutoff=_BOND_REACH, full_list=True
-        ).compute(points=entry.positions, box=entry.cell, periodic=entry.pbc, quantities="ijDd")
+        atom, other, vector, distance = find_pairs(
+            entry.positions, entry.cell, entry.pbc, _BOND_REACH, "ijDd", full=True,
+            where=entry.structure.where,
+        )  # fmt: skip
         alone = np.bincount(atom, minlength=entry.size)[atom] == 1
         for element in _BONDS:
             bonds = alone & (entry.numbers[atom] == 1) & (entry.numbers[other] == element)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-import vesin
 from ase.data import covalent_radii
 
+from pet_finetune.data.neighbors import expected_neighbors, find_pairs
 from pet_finetune.data.structure import Structure
+from pet_finetune.errors import DataError
 from pet_finetune.keys import forces_key, stress_key
+
+from .fingerprint import fingerprint
 
 __all__ = ["NEAR", "REACH", "Entry", "Subject", "subject_of"]
 
 #: How far neighbours are looked for, Å, and how many of them are kept for each atom.
 REACH, NEAR = 5.0, 20
+#: Neighbours of an atom within reach, beyond which a structure is too dense to be matter: there
+#: they are looked for less far, so that a wrong unit of length is found before memory runs out.
+_MOST_NEAR, _LEAST_REACH = 600.0, 0.3
 #: What tells neighbours of different elements apart: Å added for each element before theirs.
 _APART = 0.4
 
@@ -36,8 +42,7 @@ class Entry:
         nearest: distance of each atom to the nearest other one, ``[n]``; infinite where none is
             within :data:`REACH`.
         gaps: the least distance to another atom over the sum of both covalent radii, ``[n]``.
-        shells: ascending distances to the neighbours of each atom, each with a shift that depends
-            on its element, ``[n, NEAR]``.
+        fingerprint: of the whole structure, see :mod:`.fingerprint`.
         lopsided: length of the sum of the unit vectors to all neighbours, ``[n]``: zero where
             symmetry forbids a force.
     """
@@ -53,7 +58,7 @@ class Entry:
     stress: np.ndarray | None
     nearest: np.ndarray
     gaps: np.ndarray
-    shells: np.ndarray
+    fingerprint: np.ndarray
     lopsided: np.ndarray
 
     @property
@@ -71,6 +76,18 @@ class Entry:
         """Of the cell, Å³; 0 where not periodic in all directions."""
         return self.structure.volume
 
+    @cached_property
+    def elements(self) -> tuple[np.ndarray, np.ndarray]:
+        """Atomic numbers that occur, ascending, and how many atoms have each."""
+        counts = np.bincount(self.numbers)
+        (found,) = np.nonzero(counts)
+        return found, counts[found]
+
+    @cached_property
+    def formula(self) -> bytes:
+        """Equal for structures with the same atoms."""
+        return np.concatenate(self.elements).tobytes()
+
 
 @dataclass(frozen=True, eq=False)
 class Subject:
@@ -80,11 +97,13 @@ class Subject:
         sets: entries by set (``train``, ``validation``, ``test``), in their order.
         target: name of the energy whose labels the entries hold; None where there is none.
         skipped: structures that were left out because there are so many.
+        broken: structures that no neighbours can be found in, with the reason.
     """
 
     sets: Mapping[str, Sequence[Entry]]
     target: str | None = None
     skipped: int = 0
+    broken: Sequence[tuple[Structure, str]] = ()
 
     @cached_property
     def entries(self) -> tuple[Entry, ...]:
@@ -99,6 +118,16 @@ class Subject:
             found.setdefault(entry.file, []).append(entry)
         return found
 
+    def without(self, files: Collection[str]) -> Subject:
+        """The same, less what comes from some files."""
+        if not files:
+            return self
+        sets = {
+            name: tuple(entry for entry in entries if entry.file not in files)
+            for name, entries in self.sets.items()
+        }
+        return replace(self, sets=sets)
+
 
 def subject_of(sets: Mapping[str, Sequence[Structure]], target: str | None) -> Subject:
     """Get structures ready to be looked at.
@@ -111,12 +140,18 @@ def subject_of(sets: Mapping[str, Sequence[Structure]], target: str | None) -> S
     step = max(1, -(-atoms // _MOST_ATOMS))
     kept = {name: structures[::step] for name, structures in sets.items()}
     skipped = sum(map(len, sets.values())) - sum(map(len, kept.values()))
-    entries = {
-        name: tuple(_entry(structure, name, target) for structure in structures)
-        for name, structures in kept.items()
-        if structures
-    }
-    return Subject(entries, target, skipped)
+    entries: dict[str, tuple[Entry, ...]] = {}
+    broken = []
+    for name, structures in kept.items():
+        own = []
+        for structure in structures:
+            try:
+                own.append(_entry(structure, name, target))
+            except DataError as error:
+                broken.append((structure, str(error)))
+        if own:
+            entries[name] = tuple(own)
+    return Subject(entries, target, skipped, tuple(broken))
 
 
 def _entry(structure: Structure, name: str, target: str | None) -> Entry:
@@ -126,7 +161,7 @@ def _entry(structure: Structure, name: str, target: str | None) -> Entry:
     energy = labels.get(target) if target else None
     forces = labels.get(forces_key(target)) if target else None
     stress = labels.get(stress_key(target)) if target else None
-    nearest, gaps, shells, lopsided = _surroundings(numbers, positions, cell, pbc)
+    nearest, gaps, shells, lopsided = _surroundings(structure)
     return Entry(
         structure=structure,
         set=name,
@@ -139,25 +174,31 @@ def _entry(structure: Structure, name: str, target: str | None) -> Entry:
         stress=None if stress is None else stress.numpy(),
         nearest=nearest,
         gaps=gaps,
-        shells=shells,
+        fingerprint=fingerprint(numbers, shells, structure.volume),
         lopsided=lopsided,
     )
 
 
-def _surroundings(
-    numbers: np.ndarray, positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The arrays of :class:`Entry` that need a neighbour list."""
+def _surroundings(structure: Structure) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Nearest distances, gaps, shells (ascending distances to the neighbours of each atom, each
+    with a shift that depends on its element, ``[n, NEAR]``) and lopsidedness, as in
+    :class:`Entry`.
+    """
+    numbers, positions = structure.numbers.numpy(), structure.positions.numpy()
+    cell, pbc = structure.cell.numpy(), structure.pbc.numpy()
     size = len(numbers)
-    first, second, vector, distance = vesin.NeighborList(cutoff=REACH, full_list=True).compute(
-        points=positions, box=cell, periodic=pbc, quantities="ijDd"
+    reach = REACH
+    while reach > _LEAST_REACH and expected_neighbors(positions, cell, pbc, reach) > _MOST_NEAR:
+        reach *= 0.8
+    first, second, vector, distance = find_pairs(
+        positions, cell, pbc, reach, "ijDd", full=True, where=structure.where
     )
     first, second = first.astype(np.int64), second.astype(np.int64)
     nearest, gaps = np.full(size, np.inf), np.full(size, np.inf)
     radii = covalent_radii[numbers]
     np.minimum.at(nearest, first, distance)
     np.minimum.at(gaps, first, distance / (radii[first] + radii[second]))
-    element = np.unique(numbers, return_inverse=True)[1].reshape(-1)
+    element = (np.cumsum(np.bincount(numbers) > 0) - 1)[numbers]
     shifted = distance + _APART * element[second]
     # One sort for both: of atoms, and of the neighbours of each.
     order = np.argsort(first * (REACH * 1000.0) + shifted, kind="stable")

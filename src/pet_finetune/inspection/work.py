@@ -16,10 +16,11 @@ import numpy as np
 from .fingerprint import neighbours
 from .subject import Entry
 
-__all__ = ["Step", "steps"]
+__all__ = ["Step", "near_pairs", "steps"]
 
 _NEIGHBOURS = 3
-_MOST_PAIRS = 4000
+#: Pairs of one file, and atoms in them, that are looked at; each costs the same.
+_MOST_PAIRS, _MOST_ATOMS = 4000, 1_000_000
 #: Frames further apart (root mean square, Å) say nothing: the potential is not quadratic so far.
 _FAR = 0.6
 #: The same for the largest strain.
@@ -56,8 +57,8 @@ class Step:
     pressure: float
 
 
-def steps(entries: Sequence[Entry]) -> list[Step]:
-    """Steps between neighbouring frames that hold the same atoms in the same order.
+def near_pairs(entries: Sequence[Entry]) -> list[tuple[int, int]]:
+    """Positions of frames that hold the same atoms in the same order and are near each other.
 
     Args:
         entries: with energies and forces; others are passed over.
@@ -70,10 +71,29 @@ def steps(entries: Sequence[Entry]) -> list[Step]:
     ]
     chosen = [entries[k] for k in usable]
     keys = [(entry.numbers.tobytes(), bool(entry.pbc.all())) for entry in chosen]
-    pairs = sorted(neighbours(chosen, keys, _NEIGHBOURS), key=lambda pair: pair[2])[:_MOST_PAIRS]
+    found = sorted(neighbours(chosen, keys, _NEIGHBOURS), key=lambda pair: pair[2])
+    pairs: list[tuple[int, int]] = []
+    atoms = 0
+    for one, two, _ in found[:_MOST_PAIRS]:
+        pairs.append((usable[one], usable[two]))
+        atoms += chosen[one].size
+        if atoms > _MOST_ATOMS:
+            break
+    return pairs
+
+
+def steps(entries: Sequence[Entry], pairs: Sequence[tuple[int, int]]) -> list[Step]:
+    """Steps between frames, as far as they are near enough and still have their labels.
+
+    Args:
+        entries: of one file.
+        pairs: from :func:`near_pairs`; they do not depend on what the labels are.
+    """
     made = []
-    for one, two, _ in pairs:
-        step = _step(chosen[one], chosen[two], usable[one], usable[two])
+    for one, two in pairs:
+        if entries[one].forces is None or entries[one].energy is None:
+            continue
+        step = _step(entries[one], entries[two], one, two)
         if step is not None:
             made.append(step)
     return made

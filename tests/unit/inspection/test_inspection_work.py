@@ -1,0 +1,196 @@
+"""The look stays a look: what it takes grows with frames and atoms, and no more."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from inspected import codes, copper, look, scaled, the
+from models import random_potential
+from pet_finetune.inspection import Foundation, inspect_sets
+from pet_finetune.inspection import energies as energies_module
+from pet_finetune.inspection import fingerprint as fingerprint_module
+from pet_finetune.inspection.estimate import _piece, estimate, load_of
+from pet_finetune.inspection.fingerprint import neighbours, within
+from pet_finetune.inspection.subject import subject_of
+
+
+@pytest.fixture
+def compared(monkeypatch):
+    """Counts the whole distances that are taken."""
+    taken = []
+    plain = fingerprint_module._distances
+
+    def counted(vectors, rows, others):
+        taken.append(others.size)
+        return plain(vectors, rows, others)
+
+    monkeypatch.setattr(fingerprint_module, "_distances", counted)
+    return taken
+
+
+def cloud(count, width=300, seed=0):
+    """Fingerprints of thermal frames: no few axes hold all of them."""
+    rng = np.random.default_rng(seed)
+    spread = 1.0 / np.arange(1, width + 1)
+    vectors = (rng.normal(size=(count, width)) * spread).astype(np.float32)
+    return [SimpleNamespace(fingerprint=vector) for vector in vectors]
+
+
+@pytest.mark.parametrize("count", [200, 2000])
+def test_neighbours_cost_as_many_distances_as_there_are_frames(compared, count):
+    pairs = list(neighbours(cloud(count), [0] * count, 3))
+    assert len(pairs) > count
+    assert sum(compared) <= 17 * count
+
+
+def test_neighbours_are_near(compared):
+    entries = cloud(400)
+    vectors = np.array([entry.fingerprint for entry in entries])
+    apart = np.linalg.norm(vectors[:, None] - vectors, axis=-1)
+    nearest = np.sort(apart, axis=1)[:, 1].mean()
+    found = [length for *_, length in neighbours(entries, [0] * 400, 1)]
+    assert np.mean(found) < 1.1 * nearest < 0.7 * apart.mean()
+    for one, two, length in neighbours(entries, [0] * 400, 2):
+        assert length == pytest.approx(apart[one, two], rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [200, 2000])
+def test_copies_are_found_by_few_distances(compared, count):
+    entries = cloud(count)
+    copies = {k: count + k for k in range(0, 20, 2)}
+    entries += [SimpleNamespace(fingerprint=entries[k].fingerprint + 1e-5) for k in copies]
+    found = {(one, two) for one, two, _ in within(entries, [0] * len(entries), 0.01)}
+    assert found == {(k, count + n) for n, k in enumerate(copies)}
+    assert sum(compared) < len(entries)
+
+
+def test_a_copy_behind_many_that_look_alike_is_found():
+    """More than the first candidates agree along the axes, and only one as a whole."""
+    rng = np.random.default_rng(0)
+    vectors = np.zeros((100, 200), dtype=np.float32)
+    vectors[:, :8] = rng.normal(scale=1e-4, size=(100, 8))
+    vectors[:, 8:] = rng.normal(scale=2e-3, size=(100, 192))
+    spread = np.zeros((300, 200), dtype=np.float32)
+    spread[:, :8] = 10.0 + rng.normal(size=(300, 8))
+    vectors[99] = vectors[0]
+    entries = [SimpleNamespace(fingerprint=v) for v in [*vectors, *spread]]
+    assert {(0, 99)} == {pair[:2] for pair in within(entries, [0] * 400, 1e-3)}
+
+
+def test_frames_with_other_keys_are_not_compared():
+    entries = [SimpleNamespace(fingerprint=np.zeros(9, np.float32)) for _ in range(4)]
+    assert {pair[:2] for pair in within(entries, [0, 1, 0, 1], 0.1)} == {(0, 2), (1, 3)}
+
+
+def test_the_first_file_is_fitted_once(monkeypatch):
+    fitted = []
+    plain = energies_module.element_fit
+    monkeypatch.setattr(
+        energies_module, "element_fit", lambda entries: fitted.append(1) or plain(entries)
+    )
+    structures = copper(40)
+    files = [replace(s, source=f"{k // 4}.xyz") for k, s in enumerate(structures)]
+    assert "mixed-levels" not in codes(look(files))
+    assert len(fitted) == 1
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_potential()
+
+
+def asked(monkeypatch, structures, model):
+    """What is inspected with a foundation, and of how many structures that is asked."""
+    from pet_finetune.inspection import foundation
+
+    seen = []
+    plain = foundation._predict
+
+    def counted(model, target, entries):
+        seen.extend(entries)
+        return plain(model, target, entries)
+
+    monkeypatch.setattr(foundation, "_predict", counted)
+    known = Foundation(model, "energy", tuple(model.species), known_too=None)
+    return inspect_sets({"train": structures}, "energy", {}, known), len(seen)
+
+
+def test_a_model_is_not_asked_about_lengths_in_doubt(monkeypatch, model, molecules_of):
+    structures = scaled(molecules_of("val"), length=0.1)
+    inspection, count = asked(monkeypatch, structures, model)
+    assert the(inspection, "length-unit").data["unit"] == "nm"
+    assert count == 0
+
+
+def test_one_frame_with_a_far_atom_is_named_and_the_others_are_looked_at(
+    monkeypatch, model, molecules_of
+):
+    structures = molecules_of("val")[:12]
+    positions = structures[5].positions.clone()
+    positions[2, 0] = 1e7
+    structures[5] = replace(structures[5], positions=positions)
+    inspection, count = asked(monkeypatch, structures, model)
+    found = the(inspection, "impossible-structure")
+    assert (found.severity, found.where[0].numbers) == ("error", (structures[5].index,))
+    assert "atom 2 lies" in found.what
+    assert 0 < count <= 11
+
+
+def test_dense_atoms_are_looked_at_within_a_short_reach():
+    dense = scaled(copper(1), length=0.1)[0]
+    (entry,) = subject_of({"train": [dense]}, None).entries
+    assert float(entry.nearest.max()) < 0.3
+
+
+def test_a_piece_of_a_large_frame_is_measured(monkeypatch, model):
+    """A frame of 512 atoms takes no more than one of 400 does."""
+    from pet_finetune.inspection import estimate as estimate_module
+
+    small = next(s for s in copper(1))
+    grid = torch.cartesian_prod(*[torch.arange(8.0)] * 3).double() * 2.6
+    whole = replace(
+        small, numbers=torch.full((512,), 6), positions=grid, cell=torch.eye(3).double() * 20.8
+    )
+    piece = _piece(whole, 400)
+    assert piece.num_atoms == 400
+    away = grid - grid[0]
+    away -= 20.8 * torch.round(away / 20.8)
+    chosen = {tuple(row) for row in piece.positions.tolist()}
+    far = [a.norm() for a, row in zip(away, grid.tolist(), strict=True) if tuple(row) not in chosen]
+    near = [a.norm() for a, row in zip(away, grid.tolist(), strict=True) if tuple(row) in chosen]
+    assert max(near) <= min(far) + 1e-9
+    sizes = []
+    plain = estimate_module._measure
+    monkeypatch.setattr(
+        estimate_module,
+        "_measure",
+        lambda *args: sizes.append(int(args[3].num_atoms)) or plain(*args),
+    )
+    monkeypatch.setattr(estimate_module, "METHODS", {"full": estimate_module._all_weights})
+    load = load_of([whole], [], model.cutoff)
+    estimate(model, "energy", [whole], load, 1, forces=True, stress=True)
+    assert sizes == [400]
+    assert load.atoms == 512
+
+
+def test_edges_of_large_sets_are_counted_on_a_sample(monkeypatch):
+    from pet_finetune.inspection import estimate as estimate_module
+
+    looked = []
+    plain = estimate_module.find_pairs
+    monkeypatch.setattr(
+        estimate_module, "find_pairs", lambda *a, **k: looked.append(len(a[0])) or plain(*a, **k)
+    )
+    structures = copper(40)
+    one = load_of(structures, [], 4.0)
+    assert sum(looked) == sum(s.num_atoms for s in structures)
+    looked.clear()
+    monkeypatch.setattr(estimate_module, "_SAMPLE_ATOMS", sum(s.num_atoms for s in structures) // 8)
+    other = load_of(structures, [], 4.0)
+    assert sum(looked) <= estimate_module._SAMPLE_ATOMS
+    assert other.edges == pytest.approx(one.edges, rel=0.1)
