@@ -1,11 +1,18 @@
-"""Logging of the package: one tree of loggers, pretty on a terminal, plain anywhere else."""
+"""Logging of the package: one tree of loggers, pretty on a terminal, plain anywhere else.
+
+What repeats is said once: see :class:`_Folding`.
+"""
 
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import threading
 import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -37,6 +44,13 @@ _PLAIN_FORMAT = "%(asctime)s %(levelname)-7s %(message)s"
 _DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
 
 
+#: Numbers of a message (of a frame, say), and lists of them; not those inside names of files.
+_NUMBERS = re.compile(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?(?!\w|\.\w)", re.I)
+_LISTS = re.compile(r"#(?:, #)+")
+#: So much of a message is repeated where the others like it are counted.
+_SHOWN = 60
+
+
 def get_logger(name: str = "") -> logging.Logger:
     """Return the logger ``pet_finetune.<name>``; a full module name is taken as it stands."""
     if not name or name == _ROOT:
@@ -49,29 +63,113 @@ def get_logger(name: str = "") -> logging.Logger:
 def setup_logging(level: int | str = "INFO", file: str | Path | None = None) -> logging.Logger:
     """Send the package's log to stderr and, if given, to a file. May be called again.
 
+    Python's warnings go the same way, in one line each. Of warnings that repeat the first is
+    written, and the others are counted.
+
     :param level: the lowest level shown, as a name (``"INFO"``) or number.
     :param file: a log file to append to; its folder is made when missing.
     :return: the package's root logger.
     :raises OSError: if the log file cannot be opened.
     """
     root = logging.getLogger(_ROOT)
-    handlers: list[logging.Handler] = [_stream_handler()]
-    handlers[0].addFilter(lambda record: not getattr(record, "file_only", False))
+    targets: list[logging.Handler] = [_stream_handler()]
+    targets[0].addFilter(lambda record: not getattr(record, "file_only", False))
     if file is not None:
         path = Path(file)
         path.parent.mkdir(parents=True, exist_ok=True)
         to_file = logging.FileHandler(path, encoding="utf-8")
         to_file.setFormatter(logging.Formatter(_PLAIN_FORMAT, _DATE_FORMAT))
-        handlers.append(to_file)
+        targets.append(to_file)
     for old in list(root.handlers):
         root.removeHandler(old)
         old.close()
-    for handler in handlers:
-        root.addHandler(handler)
+    root.addHandler(_Folding(targets))
     root.setLevel(level.upper() if isinstance(level, str) else level)
     # An application with its own root handler would print every line twice otherwise.
     root.propagate = False
+    warnings.showwarning = _log_warning
     return root
+
+
+def _log_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: object = None,
+    line: str | None = None,
+) -> None:
+    """A warning of Python's (of a library, mostly) as a line of the log."""
+    text = " ".join(str(message).split())
+    get_logger("warnings").warning("%s: %s (%s:%d)", category.__name__, text, filename, lineno)
+
+
+@dataclass
+class _Repeats:
+    """How often one message came."""
+
+    #: Of which the user knows.
+    told: int = 1
+    #: Held back since then.
+    held: int = 0
+    #: The latest of these.
+    latest: logging.LogRecord | None = None
+
+
+class _Folding(logging.Handler):
+    """Hands records on to other handlers, but of warnings that repeat only the first and a count.
+
+    A file of a thousand frames makes a thousand warnings that differ in the number of the frame.
+    The first is written at once; how many more there were is written before the next message that
+    is no warning, and at the end. If a message keeps coming back (once an epoch, say), the count
+    is written when it has doubled.
+    """
+
+    def __init__(self, targets: Sequence[logging.Handler]) -> None:
+        super().__init__()
+        self.targets = tuple(targets)
+        self._repeats: dict[tuple[str, str], _Repeats] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record, or count it."""
+        if record.levelno != logging.WARNING:
+            self._tell(all_of_it=False)
+            self._hand_on(record)
+            return
+        text = _LISTS.sub("#", _NUMBERS.sub("#", record.getMessage()))
+        repeats = self._repeats.get((record.name, text))
+        if repeats is None:
+            self._repeats[record.name, text] = _Repeats()
+            self._hand_on(record)
+        else:
+            repeats.held += 1
+            repeats.latest = record
+
+    def close(self) -> None:
+        """Write what is held back, then close the handlers."""
+        self._tell(all_of_it=True)
+        for target in self.targets:
+            target.close()
+        super().close()
+
+    def _tell(self, *, all_of_it: bool) -> None:
+        """Write how many records were held back."""
+        for repeats in self._repeats.values():
+            latest = repeats.latest
+            if latest is None or not (all_of_it or repeats.held >= repeats.told):
+                continue
+            if repeats.held > 1:
+                text = latest.getMessage()
+                shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN].rstrip()}..."
+                message = {"msg": "%d more warnings like this: %s", "args": (repeats.held, shown)}
+                latest = logging.makeLogRecord({**latest.__dict__, **message})
+            self._hand_on(latest)
+            repeats.told += repeats.held
+            repeats.held, repeats.latest = 0, None
+
+    def _hand_on(self, record: logging.LogRecord) -> None:
+        for target in self.targets:
+            target.handle(record)
 
 
 @cache

@@ -16,6 +16,7 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.stress import full_3x3_to_voigt_6_stress
 
+from pet_finetune.config.dataset import SystemsOptions
 from pet_finetune.errors import DataError
 from pet_finetune.keys import LabelKind, forces_key, label_kind, stress_key
 
@@ -58,19 +59,19 @@ class PredictionWriter:
         main: str | None,
         *,
         kinds: Mapping[str, LabelKind] | None = None,
-        lengths: Mapping[str, float] | None = None,
+        systems: Mapping[str, SystemsOptions] | None = None,
     ) -> None:
         """Make ready to write.
 
         :param path: where to.
         :param main: the energy whose values are ASE's results.
         :param kinds: what the values of targets that are no energies belong to.
-        :param lengths: by file that was read, Å per unit of length in it, where that is not 1.
+        :param systems: by file that was read, how.
         :raises DataError: the ending is not known, something is there already, or the folder it
             would be in does not exist.
         """
         self.path = check_prediction_path(path)
-        self.main, self.kinds, self.lengths = main, dict(kinds or {}), dict(lengths or {})
+        self.main, self.kinds, self.systems = main, dict(kinds or {}), dict(systems or {})
         self._partial = self.path.with_name(self.path.name + ".partial")
         self._frames: dict[str, list[Atoms]] = {}
         self._open = ExitStack()
@@ -138,10 +139,15 @@ class PredictionWriter:
     def _atoms(self, structure: Structure, values: Mapping[str, np.ndarray]) -> Atoms:
         """The frame as it was read, in Å, with predictions in the place of ASE's results."""
         if structure.source not in self._frames:
-            self._frames = {structure.source: read_frames(structure.source)}
+            how = self.systems.get(structure.source)
+            other = () if how is None else (how.format, how.types)
+            self._frames = {structure.source: read_frames(structure.source, *other)}
         atoms = self._frames[structure.source][structure.index].copy()
-        if (length := self.lengths.get(structure.source, 1.0)) != 1.0:
-            atoms.set_cell(atoms.cell.array * length)
+        # Lengths in another unit than Å; directions without a period keep their cell vectors.
+        lengths = np.linalg.norm(np.vstack([structure.positions, structure.cell]))
+        as_read = np.linalg.norm(np.vstack([atoms.positions, atoms.cell[atoms.pbc]]))
+        if as_read > 0 and abs(lengths / as_read - 1) > 1e-12:
+            atoms.set_cell(atoms.cell.array * (lengths / as_read))
             atoms.positions = structure.positions.numpy()
         for name in _RESULTS:  # labels that were no results of a calculator
             atoms.info.pop(name, None)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pet_finetune import kernels
 from pet_finetune.checkpoint import open_potential
-from pet_finetune.config import DatasetOptions, Options
+from pet_finetune.config import DatasetOptions, Options, SystemsOptions
 from pet_finetune.config.load import parse_options
 from pet_finetune.data.batch import Batch
 from pet_finetune.data.charges import check_charges
@@ -29,7 +29,6 @@ from pet_finetune.model import Potential, Prediction, Property
 from pet_finetune.report.tables import error_table, show
 from pet_finetune.training import Metrics, Spread, evaluate, rotational_spread
 from pet_finetune.training.predictions import split_predictions
-from pet_finetune.units import length_to_angstrom
 
 _logger = get_logger(__name__)
 
@@ -89,10 +88,10 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class _Set:
-    """Structures with a name, and the lengths of the units in their files, Å."""
+    """Structures, and how their files were read."""
 
     structures: Sequence[Structure]
-    lengths: Mapping[str, float] = field(default_factory=dict)
+    systems: Mapping[str, SystemsOptions] = field(default_factory=dict)
 
 
 def _open(
@@ -149,12 +148,11 @@ def _any_has(file: str | Path, key: str) -> bool:
 
 def _read(datasets: Sequence[DatasetOptions]) -> _Set:
     structures = [one for dataset in datasets for one in read_structures(dataset)]
-    return _Set(structures, _lengths(datasets))
+    return _Set(structures, _systems(datasets))
 
 
-def _lengths(datasets: Sequence[DatasetOptions]) -> dict[str, float]:
-    systems = [dataset.systems for dataset in datasets]
-    return {one.read_from: length_to_angstrom(one.length_unit) for one in systems}
+def _systems(datasets: Sequence[DatasetOptions]) -> dict[str, SystemsOptions]:
+    return {dataset.systems.read_from: dataset.systems for dataset in datasets}
 
 
 def _chosen(model: Potential, wanted: str | None) -> TargetSpec:
@@ -249,10 +247,10 @@ def evaluate_options(
     if options.seed is None and seed is None:
         _logger.warning("no seed in the options: sets drawn by fraction are not those of training")
     splits = make_splits(options, options.seed if options.seed is not None else seed or 0)
-    lengths = _lengths(options.datasets())
+    systems = _systems(options.datasets())
     held_out = {"validation": splits.validation, "test": splits.test}
-    sets = {name: _Set(some, lengths) for name, some in held_out.items() if some}
-    return _evaluate(model, sets or {"train": _Set(splits.train, lengths)}, targets, how)
+    sets = {name: _Set(some, systems) for name, some in held_out.items() if some}
+    return _evaluate(model, sets or {"train": _Set(splits.train, systems)}, targets, how)
 
 
 #: ASE's names of what the quantity of a direct prediction is.
@@ -317,7 +315,7 @@ def _evaluate(
         path = how.output
         if path is not None and (several or len(sets) > 1):
             path = numbered(path, (marks or {}).get(name, name))
-        errors[name] = _errors(model, loader, targets, path, chosen.lengths)
+        errors[name] = _errors(model, loader, targets, path, chosen.systems)
         if how.rotations:
             energies = [t for t in targets if model.targets[t].is_energy]
             spreads[name] = {
@@ -337,7 +335,7 @@ def _errors(
     loader: Loader,
     targets: Sequence[str],
     path: str | None,
-    lengths: Mapping[str, float],
+    systems: Mapping[str, SystemsOptions],
 ) -> dict[str, Metrics]:
     """Errors on one set; predictions go to a file where there is a path."""
     labels = loader.label_names
@@ -352,7 +350,7 @@ def _errors(
     kinds = {t: model.targets[t].label_kind for t in targets if t not in energies}
     main = "energy" if "energy" in energies else energies[0] if energies else None
     left = iter(loader.structures)
-    with PredictionWriter(path, main, kinds=kinds, lengths=lengths) as writer:
+    with PredictionWriter(path, main, kinds=kinds, systems=systems) as writer:
 
         def keep(batch: Batch, predictions: Mapping[str, Prediction | Property]) -> None:
             values = split_predictions(batch, predictions)
