@@ -119,6 +119,7 @@ def test_of_variants_and_properties(tmp_path: Path) -> None:
         assert_same_numbers(found, calculator, [ethanol(), crystal()], 1e-10, energies=False)
 
 
+@pytest.mark.slow
 def test_without_this_package(tmp_path: Path) -> None:
     """A fresh process in which neither this package nor metatrain can be imported."""
     checkpoint = save_checkpoint(tmp_path / "model.ckpt", random_potential(zbl=True))
