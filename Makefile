@@ -51,6 +51,7 @@ check-contract: env
 
 # Everything, under twelve minutes on two cores (and four more where kernels are yet to be compiled).
 test: env lint docs
+	@echo "Four groups of tests, two at a time: what each has to say comes when it ends."
 	@+$(TWO) test-whole test-core test-avx2 test-plain
 
 test-whole: env

@@ -107,7 +107,7 @@ def train(command: Command, here: Path) -> Callable[..., Answer]:
 
 @pytest.fixture
 def stop(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Call with a number of steps: after these, Ctrl-C is pressed, once."""
+    """Call with a number of steps: after these, Ctrl-C is pressed, once; after 0 never."""
 
     def after(steps: int) -> None:
         left = [steps]

@@ -76,13 +76,14 @@ _WHOLE = {}
 
 
 @pytest.fixture
-def assert_whole(command):
+def assert_whole(command, stop):
     """Compare a folder with the same run that was never stopped, which is made once only."""
 
     def check(folder, method):
         if method not in _WHOLE:
             training, start = METHODS[method]
             write(training)
+            stop(0)
             assert command("train", "mine.yaml", *start, "-o", "whole").code == 0
             _WHOLE[method] = outcome("whole")
         assert_same(folder, _WHOLE[method])

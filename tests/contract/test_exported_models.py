@@ -143,6 +143,18 @@ def test_without_this_package(tmp_path: Path) -> None:
     assert [float(word) for word in run.stdout.split()] == pytest.approx(expected, rel=1e-9)
 
 
+def test_another_model_is_told_apart(tmp_path: Path) -> None:
+    """The tolerances are far below what one weight in a thousand makes of a prediction."""
+    model = random_potential()
+    checkpoint = save_checkpoint(tmp_path / "model.ckpt", model)
+    export_model(checkpoint, tmp_path / "model.pt")
+    next(model.network.parameters()).data.mul_(1.001)
+    other = save_checkpoint(tmp_path / "other.ckpt", model)
+    calculator = PETCalculator(other, device="cpu")
+    with pytest.raises(AssertionError):
+        assert_same_numbers(engine(tmp_path / "model.pt"), calculator, [ethanol()], 1e-5)
+
+
 def test_of_several_systems_and_selected_atoms(tmp_path: Path) -> None:
     checkpoint = save_checkpoint(tmp_path / "model.ckpt", random_potential(zbl=True))
     export_model(checkpoint, tmp_path / "model.pt")

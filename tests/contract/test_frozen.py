@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -61,6 +63,18 @@ def assert_same(model: Potential, structures: list[Atoms], margin: float = 0.0) 
 def test_every_kind_of_network_is_the_same(hypers, dtype):
     model = random_potential(**{**WIDE, **hypers}).to(dtype)
     assert_same(model, [ethanol(), crystal()], margin=0.5)
+
+
+def test_a_fault_is_found(monkeypatch):
+    predict = FrozenEnergy.predict
+
+    def a_little_more(self: FrozenEnergy, batch: Batch, **options):
+        found = predict(self, batch, **options)
+        return replace(found, forces=found.forces * (1 + 1e-9))
+
+    monkeypatch.setattr(FrozenEnergy, "predict", a_little_more)
+    with pytest.raises(AssertionError):
+        assert_same(random_potential(**WIDE), [ethanol()])
 
 
 def test_more_rows_than_a_piece_and_odd_numbers_of_threads():

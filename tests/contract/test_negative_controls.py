@@ -14,6 +14,7 @@ import pytest
 import torch
 from ase import Atoms
 
+from laws_of_species import assert_same_energies
 from models import apart, crystal, ethanol, lone_atom, random_potential, trained_adapter
 from pet_finetune.adapters import AdapterConfig, inject, lora
 from pet_finetune.data import Batch
@@ -329,3 +330,15 @@ def test_a_save_in_place(base: Potential, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(laws, "save_checkpoint", in_place)
     with pytest.raises(AssertionError):
         laws.an_interrupted_save_leaves_the_old_file(base, base, tmp_path, errors.append)
+
+
+# Elements ---------------------------------------------------------------------------------------
+
+
+def test_an_embedding_that_changed_when_elements_came(base: Potential):
+    grown = copy.deepcopy(base)
+    grown.add_species([7], {7: 6})
+    assert_same_energies(base, grown, FRAMES)
+    next(grown.network.parameters()).data.mul_(1.001)
+    with pytest.raises(AssertionError):
+        assert_same_energies(base, grown, FRAMES)

@@ -85,6 +85,14 @@ def test_a_force_loss_has_the_gradients_of_the_dequantised_model(bits, method):
     assert max(float(v.abs().max()) for n, v in found.items() if "lora_B" in n) > 1e-3
 
 
+def test_a_model_that_is_not_rounded_is_told_apart(bits):
+    """The bounds are far below what rounding changes: of the twin they ask the rounded weights."""
+    found = force_loss_gradients(trained_adapter(random_potential(), quant_bits=bits))
+    exact = force_loss_gradients(trained_adapter(random_potential()))
+    same = found.keys() & exact.keys()
+    assert max(float((found[n] - exact[n]).abs().max()) for n in same) > 1e-4
+
+
 def test_forces_are_finite_differences_at_any_width(bits):
     model = trained_adapter(random_potential(**WIDE), quant_bits=bits)
     forces_are_finite_differences(model, crystal())
