@@ -188,6 +188,7 @@ def test_an_options_file_of_mtt_eval(here, command):
         assert answer.code == 0, answer.err
         assert "test.xyz (4 structures)" in answer.out
         assert figures(answer) == expected
+        assert "length_unit not given, taken as angstrom: the set." in answer.err
     answer = command("eval", "eval.yaml", "-c", "base.ckpt", "-r", "indices=[1, 2]")
     assert "test.xyz (2 structures)" in answer.out
 

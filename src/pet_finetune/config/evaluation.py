@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -72,4 +73,4 @@ def load_evaluation(path: str | FilePath, overrides: Sequence[str] = ()) -> Eval
 
 def _own(line: str) -> str:
     """A line without the name of the section that the sets were put into to be checked."""
-    return line.replace("training_set.", "").replace("training_set[", "[")
+    return re.sub(r"training_set(\.(?=\w)|(?=\[))", "", line).replace("training_set", "the set")
