@@ -127,7 +127,7 @@ CASES = [
          ("'tast.xyz' does not exist", "Did you mean 'test.xyz'?")),
     Case("data file empty", LORA, ("train.xyz is empty", "no structures"),
          lambda: Path("train.xyz").write_text("")),
-    Case("data file of no known format", LORA, ("ASE cannot read train.xyz", "extended xyz"),
+    Case("data file cut off", LORA, ("train.xyz: the last frame, 0", "line 1", "cut off"),
          lambda: Path("train.xyz").write_text("3\nnothing like a structure\nO 1 2\n")),
     # data
     Case("wrong key", (*LORA, "-r", "training_set.targets.energy.key=energi"),

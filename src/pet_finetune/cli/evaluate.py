@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pet_finetune.errors import ConfigError
 
 from . import named
+from .reading import add_reading_arguments, systems_of
 
 if TYPE_CHECKING:
     from pet_finetune.workflows import EvaluationSettings, LabelNames
@@ -31,6 +32,8 @@ _OF_FILES = {
     "--virial-key": "virial_key",
     "--energy-unit": "energy_unit",
     "--length-unit": "length_unit",
+    "--format": "format",
+    "--types": "types",
 }
 
 
@@ -105,6 +108,7 @@ def _add_names(parser: argparse.ArgumentParser) -> None:
         help="of positions and cells; forces and stresses are in the units that this and the "
         "energy's make (default: angstrom)",
     )  # fmt: skip
+    add_reading_arguments(group)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -162,6 +166,7 @@ def _labels(arguments: argparse.Namespace) -> LabelNames:
         virial=arguments.virial_key,
         energy_unit=arguments.energy_unit,
         length_unit=arguments.length_unit,
+        systems=systems_of(arguments),
     )
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from pet_finetune.errors import ConfigError
 
+from .reading import add_reading_arguments, systems_of
+
 _EXAMPLES = """\
 examples:
   pet-finetune inspect data.xyz                          numbers, findings, a suggestion
@@ -44,6 +46,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--validation", action="append", default=[], metavar="FILE", help="a validation file"
     )
     parser.add_argument("--test", action="append", default=[], metavar="FILE", help="a test file")
+    add_reading_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument(
         "--write-options", metavar="FILE", help="write the suggested options, ready to train"
@@ -84,7 +87,11 @@ def run(arguments: argparse.Namespace) -> int:
         request = request_of_options(loaded, files)
     else:
         request = request_of_files(
-            files, arguments.checkpoint, arguments.validation, arguments.test
+            files,
+            arguments.checkpoint,
+            arguments.validation,
+            arguments.test,
+            systems=systems_of(arguments),
         )
     inspection = inspect_data(request, device=arguments.device, seconds=arguments.seconds)
     _print(inspection, arguments.json)
@@ -101,6 +108,11 @@ def _check(arguments: argparse.Namespace, options: list[str]) -> None:
         raise ConfigError(
             "inspect: the options file names the sets, so --validation and --test have no place. "
             "Leave them out, or leave the options file out."
+        )
+    if options and systems_of(arguments):
+        raise ConfigError(
+            "inspect: --format and --types say how files are read, but the options file says that "
+            "of its own: `format` and `types` beside `read_from` of the systems."
         )
     if arguments.override and not options:
         raise ConfigError("inspect: -r changes an option, but no options file is given.")

@@ -8,6 +8,7 @@ from typing import Any
 
 from pet_finetune.errors import ConfigError, DynamicsError
 
+from .reading import add_reading_arguments, systems_of
 from .train import new_folder
 
 _OUTPUTS = Path("outputs")
@@ -74,6 +75,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "are a committee, whose uncertainty goes into the log",
     )  # fmt: skip
     parser.add_argument("--index", type=int, help="frame of the file, from 0 (default: the last)")
+    add_reading_arguments(parser)
     parser.add_argument(
         "--restart",
         metavar="auto|FOLDER",
@@ -129,6 +131,7 @@ def run(arguments: argparse.Namespace) -> int:
         MDSettings(**given),
         arguments.output or new_folder(),
         index=arguments.index,
+        **systems_of(arguments),
     )
     return 130 if result.outcome.reason == "interrupted" else 0
 
@@ -142,6 +145,7 @@ def _restart(arguments: argparse.Namespace, given: dict[str, Any], model: dict[s
     unused += ["--keep-velocities or --new-velocities"] if "velocities" in given else []
     unused += ["the structure"] if arguments.structure is not None else []
     unused += ["--index"] if arguments.index is not None else []
+    unused += [f"--{name}" for name in systems_of(arguments)]
     auto = arguments.restart == "auto"
     unused += ["-o"] if arguments.output is not None and not auto else []
     if unused:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from ase import Atoms
@@ -10,6 +11,7 @@ from pet_finetune.calculator import PETCalculator
 from pet_finetune.config.problems import config_error
 from pet_finetune.data.computable import check_atoms
 from pet_finetune.data.files import read_frames
+from pet_finetune.data.stated_units import StatedUnits
 from pet_finetune.errors import DataError, PetFinetuneError
 from pet_finetune.log import get_logger
 
@@ -24,7 +26,12 @@ _logger = get_logger(__name__)
 
 
 def check_start(
-    model: ModelChoice, structure: str | Path, settings: MDSettings, index: int | None
+    model: ModelChoice,
+    structure: str | Path,
+    settings: MDSettings,
+    index: int | None,
+    format: str = "",
+    types: Mapping[int, str] | None = None,
 ) -> tuple[Atoms, PETCalculator]:
     """Read structure and model, and see whether they can be simulated as asked.
 
@@ -42,7 +49,7 @@ def check_start(
         )
     atoms = calculator = None
     try:
-        atoms = read_frame(structure, index)
+        atoms = read_frame(structure, index, format, types)
         problems += _of_structure(atoms, structure, settings)
     except PetFinetuneError as error:
         problems.append(str(error))
@@ -59,13 +66,18 @@ def check_start(
     return atoms, calculator
 
 
-def read_frame(structure: str | Path, index: int | None) -> Atoms:
+def read_frame(
+    structure: str | Path,
+    index: int | None,
+    format: str = "",
+    types: Mapping[int, str] | None = None,
+) -> Atoms:
     """One frame of a file; the last where none is named, which is said when there are several.
 
     Raises:
         DataError: the file cannot be read, or has no such frame.
     """
-    frames = read_frames(structure)
+    frames = read_frames(structure, format, types)
     if index is None and len(frames) > 1:
         _logger.info(
             "%s has %d frames: the last, %d, is taken (--index N takes another)",
@@ -80,6 +92,11 @@ def read_frame(structure: str | Path, index: int | None) -> Atoms:
             "negative numbers count from the end."
         )
     atoms = frames[chosen].copy()  # without a calculator
+    factor = StatedUnits.of([atoms], str(structure)).factor(
+        "length", "positions", 1.0, "angstrom", default=True
+    )
+    atoms.set_cell(atoms.cell * factor)
+    atoms.positions *= factor
     return from_ase(atoms, f"frame {chosen} of {structure}" if len(frames) > 1 else str(structure))
 
 

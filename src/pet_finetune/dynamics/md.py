@@ -58,6 +58,8 @@ def run_md(
     folder: str | Path,
     *,
     index: int | None = None,
+    format: str = "",
+    types: Mapping[int, str] | None = None,
 ) -> MDResult:
     """Simulate a structure, and print a short summary.
 
@@ -67,13 +69,15 @@ def run_md(
         settings: how to move the atoms.
         folder: where trajectory, log, plot and state go.
         index: frame of the file; None for the last.
+        format: ASE's name of the file's format; guessed where empty.
+        types: elements by type of atom, for LAMMPS files that do not say them.
 
     Raises:
         ConfigError: anything that can be seen to be wrong before the first step, all at once.
         DynamicsError: the folder holds a simulation already, or this one has gone wrong.
     """
     MDFiles.check_free(Path(folder))
-    atoms, calculator = check_start(model, structure, settings, index)
+    atoms, calculator = check_start(model, structure, settings, index, format, types)
     files = MDFiles(Path(folder))
     setup_logging(file=files / LOG)
     filled = settings.filled(random.SystemRandom().randrange(2**31))

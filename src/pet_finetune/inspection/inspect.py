@@ -58,8 +58,15 @@ def request_of_files(
     checkpoint: str | None = None,
     validation: Sequence[str] = (),
     test: Sequence[str] = (),
+    systems: Mapping[str, Any] | None = None,
 ) -> Request:
     """Files by themselves, with labels under whatever names they have, in eV and Å.
+
+    Args:
+        files: of the training set.
+        checkpoint: the foundation.
+        validation, test: files of the other sets.
+        systems: more options of ``systems`` for all of them: ``format``, ``types``.
 
     Raises:
         DataError: a file that cannot be read.
@@ -70,9 +77,11 @@ def request_of_files(
     for name, own in (("training_set", files), ("validation_set", validation), ("test_set", test)):
         found = []
         for file in own:
-            target, told = target_of_file(file)
+            target, told = target_of_file(file, **(systems or {}))
             findings += told
-            found.append(training_section([file], target))
+            section = training_section([file], target)
+            section["systems"] |= systems or {}
+            found.append(section)
         if found:
             sections[name] = found[0] if len(found) == 1 else found
     loaded = parse_options(sections, checkpoint, require_start=False)

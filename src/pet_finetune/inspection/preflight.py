@@ -39,8 +39,12 @@ def declared_units(datasets: Iterable[DatasetOptions], target: str | None) -> di
 
 def cells_of(options: Options) -> list[Finding]:
     """Cells in the files that are not used, each file looked at once."""
-    files = dict.fromkeys(data.systems.read_from for data in options.datasets())
-    return [finding for file in files for finding in check_cells(file)]
+    files = {data.systems.read_from: data.systems for data in options.datasets()}
+    return [
+        finding
+        for file, systems in files.items()
+        for finding in check_cells(file, systems.format, systems.types)
+    ]
 
 
 def read_checked(options: Options, seed: int) -> Splits:

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ase.io
 import numpy as np
 
 from pet_finetune.config import DatasetOptions
-from pet_finetune.data.files import frame_numbers, read_frames
+from pet_finetune.data.files import frame_numbers, read_file, read_frames
 from pet_finetune.data.labels import Shape, find_value, to_forces, to_scalar, to_stress
 from pet_finetune.data.readers import read_structures
 from pet_finetune.data.structure import Structure
@@ -32,13 +31,15 @@ _SHAPES: Mapping[str, Shape] = {
 }
 
 
-def target_of_file(path: str | Path) -> tuple[dict[str, Any], list[Finding]]:
+def target_of_file(
+    path: str | Path, format: str = "", types: Mapping[int, str] | None = None
+) -> tuple[dict[str, Any], list[Finding]]:
     """The section of an energy target that fits the names in a file.
 
     Raises:
         DataError: the file cannot be read.
     """
-    frames = read_frames(path)
+    frames = read_frames(path, format, types)
     keys: dict[str, str | None] = {}
     for kind in _SHAPES:
         keys[kind] = _find_key(frames, kind)
@@ -109,15 +110,16 @@ def _fits(atoms: Atoms, name: str, shape: Shape) -> bool:
 
 
 def read_anyway(dataset: DatasetOptions) -> tuple[list[Structure], list[Finding]]:
-    """The structures of a data set that can be read, and errors about the others."""
+    """The structures of a data set that can be read, and findings about the others."""
+    dataset, told = _without_failed(dataset)
     try:
-        return read_structures(dataset), []
+        return read_structures(dataset), told
     except DataError as error:
         reason = str(error)
     source = dataset.systems.read_from
     plain = Finding("error", "unreadable", reason, (Frames(source),))
     try:
-        frames = read_frames(source)
+        frames = read_frames(source, dataset.systems.format, dataset.systems.types)
         chosen = dataset.indices
         numbers = (
             list(range(len(frames)))
@@ -134,7 +136,39 @@ def read_anyway(dataset: DatasetOptions) -> tuple[list[Structure], list[Finding]
         structures = read_structures(dataset.model_copy(update={"indices": tuple(sound)}))
     except DataError:
         return [], [plain]
-    return structures, list(_tell(source, broken))
+    return structures, [*told, *_tell(source, broken)]
+
+
+def _without_failed(dataset: DatasetOptions) -> tuple[DatasetOptions, list[Finding]]:
+    """The data set without frames of failed calculations, and a finding that names them."""
+    systems = dataset.systems
+    try:
+        content = read_file(systems.read_from, systems.format, systems.types)
+        count = len(content.frames)
+        chosen = dataset.indices
+        numbers = (
+            list(range(count))
+            if chosen is None
+            else frame_numbers(chosen, count, systems.read_from)
+        )
+    except DataError:
+        return dataset, []  # reading it says why
+    failed = [number for number in numbers if number in content.doubtful]
+    left = [number for number in numbers if number not in content.doubtful]
+    if systems.unconverged != "drop" or not failed or not left:
+        return dataset, []
+    several = f"{len(failed)} of {len(numbers)} frames"
+    finding = Finding(
+        "warning",
+        "unconverged",
+        f"the calculation of {several} did not converge; the first is frame {failed[0]} "
+        f"({content.doubtful[failed[0]]})",
+        (Frames(systems.read_from, tuple(failed)),),
+        "Their energies and forces are no labels. They are left out, here and in training.",
+        "Compute them again. `unconverged: error` beside `read_from` of the systems stops instead.",
+        {"count": len(failed)},
+    )
+    return dataset.model_copy(update={"indices": tuple(left)}), [finding]
 
 
 def _broken(atoms: Atoms, dataset: DatasetOptions) -> str:
@@ -195,12 +229,14 @@ def _tell(source: str, broken: Mapping[int, str]) -> Iterator[Finding]:
         )
 
 
-def check_cells(path: str | Path) -> Iterator[Finding]:
+def check_cells(
+    path: str | Path, format: str = "", types: Mapping[int, str] | None = None
+) -> Iterator[Finding]:
     """Cells that are there but not used, in the first frames of a file."""
     try:
-        frames = ase.io.read(path, index=f":{_SAMPLE}", do_not_split_by_at_sign=True)
-    except Exception:  # noqa: BLE001  whoever reads it all says what is wrong with it
-        return
+        frames = read_frames(path, format, types)[:_SAMPLE]
+    except DataError:
+        return  # whoever reads the labels says what is wrong with it
     odd = [
         k for k, atoms in enumerate(frames) if abs(atoms.cell.volume) > 1e-6 and not atoms.pbc.any()
     ]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from pet_finetune import kernels
 from pet_finetune.checkpoint import open_potential
@@ -51,6 +52,7 @@ class LabelNames:
         forces, stress, virial: names; None is ASE's, and the label is used where it is there.
         energy_unit: None is eV, or the unit of the target.
         length_unit: of positions and cells; forces and stress are in the units these two make.
+        systems: more options of ``systems``: ``format``, ``types``.
     """
 
     key: str | None = None
@@ -59,6 +61,7 @@ class LabelNames:
     virial: str | None = None
     energy_unit: str | None = None
     length_unit: str | None = None
+    systems: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ def evaluate_files(
     for file, number in zip(files, names, strict=True):
         options = _file_options(file, spec, labels)
         key = options.targets[spec.name].key
-        if how.output is not None and labels.key is None and not _any_has(file, key):
+        if how.output is not None and labels.key is None and not _any_has(options, key):
             _logger.info("%s has no %r: nothing is compared, only predicted", file, key)
             options = options.model_copy(update={"targets": {}})
         sets[str(file)] = _read([options])
@@ -142,8 +145,10 @@ def evaluate_files(
     return _evaluate(model, sets, [spec.name], how, marks)
 
 
-def _any_has(file: str | Path, key: str) -> bool:
-    return any(find_value(atoms, key) is not None for atoms in read_frames(file))
+def _any_has(options: DatasetOptions, key: str) -> bool:
+    systems = options.systems
+    frames = read_frames(systems.read_from, systems.format, systems.types)
+    return any(find_value(atoms, key) is not None for atoms in frames)
 
 
 def _read(datasets: Sequence[DatasetOptions]) -> _Set:
@@ -276,7 +281,11 @@ def _file_options(file: str | Path, spec: TargetSpec, labels: LabelNames) -> Dat
         "num_subtargets": spec.num_subtargets,
         **{kind: {"key": key} for kind, key in named.items() if key is not None},
     }
-    systems = {"read_from": str(file), "length_unit": labels.length_unit or "angstrom"}
+    systems = {
+        "read_from": str(file),
+        "length_unit": labels.length_unit or "angstrom",
+        **labels.systems,
+    }
     section = {"systems": systems, "targets": {name: target}}
     options = parse_options({"training_set": section}, require_start=False, source=str(file))
     return options.options.training_set[0]

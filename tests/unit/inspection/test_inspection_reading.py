@@ -87,3 +87,15 @@ def test_cells_without_periodicity(tmp_path):
     frames[1].pbc = False
     (finding,) = check_cells(write_frames(tmp_path / "a.xyz", frames))
     assert finding.where[0].numbers == (1,)
+
+
+def test_frames_of_failed_calculations_are_a_finding_and_left_out(tmp_path):
+    frames = molecules(3)
+    for number, atoms in enumerate(frames):
+        atoms.info["scf_converged"] = number != 1
+    write_frames(tmp_path / "x.xyz", frames)
+    structures, findings = read_anyway(dataset(tmp_path / "x.xyz"))
+    assert [structure.index for structure in structures] == [0, 2]
+    (finding,) = findings
+    assert finding.code == "unconverged"
+    assert finding.where[0].numbers == (1,)
