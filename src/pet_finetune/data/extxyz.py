@@ -38,10 +38,11 @@ _MATRIX = re.compile(
     r"(\"[^\"]*\"|'[^']*'|\{[^}]*\}|\[\s*\[.*?\]\s*\]|\[[^\]]*\]|[^\s\"'{\[]\S*)"
 )
 #: A cell that stands in a text in words, not as Lattice="...".
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 CELL_WORDS = re.compile(
-    r"(?i)(?<![a-z])(lattice|unit[-_ ]?cell|super[-_ ]?cell|cell|simulation[-_ ]?box|box|pbc[-_ ]?"
+    r"(?i)(?<![a-z])(?:lattice|unit[-_ ]?cell|super[-_ ]?cell|cell|simulation[-_ ]?box|box|pbc[-_ ]?"
     r"box|cryst1|celldm|h[-_ ]?matrix|abc)(?:[-_ ]?(?:vectors?|par\w*|sizes?|lengths?|matrix|"
-    r"dim\w*|abc))?(?![a-z])[^\d.+-]{0,16}((?:[-+]?\d*\.?\d+(?:e[-+]?\d+)?[\s,;\"'\]\[)(]*){3,})"
+    rf"dim\w*|abc))?(?![a-z])[^\d.+-]{{0,16}}{_NUMBER}(?:[\s,;\"'\]\[)(x]+{_NUMBER}){{2,}}"
 )
 _VECTOR = re.compile(r"\s*VEC[1-3]\s")
 

@@ -147,6 +147,7 @@ def test_atoms_that_are_none(label, words):
     [
         "cell: 12.4 12.4 12.4",
         "Box = 12.4, 12.4, 12.4",
+        "box 12. 12. 12.",
         'cell="12.4 0 0 0 12.4 0 0 0 12.4" energy=1',
         "# CELL(abcABC): 12.4 12.4 12.4 90.0 90.0 90.0  Step: 0",
         'lattice="12.4 0 0 0 12.4 0 0 0 12.4"',
@@ -166,7 +167,14 @@ def test_a_cell_that_would_be_lost_is_refused(comment):
 
 @pytest.mark.parametrize(
     "comment",
-    ["water box 64 molecules", "i = 3, time = 1.5, E = -17.1646", "-76.3 0.1 0.2", "gdb 1 3 4 5"],
+    [
+        "water box 64 molecules",
+        "box 1234",
+        "cell 12 of 64",
+        "i = 3, time = 1.5, E = -17.1646",
+        "-76.3 0.1 0.2",
+        "gdb 1 3 4 5",
+    ],
 )
 def test_comments_without_a_cell_stay_molecules(comment):
     (atoms,) = read(f"1\n{comment}\nAr 0 0 0\n")

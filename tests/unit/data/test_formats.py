@@ -160,6 +160,23 @@ def test_all_molecules_of_an_sdf_and_all_structures_of_one_poscar(tmp_path):
     assert [str(a.symbols) for a in read_frames(tmp_path / "POSCAR")] == ["Cu", "Ag"]
 
 
+def test_a_cell_that_a_format_loses_is_refused(tmp_path):
+    text = "$coord\n 0 0 0 o\n 1 0 0 h\n$cell angs\n 12. 12. 12. 90. 90. 90.\n$periodic 3\n$end\n"
+    (tmp_path / "coord").write_text(text)
+    assert "lost in reading the format 'turbomole'" in refused(tmp_path / "coord")
+    (tmp_path / "coord").write_text(text[: text.index("$cell")] + "$end\n")
+    assert str(read_frames(tmp_path / "coord")[0].symbols) == "OH"
+
+
+def test_outputs_of_cp2k_get_a_message_of_their_own(tmp_path):
+    (tmp_path / "x.out").write_text(
+        " CP2K| version string: 1\n *** WARNING SCF run NOT converged\n"
+    )
+    message = refused(tmp_path / "x.out")
+    assert "an output of CP2K" in message
+    assert "SCF run NOT converged" in message
+
+
 def test_dummies_of_any_format_are_refused(tmp_path):
     atoms = molecule("H2O")
     atoms.numbers[1] = 0
