@@ -37,11 +37,11 @@ _MATRIX = re.compile(
     r"(?<![\w-])(Lattice|stress|virial)\s*=\s*"
     r"(\"[^\"]*\"|'[^']*'|\{[^}]*\}|\[\s*\[.*?\]\s*\]|\[[^\]]*\]|[^\s\"'{\[]\S*)"
 )
-#: A cell that stands in a text in words, not as Lattice="...".
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+#: A cell that stands in a text in words, not as Lattice="...".
 CELL_WORDS = re.compile(
-    r"(?i)(?<![a-z])(?:lattice|unit[-_ ]?cell|super[-_ ]?cell|cell|simulation[-_ ]?box|box|pbc[-_ ]?"
-    r"box|cryst1|celldm|h[-_ ]?matrix|abc)(?:[-_ ]?(?:vectors?|par\w*|sizes?|lengths?|matrix|"
+    r"(?i)(?<![a-z])(?:lattice|unit[-_ ]?cell|super[-_ ]?cell|cell|simulation[-_ ]?box|box|pbc[-_ ]"
+    r"?box|cryst1|celldm|h[-_ ]?matrix|abc)(?:[-_ ]?(?:vectors?|par\w*|sizes?|lengths?|matrix|"
     rf"dim\w*|abc))?(?![a-z])[^\d.+-]{{0,16}}{_NUMBER}(?:[\s,;\"'\]\[)(x]+{_NUMBER}){{2,}}"
 )
 _VECTOR = re.compile(r"\s*VEC[1-3]\s")
