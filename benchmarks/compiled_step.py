@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from statistics import median
 from unittest import mock
 
@@ -22,7 +21,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from pet_finetune import kernels
 from pet_finetune.adapters import AdapterConfig, inject
 from pet_finetune.config import ModelOptions
-from pet_finetune.data.batch import Batch, batch_from_atoms
+from pet_finetune.data.batch import batch_from_atoms
+from pet_finetune.graph import Batch
 from pet_finetune.keys import TargetSpec
 from pet_finetune.model import Potential
 from pet_finetune.model.prediction import forces_of
@@ -40,7 +40,7 @@ def make_step(model: Potential, batch: Batch) -> tuple[Step, list[Tensor]]:
     def step(vectors: Tensor, values: list[Tensor]) -> tuple[Tensor, ...]:
         vectors = vectors.detach().requires_grad_(True)
         tree = dict(zip(trained, values, strict=True)) | frozen
-        moved = replace(batch, edge_vectors=vectors)
+        moved = batch._replace(edge_vectors=vectors)
         out = torch.func.functional_call(model.network, tree, (moved, ("energy",)))["energy"]
         (slope,) = torch.autograd.grad(out.sum(), vectors, create_graph=True)
         sums = out.new_zeros(len(energies)).index_add(0, batch.structure_index, out.squeeze(-1))

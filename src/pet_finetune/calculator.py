@@ -29,12 +29,12 @@ from pet_finetune.committee.results import (
     committee_results,
     to_numpy,
 )
-from pet_finetune.data.batch import Batch
 from pet_finetune.data.computable import charge_and_spin, check_atoms
 from pet_finetune.data.contacts import Contacts
 from pet_finetune.data.moving import MovingAtoms, Origin
 from pet_finetune.device import choose_device, choose_dtype
 from pet_finetune.errors import AdapterError, ConfigError, DataError
+from pet_finetune.graph import Batch
 from pet_finetune.model import Potential, Prediction
 from pet_finetune.model.direct import DirectTargets, NonConservative, direct_targets, predict_direct
 from pet_finetune.model.frozen import FrozenEnergy

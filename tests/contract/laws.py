@@ -34,8 +34,9 @@ from pet_finetune.adapters import (
 from pet_finetune.adapters.inject import adapter_tensors
 from pet_finetune.adapters.lora import is_adapter_tensor
 from pet_finetune.checkpoint import load_checkpoint, save_checkpoint, weights_fingerprint
-from pet_finetune.data import Batch, batch_from_atoms, random_rotations, rotate_batch
+from pet_finetune.data import batch_from_atoms, random_rotations
 from pet_finetune.errors import CheckpointError
+from pet_finetune.graph import Batch, rotate_graphs
 from pet_finetune.model import Potential, Prediction
 from pet_finetune.model.pet import HEAD_GROUPS
 
@@ -440,7 +441,7 @@ def rotational_errors(
     energies, forces = [], []
     for _ in range(rotations):
         turns = random_rotations(len(frames), generator, model.dtype)
-        found = predict_batch(model, rotate_batch(batch, turns))
+        found = predict_batch(model, rotate_graphs(batch, turns))
         back = turns[batch.structure_index].transpose(1, 2)
         energies.append(found.energy / batch.atoms_per_structure)
         forces.append((back @ found.forces.unsqueeze(-1)).squeeze(-1).double())

@@ -11,7 +11,8 @@ from ase import Atoms
 
 from models import METHODS, crystal, ethanol, heat, random_potential, trained_adapter
 from pet_finetune import PETCalculator, kernels
-from pet_finetune.data.batch import Batch, batch_from_atoms
+from pet_finetune.data.batch import batch_from_atoms
+from pet_finetune.graph import Batch
 from pet_finetune.model import Potential
 from pet_finetune.model import frozen as module
 from pet_finetune.model.frozen import FrozenEnergy

@@ -7,7 +7,8 @@ import torch
 
 from models import METHODS, crystal, ethanol, random_potential, trained_adapter
 from pet_finetune import kernels
-from pet_finetune.data.batch import Batch, batch_from_atoms
+from pet_finetune.data.batch import batch_from_atoms
+from pet_finetune.graph import Batch
 from pet_finetune.model import Potential
 
 # Widths that the fused projections take (multiples of 16), and the variants of a block.

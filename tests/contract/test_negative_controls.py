@@ -17,7 +17,7 @@ from ase import Atoms
 from laws_of_species import assert_same_energies
 from models import apart, crystal, ethanol, lone_atom, random_potential, trained_adapter
 from pet_finetune.adapters import AdapterConfig, inject, lora
-from pet_finetune.data import Batch
+from pet_finetune.graph import Batch
 from pet_finetune.model import Potential, Prediction
 
 FRAMES = [ethanol(), crystal()]

@@ -8,7 +8,8 @@ from ase.build import bulk
 
 from models import random_potential, trained_adapter
 from pet_finetune import kernels
-from pet_finetune.data.batch import Batch, batch_from_atoms
+from pet_finetune.data.batch import batch_from_atoms
+from pet_finetune.graph import Batch
 from pet_finetune.model import Potential
 
 WIDTH = 32

@@ -23,8 +23,9 @@ from pet_finetune.adapters.inject import adapter_state
 from pet_finetune.adapters.lora import is_adapter_tensor
 from pet_finetune.adapters.matching import linear_layers
 from pet_finetune.adapters.merge import lora_layers, merged_copy
-from pet_finetune.data import Batch, batch_from_atoms
+from pet_finetune.data import batch_from_atoms
 from pet_finetune.errors import AdapterError
+from pet_finetune.graph import Batch
 from pet_finetune.model import Potential
 
 peft = pytest.importorskip("peft", reason="peft comes with the test extra")

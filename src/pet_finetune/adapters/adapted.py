@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pet_finetune.data.batch import Batch
 from pet_finetune.errors import AdapterError, did_you_mean
+from pet_finetune.graph import Batch
 from pet_finetune.model import Potential, Prediction
 from pet_finetune.model.fingerprint import weights_fingerprint
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pet_finetune.data.batch import Batch
+from pet_finetune.data.batch import LabelledBatch
 from pet_finetune.data.prefetch import on_device
 from pet_finetune.keys import forces_key, stress_key
 
@@ -77,7 +77,7 @@ def miscalibration_area(observed: np.ndarray, expected: np.ndarray = LEVELS) -> 
 
 
 def collect(
-    committee: Committee, batches: Iterable[Batch], wanted: Mapping[str, tuple[bool, bool]]
+    committee: Committee, batches: Iterable[LabelledBatch], wanted: Mapping[str, tuple[bool, bool]]
 ) -> dict[str, Deviations]:
     """Errors and spreads on labelled batches, by kind: energies per atom, components of the others.
 
@@ -90,8 +90,8 @@ def collect(
     name = committee.target
     keys = {"energy": name, "forces": forces_key(name), "stress": stress_key(name)}
     for batch in on_device(batches, committee.device, committee.dtype):
-        prediction = committee.predict_many(batch, wanted)[name]
-        atoms = batch.atoms_per_structure
+        prediction = committee.predict_many(batch.graph, wanted)[name]
+        atoms = batch.graph.atoms_per_structure
         for kind, key in keys.items():
             label, mean = batch.labels.get(key), getattr(prediction, kind)
             if label is None or mean is None:

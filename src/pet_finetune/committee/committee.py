@@ -22,14 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from pet_finetune.config import ModelOptions
-from pet_finetune.data.batch import Batch
 from pet_finetune.errors import AdapterError
+from pet_finetune.graph import Batch, repeat_batch
 from pet_finetune.model import Potential, Prediction
 from pet_finetune.model.fork import Fork, Tokens
 from pet_finetune.model.prediction import forces_of, stress_of
 from pet_finetune.nn.grouped import Rows
 
-from .members import differing_layers, gather, join, replicate, restore
+from .members import differing_layers, gather, join, restore
 
 # Edges of all members that are evaluated together. On a CPU more of them leave its caches, which
 # costs what one pass gains; on a GPU only memory sets a limit.
@@ -229,7 +229,7 @@ class Committee(nn.Module):
         """Some of the members in one pass, with an axis of theirs in front."""
         count = len(range(self.size)[members])
         self._rows.atoms, self._rows.members = batch.num_atoms, members
-        joint = replicate(batch, count)
+        joint = repeat_batch(batch, count)
         found = self._first.predict(joint, self.target, forces=forces, stress=stress)
         return _map(lambda values: values.unflatten(0, (count, -1)), found)
 

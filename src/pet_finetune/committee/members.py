@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from pet_finetune.adapters.modules import replace_module
-from pet_finetune.data.batch import Batch
 from pet_finetune.errors import AdapterError
 from pet_finetune.model import Potential
 from pet_finetune.model.composition import Composition
@@ -170,29 +169,3 @@ class _Scales(Scale):
     def get(self, target: str) -> Tensor:
         """The factor of each atom of each member in turn, [members * n_atoms] float64."""
         return self.factors[self._rows.members].repeat_interleave(self._rows.atoms)
-
-
-def replicate(batch: Batch, count: int) -> Batch:
-    """The structures of a batch several times over, without labels: all of them in each turn."""
-
-    def shifted(index: Tensor, step: int) -> Tensor:
-        steps = step * torch.arange(count, device=index.device).unsqueeze(1)
-        return (index + steps).flatten()
-
-    def repeated(values: Tensor) -> Tensor:
-        return values.repeat(count, *[1] * (values.dim() - 1))
-
-    return Batch(
-        numbers=repeated(batch.numbers),
-        edge_vectors=repeated(batch.edge_vectors),
-        centers=shifted(batch.centers, batch.num_atoms),
-        neighbors=shifted(batch.neighbors, batch.num_atoms),
-        reverse=shifted(batch.reverse, batch.num_edges),
-        structure_index=shifted(batch.structure_index, batch.num_structures),
-        cells=repeated(batch.cells),
-        charges=repeated(batch.charges),
-        spins=repeated(batch.spins),
-        labels={},
-        frames=repeated(batch.frames),
-        sources=batch.sources * count,
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .augment import random_rotations, rotate_batch
-from .batch import Batch, batch_from_atoms, collate
+from .batch import LabelledBatch, batch_from_atoms, collate
 from .files import read_frames
 from .fingerprint import structures_fingerprint
 from .loader import Loader
@@ -14,7 +14,7 @@ from .splits import Splits, load_splits, make_splits
 from .structure import Structure, atoms_to_structure
 
 __all__ = [
-    "Batch",
+    "LabelledBatch",
     "Loader",
     "NeighborList",
     "Splits",

@@ -7,9 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from pet_finetune.graph import rotate_graphs, rotate_rows
 from pet_finetune.keys import LabelKind, label_kind
 
-from .batch import Batch
+from .batch import LabelledBatch
 
 __all__ = ["random_rotations", "rotate_batch"]
 
@@ -42,7 +43,7 @@ def random_rotations(
     return (rotations * signs).to(dtype)
 
 
-def rotate_batch(batch: Batch, rotations: Tensor) -> Batch:
+def rotate_batch(batch: LabelledBatch, rotations: Tensor) -> LabelledBatch:
     """Turn each structure of a batch with its labels.
 
     Vectors become ``R v``, tensors ``R s R^T``; scalars stay. Missing labels (NaN) stay NaN; one
@@ -51,38 +52,17 @@ def rotate_batch(batch: Batch, rotations: Tensor) -> Batch:
     :param batch: the batch.
     :param rotations: ``[b, 3, 3]``, on the device of the batch.
     """
-    transposed = rotations.to(batch.cells.dtype).transpose(1, 2)
-    atoms = batch.atoms_per_structure
-    # Centres ascend, so the edges of a structure end where its last atom's edges end.
-    ends = torch.searchsorted(batch.centers, atoms.cumsum(0))
-    edges = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    labels = dict(batch.labels)
+    graph, labels = batch.graph, dict(batch.labels)
     for name, value in batch.labels.items():
         kind = label_kind(name, batch.kinds)
         if kind == LabelKind(per_atom=True, rank=1) and value.dim() == 2:
-            labels[name] = _turn(value, transposed, atoms.tolist())
+            transposed = rotations.to(value.dtype).transpose(1, 2)
+            atoms = graph.atoms_per_structure.tolist()
+            labels[name] = rotate_rows(value, transposed, atoms)
         elif kind.rank:
-            rows = batch.structure_index if kind.per_atom else slice(None)
+            rows = graph.structure_index if kind.per_atom else slice(None)
             labels[name] = _turn_components(value, rotations.to(value.dtype)[rows], kind.rank)
-    return replace(
-        batch,
-        edge_vectors=_turn(batch.edge_vectors, transposed, edges),
-        cells=batch.cells @ transposed,
-        labels=labels,
-    )
-
-
-def _turn(vectors: Tensor, transposed: Tensor, counts: list[int]) -> Tensor:
-    """Multiply runs of row vectors by one matrix each.
-
-    Several times faster on a CPU than gathering a matrix for every vector.
-
-    :param vectors: ``[m, 3]``, the runs of all structures one after another.
-    :param transposed: ``[b, 3, 3]``.
-    :param counts: length of each structure's run; they add up to ``m``.
-    """
-    runs = zip(torch.split(vectors, counts), transposed.to(vectors.dtype), strict=True)
-    return torch.cat([run @ matrix for run, matrix in runs])
+    return replace(batch, graph=rotate_graphs(graph, rotations), labels=labels)
 
 
 def _turn_components(values: Tensor, rotations: Tensor, rank: int) -> Tensor:

@@ -13,7 +13,7 @@ from pet_finetune.errors import DataError
 from pet_finetune.log import get_logger
 
 from .augment import random_rotations, rotate_batch
-from .batch import Batch, collate_prepared, prepare
+from .batch import LabelledBatch, collate_labelled, prepare
 from .neighbors import structure_neighbors
 from .structure import Structure
 
@@ -122,11 +122,11 @@ class Loader:
         """Number of batches of epoch 0."""
         return self.num_batches(0)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[LabelledBatch]:
         """The batches of epoch 0: what a loader without shuffling yields in every epoch."""
         return self.epoch(0)
 
-    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[LabelledBatch]:
         """The batches of an epoch, made one by one as they are asked for.
 
         :param epoch: number of the epoch, at least 0.
@@ -136,7 +136,7 @@ class Loader:
         for members in self._plan(epoch)[start_batch:]:
             yield self._collate(members, rotations)
 
-    def collate(self, members: np.ndarray, epoch: int) -> Batch:
+    def collate(self, members: np.ndarray, epoch: int) -> LabelledBatch:
         """A batch of chosen structures, turned as in an epoch.
 
         :param members: positions in :attr:`structures`; one may occur more than once.
@@ -144,8 +144,8 @@ class Loader:
         """
         return self._collate(members, self._rotations(epoch) if self.augment else None)
 
-    def _collate(self, members: np.ndarray, rotations: Tensor | None) -> Batch:
-        batch = collate_prepared([self._prepared[member] for member in members.tolist()])
+    def _collate(self, members: np.ndarray, rotations: Tensor | None) -> LabelledBatch:
+        batch = collate_labelled([self._prepared[member] for member in members.tolist()])
         return batch if rotations is None else rotate_batch(batch, rotations[members])
 
     def batch_sizes(self, epoch: int = 0) -> list[int]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .batch import Batch
+from .batch import LabelledBatch
 from .loader import Loader
 
 __all__ = ["Beside", "number_beside"]
@@ -39,7 +39,7 @@ class Beside:
         self._epoch = -1
         self._plan: list[np.ndarray] = []
 
-    def batch(self, epoch: int, batch: int) -> Batch:
+    def batch(self, epoch: int, batch: int) -> LabelledBatch:
         """What goes beside one batch of the main loader; both count from 0."""
         if epoch != self._epoch:
             self._epoch, self._plan = epoch, self._plan_of(epoch)

@@ -9,7 +9,8 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
-from .batch import Batch
+from pet_finetune.graph import Batch
+
 from .contacts import Contacts, find_contacts
 from .neighbors import NeighborList, edge_vectors
 from .skin import SkinNeighbors
@@ -27,7 +28,6 @@ class _Fixed(NamedTuple):
     structure_index: Tensor
     charges: Tensor
     spins: Tensor
-    frames: Tensor
 
 
 class MovingAtoms:
@@ -75,7 +75,6 @@ class MovingAtoms:
             neighbors=self._pairs.neighbors,
             reverse=self._pairs.reverse,
             cells=cells.to(device=device, dtype=dtype),
-            labels={},
             **self._without_geometry(atoms, charge, spin, device)._asdict(),
         )
 
@@ -91,7 +90,6 @@ class MovingAtoms:
                 structure_index=torch.zeros(len(atoms), dtype=torch.int64, device=device),
                 charges=torch.tensor([charge], device=device),
                 spins=torch.tensor([spin], device=device),
-                frames=torch.zeros(1, dtype=torch.int64, device=device),
             )
         return self._fixed
 

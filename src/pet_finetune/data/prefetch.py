@@ -8,7 +8,7 @@ from typing import Final, TypeVar
 
 import torch
 
-from .batch import Batch
+from .batch import LabelledBatch
 
 __all__ = ["on_device", "one_ahead"]
 
@@ -23,8 +23,8 @@ _END: Final = _End()
 
 
 def on_device(
-    batches: Iterable[Batch], device: torch.device, dtype: torch.dtype
-) -> Iterator[Batch]:
+    batches: Iterable[LabelledBatch], device: torch.device, dtype: torch.dtype
+) -> Iterator[LabelledBatch]:
     """The same batches in the same order, moved to a device and cast.
 
     On a GPU the CPU would otherwise cut and turn a batch while the GPU waits for it: a thread
@@ -44,7 +44,7 @@ def on_device(
         yield batch.to(device, dtype, non_blocking=True)
 
 
-def _pinned(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+def _pinned(batches: Iterable[LabelledBatch], device: torch.device) -> Iterator[LabelledBatch]:
     for batch in batches:
         with torch.cuda.device(device):  # a new thread would wake the first GPU instead
             pinned = batch.pinned()

@@ -87,7 +87,7 @@ class ModelCheck:
         self.structures, self.outputs, self.dtype = structures, outputs, potential.dtype
         pairs = [(s, structure_neighbors(s, potential.cutoff)) for s in structures]
         wanted = {name: (potential.target(name).is_energy, False) for name in outputs.values()}
-        found = potential.predict_targets(collate(pairs, self.dtype), wanted)
+        found = potential.predict_targets(collate(pairs, self.dtype).graph, wanted)
         self.expected = {output: found[target] for output, target in outputs.items()}
         #: The largest difference found, relative to 1 plus the largest number.
         self.difference = 0.0

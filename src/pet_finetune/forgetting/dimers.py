@@ -10,7 +10,7 @@ import torch
 from ase.data import chemical_symbols, covalent_radii
 from torch import Tensor
 
-from pet_finetune.data.batch import Batch
+from pet_finetune.graph import Batch
 from pet_finetune.model import Potential
 
 #: Angstrom.
@@ -100,9 +100,6 @@ def _dimers(pairs: Tensor, lengths: Tensor) -> Batch:
         cells=torch.zeros(count, 3, 3, dtype=torch.float64),
         charges=torch.zeros(count, dtype=torch.int64),
         spins=torch.ones(count, dtype=torch.int64),
-        labels={},
-        frames=torch.arange(count),
-        sources=("dimers",) * count,
     )
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from pet_finetune.adapters.merge import lora_layers
-from pet_finetune.data.batch import Batch
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.prefetch import on_device
 from pet_finetune.data.structure import Structure
+from pet_finetune.graph import Batch
 from pet_finetune.model import Potential, Prediction
 from pet_finetune.training.loss import Objective
 
@@ -54,8 +54,8 @@ def fisher_information(
             total = {name: torch.zeros_like(p) for name, p in weights.items()}
             for batch in on_device(loader, model.device, model.dtype):
                 wanted = {objective.target: (objective.forces, False)}
-                predictions = model.predict_many(batch, wanted, create_graph=True)
-                sample = _sampled(batch, predictions[objective.target], objective, generator)
+                predictions = model.predict_many(batch.graph, wanted, create_graph=True)
+                sample = _sampled(batch.graph, predictions[objective.target], objective, generator)
                 gradients = torch.autograd.grad(
                     sample, list(weights.values()), materialize_grads=True
                 )

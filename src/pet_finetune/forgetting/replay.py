@@ -44,6 +44,6 @@ class ReplayLoss:
     def __call__(self, seen: Seen) -> Tensor:
         """The weighted loss of what goes beside a batch, a scalar."""
         replayed = self.beside.batch(seen.epoch, seen.index).to(self.model.device, self.model.dtype)
-        predictions = self.model.predict_many(replayed, self._wanted, create_graph=True)
+        predictions = self.model.predict_many(replayed.graph, self._wanted, create_graph=True)
         objective = self.objective.at(loss_stage(self._options, seen.epoch))
         return self.weight * batch_loss(replayed, predictions, {objective.target: objective})

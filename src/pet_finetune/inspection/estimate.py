@@ -14,9 +14,10 @@ from torch import Tensor
 
 from pet_finetune.adapters import AdapterConfig, freeze, inject
 from pet_finetune.adapters.config import default_modules_to_save
-from pet_finetune.data.batch import Batch, collate
+from pet_finetune.data.batch import collate
 from pet_finetune.data.neighbors import find_pairs, structure_neighbors
 from pet_finetune.data.structure import Structure
+from pet_finetune.graph import Batch
 from pet_finetune.model import Potential
 
 __all__ = ["METHODS", "Estimate", "Load", "estimate", "load_of"]
@@ -178,7 +179,7 @@ def _sample(structures: Sequence[Structure], model: Potential) -> Batch:
         edges, atoms = edges + pairs.num_edges, atoms + structure.num_atoms
         if edges > _EDGES or atoms > _MOST_ATOMS or len(items) >= 64:
             break
-    return collate(items, model.dtype)
+    return collate(items, model.dtype).graph
 
 
 def _piece(structure: Structure, atoms: int) -> Structure:

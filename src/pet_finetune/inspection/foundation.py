@@ -80,7 +80,7 @@ def ask(
 def _predict(model: Potential, target: str, entries: Sequence[Entry]) -> Iterator[Answer]:
     structures = [e.structure for e in entries]
     loader = Loader(structures, model.cutoff, batch_size=len(structures), dtype=model.dtype)
-    batch = next(iter(loader)).to(device=model.device)
+    batch = next(iter(loader)).graph.to(device=model.device)
     stress = any(e.stress is not None for e in entries)
     prediction = model.predict(batch, target, forces=True, stress=stress)
     assert prediction.forces is not None

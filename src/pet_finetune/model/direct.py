@@ -13,8 +13,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from pet_finetune.data.batch import Batch
 from pet_finetune.errors import ConfigError
+from pet_finetune.graph import Batch
 from pet_finetune.keys import DIRECT_FORCES, DIRECT_STRESS, TargetSpec
 
 from .potential import Potential

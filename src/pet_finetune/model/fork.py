@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pet_finetune.data.batch import Batch
+from pet_finetune.graph import Batch
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Fork:
 
         def compute() -> tuple[Tensor, list[Tensor]]:
             vectors = batch.edge_vectors.detach().requires_grad_(torch.is_grad_enabled())
-            return vectors, run(replace(batch, edge_vectors=vectors)).flat()
+            return vectors, run(batch._replace(edge_vectors=vectors)).flat()
 
         self._run, self._num_atoms = compute, batch.num_atoms
         self._sums = [] if together else None

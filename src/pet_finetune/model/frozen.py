@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from pet_finetune import kernels
-from pet_finetune.data.batch import Batch
+from pet_finetune.graph import Batch
 from pet_finetune.kernels.listing import Instructions, frozen_network
 from pet_finetune.nn.attention import SMALLEST_FACTOR, weigh_keys
 from pet_finetune.nn.neighborhood import TINY
@@ -119,7 +118,7 @@ class FrozenEnergy:
     def _by_autograd(self, batch: Batch, run: Run) -> tuple[Tensor, Tensor | None, Tensor]:
         """The same, with the repulsion of atoms [n_atoms], for cutoffs of any kind."""
         with torch.enable_grad():
-            batch = replace(batch, edge_vectors=batch.edge_vectors.detach().requires_grad_())
+            batch = batch._replace(edge_vectors=batch.edge_vectors.detach().requires_grad_())
             hood = self._potential.network.neighborhood(batch)
             keys = weigh_keys(hood.factors, hood.layout)
             repulsion = self._potential._repulsion(batch)

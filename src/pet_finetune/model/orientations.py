@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pet_finetune.data.batch import Batch
 from pet_finetune.errors import ConfigError
+from pet_finetune.graph import Batch, repeat_batch
 
 from .prediction import Prediction
 
@@ -72,32 +72,16 @@ def orientations(count: int) -> Tensor:
 
 
 def copies(batch: Batch, rotations: Tensor) -> Batch:
-    """A batch in ``k`` orientations, without labels: all structures in the first, and so on.
+    """A batch in ``k`` orientations: all structures in the first, and so on.
 
     Args:
         batch: the structures.
         rotations: ``[k, 3, 3]``; vectors become ``R v``.
     """
-    k = len(rotations)
     matrices = rotations.to(batch.edge_vectors)
-
-    def shifted(index: Tensor, by: int) -> Tensor:
-        return (index + by * torch.arange(k, device=index.device).unsqueeze(1)).flatten()
-
-    return replace(
-        batch,
-        numbers=batch.numbers.repeat(k),
+    return repeat_batch(batch, len(rotations))._replace(
         edge_vectors=torch.einsum("kij,ej->kei", matrices, batch.edge_vectors).flatten(0, 1),
-        centers=shifted(batch.centers, batch.num_atoms),
-        neighbors=shifted(batch.neighbors, batch.num_atoms),
-        reverse=shifted(batch.reverse, batch.num_edges),
-        structure_index=shifted(batch.structure_index, batch.num_structures),
         cells=torch.einsum("kij,baj->kbai", matrices, batch.cells).flatten(0, 1),
-        charges=batch.charges.repeat(k),
-        spins=batch.spins.repeat(k),
-        labels={},
-        frames=batch.frames.repeat(k),
-        sources=batch.sources * k,
     )
 
 

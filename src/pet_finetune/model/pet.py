@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from pet_finetune.config import ModelOptions
-from pet_finetune.data.batch import Batch
 from pet_finetune.data.species import species_table
+from pet_finetune.graph import Batch
 from pet_finetune.keys import TargetSpec
 from pet_finetune.nn.attention import weigh_keys
 from pet_finetune.nn.block import Block

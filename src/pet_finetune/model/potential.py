@@ -10,16 +10,15 @@ positions and cell through them alone. Targets that are no energies: see :mod:`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from pet_finetune import kernels
 from pet_finetune.config import ModelOptions
-from pet_finetune.data.batch import Batch
 from pet_finetune.data.species import covalent_radii
 from pet_finetune.errors import ConfigError, PetFinetuneError, did_you_mean
+from pet_finetune.graph import Batch
 from pet_finetune.keys import TargetSpec
 from pet_finetune.nn.quantized import num_quantized
 from pet_finetune.stages import stage
@@ -282,7 +281,7 @@ class Potential(nn.Module):
         compact = kernels.compact(derive and not create_graph)
         with torch.set_grad_enabled(derive or torch.is_grad_enabled()), compact:
             vectors = batch.edge_vectors.detach().requires_grad_(derive)
-            batch = replace(batch, edge_vectors=vectors)
+            batch = batch._replace(edge_vectors=vectors)
             outputs = self.network(batch, tuple(wanted))
             repulsion = self._repulsion(batch)
             keep = create_graph or not derive

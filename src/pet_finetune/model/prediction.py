@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pet_finetune.data.batch import Batch
+from pet_finetune.graph import Batch
 from pet_finetune.nn.gather import permute_rows
 
 

@@ -61,12 +61,12 @@ class ConsistencyLoss:
 
     def __call__(self, seen: Seen) -> Tensor:
         """The weighted loss of the turned structures, a scalar."""
-        count = math.ceil(self.consistency.fraction * seen.batch.num_structures)
+        count = math.ceil(self.consistency.fraction * seen.batch.graph.num_structures)
         said = replace(seen.batch, labels=_as_labels(seen.predictions)).first(count)
-        turned = rotate_batch(said, self._rotations(seen, count).to(said.cells.device))
-        predictions = self.model.predict_targets(turned, self._wanted, create_graph=True)
+        turned = rotate_batch(said, self._rotations(seen, count).to(said.graph.cells.device))
+        predictions = self.model.predict_targets(turned.graph, self._wanted, create_graph=True)
         objectives = objectives_at(self.objectives, self._options, seen.epoch)
-        share = count / seen.batch.num_structures
+        share = count / seen.batch.graph.num_structures
         return self.consistency.weight * share * batch_loss(turned, predictions, objectives)
 
     def _rotations(self, seen: Seen, count: int) -> Tensor:

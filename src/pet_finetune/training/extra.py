@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from pet_finetune.data.batch import Batch
+from pet_finetune.data.batch import LabelledBatch
 from pet_finetune.model import Prediction, Property
 
 
@@ -24,7 +24,7 @@ class Seen:
 
     epoch: int
     index: int
-    batch: Batch
+    batch: LabelledBatch
     predictions: Mapping[str, Prediction | Property]
 
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pet_finetune.data.batch import Batch
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.prefetch import on_device
 from pet_finetune.data.structure import Structure
+from pet_finetune.graph import Batch
 from pet_finetune.keys import forces_key, stress_key
 from pet_finetune.model import Potential, Prediction
 
@@ -44,7 +44,7 @@ def label_with(
     model.eval()
     try:
         for batch in on_device(loader, model.device, model.dtype):
-            labels += _labels(batch, model.predict_many(batch, wanted))
+            labels += _labels(batch.graph, model.predict_many(batch.graph, wanted))
     finally:
         model.train(training)
     return [replace(s, labels=own) for s, own in zip(structures, labels, strict=True)]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pet_finetune.config import LossStage, LossTerm, TargetLoss, TrainingOptions
-from pet_finetune.data.batch import Batch
+from pet_finetune.data.batch import LabelledBatch
 from pet_finetune.keys import forces_key, stress_key
 from pet_finetune.model import Prediction, Property
 
@@ -87,7 +87,7 @@ def _mean_of_known(errors: Tensor, known: Tensor, term: LossTerm) -> Tensor:
 
 
 def batch_loss(
-    batch: Batch,
+    batch: LabelledBatch,
     predictions: Mapping[str, Prediction | Property],
     objectives: Mapping[str, Objective],
 ) -> Tensor:
@@ -98,7 +98,7 @@ def batch_loss(
         predictions: one for each objective, with the derivatives it asks for.
         objectives: by target.
     """
-    total = batch.edge_vectors.new_zeros((), dtype=torch.float64)
+    total = batch.graph.edge_vectors.new_zeros((), dtype=torch.float64)
     for name, objective in objectives.items():
         prediction = predictions[name]
         if isinstance(prediction, Property):
@@ -108,18 +108,18 @@ def batch_loss(
     return total
 
 
-def _property_loss(batch: Batch, prediction: Property, objective: Objective) -> Tensor:
+def _property_loss(batch: LabelledBatch, prediction: Property, objective: Objective) -> Tensor:
     label, loss = batch.labels.get(objective.target), objective.loss
     if label is None or loss.weight == 0:
         return prediction.values.new_zeros(())
-    atoms, volumes = batch.atoms_per_structure, batch.volumes
+    atoms, volumes = batch.graph.atoms_per_structure, batch.graph.volumes
     errors = counted(prediction.spec, prediction.values - label, atoms, volumes)
     return loss.weight * _mean_of_known(errors / objective.scale, ~label.isnan(), loss)
 
 
-def _target_loss(batch: Batch, prediction: Prediction, objective: Objective) -> Tensor:
+def _target_loss(batch: LabelledBatch, prediction: Prediction, objective: Objective) -> Tensor:
     name, loss = objective.target, objective.loss
-    atoms = batch.atoms_per_structure
+    atoms = batch.graph.atoms_per_structure
     total = prediction.energy.new_zeros(())
     label = batch.labels.get(name)
     if label is not None and loss.weight > 0:
@@ -137,7 +137,7 @@ def _target_loss(batch: Batch, prediction: Prediction, objective: Objective) -> 
     if label is not None and objective.stress:
         assert prediction.stress is not None
         term = loss.stress_term()
-        volume_per_atom = (batch.volumes / atoms).view(-1, 1, 1)
+        volume_per_atom = (batch.graph.volumes / atoms).view(-1, 1, 1)
         errors = (prediction.stress - label) * volume_per_atom / objective.scale
         total = total + term.weight * _mean_of_known(errors, ~label.isnan(), term)
     return total

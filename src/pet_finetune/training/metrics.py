@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pet_finetune.committee.committee import Committee
-from pet_finetune.data.batch import Batch
+from pet_finetune.data.batch import LabelledBatch
 from pet_finetune.data.prefetch import on_device
 from pet_finetune.keys import TargetSpec, forces_key, stress_key
 from pet_finetune.model import Potential, Prediction, Property
@@ -56,18 +56,18 @@ class Metrics:
         self._sums[kind] = new if old is None else old.to(new.device) + new
 
     @torch.no_grad()
-    def update(self, batch: Batch, prediction: Prediction | Property) -> None:
+    def update(self, batch: LabelledBatch, prediction: Prediction | Property) -> None:
         """Add the errors of one batch; labels that are NaN do not count, such predictions do."""
         label = batch.labels.get(self.target)
         if isinstance(prediction, Property):
             self.spec = prediction.spec
             if label is not None:
                 errors = prediction.values - label
-                errors = shown(prediction.spec, errors, batch.atoms_per_structure)
+                errors = shown(prediction.spec, errors, batch.graph.atoms_per_structure)
                 self._add("value", errors, ~label.isnan())
             return
         if label is not None:
-            errors = (prediction.energy - label) / batch.atoms_per_structure
+            errors = (prediction.energy - label) / batch.graph.atoms_per_structure
             self._add("energy", errors, ~label.isnan())
         label = batch.labels.get(forces_key(self.target))
         if label is not None and prediction.forces is not None:
@@ -116,9 +116,9 @@ class Metrics:
 
 def evaluate(
     model: Potential | Committee,
-    batches: Iterable[Batch],
+    batches: Iterable[LabelledBatch],
     wanted: Mapping[str, tuple[bool, bool]],
-    keep: Callable[[Batch, Mapping[str, Prediction | Property]], None] | None = None,
+    keep: Callable[[LabelledBatch, Mapping[str, Prediction | Property]], None] | None = None,
 ) -> dict[str, Metrics]:
     """Errors of a model on labelled batches.
 
@@ -138,7 +138,7 @@ def evaluate(
         for batch in on_device(batches, model.device, model.dtype):
             # A committee is of an energy and has no other targets.
             ask = model.predict_many if isinstance(model, Committee) else model.predict_targets
-            predictions = ask(batch, wanted)
+            predictions = ask(batch.graph, wanted)
             for name, prediction in predictions.items():
                 metrics[name].update(batch, prediction)
             if keep is not None:

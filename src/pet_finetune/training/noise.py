@@ -9,15 +9,15 @@ import numpy as np
 import torch
 
 from pet_finetune.config import LabelNoise
-from pet_finetune.data.batch import Batch
+from pet_finetune.data.batch import LabelledBatch
 from pet_finetune.keys import forces_key
 
 _STREAM = 3  # the loader's streams of order and rotations have smaller numbers
 
 
 def add_label_noise(
-    batch: Batch, targets: Collection[str], noise: LabelNoise, seed: tuple[int, int, int]
-) -> Batch:
+    batch: LabelledBatch, targets: Collection[str], noise: LabelNoise, seed: tuple[int, int, int]
+) -> LabelledBatch:
     """The batch with noise on its energies and forces; stresses stay.
 
     Args:
@@ -38,6 +38,6 @@ def add_label_noise(
             if label is None or not width:
                 continue
             drawn = torch.randn(label.shape, generator=generator, dtype=torch.float64).to(label)
-            atoms = batch.atoms_per_structure if name == target else 1.0
+            atoms = batch.graph.atoms_per_structure if name == target else 1.0
             labels[name] = label + width * atoms * drawn
     return replace(batch, labels=labels)

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from pet_finetune import kernels
-from pet_finetune.data.batch import Batch
+from pet_finetune.graph import Batch
 from pet_finetune.model import Potential, Prediction, Property
 
 _MEV = 1000.0

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from pet_finetune.committee.committee import Committee, CommitteePrediction
-from pet_finetune.data.batch import Batch
+from pet_finetune.data.batch import LabelledBatch
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.predicted import Predicted
+from pet_finetune.graph import Batch
 from pet_finetune.keys import forces_key, stress_key
 from pet_finetune.model import Potential, Prediction, Property
 
@@ -33,7 +34,7 @@ class Recorder:
         self._parts: dict[str, list[np.ndarray]] = {}
         self._rows: dict[str, bool] = {}  # whether a name's rows are atoms
 
-    def add(self, batch: Batch, predictions: Mapping[str, Prediction | Property]) -> None:
+    def add(self, batch: LabelledBatch, predictions: Mapping[str, Prediction | Property]) -> None:
         """Keep what a model says of the next batch."""
         for target, prediction in predictions.items():
             if isinstance(prediction, Property):

@@ -20,7 +20,7 @@ from torch.autograd.profiler_util import EventList
 from torch.profiler import ProfilerActivity, record_function
 
 from pet_finetune import kernels
-from pet_finetune.data.batch import Batch
+from pet_finetune.data.batch import LabelledBatch
 from pet_finetune.errors import TrainingError
 from pet_finetune.stages import listening
 
@@ -188,7 +188,7 @@ class _Steps:
         self._batches_of_step = trainer.options.gradient_accumulation_steps
         self._device = trainer.model.device
 
-    def _endless(self) -> Iterator[Batch]:
+    def _endless(self) -> Iterator[LabelledBatch]:
         for epoch in cycle(range(self._trainer.options.num_epochs)):
             yield from self._trainer.batches(epoch)
 
@@ -205,8 +205,9 @@ class _Steps:
     def _one(self) -> _Step:
         started, sizes = time.perf_counter(), []
 
-        def counted(batch: Batch) -> Batch:
-            sizes.append((batch.num_structures, batch.num_atoms, batch.num_edges))
+        def counted(batch: LabelledBatch) -> LabelledBatch:
+            graph = batch.graph
+            sizes.append((graph.num_structures, graph.num_atoms, graph.num_edges))
             return batch
 
         count = self._batches_of_step
@@ -286,7 +287,7 @@ def _validation_seconds(trainer: Trainer, running: _Steps) -> float:
     evaluate(trainer.model, batches, trainer.wanted)
     running.synchronize()
     seconds = time.perf_counter() - started
-    return seconds * len(loader.structures) / sum(batch.num_structures for batch in batches)
+    return seconds * len(loader.structures) / sum(batch.graph.num_structures for batch in batches)
 
 
 def _trace(running: _Steps, device: torch.device, path: Path) -> list[Operation]:

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pet_finetune.data.batch import Batch
 from pet_finetune.data.loader import Loader
+from pet_finetune.graph import Batch
 from pet_finetune.keys import TargetSpec
 from pet_finetune.model import Potential, fit_composition
 
@@ -102,7 +102,7 @@ def predicted(model: Potential, loader: Loader, ask: Callable[[Batch], Tensor]) 
     model.eval()
     with torch.no_grad():
         for batch in loader.view():
-            parts.append(ask(batch.to(model.device, model.dtype)).cpu())
+            parts.append(ask(batch.graph.to(model.device, model.dtype)).cpu())
     model.train(training)
     return torch.cat(parts)
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pet_finetune.data.augment import random_rotations, rotate_batch
-from pet_finetune.data.batch import Batch
+from pet_finetune.data.augment import random_rotations
+from pet_finetune.data.batch import LabelledBatch
 from pet_finetune.data.prefetch import on_device
+from pet_finetune.graph import Batch, rotate_graphs
 from pet_finetune.model import Potential
 
 
@@ -32,7 +33,7 @@ class Spread:
 
 
 def rotational_spread(
-    model: Potential, batches: Iterable[Batch], target: str, count: int, seed: int = 0
+    model: Potential, batches: Iterable[LabelledBatch], target: str, count: int, seed: int = 0
 ) -> Spread:
     """Turn (and maybe mirror) each structure at random, and compare what is predicted.
 
@@ -49,11 +50,11 @@ def rotational_spread(
     sums, structures, components = [0.0, 0.0], 0, 0
     try:
         for batch in on_device(batches, model.device, model.dtype):
-            energies, forces = _in_orientations(model, batch, target, count, generator)
-            sums[0] += _deviation(energies / batch.atoms_per_structure)
+            energies, forces = _in_orientations(model, batch.graph, target, count, generator)
+            sums[0] += _deviation(energies / batch.graph.atoms_per_structure)
             sums[1] += _deviation(forces)
             structures, components = (
-                structures + batch.num_structures,
+                structures + batch.graph.num_structures,
                 components + forces[0].numel(),
             )
     finally:
@@ -68,7 +69,7 @@ def _in_orientations(
     energies, forces = [], []
     for _ in range(count):
         rotations = random_rotations(batch.num_structures, generator).to(batch.cells)
-        said = model.predict(rotate_batch(batch, rotations), target)
+        said = model.predict(rotate_graphs(batch, rotations), target)
         assert said.forces is not None
         energies.append(said.energy)
         back = rotations.transpose(1, 2)[batch.structure_index]

@@ -32,7 +32,7 @@ def rounding_told(options: Options, model: Potential, loader: Loader) -> Iterato
     before = _predict(model, loader, target)
     yield
     after = _predict(model, loader, target)
-    batch = next(iter(loader.view()))
+    batch = next(iter(loader.view())).graph
     atoms = batch.atoms_per_structure.to(after.energy)
     energy = ((after.energy - before.energy) / atoms).square().mean().sqrt()
     assert after.forces is not None
@@ -49,5 +49,5 @@ def rounding_told(options: Options, model: Potential, loader: Loader) -> Iterato
 
 
 def _predict(model: Potential, loader: Loader, target: str) -> Prediction:
-    batch = next(iter(loader.view())).to(model.device)
+    batch = next(iter(loader.view())).graph.to(model.device)
     return model.predict(batch, target)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 
 from pet_finetune.config import TrainingOptions
-from pet_finetune.data.batch import Batch
+from pet_finetune.data.batch import LabelledBatch
 from pet_finetune.data.prefetch import on_device
 from pet_finetune.errors import TrainingError
 from pet_finetune.keys import forces_key
@@ -78,7 +78,7 @@ def best_metric(metrics: Mapping[str, Metrics], kind: str, loss: Callable[[], fl
 
 def mean_loss(
     model: Potential,
-    batches: Iterable[Batch],
+    batches: Iterable[LabelledBatch],
     objectives: Mapping[str, Objective],
     options: TrainingOptions,
 ) -> float:
@@ -98,7 +98,7 @@ def mean_loss(
     objectives = objectives_at(objectives, options, options.num_epochs)
     total, count = 0.0, 0
     for batch in on_device(batches, model.device, model.dtype):
-        predictions = model.predict_targets(batch, wanted)
-        total += float(batch_loss(batch, predictions, objectives)) * batch.num_structures
-        count += batch.num_structures
+        predictions = model.predict_targets(batch.graph, wanted)
+        total += float(batch_loss(batch, predictions, objectives)) * batch.graph.num_structures
+        count += batch.graph.num_structures
     return total / count

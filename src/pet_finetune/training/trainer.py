@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pet_finetune import kernels
 from pet_finetune.config import TrainingOptions
-from pet_finetune.data.batch import Batch
+from pet_finetune.data.batch import LabelledBatch
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.prefetch import on_device
 from pet_finetune.errors import TrainingError
@@ -133,7 +133,7 @@ class Trainer:
         precision = self.options.precision
         if precision is not None:
             batch = next(self.batches(0))
-            _logger.info("%s", precision_errors(self.model, batch, self.wanted, precision))
+            _logger.info("%s", precision_errors(self.model, batch.graph, self.wanted, precision))
 
     def _result(self, finished: bool, stopped_early: bool) -> TrainingResult:
         p = self.progress
@@ -173,12 +173,14 @@ class Trainer:
         """Updates in an epoch."""
         return -(-self.training.num_batches(epoch) // self.options.gradient_accumulation_steps)
 
-    def batches(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+    def batches(self, epoch: int, start_batch: int = 0) -> Iterator[LabelledBatch]:
         """The batches of an epoch, on the model's device and in its dtype."""
         made = self.training.epoch(epoch, start_batch=start_batch)
         return each("batch", on_device(made, self.model.device, self.model.dtype))
 
-    def step(self, group: Iterable[Batch], size: int, metrics: Mapping[str, Metrics]) -> StepResult:
+    def step(
+        self, group: Iterable[LabelledBatch], size: int, metrics: Mapping[str, Metrics]
+    ) -> StepResult:
         """One update of the weights, from the mean of the losses of some batches.
 
         Args:
@@ -198,7 +200,7 @@ class Trainer:
         for index, batch in enumerate(group, progress.batch):
             losses.append(self._add_gradient(batch, index, size, parameters, metrics))
             where.append(batch.where)
-            structures += batch.num_structures
+            structures += batch.graph.num_structures
         with stage("update"):
             values = check_and_clip(
                 parameters, options.grad_clip_norm, torch.stack(losses), where,
@@ -215,7 +217,7 @@ class Trainer:
 
     def _add_gradient(
         self,
-        batch: Batch,
+        batch: LabelledBatch,
         index: int,
         size: int,
         parameters: list[nn.Parameter],
@@ -232,7 +234,7 @@ class Trainer:
         """
         epoch = self.progress.epoch
         with stage("energies"), self._precision():  # the potential marks the derivatives within
-            predictions = self.model.predict_targets(batch, self.wanted, create_graph=True)
+            predictions = self.model.predict_targets(batch.graph, self.wanted, create_graph=True)
         with stage("loss"):
             objectives = objectives_at(self.objectives, self.options, epoch)
             loss = batch_loss(self._noisy(batch, index), predictions, objectives)
@@ -257,7 +259,7 @@ class Trainer:
     def _precision(self) -> AbstractContextManager[object]:
         return mixed(self.options.precision, self.model.device)
 
-    def _noisy(self, batch: Batch, index: int) -> Batch:
+    def _noisy(self, batch: LabelledBatch, index: int) -> LabelledBatch:
         seed = (self.training.seed, self.progress.epoch, index)
         return add_label_noise(batch, self._energies, self.options.label_noise, seed)
 

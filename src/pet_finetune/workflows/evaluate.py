@@ -12,7 +12,7 @@ from pet_finetune import kernels
 from pet_finetune.checkpoint import open_potential
 from pet_finetune.config import DatasetOptions, Options, SystemsOptions
 from pet_finetune.config.load import parse_options
-from pet_finetune.data.batch import Batch
+from pet_finetune.data.batch import LabelledBatch
 from pet_finetune.data.charges import check_charges
 from pet_finetune.data.files import read_frames
 from pet_finetune.data.labels import find_value
@@ -361,8 +361,8 @@ def _errors(
     left = iter(loader.structures)
     with PredictionWriter(path, main, kinds=kinds, systems=systems) as writer:
 
-        def keep(batch: Batch, predictions: Mapping[str, Prediction | Property]) -> None:
-            values = split_predictions(batch, predictions)
+        def keep(batch: LabelledBatch, predictions: Mapping[str, Prediction | Property]) -> None:
+            values = split_predictions(batch.graph, predictions)
             writer.add(list(islice(left, len(values))), values)
 
         metrics = evaluate(model, loader, wanted, keep)

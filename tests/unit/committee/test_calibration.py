@@ -76,7 +76,7 @@ def test_deviations_are_those_of_the_labels():
     for index, batch in enumerate(
         Loader(structures, base.cutoff, batch_size=1, dtype=torch.float64)
     ):
-        one = committee.predict(batch, "energy")
+        one = committee.predict(batch.graph, "energy")
         error = float(one.energy[0] - structures[index].labels["energy"]) / sizes[index]
         assert found["energy"].errors[index] == pytest.approx(error, rel=1e-10)
         spread = float(one.members.energy.std()) / sizes[index]

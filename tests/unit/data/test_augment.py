@@ -84,8 +84,10 @@ def test_turned_labels_are_those_of_the_turned_structure(seed):
     assert batch.labels["energy/stress"].abs().max() > 1e-3
     for name in ("energy", "energy/forces", "energy/stress"):
         torch.testing.assert_close(turned.labels[name], expected.labels[name], rtol=0, atol=1e-10)
-    torch.testing.assert_close(turned.cells, expected.cells, rtol=0, atol=1e-12)
-    torch.testing.assert_close(turned.edge_vectors, expected.edge_vectors, rtol=0, atol=1e-12)
+    torch.testing.assert_close(turned.graph.cells, expected.graph.cells, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        turned.graph.edge_vectors, expected.graph.edge_vectors, rtol=0, atol=1e-12
+    )
 
 
 def test_each_structure_by_its_own_rotation_and_nothing_else():
@@ -100,15 +102,18 @@ def test_each_structure_by_its_own_rotation_and_nothing_else():
     batch = collate(items, torch.float64)
     rotations = random_rotations(3, torch.Generator().manual_seed(2))
     turned = rotate_batch(batch, rotations)
-    for edge in range(batch.num_edges):
-        matrix = rotations[batch.structure_index[batch.centers[edge]]]
-        expected = matrix @ batch.edge_vectors[edge]
-        torch.testing.assert_close(turned.edge_vectors[edge], expected, rtol=0, atol=1e-13)
-    torch.testing.assert_close(turned.edge_vectors.norm(dim=1), batch.edge_vectors.norm(dim=1))
+    for edge in range(batch.graph.num_edges):
+        matrix = rotations[batch.graph.structure_index[batch.graph.centers[edge]]]
+        expected = matrix @ batch.graph.edge_vectors[edge]
+        torch.testing.assert_close(turned.graph.edge_vectors[edge], expected, rtol=0, atol=1e-13)
+    torch.testing.assert_close(
+        turned.graph.edge_vectors.norm(dim=1), batch.graph.edge_vectors.norm(dim=1)
+    )
     assert turned.labels["energy/forces"][:4].isnan().all()
     assert turned.labels["energy/forces"][4:].isfinite().all()
     assert turned.labels["energy/stress"][:2].isnan().all()
-    assert torch.equal(turned.cells[:2], torch.zeros(2, 3, 3, dtype=torch.float64))
-    for name in ("numbers", "centers", "neighbors", "reverse", "structure_index", "frames"):
-        assert getattr(turned, name) is getattr(batch, name)
-    torch.testing.assert_close(turned.volumes, batch.volumes)
+    assert torch.equal(turned.graph.cells[:2], torch.zeros(2, 3, 3, dtype=torch.float64))
+    for name in ("numbers", "centers", "neighbors", "reverse", "structure_index"):
+        assert getattr(turned.graph, name) is getattr(batch.graph, name)
+    assert turned.frames == batch.frames
+    torch.testing.assert_close(turned.graph.volumes, batch.graph.volumes)

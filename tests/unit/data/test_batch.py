@@ -53,17 +53,18 @@ def pairs(structures):
 def test_concatenation_of_singles(structures, pairs):
     batch = collate(list(zip(structures, pairs, strict=True)), torch.float64)
     singles = [collate([item], torch.float64) for item in zip(structures, pairs, strict=True)]
-    for name in ("numbers", "edge_vectors", "cells", "charges", "spins", "frames"):
-        expected = torch.cat([getattr(single, name) for single in singles])
-        assert torch.equal(getattr(batch, name), expected), name
+    for name in ("numbers", "edge_vectors", "cells", "charges", "spins"):
+        expected = torch.cat([getattr(single.graph, name) for single in singles])
+        assert torch.equal(getattr(batch.graph, name), expected), name
+    assert batch.frames == tuple(frame for single in singles for frame in single.frames)
     atoms = np.cumsum([0] + [s.num_atoms for s in structures])
     edges = np.cumsum([0] + [p.num_edges for p in pairs])
     for k, single in enumerate(singles):
         mine = slice(edges[k], edges[k + 1])
-        assert torch.equal(batch.centers[mine], single.centers + atoms[k])
-        assert torch.equal(batch.neighbors[mine], single.neighbors + atoms[k])
-        assert torch.equal(batch.reverse[mine], single.reverse + edges[k])
-        assert batch.structure_index[atoms[k] : atoms[k + 1]].eq(k).all()
+        assert torch.equal(batch.graph.centers[mine], single.graph.centers + atoms[k])
+        assert torch.equal(batch.graph.neighbors[mine], single.graph.neighbors + atoms[k])
+        assert torch.equal(batch.graph.reverse[mine], single.graph.reverse + edges[k])
+        assert batch.graph.structure_index[atoms[k] : atoms[k + 1]].eq(k).all()
 
 
 def test_geometry_charge_and_sizes(structures, pairs):
@@ -71,14 +72,14 @@ def test_geometry_charge_and_sizes(structures, pairs):
     expected = [
         edge_vectors(s.positions, s.cell, p) for s, p in zip(structures, pairs, strict=True)
     ]
-    assert torch.equal(batch.edge_vectors, torch.cat(expected))
-    assert batch.atoms_per_structure.tolist() == [3, 1, 1, 2]
-    assert (batch.num_structures, batch.num_atoms) == (4, 7)
-    assert batch.num_edges == sum(p.num_edges for p in pairs)
-    assert batch.charges.tolist() == [0, 0, 0, 1]
-    assert batch.spins.tolist() == [1, 1, 1, 2]
-    assert batch.frames.tolist() == [4, 0, 9, 2]
-    assert batch.volumes.tolist() == pytest.approx([0, bulk("Cu").get_volume(), 0, 0])
+    assert torch.equal(batch.graph.edge_vectors, torch.cat(expected))
+    assert batch.graph.atoms_per_structure.tolist() == [3, 1, 1, 2]
+    assert (batch.graph.num_structures, batch.graph.num_atoms) == (4, 7)
+    assert batch.graph.num_edges == sum(p.num_edges for p in pairs)
+    assert batch.graph.charges.tolist() == [0, 0, 0, 1]
+    assert batch.graph.spins.tolist() == [1, 1, 1, 2]
+    assert batch.frames == (4, 0, 9, 2)
+    assert batch.graph.volumes.tolist() == pytest.approx([0, bulk("Cu").get_volume(), 0, 0])
     assert batch.where == "frames 4, 0, 9, 2 of set.xyz"
 
 
@@ -104,29 +105,30 @@ def test_totals_stay_double_and_the_rest_is_cast(structures, pairs):
     batch = collate(list(zip(structures, pairs, strict=True)), torch.float32)
     assert batch.labels["energy"].dtype == torch.float64
     assert batch.labels["energy"][0].item() == -20_004.000_1
-    for tensor in (batch.edge_vectors, batch.cells, batch.labels["energy/forces"]):
+    for tensor in (batch.graph.edge_vectors, batch.graph.cells, batch.labels["energy/forces"]):
         assert tensor.dtype == torch.float32
     double = batch.to(dtype=torch.float64)
-    assert double.edge_vectors.dtype == double.labels["energy/stress"].dtype == torch.float64
-    for name in ("numbers", "centers", "neighbors", "reverse", "structure_index", "frames"):
-        assert getattr(double, name).dtype == torch.int64
-        assert getattr(batch, name).dtype == torch.int64
+    assert double.graph.edge_vectors.dtype == double.labels["energy/stress"].dtype == torch.float64
+    for name in ("numbers", "centers", "neighbors", "reverse", "structure_index"):
+        assert getattr(double.graph, name).dtype == torch.int64
+        assert getattr(batch.graph, name).dtype == torch.int64
     assert batch.to(dtype=torch.float32).labels["energy"].dtype == torch.float64
 
 
 def test_moves_to_a_device_whole(structures, pairs):
     batch = collate(list(zip(structures, pairs, strict=True)), torch.float32).to("meta")
-    for field in dataclasses.fields(batch):
-        value = getattr(batch, field.name)
-        for tensor in value.values() if isinstance(value, dict) else [value]:
-            if isinstance(tensor, torch.Tensor):
-                assert tensor.device.type == "meta", field.name
+    tensors = {**batch.graph._asdict(), **batch.labels}
+    assert len(tensors) == 9 + 3
+    for name, tensor in tensors.items():
+        assert tensor.device.type == "meta", name
 
 
 def test_frozen(structures, pairs):
     batch = collate([(structures[0], pairs[0])], torch.float32)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        batch.numbers = batch.numbers
+        batch.labels = {}
+    with pytest.raises(AttributeError, match="set"):
+        batch.graph.numbers = batch.graph.numbers
 
 
 def test_empty_batch_is_refused():

@@ -32,14 +32,14 @@ def structures():
 
 
 def frames(batches):
-    return [batch.frames.tolist() for batch in batches]
+    return [list(batch.frames) for batch in batches]
 
 
 def assert_same(first, second):
     first, second = list(first), list(second)
     assert frames(first) == frames(second)
     for one, other in zip(first, second, strict=True):
-        assert torch.equal(one.edge_vectors, other.edge_vectors)
+        assert torch.equal(one.graph.edge_vectors, other.graph.edge_vectors)
         assert torch.equal(one.labels["energy/forces"], other.labels["energy/forces"])
 
 
@@ -83,27 +83,30 @@ def test_rotations_differ_between_epochs_and_structures(structures):
     loader = Loader(structures, 4.0, batch_size=len(NAMES), augment=True, seed=1)
     (first,), (second,) = loader.epoch(0), loader.epoch(1)
     plain = next(iter(loader.view()))
-    assert not torch.allclose(first.edge_vectors, second.edge_vectors)
-    assert not torch.allclose(first.edge_vectors, plain.edge_vectors)
-    lengths = plain.edge_vectors.norm(dim=1)
-    torch.testing.assert_close(first.edge_vectors.norm(dim=1), lengths)
+    assert not torch.allclose(first.graph.edge_vectors, second.graph.edge_vectors)
+    assert not torch.allclose(first.graph.edge_vectors, plain.graph.edge_vectors)
+    lengths = plain.graph.edge_vectors.norm(dim=1)
+    torch.testing.assert_close(first.graph.edge_vectors.norm(dim=1), lengths)
     # H2 and N2 both lie along z: one rotation for all would turn them alike.
-    h2, n2 = (first.edge_vectors[first.structure_index[first.centers] == k][0] for k in (7, 10))
+    h2, n2 = (
+        first.graph.edge_vectors[first.graph.structure_index[first.graph.centers] == k][0]
+        for k in (7, 10)
+    )
     assert not torch.allclose(h2.abs() / h2.norm(), n2.abs() / n2.norm())
 
 
 def test_rotation_of_a_structure_does_not_depend_on_its_batch(structures):
     small = Loader(structures, 4.0, batch_size=2, augment=True, seed=1)
     large = Loader(structures, 4.0, max_atoms_per_batch=100, augment=True, seed=1)
-    one = torch.cat([batch.edge_vectors for batch in small.epoch(3)])
-    other = torch.cat([batch.edge_vectors for batch in large.epoch(3)])
+    one = torch.cat([batch.graph.edge_vectors for batch in small.epoch(3)])
+    other = torch.cat([batch.graph.edge_vectors for batch in large.epoch(3)])
     assert torch.equal(one, other)
 
 
 def test_packing_respects_the_limit(structures):
     loader = Loader(structures, 4.0, max_atoms_per_batch=13, shuffle=True, seed=0)
     for epoch in range(5):
-        sizes = [batch.num_atoms for batch in loader.epoch(epoch)]
+        sizes = [batch.graph.num_atoms for batch in loader.epoch(epoch)]
         assert max(sizes) <= 13
         # No two neighbouring batches could have been one.
         assert all(a + b > 13 for a, b in pairwise(sizes))
@@ -141,7 +144,7 @@ def test_view_shares_the_prepared_structures(structures):
 
 def test_dtype_and_label_names(structures):
     loader = Loader(structures, 4.0, batch_size=3, augment=True, dtype=torch.float64)
-    assert all(batch.edge_vectors.dtype == torch.float64 for batch in loader)
+    assert all(batch.graph.edge_vectors.dtype == torch.float64 for batch in loader)
     assert loader.label_names == ("energy", "energy/forces")
 
 

@@ -31,15 +31,15 @@ def test_the_part_of_all_structures(own, fraction, expected):
 def test_each_batch_has_its_own_share(sizes):
     drawn = beside(0.5, **sizes)
     for epoch in (0, 3):
-        own = [batch.num_structures for batch in drawn.main.epoch(epoch)]
+        own = [batch.graph.num_structures for batch in drawn.main.epoch(epoch)]
         assert drawn.main.batch_sizes(epoch) == own
-        assert [drawn.batch(epoch, b).num_structures for b in range(len(own))] == own
+        assert [drawn.batch(epoch, b).graph.num_structures for b in range(len(own))] == own
 
 
 def test_all_structures_occur_equally_often():
     drawn = beside(0.7)
     count = drawn.main.num_batches(0)
-    frames = Counter(f for b in range(count) for f in drawn.batch(0, b).frames.tolist())
+    frames = Counter(f for b in range(count) for f in drawn.batch(0, b).frames)
     assert set(frames) == set(range(7))
     assert max(frames.values()) - min(frames.values()) <= 1
 
@@ -47,11 +47,11 @@ def test_all_structures_occur_equally_often():
 def test_a_batch_is_a_function_of_seed_epoch_and_number():
     first, second = beside(), beside()
     order = [(0, 0), (0, 1), (1, 2), (0, 1), (1, 0)]
-    seen = {place: first.batch(*place).edge_vectors for place in order}
+    seen = {place: first.batch(*place).graph.edge_vectors for place in order}
     for place in reversed(order):
-        assert torch.equal(second.batch(*place).edge_vectors, seen[place])
+        assert torch.equal(second.batch(*place).graph.edge_vectors, seen[place])
     orders = [
-        [source.batch(epoch, b).frames.tolist() for b in range(3)]
+        [source.batch(epoch, b).frames for b in range(3)]
         for source in (beside(0.6), beside(0.6, seed=5))
         for epoch in (0, 1)
     ]
@@ -61,6 +61,6 @@ def test_a_batch_is_a_function_of_seed_epoch_and_number():
 def test_structures_are_turned_where_the_loader_turns_them():
     turned, still = beside(), beside(augment=False)
     a, b = turned.batch(0, 1), still.batch(0, 1)
-    assert torch.equal(a.frames, b.frames)
-    assert not torch.allclose(a.edge_vectors, b.edge_vectors)
-    torch.testing.assert_close(a.edge_vectors.norm(dim=1), b.edge_vectors.norm(dim=1))
+    assert a.frames == b.frames
+    assert not torch.allclose(a.graph.edge_vectors, b.graph.edge_vectors)
+    torch.testing.assert_close(a.graph.edge_vectors.norm(dim=1), b.graph.edge_vectors.norm(dim=1))

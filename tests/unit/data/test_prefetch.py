@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pet_finetune.data import Loader
-from pet_finetune.data.batch import Batch
+from pet_finetune.data.batch import LabelledBatch
 from pet_finetune.data.prefetch import on_device, one_ahead
 from tiny_data import molecules, structures_of
 
@@ -23,8 +23,8 @@ def assert_same(first, second):
     first, second = list(first), list(second)
     assert len(first) == len(second) > 0
     for one, other in zip(first, second, strict=True):
-        assert torch.equal(one.frames, other.frames)
-        assert torch.equal(one.edge_vectors, other.edge_vectors)
+        assert one.frames == other.frames
+        assert torch.equal(one.graph.edge_vectors, other.graph.edge_vectors)
         assert torch.equal(one.labels["energy/forces"], other.labels["energy/forces"])
 
 
@@ -80,28 +80,27 @@ def test_stopping_early_ends_the_thread(loader):
 
 def test_on_a_cpu_batches_are_cast_and_no_thread_is_made(loader):
     batches = list(on_device(loader.epoch(1), torch.device("cpu"), torch.float64))
-    assert {batch.edge_vectors.dtype for batch in batches} == {torch.float64}
+    assert {batch.graph.edge_vectors.dtype for batch in batches} == {torch.float64}
     assert_same(on_device(loader.epoch(1), torch.device("cpu"), torch.float32), loader.epoch(1))
 
 
 def test_the_way_to_a_gpu_yields_the_same_batches(loader, monkeypatch):
     """The code of that way with its three calls of CUDA replaced, as there may be no GPU."""
     pinned, moved = [], []
-    to = Batch.to
+    to = LabelledBatch.to
 
     def move(self, device, dtype, *, non_blocking=False):
         moved.append((device.type, non_blocking))
         return to(self, "cpu", dtype)
 
-    monkeypatch.setattr(Batch, "to", move)
+    monkeypatch.setattr(LabelledBatch, "to", move)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.device("cpu"))
     device = torch.device("cuda", 0)
     assert_same(on_device(loader.epoch(2), device, torch.float32), loader.epoch(2))
     assert moved == [("cuda", True)] * 4
     one = next(loader.epoch(2))
-    tensors = [value for value in vars(one).values() if isinstance(value, torch.Tensor)]
-    assert len(pinned) == 4 * (len(tensors) + len(one.labels))
+    assert len(pinned) == 4 * (len(one.graph) + len(one.labels))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -157,7 +157,7 @@ def test_labels_turn_with_the_structure(tmp_path: Path, form: str) -> None:
     rotations = random_rotations(2, torch.Generator().manual_seed(0))
     found = rotate_batch(batch, rotations).labels["y"].numpy()
     rank = target["type"]["cartesian"]["rank"] if "type" in target else 0
-    rows = batch.structure_index if per_atom else torch.arange(2)
+    rows = batch.graph.structure_index if per_atom else torch.arange(2)
     for row, (before, after) in enumerate(zip(batch.labels["y"].numpy(), found, strict=True)):
         matrix = rotations[rows[row]].numpy()
         subtargets = before.reshape(*(3,) * rank, -1)

@@ -9,6 +9,7 @@ from models import ethanol, random_potential
 from pet_finetune.adapters import AdapterConfig, freeze, inject
 from pet_finetune.adapters.merge import lora_layers
 from pet_finetune.config import TargetLoss
+from pet_finetune.data import Loader
 from pet_finetune.data.batch import batch_from_atoms
 from pet_finetune.forgetting.anchor import AnchorLoss, anchored_parameters, reference_weights
 from pet_finetune.forgetting.fisher import fisher_information
@@ -144,10 +145,8 @@ def test_ewc_of_strength_one_rises_as_the_loss_would():
     )
     with torch.no_grad():
         parameter.view(-1)[importance[name].argmax()] += 1e-3
-    batch = batch_from_atoms(ethanol(), model.cutoff)
-    labels = {n: v.reshape(1) if v.dim() == 0 else v for n, v in structures[0].labels.items()}
-    batch.labels.update(labels)
-    prediction = {"energy": model.predict(batch, "energy")}
+    (batch,) = Loader(structures, model.cutoff, batch_size=1, dtype=model.dtype)
+    prediction = {"energy": model.predict(batch.graph, "energy")}
     risen = float(batch_loss(batch, prediction, {"energy": OBJECTIVE}))
     assert float(anchor(at(0)).detach()) == pytest.approx(risen, rel=0.2)
 

@@ -92,7 +92,7 @@ def test_replay_is_the_weighted_loss_of_what_goes_beside_the_batch(labelled):
     other = random_potential(seed=5, targets=("energy", "other"))
     term = replay(other, labelled)
     batch = term.beside.batch(1, 1)
-    predictions = {"energy": other.predict(batch, "energy", stress=True)}
+    predictions = {"energy": other.predict(batch.graph, "energy", stress=True)}
     expected = 0.5 * float(batch_loss(batch, predictions, {"energy": OBJECTIVE}).detach())
     loss = term(at(1, 1))
     assert float(loss.detach()) == pytest.approx(expected)

@@ -30,7 +30,7 @@ def model():
 def labelled(molecules_of, model):
     """Molecules of known elements with what the model says as labels, and other baselines."""
     structures = [s for s in molecules_of("val") if 7 not in s.numbers.tolist()]
-    batch = next(iter(Loader(structures, model.cutoff, batch_size=99, dtype=model.dtype)))
+    batch = next(iter(Loader(structures, model.cutoff, batch_size=99, dtype=model.dtype))).graph
     said = model.predict(batch, "energy")
     energies = said.energy.detach() + 100.0 * batch.atoms_per_structure
     split = torch.split(said.forces.detach(), [s.num_atoms for s in structures])
@@ -145,7 +145,7 @@ class TestEstimate:
     def test_edges_are_counted(self, labelled, model):
         load = load_of(labelled, (), model.cutoff)
         pairs = Loader(labelled, model.cutoff, batch_size=len(labelled))
-        batch = next(iter(pairs))
+        batch = next(iter(pairs)).graph
         assert load.edges == pytest.approx(batch.num_edges)
         assert load.neighbours == pytest.approx(batch.num_edges / batch.num_atoms)
 

@@ -52,7 +52,7 @@ def labelled(structures, energy):
 
 def energies_of(model, structures):
     (batch,) = Loader(structures, model.cutoff, batch_size=99, dtype=model.dtype)
-    return model.predict(batch, forces=False).energy.detach()
+    return model.predict(batch.graph, forces=False).energy.detach()
 
 
 def shifted(model, structures, shifts):

@@ -29,7 +29,7 @@ OBJECTIVE = Objective(
 
 def seen_by(model, epoch=0, index=0):
     (batch,) = Loader(STRUCTURES, model.cutoff, batch_size=6, dtype=model.dtype)
-    predictions = model.predict_targets(batch, {"energy": (True, False)}, create_graph=True)
+    predictions = model.predict_targets(batch.graph, {"energy": (True, False)}, create_graph=True)
     return Seen(epoch, index, batch, predictions)
 
 
@@ -43,11 +43,13 @@ def test_it_is_the_loss_against_the_turned_prediction():
     term, seen = loss_of(model, weight=4.0, fraction=0.5), seen_by(model)
     first = seen.batch.first(3)
     rotations = term._rotations(seen, 3)
-    turned = model.predict(rotate_batch(first, rotations), "energy")
-    said, atoms = seen.predictions["energy"], first.num_atoms
-    energies = (turned.energy - said.energy[:3]) / first.atoms_per_structure / 2.0
-    back = torch.einsum("nji,nj->ni", rotations[first.structure_index], turned.forces)
-    forward = torch.einsum("nij,nj->ni", rotations[first.structure_index], said.forces[:atoms])
+    turned = model.predict(rotate_batch(first, rotations).graph, "energy")
+    said, atoms = seen.predictions["energy"], first.graph.num_atoms
+    energies = (turned.energy - said.energy[:3]) / first.graph.atoms_per_structure / 2.0
+    back = torch.einsum("nji,nj->ni", rotations[first.graph.structure_index], turned.forces)
+    forward = torch.einsum(
+        "nij,nj->ni", rotations[first.graph.structure_index], said.forces[:atoms]
+    )
     forces = (turned.forces - forward) / 2.0
     assert float((back - said.forces[:atoms]).detach().abs().max()) > 1e-6
     expected = 4.0 * (3 / 6) * (3.0 * (energies**2).mean() + 0.5 * forces.abs().mean())
@@ -107,10 +109,10 @@ def test_the_first_structures_of_a_batch_are_a_batch():
     (batch,) = Loader(STRUCTURES, model.cutoff, batch_size=6, dtype=model.dtype)
     (few,) = Loader(STRUCTURES[:2], model.cutoff, batch_size=6, dtype=model.dtype)
     cut = batch.first(2)
-    for name, value in vars(few).items():
-        if isinstance(value, torch.Tensor):
-            assert torch.equal(getattr(cut, name), value), name
+    for name, value in few.graph._asdict().items():
+        assert torch.equal(getattr(cut.graph, name), value), name
+    assert cut.frames == few.frames
     assert cut.labels.keys() == few.labels.keys()
     assert all(torch.equal(cut.labels[name], value) for name, value in few.labels.items())
     assert cut.sources == few.sources
-    assert replace(cut, labels={}).num_structures == 2
+    assert replace(cut, labels={}).graph.num_structures == 2

@@ -38,10 +38,12 @@ def prediction_of(batch, seed=0):
         error = 0.3 * torch.randn(shape, generator=generator, dtype=torch.float64)
         return error, torch.nan_to_num(label) + error if label is not None else error
 
-    energy_error, energy = off(batch.labels.get("energy"), (batch.num_structures,))
-    forces_error, forces = off(batch.labels.get("energy/forces"), (batch.num_atoms, 3))
-    stress_error, stress = off(batch.labels.get("energy/stress"), (batch.num_structures, 3, 3))
-    prediction = Prediction(energy, torch.zeros(batch.num_atoms), forces, stress)
+    energy_error, energy = off(batch.labels.get("energy"), (batch.graph.num_structures,))
+    forces_error, forces = off(batch.labels.get("energy/forces"), (batch.graph.num_atoms, 3))
+    stress_error, stress = off(
+        batch.labels.get("energy/stress"), (batch.graph.num_structures, 3, 3)
+    )
+    prediction = Prediction(energy, torch.zeros(batch.graph.num_atoms), forces, stress)
     return prediction, (energy_error.numpy(), forces_error.numpy(), stress_error.numpy())
 
 
@@ -74,7 +76,7 @@ def test_forces_count_by_component(batch):
 def test_stresses_count_as_virials_per_atom_of_the_periodic_structure(batch):
     prediction, (_, _, errors) = prediction_of(batch)
     loss = TargetLoss(weight=0.0, stress=LossTerm(weight=4.0))
-    volume = float(batch.volumes[2])
+    volume = float(batch.graph.volumes[2])
     expected = 4.0 * np.mean((errors[2] * volume / 2 / SCALE) ** 2)
     assert loss_of(batch, prediction, loss, forces=False) == pytest.approx(expected)
 

@@ -35,7 +35,7 @@ def errors_of(model, structures):
     energies, forces, stresses = [], [], []
     for structure in structures:
         (batch,) = Loader([structure], model.cutoff, batch_size=1, dtype=model.dtype)
-        found = model.predict(batch, stress=True)
+        found = model.predict(batch.graph, stress=True)
         if "energy" in structure.labels:
             difference = found.energy[0] - structure.labels["energy"]
             energies.append(float(difference) / structure.num_atoms)
@@ -76,7 +76,7 @@ def test_a_prediction_that_is_nan_counts(structures):
     energy = batch.labels["energy"].clone()
     energy[1] = math.nan
     metrics = Metrics("energy")
-    metrics.update(batch, Prediction(energy, torch.zeros(batch.num_atoms)))
+    metrics.update(batch, Prediction(energy, torch.zeros(batch.graph.num_atoms)))
     assert math.isnan(metrics.mae("energy"))
 
 
@@ -84,10 +84,10 @@ def test_sums_go_on_from_a_saved_state(model, structures):
     first, second = Loader(structures, model.cutoff, batch_size=3, dtype=model.dtype)
     whole, part = Metrics("energy"), Metrics("energy")
     for batch in (first, second):
-        whole.update(batch, model.predict(batch, stress=True))
-    part.update(first, model.predict(first, stress=True))
+        whole.update(batch, model.predict(batch.graph, stress=True))
+    part.update(first, model.predict(first.graph, stress=True))
     resumed = Metrics("energy", part.state())
-    resumed.update(second, model.predict(second, stress=True))
+    resumed.update(second, model.predict(second.graph, stress=True))
     assert resumed.as_dict() == whole.as_dict()
     assert set(whole.as_dict()) == {
         "energy_mae", "energy_rmse", "forces_mae", "forces_rmse", "stress_mae", "stress_rmse",

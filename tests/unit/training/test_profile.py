@@ -87,9 +87,9 @@ def test_the_numbers_are_those_of_the_timed_steps(profiled):
     assert len(taken) == 3 + 4 + 2
     assert (profile.steps, len(profile.step_seconds), profile.steps_per_epoch) == (4, 4, 3)
     timed = taken[3:7]
-    assert profile.structures == sum(batch.num_structures for batch in timed) / 4
-    assert profile.atoms == sum(batch.num_atoms for batch in timed) / 4
-    assert profile.edges == sum(batch.num_edges for batch in timed) / 4
+    assert profile.structures == sum(batch.graph.num_structures for batch in timed) / 4
+    assert profile.atoms == sum(batch.graph.num_atoms for batch in timed) / 4
+    assert profile.edges == sum(batch.graph.num_edges for batch in timed) / 4
     assert list(profile.stages)[:2] == ["batch", "energies"]
     assert set(profile.stages) >= {"loss", "backward", "update", "metrics", OTHER}
     assert sum(profile.stages.values()) == pytest.approx(profile.seconds)

@@ -157,11 +157,11 @@ def test_an_update_from_many_batches_has_their_mean_gradient():
         result = trainer.step(iter(batches), steps, {"energy": Metrics("energy")})
         assert (result.batches, result.structures) == (
             steps,
-            sum(b.num_structures for b in batches),
+            sum(b.graph.num_structures for b in batches),
         )
         gradients.append({n: p.grad.clone() for n, p in trainer.parameters.items()})
         losses = [
-            float(batch_loss(b, make_trainer().model.predict_many(b, trainer.wanted),
+            float(batch_loss(b, make_trainer().model.predict_many(b.graph, trainer.wanted),
                              trainer.objectives))
             for b in batches
         ]  # fmt: skip
@@ -169,7 +169,7 @@ def test_an_update_from_many_batches_has_their_mean_gradient():
     fresh = make_trainer(gradient_accumulation_steps=1, grad_clip_norm=None)
     parts = []
     for batch in list(fresh.batches(0))[:2]:
-        found = fresh.model.predict_many(batch, fresh.wanted, create_graph=True)
+        found = fresh.model.predict_many(batch.graph, fresh.wanted, create_graph=True)
         loss = batch_loss(batch, found, fresh.objectives)
         parts.append(torch.autograd.grad(loss, list(fresh.parameters.values())))
     for name, *single in zip(fresh.parameters, *parts, strict=True):
@@ -230,7 +230,7 @@ def test_noise_is_of_the_stated_size_and_belongs_to_the_batch():
         noisy = add_label_noise(batch, ["energy"], noise, (3, 0, index))
         for name, errors in drawn.items():
             errors.append((noisy.labels[name] - batch.labels[name]).double())
-    energy = torch.stack(drawn["energy"]) / batch.atoms_per_structure
+    energy = torch.stack(drawn["energy"]) / batch.graph.atoms_per_structure
     assert float(energy.std()) == pytest.approx(0.5, rel=0.1)
     assert abs(float(energy.mean())) < 0.05
     forces = torch.stack(drawn["energy/forces"])

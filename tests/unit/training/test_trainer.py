@@ -258,7 +258,7 @@ def test_a_loss_that_is_not_finite_names_the_structures(label, value):
         trainer.fit()
     message = str(caught.value)
     assert f"not a finite number in epoch 1, batch {len(seen) + 1}:" in message
-    frames = next(batch.frames.tolist() for batch in trainer.training.epoch(0) if 4 in batch.frames)
+    frames = next(list(batch.frames) for batch in trainer.training.epoch(0) if 4 in batch.frames)
     assert f"frames {', '.join(map(str, frames))} of tiny.xyz" in message
     assert "lower learning_rate" in message
 

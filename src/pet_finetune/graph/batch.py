@@ -1,0 +1,172 @@
+"""The ``Batch``: several structures as one disconnected graph, the network's only input.
+
+Not postponed annotations: TorchScript reads those of a NamedTuple as they are.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Batch", "join_graphs", "repeat_batch", "rotate_graphs", "rotate_rows"]
+
+
+class Batch(NamedTuple):
+    """``b`` structures with ``n`` atoms and ``e`` directed edges in all; lengths in Å.
+
+    Edges may be longer than the model's cutoff (a skin); the model filters them. Atoms and edges
+    of one structure are contiguous, in the order of the structures.
+
+    Attributes:
+        numbers: [n] int64, atomic numbers.
+        edge_vectors: [e, 3], from centre to neighbour.
+        centers: [e] int64, the central atom of each edge, ascending.
+        neighbors: [e] int64, the neighbouring atom of each edge.
+        reverse: [e] int64, the opposite edge of each edge.
+        structure_index: [n] int64, the structure of each atom, ascending.
+        cells: [b, 3, 3], cell vectors as rows; zero rows where not periodic.
+        charges: [b] int64, total charges.
+        spins: [b] int64, spin multiplicities 2S+1.
+    """
+
+    numbers: Tensor
+    edge_vectors: Tensor
+    centers: Tensor
+    neighbors: Tensor
+    reverse: Tensor
+    structure_index: Tensor
+    cells: Tensor
+    charges: Tensor
+    spins: Tensor
+
+    @property
+    def num_atoms(self) -> int:
+        """Number of atoms ``n``."""
+        return self.numbers.shape[0]
+
+    @property
+    def num_structures(self) -> int:
+        """Number of structures ``b``."""
+        return self.cells.shape[0]
+
+    @property
+    def num_edges(self) -> int:
+        """Number of directed edges ``e``."""
+        return self.centers.shape[0]
+
+    @property
+    def atoms_per_structure(self) -> Tensor:
+        """Number of atoms of each structure, [b] int64."""
+        # Not `bincount`: on a GPU it makes the CPU wait for everything queued before it.
+        counts = self.structure_index.new_zeros(self.num_structures)
+        return counts.index_add_(0, self.structure_index, torch.ones_like(self.structure_index))
+
+    @property
+    def volumes(self) -> Tensor:
+        """Cell volumes in Å³, [b]; 0 where not periodic in all three directions."""
+        determinants: Tensor = torch.linalg.det(self.cells)
+        return determinants.abs()
+
+    def first(self, count: int) -> "Batch":
+        """The first structures alone."""
+        atoms = int((self.structure_index < count).sum())
+        edges = int((self.centers < atoms).sum())
+        return Batch(
+            numbers=self.numbers[:atoms],
+            edge_vectors=self.edge_vectors[:edges],
+            centers=self.centers[:edges],
+            neighbors=self.neighbors[:edges],
+            reverse=self.reverse[:edges],
+            structure_index=self.structure_index[:atoms],
+            cells=self.cells[:count],
+            charges=self.charges[:count],
+            spins=self.spins[:count],
+        )
+
+    def to(
+        self,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        non_blocking: bool = False,
+    ) -> "Batch":
+        """Move to a device and cast vectors and cells; integers keep their type."""
+
+        def move(tensor: Tensor) -> Tensor:
+            cast = dtype if tensor.is_floating_point() else None
+            return tensor.to(device=device, dtype=cast, non_blocking=non_blocking)
+
+        return Batch(*map(move, self))
+
+    def pinned(self) -> "Batch":
+        """The batch in page-locked memory, from which a GPU copies without the CPU waiting."""
+        return Batch(*(tensor.pin_memory() for tensor in self))
+
+
+def join_graphs(graphs: Sequence[Batch]) -> Batch:
+    """Several batches as one: concatenation and index offsets, nothing else.
+
+    Args:
+        graphs: at least one; indices may be int32, those of the result are int64.
+    """
+    sizes = torch.tensor([[g.num_atoms, g.num_edges, g.num_structures] for g in graphs])
+    before = (sizes.cumsum(0) - sizes).tolist()
+    pairs = list(zip(graphs, before, strict=True))
+
+    def shifted(name: str, column: int) -> Tensor:
+        return torch.cat([getattr(g, name).to(torch.int64) + shift[column] for g, shift in pairs])
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([getattr(graph, name) for graph in graphs])
+
+    return Batch(
+        numbers=joined("numbers"),
+        edge_vectors=joined("edge_vectors"),
+        centers=shifted("centers", 0),
+        neighbors=shifted("neighbors", 0),
+        reverse=shifted("reverse", 1),
+        structure_index=shifted("structure_index", 2),
+        cells=joined("cells"),
+        charges=joined("charges"),
+        spins=joined("spins"),
+    )
+
+
+def repeat_batch(batch: Batch, count: int) -> Batch:
+    """The structures of a batch several times over: all of them in each turn."""
+    return join_graphs([batch] * count)
+
+
+def rotate_graphs(batch: Batch, rotations: Tensor) -> Batch:
+    """Rotate each structure.
+
+    Args:
+        batch: the structures.
+        rotations: [b, 3, 3], on the device of the batch; vectors become ``R v``.
+    """
+    transposed = rotations.to(batch.cells.dtype).transpose(1, 2)
+    # Centres ascend, so the edges of a structure end where its last atom's edges end.
+    ends = torch.searchsorted(batch.centers, batch.atoms_per_structure.cumsum(0))
+    edges = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    return batch._replace(
+        edge_vectors=rotate_rows(batch.edge_vectors, transposed, edges),
+        cells=batch.cells @ transposed,
+    )
+
+
+def rotate_rows(vectors: Tensor, transposed: Tensor, counts: list[int]) -> Tensor:
+    """Multiply runs of row vectors by one matrix each.
+
+    Several times faster on a CPU than gathering a matrix for every vector.
+
+    Args:
+        vectors: [m, 3], the runs of all structures one after another.
+        transposed: [b, 3, 3].
+        counts: length of each structure's run; they add up to ``m``.
+
+    Returns:
+        [m, 3].
+    """
+    runs = zip(torch.split(vectors, counts), transposed.to(vectors.dtype), strict=True)
+    return torch.cat([run @ matrix for run, matrix in runs])
