@@ -7,7 +7,8 @@ where, what is allowed and what to do; the command line prints it without a trac
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 __all__ = [
     "AdapterError",
@@ -19,6 +20,7 @@ __all__ = [
     "SpeciesError",
     "TrainingError",
     "UnitError",
+    "damage_explained",
     "did_you_mean",
 ]
 
@@ -61,6 +63,25 @@ class DynamicsError(PetFinetuneError):
 
 class SpeciesError(PetFinetuneError):
     """A structure holds a chemical element that the model does not know."""
+
+
+@contextmanager
+def damage_explained(explain: Callable[[str], PetFinetuneError]) -> Iterator[None]:
+    """Turn whatever a damaged file makes a library raise into one of our errors.
+
+    For the border where a file becomes values, and nowhere else: zip, pickle, JSON, NumPy and the
+    code that builds from what they gave raise two dozen kinds between them, and each list of kinds
+    was found to lack one. Errors of ours pass as they are.
+
+    :param explain: makes the error to raise, from a line that says what was met.
+    """
+    try:
+        yield
+    except PetFinetuneError:
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or ["no reason given"])[0]
+        raise explain(f"{type(error).__name__}: {first[:200].rstrip('.')}") from error
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:

@@ -3,7 +3,8 @@
 ``adapter_config.json`` and ``adapter_model.safetensors`` are PEFT's, keys included, and load
 there. What PEFT has no place for (the fingerprint of the base, the target, its baseline per species
 and its scale) is JSON in the metadata of the safetensors file, where it cannot be parted from the
-weights it belongs to.
+weights it belongs to. As safetensors has no checksum, a digest of tensors and settings is there
+too, and is compared on every read.
 
 Releases that could start from the factors of PiSSA or OLoRA wrote such an update as plain LoRA of
 twice the rank, which is what it is read as.
@@ -13,19 +14,23 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from pet_finetune.errors import AdapterError
+from pet_finetune.errors import AdapterError, damage_explained
 from pet_finetune.keys import TargetSpec
+from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
+from pet_finetune.model.fingerprint import content_digest
 
 from .adapter import Adapter, capture, install
 from .config import AdapterConfig
@@ -34,6 +39,12 @@ from .peft_format import check_method, from_peft, own_name, stored_name, to_peft
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _METADATA = "pet_finetune"
+_DIGEST = "digest"
+#: Entry of our ``adapter_config.json``, by PEFT's name for where a base is from: its weights have a
+#: digest.
+_CHECKED = {"auto_mapping": {"base_model_class": "Potential", "parent_library": "pet_finetune"}}
+
+_logger = get_logger(__name__)
 
 
 def save_adapter(model: Potential, directory: str | Path, base_name: str = "") -> Path:
@@ -65,7 +76,7 @@ def load_adapter(model: Potential, directory: str | Path) -> AdapterConfig:
             one of a method that we do not have.
     """
     adapter = read_adapter(directory)
-    with _DamageExplained(adapter.name):
+    with _explained(adapter.name):
         return install(model, adapter)
 
 
@@ -95,8 +106,9 @@ def write_adapter(adapter: Adapter, directory: str | Path) -> Path:
     stored = {stored_name(name): value.contiguous() for name, value in adapter.tensors.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        peft = json.dumps(to_peft(config, adapter.base_name), indent=2) + "\n"
-        _replace(folder / CONFIG_FILE, peft.encode())
+        peft = {**to_peft(config, adapter.base_name), **_CHECKED}
+        extra[_DIGEST] = _digest(peft, extra, adapter.tensors)
+        _replace(folder / CONFIG_FILE, (json.dumps(peft, indent=2) + "\n").encode())
         metadata = {"format": "pt", _METADATA: json.dumps(extra)}
         _replace(folder / WEIGHTS_FILE, to_bytes(stored, metadata))
     except OSError as error:
@@ -115,7 +127,8 @@ def read_adapter(directory: str | Path) -> Adapter:
     extra = read_metadata(folder)
     check_method(peft, folder / CONFIG_FILE)
     tensors = _read_tensors(folder / WEIGHTS_FILE)
-    with _DamageExplained(str(folder)):
+    with _explained(str(folder)):
+        _check_digest(folder, peft, extra, tensors)
         config = from_peft(peft)
         if not extra:
             return Adapter(config, tensors, name=str(folder))
@@ -134,21 +147,45 @@ def read_adapter(directory: str | Path) -> Adapter:
         )
 
 
-class _DamageExplained:
+def _explained(folder: str) -> AbstractContextManager[None]:
     """Turn whatever a wrong value in the files leads to into one message."""
+    return damage_explained(
+        lambda why: AdapterError(
+            f"'{folder}' is damaged: a value in its files is missing or of the wrong kind ({why})."
+        )
+    )
 
-    def __init__(self, folder: str) -> None:
-        self._folder = folder
 
-    def __enter__(self) -> None:
-        return None
+def _digest(
+    peft: Mapping[str, Any], extra: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> str:
+    """Over all that decides what an adapter does; not over the name of its base."""
+    beside = {name: value for name, value in extra.items() if name != _DIGEST}
+    return content_digest(tensors, [asdict(from_peft(dict(peft))), beside])
 
-    def __exit__(self, kind: type[BaseException] | None, error: Any, trace: Any) -> None:
-        if isinstance(error, (AttributeError, KeyError, RuntimeError, TypeError, ValueError)):
-            raise AdapterError(
-                f"'{self._folder}' is damaged: a value in its files is missing or of the wrong "
-                f"kind ({type(error).__name__}: {error})."
-            ) from error
+
+def _check_digest(
+    folder: Path, peft: Mapping[str, Any], extra: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Make sure that an adapter of ours is what was written.
+
+    Raises:
+        AdapterError: it is not.
+    """
+    if _DIGEST not in extra and not peft.items() >= _CHECKED.items():
+        if extra:
+            _logger.info(
+                "'%s' was written by an earlier release and has no checksum: damage to its numbers "
+                "would not be noticed",
+                folder,
+            )
+        return
+    if extra.get(_DIGEST) != _digest(peft, extra, tensors):
+        raise AdapterError(
+            f"'{folder}' is damaged: {WEIGHTS_FILE} or {CONFIG_FILE} is not what was saved (their "
+            "checksum differs). Copy both from where the adapter was made; where that is gone, "
+            "train it again."
+        )
 
 
 def read_metadata(directory: str | Path) -> dict[str, Any]:
@@ -158,19 +195,20 @@ def read_metadata(directory: str | Path) -> dict[str, Any]:
         AdapterError: the weights file is missing or damaged.
     """
     path = Path(directory) / WEIGHTS_FILE
-    try:
-        with safe_open(path, framework="pt") as stored:
-            text = (stored.metadata() or {}).get(_METADATA)
+    with _weights_explained(path), safe_open(path, framework="pt") as stored:
+        text = (stored.metadata() or {}).get(_METADATA)
         return {} if text is None else dict(json.loads(text))
-    except (OSError, SafetensorError, TypeError, ValueError) as error:
-        raise AdapterError(f"Cannot read the adapter weights '{path}': {error}.") from error
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
+    with _weights_explained(path):
         return {own_name(name): value for name, value in load_file(path).items()}
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(f"Cannot read the adapter weights '{path}': {error}.") from error
+
+
+def _weights_explained(path: Path) -> AbstractContextManager[None]:
+    return damage_explained(
+        lambda why: AdapterError(f"Cannot read the adapter weights '{path}': {why}.")
+    )
 
 
 def _replace(path: Path, content: bytes) -> None:
@@ -187,7 +225,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise AdapterError(
             f"There is no adapter in '{path.parent}': {path.name} is missing."
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"Cannot read '{path}': {error}.") from error
     if not isinstance(content, dict):
         raise AdapterError(f"'{path}' holds no JSON object.")

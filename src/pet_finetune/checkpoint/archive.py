@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from pet_finetune.errors import CheckpointError
+from pet_finetune.errors import CheckpointError, damage_explained
 
-from .safe_pickle import StoredTensor, read_pickle
+from .safe_pickle import Inert, StoredTensor, read_pickle
 
 __all__ = ["TorchArchive"]
 
@@ -47,8 +47,9 @@ class TorchArchive:
         self.path = Path(path)
         self._zip = _open_zip(self.path)
         try:
-            self._root = self._find_root()
-            self._swap_bytes = self._byteorder() != sys.byteorder
+            with damage_explained(self.damaged):
+                self._root = self._find_root()
+                self._swap_bytes = self._byteorder() != sys.byteorder
         except CheckpointError:
             self._zip.close()
             raise
@@ -71,6 +72,21 @@ class TorchArchive:
         """
         return read_pickle(bytes(self._read(f"{self._root}/data.pkl")), str(self.path))
 
+    def filled(self, content: Any) -> Any:
+        """What :meth:`content` gave, with the tensors themselves in the place of their records.
+
+        :raises CheckpointError: if one is missing or damaged, or it holds what is not plain.
+        """
+        if isinstance(content, StoredTensor):
+            return self.tensor(content)
+        if isinstance(content, dict):
+            return {key: self.filled(value) for key, value in content.items()}
+        if isinstance(content, list | tuple):
+            return type(content)(self.filled(value) for value in content)
+        if isinstance(content, Inert):
+            raise self.damaged(f"it holds an object of type {content.name}")
+        return content
+
     def tensor(self, stored: StoredTensor) -> torch.Tensor:
         """Read one tensor from the archive, on the CPU, with memory of its own.
 
@@ -84,11 +100,11 @@ class TorchArchive:
             return torch.empty(stored.size, dtype=stored.dtype)
         # The second condition: a stride of zero could repeat one number beyond all memory.
         if stored.offset + extent > stored.storage_size or elements > stored.storage_size:
-            raise self._damaged(f"a tensor reaches beyond its storage {stored.key!r}")
-        raw = self._read(f"{self._root}/data/{stored.key}")
+            raise self.damaged(f"a tensor reaches beyond its storage {stored.key!r}")
+        raw = self._read(f"{self._root}/data/{stored.key}")  # compared with its checksum
         itemsize = stored.dtype.itemsize
         if len(raw) != stored.storage_size * itemsize:
-            raise self._damaged(f"storage {stored.key!r} has {len(raw)} bytes, which is not right")
+            raise self.damaged(f"storage {stored.key!r} has {len(raw)} bytes, which is not right")
         if self._swap_bytes:
             for start in range(itemsize // 2):
                 end = itemsize - 1 - start
@@ -128,25 +144,23 @@ class TorchArchive:
     def _read(self, name: str) -> bytearray:
         info = self._zip.NameToInfo.get(name)
         if info is None:
-            raise self._damaged(f"the entry {name!r} is missing")
+            raise self.damaged(f"the entry {name!r} is missing")
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 0x1:
-            raise self._damaged(f"the entry {name!r} is compressed, as PyTorch never writes it")
+            raise self.damaged(f"the entry {name!r} is compressed, as PyTorch never writes it")
         if info.file_size > self.path.stat().st_size:
-            raise self._damaged(f"the entry {name!r} claims to be longer than the file")
+            raise self.damaged(f"the entry {name!r} claims to be longer than the file")
         buffer = bytearray(info.file_size)
-        try:
-            with self._zip.open(info) as entry:
-                filled = 0
-                while chunk := entry.read(_CHUNK):
-                    buffer[filled : filled + len(chunk)] = chunk
-                    filled += len(chunk)
-        except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
-            raise self._damaged(str(error)) from error
+        with damage_explained(self.damaged), self._zip.open(info) as entry:
+            filled = 0
+            while chunk := entry.read(_CHUNK):
+                buffer[filled : filled + len(chunk)] = chunk
+                filled += len(chunk)
         if filled != info.file_size:
-            raise self._damaged(f"the entry {name!r} ends early")
+            raise self.damaged(f"the entry {name!r} ends early")
         return buffer
 
-    def _damaged(self, why: str) -> CheckpointError:
+    def damaged(self, why: str) -> CheckpointError:
+        """The error to raise where what the file holds cannot be right."""
         return CheckpointError(
             f"{self.path}: the file is damaged or incomplete ({why}). Copy or download it again."
         )
@@ -175,11 +189,13 @@ def _open_zip(path: Path) -> zipfile.ZipFile:
         return zipfile.ZipFile(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).") from error
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # zipfile raises whatever a damaged directory leads to
         if start.startswith(b"PK\x03\x04"):
             raise CheckpointError(
-                f"{path}: the file is damaged or incomplete (its end is missing). Copy or "
-                "download it again."
+                f"{path}: the file is damaged or incomplete (its end is missing or changed). "
+                "Copy or download it again."
             ) from error
         why = next((text for magic, text in _NOT_AN_ARCHIVE if start.startswith(magic)), None)
         raise CheckpointError(

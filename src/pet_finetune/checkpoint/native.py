@@ -25,7 +25,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -45,6 +44,7 @@ from pet_finetune.keys import TargetSpec
 from pet_finetune.model import Potential
 from pet_finetune.nn.quantized import QUANTIZED_PART, dense_state
 
+from .archive import TorchArchive
 from .build import build_potential, model_options
 from .plain import plain_value
 
@@ -127,22 +127,23 @@ def save_checkpoint(
     return path
 
 
-def read_native(path: Path, keep_adapter: bool = False) -> NativeCheckpoint:
+def read_native(
+    archive: TorchArchive, content: Mapping[str, Any], keep_adapter: bool = False
+) -> NativeCheckpoint:
     """Read a file in our format.
 
+    :param archive: the open file; what is read of it is compared with the archive's checksums.
+    :param content: what :meth:`TorchArchive.content` gave.
     :param keep_adapter: leave the adapter of an interrupted run unmerged, to train it further.
     :raises CheckpointError: if the file is of a newer version, or damaged.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).split("\n", 1)[0]
-        raise CheckpointError(f"{path}: the file is damaged ({reason}).") from error
+    path = archive.path
     if content.get("version") != VERSION:
         raise CheckpointError(
             f"{path}: this file has version {content.get('version')!r} of our format, and this "
             f"release of pet-finetune reads version {VERSION}. Update pet-finetune."
         )
+    content = archive.filled(content)
     try:
         model = _model(content, str(path))
         if content["adapter"] is not None:
@@ -152,10 +153,8 @@ def read_native(path: Path, keep_adapter: bool = False) -> NativeCheckpoint:
         return NativeCheckpoint(model, dict(content["provenance"]), content["training"])
     except CheckpointError:
         raise
-    except (KeyError, TypeError, AttributeError, ValueError, PetFinetuneError) as error:
-        raise CheckpointError(
-            f"{path}: the file is damaged: a part is missing or of the wrong kind ({error})."
-        ) from error
+    except PetFinetuneError as error:
+        raise archive.damaged(f"a part does not fit the others: {error}") from error
 
 
 def _model(content: Mapping[str, Any], where: str) -> Potential:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pet_finetune.adapters import AdaptedPotential, active_adapter, load_adapter, merged_copy
 from pet_finetune.committee.committee import Committee
 from pet_finetune.committee.files import Adapters, load_committee
-from pet_finetune.errors import CheckpointError, ConfigError
+from pet_finetune.errors import CheckpointError, ConfigError, damage_explained
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 
@@ -59,24 +59,26 @@ def load_checkpoint(path: str | os.PathLike[str], *, keep_adapter: bool = False)
     :raises CheckpointError: with one line saying what the file is instead, or what is wrong.
     """
     path = Path(path)
-    with TorchArchive(path) as archive:
+    with TorchArchive(path) as archive, damage_explained(archive.damaged):
         content = archive.content()
-        if is_metatrain(content):
-            converted = read_metatrain(archive, content)
-            for notice in converted.notices:
-                _log.info("%s: %s", path, notice)
+        if is_native(content):
+            native = read_native(archive, content, keep_adapter)
             return Checkpoint(
-                model=converted.model,
-                kind="metatrain",
-                provenance=converted.provenance,
-                training=None,
-                path=path,
-                notices=converted.notices,
+                native.model, "pet-finetune", native.provenance, native.training, path
             )
-    if not is_native(content):
-        raise CheckpointError(f"{path}: {_what_it_is(content)}")
-    native = read_native(path, keep_adapter)
-    return Checkpoint(native.model, "pet-finetune", native.provenance, native.training, path)
+        if not is_metatrain(content):
+            raise CheckpointError(f"{path}: {_what_it_is(content)}")
+        converted = read_metatrain(archive, content)
+    for notice in converted.notices:
+        _log.info("%s: %s", path, notice)
+    return Checkpoint(
+        model=converted.model,
+        kind="metatrain",
+        provenance=converted.provenance,
+        training=None,
+        path=path,
+        notices=converted.notices,
+    )
 
 
 def load(path: str | os.PathLike[str]) -> AdaptedPotential:

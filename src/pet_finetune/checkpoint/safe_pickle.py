@@ -16,13 +16,12 @@ the file.
 from __future__ import annotations
 
 import pickletools
-import struct
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pet_finetune.errors import CheckpointError
+from pet_finetune.errors import CheckpointError, damage_explained
 
 from .allowed_names import (
     CALLS,
@@ -267,7 +266,5 @@ def read_pickle(data: bytes, where: str) -> Any:
     :raises CheckpointError: if the pickle names anything that is not listed in this module, uses
         an instruction PyTorch does not, or is damaged.
     """
-    try:
+    with damage_explained(lambda why: CheckpointError(f"{where}: the file is damaged ({why}).")):
         return _Machine(where).run(data)
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, struct.error) as error:
-        raise CheckpointError(f"{where}: the file is damaged ({error}).") from error

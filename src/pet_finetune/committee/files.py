@@ -15,13 +15,14 @@ from pet_finetune.adapters.files import read_adapter
 from pet_finetune.adapters.merge import merged_copy
 from pet_finetune.errors import AdapterError
 from pet_finetune.model import Potential
-from pet_finetune.model.fingerprint import weights_fingerprint
+from pet_finetune.model.fingerprint import content_digest, weights_fingerprint
 
 from .committee import Calibration, Committee
 
 COMMITTEE_FILE = "committee.json"
 _FORMAT = "pet-finetune committee"
 _VERSION = 1
+_DIGEST = "digest"
 
 Adapters = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -105,6 +106,7 @@ def write_committee(folder: str | Path, members: Sequence[str], calibration: Cal
         "members": list(members),
         "factors": asdict(calibration),
     }
+    content[_DIGEST] = content_digest({}, content)
     partial = path.with_name(f".{path.name}.part")
     try:
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -125,6 +127,9 @@ def read_committee(folder: str | os.PathLike[str]) -> tuple[list[Path], Calibrat
         content: Any = json.loads(path.read_text(encoding="utf-8"))
         if (content["format"], content["version"]) != (_FORMAT, _VERSION):
             raise ValueError(f"{content['format']} {content['version']}")
+        stored = content.pop(_DIGEST, None)
+        if stored not in (None, content_digest({}, content)):
+            raise ValueError("it is not what was written: its checksum differs")
         factors = {kind: float(value) for kind, value in content["factors"].items()}
         return [path.parent / str(name) for name in content["members"]], Calibration(**factors)
     except FileNotFoundError as error:
@@ -132,5 +137,5 @@ def read_committee(folder: str | os.PathLike[str]) -> tuple[list[Path], Calibrat
             f"There is no committee in '{path.parent}': {COMMITTEE_FILE} is missing. Give the "
             "folder of a finished run with finetune.ensemble, or a list of adapter folders."
         ) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise AdapterError(f"Cannot read the committee '{path}': {error}.") from error

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from pet_finetune.errors import DataError
+from pet_finetune.errors import DataError, damage_explained
 from pet_finetune.keys import label_kind
 
 from .structure import Structure, place
@@ -111,16 +110,15 @@ class Predicted:
 
         :raises DataError: the file is damaged, or of another release.
         """
-        try:
+        with damage_explained(
+            lambda why: DataError(f"'{path}' holds no predictions of a run, or is damaged ({why}).")
+        ):
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             if int(arrays.pop("version")) != _VERSION:
                 raise DataError(f"'{path}' was written by another release of pet-finetune.")
             plain = {name: arrays.pop(name) for name in _PLAIN}
             set_name = str(arrays.pop("set_name"))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            reason = str(error).split(".", 1)[0]
-            raise DataError(f"'{path}' holds no predictions of a run ({reason}).") from error
         groups: dict[str, dict[str, np.ndarray]] = {}
         for name, array in arrays.items():
             group, _, label = name.partition(":")

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import os
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from pet_finetune.errors import DynamicsError
+from pet_finetune.errors import DynamicsError, damage_explained
 from pet_finetune.log import get_logger
 
 from .carried import carried, from_ase, to_traj
@@ -224,16 +223,17 @@ class MDFiles:
         Raises:
             DynamicsError: there is none, or it is damaged.
         """
-        try:
+        with damage_explained(
+            lambda why: DynamicsError(
+                f"The state '{self / STATE}' is damaged ({why}). Start a new run from the last "
+                f"frame of {TRAJECTORY}."
+            )
+        ):
             with np.load(self / STATE, allow_pickle=False) as file:
                 state = dict(file)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise DynamicsError(
-                f"The state '{self / STATE}' is damaged ({error}). Start a new run from the last "
-                f"frame of {TRAJECTORY}."
-            ) from error
+            lengths = [int(length) for length in state["lengths"]]
         with self._explained():
-            for name, length in zip((TRAJECTORY, TABLE), state["lengths"].tolist(), strict=True):
+            for name, length in zip((TRAJECTORY, TABLE), lengths, strict=True):
                 if _length(self / name) < length:
                     raise DynamicsError(
                         f"'{self / name}' is shorter than when the state was saved: it was changed "

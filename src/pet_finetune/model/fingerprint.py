@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -22,4 +25,17 @@ def weights_fingerprint(model: Potential) -> str:
             digest.update(name.encode())
             data = value.detach().to("cpu", torch.float32).contiguous()
             digest.update(data.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def content_digest(tensors: Mapping[str, torch.Tensor], values: Any) -> str:
+    """SHA-256 of tensors with their names, types and shapes, and of JSON values beside them.
+
+    For formats that have no checksum of their own: one changed bit gives another digest.
+    """
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+        flat = value.detach().to("cpu").contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -17,9 +16,10 @@ import torch
 
 from pet_finetune.adapters import active_adapter, save_adapter
 from pet_finetune.checkpoint import save_checkpoint
+from pet_finetune.checkpoint.archive import TorchArchive
 from pet_finetune.committee.committee import Committee
 from pet_finetune.data.predicted import Predicted
-from pet_finetune.errors import DataError, TrainingError
+from pet_finetune.errors import CheckpointError, DataError, TrainingError
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 
@@ -221,11 +221,12 @@ class RunFiles:
         """
         path = self.folder / KEPT
         try:
-            content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            with TorchArchive(path) as archive:
+                content: dict[str, Any] = archive.filled(archive.content())
+        except CheckpointError as error:
             raise TrainingError(
                 f"'{path}', which holds what the run keeps of the model it started from, cannot be "
-                f"read ({error}). Put it back beside {LAST}, or start a new run."
+                f"read. Put it back beside {LAST}, or start a new run. {error}"
             ) from error
         return content
 

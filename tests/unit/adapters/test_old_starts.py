@@ -14,7 +14,6 @@ import torch
 from models import ethanol
 from pet_finetune.adapters import load_adapter
 from pet_finetune.checkpoint import load_checkpoint
-from pet_finetune.checkpoint.native import read_native
 from pet_finetune.data.batch import batch_from_atoms
 from pet_finetune.errors import CheckpointError
 
@@ -39,6 +38,6 @@ def test_an_old_adapter_opens_as_plain_lora_of_twice_the_rank(name):
 
 
 def test_the_checkpoint_of_an_interrupted_run_opens_and_does_not_go_on():
-    assert_predicts(read_native(FILES / "run.ckpt").model, "pissa")
+    assert_predicts(load_checkpoint(FILES / "run.ckpt").model, "pissa")
     with pytest.raises(CheckpointError, match="Start a new run from the file with -c"):
-        read_native(FILES / "run.ckpt", keep_adapter=True)
+        load_checkpoint(FILES / "run.ckpt", keep_adapter=True)
