@@ -115,7 +115,7 @@ def test_info_of_a_run(run, command):
     model = load_checkpoint("run/best_model.ckpt").model
     for text in (
         "best_model.ckpt", "5,222 (float32)", "H C O Si", "3.5 A (Bump, 0.5 A wide)", "d_pet 8",
-        "energy", "lora", "base", weights_fingerprint(model), "data.train.structures",
+        "energy", "lora", "base", weights_fingerprint(model), "8 structures",
         "pet-finetune, can be resumed",
     ):  # fmt: skip
         assert text in answer.out
@@ -126,3 +126,33 @@ def test_info_of_a_bare_model(here, command):
     answer = command("info", "base.ckpt")
     assert "not recorded in the file" in answer.out
     assert "can be resumed" not in answer.out
+
+
+def test_info_of_a_long_line_of_ancestors_fits_a_screen(here, command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    provenance: dict = {"format": "metatrain", "format_version": 16}
+    for number in range(20):
+        provenance = {
+            "parent": f"model-{number}",
+            "parent_fingerprint": "f" * 64,
+            "parent_provenance": provenance,
+            "options": {"architecture": {"training": {"finetune": {"method": "lora"}}}},
+            "data": {"train": {"structures": 1000 + number, "fingerprint": "a" * 64}},
+            "written": "2026-11-29 16:18:51",
+            "epoch": number,
+            "note": "a note [with brackets] " * 9,
+        }
+    save_checkpoint(here / "old.ckpt", random_potential(), provenance=provenance)
+    answer = command("info", "old.ckpt")
+    tree = answer.out[answer.out.index("family tree") :].rstrip().splitlines()
+    assert len(tree) <= 40
+    assert max(map(len, tree)) <= 80
+    assert "this file: lora, 1,019 structures, epoch 19, 2026-11-29" in answer.out
+    assert "└ model-19: lora, 1,018 structures" in answer.out
+    assert "and 9 earlier ones (--json lists all)" in answer.out
+    assert "parent_provenance" not in answer.out
+    facts = json.loads(command("info", "--json", "old.ckpt").out)[0]
+    depth, own = 0, facts["provenance"]
+    while own.get("parent_provenance"):
+        depth, own = depth + 1, own["parent_provenance"]
+    assert depth == 20

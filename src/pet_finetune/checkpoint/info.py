@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ase.data import chemical_symbols
+from rich.markup import escape
 from rich.table import Table
 
 from pet_finetune.config import ModelOptions
 from pet_finetune.files import size_text
 
 from . import load_checkpoint, weights_fingerprint
+
+#: A screen of 40 lines has room for as many trainings with a note, in lines of 80 characters.
+_GENERATIONS, _WIDTH = 12, 78
 
 _SHOWN_BY_ITSELF = {"cutoff", "cutoff_function", "cutoff_width"}
 
@@ -47,7 +52,7 @@ def describe_checkpoint(path: str | Path) -> tuple[Table, ...]:
     for spec in model.targets.values():
         scale = f"{float(model.scale.get(spec.name)):.6g}"
         targets.add_row(spec.name, spec.form, spec.quantity, spec.unit, scale, spec.description)
-    return main, targets, _baselines(checkpoint.model), _provenance(checkpoint.provenance)
+    return main, targets, _baselines(checkpoint.model), _family(checkpoint.provenance)
 
 
 def _changed(hypers: ModelOptions) -> str:
@@ -81,24 +86,77 @@ def _baselines(model: Any) -> Table:
     return table
 
 
-def _provenance(provenance: Mapping[str, Any]) -> Table:
-    table = Table(title="provenance", title_justify="left", show_header=False)
-    table.add_column(style="bold")
+def _family(provenance: Mapping[str, Any]) -> Table:
+    """The training that made the file and, below it, that of its ancestors; a line or two each."""
+    table = Table(title="family tree", title_justify="left", show_header=False, box=None)
     table.add_column(overflow="fold")
-    for name, value in _flat(provenance) or [("parent", "not recorded in the file")]:
-        table.add_row(name, value)
+    generations: list[Mapping[str, Any]] = [provenance]
+    while isinstance(parent := generations[-1].get("parent_provenance"), Mapping) and parent:
+        generations.append(parent)
+    for depth, own in enumerate(generations[:_GENERATIONS]):
+        indent = "  " * depth
+        name = "this file" if depth == 0 else str(generations[depth - 1].get("parent") or "unnamed")
+        table.add_row(escape(f"{indent}{'└ ' if depth else ''}{name}: {_training(own)}"))
+        if own.get("note"):
+            room = _WIDTH - len(indent) - 2
+            note = " ".join(str(own["note"]).split())
+            shown = note if len(note) <= room else note[: room - 1] + "…"
+            table.add_row(escape(f"{indent}  {shown}"))
+    hidden = len(generations) - _GENERATIONS
+    if hidden > 0:
+        table.add_row(f"and {hidden} earlier ones (--json lists all)")
+    elif generations[-1].get("parent"):
+        last, mark = generations[-1], str(generations[-1].get("parent_fingerprint") or "")[:12]
+        indent = "  " * len(generations)
+        table.add_row(escape(f"{indent}└ {last['parent']}{f' ({mark})' if mark else ''}"))
     return table
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested values as rows; the options of the run are only counted, as they fill pages."""
-    rows: list[tuple[str, str]] = []
-    for name, value in values.items():
-        if name == "options" and isinstance(value, Mapping):
-            method = value.get("architecture", {}).get("training", {}).get("finetune", {})
-            rows.append((f"{prefix}method", str(method.get("method", ""))))
-        elif isinstance(value, Mapping):
-            rows += _flat(value, f"{prefix}{name}.")
-        elif value is not None and value != "":
-            rows.append((f"{prefix}{name}", str(value)))
-    return rows
+def _training(own: Mapping[str, Any]) -> str:
+    """How one model was trained, in a few words."""
+    options = own.get("options")
+    parts = []
+    if isinstance(options, Mapping):
+        method = options.get("architecture", {}).get("training", {}).get("finetune", {})
+        parts.append(str(method.get("method") or "") if isinstance(method, Mapping) else "")
+    if isinstance(own.get("adapter"), str):
+        parts.append(f"adapter {own['adapter']}")
+    data = own.get("data")
+    train = data.get("train") if isinstance(data, Mapping) else None
+    if isinstance(train, Mapping) and isinstance(train.get("structures"), int):
+        parts.append(f"{train['structures']:,} structures")
+    if own.get("epoch") is not None:
+        parts.append(f"epoch {own['epoch']}")
+    if own.get("new_elements"):
+        parts.append(f"new elements {' '.join(map(str, own['new_elements']))}")
+    if own.get("format") == "metatrain":
+        parts.append(f"metatrain, model format {own.get('format_version')}")
+        metadata = own.get("metadata")
+        parts.append(str(metadata.get("name") or "") if isinstance(metadata, Mapping) else "")
+    parts.append(str(own.get("written") or "")[:10])
+    return ", ".join(part for part in parts if part) or "not recorded in the file"
+
+
+def checkpoint_facts(path: str | Path) -> dict[str, Any]:
+    """All that a checkpoint holds beside its weights, as plain values for JSON.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    checkpoint = load_checkpoint(path)
+    model = checkpoint.model
+    return {
+        "file": str(path),
+        "format": checkpoint.kind,
+        "can_be_resumed": checkpoint.training is not None,
+        "bytes": Path(path).stat().st_size,
+        "parameters": model.num_parameters(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "species": [chemical_symbols[number] for number in model.species],
+        "hypers": model.hypers.model_dump(),
+        "fingerprint": weights_fingerprint(model),
+        "targets": {name: asdict(spec) for name, spec in model.targets.items()},
+        "scale": {name: float(model.scale.get(name)) for name in model.targets},
+        "baselines": {name: model.composition.get(name).tolist() for name in model.targets},
+        "provenance": checkpoint.provenance,
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -13,16 +14,21 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Sizes, species, targets, cutoff, baselines and provenance of a checkpoint.",
     )
     parser.add_argument("checkpoint", nargs="+", help="ours or metatrain's")
+    parser.add_argument("--json", action="store_true", help="all of it, as JSON, a list of files")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Carry the command out."""
-    from pet_finetune.checkpoint.info import describe_checkpoint
+    from pet_finetune.checkpoint.info import checkpoint_facts, describe_checkpoint
     from pet_finetune.log import setup_logging
     from pet_finetune.report.tables import show
 
     setup_logging()
+    if arguments.json:
+        facts = [checkpoint_facts(path) for path in arguments.checkpoint]
+        print(json.dumps(facts, indent=2, default=str))
+        return 0
     for path in arguments.checkpoint:
         for table in describe_checkpoint(path):
             show(table)
