@@ -39,7 +39,7 @@ from pet_finetune.log import Watch
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["FrameFile", "frame_numbers", "list_frames", "read_file", "read_frames"]
+__all__ = ["FrameFile", "forget_files", "frame_numbers", "list_frames", "read_file", "read_frames"]
 
 _SHOWN = 10
 # Files that were read stay in memory up to so many frames and atoms, so that a look at the names of
@@ -99,6 +99,11 @@ def read_file(
         _keep(key, _parse(file, str(path), data, format, elements))
     _read.move_to_end(key)
     return _read[key]
+
+
+def forget_files() -> None:
+    """Give the memory of files that were read back: nothing reads them again soon."""
+    _read.clear()
 
 
 def _keep(key: tuple[Any, ...], content: FrameFile) -> None:

@@ -12,7 +12,7 @@ from pet_finetune.config.dataset import DatasetOptions, ExtraDataOptions
 from pet_finetune.config.target import GradientOptions, TargetOptions
 from pet_finetune.errors import DataError
 from pet_finetune.keys import TargetSpec, forces_key, stress_key
-from pet_finetune.log import get_logger
+from pet_finetune.log import Watch, get_logger
 from pet_finetune.units import length_to_angstrom
 
 from .files import frame_numbers, list_frames, read_file
@@ -63,19 +63,23 @@ def read_structures(options: DatasetOptions) -> list[Structure]:
     multiplicity = options.extra_data.get("spin_multiplicity")
     spins = _read_integers(reading, multiplicity, "spin_multiplicity")
     _log_odd_charges(reading)
-    return [
-        atoms_to_structure(
-            reading.frames[index],
-            index,
-            source=reading.source,
-            labels=labels[position],
-            kinds=kinds,
-            charge=charges[position],
-            spin=spins[position],
-            length_factor=reading.length,
-        )
-        for position, index in enumerate(reading.chosen)
-    ]
+    structures = []
+    with Watch(f"converting {reading.source}", "frames", len(reading.chosen)) as watch:
+        for position, index in enumerate(reading.chosen):
+            structures.append(
+                atoms_to_structure(
+                    reading.frames[index],
+                    index,
+                    source=reading.source,
+                    labels=labels[position],
+                    kinds=kinds,
+                    charge=charges[position],
+                    spin=spins[position],
+                    length_factor=reading.length,
+                )
+            )
+            watch.step()
+    return structures
 
 
 @dataclass

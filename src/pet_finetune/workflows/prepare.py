@@ -13,6 +13,7 @@ from pet_finetune.adapters import trainable_report
 from pet_finetune.committee.committee import Committee
 from pet_finetune.config import Options
 from pet_finetune.data.charges import check_charges
+from pet_finetune.data.files import forget_files
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.species import check_species
 from pet_finetune.data.splits import Splits, load_splits, make_splits
@@ -109,6 +110,7 @@ def prepare_run(
     else:
         _check_structures(options, splits, model)
     memory = None if saved else remember(options, start, trained_on.train, own_seed)
+    forget_files()
     data = load_data(options, trained_on, model, own_seed, dtype)
     kernels.prepare(device)  # the input is sound: compiling, should they need it, is not in vain
     baselines: list[BaselineTable] = []
