@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from pet_finetune.errors import CheckpointError, damage_explained
+from pet_finetune.files import check_checkpoint
 
 from .safe_pickle import Inert, StoredTensor, read_pickle
 
@@ -167,20 +168,7 @@ class TorchArchive:
 
 
 def _open_zip(path: Path) -> zipfile.ZipFile:
-    if path.is_dir():
-        if (path / "adapter_config.json").exists():
-            raise CheckpointError(
-                f"{path}: this is an adapter folder, and a checkpoint file is needed here. Give "
-                "the base checkpoint, and this folder as the adapter."
-            )
-        raise CheckpointError(
-            f"{path}: this is a folder, and a checkpoint file is needed here, e.g. "
-            f"{path / 'best_model.ckpt'}."
-        )
-    if not path.exists():
-        near = sorted(p.name for p in path.parent.glob("*.ckpt"))[:5]
-        there = f" Checkpoints in that folder: {', '.join(near)}." if near else ""
-        raise CheckpointError(f"{path}: no such checkpoint file.{there}")
+    check_checkpoint(path)
     try:
         with path.open("rb") as file:
             start = file.read(64)

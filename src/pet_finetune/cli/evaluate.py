@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pet_finetune.errors import ConfigError
 
 from . import named
+from .paths import check_data, check_models, check_sets
 from .reading import add_reading_arguments, systems_of
 
 if TYPE_CHECKING:
@@ -140,6 +141,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if not arguments.files:
         raise ConfigError("eval: name the files to evaluate on: eval MODEL FILE...")
+    check_models(arguments.first)
+    check_data(*arguments.files)
     from pet_finetune.log import setup_logging
     from pet_finetune.workflows import evaluate_files
 
@@ -222,8 +225,10 @@ def _with_options(arguments: argparse.Namespace) -> int:
             "too many. Write: eval options.yaml -c MODEL, or: eval MODEL FILE..."
         )
     _no_names(arguments, arguments.first)
+    check_models(arguments.checkpoint)
     if is_evaluation(arguments.first):
         sets = load_evaluation(arguments.first, arguments.override)
+        check_sets(sets.datasets)
         from pet_finetune.workflows import evaluate_datasets
 
         _tell(sets.notices)
@@ -237,6 +242,7 @@ def _with_options(arguments: argparse.Namespace) -> int:
         )
         return 0
     loaded = load_options(arguments.first, arguments.override, require_start=False)
+    check_sets(loaded.options.datasets())
     from pet_finetune.workflows import evaluate_options
 
     _tell(loaded.notices)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .paths import check_models
+
 _EXAMPLES = """\
 examples:
   pet-finetune export best_model.ckpt -o model.pt
@@ -41,6 +43,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Carry the command out."""
+    check_models(arguments.checkpoint)
     from pet_finetune.export.export import export_model, export_table
     from pet_finetune.log import setup_logging
     from pet_finetune.report.tables import show

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
+from .paths import check_models
+
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command to the command line."""
@@ -20,6 +22,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Carry the command out."""
+    check_models(*arguments.checkpoint)
     from pet_finetune.checkpoint.info import checkpoint_facts, describe_checkpoint
     from pet_finetune.log import setup_logging
     from pet_finetune.report.tables import show

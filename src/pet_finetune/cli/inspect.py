@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pet_finetune.errors import ConfigError
 
+from .paths import check_data, check_models, check_sets
 from .reading import add_reading_arguments, systems_of
 
 _EXAMPLES = """\
@@ -69,6 +70,16 @@ def run(arguments: argparse.Namespace) -> int:
     from pet_finetune.log import get_logger, setup_logging
 
     setup_logging("WARNING" if arguments.json else "INFO")
+    check_data(*files, *arguments.validation, *arguments.test)
+    check_models(arguments.checkpoint)
+    loaded = None
+    if options:
+        from pet_finetune.config.load import load_options
+
+        loaded = load_options(
+            options[0], arguments.override, arguments.checkpoint, require_start=False
+        )
+        check_sets(loaded.options.datasets() if not files else ())
     from pet_finetune.inspection.inspect import (
         inspect_data,
         request_of_files,
@@ -76,12 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
         write_suggestion,
     )
 
-    if options:
-        from pet_finetune.config.load import load_options
-
-        loaded = load_options(
-            options[0], arguments.override, arguments.checkpoint, require_start=False
-        )
+    if loaded is not None:
         for notice in loaded.notices:
             get_logger(__name__).warning(notice)
         request = request_of_options(loaded, files)

@@ -8,6 +8,7 @@ from typing import Any
 
 from pet_finetune.errors import ConfigError, DynamicsError
 
+from .paths import check_data, check_models
 from .reading import add_reading_arguments, systems_of
 from .train import new_folder
 
@@ -120,6 +121,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             "md: name a model and a structure: md MODEL STRUCTURE, or go on with --restart FOLDER."
         )
+    check_models(arguments.checkpoint)
+    check_data(arguments.structure)
     from pet_finetune.dynamics import MDSettings
     from pet_finetune.dynamics.md import ModelChoice, run_md
     from pet_finetune.log import setup_logging

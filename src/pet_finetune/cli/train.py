@@ -10,6 +10,7 @@ from pathlib import Path
 from pet_finetune.errors import ConfigError, TrainingError
 
 from . import named
+from .paths import check_models, check_sets
 
 _OUTPUTS = Path("outputs")
 _EXAMPLES = """\
@@ -115,6 +116,8 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.checkpoint,
         require_start=arguments.restart is None,
     )
+    check_sets(loaded.options.datasets())
+    check_models(loaded.options.finetune.read_from)
     restart = None
     if arguments.restart is not None:
         restart = find_restart(arguments.restart, arguments.output)

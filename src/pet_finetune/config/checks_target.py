@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pet_finetune.errors import UnitError
 from pet_finetune.keys import direct_quantity
+from pet_finetune.units import to_own_unit
 
 from .options import Options
 from .problems import Path, Problem
-from .target import TargetOptions
+from .target import GRADIENT_QUANTITIES, TargetOptions
 
 __all__ = ["check_committee", "check_fixed_baselines", "check_target"]
 
@@ -24,6 +26,11 @@ def check_target(path: Path, name: str, target: TargetOptions) -> Iterator[Probl
     problem = None if wrong_form else target.unit_problem()
     if problem:
         yield Problem((*path, "unit"), problem)
+    for label, quantity in GRADIENT_QUANTITIES.items():
+        try:
+            to_own_unit(quantity, getattr(target, label).unit)
+        except UnitError as why:
+            yield Problem((*path, label, "unit"), str(why))
     if target.stress.required and target.virial.required:
         yield Problem(
             (*path, "virial"),

@@ -14,7 +14,14 @@ from pet_finetune.units import own_unit, to_own_unit
 from .base import Expects, OneOf, OptionalText, PositiveInt, Section
 from .shorthands import expand_gradient
 
-__all__ = ["CartesianType", "GradientOptions", "Reader", "TargetOptions", "TargetType"]
+__all__ = [
+    "GRADIENT_QUANTITIES",
+    "CartesianType",
+    "GradientOptions",
+    "Reader",
+    "TargetOptions",
+    "TargetType",
+]
 
 
 def _reader(value: Any) -> str | None:
@@ -27,14 +34,17 @@ def _reader(value: Any) -> str | None:
     raise ValueError
 
 
+#: What the units of the derivatives of an energy are units of.
+GRADIENT_QUANTITIES = {"forces": "force", "stress": "pressure", "virial": "energy"}
+
 Reader = Annotated[str | None, Expects("'ase'", _reader)]
 
 
 class GradientOptions(Section):
     """Where forces, stress or virial of an energy come from.
 
-    In a file, ``on``, ``off``, a path, or these keys in braces. Values are in the units of the
-    energy and length of the same data set.
+    In a file, ``on``, ``off``, a path, or these keys in braces. Without a unit, values are in the
+    units of the energy and length of the same data set.
     """
 
     mode: Annotated[Literal["on", "off", "auto"], OneOf()] = Field(
@@ -48,6 +58,11 @@ class GradientOptions(Section):
     )
     key: OptionalText = Field(
         default="", description="Name in the file; empty means the option's name."
+    )
+    unit: OptionalText = Field(
+        default="",
+        description="Unit in the file, for instance `Hartree/Bohr` or `GPa`; empty means the unit "
+        "of the energy over that of the length (of a stress: of the volume; of a virial: alone).",
     )
 
     @model_validator(mode="before")
@@ -181,6 +196,18 @@ class TargetOptions(Section):
         :raises UnitError: see :meth:`unit_problem`.
         """
         return to_own_unit(self.quantity, self.unit)
+
+    def gradient_factor(self, kind: Literal["forces", "stress", "virial"], length: float) -> float:
+        """How many eV/Å (of a stress eV/Å³, of a virial eV) one unit of the file is.
+
+        :param kind: which derivative.
+        :param length: Å in one unit of length of the file.
+        :raises UnitError: a unit of another quantity.
+        """
+        unit = getattr(self, kind).unit
+        if unit:
+            return to_own_unit(GRADIENT_QUANTITIES[kind], unit)
+        return self.factor / length ** {"forces": 1, "stress": 3, "virial": 0}[kind]
 
     def unit_problem(self) -> str | None:
         """What is wrong with the unit, or None; only those of converted quantities are checked."""

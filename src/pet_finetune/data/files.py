@@ -34,6 +34,7 @@ from pet_finetune.data.text import (
     unpacked_name,
 )
 from pet_finetune.errors import DataError, did_you_mean
+from pet_finetune.files import check_file
 from pet_finetune.log import Watch
 
 if TYPE_CHECKING:
@@ -376,26 +377,6 @@ def _check_occupancies(atoms: Atoms, where: str) -> None:
             "ordered structure of it first (pymatgen's OrderDisorderedStructureTransformation, "
             "icet or supercell do that)."
         )
-
-
-def check_file(file: Path, what: str) -> None:
-    """Refuse a path that is no file, with the nearest name beside it.
-
-    :param file: the path.
-    :param what: what the file is, for the message.
-    :raises DataError: nothing is there, or a folder.
-    """
-    if file.is_dir():
-        raise DataError(f"The {what} {str(file)!r} is a folder; give a file that ASE reads.")
-    if file.is_file():
-        return
-    folder = file.parent
-    near = ""
-    if folder.is_dir():
-        near = did_you_mean(file.name, (entry.name for entry in folder.iterdir()))
-    absolute = "" if file.is_absolute() else f" (looked in {folder.resolve()})"
-    missing = "" if folder.is_dir() else " The folder does not exist either."
-    raise DataError(f"The {what} {str(file)!r} does not exist{absolute}.{missing}{near}")
 
 
 def frame_numbers(given: tuple[int, ...] | str, count: int | None, source: str) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -17,7 +18,7 @@ from .batch import LabelledBatch, collate_labelled, prepare
 from .neighbors import structure_neighbors
 from .structure import Structure
 
-__all__ = ["Loader", "pack"]
+__all__ = ["Loader", "count_packs", "pack"]
 
 _logger = get_logger(__name__)
 
@@ -116,7 +117,15 @@ class Loader:
         if self.max_atoms_per_batch is None:
             assert self.batch_size is not None
             return -(-len(self.structures) // self.batch_size)
-        return len(self._plan(epoch))
+        return count_packs(
+            self._order(epoch), self._num_atoms, self.max_atoms_per_batch, self.min_atoms_per_batch
+        )
+
+    @property
+    def same_every_epoch(self) -> bool:
+        """Whether each epoch has as many batches as the others."""
+        alike = int(self._num_atoms.min()) == int(self._num_atoms.max())
+        return self.max_atoms_per_batch is None or not self.shuffle or alike
 
     def __len__(self) -> int:
         """Number of batches of epoch 0."""
@@ -158,13 +167,18 @@ class Loader:
 
     def _plan(self, epoch: int) -> list[np.ndarray]:
         """Which structures make up each batch of an epoch."""
-        order = np.arange(len(self.structures))
-        if self.shuffle:
-            order = np.random.default_rng([self.seed, epoch, _ORDER_STREAM]).permutation(order)
+        order = self._order(epoch)
         if self.max_atoms_per_batch is not None:
             return pack(order, self._num_atoms, self.max_atoms_per_batch, self.min_atoms_per_batch)
         assert self.batch_size is not None
         return np.split(order, range(self.batch_size, len(order), self.batch_size))
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """All structures in the order of an epoch."""
+        order = np.arange(len(self.structures))
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, epoch, _ORDER_STREAM]).permutation(order)
+        return order
 
     def _rotations(self, epoch: int) -> Tensor:
         """One rotation per structure, whatever batch it falls into; ``[len(structures), 3, 3]``."""
@@ -204,3 +218,15 @@ def pack(
         filled += count
     pieces = np.split(order, cuts)
     return [piece for piece in pieces if int(num_atoms[piece].sum()) >= min_atoms]
+
+
+def count_packs(order: np.ndarray, num_atoms: np.ndarray, max_atoms: int, min_atoms: int) -> int:
+    """How many pieces :func:`pack` makes, without making them; a few steps a piece."""
+    ends = np.cumsum(num_atoms[order]).tolist()
+    count = first = filled = 0
+    while first < len(ends):
+        # A structure that is too large is a piece of its own.
+        last = max(first + 1, bisect_right(ends, filled + max_atoms, first))
+        count += ends[last - 1] - filled >= min_atoms
+        first, filled = last, ends[last - 1]
+    return count

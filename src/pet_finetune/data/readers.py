@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from pet_finetune.config.dataset import DatasetOptions, ExtraDataOptions
-from pet_finetune.config.target import GradientOptions, TargetOptions
+from pet_finetune.config.target import GRADIENT_QUANTITIES, GradientOptions, TargetOptions
 from pet_finetune.errors import DataError
 from pet_finetune.keys import TargetSpec, forces_key, stress_key
 from pet_finetune.log import Watch, get_logger
-from pet_finetune.units import length_to_angstrom
+from pet_finetune.units import length_to_angstrom, to_own_unit
 
 from .files import frame_numbers, list_frames, read_file
 from .labels import Column, Shape, find_value, shape_of, to_forces, to_scalar, to_stress
@@ -160,12 +160,13 @@ def _read_target(
         raise column.missing(absent[0], len(absent))
     labels: dict[str, Sequence[Tensor | None]] = {name: values}
     forces = _Gradient(reading, "forces", name, target.forces, target.read_from, to_forces)
-    labels[forces_key(name)] = forces.read(factor / reading.length)
+    length = reading.length
+    labels[forces_key(name)] = forces.read(factor / length)
     stress = _Gradient(reading, "stress", name, target.stress, target.read_from, to_stress)
     virial = _Gradient(reading, "virial", name, target.virial, target.read_from, to_stress)
     volumes = reading.volumes()
     periodic = [volume > 0 for volume in volumes]
-    stresses = stress.read(factor / reading.length**3, periodic)
+    stresses = stress.read(factor / length**3, periodic)
     virials = virial.read(factor, periodic)
     labels[stress_key(name)] = [
         -w / volume if s is None and w is not None else s
@@ -228,15 +229,20 @@ class _Gradient:
     shape: Shape
 
     def read(self, factor: float, usable: Sequence[bool] | None = None) -> list[Tensor | None]:
-        """Values of the chosen frames; None where missing or not ``usable``."""
+        """Values of the chosen frames; None where missing or not ``usable``.
+
+        :param factor: of the units of energy and length, for options without a unit.
+        """
         if not self.options.wanted:
             return [None] * len(self.reading.chosen)
         what = f"{self.kind} of target {self.target!r}"
         source = self.options.read_from or self.source
         column = self.reading.column(what, source, self.options.key or self.kind, self.shape)
-        # Options have no unit of their own for these, so that the file contradicts none.
+        unit = self.options.unit
+        if unit:
+            factor = to_own_unit(GRADIENT_QUANTITIES[self.kind], unit)
         factor = self.reading.stated(column.source).factor(
-            self.kind, column.key, factor, "the units of energy and length", default=True
+            self.kind, column.key, factor, unit or "the units of energy and length", not unit
         )
         values = column.read(factor, usable)
         count, found = len(values), sum(value is not None for value in values)

@@ -14,8 +14,9 @@ import numpy as np
 from pet_finetune.config.dataset import DatasetOptions, IndexedSet
 from pet_finetune.config.options import Options
 from pet_finetune.errors import DataError
+from pet_finetune.files import check_file
 
-from .files import check_file, frame_numbers, list_frames, read_frames
+from .files import frame_numbers, list_frames, read_frames
 from .fingerprint import structures_fingerprint
 from .readers import read_structures
 from .structure import Structure

@@ -16,20 +16,25 @@ _WRONG_SIGN = 25.0
 
 @dataclass(frozen=True)
 class Declared:
-    """What the options say one unit of the file is, in eV and Å; labels were multiplied by it."""
+    """What the options say one unit of the file is, in eV and Å; labels were multiplied by it.
+
+    Forces and stresses without a unit of their own follow from energy and length.
+    """
 
     energy: float = 1.0
     length: float = 1.0
+    own_force: float | None = None
+    own_stress: float | None = None
 
     @property
     def force(self) -> float:
         """eV/Å in one unit of force."""
-        return self.energy / self.length
+        return self.own_force or self.energy / self.length
 
     @property
     def stress(self) -> float:
         """eV/Å³ in one unit of stress."""
-        return self.energy / self.length**3
+        return self.own_stress or self.energy / self.length**3
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class Evidence:
         text: for the user.
         sign: of the observation; 0 where it says nothing.
         one_sided: whether only values that are too large say something.
+        turned: ``log`` if the sign of the quantities is wrong; None where that is the same.
     """
 
     powers: Mapping[str, float]
@@ -51,14 +57,15 @@ class Evidence:
     text: str
     sign: int = 0
     one_sided: bool = False
+    turned: float | None = None
 
     def cost(self, reading: Reading) -> float:
         """How badly a reading explains it, in squared standard deviations."""
         expected = sum(p * reading.logs.get(name, 0.0) for name, p in self.powers.items())
-        off = self.log - expected
+        sign = math.prod(reading.signs.get(name, 1) for name in self.powers)
+        off = (self.log if sign > 0 or self.turned is None else self.turned) - expected
         if self.one_sided:
             off = max(0.0, off)
-        sign = math.prod(reading.signs.get(name, 1) for name in self.powers)
         return (off / self.sigma) ** 2 + (_WRONG_SIGN if self.sign == -sign else 0.0)
 
 

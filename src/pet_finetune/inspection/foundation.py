@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from pet_finetune.data.loader import Loader
+from pet_finetune.data.neighbors import expected_neighbors
 from pet_finetune.data.species import of_species
 from pet_finetune.model import Potential
 
@@ -24,6 +25,8 @@ _BATCH_ATOMS, _SAME_PLACE = 256, 1e-3
 #: Pearson correlations above which a slope says something, and from which on it says it well.
 _CORRELATED, _WELL = 0.7, 0.9
 _FEWEST = 5
+#: Edges times the width of the network, above which a structure takes more than about a GB.
+_MOST_NUMBERS = 20_000_000
 #: A residual must be so many robust standard deviations from the median, and so large.
 _ROBUST, _ENERGY, _FORCE = 12.0, 0.03, 4.0
 #: eV an atom, beyond which two sets of references differ.
@@ -50,11 +53,13 @@ def ask(
         target: the energy that is asked for.
         subject: what is inspected.
         seconds: after which no further batch is begun.
-        species: elements that the model was trained on; structures with others are left out.
+        species: elements that the model was trained on; structures with others are left out, and
+            those that are so large that they would take all memory.
     """
     # Atoms at one place have no direction between them, and no forces that are numbers.
     sound = [e for e in subject.entries if float(e.nearest.min()) > _SAME_PLACE]
     by_structure = {id(e.structure): e for e in sound}
+    sound = [e for e in sound if _edges(e, model.cutoff) * model.hypers.d_pet < _MOST_NUMBERS]
     structures = of_species([e.structure for e in sound], species)
     # Every prefix of this order is spread over the whole set.
     order = np.argsort((np.arange(len(structures)) * 0.6180339887498949) % 1.0, kind="stable")
@@ -75,6 +80,12 @@ def ask(
             break
     model.train(training)
     return answers
+
+
+def _edges(entry: Entry, cutoff: float) -> float:
+    """About how many a structure has."""
+    near = expected_neighbors(entry.positions, entry.cell, entry.pbc, cutoff)
+    return entry.size * min(entry.size - 1.0 if not entry.pbc.any() else near, near)
 
 
 def _predict(model: Potential, target: str, entries: Sequence[Entry]) -> Iterator[Answer]:

@@ -13,6 +13,7 @@ import torch
 from pet_finetune import kernels
 from pet_finetune.config import DatasetOptions, Options
 from pet_finetune.config.load import LoadedOptions, parse_options
+from pet_finetune.config.shorthands import expand_gradient
 from pet_finetune.config.yaml_file import to_yaml
 from pet_finetune.data.species import find_species, of_species
 from pet_finetune.data.splits import make_splits
@@ -31,6 +32,7 @@ from .estimate import Load, estimate, load_of
 from .preflight import cells_of, declared_units, energy_of
 from .reading import read_anyway, target_of_file
 from .suggest import Suggestion, suggest, training_section
+from .units import NO_VIRIAL, VIRIAL
 
 _logger = get_logger(__name__)
 _SETS = ("train", "validation", "test")
@@ -276,7 +278,7 @@ def _suggest(
 
 
 def _in_units(section: Any, findings: Sequence[Finding]) -> Any:
-    """A section with the units that were found, where options can name them."""
+    """A section with the names and units that were found, or questions that stop a run."""
     if isinstance(section, list):
         return [_in_units(one, findings) for one in section]
     if not isinstance(section, dict) or not isinstance(section.get("systems"), dict):
@@ -285,14 +287,61 @@ def _in_units(section: Any, findings: Sequence[Finding]) -> Any:
     for finding in findings:
         if file not in {frames.file for frames in finding.where} or not finding.data:
             continue
-        unit = finding.data.get("unit")
-        if unit and finding.code == "length-unit":
-            section["systems"]["length_unit"] = unit
-        elif unit and finding.code == "units":
-            for target in section.get("targets", {}).values():
-                if isinstance(target, dict):
-                    target["unit"] = unit
+        if finding.code == "length-unit":
+            section["systems"]["length_unit"] = finding.data["unit"] or _question(["angstrom"])
+        for target in section.get("targets", {}).values():
+            if not isinstance(target, dict):
+                continue
+            if finding.code == "units":
+                _write_units(target, finding.data)
+            elif finding.code == "several-labels":
+                kind, keys = finding.data["kind"], finding.data["keys"]
+                place = target if kind == "energy" else _gradient(target, kind)
+                place["key"] = _question(keys)
     return section
+
+
+def _question(choices: Sequence[str]) -> str:
+    """A value that no option takes, so that a run stops until one of them is chosen."""
+    return f"{' or '.join(dict.fromkeys(choices))}?"
+
+
+def _gradient(target: dict[str, Any], kind: str) -> dict[str, Any]:
+    """The section of forces, stress or virial, in full, in the target."""
+    given = expand_gradient(target.get(kind, "auto"))
+    target[kind] = dict(given) if isinstance(given, Mapping) else {"mode": "auto"}
+    found: dict[str, Any] = target[kind]
+    return found
+
+
+def _write_units(target: dict[str, Any], data: Mapping[str, Any]) -> None:
+    """The units of a finding; a question where several explain the numbers as well."""
+    if data.get("unit") and len({_key(one) for one in data["readings"]}) == 1:
+        target["unit"] = data["unit"]  # which says it all
+        return
+    for quantity in data["units"]:
+        units = list(dict.fromkeys(one[quantity] for one in data["readings"]))
+        said = units[0] if len(units) == 1 else _question(units)
+        if quantity == "energy":
+            target["unit"] = said
+        elif quantity == "force":
+            _gradient(target, "forces")["unit"] = said
+        elif said == VIRIAL:
+            stress = _gradient(target, "stress")
+            target["virial"] = {"key": stress.get("key") or "stress", "mode": stress["mode"]}
+            target["stress"] = "off"
+        elif said == NO_VIRIAL:
+            virial = _gradient(target, "virial")
+            target["stress"] = {"key": virial.get("key") or "virial", "mode": virial["mode"]}
+            target["virial"] = "off"
+        else:
+            used = "virial" if _gradient(dict(target), "stress")["mode"] == "off" else "stress"
+            if used == "stress" or len(units) > 1:
+                _gradient(target, used)["unit"] = said
+
+
+def _key(units: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    return tuple(units.items())
 
 
 def write_suggestion(inspection: Inspection, path: str | Path) -> None:
@@ -308,13 +357,18 @@ def write_suggestion(inspection: Inspection, path: str | Path) -> None:
     file = Path(path)
     if file.exists():
         raise ConfigError(f"--write-options: '{file}' exists and is not overwritten.")
+    # What is in doubt stands there as a question, which stops a run until it is answered.
+    asked = "?'" in repr(suggestion.options)
     try:
-        parse_options(suggestion.options)
+        if not asked:
+            parse_options(suggestion.options)
     except PetFinetuneError as error:
         raise ConfigError(f"--write-options: {error}") from error
     lines = ["# Suggested by pet-finetune inspect; run it with: pet-finetune train " + file.name]
     lines += [f"# * {reason}" for reason in suggestion.reasons]
     errors = [finding.code for finding in inspection.errors]
+    if asked:
+        lines.append("# Choose one where there is a question mark: train stops until then.")
     if errors:
         lines.append(f"# To be mended first: {', '.join(errors)}")
     file.write_text("\n".join([*lines, to_yaml(suggestion.options)]) + "\n", encoding="utf-8")

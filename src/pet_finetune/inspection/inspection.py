@@ -166,7 +166,7 @@ def _check(
     paths = {file: steps(entries, pairs[file]) for file, entries in subject.files.items()}
     more: Mapping[str, Sequence[Evidence]] = units_of(answers)
     doubtful = {frames.file for finding in lengths for frames in finding.where}
-    odd = list(check_units(subject, paths, declared, more, doubtful))
+    odd = list(check_units(subject, paths, declared, more, doubtful, pairs))
     yield from odd
     # The rest as if the units were mended: else every frame would stand out.
     mended = in_found_units(subject, [*lengths, *odd])

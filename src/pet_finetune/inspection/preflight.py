@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from pet_finetune.config import DatasetOptions, Options
+from pet_finetune.config.target import TargetOptions
 from pet_finetune.data.splits import Splits, make_splits
 from pet_finetune.errors import DataError, PetFinetuneError, SpeciesError
 from pet_finetune.log import get_logger
@@ -29,12 +30,17 @@ def energy_of(options: Options) -> str | None:
 def declared_units(datasets: Iterable[DatasetOptions], target: str | None) -> dict[str, Declared]:
     """What the options say of the units of an energy's files."""
     return {
-        data.systems.read_from: Declared(
-            data.targets[target].factor, length_to_angstrom(data.systems.length_unit)
+        data.systems.read_from: _declared(
+            data.targets[target], length_to_angstrom(data.systems.length_unit)
         )
         for data in datasets
         if target is not None and target in data.targets
     }
+
+
+def _declared(target: TargetOptions, length: float) -> Declared:
+    forces, stress = (target.gradient_factor(kind, length) for kind in ("forces", "stress"))
+    return Declared(target.factor, length, forces, stress)
 
 
 def cells_of(options: Options) -> list[Finding]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,14 @@ if TYPE_CHECKING:
 __all__ = ["check_cells", "read_anyway", "target_of_file"]
 
 _SAMPLE = 100
+#: Words in a name, without that of the label itself, which say that it is another quantity.
+_OTHER = re.compile(
+    r"per_?a|_pa(_|$)|/|norm|form|hull|above|decomp|band|gap|bind|bond|free|atomi[sz]|cohes|coh(_|$)"
+    r"|interact|adsor|ads(_|$)|disp|d3|vdw|zero|zpe|zpve|kin|therm|corr|xc|exch|coul|hartree_|elec"
+    r"|nuc|ewald|fermi|homo|lumo|ioni[sz]|affin|strain|defect|surf|migrat|barrier|activ|react|relat"
+    r"|shift|offset|ref_?atom|isolated|baseline|std|var|unc|err|resid|diff|delta|weight|mask|unit"
+    r"|pred|mean|_id(_|$)|internal|enthal|entrop|gibbs|pot_?ham|solv|embed|vib|rot|trans"
+)
 _SHAPES: Mapping[str, Shape] = {
     "energy": to_scalar,
     "forces": to_forces,
@@ -41,11 +50,19 @@ def target_of_file(
     """
     frames = read_frames(path, format, types)
     keys: dict[str, str | None] = {}
+    findings: list[Finding] = []
+    passed: list[str] = []
     for kind in _SHAPES:
-        keys[kind] = _find_key(frames, kind)
-    findings = []
+        own, others = _find_keys(frames, kind, keys.get("energy") or "")
+        keys[kind] = own[0] if own else None
+        if kind == "energy":
+            passed = others
+        if len(own) > 1:
+            findings.append(_several(str(path), kind, own))
     if keys["energy"] is None:
         names = ", ".join(_names(frames[0])) or "nothing but the structure"
+        if passed:
+            names += f" (of which {', '.join(passed)} is no total energy by its name)"
         findings.append(
             Finding(
                 "error",
@@ -57,12 +74,15 @@ def target_of_file(
             )
         )
     for kind, key in keys.items():
-        if key is not None and key != kind:
+        if key is not None and key != kind and not any(_asks(f, kind) for f in findings):
+            but = (
+                f" ({', '.join(passed)} is no total energy)" if kind == "energy" and passed else ""
+            )
             findings.append(
                 Finding(
                     "note",
                     "other-key",
-                    f"there is no '{kind}', but '{key}', which is taken for it",
+                    f"there is no '{kind}', but '{key}', which is taken for it{but}",
                     (Frames(str(path)),),
                     "Options that do not name it would not find it.",
                     f"Set {'key' if kind == 'energy' else kind + '.key'}: {key} for the target.",
@@ -78,21 +98,73 @@ def target_of_file(
     return section, findings
 
 
-def _find_key(frames: list[Atoms], kind: str) -> str | None:
-    """The name of a label: its own one, else one that contains it and fits."""
-    shape = _SHAPES[kind]
-    for atoms in frames:
-        if find_value(atoms, kind) is not None:
-            return kind
+def _asks(finding: Finding, kind: str) -> bool:
+    return finding.code == "several-labels" and (finding.data or {}).get("kind") == kind
+
+
+def _several(file: str, kind: str, keys: Sequence[str]) -> Finding:
+    """The question which of several names is meant."""
+    option = "key" if kind == "energy" else f"{kind}.key"
+    return Finding(
+        "error",
+        "several-labels",
+        f"there is no '{kind}', but {', '.join(repr(key) for key in keys)}, whose values differ; "
+        f"'{keys[0]}' is looked at here",
+        (Frames(file),),
+        "Which of them is the label only you know.",
+        f"Choose one as {option} of the target in an options file.",
+        {"kind": kind, "keys": list(keys)},
+    )
+
+
+def _find_keys(frames: list[Atoms], kind: str, energy: str = "") -> tuple[list[str], list[str]]:
+    """Names that a label may have: its own one, else all that contain it and fit.
+
+    Of several that go with the name of the energy (``REF_forces`` with ``REF_energy``) that one,
+    and of names with the same values the first.
+
+    Returns:
+        The candidates, and names that were passed over because they say something else.
+    """
+    if any(find_value(atoms, kind) is not None for atoms in frames):
+        return [kind], []
+    stem = kind.rstrip("s")
+    found: list[str] = []
+    passed: list[str] = []
     for atoms in (frames[0], frames[-1]):
         for name in _names(atoms):
-            if (
-                kind.rstrip("s") in name.casefold()
-                and "free" not in name
-                and _fits(atoms, name, shape)
-            ):
-                return name
-    return None
+            if stem not in name.casefold() or not _fits(atoms, name, _SHAPES[kind]):
+                continue
+            words = name.casefold().replace(stem, " ").replace("-", "_")
+            (passed if _OTHER.search(words) else found).append(name)
+    found, passed = list(dict.fromkeys(found)), list(dict.fromkeys(passed))
+    partner = [
+        name
+        for name in found
+        if energy
+        and name.rstrip("s")
+        == energy.replace("energy", stem)
+        .replace("Energy", stem.capitalize())
+        .replace("ENERGY", stem.upper())
+    ]
+    if partner:
+        return partner[:1], passed
+    distinct: list[str] = []
+    for name in found:
+        if not any(_same_values(frames, name, other) for other in distinct):
+            distinct.append(name)
+    return distinct, passed
+
+
+def _same_values(frames: Sequence[Atoms], one: str, two: str) -> bool:
+    """Whether two names hold the same numbers, in the first and the last frame."""
+    for atoms in (frames[0], frames[-1]):
+        values = [find_value(atoms, name) for name in (one, two)]
+        if any(value is None for value in values):
+            return False
+        if not np.array_equal(np.asarray(values[0]), np.asarray(values[1])):
+            return False
+    return True
 
 
 def _names(atoms: Atoms) -> list[str]:

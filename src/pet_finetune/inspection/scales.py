@@ -32,6 +32,16 @@ _LARGEST_VIRIAL = 30.0
 #: A usual bulk modulus, eV/Å³: 100 GPa; caesium has 2 GPa and diamond 440.
 _BULK_MODULUS = 0.6
 
+#: Forces of disordered atoms pull at the cell too: the deviatoric stress times the volume of an
+#: atom times the root of their number, over root mean square force times nearest distance. The
+#: medians of 17 published sets lie between 0.15 and 2.7, half of them between 0.25 and 0.7.
+_DISORDER, _DISORDER_SIGMA = 0.45, 0.9
+#: eV: force times distance from which on atoms count as displaced.
+_DISPLACED = 0.15
+#: The tension that crystals withstand, times the volume of an atom, eV: in 17 published sets 95 of
+#: 100 frames stay below 1.8.
+_TENSION = 2.5
+
 _STEPS, _FEWEST_STEPS = 120, 8
 
 
@@ -50,6 +60,8 @@ def evidence_of(entries: Sequence[Entry], steps: Sequence[Step]) -> list[Evidenc
         _largest_forces(entries),
         _bulk_modulus(steps),
         _largest_stresses(entries),
+        _disorder(entries),
+        _tension(entries),
     )
     return [piece for piece in found if piece is not None]
 
@@ -208,3 +220,55 @@ def _largest_stresses(entries: Sequence[Entry]) -> Evidence | None:
     )
     log = float(np.log(size / _LARGEST_VIRIAL))
     return Evidence({"stress": -1.0}, log, 0.3, text, one_sided=True)
+
+
+def _disorder(entries: Sequence[Entry]) -> Evidence | None:
+    """Stresses beside what the forces and the distances make of them.
+
+    The shear of a cell of displaced atoms is a sum of random pulls, each a force times a distance.
+    """
+    ratios = []
+    for entry in entries:
+        if entry.forces is None or entry.stress is None or entry.size < 2:
+            continue
+        force = float(np.sqrt((entry.forces**2).mean()))
+        near = float(np.median(entry.nearest))
+        if not np.isfinite(near) or force * near < _DISPLACED:
+            continue
+        shear = entry.stress - np.trace(entry.stress) / 3.0 * np.eye(3)
+        virial = float(np.sqrt((shear**2).sum() / 5.0)) * entry.volume
+        ratios.append(virial / np.sqrt(entry.size) / (force * near))
+    if len(ratios) < _FEWEST_STEPS:
+        return None
+    middle = float(np.median(ratios))
+    if middle < 1e-12:
+        return None
+    text = (
+        f"the shear stress is {_number(middle)} times what forces and distances make of it (0.1 to "
+        "4 expected)"
+    )
+    log = float(np.log(middle / _DISORDER))
+    return Evidence({"stress": -1.0, "force": 1.0}, log, _DISORDER_SIGMA, text)
+
+
+def _tension(entries: Sequence[Entry]) -> Evidence | None:
+    """Crystals torn apart by more than any withstands, if the sign is right, and if it is not."""
+    pulls = np.array(
+        [
+            np.linalg.eigvalsh(e.stress)[[0, -1]] * e.volume / e.size
+            for e in entries
+            if e.stress is not None
+        ]
+    )
+    if len(pulls) < 3:
+        return None
+    most = float(np.quantile(pulls[:, 1], 0.95))
+    pressed = float(np.quantile(-pulls[:, 0], 0.95))
+    if most <= _TENSION:
+        return None
+    text = (
+        f"tension times the volume of an atom reaches {_number(most)} eV (below {_TENSION:g} "
+        "expected)"
+    )
+    log, turned = (float(np.log(max(v, 1e-6) / _TENSION)) for v in (most, pressed))
+    return Evidence({"stress": -1.0}, log, 0.3, text, one_sided=True, turned=turned)

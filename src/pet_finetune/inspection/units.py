@@ -15,9 +15,9 @@ from .evidence import Declared, Evidence, Reading, best_readings
 from .finding import Finding, Frames
 from .scales import evidence_of
 from .subject import Entry, Subject
-from .work import Step
+from .work import Step, steps
 
-__all__ = ["check_lengths", "check_units", "in_found_units"]
+__all__ = ["NO_VIRIAL", "VIRIAL", "check_lengths", "check_units", "in_found_units"]
 
 #: Units that programs write, with what each costs beside the assumed one, before evidence.
 _UNITS: Mapping[str, Mapping[str, float]] = {
@@ -44,11 +44,15 @@ _UNITS: Mapping[str, Mapping[str, float]] = {
         "bar": 1,
     },
 }
+#: A virial under the name of a stress, and the other way round.
+VIRIAL, NO_VIRIAL = "eV (a virial)", "eV/A^3 (no virial)"
 _QUANTITIES = {"energy": "energy", "force": "force", "stress": "pressure"}
 _NAMES = {"energy": "energies", "force": "forces", "stress": "stresses"}
 #: Each quantity that is not in the assumed unit costs this, less where it goes with the energy's.
 _OTHER, _SAME_ENERGY = 3.0, 0.5
 _SIGN = 3.0
+#: That a virial stands under the name of a stress, or the other way round.
+_OTHER_FORM = 5.0
 #: How much better another reading must be, and how near others are worth naming beside it.
 _MARGIN, _TIE = 9.0, 3.0
 _MOST_NAMED = 3
@@ -95,26 +99,69 @@ def check_lengths(subject: Subject) -> Iterator[Finding]:
 
 def check_units(
     subject: Subject,
-    steps: Mapping[str, Sequence[Step]],
+    paths: Mapping[str, Sequence[Step]],
     declared: Mapping[str, Declared],
     more: Mapping[str, Sequence[Evidence]],
     odd: Collection[str] = (),
+    pairs: Mapping[str, Sequence[tuple[int, int]]] = {},
 ) -> Iterator[Finding]:
     """Energies, forces and stresses in other units than assumed, or with the wrong sign.
 
     Args:
         subject: of which every file is judged by itself.
-        steps: between neighbouring frames, by file.
+        paths: between neighbouring frames, by file.
         declared: units by file; eV and Å where a file is missing.
         more: what a foundation says, by file.
         odd: files whose lengths are in doubt, on which all the rest rests.
+        pairs: of neighbouring frames, by file.
     """
     for file, entries in subject.files.items():
         if file in odd:
             continue
-        evidence = [*evidence_of(entries, steps.get(file, ())), *more.get(file, ())]
+        own = evidence_of(entries, paths.get(file, ()))
+        evidence = [*own, *more.get(file, ())]
         if evidence:
-            yield from _judge(file, evidence, declared.get(file, Declared()))
+            known = declared.get(file, Declared())
+            readings = _readings(known, [q for q in _UNITS if any(q in e.powers for e in evidence)])
+            found = best_readings(readings, evidence, _MARGIN, _TIE)
+            # Where a wrong sign alone explains it nearly as well, no unit is doubted.
+            found = [r for r in found if not any(abs(v) > 1e-6 for v in r.logs.values())] or found
+            if found:
+                virials = _virials(entries, pairs.get(file, ()), own, found)
+                yield from _tell(file, evidence, known, virials or found)
+
+
+def _virials(
+    entries: Sequence[Entry],
+    pairs: Sequence[tuple[int, int]],
+    evidence: Sequence[Evidence],
+    found: Sequence[Reading],
+) -> list[Reading]:
+    """Readings of the stress as a virial, or of a virial as a stress, and others as likely.
+
+    Empty where they explain the evidence less well than those that were found. The factor differs
+    from frame to frame, so that the evidence is taken anew.
+    """
+    least = found[0].cost(evidence)
+    made: list[tuple[float, Reading]] = []
+    for name, power in ((VIRIAL, -1), (NO_VIRIAL, 1)):
+        turned = [
+            e if e.stress is None else replace(e, stress=-e.stress * e.volume**power)
+            for e in entries
+        ]
+        volumes = [e.volume for e in entries if e.stress is not None]
+        pieces = evidence_of(turned, steps(turned, pairs))
+        if not volumes or not pieces:
+            continue
+        log = power * math.log(float(np.median(volumes)))
+        cost = Reading(prior=_OTHER_FORM).cost(pieces)
+        if cost <= least + _TIE:
+            made.append((cost, Reading({"stress": name}, {"stress": log}, 0.0, {"stress": -1})))
+    made.sort(key=lambda pair: pair[0])
+    before = [reading for cost, reading in made if cost < least]
+    after = [reading for cost, reading in made if cost >= least]
+    others = found if not made or made[0][0] > least - _TIE else ()
+    return [*before, *others, *after]
 
 
 def _readings(declared: Declared, quantities: Collection[str]) -> list[Reading]:
@@ -150,22 +197,23 @@ def _reading(chosen: Sequence[tuple[str, str, float, float, int]]) -> Reading:
     return Reading(units, logs, prior, {quantity: sign for quantity, *_, sign in chosen})
 
 
-def _judge(file: str, evidence: Sequence[Evidence], declared: Declared) -> Iterator[Finding]:
-    quantities = [q for q in _UNITS if any(q in piece.powers for piece in evidence)]
-    found = best_readings(_readings(declared, quantities), evidence, _MARGIN, _TIE)
-    if not found:
-        return
+def _tell(
+    file: str, evidence: Sequence[Evidence], declared: Declared, found: Sequence[Reading]
+) -> Iterator[Finding]:
+    """The findings that readings make, the best of which is not the assumed one."""
     best = found[0]
     told = "; ".join(piece.text for piece in evidence)
     data = {
         "evidence": [piece.text for piece in evidence],
         "units": dict(best.units),
         "unit": _one_unit(best, declared),
+        "readings": [dict(reading.units) for reading in found[:_MOST_NAMED]],
     }
     for quantity, sign in best.signs.items():
-        if sign < 0:
+        if sign < 0 and best.units[quantity] not in (VIRIAL, NO_VIRIAL):
+            # Nothing in the options turns a sign, so that a run is stopped.
             yield Finding(
-                "warning",
+                "error",
                 f"{quantity}-sign",
                 f"the {_NAMES[quantity]} seem to have the wrong sign: {told}.",
                 (Frames(file),),
@@ -177,8 +225,7 @@ def _judge(file: str, evidence: Sequence[Evidence], declared: Declared) -> Itera
                 "opposite): change the sign, or read it as a `virial`.",
                 data,
             )
-    changed = {q for q, log in best.logs.items() if abs(log) > 1e-6}
-    if not changed:
+    if not any(abs(log) > 1e-6 for log in best.logs.values()):
         return
     names = list(dict.fromkeys(_named(reading) for reading in found))[:_MOST_NAMED]
     yield Finding(
@@ -260,7 +307,12 @@ def _advice(best: Reading, declared: Declared) -> str:
     energy = _one_unit(best, declared)
     if energy is not None:
         return f"If so, set unit: {energy} for the target: all that belongs to it is converted."
-    return (
-        "If so, convert them in the file: the options take forces and stress to be in the unit of "
-        "the energy over that of the length."
-    )
+    stress = best.units.get("stress")
+    if stress == VIRIAL:
+        return "If so, name them in the options as virial instead of stress: virial: {key: ...}."
+    if stress == NO_VIRIAL:
+        return "If so, name them in the options as stress instead of virial: stress: {key: ...}."
+    options = {"energy": "unit", "force": "forces.unit", "stress": "stress.unit"}
+    changed = [q for q, log in best.logs.items() if abs(log) > 1e-6]
+    said = ", ".join(f"{options[q]}: {best.units[q]}" for q in changed)
+    return f"If so, set {said} for the target."

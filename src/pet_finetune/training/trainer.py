@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -90,8 +91,7 @@ class Trainer:
         )
         model.network.recompute = options.gradient_checkpointing
         self.progress = Progress()
-        self.total_steps = sum(self.num_steps(epoch) for epoch in range(options.num_epochs))
-        if self.total_steps == 0:
+        if not any(self.num_steps(epoch) for epoch in range(options.num_epochs)):
             raise TrainingError(
                 f"min_atoms_per_batch ({options.min_atoms_per_batch}) leaves out every batch: "
                 "choose a smaller number, or a larger max_atoms_per_batch."
@@ -168,6 +168,13 @@ class Trainer:
         progress.batch += result.batches
         progress.step += 1
         progress.structures += result.structures
+
+    @cached_property
+    def total_steps(self) -> int:
+        """Updates in the whole run, counted when the first one needs it."""
+        if self.training.same_every_epoch:
+            return self.options.num_epochs * self.num_steps(0)
+        return sum(self.num_steps(epoch) for epoch in range(self.options.num_epochs))
 
     def num_steps(self, epoch: int) -> int:
         """Updates in an epoch."""

@@ -11,7 +11,7 @@ import torch
 from ase.build import molecule
 
 from pet_finetune.data import Loader, atoms_to_structure, collate, structure_neighbors
-from pet_finetune.data.loader import pack
+from pet_finetune.data.loader import count_packs, pack
 from pet_finetune.errors import DataError
 
 NAMES = ["H2O", "CH4", "CH3CH2OH", "OH", "C6H6", "NH3", "CO2", "H2", "C2H6", "HCN", "N2"]
@@ -165,3 +165,12 @@ def test_impossible_arguments(structures, arguments, message):
 def test_no_structures():
     with pytest.raises(DataError, match="empty"):
         Loader([], 4.0, batch_size=2)
+
+
+def test_counting_packs_is_packing():
+    rng = np.random.default_rng(0)
+    for trial in range(200):
+        sizes = rng.integers(1, 40, size=rng.integers(1, 30))
+        order = rng.permutation(len(sizes))
+        limits = int(rng.integers(1, 90)), int(rng.integers(0, 30))
+        assert count_packs(order, sizes, *limits) == len(pack(order, sizes, *limits)), trial

@@ -99,3 +99,47 @@ def test_frames_of_failed_calculations_are_a_finding_and_left_out(tmp_path):
     (finding,) = findings
     assert finding.code == "unconverged"
     assert finding.where[0].numbers == (1,)
+
+
+def named(names, forces=()):
+    """Frames whose energies and forces stand under other names, as ``{name: factor}``."""
+    frames = molecules(4)
+    for atoms in frames:
+        results = atoms.calc.results
+        atoms.info = {name: results["energy"] * factor for name, factor in names.items()}
+        for k, name in enumerate(forces):
+            atoms.arrays[name] = results["forces"] * (1.0 + k)
+        atoms.calc = None
+    return frames
+
+
+@pytest.mark.parametrize(
+    "other",
+    ["energy_per_atom", "formation_energy", "e_above_hull_energy", "band_energy", "free_energy",
+     "binding_energy", "atomization_energy", "zero_point_energy", "energy_std"],
+)  # fmt: skip
+def test_a_name_of_something_else_is_no_energy(tmp_path, other):
+    path = write_frames(tmp_path / "a.xyz", named({other: 0.5, "total_energy": 1.0}))
+    section, findings = target_of_file(path)
+    assert section["key"] == "total_energy"
+    assert other in findings[0].what
+    path = write_frames(tmp_path / "b.xyz", named({other: 0.5}))
+    _, findings = target_of_file(path)
+    assert [f.code for f in findings] == ["no-energy"]
+    assert other in findings[0].what
+
+
+def test_of_several_energies_none_is_taken_without_asking(tmp_path):
+    names = {"REF_energy": 1.0, "mace_energy": 1.1}
+    path = write_frames(tmp_path / "a.xyz", named(names, forces=("mace_forces", "REF_forces")))
+    section, (finding, *_) = target_of_file(path)
+    assert (finding.code, finding.severity) == ("several-labels", "error")
+    assert finding.data == {"kind": "energy", "keys": list(names)}
+    assert section["forces"]["key"] == "REF_forces"  # it goes with the energy that is looked at
+
+
+def test_the_same_energy_under_two_names_is_no_question(tmp_path):
+    path = write_frames(tmp_path / "a.xyz", named({"dft_energy": 1.0, "REF_energy": 1.0}))
+    section, findings = target_of_file(path)
+    assert section["key"] == "dft_energy"
+    assert [f.code for f in findings] == ["other-key"]

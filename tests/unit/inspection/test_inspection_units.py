@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from inspected import codes, frames, look, relabel, scaled, the
 from pet_finetune.inspection import Declared, inspect_sets
@@ -116,3 +117,60 @@ def test_log_ratio_of_noise_is_unsure():
     _, unsure, sign = log_ratio(rng.normal(size=200), rng.normal(size=200), 0.1)
     assert unsure > 0.4
     assert sign == 0
+
+
+def virials(structures):
+    """The stress as a virial, under the name of the stress."""
+    return [relabel(s, stress=-s.labels["energy/stress"] * s.volume) for s in structures]
+
+
+def alone(structures):
+    """Frames that have no neighbour: each of another element, so that no energy helps."""
+    return [
+        replace(s, numbers=torch.full_like(s.numbers, 21 + k), index=k)
+        for k, s in enumerate(structures[:30])
+    ]
+
+
+def test_disordered_frames_believe_their_stress(strained):
+    assert not codes(look(alone(strained))) & {"units", "stress-sign"}
+
+
+@pytest.mark.parametrize("unit", ["GPa", "kbar", "Hartree/Bohr^3"])
+def test_forces_and_distances_tell_the_unit_of_the_stress(strained, unit):
+    """From both sides: numbers that are too large, and numbers that are too small."""
+    factor = 1 / to_own_unit("pressure", unit)
+    found = the(look(scaled(alone(strained), stress=factor)), "units")
+    assert f"stresses in {unit}" in found.what
+    assert "forces and distances" in found.what
+
+
+def test_a_virial_under_the_name_of_a_stress(strained):
+    found = the(look(virials(strained)), "units")
+    assert "stresses in eV (a virial)" in found.what
+
+
+def relaxed(strained, pull):
+    """Crystals without forces, of other elements, under a tension of both signs (eV/A^3)."""
+    frames = []
+    for k, s in enumerate(alone(strained)):
+        stress = pull * np.sin(k) * np.eye(3)
+        frames.append(relabel(s, forces=torch.zeros_like(s.positions), stress=stress))
+    return frames
+
+
+def test_relaxed_crystals_believe_their_stress(strained):
+    assert "units" not in codes(look(relaxed(strained, 0.005)))
+
+
+def test_no_crystal_withstands_the_tension_of_a_stress_in_gpa(strained):
+    found = the(look(relaxed(strained, 0.005 * 160.2)), "units")
+    assert "stresses in GPa" in found.what
+    assert "tension" in found.what
+
+
+def test_a_pressure_of_the_wrong_sign_stops_the_run(strained):
+    frames = [
+        relabel(s, stress=-s.labels["energy/stress"] + 0.9 * torch.eye(3)) for s in alone(strained)
+    ]
+    assert the(look(frames), "stress-sign").severity == "error"

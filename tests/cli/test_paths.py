@@ -1,0 +1,57 @@
+"""Files that are not there are named before torch, which takes seconds, is imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+_CODE = """
+import sys
+from pet_finetune.cli import main
+status = main(sys.argv[1:])
+assert "torch" not in sys.modules, "torch was imported"
+sys.exit(status)
+"""
+_OPTIONS = """
+architecture: {name: pet, training: {num_epochs: 1}}
+training_set: {systems: nowhere.xyz, targets: {energy: {}}}
+validation_set: 0.1
+test_set: 0.0
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("train options.yaml", "data file 'nowhere.xyz' does not exist"),
+        ("train here.yaml -c nowhere.ckpt", "nowhere.ckpt: no such checkpoint"),
+        ("eval nowhere.ckpt here.xyz", "nowhere.ckpt: no such checkpoint"),
+        ("eval here.ckpt heer.xyz", "Did you mean 'here.xyz'"),
+        ("eval options.yaml -c here.ckpt", "'nowhere.xyz' does not exist"),
+        ("inspect nowhere.xyz", "'nowhere.xyz' does not exist"),
+        ("inspect here.xyz -c nowhere.ckpt", "nowhere.ckpt: no such checkpoint"),
+        ("inspect options.yaml", "'nowhere.xyz' does not exist"),
+        ("md nowhere.ckpt here.xyz", "nowhere.ckpt: no such checkpoint"),
+        ("md here.ckpt nowhere.xyz", "'nowhere.xyz' does not exist"),
+        ("info nowhere.ckpt", "nowhere.ckpt: no such checkpoint"),
+        ("export nowhere.ckpt", "nowhere.ckpt: no such checkpoint"),
+    ],
+)
+def test_a_misspelt_path_costs_no_import_of_torch(tmp_path, arguments, words):
+    for name in ("here.xyz", "here.ckpt"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "options.yaml").write_text(_OPTIONS)
+    (tmp_path / "here.yaml").write_text(_OPTIONS.replace("nowhere", "here"))
+    done = subprocess.run(
+        [sys.executable, "-c", _CODE, *arguments.split()],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert words in done.stderr
+    assert "torch was imported" not in done.stderr
+    assert done.returncode == 1
