@@ -116,8 +116,11 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.checkpoint,
         require_start=arguments.restart is None,
     )
-    check_sets(loaded.options.datasets())
-    check_models(loaded.options.finetune.read_from)
+    output = arguments.output or _OUTPUTS
+    standing = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if standing.is_dir():  # else the run says first that it cannot write there
+        check_sets(loaded.options.datasets())
+        check_models(loaded.options.finetune.read_from)
     restart = None
     if arguments.restart is not None:
         restart = find_restart(arguments.restart, arguments.output)
