@@ -200,7 +200,7 @@ def _load_array(path: Path, option: str) -> np.ndarray[Any, Any]:
         array = np.load(path, allow_pickle=False)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file ({option}).") from error
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # NumPy's reader raises whatever a damaged header leads to
         raise CheckpointError(
             f"{path}: {option} must be a .npy file of numbers, and this is none ({error})."
         ) from error

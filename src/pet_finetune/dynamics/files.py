@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ SETTINGS = "md.json"
 RESULTS = "results.json"
 PLOT = "md.svg"
 LOG = "md.log"
+#: Entry of the settings: what the file of the start was when it was written.
+_START_DIGEST = "start_sha256"
 
 #: Columns of the log; those that a structure or model does not have are left out.
 _COLUMNS = {
@@ -130,6 +133,8 @@ class MDFiles:
         with self._explained():
             ase.io.write(partial, to_traj(atoms), format="traj")
             os.replace(partial, self / START)
+            digest = sha256((self / START).read_bytes()).hexdigest()  # the format has no checksum
+        settings = {**settings, _START_DIGEST: digest}
         self.write(SETTINGS, json.dumps(settings, indent=2) + "\n")
 
     def read_start(self) -> tuple[Atoms, dict[str, Any]]:
@@ -139,10 +144,13 @@ class MDFiles:
             DynamicsError: it is gone or damaged.
         """
         try:
+            settings: dict[str, Any] = json.loads((self / SETTINGS).read_text(encoding="utf-8"))
+            digest = sha256((self / START).read_bytes()).hexdigest()
+            if settings.pop(_START_DIGEST, digest) != digest:
+                raise DynamicsError(f"the checksum of {START} differs")
             atoms = ase.io.read(self / START)
             assert isinstance(atoms, Atoms)
             atoms = from_ase(atoms, str(self / START))
-            settings: dict[str, Any] = json.loads((self / SETTINGS).read_text(encoding="utf-8"))
         except Exception as error:  # ASE's reader raises whatever it meets
             raise DynamicsError(
                 f"'{self.folder}' cannot be gone on with: {START} and {SETTINGS} cannot be read "

@@ -15,7 +15,7 @@ from ase.constraints import FixAtoms, FixBondLengths, FixCartesian, FixCom, Hook
 from models import crystal, ethanol, random_potential
 from pet_finetune import PETCalculator
 from pet_finetune.dynamics import MDFiles, MDSettings, Outcome, simulate
-from pet_finetune.dynamics.files import STATE, STOPPED, TABLE, TRAJECTORY
+from pet_finetune.dynamics.files import START, STATE, STOPPED, TABLE, TRAJECTORY
 from pet_finetune.dynamics.freedom import draw_velocities
 from pet_finetune.errors import DynamicsError
 from pet_finetune.model import Potential
@@ -210,6 +210,16 @@ def test_a_damaged_state_is_refused(run, tmp_path: Path) -> None:
     (tmp_path / "run" / TRAJECTORY).write_text("")
     with pytest.raises(DynamicsError, match="is shorter than when the state was saved"):
         MDFiles(tmp_path / "run").load_state()
+
+
+def test_a_changed_start_is_refused(run, tmp_path: Path) -> None:
+    run("run", QUICK, stop_after=2)
+    start = tmp_path / "run" / START
+    data = bytearray(start.read_bytes())
+    data[len(data) // 2] ^= 4
+    start.write_bytes(bytes(data))
+    with pytest.raises(DynamicsError, match=r"start\.traj"):
+        MDFiles(tmp_path / "run").read_start()
 
 
 def test_settings_are_not_changed_by_filling_them() -> None:
