@@ -32,7 +32,9 @@ _STRUCTURE_ARRAYS = frozenset({"numbers", "positions"})
 def to_scalar(raw: np.ndarray, num_atoms: int) -> np.ndarray:
     """One number, also when it stands in an array of length 1."""
     if raw.size != 1:
-        raise ValueError("one number for each structure")
+        of_atoms = raw.shape[:1] == (num_atoms,)
+        hint = ". This looks like values of atoms, which are `sample_kind: atom`"
+        raise ValueError("one number for each structure" + (hint if of_atoms else ""))
     return raw.reshape(())
 
 
