@@ -13,9 +13,9 @@ import yaml
 from ase.io import read
 
 from pet_finetune import PETCalculator
-from pet_finetune.adapters import load_committee, read_adapter
+from pet_finetune.adapters import read_adapter
 from pet_finetune.checkpoint import load_checkpoint
-from pet_finetune.committee.files import read_committee
+from pet_finetune.committee.files import load_committee, read_committee
 from tiny_data import options, write_options
 
 MEMBERS = 2
