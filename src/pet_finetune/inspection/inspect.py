@@ -22,7 +22,7 @@ from pet_finetune.device import choose_device
 from pet_finetune.elements import symbol_of
 from pet_finetune.errors import ConfigError, DataError, PetFinetuneError
 from pet_finetune.keys import forces_key, stress_key
-from pet_finetune.log import get_logger
+from pet_finetune.log import Watch, get_logger
 from pet_finetune.model import Potential
 from pet_finetune.training.elements import ADVICE
 from pet_finetune.training.start import read_start
@@ -216,7 +216,8 @@ def _with_cost(
         # In other lengths there are other neighbours, perhaps more than any memory holds.
         load = Load(len(training), sum(s.num_atoms for s in training), 0.0, 0.0, 0, 0.0)
         return replace(inspection, suggestion=_suggest(inspection, request, sets, model, load))
-    load = load_of(training, held_out, cutoff)
+    with Watch("counting neighbours"):
+        load = load_of(training, held_out, cutoff)
     first = _suggest(inspection, request, sets, model, load)
     batch = first.options["architecture"]["training"]["batch_size"]
     if not request.whole and options.training.max_atoms_per_batch is None:
@@ -227,15 +228,16 @@ def _with_cost(
     if model is None or reference is None or target is None or not known or broken:
         why = "give a checkpoint with -c" if model is None else "the model cannot compute the data"
         return replace(inspection, cost=load, measured=why, suggestion=first)
-    estimates = estimate(
-        model,
-        reference,
-        known,
-        load,
-        batch,
-        forces=any(forces_key(target) in s.labels for s in training),
-        stress=any(stress_key(target) in s.labels for s in training),
-    )
+    with Watch("measuring a step of each method"):
+        estimates = estimate(
+            model,
+            reference,
+            known,
+            load,
+            batch,
+            forces=any(forces_key(target) in s.labels for s in training),
+            stress=any(stress_key(target) in s.labels for s in training),
+        )
     kind = "kernels" if kernels.active() and device.type == "cpu" else "plain torch operations"
     threads = f", {torch.get_num_threads()} threads, {kind}" if device.type == "cpu" else ""
     measured = f"from one measured step each ({device.type}{threads}), batches of {batch}"

@@ -9,6 +9,7 @@ from pet_finetune.data.charges import check_charges
 from pet_finetune.data.species import check_species
 from pet_finetune.data.structure import Structure
 from pet_finetune.errors import DataError, SpeciesError
+from pet_finetune.log import Watch
 from pet_finetune.model import Potential
 
 from .duplicates import check_duplicates
@@ -98,7 +99,8 @@ def inspect_sets(
         foundation: to compare with.
         known: findings from reading the files.
     """
-    subject = subject_of(sets, target)
+    with Watch("neighbours of the structures"):
+        subject = subject_of(sets, target)
     findings = [*known, *check_extent(subject)]
     if not subject.entries:
         return Inspection(facts_of(subject), tuple(worst_first(findings)))
@@ -112,14 +114,16 @@ def inspect_sets(
         findings += refused
         # Of a charge that it has no embedding for a model can predict nothing.
         if foundation.target is not None and all(f.code != "unknown-charges" for f in refused):
-            answers = ask(
-                foundation.model,
-                foundation.target,
-                subject.without(odd),
-                foundation.seconds,
-                foundation.species,
-            )
-    findings += _check(subject, declared, foundation, answers, lengths)
+            with Watch("predictions of the foundation"):
+                answers = ask(
+                    foundation.model,
+                    foundation.target,
+                    subject.without(odd),
+                    foundation.seconds,
+                    foundation.species,
+                )
+    with Watch("checks of structures and labels"):
+        findings += _check(subject, declared, foundation, answers, lengths)
     return Inspection(
         facts_of(subject),
         tuple(worst_first(findings)),
