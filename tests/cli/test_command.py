@@ -65,7 +65,7 @@ def test_what_the_system_refuses_is_one_line_too(here, command, monkeypatch):
     def full(*ignored):
         raise OSError(28, "No space left on device", "somewhere")
 
-    monkeypatch.setattr("pet_finetune.workflows.describe_checkpoint", full)
+    monkeypatch.setattr("pet_finetune.checkpoint.info.describe_checkpoint", full)
     answer = command("info", "base.ckpt")
     assert answer.code == 1
     assert answer.err == "error: somewhere: No space left on device\n"
