@@ -239,9 +239,9 @@ class MDFiles:
         ):
             with np.load(self / STATE, allow_pickle=False) as file:
                 state = dict(file)
-            lengths = [int(length) for length in state["lengths"]]
+            trajectory, table = (int(length) for length in state["lengths"])
         with self._explained():
-            for name, length in zip((TRAJECTORY, TABLE), lengths, strict=True):
+            for name, length in ((TRAJECTORY, trajectory), (TABLE, table)):
                 if _length(self / name) < length:
                     raise DynamicsError(
                         f"'{self / name}' is shorter than when the state was saved: it was changed "
