@@ -17,6 +17,7 @@ __all__ = [
     "DataError",
     "DynamicsError",
     "PetFinetuneError",
+    "RunError",
     "SpeciesError",
     "TrainingError",
     "UnitError",
@@ -51,6 +52,10 @@ class CheckpointError(PetFinetuneError):
 
 class AdapterError(PetFinetuneError):
     """An adapter cannot be injected, merged, saved, or does not belong to this base."""
+
+
+class RunError(PetFinetuneError):
+    """The folder of a run is in use, cannot be written to, or cannot be told from others."""
 
 
 class TrainingError(PetFinetuneError):

@@ -1,0 +1,290 @@
+"""A lock on a file that dies with its process: who works in a folder, who compiles the kernels.
+
+Where the file system has ``flock`` (local disks, NFS), the kernel frees the lock of a process that
+ended in whatever way. Where it has not (Lustre without the option, some network disks), the file
+itself is the lock: made by one process only, and taken over when that process is gone. The file
+says who holds it. A process of another host cannot be asked whether it lives, so each holder
+touches its file every few seconds, and whoever finds the file of another host looks whether that
+goes on; this also guards disks whose ``flock`` is not seen by other hosts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from .log import get_logger
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["FileLock", "Holder"]
+
+_logger = get_logger(__name__)
+_SECONDS_BETWEEN_SIGNS = 5.0
+#: After so long without a sign the holder on another host is taken for dead.
+_SECONDS_TO_LOOK = 12.0
+_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL}
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that holds a lock, as its file says.
+
+    Attributes:
+        host, pid: which process.
+        born: when it began, in the system's own count; tells it from a later one of the same pid.
+        since: when it took the lock, local time.
+        command: its command line.
+        inode: of the lock's file, which a copied file does not have.
+    """
+
+    host: str
+    pid: int
+    born: str
+    since: str
+    command: str
+    inode: int = 0
+
+    @classmethod
+    def me(cls) -> Holder:
+        """This process, now."""
+        since = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
+        command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200]
+        return cls(socket.gethostname(), os.getpid(), _born(os.getpid()), since, command)
+
+    def lives(self) -> bool:
+        """Whether the process is there; asked on its own host."""
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except OSError:  # there, but another user's
+            pass
+        return _born(self.pid) == self.born
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on host '{self.host}' ({self.command}), since {self.since}"
+
+
+class FileLock:
+    """A lock that one process holds at a time.
+
+    Args:
+        path: its file, made where it does not exist; it may stay behind, free.
+
+    Attributes:
+        path: as given.
+        holder: whoever held it when this process last asked in vain, as far as the file says.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.holder: Holder | None = None
+        self._file: int | None = None
+        self._without_flock = False
+        self._stop = threading.Event()
+        self._signs: threading.Thread | None = None
+
+    def acquire(self) -> bool:
+        """Take the lock if it is free.
+
+        Raises:
+            OSError: the file cannot be made or written.
+        """
+        assert self._file is None, "this lock is held already"
+        file = self._open()
+        if file is None:
+            return False
+        self._file, self.holder = file, None
+        _write(file, replace(Holder.me(), inode=os.fstat(file).st_ino))
+        _held.add(self)
+        self._stop = threading.Event()
+        self._signs = threading.Thread(target=_give_signs, args=(file, self._stop), daemon=True)
+        self._signs.start()
+        return True
+
+    def wait(self) -> None:
+        """Take the lock as soon as it is free."""
+        while not self.acquire():
+            time.sleep(0.5)
+
+    def release(self) -> None:
+        """Give the lock back; nothing happens where it is not held."""
+        if self._file is None:
+            return
+        self._stop.set()
+        if self._signs is not None:
+            self._signs.join()  # its file may be another one as soon as it is closed
+        _held.discard(self)
+        # What cannot be written any more (a full disk, a folder that was removed) is free anyway.
+        with contextlib.suppress(OSError):
+            if self._without_flock:
+                self.path.unlink(missing_ok=True)
+            else:
+                os.ftruncate(self._file, 0)
+        self._close()
+
+    def _close(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            with contextlib.suppress(OSError):
+                os.close(file)
+
+    def _open(self) -> int | None:
+        """The open file of a lock that is ours now, or None."""
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            if fcntl is None:
+                raise OSError(errno.ENOSYS, "no flock")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            taken = isinstance(error, BlockingIOError) or error.errno == errno.EACCES
+            self.holder = _read_living(file) if taken else None
+            os.close(file)
+            if taken:
+                return None
+            if error.errno in _NO_LOCKS:
+                return self._open_alone()
+            raise
+        self._without_flock = False
+        found = _read(file)
+        if found is None or found.host == socket.gethostname() or not self._lives(found, file):
+            return file
+        os.close(file)
+        return None
+
+    def _open_alone(self) -> int | None:
+        """As :meth:`_open`, where the file system locks nothing: who makes the file has it."""
+        self._without_flock = True
+        while True:
+            new = self.path.with_name(f"{self.path.name}.{socket.gethostname()}.{os.getpid()}")
+            file = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            # Written before it gets its name, so that nobody finds it empty and takes it for free.
+            _write(file, replace(Holder.me(), inode=os.fstat(file).st_ino))
+            try:
+                os.link(new, self.path)
+            except FileExistsError:
+                os.close(file)
+            else:
+                return file
+            finally:
+                new.unlink(missing_ok=True)
+            if not self._remove_abandoned():
+                return None
+
+    def _remove_abandoned(self) -> bool:
+        """Remove the file of a process that is gone; False where it is not."""
+        try:
+            file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return True
+        try:
+            inode, found = os.fstat(file).st_ino, _read(file)
+            if found is not None and self._lives(found, file):
+                return False
+        finally:
+            os.close(file)
+        aside = self.path.with_name(f"{self.path.name}.{os.getpid()}.old")
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self.path, aside)
+            if aside.stat().st_ino != inode:  # another process was faster: this one is its file
+                with contextlib.suppress(FileExistsError):
+                    os.link(aside, self.path)
+            aside.unlink()
+        return True
+
+    def _lives(self, holder: Holder, file: int) -> bool:
+        """Whether the process that a lock's file names still holds it; kept if it does."""
+        if holder.inode != os.fstat(file).st_ino:
+            return False  # a copy of a folder in use, which nobody uses
+        here = holder.host == socket.gethostname()
+        lives = holder.lives() if here else self._gives_signs(holder)
+        self.holder = holder if lives else None
+        return lives
+
+    def _gives_signs(self, holder: Holder) -> bool:
+        """Whether the file of a process on another host is touched while we look."""
+        _logger.info("looking for %.0f s whether %s lives: its file", _SECONDS_TO_LOOK, holder)
+        first, end = self._touched(), time.monotonic() + _SECONDS_TO_LOOK
+        while time.monotonic() < end:
+            time.sleep(min(1.0, _SECONDS_TO_LOOK / 4))
+            if self._touched() != first:
+                return self._touched() is not None
+        return False
+
+    def _touched(self) -> int | None:
+        """When the file was touched; opened anew, because NFS asks the server only then."""
+        try:
+            file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            return os.fstat(file).st_mtime_ns
+        finally:
+            os.close(file)
+
+
+def _give_signs(file: int, stop: threading.Event) -> None:
+    while not stop.wait(_SECONDS_BETWEEN_SIGNS):
+        with contextlib.suppress(OSError):
+            os.utime(file)
+
+
+def _write(file: int, holder: Holder) -> None:
+    os.ftruncate(file, 0)
+    os.pwrite(file, json.dumps(asdict(holder)).encode(), 0)
+
+
+def _read(file: int) -> Holder | None:
+    """What a lock's file says; nothing where it is empty or of another make."""
+    try:
+        return Holder(**json.loads(os.pread(file, 4096, 0)))
+    except (ValueError, TypeError):
+        return None
+
+
+def _read_living(file: int) -> Holder | None:
+    """What the file of a lock that is held says; whoever took it just now may be about to write."""
+    found = None
+    for _ in range(10):
+        found = _read(file)
+        if found is not None and (found.host != socket.gethostname() or found.lives()):
+            break
+        time.sleep(0.05)
+    return found
+
+
+def _born(pid: int) -> str:
+    """When a process began, on Linux; nothing elsewhere, or where it has ended."""
+    try:
+        state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if state == "Z" else numbers[18]
+
+
+#: The locks of this process. A forked child is another process: it holds none of them, and must not
+#: keep their files open beyond the parent's end.
+_held: set[FileLock] = set()
+
+
+def _forget_in_child() -> None:
+    for lock in _held:
+        lock._close()
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)

@@ -1,0 +1,190 @@
+"""The folder of a run: it belongs to one process from the run's start to its end.
+
+A folder that nobody named is made by whoever comes first, and the next one gets ``.1`` after its
+name. One that was named is made where it does not exist; while a process works in it, every other
+one is refused. Which of several runs is the last one is what their records say, and the dates in
+their names where they have no record; file times change when a folder is copied.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pet_finetune.errors import RunError
+from pet_finetune.locks import FileLock
+
+__all__ = ["OUTPUTS", "STARTED", "RunFolder", "newest_run", "own_folder", "starts_of"]
+
+#: Where runs go that nobody named a folder for, as metatrain has it.
+OUTPUTS = Path("outputs")
+LOCK = ".lock"
+#: In the record of a run: when it was begun and gone on with, UTC.
+STARTED = "started"
+_RECORDS = ("run.json", "md.json")
+_DATED = re.compile(r"(?:^|/)(\d{4}-\d{2}-\d{2})/(\d{2}-\d{2}-\d{2})(?:\.(\d+))?(?=/|$)")
+
+
+class RunFolder:
+    """A folder that this process has claimed; a context that gives it back at its end.
+
+    Make one with :meth:`new` or :meth:`take`.
+
+    Attributes:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path, lock: FileLock) -> None:
+        self.path = path
+        self._lock = lock
+
+    @classmethod
+    def new(cls, root: Path | None = None) -> RunFolder:
+        """Make ``root/DATE/TIME``, or the same with ``.1``, ``.2``... where that is there.
+
+        Args:
+            root: ``outputs`` in the current folder without it.
+
+        Raises:
+            RunError: it cannot be made.
+        """
+        name = datetime.datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
+        wanted = (root or OUTPUTS) / name
+        for number in itertools.count():
+            path = wanted.with_name(f"{wanted.name}.{number}") if number else wanted
+            with _explained(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    path.mkdir()
+                except FileExistsError:
+                    continue
+            return cls.take(path)
+        raise AssertionError("there is always a next number")
+
+    @classmethod
+    def take(cls, path: Path) -> RunFolder:
+        """Claim a folder, which is made where it does not exist.
+
+        Raises:
+            RunError: another process works in it, or it cannot be written to.
+        """
+        lock = FileLock(path / LOCK)
+        with _explained(path):
+            path.mkdir(parents=True, exist_ok=True)
+            free = lock.acquire()
+        if not free:
+            who = lock.holder or "another process"
+            raise RunError(
+                f"The folder '{path}' is in use by {who}. Wait for it or stop it, or choose "
+                "another folder with -o FOLDER."
+            )
+        return cls(path, lock)
+
+    def close(self) -> None:
+        """Give the folder back."""
+        self._lock.release()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+@contextmanager
+def own_folder(folder: str | Path | RunFolder | None) -> Iterator[Path]:
+    """The path of a folder that belongs to this process while the context is open.
+
+    Args:
+        folder: one that was claimed already, which stays so afterwards; one to claim; or None for a
+            new one in ``outputs``.
+
+    Raises:
+        RunError: another process works in it, or it cannot be written to.
+    """
+    if isinstance(folder, RunFolder):
+        yield folder.path
+        return
+    with RunFolder.new() if folder is None else RunFolder.take(Path(folder)) as claimed:
+        yield claimed.path
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Say of a folder that cannot be made or written to which it is and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"Cannot write to the output folder '{path}': {error.strerror or error}. Choose "
+            "another with -o FOLDER."
+        ) from error
+
+
+def starts_of(record: dict[str, Any]) -> list[str]:
+    """When a run was begun and gone on with, as its record says, and now, for the record."""
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds")
+    return [*record.get(STARTED, []), now]
+
+
+def newest_run(root: Path, state: str) -> Path | None:
+    """The folder of the run that was begun or gone on with last; None where there is none.
+
+    Args:
+        root: it and all folders below it are searched. Members of an ensemble count as one run.
+        state: the file that a run needs to be gone on with.
+
+    Raises:
+        RunError: several runs may be the last.
+    """
+    folders = dict.fromkeys(_run_of(path) for path in sorted(root.rglob(state)))
+    dated = {folder: when for folder in folders if (when := _last_start(folder)) is not None}
+    if dated:
+        return max(dated, key=dated.__getitem__)
+    if len(folders) > 1:
+        shown = ", ".join(f"'{folder}'" for folder in itertools.islice(folders, 5))
+        raise RunError(
+            f"--restart auto: of {len(folders)} runs below '{root}' none says when it was begun "
+            f"({shown}{', ...' if len(folders) > 5 else ''}). Name the one to go on with: "
+            "--restart FOLDER."
+        )
+    return next(iter(folders), None)
+
+
+def _run_of(state: Path) -> Path:
+    folder = state.parent
+    return folder.parent if re.fullmatch(r"member_\d+", folder.name) else folder
+
+
+def _last_start(folder: Path) -> tuple[datetime.datetime, int] | None:
+    """When a run was begun or gone on with, by its record or else its name; UTC, and a number."""
+    named = _DATED.search(folder.absolute().as_posix())
+    number = int(named[3] or 0) if named else 0
+    known = [
+        start for part in (folder, *sorted(folder.glob("member_*"))) for start in _starts(part)
+    ]
+    if known:
+        return max(known), number
+    if named is None:
+        return None
+    try:
+        local = datetime.datetime.strptime(f"{named[1]} {named[2]}", "%Y-%m-%d %H-%M-%S")
+    except ValueError:
+        return None
+    return local.astimezone(datetime.timezone.utc), number
+
+
+def _starts(folder: Path) -> Iterator[datetime.datetime]:
+    """What the records of a run say; a damaged one says nothing."""
+    for name in _RECORDS:
+        try:
+            record = json.loads((folder / name).read_text(encoding="utf-8"))
+            yield from (datetime.datetime.fromisoformat(text) for text in record.get(STARTED, []))
+        except (OSError, ValueError, TypeError, AttributeError):
+            continue
