@@ -6,9 +6,19 @@ import signal
 import threading
 from types import FrameType
 
+#: What Python does with a signal unless it is told to ignore it.
+_ACTS: dict[signal.Signals, signal._HANDLER] = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+}
+
 
 class InterruptGuard:
     """While open, the first SIGINT or SIGTERM only sets :attr:`requested`; a second one acts.
+
+    A process that was started with these signals ignored (in the background of a script, under
+    nohup, by some batch systems) hears them all the same: whoever sends them means this process. It
+    ignores them again when the guard is closed.
 
     Outside the main thread, where Python handles no signals, it does nothing.
     """
@@ -25,11 +35,13 @@ class InterruptGuard:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        self._restore()
+        self._restore(deaf=False)
 
-    def _restore(self) -> None:
+    def _restore(self, deaf: bool = True) -> None:
+        """Give the handlers back; those that ignore a signal only if ``deaf``."""
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            acts = deaf or handler != signal.SIG_IGN
+            signal.signal(number, handler if acts else _ACTS[signal.Signals(number)])
 
     def __exit__(self, *exception: object) -> None:
         self._restore()

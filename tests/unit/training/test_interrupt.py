@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -21,12 +23,37 @@ def test_the_first_signal_is_only_noted(number):
     assert signal.getsignal(number) == before
 
 
-def test_a_second_interrupt_acts():
+@pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN], ids=["heard", "ignored"])
+def at_start(request):
+    """As Python is started: in the foreground, or in the background where SIGINT is ignored."""
+    before = signal.signal(signal.SIGINT, request.param)
+    yield request.param
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_interrupt_acts(at_start):
     with InterruptGuard() as guard:
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert guard.requested
+    assert signal.getsignal(signal.SIGINT) == at_start
+
+
+def test_a_second_termination_ends_a_process_that_ignored_it():
+    script = (
+        "import os, signal\n"
+        "from pet_finetune.train.interrupt import InterruptGuard\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "with InterruptGuard() as guard:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print(guard.requested, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print('still here')\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert run.stdout == "True\n"
+    assert run.returncode == -signal.SIGTERM
 
 
 def test_handlers_come_back_after_an_error():
