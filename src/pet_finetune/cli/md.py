@@ -10,9 +10,7 @@ from pet_finetune.errors import ConfigError, DynamicsError
 
 from .paths import check_data, check_models
 from .reading import add_reading_arguments, systems_of
-from .train import new_folder
 
-_OUTPUTS = Path("outputs")
 _STATE = "state.npz"
 _EXAMPLES = """\
 examples:
@@ -132,7 +130,7 @@ def run(arguments: argparse.Namespace) -> int:
         ModelChoice(arguments.checkpoint, **model),
         arguments.structure,
         MDSettings(**given),
-        arguments.output or new_folder(),
+        arguments.output,
         index=arguments.index,
         **systems_of(arguments),
     )
@@ -157,7 +155,7 @@ def _restart(arguments: argparse.Namespace, given: dict[str, Any], model: dict[s
             "start a new run from its last frame. Only --steps, the checkpoint, --adapter and "
             "--device can be given."
         )
-    folder = _newest(arguments.output or _OUTPUTS) if auto else Path(arguments.restart)
+    folder = _newest(arguments.output) if auto else Path(arguments.restart)
     from pet_finetune.dynamics.md import restart_md
     from pet_finetune.log import setup_logging
 
@@ -168,16 +166,19 @@ def _restart(arguments: argparse.Namespace, given: dict[str, Any], model: dict[s
     return 130 if result.outcome.reason == "interrupted" else 0
 
 
-def _newest(root: Path) -> Path:
-    """The folder below ``root`` whose simulation was saved last.
+def _newest(root: Path | None) -> Path:
+    """The folder below ``root`` whose simulation was begun or gone on with last.
 
     Raises:
         DynamicsError: there is none.
+        RunError: several may be the last.
     """
-    found = sorted(root.rglob(_STATE), key=lambda path: path.stat().st_mtime)
-    if not found:
+    from pet_finetune.runs.folder import OUTPUTS, newest_run
+
+    found = newest_run(root or OUTPUTS, _STATE)
+    if found is None:
         raise DynamicsError(
-            f"--restart auto: no simulation below '{root}'. Start a new one without --restart, or "
-            "name its folder: --restart FOLDER."
+            f"--restart auto: no simulation below '{root or OUTPUTS}'. Start a new one without "
+            "--restart, or name its folder: --restart FOLDER."
         )
-    return found[-1].parent
+    return found

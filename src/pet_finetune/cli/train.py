@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from pet_finetune.errors import ConfigError, TrainingError
 from . import named
 from .paths import check_models, check_sets
 
-_OUTPUTS = Path("outputs")
+_LAST = "last.ckpt"
 _EXAMPLES = """\
 examples:
   pet-finetune train options.yaml -c best_model.ckpt     start from a checkpoint's weights
@@ -41,7 +40,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--restart",
         metavar="auto|PATH",
         help="go on exactly where a run stopped: its last.ckpt or its folder; "
-        "auto takes the newest",
+        "auto takes the newest, or starts a new run where there is none",
     )
     parser.add_argument(
         "-r",
@@ -110,23 +109,21 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.profile is not None:
         # Torch reads it when it is imported; its profiler would write its own notes to stderr.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    restart, notice = find_restart(arguments.restart, arguments.output)
     loaded = load_options(
         arguments.options,
         arguments.override,
         arguments.checkpoint,
-        require_start=arguments.restart is None,
+        require_start=restart is None,
     )
-    output = arguments.output or _OUTPUTS
-    standing = next(path for path in (output, *output.absolute().parents) if path.exists())
+    standing = arguments.output or Path()
+    standing = next(path for path in (standing, *standing.absolute().parents) if path.exists())
     if standing.is_dir():  # else the run says first that it cannot write there
         check_sets(loaded.options.datasets())
         check_models(loaded.options.finetune.read_from)
-    restart = None
-    if arguments.restart is not None:
-        restart = find_restart(arguments.restart, arguments.output)
     finetune = loaded.options.finetune
     whole = finetune.ensemble is not None and finetune.member is None
-    folder = arguments.output or (_run_of(restart, whole) if restart else new_folder())
+    folder = arguments.output or (_run_of(restart, whole) if restart else None)
 
     from pet_finetune.workflows import profile_run, train
 
@@ -143,7 +140,7 @@ def run(arguments: argparse.Namespace) -> int:
         loaded.options,
         folder,
         restart=restart,
-        notices=loaded.notices,
+        notices=[*notice, *loaded.notices],
         source=arguments.options,
         check=not arguments.no_check,
     )
@@ -173,32 +170,38 @@ def _named(arguments: argparse.Namespace) -> int:
     )
 
 
-def new_folder() -> Path:
-    """``outputs/DATE/TIME``, as metatrain names them."""
-    return _OUTPUTS / datetime.datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
+def find_restart(wanted: str | None, output: Path | None) -> tuple[Path | None, list[str]]:
+    """The ``last.ckpt`` to go on from, of an ensemble that of a member, and what to say of it.
+
+    ``auto`` without a run to go on with starts a new one, as metatrain does: the first job of a
+    chain has the same command as those that follow.
+
+    Raises:
+        TrainingError: there is no such file.
+        RunError: several runs may be the last one.
+    """
+    if wanted is None:
+        return None, []
+    if wanted != "auto":
+        return _last_of(Path(wanted)), []
+    from pet_finetune.runs.folder import OUTPUTS, newest_run
+
+    root = output or OUTPUTS
+    found = newest_run(root, _LAST)
+    if found is None:
+        return None, [f"--restart auto: there is no run below '{root}' yet; a new one is started."]
+    return _last_of(found), [f"--restart auto: going on with '{found}'."]
 
 
-def find_restart(wanted: str, output: Path | None) -> Path:
-    """The ``last.ckpt`` to go on from; of an ensemble, that of a member.
+def _last_of(path: Path) -> Path:
+    """The ``last.ckpt`` that is meant by a path to it, to its run, or to an ensemble.
 
     Raises:
         TrainingError: there is none.
     """
-    if wanted != "auto":
-        path = Path(wanted)
-        if path.is_dir():
-            members = sorted(path.glob("member_*/last.ckpt"))
-            path = (
-                path / "last.ckpt" if (path / "last.ckpt").exists() or not members else members[-1]
-            )
-        if not path.exists():
-            raise TrainingError(f"--restart: there is no file '{path}'.")
-        return path
-    root = output or _OUTPUTS
-    found = sorted(root.rglob("last.ckpt"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise TrainingError(
-            f"--restart auto: no last.ckpt below '{root}'. Start a new run without --restart, or "
-            "name the folder of the run: --restart FOLDER."
-        )
-    return found[-1]
+    if path.is_dir():
+        members = sorted(path.glob(f"member_*/{_LAST}"))
+        path = path / _LAST if (path / _LAST).exists() or not members else members[-1]
+    if not path.exists():
+        raise TrainingError(f"--restart: there is no file '{path}'.")
+    return path

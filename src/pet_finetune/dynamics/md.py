@@ -19,6 +19,7 @@ from pet_finetune.errors import DynamicsError, PetFinetuneError
 from pet_finetune.log import FILE_ONLY, get_logger, setup_logging
 from pet_finetune.report.simulation import simulation_svg
 from pet_finetune.report.tables import show
+from pet_finetune.runs.folder import STARTED, own_folder, starts_of
 from pet_finetune.training.interrupt import InterruptGuard
 
 from . import MDFiles, MDSettings, Outcome, Summary, simulate, summarize
@@ -55,7 +56,7 @@ def run_md(
     model: ModelChoice,
     structure: str | Path,
     settings: MDSettings,
-    folder: str | Path,
+    folder: str | Path | None = None,
     *,
     index: int | None = None,
     format: str = "",
@@ -67,7 +68,8 @@ def run_md(
         model: which model.
         structure: any file ASE reads.
         settings: how to move the atoms.
-        folder: where trajectory, log, plot and state go.
+        folder: where trajectory, log, plot and state go; ``outputs/DATE/TIME`` without it. It
+            belongs to this process until the run ends.
         index: frame of the file; None for the last.
         format: ASE's name of the file's format; guessed where empty.
         types: elements by type of atom, for LAMMPS files that do not say them.
@@ -76,21 +78,24 @@ def run_md(
         ConfigError: anything that can be seen to be wrong before the first step, all at once.
         DynamicsError: the folder holds a simulation already, or this one has gone wrong.
     """
-    MDFiles.check_free(Path(folder))
+    if folder is not None:
+        MDFiles.check_free(Path(folder))
     atoms, calculator = check_start(model, structure, settings, index, format, types)
-    files = MDFiles(Path(folder))
-    setup_logging(file=files / LOG)
-    filled = settings.filled(random.SystemRandom().randrange(2**31))
-    with_hydrogen = 1 in atoms.numbers
-    for warning in settings.warnings(with_hydrogen):
-        _logger.warning(warning)
-    rng = np.random.default_rng(filled.seed)
-    atoms.calc = calculator
-    _relax(atoms, filled)
-    _start_moving(atoms, filled, rng, structure)
-    files.write_start(atoms, {"model": asdict(model.absolute()), "settings": filled.plain()})
-    _announce(atoms, filled, model)
-    return _go(atoms, filled, files, rng)
+    with own_folder(folder) as path:
+        MDFiles.check_free(path)  # it may have been filled since
+        files = MDFiles(path)
+        setup_logging(file=files / LOG)
+        filled = settings.filled(random.SystemRandom().randrange(2**31))
+        with_hydrogen = 1 in atoms.numbers
+        for warning in settings.warnings(with_hydrogen):
+            _logger.warning(warning)
+        rng = np.random.default_rng(filled.seed)
+        atoms.calc = calculator
+        _relax(atoms, filled)
+        _start_moving(atoms, filled, rng, structure)
+        files.write_start(atoms, _record(model, filled, {}))
+        _announce(atoms, filled, model)
+        return _go(atoms, filled, files, rng)
 
 
 def restart_md(
@@ -106,7 +111,13 @@ def restart_md(
     Raises:
         DynamicsError: there is no state, nothing is left to do, or the model is another one.
     """
-    files = MDFiles.existing(Path(folder))
+    MDFiles.existing(Path(folder))
+    with own_folder(folder) as path:
+        return _go_on(MDFiles.existing(path), model or {}, steps)
+
+
+def _go_on(files: MDFiles, model: Mapping[str, Any], steps: int | None) -> MDResult:
+    """Go on with the run of a folder that is this process's own."""
     state = files.load_state()
     setup_logging(file=files / LOG)
     atoms, kept = files.read_start()
@@ -120,11 +131,17 @@ def restart_md(
             "nothing is left to do. Ask for more with --steps."
         )
     kept_model = {**kept["model"], "adapters": tuple(kept["model"]["adapters"])}
-    chosen = ModelChoice(**{**kept_model, **(model or {})})
+    chosen = ModelChoice(**{**kept_model, **model})
     atoms.calc = chosen.open()
-    files.write_start(atoms, {"model": asdict(chosen.absolute()), "settings": settings.plain()})
+    files.write_start(atoms, _record(chosen, settings, kept))
     _logger.info("going on from step %d of %d in %s", done, settings.steps, files.folder)
     return _go(atoms, settings, files, np.random.default_rng(settings.seed), state)
+
+
+def _record(model: ModelChoice, settings: MDSettings, before: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``md.json`` says of a run, given what it said before."""
+    plain = {"model": asdict(model.absolute()), "settings": settings.plain()}
+    return {**plain, STARTED: starts_of(before)}
 
 
 def _relax(atoms: Atoms, settings: MDSettings) -> None:

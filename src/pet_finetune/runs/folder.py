@@ -12,7 +12,7 @@ import datetime
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,15 @@ from typing import Any
 from pet_finetune.errors import RunError
 from pet_finetune.locks import FileLock
 
-__all__ = ["OUTPUTS", "STARTED", "RunFolder", "newest_run", "own_folder", "starts_of"]
+__all__ = [
+    "OUTPUTS",
+    "STARTED",
+    "RunFolder",
+    "newest_run",
+    "own_folder",
+    "starts_of",
+    "undisturbed",
+]
 
 #: Where runs go that nobody named a folder for, as metatrain has it.
 OUTPUTS = Path("outputs")
@@ -79,11 +87,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             free = lock.acquire()
         if not free:
-            who = lock.holder or "another process"
-            raise RunError(
-                f"The folder '{path}' is in use by {who}. Wait for it or stop it, or choose "
-                "another folder with -o FOLDER."
-            )
+            raise _in_use(path, lock)
         return cls(path, lock)
 
     def close(self) -> None:
@@ -116,6 +120,34 @@ def own_folder(folder: str | Path | RunFolder | None) -> Iterator[Path]:
 
 
 @contextmanager
+def undisturbed(folder: Path) -> Iterator[None]:
+    """A folder that nobody works in while the context is open, to be copied.
+
+    Raises:
+        RunError: a process works in it. One that cannot be written to is taken for free.
+    """
+    lock = FileLock(folder / LOCK)
+    try:
+        free = lock.acquire()
+    except OSError:
+        yield
+        return
+    if not free:
+        raise _in_use(folder, lock)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _in_use(folder: Path, lock: FileLock) -> RunError:
+    return RunError(
+        f"The folder '{folder}' is in use by {lock.holder or 'another process'}. Wait for it or "
+        "stop it, or choose another folder with -o FOLDER."
+    )
+
+
+@contextmanager
 def _explained(path: Path) -> Iterator[None]:
     """Say of a folder that cannot be made or written to which it is and what to do."""
     try:
@@ -127,7 +159,7 @@ def _explained(path: Path) -> Iterator[None]:
         ) from error
 
 
-def starts_of(record: dict[str, Any]) -> list[str]:
+def starts_of(record: Mapping[str, Any]) -> list[str]:
     """When a run was begun and gone on with, as its record says, and now, for the record."""
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds")
     return [*record.get(STARTED, []), now]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from pet_finetune.errors import TrainingError
 from pet_finetune.keys import TargetSpec
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
+from pet_finetune.runs.changes import changed_options
+from pet_finetune.runs.folder import undisturbed
 
 from . import Metrics
 from .run_files import BEST, OPTIONS, RunFiles
@@ -34,9 +36,6 @@ def plain_errors(errors: Errors) -> dict[str, dict[str, dict[str, float]]]:
 
 # How an epoch is cut into batches: half an epoch of one kind cannot be finished as another.
 _BATCHES = ("batch_size", "max_atoms_per_batch", "min_atoms_per_batch")
-_NO_MATTER = frozenset({"finetune", "learning_rate", "log_interval", "checkpoint_interval"})
-# Used before the first epoch only; their results are in the checkpoint.
-_AT_START = frozenset({"baseline", "atomic_baseline", "scale_targets", "fixed_scaling_weights"})
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,8 @@ def take_files(run: SavedRun, files: RunFiles) -> None:
             f"{run.path.name}, or start a new run with -c {run.path}."
         )
     if old.resolve() != files.folder.resolve():
-        files.take_over(old)
+        with undisturbed(old):
+            files.take_over(old)
 
 
 def _check_member(options: Options, before: Mapping[str, Any], path: str | Path) -> None:
@@ -177,29 +177,19 @@ def _check_member(options: Options, before: Mapping[str, Any], path: str | Path)
 
 def _compare_options(options: Options, before: Mapping[str, Any], middle: bool) -> None:
     """Warn of options that differ from those the run had until now."""
-    for name, now, then in changed_options(options, before):
+    for change in changed_options(options, before):
+        name, now, then = change.name, _shown(change.now), _shown(change.then)
         if middle and name.rpartition(".")[2] in _BATCHES:
             raise TrainingError(
                 f"--restart: {name} is {now}, but the run stopped within an epoch whose batches "
                 f"were cut with {then}. Set it back, at least until the end of that epoch."
             )
-        _logger.warning("--restart: %s is %s; until now the run had %s", name, now, then)
+        if change.heeded:
+            _logger.warning("--restart: %s is %s; until now the run had %s", name, now, then)
+        else:
+            _logger.warning("--restart: %s is %s; the run goes on with %s, as it began", name, now,
+                            then)  # fmt: skip
 
 
-def changed_options(options: Options, before: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Name, value now and value then of each option whose change is felt."""
-    now = options.resolved()
-    if "base_precision" in before and now["base_precision"] != before["base_precision"]:
-        yield "base_precision", now["base_precision"], before["base_precision"]
-    old = before.get("architecture", {}).get("training", {})
-    new = now["architecture"]["training"]
-    path = "architecture.training"
-    for name in sorted(new.keys() & old.keys() - _NO_MATTER - _AT_START):
-        if new[name] != old[name]:
-            yield f"{path}.{name}", new[name], old[name]
-    given = options.training.learning_rate
-    if given is not None and given != old.get("learning_rate", given):
-        yield f"{path}.learning_rate", given, old["learning_rate"]
-    method = old.get("finetune", {}).get("method")
-    if options.is_finetuning and method not in (None, options.finetune.method):
-        _logger.warning("--restart: the run goes on with method %s, as it began", method)
+def _shown(value: Any) -> str:
+    return "not set" if value is None else str(value)

@@ -105,10 +105,15 @@ class RunFiles:
         Raises:
             TrainingError: it would.
         """
-        if self.best.exists() or self.last.exists():
+        if self.last.exists():
             raise TrainingError(
                 f"The output folder '{self.folder}' holds a run already. Choose another with "
                 f"-o FOLDER, or go on with that run: --restart {self.folder}."
+            )
+        if self.best.exists() or (self.folder / TABLE).exists():
+            raise TrainingError(
+                f"The output folder '{self.folder}' holds a run already, which stopped before it "
+                f"had saved a {LAST} to go on from. Choose another with -o FOLDER, or remove it."
             )
         own = self.folder / OPTIONS
         if options_file and own.exists() and own.resolve() == Path(options_file).resolve():
@@ -157,10 +162,14 @@ class RunFiles:
 
     def tell(self, facts: Mapping[str, Any]) -> None:
         """Add to what ``run.json`` says of the run."""
-        path, known = self.folder / ABOUT, {}
-        with suppress(OSError, ValueError):  # what is damaged is written anew
-            known = json.loads(path.read_text(encoding="utf-8"))
-        self.write(ABOUT, json.dumps({**known, **facts}, indent=2) + "\n")
+        self.write(ABOUT, json.dumps({**self.about(), **facts}, indent=2) + "\n")
+
+    def about(self) -> dict[str, Any]:
+        """What ``run.json`` says of the run; nothing where it is missing or damaged."""
+        with suppress(OSError, ValueError):
+            known = json.loads((self.folder / ABOUT).read_text(encoding="utf-8"))
+            return known if isinstance(known, dict) else {}
+        return {}
 
     def keep_predictions(self, recorder: Recorder, name: str, model: Potential | Committee) -> None:
         """Write what a model, ``before`` or ``after``, says of a set beside what others say."""

@@ -10,14 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from pet_finetune import kernels
 from pet_finetune.committee.calibration import LEVELS, Deviations, collect, miscalibration_area
 from pet_finetune.committee.calibration_plot import Curves, plot_calibration
 from pet_finetune.committee.committee import Calibration
 from pet_finetune.committee.files import COMMITTEE_FILE, load_committee, write_committee
 from pet_finetune.config import Options
+from pet_finetune.config.yaml_file import read_yaml
 from pet_finetune.data.splits import load_splits
 from pet_finetune.device import choose_device, dtype_of_bits
 from pet_finetune.errors import TrainingError
@@ -25,6 +24,7 @@ from pet_finetune.log import FILE_ONLY, get_logger, setup_logging
 from pet_finetune.report.tables import calibration_table, committee_table, show
 from pet_finetune.report.write import report_or_warn
 from pet_finetune.rng import seed_everything
+from pet_finetune.runs.folder import undisturbed
 from pet_finetune.training.bootstrap import options_of_member
 from pet_finetune.training.resume import Errors, plain_errors
 from pet_finetune.training.run_files import (
@@ -145,9 +145,10 @@ def _take_over(last: Path, folder: Path) -> None:
                 f"The output folder '{folder}' holds an ensemble already: choose another with "
                 "-o FOLDER."
             )
-        for member in _members_in(old):
-            shutil.copytree(member, folder / member.name)
-        shutil.copy2(old / OPTIONS, folder / OPTIONS)
+        with undisturbed(old):
+            for member in _members_in(old):
+                shutil.copytree(member, folder / member.name)
+            shutil.copy2(old / OPTIONS, folder / OPTIONS)
     for member in _members_in(folder):
         if not (member / LAST).exists():
             shutil.rmtree(member)  # stopped before it could be gone on with; begins anew
@@ -155,13 +156,14 @@ def _take_over(last: Path, folder: Path) -> None:
 
 def _seed(options: Options, files: RunFiles, going_on: bool) -> int:
     """Of the whole ensemble: all members must cut the data alike."""
-    if options.seed is not None:
-        return options.seed
     if not going_on:
-        return seed_everything(None)
-    known = OmegaConf.to_container(OmegaConf.load(files.folder / OPTIONS))
-    assert isinstance(known, dict)
-    return int(known["seed"])
+        return seed_everything(None) if options.seed is None else options.seed
+    seed = int(read_yaml(files.folder / OPTIONS)["seed"])
+    if options.seed not in (None, seed):
+        _logger.warning(
+            "--restart: seed is %s; the run goes on with %s, as it began", options.seed, seed
+        )
+    return seed
 
 
 def _finish(

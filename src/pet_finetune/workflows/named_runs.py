@@ -19,8 +19,9 @@ from pet_finetune.errors import ConfigError, PetFinetuneError, did_you_mean
 from pet_finetune.files import size_text
 from pet_finetune.log import get_logger, setup_logging
 from pet_finetune.report.tables import show
+from pet_finetune.runs.changes import changed_options
+from pet_finetune.runs.folder import RunFolder
 from pet_finetune.training.metrics import SHOWN
-from pet_finetune.training.resume import changed_options
 from pet_finetune.training.run_files import ADAPTER, BEST, LAST, OPTIONS, RESULTS, TABLE, RunFiles
 
 from .evaluate import (
@@ -105,23 +106,35 @@ def train_named(
 
 def _train_one(run: NamedRun, source: str | Path, check: bool) -> bool:
     """Train one run, or what is left of it; False when it was interrupted."""
-    folder, options = run.folder, run.loaded.options
-    if (folder / RESULTS).exists():
-        before = read_yaml(folder / OPTIONS) if (folder / OPTIONS).exists() else {}
-        for name, now, then in changed_options(options, before):
-            _logger.warning(
-                "run '%s' was trained with %s %s, and its entry says %s now. To train it so, "
-                "remove %s or give it another name.", run.name, name, then, now, folder
-            )  # fmt: skip
-        _logger.info("run '%s' is finished and is not run again", run.name)
-        return True
+    with RunFolder.take(run.folder) as claimed:  # what is there does not change while we look
+        return _is_finished(run) or _train_rest(run, claimed, source, check)
+
+
+def _is_finished(run: NamedRun) -> bool:
+    """Whether a run is finished; then its log says so, and what its entry says otherwise now."""
+    folder = run.folder
+    if not (folder / RESULTS).exists():
+        return False
+    before = read_yaml(folder / OPTIONS) if (folder / OPTIONS).exists() else {}
+    for change in changed_options(run.loaded.options, before):
+        _logger.warning(
+            "run '%s' was trained with %s %s, and its entry says %s now. To train it so, "
+            "remove %s or give it another name.",
+            run.name, change.name, change.then, change.now, folder,
+        )  # fmt: skip
+    _logger.info("run '%s' is finished and is not run again", run.name)
+    return True
+
+
+def _train_rest(run: NamedRun, claimed: RunFolder, source: str | Path, check: bool) -> bool:
+    folder = run.folder
     # Of a committee (finetune.ensemble), each member has its own.
     saved = [path for path in (folder / LAST, *sorted(folder.glob(f"*/{LAST}"))) if path.exists()]
     if not saved:
         RunFiles(folder).start_over()
     outcome = train(
-        options,
-        folder,
+        run.loaded.options,
+        claimed,
         restart=saved[0] if saved else None,
         notices=run.loaded.notices,
         source=source,

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from rich.table import Table
 
 from pet_finetune.config import Options
@@ -13,6 +14,7 @@ from pet_finetune.device import choose_device, versions
 from pet_finetune.errors import PetFinetuneError
 from pet_finetune.log import FILE_ONLY, get_logger, setup_logging
 from pet_finetune.report.tables import show
+from pet_finetune.runs.folder import RunFolder, own_folder
 from pet_finetune.training.profile import OTHER, TrainingProfile, check_steps, profile_steps
 from pet_finetune.training.run_files import LOG, PROFILE, TRACE, RunFiles
 
@@ -39,7 +41,7 @@ _STAGES = {
 
 def profile_run(
     options: Options,
-    folder: str | Path,
+    folder: str | Path | RunFolder | None,
     steps: int = 10,
     *,
     notices: Sequence[str] = (),
@@ -51,7 +53,8 @@ def profile_run(
 
     Args:
         options: checked options.
-        folder: where the files go; as for a run, it must hold none yet.
+        folder: where the files go; as for a run, it must hold none yet. None for
+            ``outputs/DATE/TIME``.
         steps: to be timed.
         notices: what reading the options had to say, for the log.
         source: the options file, which must not be overwritten.
@@ -61,7 +64,19 @@ def profile_run(
     """
     check_steps(steps)
     device = choose_device(options.device)
-    files = RunFiles(Path(folder))
+    with own_folder(folder) as path:
+        return _profile_in(RunFiles(path), options, device, steps, notices, source)
+
+
+def _profile_in(
+    files: RunFiles,
+    options: Options,
+    device: torch.device,
+    steps: int,
+    notices: Sequence[str],
+    source: str | Path,
+) -> TrainingProfile:
+    """Profile in a folder of the run's own."""
     files.check_free(source)
     setup_logging(file=files.folder / LOG)
     for notice in notices:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pet_finetune.checkpoint import load_checkpoint
 from pet_finetune.config import Options
 from pet_finetune.device import choose_device
@@ -17,6 +19,7 @@ from pet_finetune.forgetting.dimer_report import report_dimers
 from pet_finetune.log import FILE_ONLY, get_logger, setup_logging
 from pet_finetune.report.tables import error_table, show
 from pet_finetune.report.write import report_or_warn
+from pet_finetune.runs.folder import STARTED, RunFolder, own_folder, starts_of
 from pet_finetune.training import TrainingResult
 from pet_finetune.training.memory import peak_gpu_mib, peak_resident_mib
 from pet_finetune.training.progress import RunDisplay
@@ -33,7 +36,7 @@ _logger = get_logger(__name__)
 
 def train(
     options: Options,
-    folder: str | Path,
+    folder: str | Path | RunFolder | None = None,
     *,
     restart: str | Path | None = None,
     notices: Sequence[str] = (),
@@ -47,7 +50,8 @@ def train(
 
     Args:
         options: checked options.
-        folder: where the files of the run go.
+        folder: where the files of the run go; ``outputs/DATE/TIME`` without it. It belongs to
+            this process until the run ends.
         restart: a ``last.ckpt`` to go on from, exactly.
         notices: what reading the options had to say, for the log.
         source: the options file, which the run must not overwrite.
@@ -56,12 +60,26 @@ def train(
     Raises:
         PetFinetuneError: any bad input, with one clear message.
     """
-    if options.finetune.ensemble is not None and options.finetune.member is None:
-        return train_ensemble(
-            train, options, folder, restart=restart, notices=notices, source=source, check=check
-        )
     device = choose_device(options.device)
-    files = RunFiles(Path(folder))
+    with own_folder(folder) as path:
+        if options.finetune.ensemble is not None and options.finetune.member is None:
+            return train_ensemble(
+                train, options, path, restart=restart, notices=notices, source=source, check=check
+            )
+        return _train_in(path, options, device, restart, notices, source, check)
+
+
+def _train_in(
+    folder: Path,
+    options: Options,
+    device: torch.device,
+    restart: str | Path | None,
+    notices: Sequence[str],
+    source: str | Path,
+    check: bool,
+) -> TrainOutcome:
+    """Train one model in a folder of its own."""
+    files = RunFiles(folder)
     if restart is None:
         files.check_free(source)
     setup_logging(file=files.folder / LOG)
@@ -70,6 +88,7 @@ def train(
     try:
         saved = open_run(restart, options) if restart is not None else None
         run = prepare_run(options, files, saved, device, check=check and saved is None)
+        files.tell({STARTED: starts_of(files.about())})
         result = _train(run)
         _tell_memory(run)
         if result.finished:
