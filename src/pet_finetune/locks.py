@@ -82,7 +82,7 @@ class FileLock:
     """A lock that one process holds at a time.
 
     Args:
-        path: its file, made where it does not exist; it may stay behind, free.
+        path: its file, which is there while the lock is held, and may stay behind a killed process.
 
     Attributes:
         path: as given.
@@ -93,7 +93,6 @@ class FileLock:
         self.path = path
         self.holder: Holder | None = None
         self._file: int | None = None
-        self._without_flock = False
         self._stop = threading.Event()
         self._signs: threading.Thread | None = None
 
@@ -128,12 +127,9 @@ class FileLock:
         if self._signs is not None:
             self._signs.join()  # its file may be another one as soon as it is closed
         _held.discard(self)
-        # What cannot be written any more (a full disk, a folder that was removed) is free anyway.
+        # What cannot be removed any more (a folder that is gone) is free as soon as it is closed.
         with contextlib.suppress(OSError):
-            if self._without_flock:
-                self.path.unlink(missing_ok=True)
-            else:
-                os.ftruncate(self._file, 0)
+            self.path.unlink(missing_ok=True)
         self._close()
 
     def _close(self) -> None:
@@ -158,7 +154,9 @@ class FileLock:
             if error.errno in _NO_LOCKS:
                 return self._open_alone()
             raise
-        self._without_flock = False
+        if _inode(self.path) != os.fstat(file).st_ino:  # given back, and removed, meanwhile
+            os.close(file)
+            return self._open()
         found = _read(file)
         if found is None or found.host == socket.gethostname() or not self._lives(found, file):
             return file
@@ -167,7 +165,6 @@ class FileLock:
 
     def _open_alone(self) -> int | None:
         """As :meth:`_open`, where the file system locks nothing: who makes the file has it."""
-        self._without_flock = True
         while True:
             new = self.path.with_name(f"{self.path.name}.{socket.gethostname()}.{os.getpid()}")
             file = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
@@ -245,6 +242,13 @@ def _give_signs(file: int, stop: threading.Event) -> None:
 def _write(file: int, holder: Holder) -> None:
     os.ftruncate(file, 0)
     os.pwrite(file, json.dumps(asdict(holder)).encode(), 0)
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return None
 
 
 def _read(file: int) -> Holder | None:

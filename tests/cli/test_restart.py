@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -159,15 +160,15 @@ def test_overrides_of_the_run_are_kept_in_what_it_says(here, command, stop):
 
 def test_auto_takes_the_newest_run(here, command, stop, assert_whole):
     write()
-    older = Path("outputs/older/last.ckpt")
+    older = Path("outputs/2020-01-01/12-00-00/last.ckpt")
     older.parent.mkdir(parents=True)
     older.write_text("")
-    os.utime(older, (1, 1))
     stop(5)
     assert command("train", "mine.yaml").code == 130
+    os.utime(older, (2**32, 2**32))  # file times are those of the last copy
     answer = command("train", "mine.yaml", "--restart", "auto")
     assert answer.code == 0, answer.err
-    (part,) = Path("outputs").glob("*-*/*")
+    (part,) = set(Path("outputs").glob("*/*")) - {older.parent}
     assert_whole(part, "scratch")
 
 
@@ -218,6 +219,32 @@ def test_more_epochs_are_a_change_that_is_told(here, command):
         assert [row["epoch"] for row in csv.DictReader(stream)] == ["1", "2", "3", "4", "5"]
 
 
+def test_each_option_that_changed_is_told_the_seed_too(here, command, stop):
+    write(METHODS["lora"][0])
+    stop(3)
+    command("train", "mine.yaml", "-c", "base.ckpt", "-o", "run")
+    training = "architecture.training"
+    changes = {
+        "seed": 9,
+        "final_eval": "false",
+        f"{training}.scheduler": "constant",
+        f"{training}.finetune.config.dropout": 0.1,
+        f"{training}.log_interval": 7,
+    }
+    overrides = [word for name, value in changes.items() for word in ("-r", f"{name}={value}")]
+    answer = command("train", "mine.yaml", "--restart", "run", *overrides)
+    assert answer.code == 0, answer.err
+    told = re.findall(r"--restart: (.*)", answer.err)
+    begun = "as it began"
+    assert told == [
+        f"{training}.finetune.config.dropout is 0.1; the run goes on with 0.2, {begun}",
+        f"{training}.scheduler is constant; until now the run had cosine",
+        "final_eval is False; until now the run had True",
+        f"seed is 9; the run goes on with 5, {begun}",
+    ]
+    assert "seed 5," in answer.err
+
+
 def test_final_evaluation_switched_on_later(here, command, stop):
     write(final_eval=False)
     stop(2)
@@ -259,7 +286,6 @@ def test_what_cannot_be_gone_on_with(here, command):
     command("train", "mine.yaml", "-o", "run")
     assert "holds a model but no run" in failing(command, "--restart", "run/best_model.ckpt")
     assert "there is no file 'nowhere'" in failing(command, "--restart", "nowhere")
-    assert "no last.ckpt below 'outputs'" in failing(command, "--restart", "auto")
     assert "give one of them" in failing(command, "--restart", "run", "-c", "base.ckpt")
     assert "holds a run already" in failing(command, "-o", "run")
     assert "holds a run already" in failing(command, "-c", "base.ckpt", "-o", "run")

@@ -104,9 +104,27 @@ def test_it_is_free_when_its_process_was_killed(processes, flock, tmp_path):
     kill(holder)
     assert lock.acquire()
     lock.release()
+    assert not (tmp_path / "lock").exists()
     again = FileLock(tmp_path / "lock")
     assert again.acquire()
     again.release()
+
+
+def test_a_lock_that_is_given_back_while_another_opens_it_is_taken_anew(monkeypatch, tmp_path):
+    first, second = FileLock(tmp_path / "lock"), FileLock(tmp_path / "lock")
+    assert first.acquire()
+    flock = fcntl.flock
+
+    def late(file, how):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        first.release()  # after the second has opened the file that this removes
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    assert second.acquire()
+    assert (tmp_path / "lock").exists()
+    assert not FileLock(tmp_path / "lock").acquire()
+    second.release()
 
 
 def test_after_a_kill_one_of_many_gets_it(processes, flock, tmp_path):
