@@ -151,13 +151,15 @@ def test_a_copy_of_a_folder_in_use_is_free(processes, flock, tmp_path):
 def test_a_forked_child_does_not_keep_it(tmp_path):
     lock = FileLock(tmp_path / "lock")
     assert lock.acquire()
-    read, write = os.pipe()
+    (read, write), (there, here) = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
         os.close(write)
+        os.write(here, b"x")
         os.read(read, 1)  # until the parent lets go
         os._exit(0)
     try:
+        os.read(there, 1)
         lock._close()  # as the end of the process does
         locks._held.discard(lock)
         again = FileLock(tmp_path / "lock")
@@ -166,7 +168,8 @@ def test_a_forked_child_does_not_keep_it(tmp_path):
     finally:
         os.close(write)
         os.waitpid(child, 0)
-        os.close(read)
+        for end in (read, there, here):
+            os.close(end)
 
 
 def test_a_child_that_forks_leaves_it_to_its_parent(tmp_path):
