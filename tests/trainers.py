@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import signal
-from dataclasses import replace
 
 import torch
 
@@ -14,9 +13,11 @@ from pet_finetune.adapters import AdapterConfig, freeze, inject
 from pet_finetune.config import TargetLoss, TrainingOptions
 from pet_finetune.data import Loader
 from pet_finetune.training import Trainer
+from pet_finetune.training.average import Averaging
 from pet_finetune.training.baselines import fit_composition
-from pet_finetune.training.extra import Seen
+from pet_finetune.training.feature import Feature, Step
 from pet_finetune.training.loss import Objective
+from pet_finetune.training.prepare import own_features
 from tiny_data import molecules, structures_of
 
 TRAIN, VALIDATION = structures_of(molecules(7)), structures_of(molecules(3, seed=1))
@@ -24,24 +25,57 @@ TRAIN, VALIDATION = structures_of(molecules(7)), structures_of(molecules(3, seed
 
 def at(epoch, index=0):
     """A place in a run, for losses that look at nothing else."""
-    return Seen(epoch, index, None, {})
+    return Step(epoch, index, None, {})
 
 
-class Shrink:
-    """An extra loss: the squares of some weights, in every second batch."""
+class Shrink(Feature):
+    """Adds to the loss: the squares of some weights, in every second batch."""
 
     name = "shrink"
 
-    def __init__(self, module):
-        self.parameters = list(module.parameters())
+    def start(self, trainer, kept):
+        self.parameters = list(trainer.model.network.node_last_layers.parameters())
         self.values = []
 
-    def __call__(self, seen):
-        if seen.index % 2:
-            return None
-        value = 0.1 * (1 + seen.epoch) * sum((p**2).sum() for p in self.parameters)
+    def losses(self, step):
+        if step.index % 2:
+            return {}
+        value = 0.1 * (1 + step.epoch) * sum((p**2).sum() for p in self.parameters)
         self.values.append(value.item())
-        return value
+        return {self.name: value}
+
+
+class Watch(Feature):
+    """Calls functions at the hooks of a run; ``best`` after the epochs that are."""
+
+    name = "watch"
+
+    def __init__(self, step=None, epoch=None, best=None, save=None):
+        self._step, self._epoch, self._best, self._save = step, epoch, best, save
+
+    def step_ended(self, progress):
+        if self._step is not None:
+            self._step(*progress)
+
+    def epoch_ended(self, record):
+        if self._best is not None and record.best:
+            self._best(record)
+        if self._epoch is not None:
+            self._epoch(record)
+
+    def save(self):
+        if self._save is not None:
+            self._save()
+
+
+def watch(trainer, **functions):
+    trainer.add(Watch(**functions))
+
+
+def average_of(trainer):
+    """The averaged weights of a run; None where there are none."""
+    found = [f.average.average for f in trainer.features if isinstance(f, Averaging)]
+    return found[0] if found else None
 
 
 def tiny_model(method="full", **config):
@@ -64,7 +98,6 @@ def make_trainer(
         {"batch_size": 3, "num_epochs": 2, "warmup_fraction": 0.2, **options}
     )
     model = tiny_model(method, **(config or {}))
-    heads = model.network.node_last_layers
     return Trainer(
         model,
         {"energy": Objective("energy", TargetLoss(), forces=True, stress=False, scale=2.0)},
@@ -73,7 +106,7 @@ def make_trainer(
         Loader(validation, model.cutoff, batch_size=2),
         settings,
         learning_rate=3e-3,
-        extra_losses=[Shrink(heads)] if extra else [],
+        features=[*([Shrink()] if extra else []), *own_features(settings)],
     )  # fmt: skip
 
 
@@ -101,13 +134,12 @@ def interrupt_after(trainer, steps):
         if trainer.progress.step == wanted:
             os.kill(os.getpid(), signal.SIGINT)
 
-    trainer.callbacks = replace(trainer.callbacks, step=step)
+    watch(trainer, step=step)
 
 
 def weights(trainer):
     parts = {f"now {n}": p.detach().clone() for n, p in trainer.parameters.items()}
-    if trainer.average is not None:
-        parts |= {f"average {n}": v.clone() for n, v in trainer.average.average.items()}
+    parts |= {f"average {n}": v.clone() for n, v in (average_of(trainer) or {}).items()}
     return parts
 
 

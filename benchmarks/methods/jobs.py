@@ -135,7 +135,7 @@ def run_and_measure(words: list[str], folder: Path, threads: int, log: Any) -> t
 
 def import_memory(threads: int, folder: Path) -> float:
     """Largest resident memory, MB, of a process that imports what training needs."""
-    words = [sys.executable, "-c", "import pet_finetune.workflows.train"]
+    words = [sys.executable, "-c", "import pet_finetune.api"]
     memory, status = run_and_measure(words, folder, threads, subprocess.DEVNULL)
     if status:
         raise RuntimeError("the package cannot be imported in a process of its own")

@@ -9,9 +9,9 @@ from benchmarks.speed.protocol import serve
 from benchmarks.speed.worker import Bench, Tool
 
 import pet_finetune
+from pet_finetune.api import evaluate_files, train
 from pet_finetune.calculator import PETCalculator
 from pet_finetune.config.load import load_options
-from pet_finetune.workflows import evaluate_files, train
 
 
 class PetFinetune(Tool):

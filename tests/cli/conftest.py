@@ -71,11 +71,11 @@ def reported() -> None:
 def _little_is_reported(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "reported" in request.fixturenames:  # which takes most of a second a run
         return
-    forgetting = "pet_finetune.forgetting"
-    monkeypatch.setattr(f"{forgetting}.dimer_report.dimers_svg", lambda *ignored: "<svg/>")
+    room = "pet_finetune.forgetting"
+    monkeypatch.setattr(f"{room}.dimer_report.dimers_svg", lambda *ignored: "<svg/>")
     monkeypatch.setattr("pet_finetune.report.figures.available", lambda: False)
     monkeypatch.setattr(
-        f"{forgetting}.memory.probe_structures", lambda species: probe_structures(species)[::8]
+        f"{room}.retention.probe_structures", lambda species: probe_structures(species)[::8]
     )
 
 

@@ -75,6 +75,6 @@ def test_an_interrupt_outside_training(here, command, monkeypatch):
     def interrupt(*ignored, **also_ignored):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pet_finetune.workflows.train", interrupt)
+    monkeypatch.setattr("pet_finetune.api.train", interrupt)
     answer = command("train", "options.yaml", "-c", "base.ckpt")
     assert (answer.code, answer.err) == (130, "interrupted\n")

@@ -91,7 +91,7 @@ def test_switched_off_or_impossible(here, train, command):
 
 
 def test_without_structures_of_its_elements_there_is_no_report(here, train, monkeypatch):
-    monkeypatch.setattr("pet_finetune.forgetting.memory.probe_structures", lambda species: [])
+    monkeypatch.setattr("pet_finetune.forgetting.retention.probe_structures", lambda species: [])
     answer = train(finetune(method="heads"), "-c", "base.ckpt")
     assert "no forgetting report: no structure of the probe set" in answer.err
     assert "retention" not in results()["before"]

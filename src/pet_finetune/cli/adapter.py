@@ -63,7 +63,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _info(arguments: argparse.Namespace) -> int:
     from pet_finetune.checkpoint.adapters import describe_adapter
-    from pet_finetune.report.tables import show
+    from pet_finetune.training.tables import show
 
     for folder in arguments.folder:
         show(describe_adapter(folder))

@@ -14,7 +14,7 @@ from .paths import check_data, check_models, check_sets
 from .reading import add_reading_arguments, systems_of
 
 if TYPE_CHECKING:
-    from pet_finetune.workflows import EvaluationSettings, LabelNames
+    from pet_finetune.api import EvaluationSettings, LabelNames
 
 _EXAMPLES = """\
 examples:
@@ -143,8 +143,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("eval: name the files to evaluate on: eval MODEL FILE...")
     check_models(arguments.first)
     check_data(*arguments.files)
+    from pet_finetune.api import evaluate_files
     from pet_finetune.log import setup_logging
-    from pet_finetune.workflows import evaluate_files
 
     setup_logging()
     evaluate_files(
@@ -160,7 +160,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _labels(arguments: argparse.Namespace) -> LabelNames:
-    from pet_finetune.workflows import LabelNames
+    from pet_finetune.api import LabelNames
 
     return LabelNames(
         key=arguments.key,
@@ -174,7 +174,7 @@ def _labels(arguments: argparse.Namespace) -> LabelNames:
 
 
 def _settings(arguments: argparse.Namespace) -> EvaluationSettings:
-    from pet_finetune.workflows import EvaluationSettings
+    from pet_finetune.api import EvaluationSettings
 
     # With --config, -o is the folder of the runs.
     output = arguments.output if arguments.config is None else None
@@ -198,7 +198,7 @@ def _named(arguments: argparse.Namespace) -> int:
     if not files:
         _no_names(arguments, f"the run '{entry.name}'")
     from pet_finetune.log import setup_logging
-    from pet_finetune.workflows.named_runs import evaluate_named
+    from pet_finetune.training.named_runs import evaluate_named
 
     setup_logging()
     evaluate_named(
@@ -229,7 +229,7 @@ def _with_options(arguments: argparse.Namespace) -> int:
     if is_evaluation(arguments.first):
         sets = load_evaluation(arguments.first, arguments.override)
         check_sets(sets.datasets)
-        from pet_finetune.workflows import evaluate_datasets
+        from pet_finetune.api import evaluate_datasets
 
         _tell(sets.notices)
         evaluate_datasets(
@@ -243,7 +243,7 @@ def _with_options(arguments: argparse.Namespace) -> int:
         return 0
     loaded = load_options(arguments.first, arguments.override, require_start=False)
     check_sets(loaded.options.datasets())
-    from pet_finetune.workflows import evaluate_options
+    from pet_finetune.api import evaluate_options
 
     _tell(loaded.notices)
     evaluate_options(

@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_models(arguments.checkpoint)
     from pet_finetune.export.export import export_model, export_table
     from pet_finetune.log import setup_logging
-    from pet_finetune.report.tables import show
+    from pet_finetune.training.tables import show
 
     setup_logging()
     outcome = export_model(

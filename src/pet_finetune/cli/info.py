@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_models(*arguments.checkpoint)
     from pet_finetune.checkpoint.info import checkpoint_facts, describe_checkpoint
     from pet_finetune.log import setup_logging
-    from pet_finetune.report.tables import show
+    from pet_finetune.training.tables import show
 
     setup_logging()
     if arguments.json:

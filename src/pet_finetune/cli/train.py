@@ -125,10 +125,10 @@ def run(arguments: argparse.Namespace) -> int:
     whole = finetune.ensemble is not None and finetune.member is None
     folder = arguments.output or (_run_of(restart, whole) if restart else None)
 
-    from pet_finetune.workflows import profile_run, train
+    from pet_finetune.api import profile, train
 
     if arguments.profile is not None:
-        profile_run(
+        profile(
             loaded.options,
             folder,
             arguments.profile,
@@ -163,7 +163,7 @@ def _named(arguments: argparse.Namespace) -> int:
             print(f"# {entry.name}: pet-finetune train options.yaml -o {entry.folder}")
             print(to_yaml(entry.raw))
         return 0
-    from pet_finetune.workflows.named_runs import train_named
+    from pet_finetune.api import train_named
 
     return train_named(
         runs, arguments.config, alone=not arguments.all, check=not arguments.no_check

@@ -18,9 +18,9 @@ from rich.table import Table
 from pet_finetune.errors import DynamicsError, PetFinetuneError
 from pet_finetune.log import FILE_ONLY, get_logger, setup_logging
 from pet_finetune.report.simulation import simulation_svg
-from pet_finetune.report.tables import show
 from pet_finetune.runs.folder import STARTED, own_folder, starts_of
 from pet_finetune.training.interrupt import InterruptGuard
+from pet_finetune.training.tables import show
 
 from . import MDFiles, MDSettings, Outcome, Summary, simulate, summarize
 from .checks import check_start

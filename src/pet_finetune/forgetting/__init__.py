@@ -1,1 +1,17 @@
 """What watches and keeps what the foundation knew: retention, replay, anchors, dimer curves."""
+
+from __future__ import annotations
+
+from pet_finetune.training.feature import Feature
+
+from .anchor import Anchor
+from .dimer_report import DimerReport
+from .replay import Replay
+from .retention import RetentionReport
+
+__all__ = ["Anchor", "DimerReport", "Replay", "RetentionReport", "forgetting_features"]
+
+
+def forgetting_features() -> list[Feature]:
+    """The features of this room; each does nothing where the options do not ask for it."""
+    return [RetentionReport(), Replay(), Anchor(), DimerReport()]

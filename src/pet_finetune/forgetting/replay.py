@@ -1,23 +1,91 @@
-"""Rehearsal: the loss of structures that the foundation knows, beside each batch of the user's.
+"""Replay: the loss of structures that the foundation knows, beside each batch of the user's.
 
 Replayed data against forgetting: A. Robins, Connection Science 7, 123 (1995), where the network
-labels ("pseudorehearsal") what it rehearses.
+labels what it replays ("pseudorehearsal").
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
 from torch import Tensor
 
-from pet_finetune.config import TrainingOptions
-from pet_finetune.data.mixing import Beside
+from pet_finetune.config import Options, TrainingOptions
+from pet_finetune.data.loader import Loader
+from pet_finetune.data.mixing import Beside, number_beside
+from pet_finetune.data.perturb import distorted
+from pet_finetune.data.structure import Structure
+from pet_finetune.errors import ConfigError
+from pet_finetune.keys import forces_key, stress_key
+from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
-from pet_finetune.training.extra import Seen
+from pet_finetune.training.feature import Feature, Plan, Step
+from pet_finetune.training.foundation import FoundationEnergies, named_energy
+from pet_finetune.training.labels import label_with, relabelled
 from pet_finetune.training.loss import Objective, batch_loss
 from pet_finetune.training.schedule import loss_stage
+from pet_finetune.training.trainer import Trainer
+
+from .structures import (
+    TRAINING,
+    as_plain,
+    foundation_of,
+    from_plain,
+    read_labelled,
+    read_unlabelled,
+)
+
+_logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class ReplayHead:
+    """Through which head what is replayed: ``target`` in the new model, ``source`` in the old."""
+
+    target: str
+    source: str
+
+
+def choose_head(options: Options, foundation: FoundationEnergies) -> ReplayHead | None:
+    """Decide on the head of the replayed structures; None without replay.
+
+    Where all weights train, the foundation's head stays in the model and is replayed beside that
+    of the user's data. The other methods have a place for the heads of trained targets only: there
+    it is the one that began as the foundation's.
+
+    Raises:
+        ConfigError: the foundation has no such energy, or no head of it is left.
+    """
+    finetune = options.finetune
+    if finetune.replay is None:
+        return None
+    path = "architecture.training.finetune.replay"
+    if finetune.replay.read_from is not None:
+        source = named_energy(finetune.replay.read_from.targets, foundation, f"{path}.read_from")
+    else:
+        known = list(dict.fromkeys(foundation.sources.values()))
+        if not known:
+            raise ConfigError(
+                f"{path}: no head of the new model begins as one of the foundation's, so there is "
+                "none to replay. Name the head to begin with in finetune.inherit_heads."
+            )
+        source = known[0]
+    if finetune.method == "full":
+        return ReplayHead(source, source)
+    heads = foundation.heads_of(source)
+    if not heads:
+        raise ConfigError(
+            f"{path}: the head of '{source}' is not part of the new model: with method "
+            f"{finetune.method} only heads of trained targets are, and none begins as that one. "
+            "Use method full, or replay data of another target."
+        )
+    return ReplayHead(heads[0], source)
 
 
 class ReplayLoss:
-    """An extra loss: that of replayed structures, weighted.
+    """The loss of replayed structures, weighted.
 
     Args:
         model: is trained.
@@ -26,8 +94,6 @@ class ReplayLoss:
         weight: factor of their loss.
         options: ``architecture.training``, whose ``loss_schedule`` holds for them too.
     """
-
-    name = "replay"
 
     def __init__(
         self,
@@ -41,9 +107,133 @@ class ReplayLoss:
         self.objective, self._options = objective, options
         self._wanted = {objective.target: (objective.forces, objective.stress)}
 
-    def __call__(self, seen: Seen) -> Tensor:
+    def __call__(self, step: Step) -> Tensor:
         """The weighted loss of what goes beside a batch, a scalar."""
-        replayed = self.beside.batch(seen.epoch, seen.index).to(self.model.device, self.model.dtype)
+        replayed = self.beside.batch(step.epoch, step.index).to(self.model.device, self.model.dtype)
         predictions = self.model.predict_many(replayed.graph, self._wanted, create_graph=True)
-        objective = self.objective.at(loss_stage(self._options, seen.epoch))
+        objective = self.objective.at(loss_stage(self._options, step.epoch))
         return self.weight * batch_loss(replayed, predictions, {objective.target: objective})
+
+
+class Replay(Feature):
+    """The feature ``finetune.replay``: :class:`ReplayLoss` of a file, or of structures that the
+    starting model labels itself."""
+
+    name = "replay"
+
+    def __init__(self) -> None:
+        self._plan: Plan | None = None
+        self._structures: list[Structure] = []
+        self._head: ReplayHead | None = None
+        self._kept: dict[str, Any] | None = None
+        self._loss: ReplayLoss | None = None
+
+    def check(self, plan: Plan) -> None:
+        """Read the structures and choose their head.
+
+        Raises:
+            ConfigError: no head of the new model is that of the structures.
+            DataError: files that are missing or lack labels.
+            SpeciesError: elements that the model does not know.
+        """
+        replay = plan.options.finetune.replay
+        if plan.foundation is None or replay is None:
+            return
+        self._plan = plan
+        self._head = choose_head(plan.options, plan.foundation)
+        if replay.read_from is not None:
+            self._structures = read_labelled(replay.read_from, plan.start.model)
+            return
+        self._structures = read_unlabelled(replay.structures, plan, "replay")
+        if TRAINING in replay.structures:
+            self._structures += distorted(
+                plan.training, replay.copies, replay.rattle, replay.strain, plan.seed
+            )
+
+    @property
+    def heads(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The head that is replayed, which has to stay in the model."""
+        return () if self._head is None else (self._head.target,)
+
+    def start(self, trainer: Trainer, kept: Mapping[str, Any] | None) -> None:
+        """Label the structures, or take them as they were kept."""
+        model, options = trainer.model, trainer.options
+        self._kept = dict(kept) if kept else self._labelled(model)
+        if self._kept is None:
+            return
+        structures = from_plain(self._kept["structures"])
+        objective = objective_of(options, model, self._kept["target"])
+        loader = Loader(
+            structures,
+            model.cutoff,
+            batch_size=1,
+            augment=options.rotational_augmentation,
+            seed=trainer.training.seed,
+            dtype=model.dtype,
+        )
+        beside = Beside(loader, trainer.training, self._kept["fraction"])
+        weight = self._kept["weight"]
+        self._loss = ReplayLoss(model, beside, _possible(objective, loader), weight, options)
+
+    def _labelled(self, model: Potential) -> dict[str, Any] | None:
+        if self._plan is None or self._head is None:
+            return None
+        replay, target = self._plan.options.finetune.replay, self._head.target
+        assert replay is not None, "a run without finetune.replay replays nothing"
+        structures: Sequence[Structure]
+        if replay.read_from is not None:
+            shifts = {target: foundation_of(self._plan).shift(model, target)}
+            structures = relabelled(self._structures, self._head.source, shifts, model.species)
+        else:
+            structures = label_with(model, self._structures, [target])
+        size = self._plan.options.training.batch_size
+        beside = f"{number_beside(size, replay.fraction)} beside each batch of {size}"
+        if self._plan.options.training.max_atoms_per_batch is not None:
+            beside = f"{replay.fraction:g} of the structures of each step"
+        _logger.info(
+            "replay: %d structures %s for '%s'; %s, weight %g",
+            len(structures),
+            f"of {replay.read_from.systems.read_from}"
+            if replay.read_from is not None
+            else f"({', '.join(replay.structures)}) labelled by the starting model",
+            target,
+            beside,
+            replay.weight,
+        )
+        return {
+            "structures": as_plain(structures),
+            "target": target,
+            "fraction": replay.fraction,
+            "weight": replay.weight,
+        }
+
+    def kept(self) -> dict[str, Any] | None:
+        """The labelled structures, their target, fraction and weight."""
+        return self._kept
+
+    def losses(self, step: Step) -> Mapping[str, Tensor]:
+        """The loss of what goes beside a batch."""
+        return {} if self._loss is None else {self.name: self._loss(step)}
+
+
+def objective_of(options: TrainingOptions, model: Potential, target: str) -> Objective:
+    """What is asked of structures that the foundation knows: as of the user's own."""
+    loss = options.loss_for(target)
+    return Objective(
+        target=target,
+        loss=loss,
+        forces=loss.forces_term().weight > 0,
+        stress=loss.stress_term().weight > 0,
+        scale=float(model.scale.get(target)),
+        per_atom=target not in options.per_structure_targets,
+    )
+
+
+def _possible(objective: Objective, loader: Loader) -> Objective:
+    """The objective without derivatives that no structure is labelled with."""
+    labels, target = loader.label_names, objective.target
+    return replace(
+        objective,
+        forces=objective.forces and forces_key(target) in labels,
+        stress=objective.stress and stress_key(target) in labels,
+    )

@@ -10,6 +10,7 @@ from pet_finetune.data.splits import Splits, make_splits
 from pet_finetune.errors import DataError, PetFinetuneError, SpeciesError
 from pet_finetune.log import get_logger
 from pet_finetune.training.elements import ADVICE
+from pet_finetune.training.feature import Feature, Plan
 from pet_finetune.training.start import Start
 from pet_finetune.units import length_to_angstrom
 
@@ -68,31 +69,37 @@ def read_checked(options: Options, seed: int) -> Splits:
         raise DataError(_listed(findings)) from error
 
 
-def check_data(options: Options, splits: Splits, start: Start) -> None:
-    """Inspect the sets of a new run.
+class Preflight(Feature):
+    """The feature that inspects the data of a new run before anything is trained on them."""
 
-    Raises:
-        SpeciesError: elements that the model does not know, and nothing else.
-        DataError: what would break the run, all of it.
-    """
-    sets = {"train": splits.train, "validation": splits.validation, "test": splits.test}
-    target = energy_of(options)
-    known = tuple(z for z in start.model.species if z not in start.new_species)
-    foundation = Foundation(
-        start.model,
-        _reference(start, target),
-        known,
-        known_too=tuple(start.new_species),
-        advice=ADVICE if options.is_finetuning else "",
-        seconds=_SECONDS,
-        keeps_baselines=options.is_finetuning and options.baseline_mode() == "keep",
-    )
-    declared = declared_units(options.datasets(), target)
-    inspection = inspect_sets(sets, target, declared, foundation, cells_of(options))
-    _tell(inspection)
-    problem = problem_of(inspection.errors)
-    if problem is not None:
-        raise problem
+    name = "preflight"
+
+    def check(self, plan: Plan) -> None:
+        """Inspect the sets.
+
+        Raises:
+            SpeciesError: elements that the model does not know, and nothing else.
+            DataError: what would break the run, all of it.
+        """
+        options, splits, start = plan.options, plan.splits, plan.start
+        sets = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+        target = energy_of(options)
+        known = tuple(z for z in start.model.species if z not in start.new_species)
+        foundation = Foundation(
+            start.model,
+            _reference(start, target),
+            known,
+            known_too=tuple(start.new_species),
+            advice=ADVICE if options.is_finetuning else "",
+            seconds=_SECONDS,
+            keeps_baselines=options.is_finetuning and options.baseline_mode() == "keep",
+        )
+        declared = declared_units(options.datasets(), target)
+        inspection = inspect_sets(sets, target, declared, foundation, cells_of(options))
+        _tell(inspection)
+        problem = problem_of(inspection.errors)
+        if problem is not None:
+            raise problem
 
 
 def _reference(start: Start, target: str | None) -> str | None:

@@ -295,7 +295,7 @@ def _committee(run: RunRecord, drawn: bool) -> dict[str, Any] | None:
     committee = run.committee
     if committee is None:
         return None
-    name = run.telling_set or ""
+    name = run.primary_set or ""
     quantities = run.quantities()
     rows = [
         (f"member {n}", [_error(errors, name, q) for q in quantities])

@@ -149,7 +149,7 @@ class RunRecord:
         return "starting model", "committee" if self.committee else "fine-tuned"
 
     @property
-    def telling_set(self) -> str | None:
+    def primary_set(self) -> str | None:
         """The set that says most of the model: the one it saw least of."""
         errors = self.after or self.before
         return next((name for name in ("test", "validation", "train") if name in errors), None)
@@ -157,7 +157,7 @@ class RunRecord:
     def quantities(self) -> list[Quantity]:
         """What is compared, in the order of the targets."""
         errors = self.after or self.before
-        found = errors.get(self.telling_set or "", {}) or self._in_epochs()
+        found = errors.get(self.primary_set or "", {}) or self._in_epochs()
         kinds = ("energy", "forces", "stress", "value")
         quantities = [
             self._quantity(target, kind, several=len(found) > 1)

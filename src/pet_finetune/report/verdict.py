@@ -107,11 +107,11 @@ def judge(run: RunRecord) -> Verdict:
 
 def _change(run: RunRecord, quantity: Quantity) -> Change:
     def value(errors: object, key: str) -> float:
-        found = errors.get(run.telling_set or "", {}) if isinstance(errors, dict) else {}
+        found = errors.get(run.primary_set or "", {}) if isinstance(errors, dict) else {}
         return float(found.get(quantity.target, {}).get(key, math.nan)) * quantity.factor
 
     interval = None
-    if run.predicted is not None and run.predicted.set_name == run.telling_set:
+    if run.predicted is not None and run.predicted.set_name == run.primary_set:
         interval = ratio_interval(run.predicted, quantity)
     return Change(
         quantity,
@@ -140,15 +140,15 @@ def signed(value: float, digits: int) -> str:
 
 
 def _count(run: RunRecord) -> int | None:
-    if run.predicted is not None and run.predicted.set_name == run.telling_set:
+    if run.predicted is not None and run.predicted.set_name == run.primary_set:
         return len(run.predicted.sizes)
-    of_set = run.start.get("data", {}).get(run.telling_set or "", {})
+    of_set = run.start.get("data", {}).get(run.primary_set or "", {})
     return of_set.get("structures")
 
 
 def _measured_on(run: RunRecord) -> str:
     """The set in words, and how far it can be trusted."""
-    name, count = run.telling_set, _count(run)
+    name, count = run.primary_set, _count(run)
     if name is None:
         return ""
     structures = f"{count:,} {name} structures" if count is not None else f"the {name} set"
@@ -232,7 +232,7 @@ def _warnings(run: RunRecord, changes: Sequence[Change]) -> Iterator[str]:
 
 def _overfitting(run: RunRecord) -> Iterator[str]:
     """Training errors far below the others."""
-    shown = run.telling_set
+    shown = run.primary_set
     if shown in (None, "train") or not run.after:
         return
     for quantity in run.quantities():
@@ -254,7 +254,7 @@ def _forgotten(run: RunRecord) -> Iterator[str]:
     for target, values in kept.items():
         drift = values.get("forces_mae")
         old = run.before.get("retention", {}).get(target, {}).get("forces_mae", 0.0)
-        own = run.after.get(run.telling_set or "", {}).get(target, {}).get("forces_mae")
+        own = run.after.get(run.primary_set or "", {}).get(target, {}).get("forces_mae")
         if drift is not None and own is not None and drift > max(own, 1.05 * old):
             yield (
                 f"Forgetting: on structures that the foundation knew, forces are now off by "

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
+
+from .feature import Feature
+from .schedule import averages_weights
+from .trainer import Trainer
 
 
 class WeightAverage:
@@ -71,3 +75,32 @@ class WeightAverage:
         for name, value in self.average.items():
             value.copy_(average[name])
         self.updates = updates
+
+
+class Averaging(Feature):
+    """The features ``ema`` and ``swa``: validation and the best model use averaged weights."""
+
+    name = "average"
+
+    def start(self, trainer: Trainer, kept: Mapping[str, Any] | None) -> None:
+        """Begin with the weights that the model has."""
+        self._options = trainer.options
+        self.average = WeightAverage(trainer.parameters, trainer.options.ema)
+
+    def after_update(self, epoch: int) -> None:
+        """Take the weights into the average, where the epoch is one that counts."""
+        if self._options.ema is not None or averages_weights(self._options, epoch):
+            self.average.update()
+
+    def weights(self) -> AbstractContextManager[object]:
+        """The averaged weights, once there are some."""
+        return self.average.applied()
+
+    def state(self) -> dict[str, Any]:
+        """The average and the number of updates in it."""
+        average = {name: value.cpu() for name, value in self.average.average.items()}
+        return {"average": average, "updates": self.average.updates}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved average."""
+        self.average.load(state["average"], state["updates"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,14 +21,15 @@ from pet_finetune.data.augment import random_rotations, rotate_batch
 from pet_finetune.keys import forces_key, stress_key
 from pet_finetune.model import Potential, Prediction, Property
 
-from .extra import Seen
+from .feature import Feature, Step
 from .loss import Objective, batch_loss, derivatives, objectives_at
+from .trainer import Trainer
 
 _STREAM = 4  # order, rotations, replay and noise have smaller numbers
 
 
 class ConsistencyLoss:
-    """An extra loss: structures just seen, turned, labelled with what was just said of them.
+    """The loss of structures just seen, turned, labelled with what was just said of them.
 
     A turned structure counts ``weight`` times as much as a labelled one: the loss is a mean over
     the turned ones times their share of the batch. Without the share, a few structures with a
@@ -45,8 +47,6 @@ class ConsistencyLoss:
         seed: of the run.
     """
 
-    name = "rotations"
-
     def __init__(
         self,
         model: Potential,
@@ -59,21 +59,43 @@ class ConsistencyLoss:
         self._options, self._seed = options, seed
         self._wanted = derivatives(self.objectives)
 
-    def __call__(self, seen: Seen) -> Tensor:
+    def __call__(self, step: Step) -> Tensor:
         """The weighted loss of the turned structures, a scalar."""
-        count = math.ceil(self.consistency.fraction * seen.batch.graph.num_structures)
-        said = replace(seen.batch, labels=_as_labels(seen.predictions)).first(count)
-        turned = rotate_batch(said, self._rotations(seen, count).to(said.graph.cells.device))
+        count = math.ceil(self.consistency.fraction * step.batch.graph.num_structures)
+        said = replace(step.batch, labels=_as_labels(step.predictions)).first(count)
+        turned = rotate_batch(said, self._rotations(step, count).to(said.graph.cells.device))
         predictions = self.model.predict_targets(turned.graph, self._wanted, create_graph=True)
-        objectives = objectives_at(self.objectives, self._options, seen.epoch)
-        share = count / seen.batch.graph.num_structures
+        objectives = objectives_at(self.objectives, self._options, step.epoch)
+        share = count / step.batch.graph.num_structures
         return self.consistency.weight * share * batch_loss(turned, predictions, objectives)
 
-    def _rotations(self, seen: Seen, count: int) -> Tensor:
+    def _rotations(self, step: Step, count: int) -> Tensor:
         """On the CPU whatever the model is on: the same rotations everywhere."""
-        sequence = np.random.SeedSequence([self._seed, seen.epoch, seen.index, _STREAM])
+        sequence = np.random.SeedSequence([self._seed, step.epoch, step.index, _STREAM])
         generator = torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
         return random_rotations(count, generator)
+
+
+class RotationalAgreement(Feature):
+    """The feature ``rotational_consistency``: a :class:`ConsistencyLoss` beside each batch."""
+
+    name = "rotations"
+
+    def start(self, trainer: Trainer, kept: Mapping[str, Any] | None) -> None:
+        """Take objectives and seed from the run."""
+        options = trainer.options
+        assert options.rotational_consistency is not None, "the run does not ask for it"
+        self._loss = ConsistencyLoss(
+            trainer.model,
+            trainer.objectives,
+            options.rotational_consistency,
+            options,
+            trainer.training.seed,
+        )
+
+    def losses(self, step: Step) -> Mapping[str, Tensor]:
+        """The loss of the rotated structures."""
+        return {self.name: self._loss(step)}
 
 
 def _as_labels(predictions: Mapping[str, Prediction | Property]) -> dict[str, Tensor]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from types import TracebackType
 
-from rich.progress import TextColumn
+from rich.progress import TaskID, TextColumn
 
 from pet_finetune.log import FILE_ONLY, REDRAWS_PER_SECOND, get_logger, progress_bar
 
+from .feature import Feature
 from .metrics import Metrics
-from .records import EpochRecord
+from .records import EpochRecord, StepProgress
 
 _logger = get_logger(__name__)
 
@@ -36,8 +36,8 @@ def describe(metrics: Mapping[str, Metrics]) -> str:
     return ", ".join(parts)
 
 
-class RunDisplay:
-    """Shows steps and epochs of a run.
+class RunDisplay(Feature):
+    """The feature that shows steps and epochs of a run.
 
     Args:
         num_epochs: in all.
@@ -51,38 +51,41 @@ class RunDisplay:
         self._epoch = epochs_done
         self._moved = -math.inf
         self._line_at = time.monotonic()
+        self._task: TaskID | None = None
         self._bar = progress_bar(
             TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
             TextColumn("loss {task.fields[loss]:.3g}  forces {task.fields[forces]} meV/A"),
             TextColumn("{task.fields[rate]:.0f} structures/s"),
         )
 
-    def __enter__(self) -> RunDisplay:
-        if self._bar is not None:
+    name = "display"
+
+    def _begin(self) -> None:
+        """Show the bar; not before the first step, so that what is logged before stays whole."""
+        if self._bar is not None and self._task is None:
             self._bar.start()
             self._task = self._bar.add_task(
                 "train", epoch=1, epochs=self._num_epochs, loss=math.nan, forces="-", rate=0.0
             )
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Leave the terminal as it was."""
         if self._bar is not None:
             self._bar.stop()
 
-    def step(
-        self, done: int, total: int, loss: float, metrics: Mapping[str, Metrics], rate: float
-    ) -> None:
+    def step_ended(self, progress: StepProgress) -> None:
         """Move the bar, unless it has only just been moved, and write a line each minute."""
+        done, total, loss, metrics, rate = progress
+        self._begin()
         now = time.monotonic()
         if done < total and now - self._line_at >= _SECONDS_BETWEEN_LINES:
             self._line_at = now
             self._line(done, total, loss, metrics, rate)
-        if self._bar is None or (done < total and now - self._moved < 1 / REDRAWS_PER_SECOND):
+        if (
+            self._bar is None
+            or self._task is None
+            or (done < total and now - self._moved < 1 / REDRAWS_PER_SECOND)
+        ):
             return
         self._moved = now
         forces = [m.mae("forces") for m in metrics.values() if "forces" in m.kinds]
@@ -106,7 +109,7 @@ class RunDisplay:
             extra=FILE_ONLY if self._bar else None,
         )  # fmt: skip
 
-    def epoch(self, record: EpochRecord) -> None:
+    def epoch_ended(self, record: EpochRecord) -> None:
         """A line in the log."""
         self._epoch = record.epoch
         self._line_at = time.monotonic()
@@ -114,7 +117,7 @@ class RunDisplay:
         if record.epoch % self._log_interval and not last and record.epoch > 1:
             return
         _logger.info(
-            "epoch %*d/%d | loss %.4g%s | train %s | validation %s%s%s | %.1f s, %.0f structures/s",
+            "epoch %*d/%d | loss %.4g%s | train %s | validation %s%s | %.1f s, %.0f structures/s",
             len(str(self._num_epochs)),
             record.epoch,
             self._num_epochs,
@@ -123,7 +126,6 @@ class RunDisplay:
             describe(record.train),
             describe(record.validation),
             " (best)" if record.best else "",
-            f" | forgetting {describe(record.retention)}" if record.retention else "",
             record.seconds,
             record.structures_per_second,
         )

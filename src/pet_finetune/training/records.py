@@ -1,12 +1,10 @@
-"""What the loop tells of a run: an epoch's line, the end, and whom to tell."""
+"""What the training loop tells of a run: a step, an epoch, the end."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
-
-from pet_finetune.model import Potential
 
 from .metrics import Metrics
 
@@ -15,14 +13,32 @@ class StepResult(NamedTuple):
     """What an update was made of.
 
     Attributes:
-        losses: sums over its batches: the loss and, one by one, the extra losses that are part
-            of it.
+        loss: sum over its batches, with the terms of features.
+        extra: the same of each term of a feature, by name.
         batches, structures: how many.
     """
 
-    losses: list[float]
+    loss: float
+    extra: dict[str, float]
     batches: int
     structures: int
+
+
+class StepProgress(NamedTuple):
+    """Where an epoch stands after an update.
+
+    Attributes:
+        done, total: batches of the epoch.
+        loss: mean over those that are done.
+        metrics: errors of those that are done, by target.
+        rate: structures per second.
+    """
+
+    done: int
+    total: int
+    loss: float
+    metrics: Mapping[str, Metrics]
+    rate: float
 
 
 @dataclass
@@ -38,8 +54,8 @@ class EpochRecord:
         best: whether this epoch is the best so far.
         seconds: of training and validation; waiting between two parts of a run does not count.
         structures_per_second: training throughput.
-        extra: mean of each extra loss, by name.
-        retention: errors on the retention set by target, where they were due.
+        extra: mean of each term that features add to the loss, by name.
+        columns: what features measured after the epoch, by column of ``train.csv``.
     """
 
     epoch: int
@@ -52,7 +68,7 @@ class EpochRecord:
     seconds: float
     structures_per_second: float
     extra: dict[str, float] = field(default_factory=dict)
-    retention: dict[str, Metrics] = field(default_factory=dict)
+    columns: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,24 +87,3 @@ class TrainingResult:
     best_epoch: int
     best_metric: float
     stopped_early: bool
-
-
-@dataclass
-class Callbacks:
-    """What the loop tells its surroundings; each may be left out.
-
-    Attributes:
-        step: after each step, with batches done, batches in the epoch, the epoch's mean loss
-            and metrics so far, and structures per second.
-        epoch: after each epoch.
-        best: after an epoch that is the best so far, with the model to keep.
-        save: when the state should be written.
-        retention: gives the errors on the retention set of the model after an epoch (from 1),
-            or nothing where they are not due.
-    """
-
-    step: Callable[[int, int, float, Mapping[str, Metrics], float], None] = lambda *a: None
-    epoch: Callable[[EpochRecord], None] = lambda record: None
-    best: Callable[[Potential, EpochRecord], None] = lambda model, record: None
-    save: Callable[[], None] = lambda: None
-    retention: Callable[[Potential, int], dict[str, Metrics]] = lambda model, epoch: {}

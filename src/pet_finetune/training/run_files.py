@@ -196,12 +196,12 @@ class RunFiles:
         groups = {
             "train": record.train,
             "validation": record.validation,
-            "retention": record.retention,
         }
         for prefix, group in groups.items():
             for target, metrics in group.items():
                 for name, value in metrics.as_dict().items():
                     row[f"{prefix}/{target}/{name}"] = f"{value:.6g}"
+        row |= {name: f"{value:.6g}" for name, value in record.columns.items()}
         path = self.folder / TABLE
         with self._explained():
             heading = _heading(path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -27,9 +27,7 @@ from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 from pet_finetune.stages import each, stage
 
-from .average import WeightAverage
-from .consistency import ConsistencyLoss
-from .extra import ExtraLoss, Seen
+from .feature import Feature, Step
 from .finite import check_and_clip
 from .interrupt import InterruptGuard
 from .loss import Objective, batch_loss, derivatives, objectives_at
@@ -37,13 +35,14 @@ from .metrics import Metrics, evaluate
 from .noise import add_label_noise
 from .optimizer import load_optimizer, make_optimizer, set_learning_rate
 from .precision import mixed, precision_errors
-from .records import Callbacks, EpochRecord, StepResult, TrainingResult
-from .schedule import averages_weights, rate_at
+from .records import EpochRecord, StepProgress, StepResult, TrainingResult
+from .schedule import rate_at
 from .selection import best_metric, best_window, check_metric, mean_loss
 from .state import Progress
-from .unfreeze import Unfreezing
 
 _logger = get_logger(__name__)
+# The name of the whole loss among its terms.
+_LOSS = "loss"
 
 
 class Trainer:
@@ -55,8 +54,8 @@ class Trainer:
         training, validation: batches.
         options: ``architecture.training``.
         learning_rate: the highest.
-        callbacks: see :class:`Callbacks`.
-        extra_losses: terms added to the loss of each batch.
+        features: what takes part, each at the hooks of :class:`~.feature.Feature`.
+        kept: what features kept of the start of a run that goes on, by their names.
 
     Raises:
         TrainingError: no batch would be left, or the metric that picks the best model cannot
@@ -71,8 +70,8 @@ class Trainer:
         validation: Loader,
         options: TrainingOptions,
         learning_rate: float,
-        callbacks: Callbacks | None = None,
-        extra_losses: Sequence[ExtraLoss] = (),
+        features: Sequence[Feature] = (),
+        kept: Mapping[str, Any] | None = None,
     ) -> None:
         self.model = model
         self.objectives = dict(objectives)
@@ -80,15 +79,8 @@ class Trainer:
         self.training, self.validation = training, validation
         self.options = options
         self.learning_rate = learning_rate
-        self.callbacks = callbacks or Callbacks()
-        self.extra_losses = (*extra_losses, *self._own_extra_losses())
         self.parameters = {n: p for n, p in model.network.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(model.network, self.parameters, options, learning_rate)
-        averages = options.ema is not None or options.swa is not None
-        self.average = WeightAverage(self.parameters, options.ema) if averages else None
-        self.unfreezing = Unfreezing(
-            model.network, self.parameters, options.finetune.unfreeze, options.num_epochs
-        )
         model.network.recompute = options.gradient_checkpointing
         self.progress = Progress()
         if not any(self.num_steps(epoch) for epoch in range(options.num_epochs)):
@@ -99,13 +91,14 @@ class Trainer:
         self._energies = [name for name, o in self.objectives.items() if o.energy]
         labels = validation.label_names
         check_metric(options.best_model_metric, labels, self.wanted, self._energies)
+        self.features: tuple[Feature, ...] = ()
+        for feature in features:
+            self.add(feature, (kept or {}).get(feature.name))
 
-    def _own_extra_losses(self) -> list[ExtraLoss]:
-        options = self.options.rotational_consistency
-        if options is None:
-            return []
-        seed = self.training.seed
-        return [ConsistencyLoss(self.model, self.objectives, options, self.options, seed)]
+    def add(self, feature: Feature, kept: Mapping[str, Any] | None = None) -> None:
+        """Let a feature take part, and start it."""
+        self.features = (*self.features, feature)
+        feature.start(self, kept)
 
     def fit(self) -> TrainingResult:
         """Train until the last epoch, early stopping or an interrupt.
@@ -116,17 +109,28 @@ class Trainer:
         early = self.options.early_stopping
         stopped_early = self.progress.patience_ran_out(early)  # when such a run is resumed
         self._log_precision()
-        with InterruptGuard() as guard, kernels.Blocks().reused():
+        with ExitStack() as stack:
+            guard = stack.enter_context(InterruptGuard())
+            stack.enter_context(kernels.Blocks().reused())
+            stack.callback(self._close)
             while self.progress.epoch < self.options.num_epochs and not stopped_early:
                 record = self._run_epoch(guard)
                 if record is None:
-                    self.callbacks.save()
+                    self._save()
                     return self._result(finished=False, stopped_early=False)
                 stopped_early = self.progress.patience_ran_out(early)
                 last = stopped_early or self.progress.epoch == self.options.num_epochs
                 if last or self.progress.epoch % self.options.checkpoint_interval == 0:
-                    self.callbacks.save()
+                    self._save()
         return self._result(finished=True, stopped_early=stopped_early)
+
+    def _save(self) -> None:
+        for feature in self.features:
+            feature.save()
+
+    def _close(self) -> None:
+        for feature in self.features:
+            feature.close()
 
     def _log_precision(self) -> None:
         """Say what the first batch loses to fewer digits. Changes nothing of the run."""
@@ -151,9 +155,10 @@ class Trainer:
             size = min(self.options.gradient_accumulation_steps, num_batches - progress.batch)
             self._count(self.step(islice(batches, size), size, metrics))
             progress.seconds = time.perf_counter() - started
-            mean_loss = progress.loss_sum / progress.batch
-            rate = progress.structures_per_second
-            self.callbacks.step(progress.batch, num_batches, mean_loss, metrics, rate)
+            mean_loss, rate = progress.loss_sum / progress.batch, progress.structures_per_second
+            ended = StepProgress(progress.batch, num_batches, mean_loss, metrics, rate)
+            for feature in self.features:
+                feature.step_ended(ended)
             if guard.requested:
                 progress.epoch_metrics = {n: m.state() for n, m in metrics.items()}
                 return None
@@ -161,10 +166,10 @@ class Trainer:
 
     def _count(self, result: StepResult) -> None:
         """Add an update to the progress."""
-        progress, (loss, *extra) = self.progress, result.losses
-        progress.loss_sum += loss
-        for term, value in zip(self.extra_losses, extra, strict=True):
-            progress.extra_sums[term.name] = progress.extra_sums.get(term.name, 0.0) + value
+        progress = self.progress
+        progress.loss_sum += result.loss
+        for name, value in result.extra.items():
+            progress.extra_sums[name] = progress.extra_sums.get(name, 0.0) + value
         progress.batch += result.batches
         progress.step += 1
         progress.structures += result.structures
@@ -201,26 +206,29 @@ class Trainer:
         progress, options = self.progress, self.options
         place = (progress.epoch, progress.step, self.total_steps)
         set_learning_rate(self.optimizer, rate_at(options, self.learning_rate, *place))
-        parameters = self.unfreezing.at(progress.epoch)
+        for feature in self.features:
+            feature.before_step(progress.epoch)
+        parameters = [p for p in self.parameters.values() if p.requires_grad]
         self.optimizer.zero_grad(set_to_none=True)
-        losses, where, structures = [], [], 0
+        losses: list[dict[str, Tensor]] = []
+        where, structures = [], 0
         for index, batch in enumerate(group, progress.batch):
             losses.append(self._add_gradient(batch, index, size, parameters, metrics))
             where.append(batch.where)
             structures += batch.graph.num_structures
+        names = list(dict.fromkeys(name for found in losses for name in found))
+        zero = torch.zeros((), device=self.model.device)
+        table = [torch.stack([found.get(name, zero) for name in names]) for found in losses]
         with stage("update"):
             values = check_and_clip(
-                parameters, options.grad_clip_norm, torch.stack(losses), where,
+                parameters, options.grad_clip_norm, torch.stack(table), where,
                 progress.epoch, progress.batch,
             )  # fmt: skip
             self.optimizer.step()
-            if self.average is not None and self._averages():
-                self.average.update()
-        return StepResult(values, len(losses), structures)
-
-    def _averages(self) -> bool:
-        """Whether the update under way goes into the average."""
-        return self.options.ema is not None or averages_weights(self.options, self.progress.epoch)
+            for feature in self.features:
+                feature.after_update(progress.epoch)
+        extra = dict(zip(names, values, strict=True))
+        return StepResult(extra.pop(_LOSS), extra, len(losses), structures)
 
     def _add_gradient(
         self,
@@ -229,8 +237,8 @@ class Trainer:
         size: int,
         parameters: list[nn.Parameter],
         metrics: Mapping[str, Metrics],
-    ) -> Tensor:
-        """Forward, loss, backward; the losses as in :class:`StepResult`, [1 + extra losses].
+    ) -> dict[str, Tensor]:
+        """Forward, loss, backward; the whole loss and the terms of features, by name.
 
         Args:
             batch: the one with number ``index`` in the epoch.
@@ -248,20 +256,24 @@ class Trainer:
         with stage("backward"):
             # Named inputs: the edge vectors ask for gradients too, and nobody reads theirs.
             (loss / size).backward(inputs=parameters)
-        losses = [loss.detach()]
-        seen = Seen(epoch, index, batch, predictions)
+        losses = {_LOSS: loss.detach()}
+        step = Step(epoch, index, batch, predictions)
         # One after the other, so that the memory of one graph is enough for all.
-        for term in self.extra_losses:
-            with stage(term.name):
+        for feature in self.features:
+            if type(feature).losses is Feature.losses:
+                continue
+            with stage(feature.name):
                 with self._precision():
-                    value = term(seen)
-                if value is not None and value.requires_grad:
+                    terms = feature.losses(step)
+                value = sum(terms.values())
+                if isinstance(value, Tensor) and value.requires_grad:
                     (value / size).backward(inputs=parameters)
-            losses.append(torch.zeros_like(losses[0]) if value is None else value.detach().to(loss))
+            losses |= {name: term.detach().to(loss) for name, term in terms.items()}
         with stage("metrics"):
             for name, prediction in predictions.items():
                 metrics[name].update(batch, prediction)
-        return torch.stack([torch.stack(losses).sum(), *losses[1:]])
+        losses[_LOSS] = torch.stack(list(losses.values())).sum()
+        return losses
 
     def _precision(self) -> AbstractContextManager[object]:
         return mixed(self.options.precision, self.model.device)
@@ -278,7 +290,9 @@ class Trainer:
         rate = progress.structures_per_second
         loss = progress.loss_sum / max(1, num_batches)
         extra = {n: value / max(1, num_batches) for n, value in progress.extra_sums.items()}
-        with self.average.applied() if self.average else nullcontext():
+        with ExitStack() as stack:
+            for feature in self.features:
+                stack.enter_context(feature.weights())
             validation = evaluate(self.model, self.validation.view(), self.wanted)
             own = best_metric(validation, self.options.best_model_metric, self._validation_loss)
             window = best_window(self.options)
@@ -297,12 +311,16 @@ class Trainer:
                 seconds=time.perf_counter() - started,
                 structures_per_second=rate,
                 extra=extra,
-                retention=self.callbacks.retention(self.model, progress.epoch),
+                columns={
+                    name: value
+                    for feature in self.features
+                    for name, value in feature.validate(self.model, progress.epoch).items()
+                },
             )
             if best:
                 progress.best_metric, progress.best_epoch = metric, progress.epoch
-                self.callbacks.best(self.model, record)
-        self.callbacks.epoch(record)
+            for feature in self.features:
+                feature.epoch_ended(record)
         return record
 
     def _validation_loss(self) -> float:
@@ -313,13 +331,12 @@ class Trainer:
 
         The optimiser's tensors are the run's own: write them before the next step.
         """
-        average, device = self.average, self.model.device
+        device = self.model.device
         return {
             "progress": dict(vars(self.progress)),
             "trained": {n: p.detach().cpu().clone() for n, p in self.parameters.items()},
             "optimizer": self.optimizer.state_dict(),
-            "average": {n: v.cpu() for n, v in average.average.items()} if average else {},
-            "average_updates": average.updates if average else 0,
+            "features": {f.name: state for f in self.features if (state := f.state())},
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
             "total_steps": self.total_steps,
@@ -342,9 +359,21 @@ class Trainer:
             for name, parameter in self.parameters.items():
                 parameter.copy_(trained[name])
         load_optimizer(self.optimizer, state["optimizer"])
-        if self.average is not None and state["average"]:
-            self.average.load(state["average"], state["average_updates"])
+        states = _feature_states(state)
+        for feature in self.features:
+            if feature.name in states:
+                feature.load_state(states[feature.name])
         self.progress = Progress(**state["progress"])
         torch.set_rng_state(state["rng"].cpu())
         if self.model.device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.model.device)
+
+
+def _feature_states(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The states of features by name, also of runs that were saved before these had a place."""
+    if "features" in state:
+        found: Mapping[str, Any] = state["features"]
+        return found
+    if not state.get("average"):
+        return {}
+    return {"average": {"average": state["average"], "updates": state["average_updates"]}}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-
-from torch import nn
+from typing import Any
 
 from pet_finetune.config import Unfreeze
 from pet_finetune.errors import TrainingError, did_you_mean
@@ -12,35 +11,29 @@ from pet_finetune.log import get_logger
 from pet_finetune.model.depth import depth_names, depth_of
 from pet_finetune.model.pet import PET
 
+from .feature import Feature
+from .trainer import Trainer
+
 _logger = get_logger(__name__)
 _ALL = "all"
 
 
-class Unfreezing:
-    """Says of each epoch what trains, and freezes the rest.
+class Unfreezing(Feature):
+    """The feature ``finetune.unfreeze``: says of each epoch what trains, and freezes the rest."""
 
-    Args:
-        network: what is frozen is part of it.
-        parameters: what trains at some time of the run, by path in the network.
-        options: when which part begins; None lets everything train from the start.
-        num_epochs: of the run.
+    name = "unfreeze"
 
-    Raises:
-        TrainingError: the options name something that the network does not have.
-    """
+    def start(self, trainer: Trainer, kept: Mapping[str, Any] | None) -> None:
+        """Find what each stage means.
 
-    def __init__(
-        self,
-        network: PET,
-        parameters: Mapping[str, nn.Parameter],
-        options: Unfreeze | None,
-        num_epochs: int,
-    ) -> None:
-        self._parameters = dict(parameters)
-        self._training: list[nn.Parameter] = list(parameters.values())
+        Raises:
+            TrainingError: the options name something that the network does not have.
+        """
+        network, num_epochs = trainer.model.network, trainer.options.num_epochs
+        self._parameters = dict(trainer.parameters)
         self._now: tuple[str, ...] | None = None
-        self._begins = _begins(network, options)
-        self._parts = {name: _parts(name, network) for name in parameters}
+        self._begins = _begins(network, trainer.options.finetune.unfreeze)
+        self._parts = {name: _parts(name, network) for name in self._parameters}
         self._check(network)
         late = [name for epoch, names in self._begins.items() if epoch >= num_epochs
                 for name in names]  # fmt: skip
@@ -61,27 +54,27 @@ class Unfreezing:
                         "network."
                     )
 
-    def at(self, epoch: int) -> list[nn.Parameter]:
-        """The parameters that train in an epoch, counted from 0; the others are frozen now."""
+    def before_step(self, epoch: int) -> None:
+        """Let the parts of an epoch train and freeze the others."""
         if not self._begins:
-            return self._training
+            return
         names = tuple(n for start, new in self._begins.items() if start <= epoch for n in new)
-        if names != self._now:
-            self._now = names
-            self._training = self._freeze_all_but(names)
-            count = sum(parameter.numel() for parameter in self._training)
-            _logger.info(
-                "unfreeze: from epoch %d on %s parameters train: %s",
-                epoch + 1,
-                f"{count:,}",
-                ", ".join(names),
-            )
-        return self._training
+        if names == self._now:
+            return
+        self._now = names
+        count = self._freeze_all_but(names)
+        _logger.info(
+            "unfreeze: from epoch %d on %s parameters train: %s",
+            epoch + 1,
+            f"{count:,}",
+            ", ".join(names),
+        )
 
-    def _freeze_all_but(self, names: Collection[str]) -> list[nn.Parameter]:
+    def _freeze_all_but(self, names: Collection[str]) -> int:
+        """How many parameters train now."""
         for name, parameter in self._parameters.items():
             parameter.requires_grad_(not self._parts[name].isdisjoint(names))
-        return [parameter for parameter in self._parameters.values() if parameter.requires_grad]
+        return sum(p.numel() for p in self._parameters.values() if p.requires_grad)
 
 
 def _begins(network: PET, options: Unfreeze | None) -> dict[int, tuple[str, ...]]:

@@ -11,8 +11,12 @@ from pet_finetune.adapters.merge import lora_layers
 from pet_finetune.config import TargetLoss
 from pet_finetune.data import Loader
 from pet_finetune.data.batch import batch_from_atoms
-from pet_finetune.forgetting.anchor import AnchorLoss, anchored_parameters, reference_weights
-from pet_finetune.forgetting.fisher import fisher_information
+from pet_finetune.forgetting.anchor import (
+    AnchorLoss,
+    anchored_parameters,
+    fisher_information,
+    reference_weights,
+)
 from pet_finetune.training.labels import label_with
 from pet_finetune.training.loss import Objective, batch_loss
 from tiny_data import molecules, structures_of

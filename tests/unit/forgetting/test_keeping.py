@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,14 +11,15 @@ from models import random_potential
 from pet_finetune.config import TargetLoss, TrainingOptions
 from pet_finetune.data import Loader
 from pet_finetune.data.mixing import Beside
-from pet_finetune.forgetting.dimers import DimerCurves, dimer_curves
-from pet_finetune.forgetting.kept import Kept, KeptAnchor, KeptDimers, KeptReplay, KeptRetention
+from pet_finetune.forgetting import forgetting_features
+from pet_finetune.forgetting.dimers import dimer_curves
 from pet_finetune.forgetting.replay import ReplayLoss
 from pet_finetune.forgetting.retention import Retention
+from pet_finetune.forgetting.structures import as_plain, from_plain
 from pet_finetune.training.labels import label_with, relabelled
 from pet_finetune.training.loss import Objective, batch_loss
 from tiny_data import crystals, molecules, structures_of
-from trainers import at
+from trainers import at, make_trainer
 
 STRUCTURES = structures_of([*molecules(5), *crystals(3)])
 OBJECTIVE = Objective("energy", TargetLoss(), forces=True, stress=True, scale=2.0)
@@ -121,43 +121,60 @@ def test_what_a_model_says_itself_costs_nothing_until_it_says_otherwise(model, l
     assert float(term(at(0)).detach()) > 1e-6
 
 
-def kept(model, labelled):
-    weights = {"a.weight": torch.ones(2, 3)}
-    return Kept(
-        KeptRetention(tuple(labelled), ("energy",), 3),
-        KeptReplay(tuple(labelled[:2]), "energy", 0.25, 2.0),
-        KeptAnchor(weights, None, 0.1),
-        KeptDimers("energy", dimer_curves(model, "energy", (1, 8))),
-    )
-
-
 def written(values):
     file = io.BytesIO()
     torch.save(values, file)
     return torch.load(io.BytesIO(file.getvalue()), weights_only=True)
 
 
-def test_what_is_kept_survives_a_file(model, labelled):
-    before = kept(model, labelled)
-    after = Kept.from_plain(written(before.plain()))
-    for name in ("retention", "replay"):
-        for a, b in zip(
-            getattr(before, name).structures, getattr(after, name).structures, strict=True
-        ):
-            assert (a.index, a.source, a.charge, a.spin) == (b.index, b.source, b.charge, b.spin)
-            assert a.labels.keys() == b.labels.keys()
-            assert all(torch.equal(a.labels[n], b.labels[n]) for n in a.labels)
-            assert torch.equal(a.positions, b.positions)
-    assert (after.retention.targets, after.retention.every) == (("energy",), 3)
-    assert (after.replay.target, after.replay.fraction, after.replay.weight) == ("energy", 0.25, 2)
-    assert torch.equal(after.anchor.reference["a.weight"], torch.ones(2, 3))
-    assert isinstance(after.dimers.before, DimerCurves)
-    assert torch.equal(after.dimers.before.energies, before.dimers.before.energies)
+def test_structures_survive_a_file(labelled):
+    after = from_plain(written(as_plain(labelled)))
+    for a, b in zip(labelled, after, strict=True):
+        assert (a.index, a.source, a.charge, a.spin) == (b.index, b.source, b.charge, b.spin)
+        assert a.labels.keys() == b.labels.keys()
+        assert all(torch.equal(a.labels[n], b.labels[n]) for n in a.labels)
+        assert torch.equal(a.positions, b.positions)
 
 
-def test_a_run_may_keep_little(model, labelled):
-    some = replace(kept(model, labelled), replay=None, anchor=None)
-    after = Kept.from_plain(written(some.plain()))
-    assert after.replay is None
-    assert after.anchor is None
-    assert after.retention is not None
+def kept_of(labelled, model):
+    """What the features of a run keep, as ``kept.pt`` has it."""
+    weights = {n: p.detach().clone() for n, p in make_trainer().parameters.items()}
+    curves = dimer_curves(model, "energy", (1, 8))
+    return {
+        "retention": {"structures": as_plain(labelled), "targets": ("energy",), "every": 3},
+        "replay": {
+            "structures": as_plain(labelled[:2]),
+            "target": "energy",
+            "fraction": 0.25,
+            "weight": 2.0,
+        },
+        "anchor": {"reference": weights, "importance": None, "strength": 0.1},
+        "dimers": {"target": "energy", "before": dict(vars(curves))},
+    }
+
+
+def test_a_run_that_goes_on_has_what_the_run_kept(labelled, model):
+    kept = written(kept_of(labelled, model))
+    trainer = make_trainer()
+    for feature in forgetting_features():
+        trainer.add(feature, kept[feature.name])
+    assert {f.name: f.kept() for f in trainer.features} == kept
+    with torch.no_grad():
+        next(iter(trainer.parameters.values())).add_(0.1)
+    losses = [f.losses(at(0)) for f in trainer.features]
+    assert [set(found) for found in losses] == [set(), {"replay"}, {"anchor"}, set()]
+    assert all(float(value.detach()) > 0 for found in losses for value in found.values())
+    retention = trainer.features[0]
+    assert [bool(retention.validate(trainer.model, epoch)) for epoch in (1, 2, 3)] == [1, 0, 1]
+    assert set(retention.errors(trainer.model)) == {"retention"}
+
+
+def test_features_that_keep_nothing_do_nothing():
+    trainer = make_trainer()
+    for feature in forgetting_features():
+        trainer.add(feature, None)
+        assert feature.kept() is None
+        assert feature.losses(at(0)) == {}
+        assert feature.validate(trainer.model, 1) == {}
+        assert feature.errors(trainer.model) == {}
+        assert feature.heads == ()

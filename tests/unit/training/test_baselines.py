@@ -15,8 +15,8 @@ from pet_finetune.data import Loader
 from pet_finetune.errors import TrainingError
 from pet_finetune.keys import TargetSpec
 from pet_finetune.model import Potential
-from pet_finetune.report.tables import baseline_text
 from pet_finetune.training.baselines import prepare_baselines
+from pet_finetune.training.tables import baseline_text
 from tiny_data import ATOM_ENERGY, data_section, molecules, structures_of
 
 H, C, O, SI = range(4)  # noqa: E741, RUF100

@@ -12,7 +12,7 @@ from pet_finetune.config import RotationalConsistency, TargetLoss, TrainingOptio
 from pet_finetune.data import Loader, rotate_batch
 from pet_finetune.training import rotational_spread
 from pet_finetune.training.consistency import ConsistencyLoss
-from pet_finetune.training.extra import Seen
+from pet_finetune.training.feature import Step
 from pet_finetune.training.loss import Objective
 from tiny_data import molecules, structures_of
 from trainers import make_trainer, without_directions
@@ -30,7 +30,7 @@ OBJECTIVE = Objective(
 def seen_by(model, epoch=0, index=0):
     (batch,) = Loader(STRUCTURES, model.cutoff, batch_size=6, dtype=model.dtype)
     predictions = model.predict_targets(batch.graph, {"energy": (True, False)}, create_graph=True)
-    return Seen(epoch, index, batch, predictions)
+    return Step(epoch, index, batch, predictions)
 
 
 def loss_of(model, **options):

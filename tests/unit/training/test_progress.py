@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+from contextlib import closing
 
 import pytest
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.console import Console
 from pet_finetune import log
 from pet_finetune.training import progress
 from pet_finetune.training.progress import RunDisplay
+from pet_finetune.training.records import StepProgress
 
 
 @pytest.fixture
@@ -18,7 +20,7 @@ def display(monkeypatch):
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
     monkeypatch.setattr(log, "stderr_console", lambda: console)
     monkeypatch.setattr(log.sys.stderr, "isatty", lambda: True)
-    with RunDisplay(num_epochs=2, log_interval=1) as made:
+    with closing(RunDisplay(num_epochs=2, log_interval=1)) as made:
         yield made
 
 
@@ -29,21 +31,21 @@ def completed(display):
 def test_the_bar_moves_a_few_times_a_second_and_to_the_end_of_an_epoch(display, monkeypatch):
     now = 1000.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
-    display.step(1, 4, 0.5, {}, 10.0)
+    display.step_ended(StepProgress(1, 4, 0.5, {}, 10.0))
     assert completed(display) == 1
-    display.step(2, 4, 0.5, {}, 10.0)  # too soon
+    display.step_ended(StepProgress(2, 4, 0.5, {}, 10.0))  # too soon
     assert completed(display) == 1
     now += 1.0
-    display.step(3, 4, 0.5, {}, 10.0)
+    display.step_ended(StepProgress(3, 4, 0.5, {}, 10.0))
     assert completed(display) == 3
-    display.step(4, 4, 0.5, {}, 10.0)  # soon, but the last one
+    display.step_ended(StepProgress(4, 4, 0.5, {}, 10.0))  # soon, but the last one
     assert completed(display) == 4
 
 
 def test_without_a_terminal_there_is_no_bar(monkeypatch):
     monkeypatch.setattr(log.sys.stderr, "isatty", lambda: False)
-    with RunDisplay(num_epochs=2, log_interval=1) as made:
-        made.step(1, 4, 0.5, {}, 10.0)
+    with closing(RunDisplay(num_epochs=2, log_interval=1)) as made:
+        made.step_ended(StepProgress(1, 4, 0.5, {}, 10.0))
     assert made._bar is None
 
 
@@ -56,10 +58,10 @@ def test_a_long_epoch_writes_a_line_each_minute(monkeypatch, caplog, terminal):
         console = Console(file=io.StringIO(), force_terminal=True, width=100)
         monkeypatch.setattr(log, "stderr_console", lambda: console)
     monkeypatch.setattr(log.sys.stderr, "isatty", lambda: terminal)
-    with caplog.at_level("INFO"), RunDisplay(num_epochs=10, log_interval=1) as made:
+    with caplog.at_level("INFO"), closing(RunDisplay(num_epochs=10, log_interval=1)) as made:
         for batch in range(1, 121):
             now += 1.5
-            made.step(batch, 120, 0.5, {}, 10.0)
+            made.step_ended(StepProgress(batch, 120, 0.5, {}, 10.0))
     assert [record.message for record in caplog.records] == [
         "epoch  1/10, batch  40 of 120 | loss 0.5 | train  | 10 structures/s",
         "epoch  1/10, batch  80 of 120 | loss 0.5 | train  | 10 structures/s",

@@ -12,12 +12,13 @@ from pet_finetune.errors import TrainingError
 from pet_finetune.training.loss import batch_loss
 from pet_finetune.training.metrics import Metrics
 from pet_finetune.training.noise import add_label_noise
-from pet_finetune.training.records import Callbacks
 from trainers import (
     assert_identical,
+    average_of,
     curve,
     interrupt_after,
     make_trainer,
+    watch,
     weights,
     written,
 )
@@ -71,7 +72,7 @@ def trainer_of(recipe, seed):
 @cache
 def uninterrupted(recipe):
     trainer, records = trainer_of(recipe, 11), []
-    trainer.callbacks = Callbacks(epoch=records.append)
+    watch(trainer, epoch=records.append)
     torch.manual_seed(12)
     result = trainer.fit()
     assert result.finished
@@ -83,16 +84,14 @@ def uninterrupted(recipe):
 def test_a_stopped_run_goes_on_as_the_run_that_never_stopped(recipe, stop):
     expected, lines, whole, steps = uninterrupted(recipe)
     stopped, records, saved = trainer_of(recipe, 11), [], []
-    stopped.callbacks = Callbacks(
-        epoch=records.append, save=lambda: saved.append(written(stopped.state()))
-    )
+    watch(stopped, epoch=records.append, save=lambda: saved.append(written(stopped.state())))
     interrupt_after(stopped, {"early": 1, "late": steps - 1}[stop])
     torch.manual_seed(12)
     assert not stopped.fit().finished
 
     resumed = trainer_of(recipe, 99)  # another process has other random numbers
     resumed.load_state(saved[-1])
-    resumed.callbacks = Callbacks(epoch=records.append)
+    watch(resumed, epoch=records.append)
     assert resumed.fit() == whole
     assert_identical(weights(resumed), expected)
     assert curve(records) == lines
@@ -120,9 +119,10 @@ def test_each_recipe_makes_another_model(recipe):
 
 def test_the_mean_of_the_weights_is_that_of_every_step_of_the_last_epochs():
     trainer, seen, validated = make_trainer(num_epochs=4, swa={"start": 0.5}), [], []
-    trainer.callbacks = Callbacks(
+    watch(
+        trainer,
         step=lambda *ignored: seen.append(weights(trainer)),
-        best=lambda model, record: validated.append(
+        best=lambda record: validated.append(
             (record.epoch, {f"now {n}": p.detach().clone() for n, p in trainer.parameters.items()})
         ),
     )
@@ -131,7 +131,7 @@ def test_the_mean_of_the_weights_is_that_of_every_step_of_the_last_epochs():
     late = seen[6:]
     for name in trainer.parameters:
         mean = torch.stack([state[f"now {name}"] for state in late]).double().mean(0)
-        found = trainer.average.average[name].double()
+        found = average_of(trainer)[name].double()
         torch.testing.assert_close(found, mean, rtol=1e-5, atol=1e-6)
     assert {epoch <= 2 for epoch, _ in validated} == {True, False}
     for epoch, kept in validated:
@@ -143,7 +143,7 @@ def test_the_mean_of_the_weights_is_that_of_every_step_of_the_last_epochs():
 
 def test_swa_may_have_its_own_learning_rate():
     trainer, rates = make_trainer(num_epochs=4, swa={"start": 0.5, "learning_rate": 7e-4}), []
-    trainer.callbacks = Callbacks(epoch=lambda record: rates.append(record.learning_rate))
+    watch(trainer, epoch=lambda record: rates.append(record.learning_rate))
     trainer.fit()
     assert rates[2:] == [7e-4, 7e-4]
     assert rates[0] > rates[1] > 7e-4
@@ -165,7 +165,7 @@ def test_an_update_from_many_batches_has_their_mean_gradient():
                              trainer.objectives))
             for b in batches
         ]  # fmt: skip
-        assert result.losses == pytest.approx([sum(losses)], rel=1e-4)
+        assert [result.loss, *result.extra.values()] == pytest.approx([sum(losses)], rel=1e-4)
     fresh = make_trainer(gradient_accumulation_steps=1, grad_clip_norm=None)
     parts = []
     for batch in list(fresh.batches(0))[:2]:
@@ -182,7 +182,7 @@ def test_an_update_from_many_batches_has_their_mean_gradient():
 
 def test_the_last_update_of_an_epoch_takes_what_is_left():
     trainer, done = make_trainer(gradient_accumulation_steps=2, num_epochs=2), []
-    trainer.callbacks = Callbacks(step=lambda batches, *rest: done.append(batches))
+    watch(trainer, step=lambda batches, *rest: done.append(batches))
     trainer.fit()
     assert done == [2, 3, 2, 3]
     assert trainer.progress.step == trainer.total_steps == 4
@@ -209,13 +209,13 @@ def test_the_loss_changes_its_weights_at_the_stage_and_the_metric_has_the_last_o
     for kind in ("energy", "forces"):
         single = {"energy": 0.0, "forces": 0.0, kind: 1.0, "start": 0.0}
         only = make_trainer(loss_schedule=single)
-        parts[kind] = only.step([batch], 1, {"energy": Metrics("energy")}).losses[0]
+        parts[kind] = only.step([batch], 1, {"energy": Metrics("energy")}).loss
         last = only._validation_loss()
         assert last == pytest.approx(only._validation_loss())
     for epoch in range(3):
         fresh = make_trainer(num_epochs=3, **options)
         fresh.progress.epoch = epoch
-        losses.append(fresh.step([batch], 1, {"energy": Metrics("energy")}).losses[0])
+        losses.append(fresh.step([batch], 1, {"energy": Metrics("energy")}).loss)
     energy, forces = parts["energy"], parts["forces"]
     assert losses == pytest.approx([energy + forces, energy, 5.0 * energy + forces], rel=1e-4)
     at_the_end = make_trainer(loss_schedule={"start": 0.0, "energy": 5.0})
@@ -364,7 +364,7 @@ def test_parts_train_one_after_the_other(caplog):
         now = weights(trainer)
         changed.append({n.split(" ")[1] for n in now if not torch.equal(now[n], before[n])})
 
-    trainer.callbacks = Callbacks(epoch=look)
+    watch(trainer, epoch=look)
     with caplog.at_level("INFO", "pet_finetune"):
         trainer.fit()
     parts = [{".".join(n.split(".")[: 2 if n.startswith(("gnn", "comb")) else 1]) for n in names}

@@ -14,15 +14,16 @@ from pet_finetune.data import Loader
 from pet_finetune.errors import TrainingError
 from pet_finetune.training import Trainer
 from pet_finetune.training.metrics import Metrics
-from pet_finetune.training.records import Callbacks
 from pet_finetune.training.selection import best_window
 from trainers import (
     TRAIN,
     VALIDATION,
     assert_identical,
+    average_of,
     curve,
     interrupt_after,
     make_trainer,
+    watch,
     weights,
     written,
 )
@@ -42,7 +43,7 @@ def uninterrupted(kind):
     """The weights, the lines of the epochs and the result of a run that is left alone."""
     torch.manual_seed(11)
     whole, records = make_trainer(**KINDS[kind]), []
-    whole.callbacks = Callbacks(epoch=records.append)
+    watch(whole, epoch=records.append)
     torch.manual_seed(12)
     result = whole.fit()
     assert result.finished
@@ -55,8 +56,8 @@ def uninterrupted(kind):
 def test_a_run_stopped_at_any_step_and_resumed_is_the_run_that_never_stopped(kind, stop):
     torch.manual_seed(11)
     stopped, resumed_records, saved = make_trainer(**KINDS[kind]), [], []
-    stopped.callbacks = Callbacks(
-        epoch=resumed_records.append, save=lambda: saved.append(written(stopped.state()))
+    watch(
+        stopped, epoch=resumed_records.append, save=lambda: saved.append(written(stopped.state()))
     )
     interrupt_after(stopped, stop)
     torch.manual_seed(12)
@@ -67,7 +68,7 @@ def test_a_run_stopped_at_any_step_and_resumed_is_the_run_that_never_stopped(kin
     torch.manual_seed(99)  # another process has other random numbers
     resumed = make_trainer(**KINDS[kind])
     resumed.load_state(saved[-1])
-    resumed.callbacks = Callbacks(epoch=resumed_records.append)
+    watch(resumed, epoch=resumed_records.append)
     result = resumed.fit()
     expected, lines, whole = uninterrupted(kind)
     assert_identical(weights(resumed), expected)
@@ -103,7 +104,7 @@ def test_an_epoch_in_two_parts_reports_all_of_it():
     state["progress"]["seconds"] = 100.0
     resumed = make_trainer(num_epochs=1)
     resumed.load_state(state)
-    resumed.callbacks = Callbacks(epoch=records.append)
+    watch(resumed, epoch=records.append)
     resumed.fit()
     assert 100.0 < records[0].seconds < 120.0
     assert records[0].structures_per_second == pytest.approx(7 / 100.0, rel=0.1)
@@ -114,7 +115,7 @@ def test_it_learns_and_hands_out_the_best_model():
     best = []
     trainer = make_trainer(num_epochs=6, batch_size=2)
     before = trainer._validation_loss()
-    trainer.callbacks = Callbacks(best=lambda model, record: best.append(record))
+    watch(trainer, best=lambda record: best.append(record))
     result = trainer.fit()
     assert trainer._validation_loss() < 0.9 * before
     assert [record.best for record in best] == [True] * len(best)
@@ -126,17 +127,17 @@ def test_it_learns_and_hands_out_the_best_model():
 def test_an_extra_loss_adds_to_the_loss_and_to_its_gradient():
     plain = make_trainer(grad_clip_norm=None)
     trainer, records = make_trainer(extra=True, grad_clip_norm=None), []
-    (term,) = trainer.extra_losses
+    term = trainer.features[0]
     before, losses = weights(plain), []
     for each in (plain, trainer):
         result = each.step([next(each.batches(0))], 1, {"energy": Metrics("energy")})
-        losses.append(result.losses)
+        losses.append([result.loss, *result.extra.values()])
     assert losses[1] == pytest.approx([losses[0][0] + term.values[0], term.values[0]])
     for name, parameter in trainer.parameters.items():
         own = 0.2 * before[f"now {name}"] if name.startswith("node_last_layers") else 0.0
         torch.testing.assert_close(parameter.grad, plain.parameters[name].grad + own)
 
-    trainer.callbacks = Callbacks(epoch=records.append)
+    watch(trainer, epoch=records.append)
     trainer.fit()
     assert records[0].extra["shrink"] == pytest.approx(sum(term.values[1:3]) / 3)
     assert records[0].loss > records[0].extra["shrink"]
@@ -153,13 +154,14 @@ def test_what_is_frozen_stays():
 def test_the_average_is_what_is_validated_and_kept():
     seen = []
     trainer = make_trainer(ema=0.9, num_epochs=1)
-    trainer.callbacks = Callbacks(
-        best=lambda model, record: seen.append(
+    watch(
+        trainer,
+        best=lambda record: seen.append(
             {n: p.detach().clone() for n, p in trainer.parameters.items()}
-        )
+        ),
     )
     trainer.fit()
-    assert_identical(seen[0], trainer.average.average)
+    assert_identical(seen[0], average_of(trainer))
     current = {n: p.detach() for n, p in trainer.parameters.items()}
     assert not all(torch.equal(seen[0][n], p) for n, p in current.items())
 
@@ -211,7 +213,7 @@ def test_the_best_is_picked_by_a_mean_over_epochs(
     fixed_metrics(monkeypatch, metrics)
     trainer = make_trainer(num_epochs=6, best_model_window=window)
     resumed = make_trainer(num_epochs=6, best_model_window=window)
-    trainer.callbacks = Callbacks(save=lambda: resumed.load_state(written(trainer.state())))
+    watch(trainer, save=lambda: resumed.load_state(written(trainer.state())))
     result = trainer.fit()
     assert result.best_epoch == best_epoch
     assert result.best_metric == pytest.approx(best_metric)
@@ -240,7 +242,7 @@ def test_a_run_that_stopped_early_does_not_go_on_when_resumed(monkeypatch):
 def test_saves_every_few_epochs_and_at_the_end():
     epochs = []
     trainer = make_trainer(num_epochs=5, checkpoint_interval=2)
-    trainer.callbacks = Callbacks(save=lambda: epochs.append(trainer.progress.epoch))
+    watch(trainer, save=lambda: epochs.append(trainer.progress.epoch))
     trainer.fit()
     assert epochs == [2, 4, 5]
 
@@ -253,7 +255,7 @@ def test_a_loss_that_is_not_finite_names_the_structures(label, value):
     broken[4] = replace(broken[4], labels=labels)
     trainer = make_trainer(train=broken)
     seen = []
-    trainer.callbacks = Callbacks(step=lambda *ignored: seen.append(trainer.progress.batch))
+    watch(trainer, step=lambda *ignored: seen.append(trainer.progress.batch))
     with pytest.raises(TrainingError) as caught:
         trainer.fit()
     message = str(caught.value)

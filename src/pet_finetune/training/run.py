@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,20 @@ from pet_finetune.config import Options
 from pet_finetune.device import choose_device
 from pet_finetune.errors import PetFinetuneError
 from pet_finetune.files import size_text
-from pet_finetune.forgetting.dimer_report import report_dimers
 from pet_finetune.log import FILE_ONLY, get_logger, setup_logging
-from pet_finetune.report.tables import error_table, show
-from pet_finetune.report.write import report_or_warn
 from pet_finetune.runs.folder import STARTED, RunFolder, own_folder, starts_of
-from pet_finetune.training import TrainingResult
-from pet_finetune.training.memory import peak_gpu_mib, peak_resident_mib
-from pet_finetune.training.progress import RunDisplay
-from pet_finetune.training.records import Callbacks, EpochRecord
-from pet_finetune.training.resume import Errors, open_run, plain_errors
-from pet_finetune.training.run_files import LOG, OPTIONS, RESULTS, RunFiles
 
 from .ensemble import train_ensemble
+from .feature import Feature
+from .memory import peak_gpu_mib, peak_resident_mib
 from .outcome import TrainOutcome
-from .prepare import AFTER, BEFORE, RETENTION, Run, evaluate_sets, prepare_run, telling_set
+from .prepare import AFTER, BEFORE, NO_ROOMS, Rooms, Run, evaluate_sets, prepare_run, primary_set
+from .progress import RunDisplay
+from .records import EpochRecord, TrainingResult
+from .resume import Errors, open_run, plain_errors
+from .run_files import LOG, OPTIONS, RESULTS, RunFiles
+from .tables import error_table, show
+from .trainer import Trainer
 
 _logger = get_logger(__name__)
 
@@ -42,6 +41,7 @@ def train(
     notices: Sequence[str] = (),
     source: str | Path = "",
     check: bool = True,
+    rooms: Rooms = NO_ROOMS,
 ) -> TrainOutcome:
     """Train as the options say; print the table of errors before and after.
 
@@ -56,6 +56,7 @@ def train(
         notices: what reading the options had to say, for the log.
         source: the options file, which the run must not overwrite.
         check: whether a new run inspects its data first (as ``pet-finetune inspect`` does).
+        rooms: what other rooms bring into the run.
 
     Raises:
         PetFinetuneError: any bad input, with one clear message.
@@ -64,9 +65,16 @@ def train(
     with own_folder(folder) as path:
         if options.finetune.ensemble is not None and options.finetune.member is None:
             return train_ensemble(
-                train, options, path, restart=restart, notices=notices, source=source, check=check
+                train,
+                options,
+                path,
+                restart=restart,
+                notices=notices,
+                source=source,
+                check=check,
+                rooms=rooms,
             )
-        return _train_in(path, options, device, restart, notices, source, check)
+        return _train_in(path, options, device, restart, notices, source, check, rooms)
 
 
 def _train_in(
@@ -77,6 +85,7 @@ def _train_in(
     notices: Sequence[str],
     source: str | Path,
     check: bool,
+    rooms: Rooms,
 ) -> TrainOutcome:
     """Train one model in a folder of its own."""
     files = RunFiles(folder)
@@ -87,19 +96,19 @@ def _train_in(
         _logger.warning(notice)
     try:
         saved = open_run(restart, options) if restart is not None else None
-        run = prepare_run(options, files, saved, device, check=check and saved is None)
+        run = prepare_run(options, files, saved, device, rooms, check=check and saved is None)
         files.tell({STARTED: starts_of(files.about())})
         result = _train(run)
         _tell_memory(run)
         if result.finished:
             outcome = _finish(run, result)
-            report_or_warn(files.folder)
+            rooms.report(files.folder)
             return outcome
     except PetFinetuneError as error:
         # Whoever called shows it; the log is where one looks for it a week later.
         _logger.error("%s", error, extra=FILE_ONLY)
         raise
-    report_or_warn(files.folder)
+    rooms.report(files.folder)
     _logger.warning(
         "interrupted; the state is saved. Go on with: %s",
         shlex.join(
@@ -109,48 +118,58 @@ def _train_in(
     return TrainOutcome(files.folder, result, {}, {})
 
 
+class RunRecorder(Feature):
+    """The feature that writes a run's files as it goes: table, best model, state."""
+
+    name = "files"
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def start(self, trainer: Trainer, kept: Mapping[str, Any] | None) -> None:
+        """Note whose state is written."""
+        self._trainer = trainer
+
+    def epoch_ended(self, record: EpochRecord) -> None:
+        """Keep the model where it is the best so far, and add a row to ``train.csv``."""
+        if record.best:
+            self._run.files.keep_best(self._trainer.model, record)
+        self._run.files.add_row(record)
+
+    def save(self) -> None:
+        """Write ``last.ckpt``."""
+        trainer, state = self._trainer, self._run.state
+        training = {"run": state.plain(), "trainer": trainer.state()}
+        self._run.files.keep_last(trainer.model, training)
+
+
 def _train(run: Run) -> TrainingResult:
     """Train with the display open and the files written as the run goes."""
-    trainer, files = run.trainer, run.files
-    options = trainer.options
-
-    def save() -> None:
-        files.keep_last(trainer.model, {"run": run.state.plain(), "trainer": trainer.state()})
-
-    with RunDisplay(options.num_epochs, options.log_interval, trainer.progress.epoch) as display:
-
-        def end_of_epoch(record: EpochRecord) -> None:
-            files.add_row(record)
-            display.epoch(record)
-
-        trainer.callbacks = Callbacks(
-            step=display.step, epoch=end_of_epoch, best=files.keep_best, save=save
-        )
-        if run.retention is not None:
-            trainer.callbacks.retention = run.retention.errors_after
-        return trainer.fit()
+    trainer, options = run.trainer, run.trainer.options
+    trainer.add(RunRecorder(run))
+    trainer.add(RunDisplay(options.num_epochs, options.log_interval, trainer.progress.epoch))
+    return trainer.fit()
 
 
 def _finish(run: Run, result: TrainingResult) -> TrainOutcome:
     """Evaluate the best model, write ``results.json``, print the table."""
-    files, before = run.files, run.state.before
+    files, before, features = run.files, run.state.before, run.trainer.features
     if result.stopped_early:
         _logger.info("stopped early: no improvement for a while")
     _logger.info("best model: epoch %d of %d, %s", result.best_epoch, result.epochs, files.best)
     after: Errors = {}
-    verdicts: dict[str, str] = {}
+    found: dict[str, Any] = {}
     if run.options.final_eval:
         model = run.trainer.model
         best = load_checkpoint(files.best).model.to(device=model.device, dtype=model.dtype)
-        after = evaluate_sets(files, AFTER, best, run.data, run.trainer.wanted, run.retention)
+        after = evaluate_sets(files, AFTER, best, run.data, run.trainer.wanted, features)
         _show_results(run, after)
-        verdicts = report_dimers(run.kept.dimers, best, files)
+        for feature in features:
+            found |= feature.finish(best, files)
     content: dict[str, Any] = {BEFORE: plain_errors(before), AFTER: plain_errors(after)}
     trained = sum(parameter.numel() for parameter in run.trainer.parameters.values())
     content["parameters"] = {"trainable": trained, "total": run.trainer.model.num_parameters()}
-    if verdicts:
-        content["dimers"] = verdicts
-    files.write(RESULTS, json.dumps(content, indent=2) + "\n")
+    files.write(RESULTS, json.dumps({**content, **found}, indent=2) + "\n")
     return TrainOutcome(files.folder, result, before, after)
 
 
@@ -164,7 +183,7 @@ def _tell_memory(run: Run) -> None:
 
 def _show_results(run: Run, after: Errors) -> None:
     """Print the table of the set that says most, and put it into the log file."""
-    shown = telling_set(run.data.sets)
+    shown = primary_set(run.data.sets)
     finetuned = run.state.fingerprint is not None
     columns: dict[str, Errors] = {}
     if shown in run.state.before:
@@ -172,13 +191,11 @@ def _show_results(run: Run, after: Errors) -> None:
         columns[f"{name} (after {run.state.baseline})"] = run.state.before
     columns["fine-tuned" if finetuned else "trained"] = after
     groups = {"": {name: errors[shown] for name, errors in columns.items()}}
-    if RETENTION in after:
-        kept = {name: errors.get(RETENTION, {}) for name, errors in columns.items()}
-        groups["forgetting: "] = kept
+    for own in (name for name in after if name not in run.data.sets):
+        kept = {name: errors.get(own, {}) for name, errors in columns.items()}
+        groups[f"{own}: "] = kept
     notes = [f"{len(run.data.sets[shown].structures)} {shown} structures", *_sizes(run.files)]
-    if run.kept.retention is not None:
-        count, source = len(run.kept.retention.structures), run.kept.retention.structures[0].source
-        notes.append(f"forgetting: {count} structures ({source})")
+    notes += [note for feature in run.trainer.features for note in feature.notes()]
     table = error_table(groups, notes, title=f"errors on the {shown} set")
     _logger.info("results\n%s", show(table), extra=FILE_ONLY)
 

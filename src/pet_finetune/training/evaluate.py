@@ -27,9 +27,11 @@ from pet_finetune.errors import ConfigError, DataError, did_you_mean
 from pet_finetune.keys import TargetSpec, direct_quantity, forces_key, stress_key
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential, Prediction, Property
-from pet_finetune.report.tables import error_table, show
-from pet_finetune.training import Metrics, Spread, evaluate, rotational_spread
-from pet_finetune.training.predictions import split_predictions
+
+from .metrics import Metrics, evaluate
+from .predictions import split_predictions
+from .rotations import Spread, rotational_spread
+from .tables import error_table, show
 
 _logger = get_logger(__name__)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pet_finetune.training import TrainingResult
-from pet_finetune.training.resume import Errors
+from .records import TrainingResult
+from .resume import Errors
 
 
 @dataclass(frozen=True)

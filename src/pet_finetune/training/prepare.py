@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -11,38 +13,38 @@ from omegaconf import OmegaConf
 from pet_finetune import kernels
 from pet_finetune.adapters import trainable_report
 from pet_finetune.committee.committee import Committee
-from pet_finetune.config import Options
+from pet_finetune.config import Options, TrainingOptions
 from pet_finetune.data.charges import check_charges
 from pet_finetune.data.files import forget_files
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.species import check_species
 from pet_finetune.data.splits import Splits, load_splits, make_splits
 from pet_finetune.device import dtype_of_bits
-from pet_finetune.forgetting.keeping import extra_losses, make_kept, retention_of
-from pet_finetune.forgetting.kept import Kept
-from pet_finetune.forgetting.memory import Memory, remember
-from pet_finetune.forgetting.retention import Retention
-from pet_finetune.inspection.preflight import check_data, read_checked
 from pet_finetune.keys import forces_key, stress_key
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
-from pet_finetune.report.tables import baseline_text
 from pet_finetune.rng import seed_everything
-from pet_finetune.training import Trainer, evaluate, prepare_baselines
-from pet_finetune.training.baselines import BaselineTable
-from pet_finetune.training.bootstrap import of_member
-from pet_finetune.training.elements import ADVICE
-from pet_finetune.training.loss import Objective
-from pet_finetune.training.predictions import Recorder
-from pet_finetune.training.provenance import about_run, provenance_of
-from pet_finetune.training.resume import Errors, RunState, SavedRun, plain_errors, take_files
-from pet_finetune.training.rounding import rounding_told
-from pet_finetune.training.run_files import OPTIONS, SPLITS, RunFiles
-from pet_finetune.training.start import Start, check_targets, choose_trainable, start_model
+
+from .average import Averaging
+from .baselines import BaselineTable, prepare_baselines
+from .bootstrap import of_member
+from .consistency import RotationalAgreement
+from .elements import ADVICE
+from .feature import Feature, Plan
+from .foundation import foundation_of
+from .loss import Objective
+from .metrics import evaluate
+from .predictions import Recorder
+from .provenance import about_run, provenance_of
+from .resume import Errors, RunState, SavedRun, plain_errors, take_files
+from .rounding import rounding_told
+from .run_files import OPTIONS, SPLITS, RunFiles
+from .start import Start, check_targets, choose_trainable, start_model
+from .tables import baseline_text
+from .trainer import Trainer
+from .unfreeze import Unfreezing
 
 _logger = get_logger(__name__)
-#: How results call the errors on the retention set.
-RETENTION = "retention"
 #: How results and predictions call the starting model and the finished one.
 BEFORE, AFTER = "before", "after"
 _LARGEST_BATCH = 64  # structures, for validation and evaluation
@@ -67,8 +69,39 @@ class Run:
     data: RunData
     trainer: Trainer
     state: RunState
-    kept: Kept
-    retention: Retention | None
+
+
+@dataclass(frozen=True)
+class Rooms:
+    """What the rooms above training bring into a run.
+
+    Attributes:
+        features: new instances of what takes part in every run.
+        inspect: new instances of what looks at the data of a new run, where that is wanted.
+        read: the three sets by a seed; says all that is wrong with the files at once.
+        report: writes the report of the run in a folder.
+    """
+
+    features: Callable[[], Sequence[Feature]] = tuple
+    inspect: Callable[[], Sequence[Feature]] = tuple
+    read: Callable[[Options, int], Splits] = make_splits
+    report: Callable[[Path], None] = lambda folder: None
+
+
+#: Training by itself.
+NO_ROOMS = Rooms()
+
+
+def own_features(options: TrainingOptions) -> list[Feature]:
+    """The features of this room that the options ask for."""
+    features: list[Feature] = []
+    if options.finetune.unfreeze is not None:
+        features.append(Unfreezing())
+    if options.rotational_consistency is not None:
+        features.append(RotationalAgreement())
+    if options.ema is not None or options.swa is not None:
+        features.append(Averaging())
+    return features
 
 
 def prepare_run(
@@ -76,6 +109,7 @@ def prepare_run(
     files: RunFiles,
     saved: SavedRun | None,
     device: torch.device,
+    rooms: Rooms,
     *,
     to_finish: bool = True,
     check: bool = False,
@@ -87,8 +121,9 @@ def prepare_run(
         files: of the run.
         saved: the run to go on with, if it is not a new one.
         device: where it trains.
+        rooms: what other rooms bring into the run.
         to_finish: whether a new run will be trained to its end, and therefore evaluates the
-            starting model and writes down what it keeps of it.
+            starting model and writes down what features keep of it.
         check: whether the data are inspected before anything is trained on them.
 
     Raises:
@@ -98,57 +133,63 @@ def prepare_run(
     dtype = dtype_of_bits(options.base_precision)
     seed = seed_everything(saved.state.seed if saved else options.seed)
     _logger.info("seed %d, %s, %d bits", seed, device, options.base_precision)
-    splits = _splits(options, files, saved, seed, check)
+    splits = _splits(options, files, saved, seed, rooms.read if check else make_splits)
     own_seed, trained_on = seed, splits
     if options.finetune.member is not None:
         own_seed, trained_on = of_member(options, splits, seed)
         seed_everything(own_seed)
     start = saved.start() if saved else start_model(options, splits)
     model = start.model.to(device=device, dtype=dtype)
-    if check:
-        check_data(options, splits, start)
-    else:
-        _check_structures(options, splits, model)
-    memory = None if saved else remember(options, start, trained_on.train, own_seed)
+    features = [*rooms.features(), *own_features(options.training)]
+    if not saved:
+        foundation = foundation_of(start, options) if start.fingerprint is not None else None
+        plan = Plan(options, start, foundation, splits, trained_on.train, own_seed)
+        for feature in [*(rooms.inspect() if check else ()), *features]:
+            feature.check(plan)
+    _check_structures(options, splits, model)
     forget_files()
     data = load_data(options, trained_on, model, own_seed, dtype)
     kernels.prepare(device)  # the input is sound: compiling, should they need it, is not in vain
+    kept: dict[str, Any] = {}
     baselines: list[BaselineTable] = []
     if saved:
-        kept = Kept.from_plain(files.read_kept()) if saved.state.fingerprint else Kept()
+        kept = files.read_kept() if saved.state.fingerprint else {}
     else:
-        baselines = _begin(options, start, data, memory)
+        heads = [head for feature in features for head in feature.heads]
+        baselines = _begin(options, start, data, heads)
         model.to(device=device, dtype=dtype)
         splits.save(files.folder / SPLITS)
         files.write(OPTIONS, options_of_run(options, seed))
-        kept = make_kept(options, memory, model, trained_on.train, start.fresh, own_seed)
-        if to_finish and memory:
-            files.write_kept(kept.plain())
-    retention = retention_of(kept, model)
     files.base_name = start.name
     files.provenance = saved.provenance if saved else provenance_of(options, start, data.sets, seed)
+    trainer = _trainer(options, model, data, features, kept, saved)
+    if to_finish and not saved and start.fingerprint is not None:
+        files.write_kept({f.name: f.kept() for f in features if type(f).kept is not Feature.kept})
     trainable = trainable_report(model)
     _logger.info("%s", trainable)
-    if not saved and to_finish:
-        files.tell(about_run(options, files.provenance, splits, model, baselines, trainable))
-    trainer = _trainer(options, model, data, kept, own_seed, saved)
     if saved:
         files.drop_rows_after(trainer.progress.epoch)
-        return Run(options, files, data, trainer, saved.state, kept, retention)
+        return Run(options, files, data, trainer, saved.state)
     before: Errors = {}
-    if to_finish and options.final_eval:
-        before = evaluate_sets(files, BEFORE, model, data, trainer.wanted, retention)
-        files.tell({BEFORE: plain_errors(before)})
+    if to_finish:
+        files.tell(about_run(options, files.provenance, splits, model, baselines, trainable))
+        if options.final_eval:
+            before = evaluate_sets(files, BEFORE, model, data, trainer.wanted, trainer.features)
+            files.tell({BEFORE: plain_errors(before)})
     state = _new_state(options, start, seed, trainer.learning_rate, before)
-    return Run(options, files, data, trainer, state, kept, retention)
+    return Run(options, files, data, trainer, state)
 
 
 def _splits(
-    options: Options, files: RunFiles, saved: SavedRun | None, seed: int, check: bool
+    options: Options,
+    files: RunFiles,
+    saved: SavedRun | None,
+    seed: int,
+    read: Callable[[Options, int], Splits],
 ) -> Splits:
     """The three sets: drawn for a new run, as they were for one that goes on."""
     if saved is None:
-        return read_checked(options, seed) if check else make_splits(options, seed)
+        return read(options, seed)
     take_files(saved, files)
     return load_splits(files.folder / SPLITS, options)
 
@@ -162,11 +203,11 @@ def _check_structures(options: Options, splits: Splits, model: Potential) -> Non
 
 
 def _begin(
-    options: Options, start: Start, data: RunData, memory: Memory | None
+    options: Options, start: Start, data: RunData, heads: Sequence[str]
 ) -> list[BaselineTable]:
     """Choose what trains in a new run, set its baselines and log them."""
     with rounding_told(options, start.model, data.train):
-        choose_trainable(start, options, memory.heads if memory else ())
+        choose_trainable(start, options, heads)
     targets = list(options.target_specs())
     tables = prepare_baselines(
         options, start.model, data.train, targets, start.fresh, start.new_species
@@ -182,8 +223,8 @@ def _trainer(
     options: Options,
     model: Potential,
     data: RunData,
-    kept: Kept,
-    seed: int,
+    features: Sequence[Feature],
+    kept: Mapping[str, Any],
     saved: SavedRun | None,
 ) -> Trainer:
     """The trainer, where a run that goes on left it."""
@@ -197,7 +238,8 @@ def _trainer(
         data.validation,
         options.training,
         rate,
-        extra_losses=extra_losses(options, kept, model, data.train, seed),
+        features=features,
+        kept=kept,
     )
     if saved:
         trainer.load_state(saved.trainer)
@@ -303,7 +345,7 @@ def evaluate_sets(
     model: Potential | Committee,
     data: RunData,
     wanted: dict[str, tuple[bool, bool]],
-    retention: Retention | None = None,
+    features: Sequence[Feature] = (),
 ) -> Errors:
     """Errors of a model on every set; what it says of the one that says most is kept.
 
@@ -313,20 +355,20 @@ def evaluate_sets(
         model: to be evaluated.
         data: the sets.
         wanted: for each target, whether forces and stress are compared.
-        retention: the forgetting report, if there is one.
+        features: of the run; they add the errors on sets of their own.
     """
-    shown = telling_set(data.sets)
+    shown = primary_set(data.sets)
     recorder = Recorder(data.sets[shown], shown)
     errors = {
         set_name: evaluate(model, loader, wanted, recorder.add if set_name == shown else None)
         for set_name, loader in data.sets.items()
     }
     files.keep_predictions(recorder, name, model)
-    if retention is not None:
-        errors[RETENTION] = retention.errors(model)
+    for feature in features:
+        errors |= feature.errors(model)
     return errors
 
 
-def telling_set(sets: Collection[str]) -> str:
+def primary_set(sets: Collection[str]) -> str:
     """The set that says most of a model: the one that it saw least of."""
     return next(name for name in ("test", "validation", "train") if name in sets)

@@ -18,11 +18,8 @@ from pet_finetune.config.yaml_file import read_yaml
 from pet_finetune.errors import ConfigError, PetFinetuneError, did_you_mean
 from pet_finetune.files import size_text
 from pet_finetune.log import get_logger, setup_logging
-from pet_finetune.report.tables import show
 from pet_finetune.runs.changes import changed_options
 from pet_finetune.runs.folder import RunFolder
-from pet_finetune.training.metrics import SHOWN
-from pet_finetune.training.run_files import ADAPTER, BEST, LAST, OPTIONS, RESULTS, TABLE, RunFiles
 
 from .evaluate import (
     EvaluationResult,
@@ -31,10 +28,15 @@ from .evaluate import (
     evaluate_files,
     evaluate_options,
 )
-from .prepare import RETENTION
-from .train import train
+from .metrics import SHOWN
+from .prepare import NO_ROOMS, Rooms
+from .run import train
+from .run_files import ADAPTER, BEST, LAST, OPTIONS, RESULTS, TABLE, RunFiles
+from .tables import show
 
 _logger = get_logger(__name__)
+#: The sets that every run has; others are those of features.
+_SETS = ("train", "validation", "test")
 _KINDS = ("energy", "forces", "stress")
 
 
@@ -61,7 +63,12 @@ class RunSummary:
 
 
 def train_named(
-    runs: Sequence[NamedRun], source: str | Path, *, alone: bool, check: bool = True
+    runs: Sequence[NamedRun],
+    source: str | Path,
+    *,
+    alone: bool,
+    check: bool = True,
+    rooms: Rooms = NO_ROOMS,
 ) -> int:
     """Train runs one after the other, each in its folder.
 
@@ -73,12 +80,13 @@ def train_named(
         alone: one run was asked for: its error is raised. Else the others are trained, and a
             table compares all, which is written beside the runs as CSV and JSON.
         check: whether each run inspects its data first.
+        rooms: what other rooms bring into each run.
 
     Returns:
         The exit status: 0, 1 if a run failed, 130 if one was interrupted.
 
     Raises:
-        PetFinetuneError: a file that the runs name is missing, or as :func:`~.train.train`.
+        PetFinetuneError: a file that the runs name is missing, or as :func:`~.run.train`.
     """
     setup_logging()
     check_files(runs)
@@ -87,7 +95,7 @@ def train_named(
     for run in runs:
         _logger.info("run '%s': %s", run.name, run.folder)
         try:
-            if not _train_one(run, source, check):
+            if not _train_one(run, source, check, rooms):
                 status = 130
                 break
         except PetFinetuneError as error:
@@ -104,10 +112,10 @@ def train_named(
     return status
 
 
-def _train_one(run: NamedRun, source: str | Path, check: bool) -> bool:
+def _train_one(run: NamedRun, source: str | Path, check: bool, rooms: Rooms) -> bool:
     """Train one run, or what is left of it; False when it was interrupted."""
     with RunFolder.take(run.folder) as claimed:  # what is there does not change while we look
-        return _is_finished(run) or _train_rest(run, claimed, source, check)
+        return _is_finished(run) or _train_rest(run, claimed, source, check, rooms)
 
 
 def _is_finished(run: NamedRun) -> bool:
@@ -126,7 +134,9 @@ def _is_finished(run: NamedRun) -> bool:
     return True
 
 
-def _train_rest(run: NamedRun, claimed: RunFolder, source: str | Path, check: bool) -> bool:
+def _train_rest(
+    run: NamedRun, claimed: RunFolder, source: str | Path, check: bool, rooms: Rooms
+) -> bool:
     folder = run.folder
     # Of a committee (finetune.ensemble), each member has its own.
     saved = [path for path in (folder / LAST, *sorted(folder.glob(f"*/{LAST}"))) if path.exists()]
@@ -139,6 +149,7 @@ def _train_rest(run: NamedRun, claimed: RunFolder, source: str | Path, check: bo
         notices=run.loaded.notices,
         source=source,
         check=check,
+        rooms=rooms,
     )
     return outcome.result.finished
 
@@ -263,13 +274,13 @@ def _table(summaries: Sequence[RunSummary]) -> Table:
     table.add_column("kind")
     names = dict.fromkeys(name for summary in summaries for name in summary.errors)
     # A line is narrow: of what was forgotten it has the forces, and the files have all.
-    columns = [n for n in names if not n.startswith(RETENTION) or n.endswith("/forces_mae")]
+    columns = [n for n in names if n.startswith(_SETS) or n.endswith("/forces_mae")]
     for name in columns:
         set_name, _, rest = name.partition("/")
         target, _, quantity = rest.rpartition("/")
         kind = quantity.removesuffix("_mae")
         shown = kind if target == "energy" else f"{target} {kind}"
-        heading = {"validation": "val.", RETENTION: "forgot"}.get(set_name, set_name)
+        heading = {"validation": "val."}.get(set_name, set_name)
         table.add_column(f"{heading}\n{shown}\n{SHOWN[kind][1]}", justify="right")
     for heading in ("trained", "adapter", "seconds"):
         table.add_column(heading, justify="right")

@@ -21,13 +21,22 @@ from pet_finetune.data.splits import load_splits
 from pet_finetune.device import choose_device, dtype_of_bits
 from pet_finetune.errors import TrainingError
 from pet_finetune.log import FILE_ONLY, get_logger, setup_logging
-from pet_finetune.report.tables import calibration_table, committee_table, show
-from pet_finetune.report.write import report_or_warn
 from pet_finetune.rng import seed_everything
 from pet_finetune.runs.folder import undisturbed
-from pet_finetune.training.bootstrap import options_of_member
-from pet_finetune.training.resume import Errors, plain_errors
-from pet_finetune.training.run_files import (
+
+from .bootstrap import options_of_member
+from .outcome import TrainOutcome
+from .prepare import (
+    AFTER,
+    NO_ROOMS,
+    Rooms,
+    evaluate_sets,
+    load_data,
+    options_of_run,
+    wanted_derivatives,
+)
+from .resume import Errors, plain_errors
+from .run_files import (
     ADAPTER,
     LAST,
     LOG,
@@ -37,10 +46,8 @@ from pet_finetune.training.run_files import (
     SPLITS,
     RunFiles,
 )
-from pet_finetune.training.start import read_start
-
-from .outcome import TrainOutcome
-from .prepare import AFTER, evaluate_sets, load_data, options_of_run, wanted_derivatives
+from .start import read_start
+from .tables import calibration_table, committee_table, show
 
 _logger = get_logger(__name__)
 PLOT = "calibration.svg"
@@ -57,14 +64,15 @@ def train_ensemble(
     notices: Sequence[str] = (),
     source: str | Path = "",
     check: bool = True,
+    rooms: Rooms = NO_ROOMS,
 ) -> TrainOutcome:
     """Train every member in a folder of its own, ``member_0`` and so on, then judge them together.
 
     A run that goes on trains the members that are not finished, from where each stands.
 
     Args:
-        train_member: :func:`~.train.train`, for a member's options.
-        options, folder, notices, source, check: as for a single run; the first member checks.
+        train_member: :func:`~.run.train`, for a member's options.
+        options, folder, notices, source, check, rooms: as for a single run; member 0 checks.
         restart: the ``last.ckpt`` of any member.
 
     Raises:
@@ -95,10 +103,11 @@ def train_ensemble(
                 restart=last if restart is not None and last.exists() else None,
                 notices=notices if member == 0 else (),
                 check=check and member == 0,
+                rooms=rooms,
             )
         )
         if not outcomes[-1].result.finished:
-            report_or_warn(files.folder)
+            rooms.report(files.folder)
             command = ["pet-finetune", "train", f"{files.folder / OPTIONS}"]
             _logger.warning(
                 "this was member %d of %d; go on with all of them: %s",
@@ -109,7 +118,7 @@ def train_ensemble(
             return TrainOutcome(files.folder, outcomes[-1].result, {}, {})
     setup_logging(file=files.folder / LOG)
     outcome = _finish(options, files, outcomes, seed)
-    report_or_warn(files.folder)
+    rooms.report(files.folder)
     return outcome
 
 

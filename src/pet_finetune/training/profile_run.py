@@ -13,12 +13,12 @@ from pet_finetune.config import Options
 from pet_finetune.device import choose_device, versions
 from pet_finetune.errors import PetFinetuneError
 from pet_finetune.log import FILE_ONLY, get_logger, setup_logging
-from pet_finetune.report.tables import show
 from pet_finetune.runs.folder import RunFolder, own_folder
-from pet_finetune.training.profile import OTHER, TrainingProfile, check_steps, profile_steps
-from pet_finetune.training.run_files import LOG, PROFILE, TRACE, RunFiles
 
-from .prepare import prepare_run
+from .prepare import NO_ROOMS, Rooms, prepare_run
+from .profile import OTHER, TrainingProfile, check_steps, profile_steps
+from .run_files import LOG, PROFILE, TRACE, RunFiles
+from .tables import show
 
 _logger = get_logger(__name__)
 _LONGEST_NAME = 48
@@ -46,6 +46,7 @@ def profile_run(
     *,
     notices: Sequence[str] = (),
     source: str | Path = "",
+    rooms: Rooms = NO_ROOMS,
 ) -> TrainingProfile:
     """Get a run ready as training does, take a few steps, and say what they cost.
 
@@ -58,6 +59,7 @@ def profile_run(
         steps: to be timed.
         notices: what reading the options had to say, for the log.
         source: the options file, which must not be overwritten.
+        rooms: what other rooms bring into the run.
 
     Raises:
         PetFinetuneError: any bad input, with one clear message.
@@ -65,7 +67,7 @@ def profile_run(
     check_steps(steps)
     device = choose_device(options.device)
     with own_folder(folder) as path:
-        return _profile_in(RunFiles(path), options, device, steps, notices, source)
+        return _profile_in(RunFiles(path), options, device, steps, notices, source, rooms)
 
 
 def _profile_in(
@@ -75,6 +77,7 @@ def _profile_in(
     steps: int,
     notices: Sequence[str],
     source: str | Path,
+    rooms: Rooms,
 ) -> TrainingProfile:
     """Profile in a folder of the run's own."""
     files.check_free(source)
@@ -82,7 +85,7 @@ def _profile_in(
     for notice in notices:
         _logger.warning(notice)
     try:
-        run = prepare_run(options, files, None, device, to_finish=False)
+        run = prepare_run(options, files, None, device, rooms, to_finish=False)
         _logger.info("profile: nothing of what these steps train is kept")
         profile = profile_steps(run.trainer, steps, files.folder / TRACE)
     except PetFinetuneError as error:

@@ -1,0 +1,157 @@
+"""Features of training: what plugs into a run without the loop knowing it by name.
+
+A feature overrides the hooks that it needs and leaves the others as they are. In a new run they
+are called in this order: :meth:`Feature.check` before anything of the model is changed,
+:meth:`Feature.start` when the model stands, the hooks of steps and epochs, :meth:`Feature.close`
+when the loop ends for whatever reason, :meth:`Feature.finish` when the run is complete. A run that
+goes on skips ``check``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from pet_finetune.committee.committee import Committee
+from pet_finetune.config import Options
+from pet_finetune.data.batch import LabelledBatch
+from pet_finetune.data.splits import Splits
+from pet_finetune.data.structure import Structure
+from pet_finetune.model import Potential, Prediction, Property
+
+from .foundation import FoundationEnergies
+from .metrics import Metrics
+from .records import EpochRecord, StepProgress
+from .run_files import RunFiles
+from .start import Start
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+__all__ = ["Feature", "Plan", "Step"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A new run before anything of its model is changed.
+
+    Attributes:
+        options: of the run.
+        start: the model that it starts from.
+        foundation: the energies of that model; None from scratch.
+        splits: the three sets as they are in the files.
+        training: what is trained on, a bootstrap sample of the training set where that is asked.
+        seed: of the run; random streams are derived from it.
+    """
+
+    options: Options
+    start: Start
+    foundation: FoundationEnergies | None
+    splits: Splits
+    training: Sequence[Structure]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """A batch whose gradient has just been taken.
+
+    Attributes:
+        epoch, index: of the batch, both from 0, as :meth:`pet_finetune.data.Loader.epoch` counts.
+        batch: with its labels as they are.
+        predictions: by target; their graph is gone.
+    """
+
+    epoch: int
+    index: int
+    batch: LabelledBatch
+    predictions: Mapping[str, Prediction | Property]
+
+
+class Feature:
+    """What takes part in training; this base class does nothing.
+
+    Attributes:
+        name: under which its state and what it keeps are saved; unique in a run.
+        heads: heads of the foundation that have to stay in the model, known after :meth:`check`.
+    """
+
+    name: str = ""
+    heads: tuple[str, ...] = ()
+
+    def check(self, plan: Plan) -> None:
+        """Read and check what the feature needs, before anything of the model is changed.
+
+        Raises:
+            PetFinetuneError: the run cannot have this feature; the message says what to do.
+        """
+
+    def start(self, trainer: Trainer, kept: Mapping[str, Any] | None) -> None:
+        """Get ready for the first step.
+
+        Args:
+            trainer: of the run; its model has adapters and baselines in place.
+            kept: what :meth:`kept` gave when the run began, for a run that goes on.
+        """
+
+    def kept(self) -> dict[str, Any] | None:
+        """What was made in :meth:`start` and must not change until the run ends: tensors and
+        plain values, written once. None where there is nothing."""
+        return None
+
+    def before_step(self, epoch: int) -> None:
+        """Called before each update, with the epoch counted from 0."""
+
+    def losses(self, step: Step) -> Mapping[str, Tensor]:
+        """Weighted scalars that are added to the loss of a batch, by name.
+
+        They depend on the step and the weights alone, so that a run that is resumed computes the
+        very same. The mean of each over an epoch is the column ``train/<name>`` of ``train.csv``.
+        """
+        return {}
+
+    def after_update(self, epoch: int) -> None:
+        """Called when the weights were updated, with the epoch counted from 0."""
+
+    def step_ended(self, progress: StepProgress) -> None:
+        """Called after each update, once it is counted."""
+
+    def weights(self) -> AbstractContextManager[object]:
+        """A context within which the model has the weights to be validated and kept."""
+        return nullcontext()
+
+    def validate(self, model: Potential, epoch: int) -> Mapping[str, float]:
+        """Columns of ``train.csv``, computed within :meth:`weights` after an epoch (from 1)."""
+        return {}
+
+    def epoch_ended(self, record: EpochRecord) -> None:
+        """Called after each epoch, within :meth:`weights`."""
+
+    def save(self) -> None:
+        """Called when the state of the run should be written."""
+
+    def state(self) -> dict[str, Any]:
+        """What the rest of the run depends on: tensors and plain values, saved with the run."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state` gave."""
+
+    def close(self) -> None:
+        """Called once when the loop ends: finished, interrupted, or by an error."""
+
+    def errors(self, model: Potential | Committee) -> Mapping[str, dict[str, Metrics]]:
+        """Errors of a model on sets of the feature's own, by the set's name and target."""
+        return {}
+
+    def notes(self) -> Sequence[str]:
+        """Lines below the final table of errors."""
+        return ()
+
+    def finish(self, best: Potential, files: RunFiles) -> Mapping[str, Any]:
+        """Look at the best model of a finished run; the result goes into ``results.json``."""
+        return {}
