@@ -117,6 +117,6 @@ def stop(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
             if left[0] == 0:
                 os.kill(os.getpid(), signal.SIGINT)
 
-        monkeypatch.setattr(RunDisplay, "step", step)
+        monkeypatch.setattr(RunDisplay, "step_ended", step)
 
     return after

@@ -118,7 +118,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(nitrogen, command, monkeypatch
         if left[0] == 0:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(RunDisplay, "step", step)
+    monkeypatch.setattr(RunDisplay, "step_ended", step)
     assert command("train", "mine.yaml", "-o", "part").code == 130
     assert command("train", "mine.yaml", "--restart", "part").code == 0
     for file in ("last.ckpt", "best_model.ckpt"):

@@ -121,7 +121,7 @@ def test_a_run_of_several_targets_goes_on_exactly(
         if left[0] == 0:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(RunDisplay, "step", step)
+    monkeypatch.setattr(RunDisplay, "step_ended", step)
     command("train", "mine.yaml", "-c", "base.ckpt", "-o", "run")
     assert not Path("run/results.json").exists()
     answer = command("train", "mine.yaml", "-o", "run", "--restart", "run")

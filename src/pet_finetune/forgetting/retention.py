@@ -92,6 +92,7 @@ class RetentionReport(Feature):
     """The feature ``finetune.retention``: :class:`Retention` before, during and after a run."""
 
     name = "retention"
+    heading = "forgetting"
 
     def __init__(self) -> None:
         self._plan: Plan | None = None

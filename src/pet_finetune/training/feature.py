@@ -77,10 +77,12 @@ class Feature:
 
     Attributes:
         name: under which its state and what it keeps are saved; unique in a run.
+        heading: what its errors are called in the final table; its name where empty.
         heads: heads of the foundation that have to stay in the model, known after :meth:`check`.
     """
 
     name: str = ""
+    heading: str = ""
     heads: tuple[str, ...] = ()
 
     def check(self, plan: Plan) -> None:

@@ -191,9 +191,10 @@ def _show_results(run: Run, after: Errors) -> None:
         columns[f"{name} (after {run.state.baseline})"] = run.state.before
     columns["fine-tuned" if finetuned else "trained"] = after
     groups = {"": {name: errors[shown] for name, errors in columns.items()}}
+    headings = {feature.name: feature.heading or feature.name for feature in run.trainer.features}
     for own in (name for name in after if name not in run.data.sets):
         kept = {name: errors.get(own, {}) for name, errors in columns.items()}
-        groups[f"{own}: "] = kept
+        groups[f"{headings.get(own, own)}: "] = kept
     notes = [f"{len(run.data.sets[shown].structures)} {shown} structures", *_sizes(run.files)]
     notes += [note for feature in run.trainer.features for note in feature.notes()]
     table = error_table(groups, notes, title=f"errors on the {shown} set")
