@@ -43,7 +43,7 @@ def test_the_report_stands_in_log_table_csv_and_results(here, train, reported):
     log = Path("run/train.log").read_text()
     assert "forgetting: 'energy' of" in log
     assert "(probe) compared with the starting model's own predictions every 1 epochs" in log
-    assert log.count("forgetting after epoch") == 2
+    assert log.count("| forgetting energy") == 2
 
 
 def test_the_report_is_the_error_against_the_foundation(here, train, reported):

@@ -17,6 +17,7 @@ from pet_finetune.training.foundation import FoundationEnergies, named_energy
 from pet_finetune.training.labels import evaluation_loader, label_with, relabelled
 from pet_finetune.training.metrics import Metrics, evaluate
 from pet_finetune.training.progress import describe
+from pet_finetune.training.records import Measured
 from pet_finetune.training.trainer import Trainer
 
 from .replay import choose_head
@@ -164,16 +165,17 @@ class RetentionReport(Feature):
         """The labelled structures, the energies compared, epochs between two evaluations."""
         return self._kept
 
-    def validate(self, model: Potential, epoch: int) -> Mapping[str, float]:
-        """The errors where they are due; they are logged, too."""
+    def validate(self, model: Potential, epoch: int) -> Measured | None:
+        """The errors where they are due."""
         found = {} if self._retention is None else self._retention.errors_after(model, epoch)
-        if found:
-            _logger.info("forgetting after epoch %d: %s", epoch, describe(found))
-        return {
+        if not found:
+            return None
+        columns = {
             f"{self.name}/{target}/{name}": value
             for target, metrics in found.items()
             for name, value in metrics.as_dict().items()
         }
+        return Measured(columns, f"forgetting {describe(found)}")
 
     def errors(self, model: Potential | Committee) -> Mapping[str, dict[str, Metrics]]:
         """The errors of a model, as those of the set ``retention``."""

@@ -25,7 +25,7 @@ from pet_finetune.model import Potential, Prediction, Property
 
 from .foundation import FoundationEnergies
 from .metrics import Metrics
-from .records import EpochRecord, StepProgress
+from .records import EpochRecord, Measured, StepProgress
 from .run_files import RunFiles
 from .start import Start
 
@@ -126,9 +126,9 @@ class Feature:
         """A context within which the model has the weights to be validated and kept."""
         return nullcontext()
 
-    def validate(self, model: Potential, epoch: int) -> Mapping[str, float]:
-        """Columns of ``train.csv``, computed within :meth:`weights` after an epoch (from 1)."""
-        return {}
+    def validate(self, model: Potential, epoch: int) -> Measured | None:
+        """What is measured within :meth:`weights` after an epoch (from 1), or None."""
+        return None
 
     def epoch_ended(self, record: EpochRecord) -> None:
         """Called after each epoch, within :meth:`weights`."""

@@ -117,7 +117,7 @@ class RunDisplay(Feature):
         if record.epoch % self._log_interval and not last and record.epoch > 1:
             return
         _logger.info(
-            "epoch %*d/%d | loss %.4g%s | train %s | validation %s%s | %.1f s, %.0f structures/s",
+            "epoch %*d/%d | loss %.4g%s | train %s | validation %s%s%s | %.1f s, %.0f structures/s",
             len(str(self._num_epochs)),
             record.epoch,
             self._num_epochs,
@@ -126,6 +126,7 @@ class RunDisplay(Feature):
             describe(record.train),
             describe(record.validation),
             " (best)" if record.best else "",
+            "".join(f" | {line}" for line in record.lines),
             record.seconds,
             record.structures_per_second,
         )

@@ -41,6 +41,18 @@ class StepProgress(NamedTuple):
     rate: float
 
 
+class Measured(NamedTuple):
+    """What a feature measured after an epoch.
+
+    Attributes:
+        columns: of ``train.csv``.
+        line: added to the epoch's line in the log.
+    """
+
+    columns: Mapping[str, float]
+    line: str
+
+
 @dataclass
 class EpochRecord:
     """One line of ``train.csv``.
@@ -56,6 +68,7 @@ class EpochRecord:
         structures_per_second: training throughput.
         extra: mean of each term that features add to the loss, by name.
         columns: what features measured after the epoch, by column of ``train.csv``.
+        lines: the same in words.
     """
 
     epoch: int
@@ -69,6 +82,7 @@ class EpochRecord:
     structures_per_second: float
     extra: dict[str, float] = field(default_factory=dict)
     columns: dict[str, float] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

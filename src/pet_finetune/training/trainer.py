@@ -311,12 +311,12 @@ class Trainer:
                 seconds=time.perf_counter() - started,
                 structures_per_second=rate,
                 extra=extra,
-                columns={
-                    name: value
-                    for feature in self.features
-                    for name, value in feature.validate(self.model, progress.epoch).items()
-                },
             )
+            for feature in self.features:
+                measured = feature.validate(self.model, progress.epoch)
+                if measured is not None:
+                    record.columns |= measured.columns
+                    record.lines.append(measured.line)
             if best:
                 progress.best_metric, progress.best_epoch = metric, progress.epoch
             for feature in self.features:
