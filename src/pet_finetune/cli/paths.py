@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pet_finetune.config.dataset import DatasetOptions
 from pet_finetune.files import check_checkpoint, check_file
+
+if TYPE_CHECKING:  # pydantic takes longer to import than --help may take
+    from pet_finetune.config.dataset import DatasetOptions
 
 __all__ = ["check_data", "check_models", "check_sets"]
 
