@@ -12,9 +12,9 @@ from metatensor.torch import Labels, TensorMap
 from metatomic.torch import ModelOutput, NeighborListOptions, System
 from torch import Tensor, nn
 
+from pet_finetune.graph import Batch
 from pet_finetune.model import Potential
 
-from .network import PlainPET
 from .systems import Flat, flatten, integer_input, selected_rows
 from .targets import PlainTarget, Wanted
 
@@ -34,7 +34,10 @@ class ExportedPotential(nn.Module):
         self.targets = nn.ModuleList(
             PlainTarget(potential, target, output) for output, target in outputs.items()
         )
-        self.network = PlainPET(potential.network)
+        self.target_names = list(outputs.values())
+        for other in potential.targets.keys() - outputs.values():
+            potential.remove_target(other)
+        self.network = potential.network
         self.zbl = potential.zbl
         self.cutoff = potential.cutoff
         # Not strict: longer edges are left out here, at less cost than an engine's second list.
@@ -67,11 +70,19 @@ class ExportedPotential(nn.Module):
         if len(systems) == 0 or len(outputs) == 0:
             return results
         flat = flatten(systems, self.neighbors, self.cutoff)
-        hood = self.network.neighborhood(
-            flat.vectors, flat.centers, flat.neighbors, flat.reverse, flat.numbers.size(0)
-        )
         charges, spins = self.conditions(systems)
-        nodes, edges = self.network(flat.numbers, hood, charges, spins, flat.samples[:, 0])
+        batch = Batch(
+            numbers=flat.numbers,
+            edge_vectors=flat.vectors,
+            centers=flat.centers,
+            neighbors=flat.neighbors,
+            reverse=flat.reverse,
+            structure_index=flat.samples[:, 0],
+            cells=flat.cells,
+            charges=charges,
+            spins=spins,
+        )
+        raw = self.network(batch, self.target_names)
         repulsion = self.repulsion(flat)
         rows = torch.arange(flat.numbers.size(0), device=flat.numbers.device)
         ids = torch.arange(len(systems), device=flat.numbers.device)
@@ -83,9 +94,8 @@ class ExportedPotential(nn.Module):
             name = self.outputs[index]
             if name in outputs:
                 of_atoms = outputs[name].sample_kind == "atom"
-                results[name] = target(
-                    nodes, edges, hood, flat.numbers, repulsion, wanted, of_atoms
-                )
+                values = raw[self.target_names[index]]
+                results[name] = target(values, flat.numbers, repulsion, wanted, of_atoms)
         return results
 
     def conditions(self, systems: List[System]) -> tuple[Tensor, Tensor]:  # noqa: UP006

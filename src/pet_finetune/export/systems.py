@@ -7,11 +7,11 @@ from metatensor.torch import Labels
 from metatomic.torch import NeighborListOptions, System
 from torch import Tensor
 
-from pet_finetune.nn.neighborhood import keep_edges
+from pet_finetune.graph import keep_edges
 
 
 class Flat(NamedTuple):
-    """Several systems as one, as in :class:`~pet_finetune.data.batch.Batch`.
+    """Several systems as one, as in :class:`~pet_finetune.graph.Batch`.
 
     Attributes:
         numbers: [n_atoms] int64, atomic numbers.

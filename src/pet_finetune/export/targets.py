@@ -1,4 +1,4 @@
-"""What the exported model makes of features: a target in its unit, of atoms or of systems."""
+"""What the exported model makes of outputs: a target in its unit, of atoms or of systems."""
 
 from typing import NamedTuple
 
@@ -7,9 +7,6 @@ from metatensor.torch import Labels, TensorBlock, TensorMap
 from torch import Tensor, nn
 
 from pet_finetune.model import Potential
-
-from .neighborhood import Hood
-from .network import plain
 
 
 class Wanted(NamedTuple):
@@ -29,7 +26,7 @@ class Wanted(NamedTuple):
 
 
 class PlainTarget(nn.Module):
-    """The heads of one target, its scale and its baselines.
+    """The scale and the baselines of one target.
 
     Args:
         potential: without adapters; its parts are shared.
@@ -49,11 +46,6 @@ class PlainTarget(nn.Module):
         self.rank, self.per_volume = spec.rank, spec.per_volume
         self.shape = [3] * spec.rank + [spec.num_subtargets]
         self.repelled = spec.quantity == "energy" and spec.shape == ()
-        node_heads, edge_heads, node_last, edge_last = potential.network.head_modules(
-            target
-        ).values()
-        self.node_heads = _joined(node_heads, node_last)
-        self.edge_heads = _joined(edge_heads, edge_last)
         relative = potential.scale.relative(target)
         ones = torch.ones(len(potential.species), 1, dtype=torch.float64)
         baselines = potential.composition.get(target).view(len(potential.species), -1)
@@ -66,9 +58,7 @@ class PlainTarget(nn.Module):
 
     def forward(
         self,
-        nodes: list[Tensor],
-        edges: list[Tensor],
-        hood: Hood,
+        raw: Tensor,
         numbers: Tensor,
         repulsion: Tensor | None,
         wanted: Wanted,
@@ -77,32 +67,16 @@ class PlainTarget(nn.Module):
         """The output, of atoms or of systems.
 
         Args:
-            nodes, edges: features of each read-out.
-            hood: the edges.
+            raw: [n_atoms, num_outputs], of the network.
             numbers: [n_atoms] atomic numbers.
             repulsion: [n_atoms], eV, what energies have in addition.
             wanted: atoms and systems.
             of_atoms: False for sums over the atoms of a system.
         """
-        values = self.of_every_atom(nodes, edges, hood, numbers, repulsion)[wanted.rows]
-        return self.pack(values, wanted, of_atoms)
+        return self.pack(self.scaled(raw, numbers, repulsion)[wanted.rows], wanted, of_atoms)
 
-    def of_every_atom(
-        self,
-        nodes: list[Tensor],
-        edges: list[Tensor],
-        hood: Hood,
-        numbers: Tensor,
-        repulsion: Tensor | None,
-    ) -> Tensor:
+    def scaled(self, raw: Tensor, numbers: Tensor, repulsion: Tensor | None) -> Tensor:
         """The value of each atom, [n_atoms, ..., num_subtargets], scalars in float64."""
-        parts: list[Tensor] = []
-        for index, head in enumerate(self.node_heads):
-            parts.append(head(nodes[index]))
-        for index, head in enumerate(self.edge_heads):
-            weighted = head(edges[index]) * hood.factors.unsqueeze(-1)
-            parts.append(torch.zeros_like(parts[0]).index_add(0, hood.centers, weighted))
-        raw = torch.stack(parts).sum(0)
         species = self.species_index[numbers]
         scales = self.scales[species].to(raw.dtype)
         values = raw.view([-1] + self.shape) * scales.view(
@@ -148,11 +122,3 @@ def over_volume(values: Tensor, cells: Tensor) -> Tensor:
     inverse = torch.where(volumes > 0, 1.0 / volumes.clamp_min(1e-30), 0.0)
     symmetric = 0.5 * (values + values.transpose(1, 2))
     return symmetric * inverse.view([-1] + [1] * (values.dim() - 1))
-
-
-def _joined(heads: nn.Module, last_layers: nn.Module) -> nn.ModuleList:
-    """Head and last layer of each read-out as one."""
-    pairs = zip(heads.children(), last_layers.children(), strict=True)
-    return nn.ModuleList(
-        nn.Sequential(*plain(head).children(), *last.children()) for head, last in pairs
-    )

@@ -76,7 +76,7 @@ def make_layout(centers: Tensor, num_atoms: int, rectangle: bool) -> Layout:
         rectangle: whether attention needs it.
     """
     atoms = torch.arange(num_atoms + 1, device=centers.device)
-    starts = torch.searchsorted(centers, atoms)
+    starts = torch.searchsorted(centers.contiguous(), atoms)
     return Layout(num_atoms, starts, _rectangle(centers, starts) if rectangle else None)
 
 

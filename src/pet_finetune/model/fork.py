@@ -5,12 +5,9 @@ so their tokens at that point are copies of one computation. Its derivatives are
 member hands another gradient down, and each needs its own way back.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +15,7 @@ from torch import Tensor
 from pet_finetune.graph import Batch
 
 
-@dataclass(frozen=True)
-class Tokens:
+class Tokens(NamedTuple):
     """What one GNN layer hands to the next.
 
     Attributes:
@@ -30,17 +26,17 @@ class Tokens:
 
     nodes: Tensor
     messages: Tensor
-    readouts: tuple[tuple[Tensor, Tensor], ...] = ()
+    readouts: list[tuple[Tensor, Tensor]]
 
     def flat(self) -> list[Tensor]:
         """All tensors in one list."""
         return [self.nodes, self.messages, *(t for pair in self.readouts for t in pair)]
 
     @staticmethod
-    def of(flat: list[Tensor]) -> Tokens:
+    def of(flat: list[Tensor]) -> "Tokens":
         """The opposite of :meth:`flat`."""
         nodes, messages, *rest = flat
-        return Tokens(nodes, messages, tuple(zip(rest[::2], rest[1::2], strict=True)))
+        return Tokens(nodes, messages, list(zip(rest[::2], rest[1::2], strict=True)))
 
 
 class Fork:

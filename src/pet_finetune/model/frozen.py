@@ -120,9 +120,9 @@ class FrozenEnergy:
         with torch.enable_grad():
             batch = batch._replace(edge_vectors=batch.edge_vectors.detach().requires_grad_())
             hood = self._potential.network.neighborhood(batch)
-            keys = weigh_keys(hood.factors, hood.layout)
+            logarithms = weigh_keys(hood.factors, hood.layout)
             repulsion = self._potential._repulsion(batch)
-        edges = [hood.vectors, hood.distances, keys.logarithms, hood.factors]
+        edges = [hood.vectors, hood.distances, logarithms, hood.factors]
         raw, *found = run(edges, (hood.centers, hood.neighbors, hood.reverse))
         if repulsion is not None:
             edges, found = [*edges, repulsion], [*found, torch.ones_like(repulsion)]

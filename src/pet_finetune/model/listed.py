@@ -17,7 +17,7 @@ from pet_finetune.nn.block import Block, FeedForward
 from pet_finetune.nn.embedding import GrownEmbedding
 from pet_finetune.nn.gnn_layer import GNNLayer
 from pet_finetune.nn.projection import Adapted
-from pet_finetune.nn.rowwise import Prologue
+from pet_finetune.nn.rowwise import Prologue, settings
 
 from .pet import PET
 
@@ -200,7 +200,7 @@ def _given(bias: Tensor | None) -> Tensor:
 def _row(prologue: nn.Module, to: Listing) -> Row:
     if not isinstance(prologue, Prologue):
         raise CannotList(f"a {type(prologue).__name__}")
-    return Row(**prologue.settings(to.dtype))
+    return Row(**settings(prologue.op(), to.dtype))
 
 
 def _table(table: nn.Module) -> Tensor:

@@ -4,24 +4,23 @@ Parameter names are those of metatrain's ``backend`` module, so that its state d
 taking that prefix off.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
-from typing import cast
+from typing import Final, cast
 
 import torch
 from torch import Tensor, nn
 
 from pet_finetune.config import ModelOptions
 from pet_finetune.data.species import species_table
-from pet_finetune.graph import Batch
+from pet_finetune.graph import Batch, Neighborhood
 from pet_finetune.keys import TargetSpec
 from pet_finetune.nn.attention import weigh_keys
 from pet_finetune.nn.block import Block
 from pet_finetune.nn.conditioning import SystemConditioning
+from pet_finetune.nn.gather import permute_rows
 from pet_finetune.nn.gnn_layer import GNNLayer
 from pet_finetune.nn.heads import make_head, sum_over_edges
-from pet_finetune.nn.neighborhood import Neighborhood, build_neighborhood
+from pet_finetune.nn.neighborhood import NeighborhoodBuilder
 from pet_finetune.nn.projection import chain
 from pet_finetune.nn.recompute import recomputed
 from pet_finetune.nn.rowwise import LayerNorm, SiLU
@@ -43,12 +42,21 @@ class PET(nn.Module):
     """
 
     species_to_species_index: Tensor
+    feedforward: Final[bool]
 
     def __init__(
         self, options: ModelOptions, species: Sequence[int], targets: Iterable[TargetSpec]
     ) -> None:
         super().__init__()
         self.options = options
+        self.neighborhood = NeighborhoodBuilder(
+            cutoff=options.cutoff,
+            cutoff_function=options.cutoff_function,
+            cutoff_width=options.cutoff_width,
+            num_neighbors_adaptive=options.num_neighbors_adaptive,
+            adaptive_method=options.adaptive_cutoff_method,
+            adaptive_width=options.cutoff_width_adaptive,
+        )
         self.register_buffer("species_to_species_index", species_table(species))
         self.gnn_layers = nn.ModuleList(
             GNNLayer(
@@ -152,32 +160,17 @@ class PET(nn.Module):
         index = species_table(species).to(self.species_to_species_index.device)
         self.species_to_species_index = index
 
-    def neighborhood(self, batch: Batch) -> Neighborhood:
-        """The edges of a batch within the cutoff, with their weights."""
-        options = self.options
-        return build_neighborhood(
-            batch.edge_vectors,
-            batch.centers,
-            batch.neighbors,
-            batch.reverse,
-            batch.num_atoms,
-            cutoff=options.cutoff,
-            cutoff_function=options.cutoff_function,
-            cutoff_width=options.cutoff_width,
-            num_neighbors_adaptive=options.num_neighbors_adaptive,
-            adaptive_method=options.adaptive_cutoff_method,
-            adaptive_width=options.cutoff_width_adaptive,
-        )
-
     def features(self, batch: Batch, hood: Neighborhood) -> list[tuple[Tensor, Tensor]]:
         """Centre and edge features, [n_atoms, d_node] and [n_edges, d_pet], per read-out."""
-        if self.fork is not None and self.fork.active:
-            shared = self.fork.tokens(batch)
-            tokens = self.advance(batch, hood, shared, self.fork.layers)
-        else:
-            tokens = self.advance(batch, hood)
-        last = [(tokens.nodes, tokens.messages)] if self.feedforward else []
-        return [*tokens.readouts, *last]
+        shared: Tokens | None = None
+        start = 0
+        if not torch.jit.is_scripting():
+            if self.fork is not None and self.fork.active:
+                shared, start = self.fork.tokens(batch), self.fork.layers
+        tokens = self.advance(batch, hood, shared, start)
+        if self.feedforward:
+            return [(tokens.nodes, tokens.messages)]
+        return tokens.readouts
 
     def advance(
         self,
@@ -185,7 +178,7 @@ class PET(nn.Module):
         hood: Neighborhood,
         tokens: Tokens | None = None,
         start: int = 0,
-        stop: int | None = None,
+        stop: int = 1000,
     ) -> Tokens:
         """Through the GNN layers from ``start`` to before ``stop``, all without them.
 
@@ -197,75 +190,99 @@ class PET(nn.Module):
         """
         species = self.species_to_species_index[batch.numbers]
         neighbor_species = species[hood.neighbors]
-        keys = weigh_keys(hood.factors, hood.layout)
-        condition = None
-        if self.system_conditioning is not None:
-            condition = self.system_conditioning(batch.charges, batch.spins, batch.structure_index)
+        bias = weigh_keys(hood.factors, hood.layout)
         if tokens is None:
-            tokens = Tokens(self.node_embedders[0](species), self.edge_embedder(neighbor_species))
-        nodes, messages, readouts = tokens.nodes, tokens.messages, list(tokens.readouts)
-        again = self._again
-        for index, layer in list(enumerate(self.gnn_layers))[start:stop]:
-            if not self.feedforward:
-                nodes = self.node_embedders[index](species)
-            nodes, edges = layer(nodes, messages, neighbor_species, keys, hood, again)
-            if condition is not None:
-                nodes = nodes + condition
-            if self.feedforward:
-                messages = self._combine(index, edges, messages, hood)
-            else:
-                messages = 0.5 * (messages + hood.reversed(edges))
-                readouts.append((nodes, edges))
-        return Tokens(nodes, messages, tuple(readouts))
+            nodes, messages = self.node_embedders[0](species), self.edge_embedder(neighbor_species)
+            readouts: list[tuple[Tensor, Tensor]] = []
+        else:
+            nodes, messages, readouts = tokens.nodes, tokens.messages, list(tokens.readouts)
+        again = self.recompute and self.training and torch.is_grad_enabled()
+        if self.feedforward:
+            mixers = zip(self.gnn_layers, self.combination_norms, self.combination_mlps)  # noqa: B905
+            for index, (layer, norm, mlp) in enumerate(mixers):
+                if start <= index < stop:
+                    nodes, edges = layer(nodes, messages, neighbor_species, hood, bias, again)
+                    nodes = self.conditioned(nodes, batch)
+                    back = permute_rows(edges, hood.reverse, hood.reverse)
+                    if torch.jit.is_scripting():
+                        both = torch.cat([edges, back], dim=-1)
+                        messages = messages + edges + mlp(norm(both))
+                    else:
+                        messages = _combined(norm, mlp, edges, back, messages, again)
+        else:
+            layers = zip(self.gnn_layers, self.node_embedders)  # noqa: B905
+            for index, (layer, embedder) in enumerate(layers):
+                if start <= index < stop:
+                    nodes = embedder(species)
+                    nodes, edges = layer(nodes, messages, neighbor_species, hood, bias, again)
+                    nodes = self.conditioned(nodes, batch)
+                    back = permute_rows(edges, hood.reverse, hood.reverse)
+                    messages = 0.5 * (messages + back)
+                    readouts.append((nodes, edges))
+        return Tokens(nodes, messages, readouts)
 
-    @property
-    def _again(self) -> bool:
-        """Whether this forward pass leaves the rest to be computed again."""
-        return self.recompute and self.training and torch.is_grad_enabled()
+    def conditioned(self, nodes: Tensor, batch: Batch) -> Tensor:
+        """The centre tokens with what charge and spin add to them, [n_atoms, d_node]."""
+        if self.system_conditioning is not None:
+            told = self.system_conditioning(batch.charges, batch.spins, batch.structure_index)
+            nodes = nodes + told
+        return nodes
 
-    def _combine(self, index: int, edges: Tensor, messages: Tensor, hood: Neighborhood) -> Tensor:
-        """The messages after a GNN layer of the ``feedforward`` featurizer, [n_edges, d_pet]."""
-        norm, mlp = self.combination_norms[index], self.combination_mlps[index]
-
-        def run(edges: Tensor, messages: Tensor) -> tuple[Tensor, ...]:
-            both = torch.cat([edges, hood.reversed(edges)], dim=-1)
-            return (chain(mlp, both, norm, residual=messages + edges),)
-
-        (combined,) = recomputed(self._again, run, (edges, messages), (norm, mlp))
-        return combined
-
-    def forward(self, batch: Batch, targets: Sequence[str]) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, targets: list[str]) -> dict[str, Tensor]:
         """Raw per-atom outputs, [n_atoms, num_outputs] a target: unscaled, without baseline."""
         hood = self.neighborhood(batch)
         readouts = self.features(batch, hood)
-        return {name: self._read_out(name, readouts, hood, batch.num_atoms) for name in targets}
+        num_atoms = batch.numbers.size(0)
+        outputs: dict[str, Tensor] = {}
+        again = self.recompute and self.training and torch.is_grad_enabled()
+        for name, node_heads, edge_heads, node_last, edge_last in zip(  # noqa: B905
+            self.node_heads.keys(),
+            self.node_heads.values(),
+            self.edge_heads.values(),
+            self.node_last_layers.values(),
+            self.edge_last_layers.values(),
+        ):
+            if name in targets:
+                parts: list[Tensor] = []
+                for index, (node_head, edge_head, node_layers, edge_layers) in enumerate(
+                    zip(node_heads, edge_heads, node_last, edge_last)  # noqa: B905
+                ):
+                    on_nodes, on_edges = readouts[index]
+                    if torch.jit.is_scripting():
+                        on_nodes, on_edges = node_head(on_nodes), edge_head(on_edges)
+                        for layer in node_layers.values():
+                            on_nodes = layer(on_nodes)
+                        for layer in edge_layers.values():
+                            on_edges = layer(on_edges)
+                    else:
+                        on_nodes = _head(node_head, node_layers, on_nodes, again)
+                        on_edges = _head(edge_head, edge_layers, on_edges, again)
+                    parts.append(on_nodes)
+                    parts.append(sum_over_edges(on_edges, hood, num_atoms))
+                outputs[name] = torch.stack(parts).sum(0)
+        return outputs
 
-    def _read_out(
-        self,
-        target: str,
-        readouts: list[tuple[Tensor, Tensor]],
-        hood: Neighborhood,
-        num_atoms: int,
-    ) -> Tensor:
-        node_heads, edge_heads, node_last, edge_last = self.head_modules(target).values()
-        parts = []
-        for index, (nodes, edges) in enumerate(readouts):
-            on_nodes = self._head(node_heads[index], node_last[index], nodes)
-            on_edges = self._head(edge_heads[index], edge_last[index], edges)
-            parts += [on_nodes, sum_over_edges(on_edges, hood, num_atoms)]
-        return torch.stack(parts).sum(0)
 
-    def _head(self, head: nn.Module, last: nn.Module, features: Tensor) -> Tensor:
-        """The outputs of a head and its last layer, [n, num_outputs]."""
+def _combined(
+    norm: nn.Module, mlp: nn.Module, edges: Tensor, back: Tensor, messages: Tensor, again: bool
+) -> Tensor:
+    """The messages after a GNN layer of the ``feedforward`` featurizer, by the kernels."""
 
-        def run(features: Tensor) -> tuple[Tensor, ...]:
-            return (_last(last)(chain(head, features)),)
+    def run(edges: Tensor, back: Tensor, messages: Tensor) -> tuple[Tensor, ...]:
+        both = torch.cat([edges, back], dim=-1)
+        return (chain(mlp, both, cast("LayerNorm", norm).op(), residual=messages + edges),)
 
-        (out,) = recomputed(self._again, run, (features,), (head, last))
-        return out
+    inputs = (edges, back, messages)
+    (out,) = recomputed(run, inputs, (norm, mlp)) if again else run(*inputs)
+    return out
 
 
-def _last(layers: nn.Module) -> nn.Module:
-    """The one layer of a target's last layers; checkpoints keep it under the target's block."""
-    (layer,) = layers.children()
-    return layer
+def _head(head: nn.Module, last_layers: nn.Module, features: Tensor, again: bool) -> Tensor:
+    """The outputs of a head and its last layer, [n, num_outputs], by the kernels."""
+
+    def run(features: Tensor) -> tuple[Tensor, ...]:
+        (last,) = last_layers.children()  # under the name of the target's block
+        return (last(chain(head, features)),)
+
+    (out,) = recomputed(run, (features,), (head, last_layers)) if again else run(features)
+    return out

@@ -282,7 +282,7 @@ class Potential(nn.Module):
         with torch.set_grad_enabled(derive or torch.is_grad_enabled()), compact:
             vectors = batch.edge_vectors.detach().requires_grad_(derive)
             batch = batch._replace(edge_vectors=vectors)
-            outputs = self.network(batch, tuple(wanted))
+            outputs = self.network(batch, list(wanted))
             repulsion = self._repulsion(batch)
             keep = create_graph or not derive
             results: dict[str, Prediction | Property] = {

@@ -113,6 +113,3 @@ def grid_cutoffs(
     log_weights = -0.5 * (excess / spread) ** 2
     weights = torch.exp(log_weights - log_weights.max())
     return (weights / weights.sum(dim=1, keepdim=True)) @ probes
-
-
-ADAPTIVE_METHODS = {"solver": solver_cutoffs, "grid": grid_cutoffs}

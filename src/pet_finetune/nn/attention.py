@@ -1,58 +1,42 @@
 """Attention of the tokens of one atom among themselves, weighed by the cutoff."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from functools import cached_property
-
 import torch
 from torch import Tensor, nn
 
 from pet_finetune import kernels
+from pet_finetune.graph import Layout, Rectangle
 
-from .neighborhood import Layout
+from .gather import pad_rows, unpad_rows
 from .projection import packed_layer, project
 from .prompt import Prompt
-from .rowwise import Prologue
+from .rowwise import RowOp, apply_rows
 
 # Cutoff factors below this count as this: the logarithm of a vanished edge stays finite.
 SMALLEST_FACTOR = 1e-15
 
 
-@dataclass(frozen=True)
-class Keys:
-    """How much each key counts, and whose keys they are.
+def weigh_keys(factors: Tensor, layout: Layout, smallest: float = SMALLEST_FACTOR) -> Tensor:
+    """What is added to the scores: the logarithm of each edge's cutoff factor; 0 for the centre.
 
-    Attributes:
-        logarithms: [n_edges], logarithm of each edge's cutoff factor; the centre's is 0.
+    Args:
+        factors: [n_edges], cutoff factors.
         layout: the tokens of each atom.
+        smallest: factors below it count as it.
+
+    Returns:
+        [n_edges]; where the layout has a rectangle, [n_atoms, 1, 1, its width], with minus infinity
+        in empty slots, so that nothing of a structure depends on what else is in its batch.
     """
-
-    logarithms: Tensor
-    layout: Layout
-
-    @cached_property
-    def padded(self) -> Tensor:
-        """What is added to the scores, [n_atoms, 1, 1, width of the rectangle].
-
-        Empty slots get minus infinity, so that nothing of a structure depends on what else is
-        in its batch.
-        """
-        slots = self.layout.slots
-        bias = slots.pad(
-            torch.cat([self.logarithms.new_zeros(self.layout.num_atoms), self.logarithms])
-        )
-        if slots.empty is not None:
-            bias = bias.flatten().index_fill(0, slots.empty, -torch.inf).view_as(bias)
-        return bias[:, None, None, :]
+    logarithms = torch.log(factors.clamp_min(smallest))
+    rectangle = layout.rectangle
+    if rectangle is None:
+        return logarithms
+    padded = pad_rows(torch.cat([logarithms.new_zeros(layout.num_atoms), logarithms]), rectangle)
+    flat = padded.flatten().index_fill(0, rectangle.empty, -torch.inf)
+    return flat.view(layout.num_atoms, 1, 1, rectangle.width)
 
 
-def weigh_keys(factors: Tensor, layout: Layout) -> Keys:
-    """The keys of edges with cutoff factors [n_edges]."""
-    return Keys(torch.log(factors.clamp_min(SMALLEST_FACTOR)), layout)
-
-
-def attend(qkv: Tensor, keys: Keys, heads: int, scale: float) -> Tensor:
+def attend(qkv: Tensor, rectangle: Rectangle, bias: Tensor, heads: int, scale: float) -> Tensor:
     """Softmax attention within each neighbourhood, by torch operations: the reference.
 
     Plain matrix products and a softmax, because training on forces differentiates twice and
@@ -60,21 +44,20 @@ def attend(qkv: Tensor, keys: Keys, heads: int, scale: float) -> Tensor:
 
     Args:
         qkv: [n_atoms + n_edges, 3 * width], centre tokens first.
-        keys: the keys' weights.
+        rectangle: of the layout.
+        bias: from :func:`weigh_keys`.
         heads: number of heads.
         scale: of the scores.
 
     Returns:
         [n_atoms + n_edges, width].
     """
-    slots = keys.layout.slots
-    padded = slots.pad(qkv)
-    atoms, width, _ = padded.shape
-    split = padded.view(atoms, width, 3, heads, -1).permute(2, 0, 3, 1, 4)
-    queries, keys_, values = split.unbind(0)
-    scores = torch.matmul(queries * scale, keys_.transpose(-2, -1)) + keys.padded
+    padded = pad_rows(qkv, rectangle)
+    split = padded.view(padded.size(0), padded.size(1), 3, heads, -1).permute(2, 0, 3, 1, 4)
+    queries, keys, values = split.unbind(0)
+    scores = torch.matmul(queries * scale, keys.transpose(-2, -1)) + bias
     mixed = torch.matmul(scores.softmax(dim=-1), values)
-    return slots.unpad(mixed.transpose(1, 2).flatten(2))
+    return unpad_rows(mixed.transpose(1, 2).flatten(2), rectangle)
 
 
 class Attention(nn.Module):
@@ -97,43 +80,44 @@ class Attention(nn.Module):
         self.scale = 1.0 / ((width // num_heads) ** 0.5 * temperature)
         self.prompt = Prompt(num_prompts, width, num_heads) if num_prompts else None
 
-    def forward(self, tokens: Tensor, keys: Keys, norm: Prologue | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, layout: Layout, bias: Tensor, norm: RowOp | None = None
+    ) -> Tensor:
         """Attend within each atom's neighbourhood.
 
         Args:
             tokens: [n_atoms + n_edges, width], centre tokens first.
-            keys: from :func:`weigh_keys`.
+            layout: the tokens of each atom.
+            bias: from :func:`weigh_keys`.
             norm: of the tokens, before all else.
 
         Returns:
             [n_atoms + n_edges, width].
         """
-        compact = self._compact(tokens, keys, norm)
-        if compact is not None:
-            return compact
+        rectangle = layout.rectangle
+        if not torch.jit.is_scripting():
+            if rectangle is None:
+                return self._fused(tokens, layout.starts, bias, norm)
+        assert rectangle is not None
+        qkv = self.input_linear(tokens if norm is None else apply_rows(tokens, norm))
+        mixed = attend(qkv, rectangle, bias, self.num_heads, self.scale)
+        if self.prompt is not None:  # two conditions, for TorchScript compiles both parts of `and`
+            if self.prompt.enabled:
+                of_prompt = self.input_linear(self.prompt.adaption_prompt)
+                mixed = mixed + self.prompt(qkv[:, : mixed.size(1)], of_prompt, self.scale)
+        out: Tensor = self.output_linear(mixed)
+        return out
+
+    def _fused(self, tokens: Tensor, starts: Tensor, bias: Tensor, norm: RowOp | None) -> Tensor:
+        """By the kernels; predictions in one operation, which keeps nothing but the tokens."""
+        prompt = None if self.prompt is None or not self.prompt.enabled else self.prompt
+        first = packed_layer(self.input_linear, tokens, norm) if prompt is None else None
+        last = packed_layer(self.output_linear, tokens) if first is not None else None
+        if first is not None and last is not None:
+            return first.attend(tokens, bias, starts, self.num_heads, self.scale, last)
         qkv = project(self.input_linear, tokens, norm)
-        if kernels.usable(qkv):
-            starts = keys.layout.starts
-            mixed = kernels.attention(qkv, keys.logarithms, starts, self.num_heads, self.scale)
-        else:
-            mixed = attend(qkv, keys, self.num_heads, self.scale)
-        if self.prompt is not None and self.prompt.enabled:
-            queries = qkv[:, : self.output_linear.in_features]
-            mixed = mixed + self._read_prompt(self.prompt, queries)
+        mixed = kernels.attention(qkv, bias, starts, self.num_heads, self.scale)
+        if prompt is not None:
+            of_prompt = project(self.input_linear, prompt.adaption_prompt)
+            mixed = mixed + prompt(qkv[:, : mixed.size(1)], of_prompt, self.scale)
         return project(self.output_linear, mixed)
-
-    def _compact(self, tokens: Tensor, keys: Keys, norm: Prologue | None) -> Tensor | None:
-        """All in one operation, which keeps the tokens alone; None where it cannot be."""
-        if self.prompt is not None and self.prompt.enabled:
-            return None
-        first = packed_layer(self.input_linear, tokens, norm)
-        last = None if first is None else packed_layer(self.output_linear, tokens)
-        if first is None or last is None:
-            return None
-        starts = keys.layout.starts
-        return first.attend(tokens, keys.logarithms, starts, self.num_heads, self.scale, last)
-
-    def _read_prompt(self, prompt: Prompt, queries: Tensor) -> Tensor:
-        """The prompt's keys and values come from the projection that makes those of the tokens."""
-        _, keys, values = project(self.input_linear, prompt.adaption_prompt).chunk(3, dim=-1)
-        return prompt(queries, keys, values, self.scale)

@@ -1,13 +1,16 @@
 """One transformer block of PET: attention and a feed-forward network, for centre and edges."""
 
-from __future__ import annotations
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 
-from .attention import Attention, Keys
-from .projection import project, two_layers
-from .rowwise import LayerNorm, Prologue, RMSNorm, SiLU, SwiGLU
+from pet_finetune import kernels
+from pet_finetune.graph import Layout
+
+from .attention import Attention
+from .projection import two_layers
+from .rowwise import LayerNorm, RMSNorm, RowOp, SiLU, SwiGLU, apply_rows
 
 NORMALIZATIONS: dict[str, type[RMSNorm] | type[LayerNorm]] = {
     "LayerNorm": LayerNorm,
@@ -25,11 +28,14 @@ class FeedForward(nn.Module):
         self.w_in = nn.Linear(width, 2 * hidden if gated else hidden)
         self.w_out = nn.Linear(hidden, width)
 
-    def forward(
-        self, x: Tensor, norm: Prologue | None = None, residual: Tensor | None = None
-    ) -> Tensor:
-        """The network of ``norm(x)``, plus the residual; all [n, width]."""
-        return two_layers(self.w_in, self.w_out, x, norm, self.activation, residual)
+    def forward(self, x: Tensor, norm: RowOp | None = None) -> Tensor:
+        """The network of ``norm(x)``, added to ``x``; all [n, width]."""
+        if not torch.jit.is_scripting():
+            if kernels.usable(x):
+                return two_layers(self.w_in, self.w_out, x, norm, self.activation.op(), x)
+        hidden = self.w_in(x if norm is None else apply_rows(x, norm))
+        out: Tensor = x + self.w_out(self.activation(hidden))
+        return out
 
 
 class Block(nn.Module):
@@ -38,6 +44,8 @@ class Block(nn.Module):
     Where ``d_node`` differs from ``d_pet`` the centre token is contracted for the attention,
     expanded after it, and has a feed-forward network of its own.
     """
+
+    wide_center: Final[bool]  # TorchScript compiles what belongs to it only where it is true
 
     def __init__(
         self,
@@ -65,24 +73,24 @@ class Block(nn.Module):
             self.norm_center_features = norm(d_node)
             self.center_mlp = FeedForward(d_node, 2 * d_node, activation)
 
-    def forward(self, nodes: Tensor, edges: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
-        """One block; ``keys`` as for :class:`~.attention.Attention`."""
-        centers = project(self.center_contraction, nodes) if self.wide_center else nodes
+    def forward(
+        self, nodes: Tensor, edges: Tensor, layout: Layout, bias: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """One block; ``layout`` and ``bias`` as for :class:`~.attention.Attention`."""
+        sizes = [nodes.size(0), edges.size(0)]
+        centers = self.center_contraction(nodes) if self.wide_center else nodes
         tokens = torch.cat([centers, edges])
         if self.post_norm:
-            tokens = self.norm_attention(tokens + self.attention(tokens, keys))
-            tokens = self.norm_mlp(self.mlp(tokens, residual=tokens))
-            new_centers, new_edges = tokens.split([len(nodes), len(edges)])
+            tokens = self.norm_attention(tokens + self.attention(tokens, layout, bias))
+            tokens = self.norm_mlp(self.mlp(tokens))
+            new_centers, new_edges = tokens.split(sizes)
         else:
-            mixed = self.attention(tokens, keys, self.norm_attention)
-            new_centers, new_edges = mixed.split([len(nodes), len(edges)])
-            new_edges = edges + new_edges
-            new_edges = self.mlp(new_edges, self.norm_mlp, residual=new_edges)
+            mixed = self.attention(tokens, layout, bias, self.norm_attention.op())
+            new_centers, new_edges = mixed.split(sizes)
+            new_edges = self.mlp(edges + new_edges, self.norm_mlp.op())
         if self.wide_center:
-            new_centers = project(self.center_expansion, new_centers, residual=nodes)
-            new_centers = self.center_mlp(
-                new_centers, self.norm_center_features, residual=new_centers
-            )
+            new_centers = nodes + self.center_expansion(new_centers)
+            new_centers = self.center_mlp(new_centers, self.norm_center_features.op())
         # With equal widths PreLN hands the attention's output on without a residual: the
         # trained models were made so.
         return new_centers, new_edges

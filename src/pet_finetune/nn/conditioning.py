@@ -1,7 +1,5 @@
 """Total charge and spin multiplicity as features of every atom of a structure."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

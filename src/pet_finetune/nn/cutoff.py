@@ -4,14 +4,8 @@ Formulas: PET paper (arXiv:2305.19302) for the cosine; the bump is the C-infinit
 ``(1 + tanh(cot(pi x))) / 2`` that metatrain uses for its current models.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
-
-CutoffFunction = Callable[[Tensor, "Tensor | float", float], Tensor]
 
 
 def bump_step(x: Tensor) -> Tensor:
@@ -24,25 +18,3 @@ def bump_step(x: Tensor) -> Tensor:
 def cosine_step(x: Tensor) -> Tensor:
     """The same of the cosine."""
     return 0.5 * (1.0 + torch.cos(torch.pi * x.clamp(0.0, 1.0)))
-
-
-def bump(distances: Tensor, cutoff: Tensor | float, width: float) -> Tensor:
-    """Bump cutoff, smooth to all orders.
-
-    Args:
-        distances: any shape, Angstrom.
-        cutoff: a number or a tensor that broadcasts with ``distances``, Angstrom.
-        width: width of the taper that ends at ``cutoff``, Angstrom.
-
-    Returns:
-        Factors between 0 and 1, the shape of ``distances``.
-    """
-    return bump_step((distances - (cutoff - width)) / width)
-
-
-def cosine(distances: Tensor, cutoff: Tensor | float, width: float) -> Tensor:
-    """Cosine cutoff with a continuous first derivative; arguments as for :func:`bump`."""
-    return cosine_step((distances - (cutoff - width)) / width)
-
-
-CUTOFF_FUNCTIONS: dict[str, CutoffFunction] = {"Bump": bump, "Cosine": cosine}

@@ -5,10 +5,10 @@ Where each row goes to exactly one place, the gradient is another gather. Both c
 of that kind: turning edges around, and laying tokens out in a padded rectangle.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
+
+from pet_finetune.graph import Rectangle
 
 
 class _Permute(torch.autograd.Function):
@@ -28,7 +28,7 @@ class _Pad(torch.autograd.Function):
     def forward(ctx, rows, row_of_slot, slot_of_row, empty):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(row_of_slot, slot_of_row, empty)
         padded = rows.index_select(0, row_of_slot)
-        if empty is not None:
+        if len(empty):
             padded.index_fill_(0, empty, 0.0)
         return padded
 
@@ -50,31 +50,26 @@ class _Unpad(torch.autograd.Function):
 
 def permute_rows(rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     """``rows[index]`` for a permutation ``index`` of the rows with the given inverse, [n, ...]."""
+    if torch.jit.is_scripting():  # placing a row has a gather as its gradient
+        return torch.empty_like(rows).index_copy(0, inverse, rows)
     out: Tensor = _Permute.apply(rows, index, inverse)
     return out
 
 
-def pad_rows(
-    rows: Tensor, row_of_slot: Tensor, slot_of_row: Tensor, empty: Tensor | None
-) -> Tensor:
-    """Each row into its slot, zeros into the empty slots.
-
-    Args:
-        rows: [n, ...].
-        row_of_slot: [m] int64, any valid index where the slot is empty.
-        slot_of_row: [n] int64, the inverse on the slots in use.
-        empty: [k] int64, the empty slots; None when there is none.
-
-    Returns:
-        [m, ...].
-    """
-    out: Tensor = _Pad.apply(rows, row_of_slot, slot_of_row, empty)
-    return out
+def pad_rows(rows: Tensor, rectangle: Rectangle) -> Tensor:
+    """Tokens [n_atoms + n_edges, ...] to [n_atoms, width, ...], zeros in empty slots."""
+    shape = [-1, rectangle.width] + list(rows.shape[1:])
+    if torch.jit.is_scripting():
+        room = rows.new_zeros([rectangle.token_of_slot.size(0)] + list(rows.shape[1:]))
+        return room.index_copy(0, rectangle.slot_of_token, rows).view(shape)
+    padded: Tensor = _Pad.apply(rows, *rectangle[:3])
+    return padded.view(shape)
 
 
-def unpad_rows(
-    padded: Tensor, row_of_slot: Tensor, slot_of_row: Tensor, empty: Tensor | None
-) -> Tensor:
-    """The adjoint of :func:`pad_rows`: [m, ...] to [n, ...]; empty slots are dropped."""
-    out: Tensor = _Unpad.apply(padded, row_of_slot, slot_of_row, empty)
+def unpad_rows(padded: Tensor, rectangle: Rectangle) -> Tensor:
+    """The adjoint of :func:`pad_rows`: empty slots are dropped."""
+    rows = padded.flatten(0, 1)
+    if torch.jit.is_scripting():
+        return rows.index_select(0, rectangle.slot_of_token)
+    out: Tensor = _Unpad.apply(rows, *rectangle[:3])
     return out

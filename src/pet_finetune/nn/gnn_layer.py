@@ -1,16 +1,14 @@
 """One message-passing layer: edge tokens from geometry and messages, then transformer blocks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from .attention import Keys
+from pet_finetune import kernels
+from pet_finetune.graph import Layout, Neighborhood
+
 from .block import Block
-from .neighborhood import Neighborhood
 from .projection import chain
 from .recompute import recomputed
 from .rowwise import SiLU
@@ -24,20 +22,28 @@ class BlockStack(nn.Module):
         self.layers = nn.ModuleList(blocks)
 
     def forward(
-        self, nodes: Tensor, edges: Tensor, keys: Keys, again: bool = False
+        self, nodes: Tensor, edges: Tensor, layout: Layout, bias: Tensor, again: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Run every block; shapes as in :class:`Block`, ``again`` as in :class:`GNNLayer`."""
+        if not torch.jit.is_scripting():
+            if again:
+                return self._again(nodes, edges, layout, bias)
+        for block in self.layers:
+            nodes, edges = block(nodes, edges, layout, bias)
+        return nodes, edges
+
+    def _again(
+        self, nodes: Tensor, edges: Tensor, layout: Layout, bias: Tensor
+    ) -> tuple[Tensor, Tensor]:
         for block in self.layers:
 
             def run(
-                nodes: Tensor, edges: Tensor, logarithms: Tensor, block: nn.Module = block
+                nodes: Tensor, edges: Tensor, bias: Tensor, block: nn.Module = block
             ) -> tuple[Tensor, ...]:
-                same = logarithms is keys.logarithms  # then what it has worked out can be shared
-                own = keys if same else replace(keys, logarithms=logarithms)
-                out: tuple[Tensor, Tensor] = block(nodes, edges, own)
+                out: tuple[Tensor, Tensor] = block(nodes, edges, layout, bias)
                 return out
 
-            nodes, edges = recomputed(again, run, (nodes, edges, keys.logarithms), [block])
+            nodes, edges = recomputed(run, (nodes, edges, bias), [block])
         return nodes, edges
 
 
@@ -73,8 +79,8 @@ class GNNLayer(nn.Module):
         nodes: Tensor,
         messages: Tensor,
         neighbor_species: Tensor,
-        keys: Keys,
         hood: Neighborhood,
+        bias: Tensor,
         again: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Update centre tokens [n_atoms, d_node] and edge tokens [n_edges, d_pet].
@@ -83,20 +89,40 @@ class GNNLayer(nn.Module):
             nodes: [n_atoms, d_node].
             messages: [n_edges, d_pet], what arrives along each edge.
             neighbor_species: [n_edges] species indices.
-            keys: from :func:`~.attention.weigh_keys`.
             hood: the batch's neighbourhoods.
+            bias: from :func:`~.attention.weigh_keys`.
             again: whether what this computes is computed again when it is needed, not kept.
         """
+        edges = self.make_edges(hood, messages, neighbor_species, again)
+        out: tuple[Tensor, Tensor] = self.trans(nodes, edges, hood.layout, bias, again)
+        return out
 
-        def make_edges(vectors: Tensor, distances: Tensor, messages: Tensor) -> tuple[Tensor, ...]:
-            geometry = torch.cat([vectors, distances.unsqueeze(-1)], dim=-1)
-            parts = [self.edge_embedder(geometry)]
-            if self.neighbor_embedder is not None:
-                parts.append(self.neighbor_embedder(neighbor_species))
-            return (chain(self.compress, torch.cat([*parts, messages], dim=-1)),)
+    def make_edges(
+        self, hood: Neighborhood, messages: Tensor, neighbor_species: Tensor, again: bool
+    ) -> Tensor:
+        """The edge tokens before the blocks, [n_edges, d_pet]."""
+        if not torch.jit.is_scripting():
+            if again:
+                return self._edges_again(hood, messages, neighbor_species)
+        geometry = torch.cat([hood.vectors, hood.distances.unsqueeze(-1)], dim=-1)
+        parts = [self.edge_embedder(geometry)]
+        if self.neighbor_embedder is not None:
+            parts.append(self.neighbor_embedder(neighbor_species))
+        parts.append(messages)
+        joined = torch.cat(parts, dim=-1)
+        if not torch.jit.is_scripting():
+            if kernels.usable(joined):
+                return chain(self.compress, joined)
+        out: Tensor = self.compress(joined)
+        return out
+
+    def _edges_again(
+        self, hood: Neighborhood, messages: Tensor, neighbor_species: Tensor
+    ) -> Tensor:
+        def run(vectors: Tensor, distances: Tensor, messages: Tensor) -> tuple[Tensor, ...]:
+            own = hood._replace(vectors=vectors, distances=distances)
+            return (self.make_edges(own, messages, neighbor_species, False),)
 
         modules = (self.edge_embedder, self.neighbor_embedder, self.compress)
-        inputs = (hood.vectors, hood.distances, messages)
-        (edges,) = recomputed(again, make_edges, inputs, modules)
-        out: tuple[Tensor, Tensor] = self.trans(nodes, edges, keys, again)
-        return out
+        (edges,) = recomputed(run, (hood.vectors, hood.distances, messages), modules)
+        return edges

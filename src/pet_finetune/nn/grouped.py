@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pet_finetune import kernels
 
-from .rowwise import Prologue
+from .rowwise import RowOp, apply_rows, settings
 
 
 @dataclass
@@ -76,16 +76,15 @@ class GroupedLinear(nn.Module):
                 out.append(torch.baddbmm(biases.unsqueeze(1), rows, turned).flatten(0, 1))
         return torch.cat(out) if self.leading else out[1]
 
-    def project(self, x: Tensor, prologue: Prologue | None, residual: Tensor | None) -> Tensor:
+    def project(self, x: Tensor, prologue: RowOp | None, residual: Tensor | None) -> Tensor:
         """The same as :func:`~.projection.project` of each member's rows."""
         lanes = kernels.lanes(x.dtype)
         if kernels.usable(x) and not (self.in_features % lanes or self.out_features % lanes):
-            settings = {} if prologue is None else prologue.settings(x.dtype)
             panels, biases = self._panels()[self.rows.members], self._own(self.bias)
             return kernels.grouped_projection(
-                x, panels, biases, self.leading, residual=residual, **settings
+                x, panels, biases, self.leading, residual=residual, **settings(prologue, x.dtype)
             )
-        out = self(x if prologue is None else prologue(x))
+        out = self(x if prologue is None else apply_rows(x, prologue))
         return cast("Tensor", out if residual is None else out + residual)
 
     def _panels(self) -> Tensor:

@@ -1,10 +1,9 @@
 """Read-outs of one target: node part plus the cutoff-weighted sum over edges."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
-from .neighborhood import Neighborhood
+from pet_finetune.graph import Neighborhood
+
 from .rowwise import SiLU
 
 
@@ -16,4 +15,4 @@ def make_head(width: int, d_head: int) -> nn.Sequential:
 def sum_over_edges(values: Tensor, hood: Neighborhood, num_atoms: int) -> Tensor:
     """Cutoff-weighted sum of [n_edges, k] over the edges of each atom, [n_atoms, k]."""
     weighted = values * hood.factors.unsqueeze(-1)
-    return weighted.new_zeros(num_atoms, values.shape[-1]).index_add(0, hood.centers, weighted)
+    return weighted.new_zeros([num_atoms, values.size(-1)]).index_add(0, hood.centers, weighted)

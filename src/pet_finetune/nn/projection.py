@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pet_finetune import kernels
 
 from .grouped import GroupedLinear
-from .rowwise import Prologue
+from .rowwise import Prologue, RowOp, apply_rows, settings
 
 
 class LowRankUpdate(NamedTuple):
@@ -98,7 +98,7 @@ def _fits(linear: nn.Module, x: Tensor) -> bool:
 def project(
     linear: nn.Module,
     x: Tensor,
-    prologue: Prologue | None = None,
+    prologue: RowOp | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
     """``linear(prologue(x)) + residual``.
@@ -106,7 +106,7 @@ def project(
     Args:
         linear: a linear layer, adapted or not, ours or anyone's.
         x: [n, in], or what the prologue makes into that.
-        prologue: a norm or an activation.
+        prologue: what is done to the rows first.
         residual: [n, out].
 
     Returns:
@@ -116,16 +116,18 @@ def project(
         return linear.project(x, prologue, residual)
     if kernels.usable(x) and _fits(linear, x):
         return _fused(cast("nn.Linear", linear), x, prologue, residual)
-    out: Tensor = linear(x if prologue is None else prologue(x))
+    out: Tensor = linear(_rows(x, prologue))
     return out if residual is None else out + residual
 
 
-def _fused(
-    linear: nn.Linear, x: Tensor, prologue: Prologue | None, residual: Tensor | None
-) -> Tensor:
+def _rows(x: Tensor, op: RowOp | None) -> Tensor:
+    return x if op is None else apply_rows(x, op)
+
+
+def _fused(linear: nn.Linear, x: Tensor, prologue: RowOp | None, residual: Tensor | None) -> Tensor:
     weight, a, b, scaling = linear.weight, None, None, 0.0
     if isinstance(linear, Adapted):
-        extra = linear.apart(x if prologue is None else prologue(x))
+        extra = linear.apart(_rows(x, prologue))
         if extra is not None:
             residual = extra if residual is None else residual + extra
         update = linear.low_rank_update()
@@ -133,7 +135,6 @@ def _fused(
             weight = linear.effective_weight()
         else:
             weight, a, b, scaling = update
-    settings = {} if prologue is None else prologue.settings(x.dtype)
     return kernels.projection(
         x,
         weight,
@@ -143,19 +144,19 @@ def _fused(
         b=b,
         scaling=scaling,
         residual=residual,
-        **settings,
+        **settings(prologue, x.dtype),
     )
 
 
 def packed_layer(
-    linear: nn.Module, x: Tensor, prologue: Prologue | None = None
+    linear: nn.Module, x: Tensor, prologue: RowOp | None = None
 ) -> kernels.PackedLayer | None:
     """The layer for operations that keep their inputs alone; None where it cannot be part of one.
 
     Args:
         linear: a linear layer, adapted or not, ours or anyone's.
         x: the rows that go through it, or through what comes before it.
-        prologue: a norm or an activation.
+        prologue: what is done to the rows first.
     """
     if not (kernels.compacts(x) and kernels.usable(x) and _fits(linear, x)) or kernels.halves():
         return None
@@ -166,19 +167,18 @@ def packed_layer(
             return None
         update = linear.low_rank_update()
         weight = linear.effective_weight() if update is None else update.weight
-    settings = {} if prologue is None else prologue.settings(x.dtype)
     packed = _packed(linear, weight)
     if packed is None:
         packed = kernels.pack(weight)
-    return kernels.PackedLayer(packed, linear.bias, settings)
+    return kernels.PackedLayer(packed, linear.bias, settings(prologue, x.dtype))
 
 
 def two_layers(
     first: nn.Module,
     second: nn.Module,
     x: Tensor,
-    norm: Prologue | None,
-    activation: Prologue,
+    norm: RowOp | None,
+    activation: RowOp,
     residual: Tensor | None,
 ) -> Tensor:
     """``second(activation(first(norm(x)))) + residual``, [n, in] to [n, out]; rows as above."""
@@ -190,37 +190,31 @@ def two_layers(
 
 
 def chain(
-    layers: nn.Module,
-    x: Tensor,
-    norm: nn.Module | None = None,
-    residual: Tensor | None = None,
+    layers: nn.Module, x: Tensor, norm: RowOp | None = None, residual: Tensor | None = None
 ) -> Tensor:
     """Linear layers with activations between them, ``layers(norm(x)) + residual``.
 
     Args:
         layers: a sequence of linear layers and prologues in turn, the first one linear.
         x: [n, in].
-        norm: a prologue of the first layer.
+        norm: before the first layer.
         residual: [n, out]; only where the last layer is linear.
 
     Returns:
         [n, out].
     """
     if not isinstance(layers, nn.Sequential):  # wrapped, by another library's adapters say
-        x = layers(x if norm is None else norm(x))
+        x = layers(_rows(x, norm))
         return x if residual is None else x + residual
-    pending = cast("Prologue | None", norm)
-    members = list(layers.children())
+    pending, members = norm, list(layers.children())
     last = members[-1]
     if norm is not None and len(members) == 3 and isinstance(members[1], Prologue):
         # The input of the norm is kept in any case. Without one only what is between would be.
-        return two_layers(members[0], last, x, pending, members[1], residual)
+        return two_layers(members[0], last, x, norm, members[1].op(), residual)
     for layer in members:
         if isinstance(layer, Prologue):
-            pending = layer
+            pending = layer.op()
         else:
             x = project(layer, x, pending, residual if layer is last else None)
             pending = None
-    if pending is not None:
-        x = pending(x)
-    return x
+    return members[-1](x) if pending is not None else x

@@ -1,7 +1,5 @@
 """Learned tokens that every neighbourhood attends to (LLaMA-Adapter, arXiv:2303.16199)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
@@ -29,18 +27,20 @@ class Prompt(nn.Module):
         self.adaption_gate = nn.Parameter(torch.zeros(num_heads))
         self.enabled = True
 
-    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    def forward(self, queries: Tensor, projected: Tensor, scale: float) -> Tensor:
         """What the tokens read from the prompt, times the gates.
 
         Args:
             queries: [n, width] of the real tokens.
-            keys, values: [length, width], of the prompt.
+            projected: [length, 3 * width], what the projection that makes the tokens' queries, keys
+                and values makes of the prompt.
             scale: of the scores.
 
         Returns:
             [n, width].
         """
-        heads = len(self.adaption_gate)
+        heads = self.adaption_gate.size(0)
+        _, keys, values = projected.chunk(3, dim=-1)
         split = queries.unflatten(-1, (heads, -1)).transpose(0, 1)
         keys = keys.unflatten(-1, (heads, -1)).permute(1, 2, 0)
         values = values.unflatten(-1, (heads, -1)).transpose(0, 1)

@@ -172,7 +172,7 @@ class _Derivative(torch.autograd.Function):
 
 
 def recomputed(
-    again: bool, run: Function, inputs: Sequence[Tensor], modules: Iterable[nn.Module | None]
+    run: Function, inputs: Sequence[Tensor], modules: Iterable[nn.Module | None]
 ) -> tuple[Tensor, ...]:
     """``run(*inputs)``, which is computed again wherever something of it is needed later.
 
@@ -180,14 +180,11 @@ def recomputed(
     gradient in a backward pass without it, such as that of a loss that contains forces.
 
     Args:
-        again: whether it is; otherwise what it computes is kept, as torch does.
         run: gives a tuple of different tensors, and depends on nothing else that has a gradient
             than the inputs and the parameters of the modules.
         inputs: tensors.
         modules: those that ``run`` uses.
     """
-    if not again:
-        return run(*inputs)
     used = [module for module in modules if module is not None]
     parameters = [p for module in used for p in module.parameters() if p.requires_grad]
     out: tuple[Tensor, ...] = _Recomputed.apply(run, len(inputs), *inputs, *parameters)

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from pet_finetune import kernels
+from pet_finetune.graph import make_layout
 from pet_finetune.nn.attention import Attention, weigh_keys
 from pet_finetune.nn.block import FeedForward
-from pet_finetune.nn.neighborhood import Layout
-from pet_finetune.nn.projection import chain
+from pet_finetune.nn.projection import chain, two_layers
 from pet_finetune.nn.rowwise import LayerNorm, RMSNorm, SiLU
 
 WIDTH = 32
@@ -68,7 +68,10 @@ def test_a_feed_forward_network(dtype, norm, activation, residual):
     other = randoms(700, WIDTH, dtype=dtype, seed=1)
     rest = {"itself": x, "another": other, "none": None}[residual]
     inputs = (x, other) if residual == "another" else (x,)
-    few, many = both_ways(lambda: mlp(x, norm, rest), *inputs)
+    before = None if norm is None else norm.op()
+    few, many = both_ways(
+        lambda: two_layers(mlp.w_in, mlp.w_out, x, before, mlp.activation.op(), rest), *inputs
+    )
     assert few < many
 
 
@@ -79,7 +82,7 @@ def test_layers_behind_a_norm_in_a_chain():
         torch.float32,
     )
     x = randoms(700, WIDTH, dtype=torch.float32)
-    both_ways(lambda: chain(mlp, x, norm, residual=x), x)
+    both_ways(lambda: chain(mlp, x, norm.op(), residual=x), x)
 
 
 # Groups of atoms end at 64 tokens: in the middle of, at and after what is here.
@@ -97,11 +100,13 @@ COUNTS = {
 def test_attention(dtype, norm, counts):
     attention, norm = layers(lambda: Attention(WIDTH, 4, 1.0), norm, dtype)
     attention.requires_grad_(False)
-    layout = Layout(torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)), len(counts))
+    centers = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    layout = make_layout(centers, len(counts), rectangle=False)
+    before = None if norm is None else norm.op()
     tokens = randoms(len(counts) + sum(counts), WIDTH, dtype=dtype)
     factors = randoms(sum(counts), dtype=dtype, seed=1).detach().sigmoid().requires_grad_()
     few, many = both_ways(
-        lambda: attention(tokens, weigh_keys(factors, layout), norm), tokens, factors
+        lambda: attention(tokens, layout, weigh_keys(factors, layout), before), tokens, factors
     )
     assert few < many
 
@@ -114,7 +119,7 @@ def test_threads_change_nothing():
     for threads in (1, 3):
         torch.set_num_threads(threads)
         with kernels.compact():
-            found.append(torch.autograd.grad(mlp(x, norm, x).square().sum(), x)[0])
+            found.append(torch.autograd.grad(mlp(x, norm.op()).square().sum(), x)[0])
     torch.set_num_threads(before)
     assert torch.equal(*found)
 
@@ -123,7 +128,7 @@ def test_a_second_derivative_is_refused():
     mlp, norm = layers(lambda: FeedForward(WIDTH, 48, "SwiGLU"), RMSNorm, torch.float32)
     x = randoms(700, WIDTH, dtype=torch.float32)
     with kernels.compact():
-        out = mlp(x, norm, x)
+        out = mlp(x, norm.op())
     with pytest.raises(RuntimeError, match="differentiated once"):
         torch.autograd.grad(out.sum(), x, create_graph=True)
 

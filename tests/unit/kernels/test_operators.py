@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from pet_finetune import kernels
+from pet_finetune.graph import make_layout
 from pet_finetune.nn.attention import attend, weigh_keys
-from pet_finetune.nn.neighborhood import Layout
 from pet_finetune.nn.rowwise import SwiGLU
 
 # Below, at and above the vectors of the kernels (8 doubles, 16 floats), and none of them.
@@ -23,19 +23,22 @@ def randoms(*shapes, dtype=torch.float64, seed=0):
     return [torch.randn(*s, generator=generator, dtype=dtype).requires_grad_() for s in shapes]
 
 
-def layout_of(counts):
-    return Layout(torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)), len(counts))
+def layout_of(counts, rectangle=False):
+    centers = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    return make_layout(centers, len(counts), rectangle)
 
 
 def attention_pair(counts, heads):
     """The fused attention and its reference, as functions of (qkv, factors)."""
-    layout = layout_of(counts)
+    layout, padded = layout_of(counts), layout_of(counts, rectangle=True)
 
     def fused(qkv, factors):
-        keys = weigh_keys(factors, layout)
-        return kernels.attention(qkv, keys.logarithms, layout.starts, heads, 0.3)
+        return kernels.attention(qkv, weigh_keys(factors, layout), layout.starts, heads, 0.3)
 
-    return fused, lambda qkv, factors: attend(qkv, weigh_keys(factors, layout), heads, 0.3)
+    def plain(qkv, factors):
+        return attend(qkv, padded.rectangle, weigh_keys(factors, padded), heads, 0.3)
+
+    return fused, plain
 
 
 def attention_inputs(counts, heads, head_width, dtype=torch.float64):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pet_finetune.nn.adaptive import grid_cutoffs, solver_cutoffs
-from pet_finetune.nn.cutoff import bump
+from pet_finetune.nn.cutoff import bump_step
 
 LARGEST, WIDTH = 5.0, 1.0
 
@@ -22,7 +22,7 @@ def environment(counts=(12, 5, 20), seed=0):
 
 
 def smooth_count(radius, distances, wanted):
-    inside = bump(distances, torch.as_tensor(radius, dtype=torch.float64), WIDTH).sum()
+    inside = bump_step((distances - (radius - WIDTH)) / WIDTH).sum()
     return float(inside) + wanted * (radius / LARGEST) ** 3
 
 

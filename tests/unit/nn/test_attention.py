@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
+from pet_finetune import kernels
+from pet_finetune.graph import make_layout
 from pet_finetune.nn.attention import Attention, weigh_keys
-from pet_finetune.nn.neighborhood import Layout
 
 WIDTH, HEADS = 6, 2
 
@@ -30,7 +31,8 @@ def tokens_of(counts, seed=1):
 
 
 def attend(attention, tokens, factors, centers, num_atoms):
-    return attention(tokens, weigh_keys(factors, Layout(centers, num_atoms)))
+    layout = make_layout(centers, num_atoms, rectangle=not kernels.active())
+    return attention(tokens, layout, weigh_keys(factors, layout))
 
 
 def by_hand(attention, tokens, factors):

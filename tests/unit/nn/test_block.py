@@ -7,11 +7,12 @@ from itertools import product
 import pytest
 import torch
 
+from pet_finetune import kernels
+from pet_finetune.graph import Neighborhood, make_layout
 from pet_finetune.nn.attention import weigh_keys
 from pet_finetune.nn.block import NORMALIZATIONS, Block, FeedForward
 from pet_finetune.nn.conditioning import SystemConditioning
 from pet_finetune.nn.heads import make_head, sum_over_edges
-from pet_finetune.nn.neighborhood import Layout, Neighborhood
 
 D_PET, D_FF = 6, 10
 
@@ -26,7 +27,8 @@ def inputs(d_node):
     centers = torch.tensor([0, 0, 2])
     nodes = torch.randn(3, d_node, generator=generator, dtype=torch.float64)
     edges = torch.randn(3, D_PET, generator=generator, dtype=torch.float64)
-    return nodes, edges, weigh_keys(torch.ones(3, dtype=torch.float64), Layout(centers, 3))
+    layout = make_layout(centers, 3, rectangle=not kernels.active())
+    return nodes, edges, layout, weigh_keys(torch.ones(3, dtype=torch.float64), layout)
 
 
 @pytest.mark.parametrize(
@@ -67,11 +69,11 @@ def test_feed_forward_gates_with_the_sigmoid():
     layer = FeedForward(4, 5, "SwiGLU")
     x = torch.randn(3, 4)
     value, gate = layer.w_in(x).chunk(2, dim=-1)
-    torch.testing.assert_close(layer(x), layer.w_out(value / (1 + torch.exp(-gate))))
+    torch.testing.assert_close(layer(x), x + layer.w_out(value / (1 + torch.exp(-gate))))
     assert layer.w_in.out_features == 10
     plain = FeedForward(4, 5, "SiLU")
     hidden = plain.w_in(x)
-    expected = plain.w_out(hidden * torch.sigmoid(hidden))
+    expected = x + plain.w_out(hidden * torch.sigmoid(hidden))
     torch.testing.assert_close(plain(x), expected)
 
 
@@ -79,7 +81,9 @@ def test_edges_are_summed_with_their_factors():
     centers = torch.tensor([0, 0, 2])
     factors = torch.tensor([1.0, 0.5, 0.25])
     empty = torch.zeros(3)
-    hood = Neighborhood(empty, empty, factors, centers, centers, centers, Layout(centers, 3))
+    hood = Neighborhood(
+        empty, empty, factors, centers, centers, centers, make_layout(centers, 3, False)
+    )
     values = torch.tensor([[1.0, 2.0], [4.0, 6.0], [8.0, 0.0]])
     assert sum_over_edges(values, hood, 3).tolist() == [[3.0, 5.0], [0.0, 0.0], [2.0, 0.0]]
 

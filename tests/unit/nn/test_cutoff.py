@@ -7,8 +7,18 @@ import math
 import pytest
 import torch
 
-from pet_finetune.nn.cutoff import CUTOFF_FUNCTIONS, bump, cosine
+from pet_finetune.nn.cutoff import bump_step, cosine_step
 
+
+def bump(distances, cutoff, width):
+    return bump_step((distances - (cutoff - width)) / width)
+
+
+def cosine(distances, cutoff, width):
+    return cosine_step((distances - (cutoff - width)) / width)
+
+
+CUTOFF_FUNCTIONS = {"Bump": bump, "Cosine": cosine}
 BOTH = pytest.mark.parametrize("function", CUTOFF_FUNCTIONS.values(), ids=CUTOFF_FUNCTIONS)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pet_finetune.graph import make_layout
 from pet_finetune.nn.gather import pad_rows, permute_rows, unpad_rows
-from pet_finetune.nn.neighborhood import Layout
 
 
 def rows(count, seed=0, width=2):
@@ -17,8 +17,8 @@ def rows(count, seed=0, width=2):
 def layout(counts):
     """Slots of atoms with the given numbers of neighbours, and how many tokens they hold."""
     centers = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    slots = Layout(centers, len(counts)).slots
-    return (slots.token_of_slot, slots.slot_of_token, slots.empty), len(counts) + len(centers)
+    rectangle = make_layout(centers, len(counts), rectangle=True).rectangle
+    return rectangle, len(counts) + len(centers)
 
 
 def check_twice(function, inputs):
@@ -42,27 +42,27 @@ LAYOUTS = pytest.mark.parametrize("counts", [[2, 0, 3], [2, 2], [0, 0]], ids=str
 def test_pad_puts_each_row_into_its_slot_and_nothing_else(counts):
     where, tokens = layout(counts)
     x = rows(tokens)
-    padded = pad_rows(x, *where)
-    assert torch.equal(padded[where[1]], x)
+    padded = pad_rows(x, where).flatten(0, 1)
+    assert torch.equal(padded[where.slot_of_token], x)
     in_use = torch.zeros(len(padded), dtype=torch.bool)
-    in_use[where[1]] = True
+    in_use[where.slot_of_token] = True
     assert (padded[~in_use] == 0).all()
-    check_twice(lambda r: pad_rows(r, *where), x)
+    check_twice(lambda r: pad_rows(r, where), x)
 
 
 @LAYOUTS
 def test_unpad_takes_them_back(counts):
     where, tokens = layout(counts)
     x = rows(tokens)
-    assert torch.equal(unpad_rows(pad_rows(x, *where), *where), x)
-    padded = rows(len(where[0]), seed=1)
-    check_twice(lambda r: unpad_rows(r, *where), padded)
+    assert torch.equal(unpad_rows(pad_rows(x, where), where), x)
+    padded = rows(len(where.token_of_slot), seed=1)
+    check_twice(lambda r: unpad_rows(r.view(-1, where.width, 2), where), padded)
 
 
 @LAYOUTS
 def test_pad_and_unpad_are_adjoint(counts):
     where, tokens = layout(counts)
-    x, y = rows(tokens), rows(len(where[0]), seed=1)
-    left = (pad_rows(x, *where) * y).sum()
-    right = (x * unpad_rows(y, *where)).sum()
+    x, y = rows(tokens), rows(len(where.token_of_slot), seed=1).view(-1, where.width, 2)
+    left = (pad_rows(x, where) * y).sum()
+    right = (x * unpad_rows(y, where)).sum()
     torch.testing.assert_close(left, right)

@@ -7,7 +7,9 @@ import torch
 from ase import Atoms
 
 from pet_finetune.data.batch import batch_from_atoms
-from pet_finetune.nn.neighborhood import Layout, build_neighborhood
+from pet_finetune.graph import make_layout
+from pet_finetune.nn.gather import pad_rows, permute_rows, unpad_rows
+from pet_finetune.nn.neighborhood import NeighborhoodBuilder
 
 PLAIN = {
     "cutoff": 2.5,
@@ -22,15 +24,11 @@ PLAIN = {
 def build(positions, list_cutoff=4.0, **changes):
     """Neighbourhoods of hydrogen atoms at these positions, from a longer neighbour list."""
     batch = batch_from_atoms(Atoms(f"H{len(positions)}", positions=positions), list_cutoff)
-    hood = build_neighborhood(
-        batch.edge_vectors,
-        batch.centers,
-        batch.neighbors,
-        batch.reverse,
-        batch.num_atoms,
-        **{**PLAIN, **changes},
-    )
-    return batch, hood
+    return batch, NeighborhoodBuilder(**{**PLAIN, **changes})(batch)
+
+
+def rectangle_of(hood):
+    return make_layout(hood.centers, hood.layout.num_atoms, rectangle=True).rectangle
 
 
 LINE = [[0.0, 0, 0], [1.0, 0, 0], [2.2, 0, 0], [9.0, 0, 0]]
@@ -52,7 +50,8 @@ def test_reverse_edges_are_renumbered():
     assert torch.equal(hood.centers[hood.reverse], hood.neighbors)
     assert torch.equal(hood.vectors[hood.reverse], -hood.vectors)
     tokens = torch.arange(len(hood.centers)).unsqueeze(1)
-    assert torch.equal(hood.reversed(hood.reversed(tokens)), tokens)
+    back = permute_rows(tokens, hood.reverse, hood.reverse)
+    assert torch.equal(permute_rows(back, hood.reverse, hood.reverse), tokens)
 
 
 def test_factors_taper_off():
@@ -80,24 +79,25 @@ def test_both_directions_of_a_pair_share_the_adaptive_radius(method):
 def test_atoms_without_neighbours_have_a_slot_of_their_own():
     _, hood = build(LINE)
     tokens = torch.arange(4.0 + len(hood.centers)).unsqueeze(1)
-    padded = hood.layout.slots.pad(tokens)
+    padded = pad_rows(tokens, rectangle_of(hood))
     assert padded.shape == (4, 3, 1)
     assert padded[3].flatten().tolist() == [3.0, 0.0, 0.0]
     assert padded[0].flatten().tolist() == [0.0, 4.0, 5.0]
-    assert torch.equal(hood.layout.slots.unpad(padded), tokens)
+    assert torch.equal(unpad_rows(padded, rectangle_of(hood)), tokens)
 
 
 @pytest.mark.parametrize("adaptive", [None, 4.0])
 def test_no_edges_at_all(adaptive):
     _, hood = build([LINE[0], LINE[3]], num_neighbors_adaptive=adaptive)
     assert hood.distances.shape == (0,)
-    assert hood.layout.slots.width == 1
+    assert rectangle_of(hood).width == 1
     tokens = torch.ones(2, 5)
-    assert torch.equal(hood.layout.slots.pad(tokens), tokens.unsqueeze(1))
+    assert torch.equal(pad_rows(tokens, rectangle_of(hood)), tokens.unsqueeze(1))
 
 
 def test_full_rectangles_have_no_empty_slots():
-    slots = Layout(torch.tensor([0, 0, 1, 1]), 2).slots
-    assert slots.empty is None
-    assert slots.width == 3
-    assert Layout(torch.tensor([0, 0, 1]), 2).slots.empty.tolist() == [5]
+    full = make_layout(torch.tensor([0, 0, 1, 1]), 2, rectangle=True)
+    assert full.rectangle.empty.tolist() == []
+    assert full.rectangle.width == 3
+    assert full.starts.tolist() == [0, 2, 4]
+    assert make_layout(torch.tensor([0, 0, 1]), 2, True).rectangle.empty.tolist() == [5]

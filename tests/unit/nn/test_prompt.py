@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
+from pet_finetune import kernels
+from pet_finetune.graph import make_layout
 from pet_finetune.nn.attention import Attention, weigh_keys
-from pet_finetune.nn.neighborhood import Layout
 
 WIDTH, HEADS, LENGTH = 16, 2, 3
 COUNTS = [2, 0, 5]
@@ -33,7 +34,8 @@ def tokens():
 def run(layer, tokens):
     centers = torch.arange(len(COUNTS)).repeat_interleave(torch.tensor(COUNTS))
     factors = torch.linspace(0.1, 1.0, sum(COUNTS), dtype=torch.float64)
-    return layer(tokens, weigh_keys(factors, Layout(centers, len(COUNTS))))
+    layout = make_layout(centers, len(COUNTS), rectangle=not kernels.active())
+    return layer(tokens, layout, weigh_keys(factors, layout))
 
 
 def test_equals_the_formula(tokens):

@@ -100,7 +100,7 @@ def test_nothing_that_lies_within_is_kept():
 
     layer = Watched()
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
-    (out,) = recomputed(True, layer.forward, [x], [layer])
+    (out,) = recomputed(layer.forward, [x], [layer])
     (slope,) = torch.autograd.grad(out.sum(), x, create_graph=True)
     assert [reference() for reference in kept] == [None, None]
     (slope.square().sum() + out.sum()).backward(inputs=[layer.weight])
@@ -114,7 +114,7 @@ def test_second_derivatives_by_finite_differences():
     x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
 
     def loss():
-        (out,) = recomputed(True, lambda x: (layer(x),), [x], [layer])
+        (out,) = recomputed(lambda x: (layer(x),), [x], [layer])
         (slope,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
         return slope.square().sum() + out.sum()
 
