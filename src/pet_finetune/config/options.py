@@ -32,6 +32,8 @@ DEFAULT_LEARNING_RATES = {
     "prompt": 1e-3,
     "heads": 1e-3,
 }
+#: The same for `optimizer: soap`, where they differ: it bears larger steps in full.
+SOAP_LEARNING_RATES = {"scratch": 1e-3, "full": 5e-4}
 
 
 def _architecture(value: Any) -> str:
@@ -160,7 +162,11 @@ class Options(Section):
         """The learning rate given, or the one that suits how training starts."""
         if self.training.learning_rate is not None:
             return self.training.learning_rate
-        return DEFAULT_LEARNING_RATES[self.finetune.method if self.is_finetuning else "scratch"]
+        how = self.finetune.method if self.is_finetuning else "scratch"
+        rates = DEFAULT_LEARNING_RATES
+        if self.training.optimizer == "soap":
+            rates = DEFAULT_LEARNING_RATES | SOAP_LEARNING_RATES
+        return rates[how]
 
     def baseline_mode(self) -> Literal["refit", "fit", "keep", "values"]:
         """How the species' energies are found, with ``auto`` resolved."""

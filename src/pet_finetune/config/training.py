@@ -150,8 +150,8 @@ class TrainingOptions(Section):
     learning_rate: PositiveFloat | None = Field(
         default=None,
         description="Highest learning rate. Null chooses: 2e-3 for `lora`, 1e-3 for `heads` and "
-        "`prompt`, 2e-4 for `full` fine-tuning, 5e-4 from scratch. metatrain's default is 1e-4 for "
-        "all.",
+        "`prompt`, 2e-4 for `full` fine-tuning, 5e-4 from scratch; with `optimizer: soap` 5e-4 for "
+        "`full` and 1e-3 from scratch. metatrain's default is 1e-4 for all.",
     )
     scheduler: Annotated[Literal["cosine", "constant"], OneOf()] = Field(
         default="cosine", description="Course of the learning rate after the warm-up."
@@ -160,11 +160,12 @@ class TrainingOptions(Section):
         default=0.01,
         description="Part of all steps during which the learning rate rises from zero.",
     )
-    optimizer: Annotated[Literal["adamw", "muon"], OneOf()] = Field(
+    optimizer: Annotated[Literal["adamw", "muon", "soap"], OneOf()] = Field(
         default="adamw",
-        description="`muon` evens out the directions of each weight matrix's update, and leaves "
-        "embeddings, adapters, norms and biases to AdamW; for training from scratch or in full. It "
-        "needs torch 2.9.",
+        description="`soap` is Adam in the eigenbases of each matrix's gradients: lower errors in "
+        "as many epochs for a longer step. `muon` evens out the directions of each weight matrix's "
+        "update, and leaves embeddings, adapters, norms and biases to AdamW; for training from "
+        "scratch or in full. It needs torch 2.9.",
     )
     weight_decay: NonNegativeFloat | None = Field(
         default=None, description="Weight decay, of matrices only. Null is zero."

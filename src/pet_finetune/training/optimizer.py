@@ -13,10 +13,14 @@ from pet_finetune.errors import TrainingError
 from pet_finetune.model.depth import depth_of
 from pet_finetune.model.pet import PET
 
+from .soap import SOAP
+
 #: Key of a group: what the learning rate of the run is multiplied with.
 FACTOR = "factor"
 # Muon makes all directions of a matrix equally long; with fewer there is nothing to even out.
 _FEWEST = 8
+_ADAMW_BETAS = (0.9, 0.999)  # torch's own
+_SOAP_BETAS = (0.95, 0.95)  # what SOAP averages the gradients of matrices with
 
 
 class Optimizers:
@@ -60,9 +64,10 @@ def make_optimizer(
     options: TrainingOptions,
     learning_rate: float,
 ) -> AnyOptimizer:
-    """AdamW, or Muon with AdamW for what is no matrix of a linear layer.
+    """AdamW; SOAP, or Muon for the weights of linear layers, with AdamW for the rest.
 
-    Decay acts on matrices only, as biases and norms have no reason to vanish.
+    SOAP takes all matrices, factors of adapters and embeddings included. Decay acts on matrices
+    only, as biases and norms have no reason to vanish.
 
     Args:
         network: the parameters are part of it.
@@ -73,19 +78,28 @@ def make_optimizer(
     Raises:
         TrainingError: this version of torch has no Muon.
     """
-    if options.optimizer == "muon":
-        linear = _linear_weights(network)
-        rest = {n: p for n, p in parameters.items() if n not in linear}
-        hidden = {n: p for n, p in parameters.items() if n in linear}
-        made = [_muon(_groups(network, hidden, options), learning_rate)] if hidden else []
-        if rest:
-            made.append(_adamw(_groups(network, rest, options), learning_rate))
-        return Optimizers(made)
-    return _adamw(_groups(network, parameters, options), learning_rate)
+    if options.optimizer == "adamw":
+        return _adamw(_groups(network, parameters, options), learning_rate)
+    soap = options.optimizer == "soap"
+    taken = {n for n, p in parameters.items() if p.dim() == 2} if soap else _linear_weights(network)
+    own = {n: p for n, p in parameters.items() if n in taken}
+    rest = {n: p for n, p in parameters.items() if n not in taken}
+    made: list[torch.optim.Optimizer] = []
+    if own:
+        groups = _groups(network, own, options)
+        made.append(SOAP(groups, learning_rate) if soap else _muon(groups, learning_rate))
+    if rest:
+        betas = _SOAP_BETAS if soap else _ADAMW_BETAS
+        made.append(_adamw(_groups(network, rest, options), learning_rate, betas))
+    return Optimizers(made)
 
 
-def _adamw(groups: list[dict[str, Any]], learning_rate: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
+def _adamw(
+    groups: list[dict[str, Any]],
+    learning_rate: float,
+    betas: tuple[float, float] = _ADAMW_BETAS,
+) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
 
 def _muon(groups: list[dict[str, Any]], learning_rate: float) -> torch.optim.Optimizer:

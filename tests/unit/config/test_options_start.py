@@ -71,6 +71,13 @@ def test_the_learning_rate_follows_the_method(method: str, rate: float) -> None:
     assert load({**training, "learning_rate": 6e-5}).options.learning_rate() == 6e-5
 
 
+@pytest.mark.parametrize(("method", "rate"), [("lora", 2e-3), ("full", 5e-4)])
+def test_the_learning_rate_follows_the_optimizer_too(method: str, rate: float) -> None:
+    training = {"finetune": {"method": method, "read_from": "m.ckpt"}, "optimizer": "soap"}
+    assert load(training).options.learning_rate() == rate
+    assert load({"optimizer": "soap"}).options.learning_rate() == 1e-3
+
+
 def test_alpha_follows_the_rank_unless_given() -> None:
     def lora(**config: Any) -> Any:
         return load({"finetune": {"config": config}}, "m.ckpt").options.finetune.config

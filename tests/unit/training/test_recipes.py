@@ -12,6 +12,7 @@ from pet_finetune.errors import TrainingError
 from pet_finetune.training.loss import batch_loss
 from pet_finetune.training.metrics import Metrics
 from pet_finetune.training.noise import add_label_noise
+from pet_finetune.training.soap import SOAP
 from trainers import (
     assert_identical,
     average_of,
@@ -36,6 +37,16 @@ RECIPES = {
     "unfreeze": {"finetune": {"unfreeze": UNFREEZE}},
     "lora+": {"method": "lora", "finetune": {"config": {"loraplus_lr_ratio": 8.0}}},
     "bf16-mixed": {"precision": "bf16-mixed"},
+    "soap, unfreeze": {
+        "optimizer": "soap",
+        "finetune": {"unfreeze": UNFREEZE, "config": {"layer_decay": 0.5}},
+    },
+    "soap, lora+, accumulation": {
+        "method": "lora",
+        "optimizer": "soap",
+        "finetune": {"config": {"loraplus_lr_ratio": 4.0}},
+        "gradient_accumulation_steps": 2,
+    },
     "all with full": {
         "finetune": {"unfreeze": {"every": 1}, "config": {"layer_decay": 0.7}},
         "ema": 0.9,
@@ -328,6 +339,21 @@ def test_muon_takes_the_matrices_between_features_and_adamw_the_rest(method, mon
     assert heads
     assert (taken == heads) == (method == "lora")
     assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.5
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "heads"])
+def test_soap_takes_all_matrices_and_adamw_the_rest(method):
+    trainer = make_trainer(method, optimizer="soap", weight_decay=0.5, learning_rate=1e-3)
+    soap, adamw = trainer.optimizer.parts
+    assert isinstance(soap, SOAP)
+    assert isinstance(adamw, torch.optim.AdamW)
+    taken = {id(p) for group in soap.param_groups for p in group["params"]}
+    assert taken == {id(p) for p in trainer.parameters.values() if p.dim() == 2}
+    left = {id(p) for group in adamw.param_groups for p in group["params"]}
+    assert left == {id(p) for p in trainer.parameters.values()} - taken
+    assert {group["weight_decay"] for group in soap.param_groups} == {0.5}
+    assert {group["weight_decay"] for group in adamw.param_groups} == {0.0}
+    assert {group["betas"] for group in trainer.optimizer.param_groups} == {(0.95, 0.95)}
 
 
 def test_muon_evens_out_the_directions_of_an_update():

@@ -1,0 +1,223 @@
+"""SOAP, an optimiser of matrices: Adam in the eigenbases of their gradients (arXiv:2409.11321)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: Longer sides keep their coordinates: an eigenbasis costs the cube of its size.
+LARGEST = 512
+#: Updates between two looks at the eigenbases, which change slowly and cost a decomposition each.
+REFRESH = 10
+
+
+@dataclass
+class _Stack:
+    """Matrices of one shape in one group, which are computed with as one batch.
+
+    Attributes:
+        parameters: k matrices, [m, n] each.
+        moments: ``exp_avg`` and ``exp_avg_sq``, [k, m, n], both in the eigenbases; of each side
+            that is short enough the running mean of the gradients' products, ``left``
+            [k, m, m] and ``right`` [k, n, n], and its eigenvectors as columns,
+            ``left_basis`` and ``right_basis``.
+        steps: gradients seen by each matrix.
+    """
+
+    parameters: list[Tensor]
+    moments: dict[str, Tensor]
+    steps: list[int] = field(default_factory=list)
+
+    def due(self) -> Iterator[tuple[int, list[int]]]:
+        """Rows of the stack that have a gradient, by how many they have seen before."""
+        rows = defaultdict(list)
+        for row, parameter in enumerate(self.parameters):
+            if parameter.grad is not None:
+                rows[self.steps[row]].append(row)
+        yield from sorted(rows.items())
+
+
+class SOAP(torch.optim.Optimizer):
+    """Adam for matrices, in coordinates in which their entries hardly correlate.
+
+    A running mean of G Gᵀ and of Gᵀ G is kept for the gradients G of each matrix. The gradient is
+    rotated into the eigenvectors of both, Adam's update is computed there and rotated back. The
+    eigenvectors are renewed every ``refresh`` steps by one step of orthogonal iteration. The first
+    gradient of a matrix gives the first eigenvectors and moves nothing, as in the reference.
+
+    Matrices of one shape are batched, and one without a gradient is left alone, step and all.
+
+    Args:
+        params: matrices, or groups of them.
+        lr: learning rate.
+        betas: decay of the mean of gradients, and of the means of their squares and products.
+        eps: added to the root of the mean square.
+        weight_decay: decoupled, as in AdamW.
+        refresh: steps between two renewals of the eigenvectors.
+        largest: sides longer than this are not rotated.
+
+    Raises:
+        ValueError: a parameter is no matrix.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.95, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        refresh: int = REFRESH,
+        largest: int = LARGEST,
+    ) -> None:
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
+            "refresh": refresh, "largest": largest,
+        }  # fmt: skip
+        super().__init__(params, defaults)
+        if any(p.dim() != 2 for group in self.param_groups for p in group["params"]):
+            raise ValueError("SOAP is for matrices: give parameters of other shapes to AdamW.")
+        self._stacks = [_stacked(group, self.state) for group in self.param_groups]
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a saved state."""
+        super().load_state_dict(dict(state_dict))
+        self._stacks = [_stacked(group, self.state) for group in self.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update all parameters that have a gradient."""
+        for group, stacks in zip(self.param_groups, self._stacks, strict=True):
+            for stack in stacks:
+                for seen, rows in stack.due():
+                    _step(group, stack, rows, seen)
+                    for row in rows:
+                        stack.steps[row] = seen + 1
+                        self.state[stack.parameters[row]]["step"] = seen + 1
+
+
+def _stacked(group: Mapping[str, Any], state: Mapping[Tensor, dict[str, Any]]) -> list[_Stack]:
+    """The matrices of a group by shape; what ``state`` holds of each becomes part of its stack."""
+    shapes = defaultdict(list)
+    for parameter in group["params"]:
+        shapes[parameter.shape, parameter.dtype, parameter.device].append(parameter)
+    stacks = []
+    for members in shapes.values():
+        fresh = _fresh(members[0], group["largest"])
+        own = [state[p] or {"step": 0, **fresh} for p in members]
+        stack = _Stack(members, {}, [int(s["step"]) for s in own])
+        for name in fresh:
+            stack.moments[name] = torch.stack([s[name] for s in own])
+        for row, parameter in enumerate(members):
+            views = {name: moment[row] for name, moment in stack.moments.items()}
+            state[parameter].update({"step": stack.steps[row], **views})
+        stacks.append(stack)
+    return stacks
+
+
+def _fresh(parameter: nn.Parameter, largest: int) -> dict[str, Tensor]:
+    """The moments of a matrix that has seen no gradient."""
+    made = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+    for side, size in zip(("left", "right"), parameter.shape, strict=True):
+        if size <= largest:
+            made[side] = parameter.new_zeros(size, size)
+            made[f"{side}_basis"] = torch.zeros_like(made[side])
+    return {name: moment.detach() for name, moment in made.items()}
+
+
+def _step(group: Mapping[str, Any], stack: _Stack, rows: list[int], seen: int) -> None:
+    """Update some matrices of a stack, all of which have seen as many gradients."""
+    every = len(rows) == len(stack.parameters)
+    moments = stack.moments if every else {n: m[rows] for n, m in stack.moments.items()}
+    parameters = [stack.parameters[row] for row in rows]
+    gradient = torch.stack([p.grad for p in parameters if p.grad is not None])
+    if seen > 0:
+        rate, decay = group["lr"], group["lr"] * group["weight_decay"]
+        change = _adam(moments, gradient, seen, group["betas"], group["eps"])
+        if decay:
+            torch._foreach_mul_(parameters, 1.0 - decay)
+        torch._foreach_add_(parameters, list(change.unbind()), alpha=-rate)
+    # After the update, so that a gradient does not choose the basis that it is seen in.
+    _count_products(moments, gradient, group["betas"][1])
+    if seen == 0:
+        _first_bases(moments)
+    elif seen % group["refresh"] == 0:
+        _renew_bases(moments)
+    if not every:
+        for name, moment in moments.items():
+            stack.moments[name][rows] = moment
+
+
+def _adam(
+    moments: Mapping[str, Tensor],
+    gradient: Tensor,
+    step: int,
+    betas: tuple[float, float],
+    eps: float,
+) -> Tensor:
+    """Adam's update, found in the eigenbases, in the coordinates of the parameters [k, m, n]."""
+    beta1, beta2 = betas
+    rotated = _rotated(gradient, moments)
+    mean, square = moments["exp_avg"], moments["exp_avg_sq"]
+    mean.lerp_(rotated, 1.0 - beta1)
+    square.mul_(beta2).addcmul_(rotated, rotated, value=1.0 - beta2)
+    # As the reference: eps beside the root that is not yet corrected for its start at zero.
+    correction = (1.0 - beta2**step) ** 0.5 / (1.0 - beta1**step)
+    return _rotated_back(mean / (square.sqrt() + eps), moments).mul_(correction)
+
+
+def _rotated(matrix: Tensor, moments: Mapping[str, Tensor]) -> Tensor:
+    """In the eigenbases; [k, m, n] as the argument."""
+    if "left" in moments:
+        matrix = moments["left_basis"].mT @ matrix
+    return matrix @ moments["right_basis"] if "right" in moments else matrix
+
+
+def _rotated_back(matrix: Tensor, moments: Mapping[str, Tensor]) -> Tensor:
+    """From the eigenbases; [k, m, n] as the argument."""
+    if "left" in moments:
+        matrix = moments["left_basis"] @ matrix
+    return matrix @ moments["right_basis"].mT if "right" in moments else matrix
+
+
+def _count_products(moments: Mapping[str, Tensor], gradient: Tensor, beta: float) -> None:
+    """Take a gradient's products with itself into their running means."""
+    if "left" in moments:
+        moments["left"].baddbmm_(gradient, gradient.mT, beta=beta, alpha=1.0 - beta)
+    if "right" in moments:
+        moments["right"].baddbmm_(gradient.mT, gradient, beta=beta, alpha=1.0 - beta)
+
+
+def _first_bases(moments: Mapping[str, Tensor]) -> None:
+    """Eigenvectors of the first gradient's products, the longest first."""
+    for side in ("left", "right"):
+        if side in moments:
+            vectors = torch.linalg.eigh(moments[side].double()).eigenvectors
+            moments[f"{side}_basis"].copy_(vectors.flip(-1))
+
+
+def _renew_bases(moments: Mapping[str, Tensor]) -> None:
+    """One step of orthogonal iteration; the means move into the new eigenbases."""
+    mean, square = moments["exp_avg"], moments["exp_avg_sq"]
+    for side, axis in (("left", -2), ("right", -1)):
+        if side not in moments:
+            continue
+        basis = moments[f"{side}_basis"]
+        product = moments[side] @ basis
+        # In falling order of the estimated eigenvalues, since QR takes the first columns as given.
+        order = (basis * product).sum(-2).argsort(dim=-1, descending=True, stable=True)
+        columns = order[:, None].expand_as(product)
+        renewed = torch.linalg.qr(product.gather(-1, columns)).Q
+        rotation = basis.mT @ renewed
+        if side == "left":
+            mean.copy_(rotation.mT @ mean)
+            square.copy_(square.gather(axis, order[:, :, None].expand_as(square)))
+        else:
+            mean.copy_(mean @ rotation)
+            square.copy_(square.gather(axis, order[:, None].expand_as(square)))
+        basis.copy_(renewed)
