@@ -22,7 +22,7 @@ from pet_finetune import kernels
 from pet_finetune.adapters import AdapterConfig, inject
 from pet_finetune.config import ModelOptions
 from pet_finetune.data.batch import batch_from_atoms
-from pet_finetune.graph import Batch
+from pet_finetune.graph import Batch, make_layout
 from pet_finetune.keys import TargetSpec
 from pet_finetune.model import Potential
 from pet_finetune.model.prediction import forces_of
@@ -41,7 +41,7 @@ def make_step(model: Potential, batch: Batch) -> tuple[Step, list[Tensor]]:
         vectors = vectors.detach().requires_grad_(True)
         tree = dict(zip(trained, values, strict=True)) | frozen
         moved = batch._replace(edge_vectors=vectors)
-        out = torch.func.functional_call(model.network, tree, (moved, ("energy",)))["energy"]
+        out = torch.func.functional_call(model.network, tree, (moved, ["energy"]))["energy"]
         (slope,) = torch.autograd.grad(out.sum(), vectors, create_graph=True)
         sums = out.new_zeros(len(energies)).index_add(0, batch.structure_index, out.squeeze(-1))
         errors = ((sums - energies) ** 2).mean() + ((forces_of(batch, slope) - forces) ** 2).mean()
@@ -62,10 +62,9 @@ def timed(step: Step, vectors: Tensor, values: list[Tensor]) -> tuple[float, tup
 
 def compiled(step: Step, batch: Batch, values: list[Tensor]) -> Step:
     """Traced and compiled; what depends on the shapes is computed before."""
-    layout = neighborhood.Layout(batch.centers, batch.num_atoms)
-    fixed = {name: getattr(layout, name) for name in ("counts", "starts", "slots")}
+    layout = make_layout(batch.centers, batch.num_atoms, rectangle=True)
     with (
-        mock.patch.multiple(neighborhood.Layout, **fixed),
+        mock.patch.object(neighborhood, "make_layout", return_value=layout),
         mock.patch.object(neighborhood, "bool", return_value=True, create=True),  # all within reach
     ):
         graph = torch.compile(make_fx(step)(batch.edge_vectors, values))

@@ -12,7 +12,19 @@ from torch import Tensor
 
 from .operators import lanes, pack
 
-__all__ = ["Instructions", "Listing", "Part", "Row", "Rows", "frozen_network"]
+__all__ = [
+    "CannotRecord",
+    "Instructions",
+    "Listing",
+    "Part",
+    "Row",
+    "Rows",
+    "frozen_network",
+]
+
+
+class CannotRecord(Exception):
+    """The network has a part that there are no instructions for."""
 
 
 class Part(IntEnum):

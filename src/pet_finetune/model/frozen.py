@@ -9,11 +9,11 @@ from torch import Tensor
 
 from pet_finetune import kernels
 from pet_finetune.graph import Batch
-from pet_finetune.kernels.listing import Instructions, frozen_network
+from pet_finetune.kernels.listing import CannotRecord, Instructions, Listing, frozen_network
 from pet_finetune.nn.attention import SMALLEST_FACTOR, weigh_keys
 from pet_finetune.nn.neighborhood import TINY
 
-from .listed import list_network
+from .pet import PET
 from .potential import Potential
 from .prediction import Prediction
 
@@ -23,6 +23,17 @@ MOST_ROWS = 400
 
 #: Inputs of the network of each edge, and indices, to what ``frozen_network`` returns.
 Run = Callable[[list[Tensor], tuple[Tensor, ...]], list[Tensor]]
+
+
+@torch.no_grad()
+def record_network(network: PET, target: str) -> Instructions | None:
+    """The instructions for one output of each atom, or None where there are none for a part."""
+    listing = Listing(network.edge_embedder.weight.dtype)
+    try:
+        network.record(listing, target)
+    except (CannotRecord, ValueError):  # a part of another kind, or of another width
+        return None
+    return listing.finish()
 
 
 class FrozenEnergy:
@@ -61,7 +72,7 @@ class FrozenEnergy:
         """The instructions for the weights as they are."""
         state = [(tensor.data_ptr(), tensor._version) for tensor in self._tensors]
         if state != self._state:
-            self._instructions = list_network(self._potential.network, self._target)
+            self._instructions = record_network(self._potential.network, self._target)
             self._state = state
         return self._instructions
 

@@ -13,17 +13,19 @@ from torch import Tensor, nn
 from pet_finetune.config import ModelOptions
 from pet_finetune.data.species import species_table
 from pet_finetune.graph import Batch, Neighborhood
+from pet_finetune.kernels.listing import CannotRecord, Listing, Part, Rows
 from pet_finetune.keys import TargetSpec
 from pet_finetune.nn.attention import weigh_keys
 from pet_finetune.nn.block import Block
 from pet_finetune.nn.conditioning import SystemConditioning
+from pet_finetune.nn.embedding import table_of
 from pet_finetune.nn.gather import permute_rows
 from pet_finetune.nn.gnn_layer import GNNLayer
 from pet_finetune.nn.heads import make_head, sum_over_edges
 from pet_finetune.nn.neighborhood import NeighborhoodBuilder
-from pet_finetune.nn.projection import chain
+from pet_finetune.nn.projection import as_row, chain, record_chain, weights_of
 from pet_finetune.nn.recompute import recomputed
-from pet_finetune.nn.rowwise import LayerNorm, SiLU
+from pet_finetune.nn.rowwise import LayerNorm, Prologue, SiLU
 
 from .fork import Fork, Tokens
 from .species_rows import pick_rows
@@ -261,6 +263,50 @@ class PET(nn.Module):
                     parts.append(sum_over_edges(on_edges, hood, num_atoms))
                 outputs[name] = torch.stack(parts).sum(0)
         return outputs
+
+    def record(self, to: Listing, target: str) -> None:
+        """:meth:`forward` as instructions for one output of each atom, given the neighbourhoods."""
+        options = self.options
+        nodes = self._looked_up(to, Part.ATOMS, self.node_embedders[0])
+        messages = self._looked_up(to, Part.EDGES, self.edge_embedder)
+        for index, layer in enumerate(self.gnn_layers):
+            if index and not self.feedforward:
+                nodes = self._looked_up(to, Part.ATOMS, self.node_embedders[index])
+            nodes, edges = cast("GNNLayer", layer).record(to, nodes, messages)
+            if self.system_conditioning is not None:
+                nodes = to.condition(nodes)
+            if self.feedforward:
+                both = to.take(edges, to.buffer(Part.EDGES, 2 * options.d_pet))
+                to.take(edges, both, options.d_pet, turned=True)
+                total = to.take(messages, to.buffer(Part.EDGES, options.d_pet))
+                to.take(edges, total, add=True)
+                norm = cast("LayerNorm", self.combination_norms[index]).op()
+                messages = record_chain(to, self.combination_mlps[index], both, norm, total)
+            else:
+                mixed = to.take(messages, to.buffer(Part.EDGES, options.d_pet), factor=0.5)
+                messages = to.take(edges, mixed, turned=True, add=True, factor=0.5)
+                self._record_read_out(to, target, index, nodes, edges)
+        if self.feedforward:
+            self._record_read_out(to, target, 0, nodes, messages)
+
+    def _looked_up(self, to: Listing, part: Part, embedding: nn.Module) -> Rows:
+        table = table_of(embedding)
+        rows = to.buffer(part, table.shape[1])
+        to.look_up(rows, 0, table)
+        return rows
+
+    def _record_read_out(
+        self, to: Listing, target: str, index: int, nodes: Rows, edges: Rows
+    ) -> None:
+        node_heads, edge_heads, node_last, edge_last = self.head_modules(target).values()
+        for x, heads, last in ((nodes, node_heads, node_last), (edges, edge_heads, edge_last)):
+            (output,) = last[index].children()
+            weight, bias = weights_of(output)
+            *layers, activation = heads[index].children()
+            if len(weight) != 1 or bias is None or not isinstance(activation, Prologue):
+                raise CannotRecord("several outputs, no bias, or a head of another kind")
+            hidden = record_chain(to, nn.Sequential(*layers), x)
+            to.read(hidden, weight, bias, as_row(activation.op(), to))
 
 
 def _combined(

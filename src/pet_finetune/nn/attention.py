@@ -5,9 +5,10 @@ from torch import Tensor, nn
 
 from pet_finetune import kernels
 from pet_finetune.graph import Layout, Rectangle
+from pet_finetune.kernels.listing import CannotRecord, Listing, Rows
 
 from .gather import pad_rows, unpad_rows
-from .projection import packed_layer, project
+from .projection import packed_layer, project, record_linear
 from .prompt import Prompt
 from .rowwise import RowOp, apply_rows
 
@@ -121,3 +122,10 @@ class Attention(nn.Module):
             of_prompt = project(self.input_linear, prompt.adaption_prompt)
             mixed = mixed + prompt(qkv[:, : mixed.size(1)], of_prompt, self.scale)
         return project(self.output_linear, mixed)
+
+    def record(self, to: Listing, tokens: Rows, norm: RowOp | None) -> Rows:
+        """:meth:`forward` as instructions, up to the output layer, whose input is returned."""
+        if self.prompt is not None and self.prompt.enabled:
+            raise CannotRecord("a prompt")
+        qkv = record_linear(to, self.input_linear, tokens, norm)
+        return to.attend(qkv, self.num_heads, self.scale)

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from pet_finetune import kernels
 from pet_finetune.graph import Layout
+from pet_finetune.kernels.listing import Listing, Part, Rows
 
 from .attention import Attention
-from .projection import two_layers
+from .projection import as_row, record_linear, two_layers
 from .rowwise import LayerNorm, RMSNorm, RowOp, SiLU, SwiGLU, apply_rows
 
 NORMALIZATIONS: dict[str, type[RMSNorm] | type[LayerNorm]] = {
@@ -36,6 +37,11 @@ class FeedForward(nn.Module):
         hidden = self.w_in(x if norm is None else apply_rows(x, norm))
         out: Tensor = x + self.w_out(self.activation(hidden))
         return out
+
+    def record(self, to: Listing, x: Rows, norm: RowOp | None = None) -> Rows:
+        """:meth:`forward` as instructions."""
+        hidden = record_linear(to, self.w_in, x, norm)
+        return record_linear(to, self.w_out, hidden, self.activation.op(), residual=x)
 
 
 class Block(nn.Module):
@@ -93,4 +99,29 @@ class Block(nn.Module):
             new_centers = self.center_mlp(new_centers, self.norm_center_features.op())
         # With equal widths PreLN hands the attention's output on without a residual: the
         # trained models were made so.
+        return new_centers, new_edges
+
+    def record(self, to: Listing, nodes: Rows, edges: Rows) -> tuple[Rows, Rows]:
+        """:meth:`forward` as instructions."""
+        tokens = to.buffer(Part.ALL, edges.width)
+        if self.wide_center:
+            record_linear(to, self.center_contraction, nodes, out=tokens.of(Part.ATOMS))
+        else:
+            to.take(nodes, tokens.of(Part.ATOMS))
+        to.take(edges, tokens.of(Part.EDGES))
+        output = self.attention.output_linear
+        if self.post_norm:
+            mixed = self.attention.record(to, tokens, None)
+            tokens = record_linear(to, output, mixed, residual=tokens)
+            tokens = self.mlp.record(to, to.norm(tokens, as_row(self.norm_attention.op(), to)))
+            tokens = to.norm(tokens, as_row(self.norm_mlp.op(), to))
+            new_centers, new_edges = tokens.of(Part.ATOMS), tokens.of(Part.EDGES)
+        else:
+            mixed = self.attention.record(to, tokens, self.norm_attention.op())
+            new_centers = record_linear(to, output, mixed.of(Part.ATOMS))
+            new_edges = record_linear(to, output, mixed.of(Part.EDGES), residual=edges)
+            new_edges = self.mlp.record(to, new_edges, self.norm_mlp.op())
+        if self.wide_center:
+            new_centers = record_linear(to, self.center_expansion, new_centers, residual=nodes)
+            new_centers = self.center_mlp.record(to, new_centers, self.norm_center_features.op())
         return new_centers, new_edges

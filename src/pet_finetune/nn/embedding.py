@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from pet_finetune.kernels.listing import CannotRecord
+
 #: The name of the trained rows, behind the path of their table.
 ROWS = "new_rows"
 
@@ -52,3 +54,16 @@ class GrownEmbedding(nn.Module):
         return nn.Embedding.from_pretrained(self.table().detach().clone(), freeze=False).train(
             self.training
         )
+
+
+def table_of(embedding: nn.Module) -> Tensor:
+    """The rows that an embedding looks up, [n_entries, width].
+
+    Raises:
+        CannotRecord: another library's.
+    """
+    if isinstance(embedding, GrownEmbedding):
+        return embedding.table()
+    if not isinstance(embedding, nn.Embedding):
+        raise CannotRecord(f"a {type(embedding).__name__}")
+    return embedding.weight

@@ -1,15 +1,18 @@
 """One message-passing layer: edge tokens from geometry and messages, then transformer blocks."""
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from pet_finetune import kernels
 from pet_finetune.graph import Layout, Neighborhood
+from pet_finetune.kernels.listing import CannotRecord, Listing, Part, Rows
 
 from .block import Block
-from .projection import chain
+from .embedding import table_of
+from .projection import chain, record_chain, weights_of
 from .recompute import recomputed
 from .rowwise import SiLU
 
@@ -126,3 +129,20 @@ class GNNLayer(nn.Module):
         modules = (self.edge_embedder, self.neighbor_embedder, self.compress)
         (edges,) = recomputed(run, (hood.vectors, hood.distances, messages), modules)
         return edges
+
+    def record(self, to: Listing, nodes: Rows, messages: Rows) -> tuple[Rows, Rows]:
+        """:meth:`forward` as instructions."""
+        width = messages.width
+        weight, bias = weights_of(self.edge_embedder)
+        if bias is None:
+            raise CannotRecord("a layer without a bias")
+        parts = 2 if self.neighbor_embedder is None else 3
+        joined = to.buffer(Part.EDGES, parts * width)
+        to.embed(joined, 0, weight, bias)
+        if self.neighbor_embedder is not None:
+            to.look_up(joined, width, table_of(self.neighbor_embedder))
+        to.take(messages, joined, (parts - 1) * width)
+        edges = record_chain(to, self.compress, joined)
+        for block in self.trans.layers:
+            nodes, edges = cast("Block", block).record(to, nodes, edges)
+        return nodes, edges

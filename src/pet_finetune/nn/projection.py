@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pet_finetune import kernels
+from pet_finetune.kernels.listing import CannotRecord, Listing, Row, Rows
 
 from .grouped import GroupedLinear
 from .rowwise import Prologue, RowOp, apply_rows, settings
@@ -218,3 +219,54 @@ def chain(
             x = project(layer, x, pending, residual if layer is last else None)
             pending = None
     return members[-1](x) if pending is not None else x
+
+
+def record_chain(
+    to: Listing,
+    layers: nn.Module,
+    x: Rows,
+    norm: RowOp | None = None,
+    residual: Rows | None = None,
+) -> Rows:
+    """:func:`chain` as instructions; it ends in a linear layer."""
+    if not isinstance(layers, nn.Sequential):
+        raise CannotRecord("layers that are no sequence")
+    pending, members = norm, list(layers)
+    for layer in members:
+        if isinstance(layer, Prologue):
+            pending = layer.op()
+        else:
+            x = record_linear(to, layer, x, pending, residual if layer is members[-1] else None)
+            pending = None
+    return x
+
+
+def record_linear(
+    to: Listing,
+    linear: nn.Module,
+    x: Rows,
+    before: RowOp | None = None,
+    residual: Rows | None = None,
+    out: Rows | None = None,
+) -> Rows:
+    """:func:`project` as an instruction, into ``out`` if given."""
+    weight, bias = weights_of(linear)
+    return to.project(x, weight, bias, as_row(before, to), residual, out)
+
+
+def as_row(op: RowOp | None, to: Listing) -> Row:
+    """An operation on rows as instructions have it."""
+    return Row(**settings(op, to.dtype))
+
+
+def weights_of(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """What a layer multiplies with, [out, in], and its bias.
+
+    Raises:
+        CannotRecord: another library's layer, or one whose weight is in few bits.
+    """
+    if isinstance(linear, Adapted) and linear.fusable:
+        return linear.effective_weight(), linear.bias
+    if type(linear) is not nn.Linear:
+        raise CannotRecord(f"a {type(linear).__name__}")
+    return linear.weight, linear.bias
