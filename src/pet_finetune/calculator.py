@@ -32,7 +32,7 @@ from pet_finetune.committee.results import (
 from pet_finetune.data.computable import charge_and_spin, check_atoms
 from pet_finetune.data.contacts import Contacts
 from pet_finetune.data.moving import MovingAtoms, Origin
-from pet_finetune.device import choose_device, choose_dtype
+from pet_finetune.device import check_forked, choose_device, choose_dtype
 from pet_finetune.errors import AdapterError, ConfigError, DataError
 from pet_finetune.graph import Batch
 from pet_finetune.model import Potential, Prediction
@@ -275,6 +275,7 @@ class PETCalculator(Calculator):
         :raises SpeciesError: elements the model does not know.
         :raises DataError: no atoms, coordinates that are not finite, a cell that cannot be, or a
             charge or spin beyond those the model was made for.
+        :raises ConfigError: on a GPU, in a process that was forked from one that used it.
         """
         atoms = self.atoms if atoms is None else atoms
         if atoms is None:
@@ -286,6 +287,7 @@ class PETCalculator(Calculator):
                 f"has pbc = {atoms.pbc.tolist()}: its volume is not defined."
             )
         self.reset()  # nothing of the last structure is left should this one be refused
+        check_forked(self._device)
         check_atoms(atoms, self._model.species)
         members = not self._spread_when_asked or not OF_MEMBERS.isdisjoint(properties or ())
         with self._blocks.reused():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
+import os
 import re
 
 import torch
@@ -10,7 +12,7 @@ import torch
 from pet_finetune.errors import ConfigError
 from pet_finetune.version import __version__
 
-__all__ = ["choose_device", "choose_dtype", "dtype_of_bits", "versions"]
+__all__ = ["check_forked", "choose_device", "choose_dtype", "dtype_of_bits", "versions"]
 
 #: Packages whose versions determine the numbers.
 PACKAGES = ("torch", "ase", "numpy", "vesin")
@@ -23,9 +25,12 @@ def choose_device(name: str) -> torch.device:
 
     :param name: ``cpu``, ``cuda``, ``cuda:1``...; ``gpu`` is the first GPU, and ``auto`` too where
         there is one, else the CPU.
-    :raises ConfigError: the device is not there, or lacks the 64-bit numbers that total energies
-        need.
+    :raises ConfigError: the device is not there, lacks the 64-bit numbers that total energies
+        need, or is a GPU that was in use before this process was forked.
     """
+    _one_thread_in_forked_children()
+    if name != "cpu":
+        check_forked(name)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wanted = "cuda" if name == "gpu" else name
@@ -41,6 +46,36 @@ def choose_device(name: str) -> torch.device:
             "Use 'cpu' or 'auto'."
         )
     return device
+
+
+def check_forked(device: torch.device | str) -> None:
+    """Refuse a GPU in a process that was forked from one that used it, which CUDA cannot do.
+
+    :raises ConfigError: as the summary says.
+    """
+    if str(device) != "cpu" and torch.cuda._is_in_bad_fork():
+        raise ConfigError(
+            f"device: '{device}' cannot be used here: this process was forked from one that had "
+            "used the GPU, and CUDA does not survive that. Start processes with "
+            "multiprocessing.get_context('spawn') (for concurrent.futures: "
+            "ProcessPoolExecutor(mp_context=...)), or compute with device 'cpu'."
+        )
+
+
+@functools.cache
+def _one_thread_in_forked_children() -> None:
+    """Let processes that are forked from this one compute, each with one thread.
+
+    A fork copies what OpenMP knows of its threads, and not the threads: the first operation that
+    is shared among several would wait for them for ever.
+    """
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_compute_with_one_thread)
+
+
+def _compute_with_one_thread() -> None:
+    if torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
 
 
 def choose_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
