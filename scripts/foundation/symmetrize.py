@@ -37,8 +37,8 @@ def means(model: Potential, frames: list[Atoms], rotations: torch.Tensor) -> lis
     most = ATOMS // len(rotations)
     left, labelled = iter(frames), []
     for batch in Loader(structures, model.cutoff, max_atoms_per_batch=most):
-        mean = predict_mean(batch, rotations, lambda b: model.predict(b, "energy"))
-        own = mean.forces.double().split(batch.atoms_per_structure.tolist())
+        mean = predict_mean(batch.graph, rotations, lambda b: model.predict(b, "energy"))
+        own = mean.forces.double().split(batch.graph.atoms_per_structure.tolist())
         for energy, forces in zip(mean.energy.tolist(), own, strict=True):
             atoms = next(left).copy()
             atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=forces.numpy())

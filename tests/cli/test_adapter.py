@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from models import ethanol, trained_adapter
 from pet_finetune import PETCalculator, load, load_checkpoint
-from pet_finetune.adapters import save_adapter
+from pet_finetune.adapters import read_adapter, save_adapter, write_adapter
 
 
 @pytest.fixture
@@ -44,12 +45,10 @@ def test_check_alone_with_the_base_and_together(command, folders):
 
 
 def test_check_finds_what_is_wrong(command, folders, here: Path):
-    from safetensors.torch import load_file, save_file
-
-    path = here / "ice" / "adapter_model.safetensors"
-    tensors = load_file(path)
-    first = next(iter(tensors))
-    save_file({**tensors, first: torch.full_like(tensors[first], torch.nan)}, path)
+    ice = read_adapter(here / "ice")
+    first = next(iter(ice.tensors))
+    tensors = {**ice.tensors, first: torch.full_like(ice.tensors[first], torch.nan)}
+    write_adapter(replace(ice, tensors=tensors), here / "ice")
     answer = command("adapter", "check", "water", "ice", "nothing")
     assert answer.code == 1
     assert "water: ok" in answer.out

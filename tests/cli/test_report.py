@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from pet_finetune.data.predicted import Predicted
-from pet_finetune.model import Potential
 from pet_finetune.report import write as report
+from pet_finetune.training.metrics import Metrics
 from tiny_data import options, write_options
 
 PAGE = Path("run/report.html")
@@ -41,14 +41,14 @@ def test_predictions_are_those_that_the_errors_are_of(here, train):
 
 
 def test_the_test_set_is_predicted_once_by_each_model(here, train, monkeypatch):
-    asked, original = [], Potential.predict_targets
+    asked, original = [], Metrics.update
 
-    def predict(self, batch, *arguments, **named):
+    def update(self, batch, prediction):
         if set(batch.sources) == {"test.xyz"}:
-            asked.append(batch.num_structures)
-        return original(self, batch, *arguments, **named)
+            asked.append(batch.graph.num_structures)
+        return original(self, batch, prediction)
 
-    monkeypatch.setattr(Potential, "predict_targets", predict)
+    monkeypatch.setattr(Metrics, "update", update)
     train(options(), "-c", "base.ckpt")
     assert sum(asked) == 2 * 4
 

@@ -64,7 +64,7 @@ def test_a_new_element_is_learnt(nitrogen, train, command, method):
         assert (nh3.get_forces() == forces).all()
     told = command("info", "run/best_model.ckpt").out
     assert "H C N O Si" in told
-    assert "new_elements.N" in told
+    assert "new elements N" in told
 
 
 def test_random_and_named_starts(nitrogen, train):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import laws
 import pytest
@@ -25,8 +26,10 @@ from pet_finetune.adapters import (
     inject,
     load_adapter,
     merged_copy,
+    read_adapter,
     save_adapter,
     trainable_report,
+    write_adapter,
 )
 from pet_finetune.adapters.files import CONFIG_FILE, WEIGHTS_FILE
 from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
@@ -128,8 +131,8 @@ def test_members_of_a_committee_may_have_prompts(prompted):
 
 def test_another_number_of_tokens_is_named(prompted, tmp_path):
     save_adapter(prompted, tmp_path, "base-1")
-    config = json.loads((tmp_path / CONFIG_FILE).read_text())
-    (tmp_path / CONFIG_FILE).write_text(json.dumps({**config, "adapter_len": 5}))
+    adapter = read_adapter(tmp_path)
+    write_adapter(replace(adapter, config=replace(adapter.config, num_prompts=5)), tmp_path)
     base = random_potential(num_neighbors_adaptive=4.0)
     with pytest.raises(AdapterError, match=r"has the shape \(3, 8\), the model needs \(5, 8\)"):
         load_adapter(base, tmp_path)
