@@ -24,3 +24,11 @@ def test_public_names_can_be_imported(name: str) -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'PETCalculater'"):
         pet_finetune.PETCalculater  # noqa: B018
+
+
+def test_the_network_imports_neither_ase_nor_pydantic():
+    code = (
+        "import sys, pet_finetune.model; "
+        "sys.exit(bool({'ase', 'pydantic', 'omegaconf', 'vesin'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -7,14 +7,12 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import torch
 from ase.data import chemical_symbols
-from ase.data import covalent_radii as ase_covalent_radii
-from torch import Tensor
 
 from pet_finetune.errors import SpeciesError
 
 from .structure import Structure
 
-__all__ = ["check_species", "covalent_radii", "find_species", "of_species", "species_table"]
+__all__ = ["check_species", "find_species", "of_species"]
 
 _FRAMES_SHOWN = 5
 
@@ -28,18 +26,6 @@ def of_species(structures: Sequence[Structure], species: Collection[int]) -> lis
     """Those structures that hold no other elements than these."""
     known = torch.tensor(sorted(species))
     return [s for s in structures if bool(torch.isin(s.numbers, known).all())]
-
-
-def covalent_radii(species: Sequence[int]) -> Tensor:
-    """Covalent radii from ASE's table, ``[n_species]`` float64, Å; 0.2 Å where it has none."""
-    return torch.tensor([float(ase_covalent_radii[z]) for z in species], dtype=torch.float64)
-
-
-def species_table(species: Sequence[int]) -> Tensor:
-    """Position of each atomic number among ``species``, ``[max(species) + 1]``; -1 where absent."""
-    table = torch.full((max(species) + 1,), -1)
-    table[list(species)] = torch.arange(len(species))
-    return table
 
 
 def check_species(

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pet_finetune.data.species import species_table
 from pet_finetune.nn.buffers import FixedBuffers
+
+from .species_rows import species_table
 
 _ITERATIONS = 6
 

@@ -5,13 +5,11 @@ taking that prefix off.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Final, cast
+from typing import TYPE_CHECKING, Final, cast
 
 import torch
 from torch import Tensor, nn
 
-from pet_finetune.config import ModelOptions
-from pet_finetune.data.species import species_table
 from pet_finetune.graph import Batch, Neighborhood
 from pet_finetune.kernels.listing import CannotRecord, Listing, Part, Rows
 from pet_finetune.keys import TargetSpec
@@ -28,7 +26,10 @@ from pet_finetune.nn.recompute import recomputed
 from pet_finetune.nn.rowwise import LayerNorm, Prologue, SiLU
 
 from .fork import Fork, Tokens
-from .species_rows import pick_rows
+from .species_rows import pick_rows, species_table
+
+if TYPE_CHECKING:
+    from pet_finetune.config import ModelOptions
 
 #: The parts of the network that belong to single targets.
 HEAD_GROUPS = ("node_heads", "edge_heads", "node_last_layers", "edge_last_layers")
@@ -47,7 +48,7 @@ class PET(nn.Module):
     feedforward: Final[bool]
 
     def __init__(
-        self, options: ModelOptions, species: Sequence[int], targets: Iterable[TargetSpec]
+        self, options: "ModelOptions", species: Sequence[int], targets: Iterable[TargetSpec]
     ) -> None:
         super().__init__()
         self.options = options

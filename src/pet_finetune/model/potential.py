@@ -10,13 +10,12 @@ positions and cell through them alone. Targets that are no energies: see :mod:`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from pet_finetune import kernels
-from pet_finetune.config import ModelOptions
-from pet_finetune.data.species import covalent_radii
 from pet_finetune.errors import ConfigError, PetFinetuneError, did_you_mean
 from pet_finetune.graph import Batch
 from pet_finetune.keys import TargetSpec
@@ -29,7 +28,10 @@ from .prediction import Prediction, forces_of, stress_of
 from .properties import Property, property_of
 from .scale import Scale
 from .species_rows import sources_of, with_more, without
-from .zbl import ZBL
+from .zbl import ZBL, covalent_radii
+
+if TYPE_CHECKING:
+    from pet_finetune.config import ModelOptions
 
 
 class Potential(nn.Module):

@@ -10,6 +10,13 @@ from torch import Tensor
 from pet_finetune.errors import PetFinetuneError
 
 
+def species_table(species: Sequence[int]) -> Tensor:
+    """Position of each atomic number among ``species``, [max(species) + 1]; -1 where absent."""
+    table = torch.full((max(species) + 1,), -1)
+    table[list(species)] = torch.arange(len(species))
+    return table
+
+
 def with_more(species: Sequence[int], new: Sequence[int], like: Mapping[int, int]) -> list[int]:
     """The species with new ones, ascending.
 

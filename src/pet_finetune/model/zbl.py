@@ -11,7 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pet_finetune.data.species import covalent_radii, species_table
+from pet_finetune.elements import COVALENT_RADII
+
+from .species_rows import species_table
 
 _COULOMB = 14.399645478425668  # e^2 / (4 pi epsilon_0), eV Angstrom
 _LENGTH = 0.46850  # Angstrom
@@ -79,6 +81,11 @@ class ZBL(nn.Module):
             constant = -at_outer + outer * slope / 2 - outer**2 * curvature / 12
         switch = cubic / 3 * distances**3 + quartic / 4 * distances**4 + constant
         return torch.where(distances > outer, 0.0, 0.5 * (energy + switch))
+
+
+def covalent_radii(species: Sequence[int]) -> Tensor:
+    """Covalent radii, [n_species] float64, Angstrom."""
+    return torch.tensor([COVALENT_RADII[number] for number in species], dtype=torch.float64)
 
 
 def _column(values: list[float], like: Tensor) -> Tensor:

@@ -7,8 +7,7 @@ import math
 import pytest
 import torch
 
-from pet_finetune.data.species import covalent_radii
-from pet_finetune.model.zbl import ZBL
+from pet_finetune.model.zbl import ZBL, covalent_radii
 
 SPECIES = (1, 8, 14)
 
