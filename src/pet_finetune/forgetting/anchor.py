@@ -24,9 +24,8 @@ from pet_finetune.errors import ConfigError
 from pet_finetune.graph import Batch
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential, Prediction
-from pet_finetune.training.feature import Feature, Plan, Step
+from pet_finetune.training.feature import Feature, Plan, Step, TrainingRun
 from pet_finetune.training.loss import Objective
-from pet_finetune.training.trainer import Trainer
 
 from .replay import objective_of
 from .structures import read_unlabelled, sample
@@ -228,13 +227,13 @@ class Anchor(Feature):
         structures = read_unlabelled(anchor.structures, plan, "anchor")
         self._weighed = sample(structures, anchor.samples, plan.seed)
 
-    def start(self, trainer: Trainer, kept: Mapping[str, Any] | None) -> None:
+    def start(self, trainer: TrainingRun, kept: Mapping[str, Any] | None) -> None:
         """Note where the weights are, or take that as it was kept."""
         self._kept = dict(kept) if kept else self._measured(trainer)
         if self._kept is not None:
             self._loss = AnchorLoss(trainer.model, **self._kept)
 
-    def _measured(self, trainer: Trainer) -> dict[str, Any] | None:
+    def _measured(self, trainer: TrainingRun) -> dict[str, Any] | None:
         if self._plan is None or self._plan.foundation is None:
             return None
         anchor, model = self._plan.options.finetune.anchor, trainer.model

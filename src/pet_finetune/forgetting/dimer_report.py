@@ -9,9 +9,8 @@ from pet_finetune.data.species import find_species
 from pet_finetune.errors import PetFinetuneError
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
-from pet_finetune.training.feature import Feature, Plan
+from pet_finetune.training.feature import Feature, Plan, TrainingRun
 from pet_finetune.training.run_files import DIMERS, RunFiles
-from pet_finetune.training.trainer import Trainer
 
 from .dimer_plot import DimerRow, dimers_csv, dimers_svg
 from .dimers import DimerCurves, dimer_curves, distances, pair_name, verdict, wall_distance
@@ -41,7 +40,7 @@ class DimerReport(Feature):
         """Note the run; there is nothing to read."""
         self._plan = plan
 
-    def start(self, trainer: Trainer, kept: Mapping[str, Any] | None) -> None:
+    def start(self, trainer: TrainingRun, kept: Mapping[str, Any] | None) -> None:
         """Compute the starting model's curves, or take them as they were kept."""
         self._kept = dict(kept) if kept else self._curves(trainer.model)
 

@@ -21,12 +21,11 @@ from pet_finetune.errors import ConfigError
 from pet_finetune.keys import forces_key, stress_key
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
-from pet_finetune.training.feature import Feature, Plan, Step
+from pet_finetune.training.feature import Feature, Plan, Step, TrainingRun
 from pet_finetune.training.foundation import FoundationEnergies, named_energy
 from pet_finetune.training.labels import label_with, relabelled
 from pet_finetune.training.loss import Objective, batch_loss
 from pet_finetune.training.schedule import loss_stage
-from pet_finetune.training.trainer import Trainer
 
 from .structures import (
     TRAINING,
@@ -155,7 +154,7 @@ class Replay(Feature):
         """The head that is replayed, which has to stay in the model."""
         return () if self._head is None else (self._head.target,)
 
-    def start(self, trainer: Trainer, kept: Mapping[str, Any] | None) -> None:
+    def start(self, trainer: TrainingRun, kept: Mapping[str, Any] | None) -> None:
         """Label the structures, or take them as they were kept."""
         model, options = trainer.model, trainer.options
         self._kept = dict(kept) if kept else self._labelled(model)

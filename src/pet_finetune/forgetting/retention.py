@@ -12,13 +12,12 @@ from pet_finetune.data.structure import Structure
 from pet_finetune.errors import ConfigError
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
-from pet_finetune.training.feature import Feature, Plan
+from pet_finetune.training.feature import Feature, Plan, TrainingRun
 from pet_finetune.training.foundation import FoundationEnergies, named_energy
 from pet_finetune.training.labels import evaluation_loader, label_with, relabelled
 from pet_finetune.training.metrics import Metrics, evaluate
 from pet_finetune.training.progress import describe
 from pet_finetune.training.records import Measured
-from pet_finetune.training.trainer import Trainer
 
 from .replay import choose_head
 from .structures import as_plain, foundation_of, from_plain, read_labelled
@@ -130,7 +129,7 @@ class RetentionReport(Feature):
                     "elements; give labelled ones in finetune.retention.read_from"
                 )
 
-    def start(self, trainer: Trainer, kept: Mapping[str, Any] | None) -> None:
+    def start(self, trainer: TrainingRun, kept: Mapping[str, Any] | None) -> None:
         """Label the structures, or take them as they were kept."""
         self._kept = dict(kept) if kept else self._labelled(trainer.model)
         if self._kept is not None:

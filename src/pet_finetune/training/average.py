@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
-from .feature import Feature
+from .feature import Feature, TrainingRun
 from .schedule import averages_weights
-from .trainer import Trainer
 
 
 class WeightAverage:
@@ -82,7 +81,7 @@ class Averaging(Feature):
 
     name = "average"
 
-    def start(self, trainer: Trainer, kept: Mapping[str, Any] | None) -> None:
+    def start(self, trainer: TrainingRun, kept: Mapping[str, Any] | None) -> None:
         """Begin with the weights that the model has."""
         self._options = trainer.options
         self.average = WeightAverage(trainer.parameters, trainer.options.ema)

@@ -21,9 +21,8 @@ from pet_finetune.data.augment import random_rotations, rotate_batch
 from pet_finetune.keys import forces_key, stress_key
 from pet_finetune.model import Potential, Prediction, Property
 
-from .feature import Feature, Step
+from .feature import Feature, Step, TrainingRun
 from .loss import Objective, batch_loss, derivatives, objectives_at
-from .trainer import Trainer
 
 _STREAM = 4  # order, rotations, replay and noise have smaller numbers
 
@@ -81,7 +80,7 @@ class RotationalAgreement(Feature):
 
     name = "rotations"
 
-    def start(self, trainer: Trainer, kept: Mapping[str, Any] | None) -> None:
+    def start(self, trainer: TrainingRun, kept: Mapping[str, Any] | None) -> None:
         """Take objectives and seed from the run."""
         options = trainer.options
         assert options.rotational_consistency is not None, "the run does not ask for it"

@@ -12,27 +12,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pet_finetune.committee.committee import Committee
-from pet_finetune.config import Options
+from pet_finetune.config import Options, TrainingOptions
 from pet_finetune.data.batch import LabelledBatch
+from pet_finetune.data.loader import Loader
 from pet_finetune.data.splits import Splits
 from pet_finetune.data.structure import Structure
 from pet_finetune.model import Potential, Prediction, Property
 
 from .foundation import FoundationEnergies
+from .loss import Objective
 from .metrics import Metrics
 from .records import EpochRecord, Measured, StepProgress
 from .run_files import RunFiles
 from .start import Start
 
-if TYPE_CHECKING:
-    from .trainer import Trainer
-
-__all__ = ["Feature", "Plan", "Step"]
+__all__ = ["Feature", "Plan", "Step", "TrainingRun"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,28 @@ class Step:
     predictions: Mapping[str, Prediction | Property]
 
 
+class TrainingRun(Protocol):
+    """What a feature may rely on of the :class:`~.trainer.Trainer` that it takes part in.
+
+    Attributes:
+        model: is trained; adapters and baselines are in place.
+        options: ``architecture.training``.
+        objectives: what is asked of each target.
+        parameters: what trains at some time of the run, by path in the network.
+        training: batches of the training set.
+    """
+
+    model: Potential
+    options: TrainingOptions
+    objectives: dict[str, Objective]
+    parameters: dict[str, nn.Parameter]
+    training: Loader
+
+    def state(self) -> dict[str, Any]:
+        """All that the rest of the run depends on."""
+        ...
+
+
 class Feature:
     """What takes part in training; this base class does nothing.
 
@@ -92,7 +113,7 @@ class Feature:
             PetFinetuneError: the run cannot have this feature; the message says what to do.
         """
 
-    def start(self, trainer: Trainer, kept: Mapping[str, Any] | None) -> None:
+    def start(self, trainer: TrainingRun, kept: Mapping[str, Any] | None) -> None:
         """Get ready for the first step.
 
         Args:

@@ -19,7 +19,7 @@ from pet_finetune.log import FILE_ONLY, get_logger, setup_logging
 from pet_finetune.runs.folder import STARTED, RunFolder, own_folder, starts_of
 
 from .ensemble import train_ensemble
-from .feature import Feature
+from .feature import Feature, TrainingRun
 from .memory import peak_gpu_mib, peak_resident_mib
 from .outcome import TrainOutcome
 from .prepare import AFTER, BEFORE, NO_ROOMS, Rooms, Run, evaluate_sets, prepare_run, primary_set
@@ -28,7 +28,6 @@ from .records import EpochRecord, TrainingResult
 from .resume import Errors, open_run, plain_errors
 from .run_files import LOG, OPTIONS, RESULTS, RunFiles
 from .tables import error_table, show
-from .trainer import Trainer
 
 _logger = get_logger(__name__)
 
@@ -126,7 +125,7 @@ class RunRecorder(Feature):
     def __init__(self, run: Run) -> None:
         self._run = run
 
-    def start(self, trainer: Trainer, kept: Mapping[str, Any] | None) -> None:
+    def start(self, trainer: TrainingRun, kept: Mapping[str, Any] | None) -> None:
         """Note whose state is written."""
         self._trainer = trainer
 

@@ -11,8 +11,7 @@ from pet_finetune.log import get_logger
 from pet_finetune.model.depth import depth_names, depth_of
 from pet_finetune.model.pet import PET
 
-from .feature import Feature
-from .trainer import Trainer
+from .feature import Feature, TrainingRun
 
 _logger = get_logger(__name__)
 _ALL = "all"
@@ -23,7 +22,7 @@ class Unfreezing(Feature):
 
     name = "unfreeze"
 
-    def start(self, trainer: Trainer, kept: Mapping[str, Any] | None) -> None:
+    def start(self, trainer: TrainingRun, kept: Mapping[str, Any] | None) -> None:
         """Find what each stage means.
 
         Raises:
