@@ -86,6 +86,7 @@ class PETCalculator(Calculator):
     ignored_changes = _IGNORED
     name = "pet"
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         model: str | os.PathLike[str] | Potential | AdaptedPotential,
@@ -156,6 +157,7 @@ class PETCalculator(Calculator):
         """Floating type of the evaluation; sums of energies are float64 always."""
         return self._model.dtype
 
+    @torch.inference_mode(False)
     def load_adapter(self, directory: str | os.PathLike[str], name: str) -> None:
         """Load an adapter folder beside those that are there; the first one is used at once.
 
@@ -164,6 +166,7 @@ class PETCalculator(Calculator):
         self._switchable().load_adapter(os.fspath(directory), name)
         self._switched()
 
+    @torch.inference_mode(False)
     def set_adapter(self, name: str) -> None:
         """Use another adapter from now on, in a running simulation too.
 
@@ -174,6 +177,7 @@ class PETCalculator(Calculator):
         self._switchable().set_adapter(name)
         self._switched()
 
+    @torch.inference_mode(False)
     def disable_adapters(self) -> None:
         """Compute with the base alone from now on."""
         self._switchable().disable_adapters()
@@ -262,6 +266,7 @@ class PETCalculator(Calculator):
         changes: list[str] = super().check_state(atoms, tol=tol)
         return changes
 
+    @torch.inference_mode(False)
     def calculate(
         self,
         atoms: Atoms | None = None,
@@ -345,6 +350,7 @@ class PETCalculator(Calculator):
             state["_adapted"] = copy.deepcopy(self._adapted, memo)
         return state
 
+    @torch.inference_mode(False)
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._device = choose_device(self._wanted_device)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from pet_finetune.errors import AdapterError, did_you_mean
@@ -36,6 +37,7 @@ class AdaptedPotential:
             :class:`~pet_finetune.model.Potential`.
     """
 
+    @torch.inference_mode(False)
     def __init__(self, base: Potential) -> None:
         self.potential = base
         self._adapters: dict[str, Adapter] = {}
@@ -75,6 +77,7 @@ class AdaptedPotential:
         name = self.active_adapter
         return None if name is None else self._adapters[name].config.target or None
 
+    @torch.inference_mode(False)
     def load_adapter(self, directory: str | Path, name: str = "default") -> None:
         """Read an adapter folder; the first one becomes active.
 
@@ -84,6 +87,7 @@ class AdaptedPotential:
         """
         self.add_adapter(read_adapter(directory), name)
 
+    @torch.inference_mode(False)
     def add_adapter(self, adapter: Adapter, name: str = "default") -> None:
         """Take an adapter in; the first one becomes active.
 
@@ -109,6 +113,7 @@ class AdaptedPotential:
             self._active = previous
             self._apply()
 
+    @torch.inference_mode(False)
     def set_adapter(self, name: str) -> None:
         """Use this adapter from now on; a merged model merges it too.
 
@@ -119,26 +124,31 @@ class AdaptedPotential:
         self._active, self._enabled = name, True
         self._apply()
 
+    @torch.inference_mode(False)
     def disable_adapters(self) -> None:
         """Be the base again, bit for bit."""
         self._enabled = False
         self._apply()
 
+    @torch.inference_mode(False)
     def enable_adapters(self) -> None:
         """Undo :meth:`disable_adapters`."""
         self._enabled = True
         self._apply()
 
+    @torch.inference_mode(False)
     def merge(self) -> None:
         """Put the active adapter into the weights; what is predicted stays the same."""
         self._merged = True
         merge(self.potential)
 
+    @torch.inference_mode(False)
     def unmerge(self) -> None:
         """Undo :meth:`merge`."""
         self._merged = False
         unmerge(self.potential)
 
+    @torch.inference_mode(False)
     def add_weighted_adapter(
         self,
         weights: Mapping[str, float],
@@ -162,6 +172,7 @@ class AdaptedPotential:
             self._apply()
         self.add_adapter(blended, name)
 
+    @torch.inference_mode(False)
     def delete_adapter(self, name: str) -> None:
         """Forget an adapter; the active one leaves the base behind.
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from pet_finetune.adapters import AdaptedPotential, active_adapter, load_adapter, merged_copy
 from pet_finetune.committee.committee import Committee
 from pet_finetune.committee.files import Adapters, load_committee
@@ -49,6 +51,7 @@ class Checkpoint:
     notices: tuple[str, ...] = ()
 
 
+@torch.inference_mode(False)
 def load_checkpoint(path: str | os.PathLike[str], *, keep_adapter: bool = False) -> Checkpoint:
     """Open a checkpoint written by pet-finetune or by metatrain (PET, model format 1 to 16).
 
@@ -81,6 +84,7 @@ def load_checkpoint(path: str | os.PathLike[str], *, keep_adapter: bool = False)
     )
 
 
+@torch.inference_mode(False)
 def load(path: str | os.PathLike[str]) -> AdaptedPotential:
     """Open a checkpoint as a base that adapters can be loaded onto.
 
@@ -92,6 +96,7 @@ def load(path: str | os.PathLike[str]) -> AdaptedPotential:
     return AdaptedPotential(load_checkpoint(path).model)
 
 
+@torch.inference_mode(False)
 def open_adapted(
     model: str | os.PathLike[str] | Potential | AdaptedPotential,
     adapter: str | os.PathLike[str] | None = None,
@@ -115,6 +120,7 @@ def open_adapted(
     return adapted
 
 
+@torch.inference_mode(False)
 def open_potential(
     model: str | os.PathLike[str] | Potential, adapter: str | os.PathLike[str] | None = None
 ) -> tuple[Potential, str | None]:
@@ -135,6 +141,7 @@ def open_potential(
     return (potential, None) if config is None else (merged_copy(potential), config.target)
 
 
+@torch.inference_mode(False)
 def open_committee(
     model: str | os.PathLike[str] | Potential | AdaptedPotential, adapters: Adapters
 ) -> Committee:

@@ -26,6 +26,7 @@ from pet_finetune.errors import AdapterError
 from pet_finetune.graph import Batch, repeat_batch
 from pet_finetune.model import Potential, Prediction
 from pet_finetune.model.fork import Fork, Tokens
+from pet_finetune.model.inference import autograd_possible
 from pet_finetune.model.prediction import forces_of, stress_of
 from pet_finetune.nn.grouped import Rows
 
@@ -178,6 +179,12 @@ class Committee(nn.Module):
             AdapterError: the members are for another energy.
         """
         self.energy_target(target)
+        with autograd_possible(self, batch) as recordable:
+            return self._predict(recordable, target, forces, stress, spread)
+
+    def _predict(
+        self, batch: Batch, target: str, forces: bool, stress: bool, spread: bool
+    ) -> CommitteePrediction:
         shared = None
         if self.one_pass:
             at_once = self._members_at_once(batch)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from ase import Atoms
 from ase.optimize import FIRE
 from rich.table import Table
@@ -52,6 +53,7 @@ class MDResult:
     summary: Summary
 
 
+@torch.inference_mode(False)
 def run_md(
     model: ModelChoice,
     structure: str | Path,
@@ -98,6 +100,7 @@ def run_md(
         return _go(atoms, filled, files, rng)
 
 
+@torch.inference_mode(False)
 def restart_md(
     folder: str | Path, *, model: Mapping[str, Any] | None = None, steps: int | None = None
 ) -> MDResult:

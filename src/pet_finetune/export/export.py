@@ -51,6 +51,7 @@ class ExportOutcome:
     difference: float
 
 
+@torch.inference_mode(False)
 def export_model(
     checkpoint: str | os.PathLike[str],
     output: str | os.PathLike[str],

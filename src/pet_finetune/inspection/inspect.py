@@ -129,6 +129,7 @@ def _moved(dataset: DatasetOptions, file: str) -> DatasetOptions:
     return dataset.model_copy(update={"systems": systems, "targets": targets, "indices": None})
 
 
+@torch.inference_mode(False)
 def inspect_data(request: Request, *, device: str = "auto", seconds: float = 20.0) -> Inspection:
     """Look at the data, and at what a run with them takes.
 

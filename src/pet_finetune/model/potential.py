@@ -23,6 +23,7 @@ from pet_finetune.nn.quantized import num_quantized
 from pet_finetune.stages import stage
 
 from .composition import Composition
+from .inference import autograd_possible
 from .pet import HEAD_GROUPS, PET
 from .prediction import Prediction, forces_of, stress_of
 from .properties import Property, property_of
@@ -277,6 +278,12 @@ class Potential(nn.Module):
                 that are no energies have none.
             create_graph: as for :meth:`predict`.
         """
+        with autograd_possible(self, batch) as recordable:
+            return self._predict_targets(recordable, wanted, create_graph)
+
+    def _predict_targets(
+        self, batch: Batch, wanted: Mapping[str, tuple[bool, bool]], create_graph: bool
+    ) -> dict[str, Prediction | Property]:
         energies = {n: both for n, both in wanted.items() if self.target(n).is_energy}
         derive = any(forces or stress for forces, stress in energies.values())
         # Whatever trains, the one derivative taken of this graph is that by the edge vectors.

@@ -8,6 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pet_finetune import kernels
 from pet_finetune.checkpoint import open_potential
 from pet_finetune.config import DatasetOptions, Options, SystemsOptions
@@ -109,6 +111,7 @@ def _open(
     return model.to(chosen).eval(), target
 
 
+@torch.inference_mode(False)
 def evaluate_files(
     checkpoint: str | Path,
     files: Sequence[str | Path],
@@ -171,6 +174,7 @@ def _chosen(model: Potential, wanted: str | None) -> TargetSpec:
     return model.target(wanted)
 
 
+@torch.inference_mode(False)
 def evaluate_datasets(
     datasets: Sequence[DatasetOptions],
     checkpoint: str | Path,
@@ -215,6 +219,7 @@ def evaluate_datasets(
     return result
 
 
+@torch.inference_mode(False)
 def evaluate_options(
     options: Options,
     checkpoint: str | Path,

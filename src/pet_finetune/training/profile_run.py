@@ -39,6 +39,7 @@ _STAGES = {
 }
 
 
+@torch.inference_mode(False)
 def profile_run(
     options: Options,
     folder: str | Path | RunFolder | None,

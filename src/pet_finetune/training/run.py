@@ -32,6 +32,7 @@ from .tables import error_table, show
 _logger = get_logger(__name__)
 
 
+@torch.inference_mode(False)
 def train(
     options: Options,
     folder: str | Path | RunFolder | None = None,
