@@ -12,7 +12,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from pet_finetune.caches import provide_home
 from pet_finetune.version import __version__
+
+provide_home()  # before libraries are imported that need one
 
 if TYPE_CHECKING:
     from pet_finetune.calculator import PETCalculator

@@ -20,7 +20,9 @@ from pathlib import Path
 
 import torch
 
+from pet_finetune.caches import cache_folders, notice
 from pet_finetune.errors import ConfigError
+from pet_finetune.locks import FileLock
 from pet_finetune.log import get_logger
 
 _LOG = get_logger(__name__)
@@ -71,6 +73,9 @@ def prepare(device: torch.device | str = "cpu") -> bool:
         ConfigError: the environment variable has another value than those it can have, or requires
             kernels that cannot be had.
     """
+    homeless = notice()
+    if homeless is not None:
+        _LOG.warning("%s", homeless)
     if torch.device(device).type != "cpu" or _State.tried:
         return active()
     setting = os.environ.get(VARIABLE, "auto")
@@ -127,18 +132,15 @@ def _first_line(error: Exception) -> str:
     return f"the fused kernels could not be built or loaded ({str(error).splitlines()[0]})"
 
 
-def _cache() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "pet-finetune" / "kernels"
-
-
 def _library_path() -> Path:
     """One file for each combination of sources, torch, processor and flags."""
     parts = [torch.__version__, platform.machine(), _processor(), *_flags()]
     digest = hashlib.sha256("\n".join(parts).encode())
     for source in sorted(_SOURCES.iterdir()):
         digest.update(source.read_bytes())
-    return _cache() / f"{_NAME}-{digest.hexdigest()[:16]}.so"
+    name = f"{_NAME}-{digest.hexdigest()[:16]}.so"
+    paths = [folder / "kernels" / name for folder in cache_folders()]
+    return next((path for path in paths if path.exists()), paths[-1])
 
 
 def _flags() -> list[str]:
@@ -168,11 +170,12 @@ def _on_path(folder: str) -> Iterator[None]:
 @contextmanager
 def _one_at_a_time(path: Path) -> Iterator[None]:
     """Wait for another process that compiles the same library, so that no work is done twice."""
-    import fcntl  # not on Windows, where nothing is compiled
-
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = FileLock(path.with_suffix(".lock"))
+    lock.wait()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _library(path: Path) -> Path:

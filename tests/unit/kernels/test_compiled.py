@@ -56,7 +56,7 @@ def test_a_failing_compiler_is_a_notice(fresh, monkeypatch):
     monkeypatch.setenv("CXX", "false")
     assert not kernels.prepare()
     assert "could not be built or loaded" in messages(fresh)[-1]
-    assert not list(compiled._cache().glob("*.so"))
+    assert not list(compiled._library_path().parent.glob("*.so"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,80 @@
+"""Where caches go, also where no home can hold them: containers, batch jobs, service users.
+
+Libraries below us (ASE, matplotlib, torch's compiler) ask for the home or the name of the user,
+some on import, and raise where there is none. So it is made up for before any of them is imported.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import tempfile
+from functools import cache
+from pathlib import Path
+
+__all__ = ["cache_folders", "notice", "provide_home"]
+
+_notices: list[str] = []
+
+
+def notice() -> str | None:
+    """One line on where caches go instead of their usual place; None if there, or if told."""
+    return f"{_notices.pop()}: caches are kept in {_temporary()}." if _notices else None
+
+
+def cache_folders() -> list[Path]:
+    """The folders of our caches: the last one can be written, the one before it maybe only read."""
+    usual = _usual()
+    return [usual / "pet-finetune", *([] if _writable(usual) else [_temporary() / "pet-finetune"])]
+
+
+def provide_home() -> None:
+    """Set ``HOME``, ``USER`` and folders of libraries' caches for this process where they fail."""
+    if not hasattr(os, "getuid"):
+        return
+    user = os.getuid()
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = f"uid-{user}"
+    try:
+        home = Path.home()
+    except RuntimeError:
+        problem = f"There is no HOME, and user {user} has no entry that tells it"
+    else:
+        problem = "" if os.access(home, os.R_OK | os.X_OK) else f"The home {home} is not accessible"
+    if problem:
+        os.environ["HOME"] = str(_temporary())
+    if not _writable(_usual()):
+        problem = problem or f"{_usual()} cannot be written"
+        os.environ.setdefault("MPLCONFIGDIR", str(_temporary() / "matplotlib"))
+        os.environ.setdefault("TRITON_CACHE_DIR", str(_temporary() / "triton"))
+    if problem:
+        _notices[:] = [problem]
+
+
+def _usual() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+def _writable(folder: Path) -> bool:
+    """Whether a folder can be written, or could be once it was made."""
+    try:
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+    except OSError:
+        return False
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+
+
+@cache
+def _temporary() -> Path:
+    """A folder that the next process of this user finds, and that no other user can have made."""
+    folder = Path(tempfile.gettempdir()) / f"pet-finetune-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.lstat().st_uid == os.getuid() and not folder.is_symlink() and _writable(folder):
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="pet-finetune-"))
