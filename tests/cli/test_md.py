@@ -282,3 +282,15 @@ def test_another_model_does_not_go_on(md, command, here: Path) -> None:
     answer = command("md", "other.ckpt", "--restart", "run", "--steps", 8)
     assert answer.code == 1
     assert "it is not the model of this run" in answer.err
+
+
+def test_auto_starts_a_first_simulation(md, command):
+    answer = md("--restart", "auto", output="first")
+    assert answer.code == 0, answer.err
+    assert "there is no simulation yet; one is started" in answer.err
+    assert Path("first/state.npz").exists()
+    answer = md("--restart", "auto", "--steps", 8, output="first")
+    assert answer.code == 0, answer.err
+    assert "going on with 'first' by its own settings" in answer.err
+    assert "--seed, the structure" in answer.err
+    assert json.loads(Path("first/results.json").read_text())["steps"] == 8

@@ -213,7 +213,7 @@ def _weights_explained(path: Path) -> AbstractContextManager[None]:
 
 def _replace(path: Path, content: bytes) -> None:
     """Write a file in one step: either the whole new one is there, or the old one."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_bytes(content)
     os.replace(partial, path)
 

@@ -78,7 +78,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--restart",
         metavar="auto|FOLDER",
-        help="go on exactly where a simulation stopped; auto takes the newest",
+        help="go on exactly where a simulation stopped; auto takes the newest, or starts MODEL "
+        "STRUCTURE where there is none",
     )
     parser.add_argument(
         "-o", "--output", type=Path, help="folder of the run (default: outputs/DATE/TIME)"
@@ -113,8 +114,14 @@ def run(arguments: argparse.Namespace) -> int:
     model = {name: value for name, value in model.items() if value is not None}
     if arguments.adapter:
         model["adapters"] = tuple(arguments.adapter)
-    if arguments.restart is not None:
-        return _restart(arguments, given, model)
+    start = arguments.checkpoint is not None and arguments.structure is not None
+    found = None
+    if arguments.restart == "auto":
+        found = _newest(arguments.output, or_none=start)
+    elif arguments.restart is not None:
+        found = Path(arguments.restart)
+    if found is not None:
+        return _restart(arguments, found, given, model)
     if arguments.checkpoint is None or arguments.structure is None:
         raise ConfigError(
             "md: name a model and a structure: md MODEL STRUCTURE, or go on with --restart FOLDER."
@@ -123,9 +130,11 @@ def run(arguments: argparse.Namespace) -> int:
     check_data(arguments.structure)
     from pet_finetune.dynamics import MDSettings
     from pet_finetune.dynamics.md import ModelChoice, run_md
-    from pet_finetune.log import setup_logging
+    from pet_finetune.log import get_logger, setup_logging
 
     setup_logging()
+    if arguments.restart is not None:
+        get_logger(__name__).info("--restart auto: there is no simulation yet; one is started.")
     result = run_md(
         ModelChoice(arguments.checkpoint, **model),
         arguments.structure,
@@ -137,7 +146,9 @@ def run(arguments: argparse.Namespace) -> int:
     return 130 if result.outcome.reason == "interrupted" else 0
 
 
-def _restart(arguments: argparse.Namespace, given: dict[str, Any], model: dict[str, Any]) -> int:
+def _restart(
+    arguments: argparse.Namespace, folder: Path, given: dict[str, Any], model: dict[str, Any]
+) -> int:
     """Go on with a run; only its length and the place of its model may be said anew."""
     steps = given.pop("steps", None)
     unused = [f"--{name.replace('_', '-')}" for name in given if name != "velocities"]
@@ -149,36 +160,40 @@ def _restart(arguments: argparse.Namespace, given: dict[str, Any], model: dict[s
     unused += [f"--{name}" for name in systems_of(arguments)]
     auto = arguments.restart == "auto"
     unused += ["-o"] if arguments.output is not None and not auto else []
-    if unused:
+    # The same command as at first, in the next job of a chain: its own settings are the run's.
+    same = auto and None not in (arguments.checkpoint, arguments.structure)
+    if unused and not same:
         raise ConfigError(
             f"md --restart goes on with the run's own settings: leave {', '.join(unused)} out, or "
             "start a new run from its last frame. Only --steps, the checkpoint, --adapter and "
             "--device can be given."
         )
-    folder = _newest(arguments.output) if auto else Path(arguments.restart)
     from pet_finetune.dynamics.md import restart_md
-    from pet_finetune.log import setup_logging
+    from pet_finetune.log import get_logger, setup_logging
 
     setup_logging()
+    if same:
+        words = "--restart auto: going on with '%s' by its own settings; not read again: %s."
+        get_logger(__name__).info(words, folder, ", ".join(unused))
     if arguments.checkpoint is not None:
         model["checkpoint"] = arguments.checkpoint
     result = restart_md(folder, model=model, steps=steps)
     return 130 if result.outcome.reason == "interrupted" else 0
 
 
-def _newest(root: Path | None) -> Path:
+def _newest(root: Path | None, or_none: bool) -> Path | None:
     """The folder below ``root`` whose simulation was begun or gone on with last.
 
     Raises:
-        DynamicsError: there is none.
+        DynamicsError: there is none, and that is no answer.
         RunError: several may be the last.
     """
     from pet_finetune.runs.folder import OUTPUTS, newest_run
 
     found = newest_run(root or OUTPUTS, _STATE)
-    if found is None:
+    if found is None and not or_none:
         raise DynamicsError(
-            f"--restart auto: no simulation below '{root or OUTPUTS}'. Start a new one without "
-            "--restart, or name its folder: --restart FOLDER."
+            f"--restart auto: no simulation below '{root or OUTPUTS}'. Name the model and the "
+            "structure that a new one starts with, or its folder: --restart FOLDER."
         )
     return found

@@ -107,7 +107,7 @@ def write_committee(folder: str | Path, members: Sequence[str], calibration: Cal
         "factors": asdict(calibration),
     }
     content[_DIGEST] = content_digest({}, content)
-    partial = path.with_name(f".{path.name}.part")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         os.replace(partial, path)

@@ -72,7 +72,7 @@ class PredictionWriter:
         """
         self.path = check_prediction_path(path)
         self.main, self.kinds, self.systems = main, dict(kinds or {}), dict(systems or {})
-        self._partial = self.path.with_name(self.path.name + ".partial")
+        self._partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
         self._frames: dict[str, list[Atoms]] = {}
         self._open = ExitStack()
         self._write: Callable[[Structure, Mapping[str, np.ndarray]], None]

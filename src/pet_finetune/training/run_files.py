@@ -155,7 +155,7 @@ class RunFiles:
     def write(self, name: str, content: str | bytes) -> None:
         """Write a file in one step: it is whole or as it was."""
         path = self.folder / name
-        partial = path.with_name(f".{name}.part")
+        partial = path.with_name(f".{name}.{os.getpid()}.part")
         with self._explained():
             partial.write_bytes(content.encode() if isinstance(content, str) else content)
             os.replace(partial, path)
@@ -217,7 +217,7 @@ class RunFiles:
     def write_kept(self, content: dict[str, Any]) -> None:
         """Write what the run keeps of its foundation; tensors and plain values."""
         path = self.folder / KEPT
-        partial = path.with_name(f".{KEPT}.part")
+        partial = path.with_name(f".{KEPT}.{os.getpid()}.part")
         with self._explained():
             torch.save(content, partial)
             os.replace(partial, path)
