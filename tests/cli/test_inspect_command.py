@@ -70,7 +70,7 @@ def test_findings_name_frames(molecules_here, command):
 def test_errors_are_listed_together(here, command):
     frames = molecules(6)
     frames[2].calc = SinglePointCalculator(frames[2], energy=np.nan)
-    frames[3].calc = SinglePointCalculator(frames[3], forces=np.zeros((len(frames[3]), 3)))
+    frames[3].calc = None
     write_frames(here / "train.xyz", frames)
     content = report(command, "train.xyz")
     assert {"not-finite-energy", "missing-energy"} <= set(codes(content))

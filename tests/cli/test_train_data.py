@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
 
 from models import random_potential
 from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
@@ -49,6 +51,40 @@ def test_energies_alone(here, train):
     assert "energy MAE" in answer.out
     assert "forces" not in answer.out.replace("forgetting: forces", "")
     assert "train/energy/forces_mae" not in epochs("run")[0]
+
+
+def test_forces_alone(here, train):
+    frames = molecules(10)
+    for atoms in frames:
+        del atoms.calc.results["energy"]
+    write_frames(Path("train.xyz"), frames)
+    write_frames(Path("test.xyz"), frames[:3])
+    answer = train(options({"ema": 0.9}), "-c", "base.ckpt")
+    assert "forces MAE" in answer.out
+    assert "energy" not in answer.out.replace("forgetting: energy", "")
+    assert "all of 10 frames have no energy" in Path("run/train.log").read_text()
+    row = epochs("run")[0]
+    assert "validation/energy/forces_mae" in row
+    assert "validation/energy/energy_mae" not in row
+    before, after = (load_checkpoint(p).model.composition.get("energy")
+                     for p in ("base.ckpt", "run/best_model.ckpt"))  # fmt: skip
+    assert torch.equal(before, after)
+
+
+def test_isolated_atoms_are_in_no_set(here, train):
+    frames = molecules(10)
+    atoms = Atoms("O")
+    atoms.info["config_type"] = "IsolatedAtom"
+    atoms.calc = SinglePointCalculator(atoms, energy=-2000.0, forces=np.zeros((1, 3)))
+    write_frames(Path("train.xyz"), [atoms, *frames])
+    train(options(), "-c", "base.ckpt")
+    log = Path("run/train.log").read_text()
+    assert "1 of 11 frames are isolated atoms (frame 0) and are left out." in log
+    splits = json.loads(Path("run/splits.json").read_text())["sets"]
+    frames = [n for name in ("train", "validation") for p in splits[name]["parts"]
+              if p["file"] == "train.xyz" for n in p["frames"]]  # fmt: skip
+    assert frames
+    assert 0 not in frames
 
 
 def test_periodic_structures_with_stress_beside_molecules(here, train):

@@ -108,6 +108,12 @@ class SystemsOptions(Section):
         "code says: `drop`: left out, and named in the log; `error`: the run stops; `keep`: "
         "trained on like all others.",
     )
+    isolated_atoms: Annotated[Literal["leave_out", "train"], OneOf()] = Field(
+        default="leave_out",
+        description="Frames of a single atom without neighbours in a file of larger structures, "
+        "such as those of `config_type=IsolatedAtom`: `leave_out`: they are in no set, and the log "
+        "offers their energies for `atomic_baseline`; `train`: trained on like all others.",
+    )
 
 
 ExtraName = Annotated[Literal["charge", "spin_multiplicity"], OneOf()]

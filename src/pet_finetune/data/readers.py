@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -17,6 +17,7 @@ from pet_finetune.units import length_to_angstrom, to_own_unit
 
 from .files import frame_numbers, list_frames, read_file
 from .labels import Column, Shape, find_value, shape_of, to_forces, to_scalar, to_stress
+from .left_out import isolated_frames, without_unconverged
 from .stated_units import StatedUnits
 from .structure import (
     DEFAULT_CHARGE_KEYS,
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["read_structures"]
 
 _logger = get_logger(__name__)
+#: What files of forces alone lack, and options need not name.
+_USUAL = "energy"
 
 
 def read_structures(options: DatasetOptions) -> list[Structure]:
@@ -51,6 +54,7 @@ def read_structures(options: DatasetOptions) -> list[Structure]:
     :raises UnitError: an unknown unit.
     """
     reading = _Reading(options)
+    _log_isolated(reading)
     labels: list[dict[str, Tensor]] = [{} for _ in reading.chosen]
     for name, target in options.targets.items():
         for label, values in _read_target(reading, name, target).items():
@@ -92,6 +96,8 @@ class _Reading:
     source: str = ""
     frames: list[Atoms] = field(default_factory=list)
     chosen: list[int] = field(default_factory=list)
+    #: The frames of isolated atoms that are left out.
+    isolated: list[int] = field(default_factory=list)
     #: Å per unit of length that the options name, and per unit of the positions in the file.
     declared_length: float = 1.0
     length: float = 1.0
@@ -112,7 +118,12 @@ class _Reading:
         count = len(self.frames)
         given = self.options.indices
         chosen = list(range(count)) if given is None else frame_numbers(given, count, self.source)
-        self.chosen = _converged(chosen, content.doubtful, self.source, systems.unconverged)
+        chosen = without_unconverged(chosen, content.doubtful, self.source, systems.unconverged)
+        alone = set(isolated_frames(self.frames) if systems.isolated_atoms == "leave_out" else ())
+        self.isolated = [index for index in chosen if index in alone]
+        self.chosen = [index for index in chosen if index not in alone]
+        if not self.chosen:  # a set of nothing else is meant as it is
+            self.chosen, self.isolated = chosen, []
 
     def stated(self, source: str) -> StatedUnits:
         """The units that a file that was read states."""
@@ -155,9 +166,6 @@ def _read_target(
         "energy", column.key, target.factor, target.unit, default=target.factor == 1.0
     )
     values = column.read(factor)
-    absent = [index for index, value in zip(reading.chosen, values, strict=True) if value is None]
-    if absent:
-        raise column.missing(absent[0], len(absent))
     labels: dict[str, Sequence[Tensor | None]] = {name: values}
     forces = _Gradient(reading, "forces", name, target.forces, target.read_from, to_forces)
     length = reading.length
@@ -172,7 +180,41 @@ def _read_target(
         -w / volume if s is None and w is not None else s
         for s, w, volume in zip(stresses, virials, volumes, strict=True)
     ]
+    _check_energies(reading, column, labels)
     return labels
+
+
+def _check_energies(
+    reading: _Reading, column: Column, labels: Mapping[str, Sequence[Tensor | None]]
+) -> None:
+    """Let frames go without an energy that have forces or a stress, and say so.
+
+    :raises DataError: a frame has no label of the target at all, or no frame has an energy though
+        there is one under another name.
+    """
+    energies, *others = labels.values()
+    absent = [k for k, value in enumerate(energies) if value is None]
+    if not absent:
+        return
+    bare = [reading.chosen[k] for k in absent if all(values[k] is None for values in others)]
+    if bare:
+        raise column.missing(bare[0], len(absent))
+    count = len(reading.chosen)
+    first = reading.chosen[absent[0]]
+    # A name of one's own that no frame has is a slip of the pen, or a question to be answered.
+    if len(absent) == count and (column.suggestion(first) or column.key != _USUAL):
+        raise column.missing(first, count)
+    _logger.warning(
+        "%s: %s of %d frames have no energy (%r): they are trained on by their forces and stress "
+        "alone.%s",
+        column.source,
+        "all" if len(absent) == count else len(absent),
+        count,
+        column.key,
+        " The offset of the energies stays that of the starting model."
+        if len(absent) == count
+        else "",
+    )
 
 
 def _read_property(
@@ -274,34 +316,33 @@ class _Gradient:
             )
 
 
-def _converged(
-    chosen: Sequence[int], doubtful: Mapping[int, str], source: str, how: str
-) -> list[int]:
-    """The frames that are wanted, without those of failed calculations unless these are kept.
-
-    :raises DataError: there are some, and the options refuse them; or nothing else is left.
-    """
-    found = [index for index in chosen if index in doubtful]
-    if not found:
-        return list(chosen)
-    reason = doubtful[found[0]]
-    text = (
-        f"{source}: the calculation of {list_frames(found)} did not converge ({len(found)} of "
-        f"{len(chosen)} frames). Frame {found[0]}: {reason}."
+def _log_isolated(reading: _Reading) -> None:
+    """Say which frames of isolated atoms are left out, and offer their energies as baselines."""
+    if not reading.isolated:
+        return
+    offers: dict[str, dict[int, float]] = {}
+    for name, target in reading.options.targets.items():
+        if target.is_energy:
+            column = reading.column("energy", target.read_from, target.key or name, to_scalar)
+            found = replace(column, chosen=reading.isolated).read(target.factor)
+            numbers = [int(reading.frames[index].numbers[0]) for index in reading.isolated]
+            values = {z: round(float(e), 6) for z, e in zip(numbers, found, strict=True) if e}
+            offers |= {name: values} if values else {}
+    offer = (
+        f" Their energies can be its baselines: `atomic_baseline: {offers}` in "
+        "architecture.training."
+        if offers
+        else ""
     )
-    if how == "keep":
-        _logger.warning("%s They are kept, as `unconverged: keep` says.", text)
-        return list(chosen)
-    left = [index for index in chosen if index not in doubtful]
-    if how == "error" or not left:
-        none = "" if left else " No other frame is left."
-        raise DataError(
-            f"{text}{none} Energies and forces of such frames are no labels: compute them again. "
-            "`unconverged: drop` beside `read_from` of the systems leaves them out, `keep` takes "
-            "them as they are."
-        )
-    _logger.warning("%s They are left out.", text)
-    return left
+    _logger.info(
+        "%s: %d of %d frames are isolated atoms (%s) and are left out.%s `isolated_atoms: train` "
+        "beside `read_from` of the systems trains on them.",
+        reading.source,
+        len(reading.isolated),
+        len(reading.isolated) + len(reading.chosen),
+        list_frames(reading.isolated),
+        offer,
+    )
 
 
 def _log_odd_charges(reading: _Reading) -> None:

@@ -140,7 +140,8 @@ def load_splits(path: str | Path, options: Options) -> Splits:
             if gone:
                 raise DataError(
                     f"{list_frames(gone)} of {dataset.systems.read_from}, which were trained on, "
-                    "are now left out as not converged. Set `unconverged: keep` as it was."
+                    "are now left out, as not converged or as isolated atoms. Set "
+                    "`unconverged: keep` or `isolated_atoms: train` as it was."
                 )
         except DataError as error:
             raise DataError(f"The sets of {path} cannot be restored. {error}") from error

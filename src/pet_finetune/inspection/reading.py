@@ -12,6 +12,7 @@ import numpy as np
 from pet_finetune.config import DatasetOptions
 from pet_finetune.data.files import frame_numbers, read_file, read_frames
 from pet_finetune.data.labels import Shape, find_value, to_forces, to_scalar, to_stress
+from pet_finetune.data.left_out import isolated_frames
 from pet_finetune.data.readers import read_structures
 from pet_finetune.data.structure import Structure
 from pet_finetune.errors import DataError
@@ -65,12 +66,14 @@ def target_of_file(
             names += f" (of which {', '.join(passed)} is no total energy by its name)"
         findings.append(
             Finding(
-                "error",
+                "warning" if keys["forces"] else "error",
                 "no-energy",
                 f"no frame has an energy; there is: {names}",
                 (Frames(str(path)),),
-                "Nothing can be learned without one.",
-                "Name it with targets.energy.key in an options file.",
+                "Forces alone can be learned; the offset of the energies stays the foundation's."
+                if keys["forces"]
+                else "Nothing can be learned without one.",
+                "If there is one, name it with targets.energy.key in an options file.",
             )
         )
     for kind, key in keys.items():
@@ -185,7 +188,7 @@ def read_anyway(dataset: DatasetOptions) -> tuple[list[Structure], list[Finding]
     """The structures of a data set that can be read, and findings about the others."""
     dataset, told = _without_failed(dataset)
     try:
-        return read_structures(dataset), told
+        return read_structures(dataset), [*told, *_isolated(dataset)]
     except DataError as error:
         reason = str(error)
     source = dataset.systems.read_from
@@ -209,6 +212,26 @@ def read_anyway(dataset: DatasetOptions) -> tuple[list[Structure], list[Finding]
     except DataError:
         return [], [plain]
     return structures, [*told, *_tell(source, broken)]
+
+
+def _isolated(dataset: DatasetOptions) -> list[Finding]:
+    """A note on the frames of isolated atoms in a file of larger structures."""
+    systems = dataset.systems
+    frames = read_frames(systems.read_from, systems.format, systems.types)
+    alone = isolated_frames(frames) if systems.isolated_atoms == "leave_out" else []
+    if not alone:
+        return []
+    return [
+        Finding(
+            "note",
+            "isolated-atoms",
+            f"{len(alone)} of {len(frames)} frames are isolated atoms",
+            (Frames(systems.read_from, tuple(alone)),),
+            "They are left out of the sets; training offers their energies as baselines.",
+            "`isolated_atoms: train` beside `read_from` of the systems trains on them.",
+            {"count": len(alone)},
+        )
+    ]
 
 
 def _without_failed(dataset: DatasetOptions) -> tuple[DatasetOptions, list[Finding]]:
@@ -257,7 +280,7 @@ def _broken(atoms: Atoms, dataset: DatasetOptions) -> str:
         for kind, key in wanted.items():
             raw = find_value(atoms, key)
             if raw is None:
-                if kind == "energy":
+                if kind == "energy" and not _has_derivative(atoms, wanted):
                     return "missing-energy"
                 continue
             if not _fits(atoms, key, _SHAPES[kind]):
@@ -267,10 +290,16 @@ def _broken(atoms: Atoms, dataset: DatasetOptions) -> str:
     return ""
 
 
+def _has_derivative(atoms: Atoms, wanted: Mapping[str, str]) -> bool:
+    """Whether a frame without an energy has forces or a stress to train on."""
+    keys = [key for kind, key in wanted.items() if kind != "energy"]
+    return any(find_value(atoms, key) is not None for key in keys)
+
+
 _WORDS = {
     "bad-geometry": ("have no atoms, or positions that are NaN or infinite", "Remove them."),
     "missing-energy": (
-        "have no energy",
+        "have no energy, forces or stress",
         "Remove them, or write the energy under the same name as in the others.",
     ),
     "wrong-shape": (

@@ -275,7 +275,7 @@ def test_forces_under_another_name_are_not_overlooked(tmp_path, labelled, log):
 def test_energy_missing_in_one_frame(tmp_path, labelled):
     frames, known = labelled
     as_calculator(frames, known)
-    del frames[1].calc.results["energy"]
+    frames[1].calc.results.clear()
     write(tmp_path / "set.xyz", frames)
     with pytest.raises(DataError, match=r"frame 1 has no such value \(1 of 3"):
         read_structures(options(tmp_path / "set.xyz"))

@@ -28,7 +28,7 @@ def test_broken_frames_are_told_apart(tmp_path):
     forces = frames[4].calc.results["forces"].copy()
     forces[0, 0] = np.inf
     spoil(frames, 4, forces=forces)
-    frames[6].calc = SinglePointCalculator(frames[6], forces=frames[6].calc.results["forces"])
+    frames[6].calc = None
     structures, findings = read_anyway(dataset(write_frames(tmp_path / "a.xyz", frames)))
     assert [s.index for s in structures] == [0, 2, 3, 5, 7]
     found = {f.code: f.where[0].numbers for f in findings}

@@ -1,0 +1,74 @@
+"""Frames that are left out of a set: failed calculations, and isolated atoms of reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pet_finetune.errors import DataError
+from pet_finetune.log import get_logger
+
+from .files import list_frames
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+__all__ = ["isolated_frames", "without_unconverged"]
+
+_logger = get_logger(__name__)
+
+#: An atom whose images are further away than this, in Angstrom, is alone.
+_FAR = 8.0
+
+
+def isolated_frames(frames: Sequence[Atoms]) -> list[int]:
+    """Numbers of the frames that hold a single atom without neighbours.
+
+    They are recognised by ``config_type=IsolatedAtom`` (the name that MACE reads), or because the
+    atom is alone: not periodic, or in a cell larger than 8 Angstrom in every direction. Where no
+    frame has more than one atom, the atoms are what the set is about, and none is recognised.
+    """
+    if not any(len(atoms) > 1 for atoms in frames):
+        return []
+    return [k for k, atoms in enumerate(frames) if len(atoms) == 1 and _is_alone(atoms)]
+
+
+def _is_alone(atoms: Atoms) -> bool:
+    name = str(atoms.info.get("config_type", "")).replace("_", "").casefold()
+    if name == "isolatedatom":
+        return True
+    heights = np.linalg.inv(atoms.cell.array) if abs(atoms.cell.volume) > 1e-9 else np.zeros((3, 3))
+    spacing = [1 / np.linalg.norm(h) if np.linalg.norm(h) > 0 else 0.0 for h in heights.T]
+    return all(far > _FAR for far, periodic in zip(spacing, atoms.pbc, strict=True) if periodic)
+
+
+def without_unconverged(
+    chosen: Sequence[int], doubtful: Mapping[int, str], source: str, how: str
+) -> list[int]:
+    """The frames that are wanted, without those of failed calculations unless these are kept.
+
+    :raises DataError: there are some, and the options refuse them; or nothing else is left.
+    """
+    found = [index for index in chosen if index in doubtful]
+    if not found:
+        return list(chosen)
+    reason = doubtful[found[0]]
+    text = (
+        f"{source}: the calculation of {list_frames(found)} did not converge ({len(found)} of "
+        f"{len(chosen)} frames). Frame {found[0]}: {reason}."
+    )
+    if how == "keep":
+        _logger.warning("%s They are kept, as `unconverged: keep` says.", text)
+        return list(chosen)
+    left = [index for index in chosen if index not in doubtful]
+    if how == "error" or not left:
+        none = "" if left else " No other frame is left."
+        raise DataError(
+            f"{text}{none} Energies and forces of such frames are no labels: compute them again. "
+            "`unconverged: drop` beside `read_from` of the systems leaves them out, `keep` takes "
+            "them as they are."
+        )
+    _logger.warning("%s They are left out.", text)
+    return left
