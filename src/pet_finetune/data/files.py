@@ -1,7 +1,7 @@
 """Frames and frame numbers from files; every failure says what to look at.
 
 ASE reads; what it takes for something else, leaves out or invents is seen to here and in the
-modules beside: :mod:`.text`, :mod:`.extxyz`, :mod:`.lammps`, :mod:`.outputs`.
+modules beside: :mod:`.text`, :mod:`.complete`, :mod:`.extxyz`, :mod:`.lammps`, :mod:`.outputs`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import ase.io
 import numpy as np
 from ase.io.formats import UnknownFileTypeError, filetype, ioformats
 
+from pet_finetune.data.complete import check_complete
 from pet_finetune.data.extxyz import CELL_WORDS, read_extxyz
 from pet_finetune.data.lammps import LAMMPS, lammps_units, looks_like_lammps_data, with_elements
 from pet_finetune.data.outputs import clean_outcar, doubtful_frames, hint_of, is_cp2k
@@ -139,6 +140,7 @@ def _parse(
         raise DataError(f"{source} holds no structures ASE can find.{hint_of(text)}")
     if kind in LAMMPS:
         with_elements(kind, text, frames, types, source)
+    check_complete(kind, data, text, len(frames), source)
     _check_frames(kind, text, frames, source)
     return FrameFile(frames, doubtful_frames(kind, text, frames))
 
@@ -311,30 +313,12 @@ def _flatten(atoms: Atoms) -> None:
                 atoms.info.setdefault(key, value)
 
 
-#: Lines that begin a frame, by format: as many frames are in the file.
-_BEGINNINGS = {
-    "vasp-out": re.compile(r"FREE ENERGIE OF THE ION-ELECTRON SYSTEM"),
-    "vasp-xdatcar": re.compile(r"^\s*Direct configuration\s*=", re.M),
-    "lammps-dump-text": re.compile(r"^ITEM: TIMESTEP", re.M),
-    "proteindatabank": re.compile(r"^MODEL\b", re.M),
-    "cif": re.compile(r"^\s*_atom_site_(?:label|type_symbol)\s*$(?:(?!^\s*data_)[\s\S])*", re.M),
-}
-
-
 def _check_frames(kind: str, text: str, frames: list[Atoms], source: str) -> None:
-    """Frames against the text: none lost, no atom invented.
+    """Frames against the text: no atom invented, no cell lost.
 
     Raises:
         DataError: with the frame.
     """
-    beginning = _BEGINNINGS.get(kind)
-    expected = len(beginning.findall(text)) if beginning is not None else 0
-    if expected > len(frames):
-        raise DataError(
-            f"{source} holds {expected} frames, and ASE reads {len(frames)} of them. The file is "
-            f"damaged or cut off after frame {len(frames) - 1}. Remove what is incomplete, or "
-            "convert it to extended xyz."
-        )
     for number, atoms in enumerate(frames):
         where = f"frame {number} of {source}"
         dummies = np.flatnonzero(atoms.numbers < 1)

@@ -35,7 +35,8 @@ _FAILED = re.compile(
     r"|convergence NOT achieved"  # Quantum ESPRESSO
     r"|SELF-CONSISTENCY CYCLE DID NOT CONVERGE|Self-consistency cycle not converged"
     r"|SCF cycle not converged|s\.c\.f\. cycle (?:was )?not converged"  # FHI-aims
-    r"|system has not reached the groundstate"  # CASTEP
+    r"|system has not reached the groundstate"
+    r"|electronic minimisation did not converge"  # CASTEP
     r"|Calculation failed to converge"  # NWChem
     r"|Did not converge!"  # GPAW
     r"|SCF IS UNCONVERGED"  # GAMESS
@@ -208,16 +209,28 @@ def _full_cycles(text: str) -> Iterator[tuple[int, str]]:
 def _vasprun(text: str, count: int) -> dict[int, str]:
     """The same in vasprun.xml, and steps that a machine-learned force field predicted."""
     limit = re.search(r'name="NELM">\s*(\d+)\s*<', text)
+    ediff = re.search(r'name="EDIFF">\s*(\S+?)\s*<', text)
+    threshold = float(ediff[1]) if ediff and re.fullmatch(r"[-+.\dEe]+", ediff[1]) else 0.0
     learned = re.search(r'name="ML_LMLFF">\s*T', text) is not None
     found = {}
     parts = text.split("<calculation>")[1:]
     for number, part in enumerate(parts[:count]):
         cycles = part.count("<scstep>")
-        if limit and cycles >= int(limit[1]):
+        if limit and cycles >= int(limit[1]) and not _settled(part, threshold):
             found[number] = f"all {limit[1]} iterations (NELM) were used"
         elif learned and not cycles:
             found[number] = "predicted by VASP's machine-learned force field"
     return found
+
+
+def _settled(calculation: str, threshold: float) -> bool:
+    """Whether the last iteration of a step changed the energy by less than EDIFF."""
+    steps = calculation.split("<scstep>")[-2:]
+    pattern = re.compile(r'name="e_0_energy">\s*(-?\d+\.\d+(?:[Ee][-+]?\d+)?)\s*<')
+    energies = [pattern.search(step) for step in steps]
+    if len(energies) < 2 or energies[0] is None or energies[1] is None:
+        return False
+    return abs(float(energies[1][1]) - float(energies[0][1])) < threshold
 
 
 _LEARNED = re.compile(

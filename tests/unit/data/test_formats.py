@@ -263,6 +263,16 @@ FAILED_GAUSSIAN = " >>>>>>>>>> Convergence criterion not met.\n" + GAUSSIAN.repl
             "<calculation><scstep></scstep><scstep></scstep></calculation>",
             [1],
         ),
+        (  # all iterations were used; the last one of the first step met EDIFF
+            "vasp-xml",
+            '<i name="EDIFF"> 0.001</i><i type="int" name="NELM">     2</i>'
+            + "".join(
+                f'<calculation><scstep><i name="e_0_energy"> -1.0 </i></scstep><scstep>'
+                f'<i name="e_0_energy"> {last} </i></scstep></calculation>'
+                for last in (-1.0001, -1.1)
+            ),
+            [1],
+        ),
         (
             "vasp-xml",
             '<i type="logical" name="ML_LMLFF"> T  </i>'
