@@ -1,12 +1,38 @@
-"""Random numbers: the seed of a run."""
+"""Random numbers: the seed of a run and the streams drawn from it."""
 
 from __future__ import annotations
 
 import random
+from enum import IntEnum, unique
 
 import torch
 
-__all__ = ["seed_everything"]
+__all__ = ["MemberStream", "Stream", "seed_everything"]
+
+
+@unique
+class Stream(IntEnum):
+    """The random streams of one run: each goes into the seed of a generator of its own.
+
+    The numbers are part of what a seed reproduces; a new stream takes a new number.
+    """
+
+    ORDER = 0
+    ROTATIONS = 1
+    REPLAY = 2
+    NOISE = 3
+    CONSISTENCY = 4
+    PERTURBED_COPIES = 7
+    ANCHOR = 8
+    SAMPLE = 9
+
+
+@unique
+class MemberStream(IntEnum):
+    """The random streams of one member of an ensemble, beside (seed, member)."""
+
+    SEED = 0
+    BOOTSTRAP = 1
 
 
 def seed_everything(seed: int | None) -> int:

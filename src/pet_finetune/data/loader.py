@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pet_finetune.errors import DataError
 from pet_finetune.log import get_logger
+from pet_finetune.rng import Stream
 
 from .augment import random_rotations, rotate_batch
 from .batch import LabelledBatch, collate_labelled, prepare
@@ -23,7 +24,6 @@ __all__ = ["Loader", "count_packs", "pack"]
 _logger = get_logger(__name__)
 
 # Independent random streams of one (seed, epoch).
-_ORDER_STREAM, _ROTATION_STREAM = 0, 1
 
 
 class Loader:
@@ -177,12 +177,12 @@ class Loader:
         """All structures in the order of an epoch."""
         order = np.arange(len(self.structures))
         if self.shuffle:
-            order = np.random.default_rng([self.seed, epoch, _ORDER_STREAM]).permutation(order)
+            order = np.random.default_rng([self.seed, epoch, Stream.ORDER]).permutation(order)
         return order
 
     def _rotations(self, epoch: int) -> Tensor:
         """One rotation per structure, whatever batch it falls into; ``[len(structures), 3, 3]``."""
-        sequence = np.random.SeedSequence([self.seed, epoch, _ROTATION_STREAM])
+        sequence = np.random.SeedSequence([self.seed, epoch, Stream.ROTATIONS])
         generator = torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
         return random_rotations(len(self.structures), generator, self.dtype)
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pet_finetune.rng import Stream
+
 from .batch import LabelledBatch
 from .loader import Loader
 
 __all__ = ["Beside", "number_beside"]
-
-_STREAM = 2
 
 
 def number_beside(own: int, fraction: float) -> int:
@@ -51,7 +51,7 @@ class Beside:
 
     def _order(self, epoch: int, count: int) -> np.ndarray:
         """Members of the second set, one permutation after the other, ``[count]``."""
-        rng = np.random.default_rng([self.loader.seed, epoch, _STREAM])
+        rng = np.random.default_rng([self.loader.seed, epoch, Stream.REPLAY])
         size = len(self.loader.structures)
         rounds: Sequence[np.ndarray] = [rng.permutation(size) for _ in range(-(-count // size))]
         return np.concatenate(rounds)[:count]

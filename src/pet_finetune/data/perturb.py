@@ -8,12 +8,13 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from pet_finetune.rng import Stream
+
 from .structure import Structure
 
 __all__ = ["distorted"]
 
 # An independent random stream of a run's seed.
-_STREAM = 7
 
 
 def distorted(
@@ -33,7 +34,7 @@ def distorted(
     made = []
     for number, structure in enumerate(structures):
         for copy in range(copies):
-            rng = np.random.default_rng([seed, _STREAM, number, copy])
+            rng = np.random.default_rng([seed, Stream.PERTURBED_COPIES, number, copy])
             made.append(_distorted(structure, rattle, strain, rng))
     return made
 

@@ -24,6 +24,7 @@ from pet_finetune.errors import ConfigError
 from pet_finetune.graph import Batch
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential, Prediction
+from pet_finetune.rng import Stream
 from pet_finetune.training.feature import Feature, Plan, Step, TrainingRun
 from pet_finetune.training.loss import Objective
 
@@ -32,7 +33,6 @@ from .structures import read_unlabelled, sample
 
 _logger = get_logger(__name__)
 # The random stream of the labels that the Fisher information draws.
-_STREAM = 8
 
 
 def anchored_parameters(model: Potential) -> dict[str, nn.Parameter]:
@@ -130,7 +130,7 @@ def fisher_information(
         By name of the parameter in the network, on the CPU.
     """
     loader = Loader(structures, model.cutoff, batch_size=1, dtype=model.dtype)
-    generator = torch.Generator().manual_seed(seed * 16 + _STREAM)
+    generator = torch.Generator().manual_seed(seed * 16 + Stream.ANCHOR)
     training = model.training
     model.eval()
     try:

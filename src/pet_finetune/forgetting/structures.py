@@ -17,13 +17,13 @@ from pet_finetune.data.species import check_species
 from pet_finetune.data.structure import Structure, atoms_to_structure
 from pet_finetune.errors import DataError
 from pet_finetune.model import Potential
+from pet_finetune.rng import Stream
 from pet_finetune.training.feature import Plan
 from pet_finetune.training.foundation import FoundationEnergies
 
 #: The name that stands for the run's own training set.
 TRAINING = "training"
 # An independent random stream of a run's seed.
-_SAMPLE_STREAM = 9
 
 
 def foundation_of(plan: Plan) -> FoundationEnergies:
@@ -87,7 +87,7 @@ def sample(structures: list[Structure], most: int, seed: int) -> list[Structure]
     """At most so many of the structures, drawn by a seed, in their order."""
     if len(structures) <= most:
         return structures
-    chosen = np.random.default_rng([seed, _SAMPLE_STREAM]).permutation(len(structures))[:most]
+    chosen = np.random.default_rng([seed, Stream.SAMPLE]).permutation(len(structures))[:most]
     return [structures[index] for index in sorted(chosen.tolist())]
 
 

@@ -8,9 +8,9 @@ import numpy as np
 
 from pet_finetune.config import Options
 from pet_finetune.data.splits import Splits
+from pet_finetune.rng import MemberStream
 
 # Independent random streams of one (seed, member).
-_SEED_STREAM, _BOOTSTRAP_STREAM = 0, 1
 
 
 def of_member(options: Options, splits: Splits, seed: int) -> tuple[int, Splits]:
@@ -28,10 +28,10 @@ def of_member(options: Options, splits: Splits, seed: int) -> tuple[int, Splits]
     """
     member = options.finetune.member
     assert member is not None, "a single run has no member"
-    own = int(np.random.SeedSequence([seed, member, _SEED_STREAM]).generate_state(1)[0] >> 1)
+    own = int(np.random.SeedSequence([seed, member, MemberStream.SEED]).generate_state(1)[0] >> 1)
     if not options.finetune.bootstrap:
         return own, splits
-    rng = np.random.default_rng([seed, member, _BOOTSTRAP_STREAM])
+    rng = np.random.default_rng([seed, member, MemberStream.BOOTSTRAP])
     drawn = np.sort(rng.integers(len(splits.train), size=len(splits.train)))
     return own, replace(splits, train=[splits.train[index] for index in drawn.tolist()])
 

@@ -20,11 +20,10 @@ from pet_finetune.config import RotationalConsistency, TrainingOptions
 from pet_finetune.data.augment import random_rotations, rotate_batch
 from pet_finetune.keys import forces_key, stress_key
 from pet_finetune.model import Potential, Prediction, Property
+from pet_finetune.rng import Stream
 
 from .feature import Feature, Step, TrainingRun
 from .loss import Objective, batch_loss, derivatives, objectives_at
-
-_STREAM = 4  # order, rotations, replay and noise have smaller numbers
 
 
 class ConsistencyLoss:
@@ -70,7 +69,7 @@ class ConsistencyLoss:
 
     def _rotations(self, step: Step, count: int) -> Tensor:
         """On the CPU whatever the model is on: the same rotations everywhere."""
-        sequence = np.random.SeedSequence([self._seed, step.epoch, step.index, _STREAM])
+        sequence = np.random.SeedSequence([self._seed, step.epoch, step.index, Stream.CONSISTENCY])
         generator = torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
         return random_rotations(count, generator)
 

@@ -11,8 +11,7 @@ import torch
 from pet_finetune.config import LabelNoise
 from pet_finetune.data.batch import LabelledBatch
 from pet_finetune.keys import forces_key
-
-_STREAM = 3  # the loader's streams of order and rotations have smaller numbers
+from pet_finetune.rng import Stream
 
 
 def add_label_noise(
@@ -28,7 +27,7 @@ def add_label_noise(
     """
     if not noise.energy and not noise.forces:
         return batch
-    sequence = np.random.SeedSequence([*seed, _STREAM])
+    sequence = np.random.SeedSequence([*seed, Stream.NOISE])
     # On the CPU and in float64 whatever the labels are: the same numbers everywhere.
     generator = torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
     labels = dict(batch.labels)
