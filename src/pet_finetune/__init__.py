@@ -1,7 +1,9 @@
 """Fine-tune pre-trained PET interatomic potentials on your own data.
 
->>> from pet_finetune import PETCalculator  # doctest: +SKIP
->>> atoms.calc = PETCalculator("best_model.ckpt")  # doctest: +SKIP
+>>> import pet_finetune as pf  # doctest: +SKIP
+>>> model = pf.load("foundation.ckpt")  # doctest: +SKIP
+>>> result = pf.finetune(model, train_atoms, method=pf.Lora(rank=8), epochs=100)  # doctest: +SKIP
+>>> atoms.calc = result.calculator()  # doctest: +SKIP
 
 The public names are imported on first use, so that ``import pet_finetune`` (and with it
 ``pet-finetune --help``) does not wait for torch.
@@ -9,7 +11,9 @@ The public names are imported on first use, so that ``import pet_finetune`` (and
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from pet_finetune.caches import provide_home
@@ -18,16 +22,83 @@ from pet_finetune.version import __version__
 provide_home()  # before libraries are imported that need one
 
 if TYPE_CHECKING:
+    from pet_finetune.api import (
+        EvaluationResult,
+        EvaluationSettings,
+        FinetuneResult,
+        LabelNames,
+        evaluate,
+        export,
+        finetune,
+        inspect,
+    )
     from pet_finetune.calculator import PETCalculator
     from pet_finetune.checkpoint import load, load_checkpoint
+    from pet_finetune.keywords import (
+        Anchor,
+        Dora,
+        Full,
+        Heads,
+        Lora,
+        Prompt,
+        Qlora,
+        Replay,
+        Retention,
+    )
+    from pet_finetune.training.feature import Feature
 
-__all__ = ["PETCalculator", "__version__", "load", "load_checkpoint"]
+__all__ = [
+    "__version__",
+    "load",
+    "finetune",
+    "evaluate",
+    "inspect",
+    "export",
+    "PETCalculator",
+    "Lora",
+    "Dora",
+    "Qlora",
+    "Prompt",
+    "Heads",
+    "Full",
+    "Replay",
+    "Anchor",
+    "Retention",
+    "Feature",
+    "FinetuneResult",
+    "EvaluationResult",
+    "EvaluationSettings",
+    "LabelNames",
+    "load_checkpoint",
+]
 
+#: Modules, and the public names that come from each.
 _HOMES = {
-    "PETCalculator": "pet_finetune.calculator",
-    "load": "pet_finetune.checkpoint",
-    "load_checkpoint": "pet_finetune.checkpoint",
+    name: module
+    for module, names in {
+        "pet_finetune.api": (
+            "finetune evaluate inspect export FinetuneResult EvaluationResult EvaluationSettings "
+            "LabelNames"
+        ),
+        "pet_finetune.calculator": "PETCalculator",
+        "pet_finetune.checkpoint": "load load_checkpoint",
+        "pet_finetune.keywords": "Lora Dora Qlora Prompt Heads Full Replay Anchor Retention",
+        "pet_finetune.training.feature": "Feature",
+    }.items()
+    for name in names.split()
 }
+
+
+class _Package(ModuleType):
+    """Keeps a folder of the package from taking the place of a public name: ``export``."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Bind a name; importing a folder binds its name, too."""
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -5,6 +5,7 @@ What repeats is said once: see :class:`_Folding`.
 
 from __future__ import annotations
 
+import io
 import logging
 import re
 import sys
@@ -14,12 +15,13 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.progress import Progress, TextColumn
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "REDRAWS_PER_SECOND",
     "Watch",
     "get_logger",
+    "html_of",
     "progress_bar",
     "setup_logging",
     "stderr_console",
@@ -180,9 +183,28 @@ def stderr_console() -> Console:
     return Console(stderr=True)
 
 
+def html_of(content: RenderableType, width: int = 110) -> str:
+    """What rich prints, as HTML for a notebook."""
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), record=True, width=width)
+    console.print(content)
+    style = "line-height: 1.2; font-family: monospace; background: #fff; color: #000"
+    return console.export_html(
+        inline_styles=True, code_format=f'<pre style="{style}">{{code}}</pre>'
+    )
+
+
+def _in_notebook() -> bool:
+    """Whether rich can draw a bar in a notebook: under Jupyter, with ipywidgets."""
+    if "ipykernel" not in sys.modules:
+        return False
+    return stderr_console().is_jupyter and find_spec("ipywidgets") is not None
+
+
 def progress_bar(before: TextColumn, *after: TextColumn) -> Progress | None:
-    """A bar between texts, with the time that is left; None where stderr is no terminal."""
-    if not sys.stderr.isatty():
+    """A bar between texts, with the time that is left; None where stderr can show none."""
+    if not sys.stderr.isatty() and not _in_notebook():
         return None
     from rich.progress import BarColumn, Progress, TimeRemainingColumn
 

@@ -58,7 +58,7 @@ def flags(parser: argparse.ArgumentParser) -> set[str]:
 def named_flags(text: str) -> list[str]:
     for foreign in _FOREIGN:
         text = text.replace(foreign, "")
-    return _FLAG.findall(text)
+    return _FLAG.findall(re.sub(r"var\(--[\w-]+\)", "", text))  # a variable of CSS is no flag
 
 
 def option_paths() -> list[str]:

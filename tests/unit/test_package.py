@@ -21,6 +21,17 @@ def test_public_names_can_be_imported(name: str) -> None:
     assert name in dir(pet_finetune)
 
 
+def test_no_folder_of_the_package_hides_a_public_name() -> None:
+    code = (
+        "import pet_finetune.export.export, pet_finetune; "
+        "import pet_finetune.keywords; "
+        "assert pet_finetune.export.__name__ == 'export', pet_finetune.export; "
+        "from pet_finetune.export import write; from pet_finetune import export; "
+        "assert callable(export) and not callable(write)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'PETCalculater'"):
         pet_finetune.PETCalculater  # noqa: B018

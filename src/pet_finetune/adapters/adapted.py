@@ -35,11 +35,13 @@ class AdaptedPotential:
     Attributes:
         potential: the model as it is now, for everything that takes a
             :class:`~pet_finetune.model.Potential`.
+        source: the file that the base was read from; None where it was made otherwise.
     """
 
     @torch.inference_mode(False)
     def __init__(self, base: Potential) -> None:
         self.potential = base
+        self.source: Path | None = None
         self._adapters: dict[str, Adapter] = {}
         self._active: str | None = None
         self._enabled, self._merged = True, False

@@ -93,7 +93,9 @@ def load(path: str | os.PathLike[str]) -> AdaptedPotential:
 
     :raises CheckpointError: as :func:`load_checkpoint`.
     """
-    return AdaptedPotential(load_checkpoint(path).model)
+    adapted = AdaptedPotential(load_checkpoint(path).model)
+    adapted.source = Path(path)
+    return adapted
 
 
 @torch.inference_mode(False)

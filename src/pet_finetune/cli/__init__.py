@@ -6,8 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from pet_finetune import __version__
 from pet_finetune.errors import PetFinetuneError
+from pet_finetune.version import __version__
 
 from . import adapter, evaluate, export, info, inspect, md, report, train
 

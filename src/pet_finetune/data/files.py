@@ -22,6 +22,7 @@ import numpy as np
 from ase.io.formats import UnknownFileTypeError, filetype, ioformats
 
 from pet_finetune.data.complete import check_complete
+from pet_finetune.data.exact import restore_exact
 from pet_finetune.data.extxyz import CELL_WORDS, read_extxyz
 from pet_finetune.data.lammps import LAMMPS, lammps_units, looks_like_lammps_data, with_elements
 from pet_finetune.data.outputs import clean_outcar, doubtful_frames, hint_of, is_cp2k
@@ -263,7 +264,8 @@ def _from_path(kind: str, file: Path, options: Mapping[str, Any]) -> Iterator[At
         with ase.db.connect(str(file), type=kind) as rows:
             for row in rows.select():
                 atoms = row.toatoms(add_additional_information=True)
-                _flatten(atoms)
+                if not restore_exact(atoms):
+                    _flatten(atoms)
                 yield atoms
         return
     yield from ase.io.iread(str(file), ":", format=kind, do_not_split_by_at_sign=True, **options)

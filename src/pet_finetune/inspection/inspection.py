@@ -9,7 +9,7 @@ from pet_finetune.data.charges import check_charges
 from pet_finetune.data.species import check_species
 from pet_finetune.data.structure import Structure
 from pet_finetune.errors import DataError, SpeciesError
-from pet_finetune.log import Watch
+from pet_finetune.log import Watch, html_of
 from pet_finetune.model import Potential
 
 from .duplicates import check_duplicates
@@ -81,6 +81,12 @@ class Inspection:
     def errors(self) -> list[Finding]:
         """What would break a run."""
         return [finding for finding in self.findings if finding.severity == "error"]
+
+    def _repr_html_(self) -> str:
+        """For notebooks, what the command prints."""
+        from .render import render
+
+        return html_of(render(self))
 
 
 def inspect_sets(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from importlib import resources
 from typing import Any
 
-from .figures import AFTER, BEFORE, MUTED, WARN, log_ticks, panel
+from .figures import AFTER, BEFORE, MUTED, WARN, available, log_ticks, panel
 from .record import Epochs, Quantity, RunRecord
 
 
@@ -51,6 +52,20 @@ def forgetting_curves(run: RunRecord) -> list[str]:
             )
         )
     return panels
+
+
+def curves_html(run: RunRecord) -> str:
+    """The learning curves of a run by themselves, for a notebook; empty without matplotlib."""
+    if not available():
+        return ""
+    css = resources.files(__package__).joinpath("page.css").read_text(encoding="utf-8")
+    colours = css[css.index("{") + 1 : css.index("}")].strip()  # those of a light ground
+    style = f"{colours} background: var(--ground); font-family: sans-serif; max-width: 900px;"
+    panels = "".join(
+        f'<div style="flex: 1 1 280px">{one}</div>'
+        for one in [*learning_curves(run), *forgetting_curves(run)]
+    )
+    return f'<div style="{style} display: flex; flex-wrap: wrap">{panels}</div>'
 
 
 def _series(rows: Epochs, name: str, factor: float = 1.0) -> tuple[list[float], list[float]]:

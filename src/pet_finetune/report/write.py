@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pet_finetune import __version__
 from pet_finetune.log import get_logger
 from pet_finetune.training.run_files import REPORT, RunFiles
+from pet_finetune.version import __version__
 
 from .page import render
 from .reading import gather

@@ -10,6 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from pet_finetune import kernels
 from pet_finetune.committee.calibration import LEVELS, Deviations, collect, miscalibration_area
 from pet_finetune.committee.calibration_plot import Curves, plot_calibration
@@ -198,7 +200,7 @@ def _finish(
     after: Errors = {}
     if options.final_eval:
         after = evaluate_sets(files, AFTER, committee, data, wanted)
-    _show(outcomes, after, curves)
+    table = _show(outcomes, after, curves)
     if not plot_calibration(files.folder / PLOT, curves):
         _logger.info("%s needs matplotlib: pip install 'pet-finetune[plots]'", PLOT)
     before = outcomes[0].before
@@ -210,7 +212,7 @@ def _finish(
     }
     files.write(RESULTS, json.dumps(content, indent=2) + "\n")
     _logger.info("committee: %s", files.folder / COMMITTEE_FILE)
-    return TrainOutcome(files.folder, outcomes[-1].result, before, after)
+    return TrainOutcome(files.folder, outcomes[-1].result, before, after, table)
 
 
 def _take_predictions(member: Path, folder: Path) -> None:
@@ -232,8 +234,8 @@ def _plain_curves(curves: Curves) -> dict[str, Any]:
     }
 
 
-def _show(outcomes: Sequence[TrainOutcome], after: Errors, curves: Mapping[str, Curves]) -> None:
-    """Print the tables of errors and of the calibration, and put them into the log file."""
+def _show(outcomes: Sequence[TrainOutcome], after: Errors, curves: Mapping[str, Curves]) -> Table:
+    """Print the tables of errors (returned) and of the calibration, for the log file too."""
     tables = [calibration_table(curves)]
     shown = next((name for name in ("test", "validation", "train") if name in after), None)
     if shown is not None:
@@ -243,3 +245,4 @@ def _show(outcomes: Sequence[TrainOutcome], after: Errors, curves: Mapping[str, 
         tables.insert(0, committee_table(members, after[shown][target], title=title))
     for table in tables:
         _logger.info("results\n%s", show(table), extra=FILE_ONLY)
+    return tables[0]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from pet_finetune import kernels
@@ -40,10 +42,18 @@ _logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Errors by data set and target; where asked for, also what turning changes."""
+    """What an evaluation gave.
+
+    Attributes:
+        errors: by data set and target.
+        spreads: what turning changes, where asked for.
+        predictions: for each structure of a set the values by the names of their labels, in eV
+            and Å, where they are kept.
+    """
 
     errors: dict[str, dict[str, Metrics]]
     spreads: dict[str, dict[str, Spread]] = field(default_factory=dict)
+    predictions: dict[str, list[dict[str, np.ndarray]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -77,11 +87,13 @@ class EvaluationSettings:
             other; none with 0.
         output: where predictions are written; several sets are told apart by ``_<name>``.
         batch_size: structures predicted at once.
+        keep: whether predictions are part of the result.
     """
 
     rotations: int = 0
     output: str | None = None
     batch_size: int = 32
+    keep: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what cannot be done before anything is opened."""
@@ -102,7 +114,7 @@ class _Set:
 
 
 def _open(
-    checkpoint: str | Path, adapter: str | Path | None, device: str
+    checkpoint: str | Path | Potential, adapter: str | Path | None, device: str
 ) -> tuple[Potential, str | None]:
     """A model ready to predict, and the target of its adapter."""
     model, target = open_potential(checkpoint, adapter)
@@ -113,9 +125,10 @@ def _open(
 
 @torch.inference_mode(False)
 def evaluate_files(
-    checkpoint: str | Path,
+    checkpoint: str | Path | Potential,
     files: Sequence[str | Path],
     *,
+    names: Sequence[str] = (),
     adapter: str | Path | None = None,
     target: str | None = None,
     device: str = "auto",
@@ -125,8 +138,9 @@ def evaluate_files(
     """Errors on whole files.
 
     Args:
-        checkpoint: ours or metatrain's.
+        checkpoint: ours or metatrain's, or a potential, which is copied.
         files: anything ASE reads.
+        names: what the files are called in the result; their paths without it.
         adapter: folder of an adapter of this checkpoint.
         target: which target of the model is compared; None for the adapter's, or the only energy.
         device: as in the options.
@@ -134,19 +148,23 @@ def evaluate_files(
             is asked for and the label is not named.
         how: what else to do.
     """
-    names = [str(index) for index in range(len(files))]
-    _check_outputs(how, names, files)
+    numbers = [str(index) for index in range(len(files))]
+    _check_outputs(how, numbers, files)
     model, adapted = _open(checkpoint, adapter, device)
     spec = _chosen(model, target or adapted)
     sets, marks = {}, {}
-    for file, number in zip(files, names, strict=True):
+    for file, name, number in zip(files, names or map(str, files), numbers, strict=True):
         options = _file_options(file, spec, labels)
         key = options.targets[spec.name].key
-        if how.output is not None and labels.key is None and not _any_has(options, key):
+        if (
+            (how.output is not None or how.keep)
+            and labels.key is None
+            and not _any_has(options, key)
+        ):
             _logger.info("%s has no %r: nothing is compared, only predicted", file, key)
             options = options.model_copy(update={"targets": {}})
-        sets[str(file)] = _read([options])
-        marks[str(file)] = number
+        sets[name] = _read([options])
+        marks[name] = number
     return _evaluate(model, sets, [spec.name], how, marks)
 
 
@@ -319,7 +337,8 @@ def _evaluate(
     several: bool = False,
 ) -> EvaluationResult:
     """Errors on sets of structures; ``marks`` are added to the name of the output of each."""
-    errors, spreads = {}, {}
+    result = EvaluationResult({})
+    errors, spreads = result.errors, result.spreads
     for name, chosen in sets.items():
         structures = chosen.structures
         if not structures:
@@ -331,7 +350,8 @@ def _evaluate(
         path = how.output
         if path is not None and (several or len(sets) > 1):
             path = numbered(path, (marks or {}).get(name, name))
-        errors[name] = _errors(model, loader, targets, path, chosen.systems)
+        kept = result.predictions.setdefault(name, []) if how.keep else None
+        errors[name] = _errors(model, loader, targets, path, chosen.systems, kept)
         if how.rotations:
             energies = [t for t in targets if model.targets[t].is_energy]
             spreads[name] = {
@@ -343,7 +363,7 @@ def _evaluate(
         for target, spread in spreads.get(name, {}).items():
             text = _spread_text(how.rotations, target, spread, errors[name][target])
             _logger.info("%s", text)
-    return EvaluationResult(errors, spreads)
+    return result
 
 
 def _errors(
@@ -352,10 +372,11 @@ def _errors(
     targets: Sequence[str],
     path: str | None,
     systems: Mapping[str, SystemsOptions],
+    kept: list[dict[str, np.ndarray]] | None = None,
 ) -> dict[str, Metrics]:
-    """Errors on one set; predictions go to a file where there is a path."""
+    """Errors on one set; predictions go to a file where there is a path, and into ``kept``."""
     labels = loader.label_names
-    if path is None:
+    if path is None and kept is None:
         wanted = {t: (forces_key(t) in labels, stress_key(t) in labels) for t in targets}
         return evaluate(model, loader, wanted)
     periodic = any(bool(structure.pbc.all()) for structure in loader.structures)
@@ -366,14 +387,21 @@ def _errors(
     kinds = {t: model.targets[t].label_kind for t in targets if t not in energies}
     main = "energy" if "energy" in energies else energies[0] if energies else None
     left = iter(loader.structures)
-    with PredictionWriter(path, main, kinds=kinds, systems=systems) as writer:
+    with ExitStack() as stack:
+        writer = None
+        if path is not None:
+            writer = stack.enter_context(PredictionWriter(path, main, kinds=kinds, systems=systems))
 
         def keep(batch: LabelledBatch, predictions: Mapping[str, Prediction | Property]) -> None:
             values = split_predictions(batch.graph, predictions)
-            writer.add(list(islice(left, len(values))), values)
+            if kept is not None:
+                kept.extend(values)
+            if writer is not None:
+                writer.add(list(islice(left, len(values))), values)
 
         metrics = evaluate(model, loader, wanted, keep)
-    _logger.info("predictions of %d structures: %s", len(loader.structures), path)
+    if path is not None:
+        _logger.info("predictions of %d structures: %s", len(loader.structures), path)
     return metrics
 
 

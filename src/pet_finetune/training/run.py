@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 
 from pet_finetune.checkpoint import load_checkpoint
 from pet_finetune.config import Options
@@ -159,18 +160,20 @@ def _finish(run: Run, result: TrainingResult) -> TrainOutcome:
     _logger.info("best model: epoch %d of %d, %s", result.best_epoch, result.epochs, files.best)
     after: Errors = {}
     found: dict[str, Any] = {}
+    table: Table | None = None
     if run.options.final_eval:
         model = run.trainer.model
         best = load_checkpoint(files.best).model.to(device=model.device, dtype=model.dtype)
         after = evaluate_sets(files, AFTER, best, run.data, run.trainer.wanted, features)
-        _show_results(run, after)
+        table = _results_table(run, after)
+        _logger.info("results\n%s", show(table), extra=FILE_ONLY)
         for feature in features:
             found |= feature.finish(best, files)
     content: dict[str, Any] = {BEFORE: plain_errors(before), AFTER: plain_errors(after)}
     trained = sum(parameter.numel() for parameter in run.trainer.parameters.values())
     content["parameters"] = {"trainable": trained, "total": run.trainer.model.num_parameters()}
     files.write(RESULTS, json.dumps({**content, **found}, indent=2) + "\n")
-    return TrainOutcome(files.folder, result, before, after)
+    return TrainOutcome(files.folder, result, before, after, table)
 
 
 def _tell_memory(run: Run) -> None:
@@ -181,8 +184,8 @@ def _tell_memory(run: Run) -> None:
     )
 
 
-def _show_results(run: Run, after: Errors) -> None:
-    """Print the table of the set that says most, and put it into the log file."""
+def _results_table(run: Run, after: Errors) -> Table:
+    """Errors before and after on the set that says most."""
     shown = primary_set(run.data.sets)
     finetuned = run.state.fingerprint is not None
     columns: dict[str, Errors] = {}
@@ -197,8 +200,7 @@ def _show_results(run: Run, after: Errors) -> None:
         groups[f"{headings.get(own, own)}: "] = kept
     notes = [f"{len(run.data.sets[shown].structures)} {shown} structures", *_sizes(run.files)]
     notes += [note for feature in run.trainer.features for note in feature.notes()]
-    table = error_table(groups, notes, title=f"errors on the {shown} set")
-    _logger.info("results\n%s", show(table), extra=FILE_ONLY)
+    return error_table(groups, notes, title=f"errors on the {shown} set")
 
 
 def _sizes(files: RunFiles) -> list[str]:

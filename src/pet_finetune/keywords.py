@@ -1,0 +1,298 @@
+"""Arguments of the Python functions as one tree of options: that of an options file.
+
+Nothing is checked here and no default stands here: the schema does both, and its errors are told
+with the names that the caller used.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ase import Atoms
+
+from pet_finetune.config.finetune import (
+    METHOD_KEYS,
+    METHOD_SHORTHANDS,
+    FinetuneConfig,
+    FinetuneOptions,
+)
+from pet_finetune.config.keeping import AnchorOptions, ReplayOptions, RetentionOptions
+from pet_finetune.config.load import LoadedOptions, parse_options
+from pet_finetune.config.options import Options
+from pet_finetune.config.problems import format_path
+from pet_finetune.config.yaml_file import read_yaml
+from pet_finetune.data.exact import write_exact
+from pet_finetune.errors import ConfigError
+
+__all__ = [
+    "Anchor",
+    "Arguments",
+    "Dora",
+    "Full",
+    "Heads",
+    "Lora",
+    "Method",
+    "Prompt",
+    "Qlora",
+    "Replay",
+    "Retention",
+    "Section",
+    "is_structures",
+]
+
+_TRAINING = ("architecture", "training")
+_FINETUNE = (*_TRAINING, "finetune")
+_YAML = (".yaml", ".yml")
+#: Shorter names of options.
+_SHORT = {"epochs": "num_epochs"}
+_SETS = {"train": "training_set", "validation": "validation_set", "test": "test_set"}
+#: Structures given as Atoms are in ASE's units, with ASE's names.
+_TARGETS = {"energy": {"quantity": "energy", "key": "energy", "unit": "eV"}}
+
+
+class Section:
+    """Options given as an object; :attr:`settings` are checked together with all others."""
+
+    #: The section under ``architecture.training.finetune``.
+    place: ClassVar[str] = ""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+
+    def __repr__(self) -> str:
+        """As it is written."""
+        given = ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+        return f"{type(self).__name__}({given})"
+
+
+class Method(Section):
+    """How the weights are changed: ``finetune.method`` and its settings ``finetune.config``."""
+
+    place = "config"
+    name: ClassVar[str] = ""
+
+
+class Lora(Method):
+    """Low-rank updates of the linear layers, and the heads."""
+
+    name = "lora"
+
+
+class Dora(Method):
+    """LoRA with the lengths of the weights' rows trained apart from their directions."""
+
+    name = "dora"
+
+
+class Qlora(Method):
+    """LoRA over frozen weights in 4 or 8 bits."""
+
+    name = "qlora"
+
+
+class Prompt(Method):
+    """Learned tokens in the attention layers, and the heads."""
+
+    name = "prompt"
+
+
+class Heads(Method):
+    """Only the heads."""
+
+    name = "heads"
+
+
+class Full(Method):
+    """All weights."""
+
+    name = "full"
+
+
+class Replay(Section):
+    """Rehearse what the foundation knew beside the new data."""
+
+    place = "replay"
+
+
+class Anchor(Section):
+    """Hold the weights near those of the foundation."""
+
+    place = "anchor"
+
+
+class Retention(Section):
+    """The report on what was forgotten."""
+
+    place = "retention"
+
+
+def _describe(cls: type[Section], schema: Any, names: Sequence[str]) -> None:
+    """Give a class the arguments, defaults and descriptions that the schema has."""
+    fields = {name: schema.model_fields[name] for name in schema.model_fields if name in names}
+    kind = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter(
+            name, kind, default=inspect.Parameter.empty if f.is_required() else f.default
+        )
+        for name, f in fields.items()
+    ]
+    cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    lines = [f"    {name}: {f.description}" for name, f in fields.items()]
+    cls.__doc__ = "\n".join([f"{cls.__doc__}\n", "Args:", *lines])
+
+
+for _method in (Lora, Dora, Qlora, Prompt, Heads, Full):
+    _name, _given = METHOD_SHORTHANDS.get(_method.name, (_method.name, {}))
+    _describe(_method, FinetuneConfig, [k for k in METHOD_KEYS[_name] if k not in _given])  # type: ignore[index]
+for _section, _schema in (
+    (Replay, ReplayOptions),
+    (Anchor, AnchorOptions),
+    (Retention, RetentionOptions),
+):
+    _describe(_section, _schema, list(_schema.model_fields))
+
+
+@dataclass
+class Arguments:
+    """A tree of options that grows from arguments.
+
+    Attributes:
+        folder: where structures given as ``Atoms`` are written.
+        tree: raw options.
+        names: what the caller called the options that stand at a path.
+    """
+
+    folder: Path
+    tree: dict[str, Any] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+    _writes: list[Callable[[], object]] = field(default_factory=list)
+
+    def data(self, given: Any, targets: Mapping[str, Any] | None) -> None:
+        """The training set: structures, a path or a section; or a whole tree of options."""
+        if isinstance(given, (str, os.PathLike)) and Path(given).suffix in _YAML:
+            given = read_yaml(os.fspath(given))
+        if isinstance(given, Mapping) and "systems" not in given:
+            self.tree = copy.deepcopy(dict(given))
+            if targets is not None:
+                raise ConfigError(
+                    "targets: the options name them in training_set.targets. Change them there."
+                )
+        else:
+            self.structures("train", given, targets)
+
+    def structures(self, name: str, given: Any, targets: Mapping[str, Any] | None) -> None:
+        """One of the sets ``train``, ``validation`` and ``test``."""
+        option = _SETS[name]
+        self._set((option,), name, self._dataset(given, name, targets))
+
+    def method(self, method: Method | str | None) -> None:
+        """How the weights are changed, as an object or by its name."""
+        if isinstance(method, Method):
+            self._set((*_FINETUNE, "method"), "method", method.name)
+            self._set((*_FINETUNE, "config"), "method", dict(method.settings))
+        elif method is not None:
+            self._set((*_FINETUNE, "method"), "method", method)
+
+    def features(self, sections: Sequence[Section]) -> None:
+        """The features that are sections of the options."""
+        known: set[str] = set()
+        for section in sections:
+            name = type(section).__name__
+            if not isinstance(section, Section) or isinstance(section, Method):
+                raise ConfigError(
+                    f"features: expected Replay, Anchor, Retention or a Feature, got {name}."
+                )
+            if section.place in known:
+                raise ConfigError(f"features: {name} is given more than once.")
+            known.add(section.place)
+            settings = dict(section.settings)
+            if is_structures(settings.get("read_from")):
+                settings["read_from"] = self._dataset(settings["read_from"], section.place, None)
+            self._set((*_FINETUNE, section.place), name, settings)
+
+    def options(self, given: Mapping[str, Any]) -> None:
+        """Options by their own names, wherever they stand in the tree."""
+        for name, value in given.items():
+            option = _SHORT.get(name, name)
+            if option in Options.model_fields:
+                path: tuple[str, ...] = (option,)
+            elif option in FinetuneOptions.model_fields:
+                path = (*_FINETUNE, option)
+            else:
+                path = (*_TRAINING, option)
+            self._set(path, name, value)
+
+    def parse(
+        self, checkpoint: str | None, source: str, *, require_start: bool = True
+    ) -> LoadedOptions:
+        """The checked options; structures are written once they are known to be right.
+
+        Raises:
+            ConfigError: one line for each problem, with the caller's names.
+        """
+        try:
+            loaded = parse_options(
+                self.tree, checkpoint, require_start=require_start, source=source
+            )
+        except ConfigError as error:
+            lines = [self._renamed(line) for line in error.problems]
+            listed = (
+                lines[0] if len(lines) == 1 else f"{len(lines)} problems\n  " + "\n  ".join(lines)
+            )
+            raise ConfigError(f"{source}: {listed}", lines) from None
+        for write in self._writes:
+            write()
+        return loaded
+
+    def _dataset(self, given: Any, name: str, targets: Mapping[str, Any] | None) -> Any:
+        """A set as options have it; what is no data is left for the schema to refuse."""
+        if is_structures(given):
+            frames = [given] if isinstance(given, Atoms) else list(given)
+            path = (self.folder / f"{_SETS.get(name, name)}.db").absolute()
+            self._writes.append(lambda: write_exact(path, frames))
+            systems = {"read_from": str(path), "length_unit": "angstrom"}
+            return {"systems": systems, "targets": dict(targets or _TARGETS)}
+        if isinstance(given, (str, os.PathLike)):
+            path_text = os.fspath(given)
+            return path_text if targets is None else {
+                "systems": {"read_from": path_text}, "targets": dict(targets)
+            }  # fmt: skip
+        return given
+
+    def _set(self, path: tuple[str, ...], name: str, value: Any) -> None:
+        node = self.tree
+        for key in path[:-1]:
+            if not isinstance(node.get(key), dict):
+                node[key] = {}
+            node = node[key]
+        node[path[-1]] = value
+        self.names[format_path(path)] = name
+
+    def _renamed(self, line: str) -> str:
+        """A problem with the caller's name of the option in front of that of the file."""
+        place, colon, text = line.partition(": ")
+        found = [
+            path
+            for path in self.names
+            if place == path or place.startswith((f"{path}.", f"{path}["))
+        ]
+        if not colon or not found:
+            return line
+        path = max(found, key=len)
+        name = self.names[path]
+        return line if name == place else f"{name}{place[len(path) :]}: {text} (option {place})"
+
+
+def is_structures(given: Any) -> bool:
+    """Whether these are structures in memory; an empty list is one of them."""
+    if isinstance(given, Atoms):
+        return True
+    if not isinstance(given, Sequence) or isinstance(given, (str, bytes)):
+        return False
+    return all(isinstance(one, Atoms) for one in given)

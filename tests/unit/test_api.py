@@ -1,0 +1,228 @@
+"""The Python door: from structures in memory to a model, and the words for what is wrong."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from pathlib import Path
+
+import ase.io
+import numpy as np
+import pytest
+import torch
+
+import pet_finetune as pf
+from models import random_potential
+from pet_finetune import keywords
+from pet_finetune.checkpoint import save_checkpoint
+from pet_finetune.config.finetune import METHOD_KEYS, METHOD_SHORTHANDS, FinetuneConfig
+from pet_finetune.errors import ConfigError, DataError, TrainingError
+from tiny_data import molecules, options, write_options
+
+FAST = {"epochs": 2, "batch_size": 4, "seed": 1, "device": "cpu", "check": False}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("base") / "base.ckpt"
+    return save_checkpoint(path, random_potential(dtype=torch.float32))
+
+
+@pytest.fixture(scope="module")
+def result(base):
+    before = set(os.listdir())
+    made = pf.finetune(
+        pf.load(base),
+        molecules(8),
+        validation=0.25,
+        test=molecules(2, seed=3),
+        method=pf.Lora(rank=2),
+        features=[pf.Retention(mode="off")],
+        **FAST,
+    )
+    assert set(os.listdir()) == before, "no file need be written"
+    return made
+
+
+def column(history, name):
+    return np.asarray(history[name])
+
+
+def test_a_list_of_atoms_becomes_a_model(result):
+    assert result.finished
+    assert result.folder is None
+    assert result.adapter is not None
+    assert result.adapter.config.rank == 2
+    assert result.adapter.config.alpha == 2  # follows the rank, as the schema says
+    assert column(result.history, "epoch").tolist() == [1, 2]
+    assert np.isfinite(column(result.history, "validation/energy/forces_mae")).all()
+    after = result.errors["after"]["test"]["energy"]
+    assert after["forces_mae"] > 0
+    assert [c.header for c in result.table.columns][-1] == "fine-tuned"
+
+
+def test_the_calculator_is_the_model(result):
+    atoms = molecules(1, seed=9)[0]
+    labelled = pf.evaluate(result.model, [atoms], device="cpu")
+    atoms.calc = result.calculator(device="cpu")
+    (predicted,) = labelled.predictions["structures"]
+    assert atoms.get_potential_energy() == pytest.approx(float(predicted["energy"]), rel=1e-6)
+    np.testing.assert_allclose(atoms.get_forces(), predicted["energy/forces"], atol=1e-4)
+
+
+def test_a_notebook_shows_table_and_curves(result):
+    pytest.importorskip("matplotlib")
+    text = result._repr_html_()
+    assert "energy MAE" in text
+    assert "<svg" in text
+    assert "--after: #" in text  # the curves' colours
+    assert len(repr(result)) < 200
+
+
+def test_a_folder_gets_what_the_command_line_writes(base, tmp_path):
+    folder = tmp_path / "run"
+    frames = molecules(8)
+    memory = pf.finetune(pf.load(base), frames, 0.25, method="heads", folder=folder, **FAST)
+    names = {path.name for path in folder.iterdir()}
+    assert {"best_model.ckpt", "last.ckpt", "options.yaml", "train.csv", "results.json",
+            "training_set.db"} <= names  # fmt: skip
+    assert "foundation.ckpt" not in names  # an unchanged model is read from its own file
+    assert memory.adapter is None
+    again = pf.finetune(None, folder / "options.yaml", folder=tmp_path / "again", check=False)
+    np.testing.assert_array_equal(
+        column(memory.history, "train/energy/forces_mae"),
+        column(again.history, "train/energy/forces_mae"),
+    )
+    with pytest.raises(TrainingError, match="holds a run already"):
+        pf.finetune(base, frames[:2], folder=folder, **FAST)
+    assert len(ase.io.read(folder / "training_set.db", ":")) == 8, "nothing was overwritten"
+
+
+def test_options_that_are_wrong_leave_nothing_behind(base, tmp_path):
+    with pytest.raises(ConfigError):
+        pf.finetune(base, molecules(4), folder=tmp_path / "run", epochs=0)
+    assert not [p for p in (tmp_path / "run").iterdir() if p.suffix in (".db", ".ckpt")]
+
+
+def test_errors_are_those_of_the_options_with_the_caller_s_names(base):
+    with pytest.raises(ConfigError) as caught:
+        pf.finetune(
+            base,
+            molecules(4),
+            epochs=0,
+            metod=1,
+            method=pf.Lora(rnk=1),
+            features=[pf.Anchor(type="x")],
+            targets={"energy": {"kye": "x"}},
+        )
+    lines = caught.value.problems
+    starts = ("epochs: expected a positive integer, got 0.", "metod: unknown option.",
+              "method.rnk: unknown option. Did you mean 'rank'?", "Anchor.type: expected one of",
+              "train.targets.energy.kye: unknown option. Did you mean 'key'")  # fmt: skip
+    for start in starts:
+        assert any(line.startswith(start) for line in lines), (start, lines)
+    assert any("(option architecture.training.num_epochs)" in line for line in lines)
+
+
+def test_sections_of_the_same_kind_and_strangers_are_refused(base):
+    for features in ([pf.Replay(), pf.Replay()], ["replay"], [pf.Lora()]):
+        with pytest.raises(ConfigError, match="features: "):
+            pf.finetune(base, molecules(4), features=features)
+
+
+def test_a_tree_of_options_and_keywords_over_it(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ase.io.write("train.xyz", molecules(8), format="extxyz")
+    ase.io.write("test.xyz", molecules(2), format="extxyz")
+    write_options(tmp_path / "options.yaml", options())
+    for tree in (options(), "options.yaml"):
+        made = pf.finetune(base, tree, epochs=1, method=pf.Heads(), check=False)
+        assert column(made.history, "epoch").tolist() == [1]
+        assert "test" in made.errors["after"]
+
+
+def test_features_of_the_caller_s_own_take_part(base):
+    class Counting(pf.Feature):
+        name = "counting"
+        steps = 0
+
+        def step_ended(self, progress):
+            self.steps += 1
+
+    mine = Counting()
+    pf.finetune(base, molecules(8), 0.25, features=[mine], **{**FAST, "batch_size": 3})
+    assert mine.steps == 4
+
+
+def test_a_changed_model_is_what_training_starts_from(base, tmp_path):
+    model = pf.load(base)
+    with torch.no_grad():
+        next(model.potential.network.parameters()).add_(0.5)
+    pf.finetune(model, molecules(6), 0.25, folder=tmp_path / "run", final_eval=False, **FAST)
+    start = pf.load(tmp_path / "run" / "foundation.ckpt")
+    for ours, theirs in zip(
+        model.potential.network.parameters(), start.potential.network.parameters(), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def test_structures_can_be_inspected(base):
+    frames = molecules(4)
+    frames[2].calc.results["forces"] = frames[2].calc.results["forces"] * np.nan
+    found = pf.inspect(frames, pf.load(base), seconds=0.5)
+    assert found.errors
+    assert found.errors[0].code in found._repr_html_()
+
+
+def test_structures_without_labels_are_predicted(base):
+    atoms = molecules(1)[0]
+    atoms.calc = None
+    made = pf.evaluate(base, atoms, device="cpu")
+    assert made.predictions["structures"][0]["energy/forces"].shape == (len(atoms), 3)
+
+
+def test_no_structures(base):
+    with pytest.raises(DataError, match="empty"):
+        pf.finetune(base, [])
+
+
+def test_methods_are_those_of_the_schema():
+    own = {cls.name: cls for cls in vars(keywords).values()
+           if isinstance(cls, type) and issubclass(cls, pf.Lora.__base__) and cls.name}  # fmt: skip
+    assert set(own) == {*METHOD_KEYS, *METHOD_SHORTHANDS}
+    for name, cls in own.items():
+        of, given = METHOD_SHORTHANDS.get(name, (name, {}))
+        found = inspect.signature(cls).parameters
+        assert set(found) == set(METHOD_KEYS[of]) - set(given)
+        for key, parameter in found.items():
+            assert parameter.default == FinetuneConfig.model_fields[key].default
+        assert cls.__name__ in pf.__all__
+
+
+SIGNATURES = {
+    "load": ["path"],
+    "finetune": ["model", "train", "validation", "test", "targets", "method", "features", "folder",
+                 "check", "options"],
+    "evaluate": ["model", "structures", "adapter", "target", "device", "labels", "how"],
+    "inspect": ["structures", "model", "validation", "test", "systems", "device", "seconds"],
+    "export": ["model", "output", "settings"],
+    "Anchor": ["type", "strength", "structures", "samples"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures(name):
+    assert list(inspect.signature(getattr(pf, name)).parameters) == SIGNATURES[name]
+
+
+def test_public_names_are_documented():
+    page = Path(__file__).parents[2].joinpath("docs/api.md").read_text(encoding="utf-8")
+    missing = [name for name in pf.__all__ if f"pet_finetune.{name}" not in page]
+    assert missing == ["__version__"]
+
+
+def test_a_loaded_model_is_exported(base, tmp_path):
+    pytest.importorskip("metatomic.torch")
+    outcome = pf.export(pf.load(base), tmp_path / "model.pt")
+    assert outcome.path.exists()
+    assert outcome.difference < 1e-4
