@@ -123,3 +123,22 @@ def test_dependencies_are_explained() -> None:
     explained = set(re.findall(r"[a-z][a-z-]+", page))
     assert {"torch", "vesin", "sphinx"} <= asked
     assert asked <= explained
+
+
+def layers_of_the_map(text: str) -> list[set[str]]:
+    """The modules of each row of the map in CONTRIBUTING.md, from the top."""
+    rows = re.findall(r"^\| \d+ \| (`[^|]*`) \|", text, re.M)
+    return [set(re.findall(r"`(\w+)`", row)) for row in rows]
+
+
+def layers_of_the_contract(text: str) -> list[set[str]]:
+    """The same of the import contract in pyproject.toml."""
+    (block,) = re.findall(r"^layers = \[\n(.*?)^\]", text, re.S | re.M)
+    return [set(re.findall(r"\w+", line)) for line in block.splitlines()]
+
+
+def test_the_map_of_the_code_is_the_import_contract() -> None:
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text("utf-8")
+    contract = layers_of_the_contract((REPOSITORY / "pyproject.toml").read_text("utf-8"))
+    assert layers_of_the_map(text) == contract
+    assert layers_of_the_map(text.replace("| `runs` |", "| `training` |")) != contract
