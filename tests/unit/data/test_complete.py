@@ -57,9 +57,13 @@ def test_steps_that_vasp_began_count():
         check_complete("vasp-xml", b"", "<calculation>" * 2, 1, "vasprun.xml")
 
 
-@pytest.mark.parametrize(("count", "lines"), [(2, 0), (1, 1)])
-def test_an_outcar_that_ends_within_a_step_is_named(caplog, count, lines):
-    text = "Iteration      1(   1)\nIteration      2(   1)\n"
+@pytest.mark.parametrize(
+    ("steps", "rest", "lines"),
+    [((1, 2), "", 0), ((1, 100), "", 0), ((1,), "Iteration      2(   1)\n", 1)],
+)
+def test_an_outcar_that_ends_within_a_step_is_named(caplog, steps, rest, lines):
+    energy = "FREE ENERGIE OF THE ION-ELECTRON SYSTEM (eV)\n"
+    text = "".join(f"Iteration {step:6d}(   1)\n{energy}" for step in steps) + rest
     with caplog.at_level(logging.WARNING, logger="pet_finetune"):
-        check_complete("vasp-out", b"", text, count, "OUTCAR")
+        check_complete("vasp-out", b"", text, len(steps), "OUTCAR")
     assert len(caplog.records) == lines
