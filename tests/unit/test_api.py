@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from pathlib import Path
 
@@ -20,6 +21,17 @@ from pet_finetune.errors import ConfigError, DataError, TrainingError
 from tiny_data import molecules, options, write_options
 
 FAST = {"epochs": 2, "batch_size": 4, "seed": 1, "device": "cpu", "check": False}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _leave_logging_as_it_was():
+    """A run sets logging up for the process, which tests that come later do not expect."""
+    root = logging.getLogger("pet_finetune")
+    handlers, level, propagate = list(root.handlers), root.level, root.propagate
+    yield
+    for handler in set(root.handlers) - set(handlers):
+        handler.close()
+    root.handlers[:], root.level, root.propagate = handlers, level, propagate
 
 
 @pytest.fixture(scope="module")
