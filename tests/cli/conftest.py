@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import signal
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from logs import logging_as_it_was
 from models import random_potential
 from pet_finetune.checkpoint import save_checkpoint
 from pet_finetune.cli import main
@@ -54,12 +54,8 @@ def here(_ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def _leave_logging_as_it_was() -> Iterator[None]:
-    root = logging.getLogger("pet_finetune")
-    handlers, level, propagate = list(root.handlers), root.level, root.propagate
-    yield
-    for handler in set(root.handlers) - set(handlers):
-        handler.close()
-    root.handlers[:], root.level, root.propagate = handlers, level, propagate
+    with logging_as_it_was():
+        yield
 
 
 @pytest.fixture

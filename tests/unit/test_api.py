@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import os
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 import pet_finetune as pf
+from logs import logging_as_it_was
 from models import random_potential
 from pet_finetune import keywords
 from pet_finetune.checkpoint import save_checkpoint
@@ -26,12 +26,8 @@ FAST = {"epochs": 2, "batch_size": 4, "seed": 1, "device": "cpu", "check": False
 @pytest.fixture(autouse=True, scope="module")
 def _leave_logging_as_it_was():
     """A run sets logging up for the process, which tests that come later do not expect."""
-    root = logging.getLogger("pet_finetune")
-    handlers, level, propagate = list(root.handlers), root.level, root.propagate
-    yield
-    for handler in set(root.handlers) - set(handlers):
-        handler.close()
-    root.handlers[:], root.level, root.propagate = handlers, level, propagate
+    with logging_as_it_was():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -8,17 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from logs import logging_as_it_was
 from pet_finetune.log import Watch, get_logger, setup_logging
 
 
 @pytest.fixture(autouse=True)
 def _leave_logging_as_it_was() -> Iterator[None]:
-    root = logging.getLogger("pet_finetune")
-    handlers, level, propagate = list(root.handlers), root.level, root.propagate
-    yield
-    for handler in set(root.handlers) - set(handlers):
-        handler.close()
-    root.handlers[:], root.level, root.propagate = handlers, level, propagate
+    with logging_as_it_was():
+        yield
 
 
 def test_all_loggers_hang_below_the_package() -> None:

@@ -15,7 +15,7 @@ from .files import list_frames
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["isolated_frames", "without_unconverged"]
+__all__ = ["isolated_frames", "log_isolated", "without_unconverged"]
 
 _logger = get_logger(__name__)
 
@@ -72,3 +72,30 @@ def without_unconverged(
         )
     _logger.warning("%s They are left out.", text)
     return left
+
+
+def log_isolated(
+    source: str, isolated: list[int], total: int, energies: Mapping[str, Mapping[int, float]]
+) -> None:
+    """Say which frames of isolated atoms are left out, and offer their energies as baselines.
+
+    :param source: the file.
+    :param isolated: the frames that are left out.
+    :param total: how many were wanted.
+    :param energies: by target and atomic number, eV.
+    """
+    offer = (
+        f" Their energies can be its baselines: `atomic_baseline: {energies}` in "
+        "architecture.training."
+        if energies
+        else ""
+    )
+    _logger.info(
+        "%s: %d of %d frames are isolated atoms (%s) and are left out.%s `isolated_atoms: train` "
+        "beside `read_from` of the systems trains on them.",
+        source,
+        len(isolated),
+        total,
+        list_frames(isolated),
+        offer,
+    )

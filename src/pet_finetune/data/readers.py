@@ -15,9 +15,9 @@ from pet_finetune.keys import TargetSpec, forces_key, stress_key
 from pet_finetune.log import Watch, get_logger
 from pet_finetune.units import length_to_angstrom, to_own_unit
 
-from .files import frame_numbers, list_frames, read_file
+from .files import frame_numbers, read_file
 from .labels import Column, Shape, find_value, shape_of, to_forces, to_scalar, to_stress
-from .left_out import isolated_frames, without_unconverged
+from .left_out import isolated_frames, log_isolated, without_unconverged
 from .stated_units import StatedUnits
 from .structure import (
     DEFAULT_CHARGE_KEYS,
@@ -317,7 +317,7 @@ class _Gradient:
 
 
 def _log_isolated(reading: _Reading) -> None:
-    """Say which frames of isolated atoms are left out, and offer their energies as baselines."""
+    """Name the isolated atoms that are left out, with their energies."""
     if not reading.isolated:
         return
     offers: dict[str, dict[int, float]] = {}
@@ -328,21 +328,8 @@ def _log_isolated(reading: _Reading) -> None:
             numbers = [int(reading.frames[index].numbers[0]) for index in reading.isolated]
             values = {z: round(float(e), 6) for z, e in zip(numbers, found, strict=True) if e}
             offers |= {name: values} if values else {}
-    offer = (
-        f" Their energies can be its baselines: `atomic_baseline: {offers}` in "
-        "architecture.training."
-        if offers
-        else ""
-    )
-    _logger.info(
-        "%s: %d of %d frames are isolated atoms (%s) and are left out.%s `isolated_atoms: train` "
-        "beside `read_from` of the systems trains on them.",
-        reading.source,
-        len(reading.isolated),
-        len(reading.isolated) + len(reading.chosen),
-        list_frames(reading.isolated),
-        offer,
-    )
+    total = len(reading.isolated) + len(reading.chosen)
+    log_isolated(reading.source, reading.isolated, total, offers)
 
 
 def _log_odd_charges(reading: _Reading) -> None:

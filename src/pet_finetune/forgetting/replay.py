@@ -30,8 +30,8 @@ from pet_finetune.training.schedule import loss_stage
 from .structures import (
     TRAINING,
     as_plain,
-    foundation_of,
     from_plain,
+    known_foundation,
     read_labelled,
     read_unlabelled,
 )
@@ -181,7 +181,7 @@ class Replay(Feature):
         assert replay is not None, "a run without finetune.replay replays nothing"
         structures: Sequence[Structure]
         if replay.read_from is not None:
-            shifts = {target: foundation_of(self._plan).shift(model, target)}
+            shifts = {target: known_foundation(self._plan).shift(model, target)}
             structures = relabelled(self._structures, self._head.source, shifts, model.species)
         else:
             structures = label_with(model, self._structures, [target])

@@ -20,7 +20,7 @@ from pet_finetune.training.progress import describe
 from pet_finetune.training.records import Measured
 
 from .replay import choose_head
-from .structures import as_plain, foundation_of, from_plain, read_labelled
+from .structures import as_plain, from_plain, known_foundation, read_labelled
 
 _logger = get_logger(__name__)
 
@@ -143,7 +143,7 @@ class RetentionReport(Feature):
         options = self._plan.options
         every = options.finetune.retention.interval(options.training.num_epochs)
         if self._labelled_for:
-            foundation = foundation_of(self._plan)
+            foundation = known_foundation(self._plan)
             shifts = {target: foundation.shift(model, target) for target in self._compared}
             structures = relabelled(self._structures, self._labelled_for, shifts, model.species)
             labels = f"their labels of '{self._labelled_for}'"

@@ -9,15 +9,14 @@ from typing import Any
 import numpy as np
 
 from pet_finetune.config import DatasetOptions
-from pet_finetune.data.charges import check_charges
 from pet_finetune.data.files import read_frames
 from pet_finetune.data.probe import PROBE, probe_structures
 from pet_finetune.data.readers import read_structures
-from pet_finetune.data.species import check_species
 from pet_finetune.data.structure import Structure, atoms_to_structure
 from pet_finetune.errors import DataError
 from pet_finetune.model import Potential
 from pet_finetune.rng import Stream
+from pet_finetune.training.elements import check_known
 from pet_finetune.training.feature import Plan
 from pet_finetune.training.foundation import FoundationEnergies
 
@@ -26,7 +25,7 @@ TRAINING = "training"
 # An independent random stream of a run's seed.
 
 
-def foundation_of(plan: Plan) -> FoundationEnergies:
+def known_foundation(plan: Plan) -> FoundationEnergies:
     """The foundation of a run that has one."""
     assert plan.foundation is not None, "a run from scratch has no foundation to keep"
     return plan.foundation
@@ -40,7 +39,7 @@ def read_labelled(data: DatasetOptions, model: Potential) -> list[Structure]:
         SpeciesError: elements that the model does not know.
     """
     structures = read_structures(data)
-    _check(structures, model)
+    check_known(structures, model)
     return structures
 
 
@@ -61,13 +60,13 @@ def read_unlabelled(names: Sequence[str], plan: Plan, section: str) -> list[Stru
         if name == TRAINING:
             structures += plan.training
         elif name == PROBE:
-            structures += probe_structures(foundation_of(plan).species)
+            structures += probe_structures(known_foundation(plan).species)
         else:
             found = [
                 atoms_to_structure(atoms, i, source=name)
                 for i, atoms in enumerate(read_frames(name))
             ]
-            _check(found, plan.start.model)
+            check_known(found, plan.start.model)
             structures += found
     if not structures:
         raise DataError(
@@ -75,12 +74,6 @@ def read_unlabelled(names: Sequence[str], plan: Plan, section: str) -> list[Stru
             "has none but the model's elements. Name `training` or a file instead."
         )
     return structures
-
-
-def _check(structures: Sequence[Structure], model: Potential) -> None:
-    check_species(structures, model.species)
-    if model.hypers.system_conditioning:
-        check_charges(structures, model.hypers.max_charge, model.hypers.max_spin_multiplicity)
 
 
 def sample(structures: list[Structure], most: int, seed: int) -> list[Structure]:

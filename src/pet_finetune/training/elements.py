@@ -1,12 +1,14 @@
-"""New elements: those that the data hold and the starting model lacks."""
+"""Elements that the data hold: whether a model knows them, and adding those that it lacks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pet_finetune.config import Options
-from pet_finetune.data.species import find_species
+from pet_finetune.data.charges import check_charges
+from pet_finetune.data.species import check_species, find_species
 from pet_finetune.data.splits import Splits
+from pet_finetune.data.structure import Structure
 from pet_finetune.elements import atomic_number, nearest_element, symbol_of
 from pet_finetune.errors import ConfigError, SpeciesError
 from pet_finetune.log import get_logger
@@ -89,3 +91,20 @@ def _named_sources(
 
 def _names(numbers: tuple[int, ...] | list[int]) -> str:
     return ", ".join(map(symbol_of, numbers))
+
+
+def check_known(structures: Sequence[Structure], model: Potential, advice: str = "") -> None:
+    """Make sure that a model can compute all structures.
+
+    Args:
+        structures: to be predicted or trained on.
+        model: whose elements, and charges and spins where it reads them, are allowed.
+        advice: what to do about an element that it lacks.
+
+    Raises:
+        SpeciesError: an element that the model does not know.
+        DataError: a charge or multiplicity that it does not know.
+    """
+    check_species(structures, model.species, advice)
+    if model.hypers.system_conditioning:
+        check_charges(structures, model.hypers.max_charge, model.hypers.max_spin_multiplicity)

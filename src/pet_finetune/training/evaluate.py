@@ -17,12 +17,10 @@ from pet_finetune.checkpoint import open_potential
 from pet_finetune.config import DatasetOptions, Options, SystemsOptions
 from pet_finetune.config.load import parse_options
 from pet_finetune.data.batch import LabelledBatch
-from pet_finetune.data.charges import check_charges
 from pet_finetune.data.files import read_frames
 from pet_finetune.data.labels import find_value
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.readers import read_structures
-from pet_finetune.data.species import check_species
 from pet_finetune.data.splits import make_splits
 from pet_finetune.data.structure import Structure
 from pet_finetune.data.writing import PredictionWriter, check_prediction_path, numbered
@@ -32,6 +30,7 @@ from pet_finetune.keys import TargetSpec, direct_quantity, forces_key, stress_ke
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential, Prediction, Property
 
+from .elements import check_known
 from .metrics import Metrics, evaluate
 from .predictions import split_predictions
 from .rotations import Spread, rotational_spread
@@ -343,9 +342,7 @@ def _evaluate(
         structures = chosen.structures
         if not structures:
             raise DataError(f"'{name}' holds no structures.")
-        check_species(structures, model.species)
-        if model.hypers.system_conditioning:
-            check_charges(structures, model.hypers.max_charge, model.hypers.max_spin_multiplicity)
+        check_known(structures, model)
         loader = Loader(structures, model.cutoff, batch_size=how.batch_size, dtype=model.dtype)
         path = how.output
         if path is not None and (several or len(sets) > 1):

@@ -14,10 +14,8 @@ from pet_finetune import kernels
 from pet_finetune.adapters import trainable_report
 from pet_finetune.committee.committee import Committee
 from pet_finetune.config import Options, TrainingOptions
-from pet_finetune.data.charges import check_charges
 from pet_finetune.data.files import forget_files
 from pet_finetune.data.loader import Loader
-from pet_finetune.data.species import check_species
 from pet_finetune.data.splits import Splits, load_splits, make_splits
 from pet_finetune.device import dtype_of_bits
 from pet_finetune.keys import forces_key, stress_key
@@ -29,7 +27,7 @@ from .average import Averaging
 from .baselines import BaselineTable, prepare_baselines
 from .bootstrap import of_member
 from .consistency import RotationalAgreement
-from .elements import ADVICE
+from .elements import ADVICE, check_known
 from .feature import Feature, Plan
 from .foundation import foundation_of
 from .loss import Objective
@@ -197,9 +195,7 @@ def _splits(
 def _check_structures(options: Options, splits: Splits, model: Potential) -> None:
     """Make sure that the model can compute all structures."""
     structures = [*splits.train, *splits.validation, *splits.test]
-    check_species(structures, model.species, ADVICE if options.is_finetuning else "")
-    if model.hypers.system_conditioning:
-        check_charges(structures, model.hypers.max_charge, model.hypers.max_spin_multiplicity)
+    check_known(structures, model, ADVICE if options.is_finetuning else "")
 
 
 def _begin(
