@@ -54,30 +54,33 @@ class PETCalculator(Calculator):
     Results are in eV, eV/Å and eV/Å³; ``energies`` divides the energy over atoms as the model
     happens to do, and only its sum has a meaning.
 
-    :param model: a checkpoint of pet-finetune or metatrain, or a potential, with or without
-        adapters, which is copied.
-    :param adapter: an adapter folder to put on top of it; merged into the weights. Others can be
-        loaded beside it and switched to while the calculator is in use.
-    :param adapters: several adapter folders, or the folder of a run with ``finetune.ensemble``:
-        a committee. All properties are its mean, and there are those of
-        :data:`COMMITTEE_PROPERTIES`.
-    :param spread: of a committee: ``"always"`` has what each member says computed with everything
-        else; ``"asked"`` leaves its forces and stress until one of them, or their uncertainty, is
-        asked for, which then takes an evaluation of its own. That is faster where the members share
-        their first layers; where they do not, they are there anyway.
-    :param target: the energy to use. Without it: the adapter's, else the only one there is, else
-        ``energy``.
-    :param non_conservative: True for forces and stress from the model's direct heads
-        (``non_conservative_...``) instead of derivatives of the energy, ``"forces"`` or
-        ``"stress"`` for one of them: faster, and energies are no longer conserved.
-    :param device: ``auto`` (the first GPU, else the CPU), ``cpu``, ``cuda``, ``cuda:1``...
-    :param dtype: ``float32``, ``float64``, or None for the model's own.
-    :param skin: margin of the neighbour list in Å; it changes speed, never results.
-    :param orientations: 2 for the mean of the structure and its image in a point, 4, 12 or 24 for
-        that over a group of as many rotations: a model that only learned its symmetry is then
-        closer to obeying it. Each costs an evaluation.
-    :raises PetFinetuneError: of the kind that says what is wrong with checkpoint, adapter, target,
-        device or dtype. Structures that cannot be computed raise it when they are.
+    Args:
+        model: a checkpoint of pet-finetune or metatrain, or a potential, with or without adapters,
+            which is copied.
+        adapter: an adapter folder to put on top of it; merged into the weights. Others can be
+            loaded beside it and switched to while the calculator is in use.
+        adapters: several adapter folders, or the folder of a run with ``finetune.ensemble``: a
+            committee. All properties are its mean, and there are those of
+            :data:`COMMITTEE_PROPERTIES`.
+        spread: of a committee: ``"always"`` has what each member says computed with everything
+            else; ``"asked"`` leaves its forces and stress until one of them, or their uncertainty,
+            is asked for, which then takes an evaluation of its own. That is faster where the
+            members share their first layers; where they do not, they are there anyway.
+        target: the energy to use. Without it: the adapter's, else the only one there is, else
+            ``energy``.
+        non_conservative: True for forces and stress from the model's direct heads
+            (``non_conservative_...``) instead of derivatives of the energy, ``"forces"`` or
+            ``"stress"`` for one of them: faster, and energies are no longer conserved.
+        device: ``auto`` (the first GPU, else the CPU), ``cpu``, ``cuda``, ``cuda:1``...
+        dtype: ``float32``, ``float64``, or None for the model's own.
+        skin: margin of the neighbour list in Å; it changes speed, never results.
+        orientations: 2 for the mean of the structure and its image in a point, 4, 12 or 24 for that
+            over a group of as many rotations: a model that only learned its symmetry is then closer
+            to obeying it. Each costs an evaluation.
+
+    Raises:
+        PetFinetuneError: of the kind that says what is wrong with checkpoint, adapter, target,
+            device or dtype. Structures that cannot be computed raise it when they are.
     """
 
     # ASE declares both of these as attributes that instances may change.
@@ -161,7 +164,8 @@ class PETCalculator(Calculator):
     def load_adapter(self, directory: str | os.PathLike[str], name: str) -> None:
         """Load an adapter folder beside those that are there; the first one is used at once.
 
-        :raises AdapterError: it cannot be read, belongs to another base, or the name is taken.
+        Raises:
+            AdapterError: it cannot be read, belongs to another base, or the name is taken.
         """
         self._switchable().load_adapter(os.fspath(directory), name)
         self._switched()
@@ -172,7 +176,8 @@ class PETCalculator(Calculator):
 
         The base is not read again, and nothing of the last adapter is left.
 
-        :raises AdapterError: no adapter of this name was loaded.
+        Raises:
+            AdapterError: no adapter of this name was loaded.
         """
         self._switchable().set_adapter(name)
         self._switched()
@@ -191,7 +196,8 @@ class PETCalculator(Calculator):
     def contacts(self) -> Contacts:
         """The closest two atoms of the structure computed last, and those out of all others' reach.
 
-        :raises DataError: nothing was computed yet.
+        Raises:
+            DataError: nothing was computed yet.
         """
         found = None if self.atoms is None else self._moving.contacts(self.atoms)
         if found is None:
@@ -275,12 +281,13 @@ class PETCalculator(Calculator):
     ) -> None:
         """Compute all properties of a structure; ASE calls this when one is asked for.
 
-        :raises PropertyNotImplementedError: a stress is wanted of a structure that is not
-            periodic in all directions.
-        :raises SpeciesError: elements the model does not know.
-        :raises DataError: no atoms, coordinates that are not finite, a cell that cannot be, or a
-            charge or spin beyond those the model was made for.
-        :raises ConfigError: on a GPU, in a process that was forked from one that used it.
+        Raises:
+            PropertyNotImplementedError: a stress is wanted of a structure that is not periodic in
+                all directions.
+            SpeciesError: elements the model does not know.
+            DataError: no atoms, coordinates that are not finite, a cell that cannot be, or a charge
+                or spin beyond those the model was made for.
+            ConfigError: on a GPU, in a process that was forked from one that used it.
         """
         atoms = self.atoms if atoms is None else atoms
         if atoms is None:

@@ -23,10 +23,13 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 def choose_device(name: str) -> torch.device:
     """The device that a name stands for.
 
-    :param name: ``cpu``, ``cuda``, ``cuda:1``...; ``gpu`` is the first GPU, and ``auto`` too where
-        there is one, else the CPU.
-    :raises ConfigError: the device is not there, lacks the 64-bit numbers that total energies
-        need, or is a GPU that was in use before this process was forked.
+    Args:
+        name: ``cpu``, ``cuda``, ``cuda:1``...; ``gpu`` is the first GPU, and ``auto`` too where
+            there is one, else the CPU.
+
+    Raises:
+        ConfigError: the device is not there, lacks the 64-bit numbers that total energies need, or
+            is a GPU that was in use before this process was forked.
     """
     _one_thread_in_forked_children()
     if name != "cpu":
@@ -51,7 +54,8 @@ def choose_device(name: str) -> torch.device:
 def check_forked(device: torch.device | str) -> None:
     """Refuse a GPU in a process that was forked from one that used it, which CUDA cannot do.
 
-    :raises ConfigError: as the summary says.
+    Raises:
+        ConfigError: as the summary says.
     """
     if str(device) != "cpu" and torch.cuda._is_in_bad_fork():
         raise ConfigError(
@@ -81,8 +85,11 @@ def _compute_with_one_thread() -> None:
 def choose_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     """The floating type that is meant; None, for a model's own, stays None.
 
-    :param dtype: ``float32`` or ``float64``, or torch's.
-    :raises ConfigError: it is another one.
+    Args:
+        dtype: ``float32`` or ``float64``, or torch's.
+
+    Raises:
+        ConfigError: it is another one.
     """
     chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and chosen not in _DTYPES.values():

@@ -78,7 +78,8 @@ def damage_explained(explain: Callable[[str], PetFinetuneError]) -> Iterator[Non
     code that builds from what they gave raise two dozen kinds between them, and each list of kinds
     was found to lack one. Errors of ours pass as they are.
 
-    :param explain: makes the error to raise, from a line that says what was met.
+    Args:
+        explain: makes the error to raise, from a line that says what was met.
     """
     try:
         yield
@@ -92,10 +93,13 @@ def damage_explained(explain: Callable[[str], PetFinetuneError]) -> Iterator[Non
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     """Suggest the valid name nearest to ``name``.
 
-    :param name: what the user wrote.
-    :param allowed: the names that would have been accepted.
-    :return: ``" Did you mean 'x'?"`` (with the leading space, so it can be appended to a
-        sentence), or ``""`` when nothing is near.
+    Args:
+        name: what the user wrote.
+        allowed: the names that would have been accepted.
+
+    Returns:
+        ``" Did you mean 'x'?"`` (with the leading space, so it can be appended to a sentence), or
+        ``""`` when nothing is near.
     """
     by_folded: dict[str, str] = {}
     for candidate in allowed:

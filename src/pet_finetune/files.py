@@ -20,9 +20,12 @@ def size_text(size: int) -> str:
 def check_file(file: Path, what: str) -> None:
     """Refuse a path that is no file, with the nearest name beside it.
 
-    :param file: the path.
-    :param what: what the file is, for the message.
-    :raises DataError: nothing is there, or a folder.
+    Args:
+        file: the path.
+        what: what the file is, for the message.
+
+    Raises:
+        DataError: nothing is there, or a folder.
     """
     if file.is_dir():
         raise DataError(f"The {what} {str(file)!r} is a folder; give a file that ASE reads.")
@@ -40,8 +43,11 @@ def check_file(file: Path, what: str) -> None:
 def check_checkpoint(path: Path) -> None:
     """Refuse a path that is no file of a model, with the checkpoints beside it.
 
-    :param path: the path.
-    :raises CheckpointError: nothing is there, or a folder.
+    Args:
+        path: the path.
+
+    Raises:
+        CheckpointError: nothing is there, or a folder.
     """
     if path.is_dir():
         if (path / "adapter_config.json").exists():

@@ -69,10 +69,15 @@ def setup_logging(level: int | str = "INFO", file: str | Path | None = None) -> 
     Python's warnings go the same way, in one line each. Of warnings that repeat the first is
     written, and the others are counted.
 
-    :param level: the lowest level shown, as a name (``"INFO"``) or number.
-    :param file: a log file to append to; its folder is made when missing.
-    :return: the package's root logger.
-    :raises OSError: if the log file cannot be opened.
+    Args:
+        level: the lowest level shown, as a name (``"INFO"``) or number.
+        file: a log file to append to; its folder is made when missing.
+
+    Returns:
+        the package's root logger.
+
+    Raises:
+        OSError: if the log file cannot be opened.
     """
     root = logging.getLogger(_ROOT)
     targets: list[logging.Handler] = [_stream_handler()]

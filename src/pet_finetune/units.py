@@ -110,7 +110,8 @@ def _lookup(unit: str, table: Mapping[str, float], kind: str) -> float:
 def length_to_angstrom(unit: str) -> float:
     """Return how many angstrom one ``unit`` of length is.
 
-    :raises UnitError: if the unit is unknown; the message lists the known ones.
+    Raises:
+        UnitError: if the unit is unknown; the message lists the known ones.
     """
     return _lookup(unit, LENGTH_UNITS, "length")
 
@@ -118,7 +119,8 @@ def length_to_angstrom(unit: str) -> float:
 def energy_to_ev(unit: str) -> float:
     """Return how many eV one ``unit`` of energy is.
 
-    :raises UnitError: if the unit is unknown; the message lists the known ones.
+    Raises:
+        UnitError: if the unit is unknown; the message lists the known ones.
     """
     return _lookup(unit, ENERGY_UNITS, "energy")
 
@@ -184,7 +186,8 @@ def to_own_unit(quantity: str, unit: str) -> float:
 
     An empty unit stands for the package's own.
 
-    :raises UnitError: if the quantity is converted and the unit is not one of its own.
+    Raises:
+        UnitError: if the quantity is converted and the unit is not one of its own.
     """
     if quantity not in _CONVERTED or not unit:
         return 1.0

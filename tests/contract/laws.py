@@ -433,7 +433,8 @@ def rotational_errors(
 ) -> dict[str, float]:
     """How much predictions depend on the orientation; PET learns invariance, it is not built in.
 
-    :return: root mean square deviation from the mean over rotations and inversions: of the energy,
+    Returns:
+        root mean square deviation from the mean over rotations and inversions: of the energy,
         meV/atom, and of the forces turned back, meV/angstrom.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -490,7 +491,8 @@ def saving_an_adapter_loses_nothing(
 ) -> None:
     """An adapter put onto its base from a folder is the adapted model, to the last bit.
 
-    :param start: what the model is without its adapter, where that is not the base.
+    Args:
+        start: what the model is without its adapter, where that is not the base.
     """
     assert_differs(predict(adapted, frames), predict(start or base, frames))
     save_adapter(adapted, folder, "base")
@@ -506,7 +508,8 @@ def an_interrupted_save_leaves_the_old_file(
 ) -> None:
     """Whatever goes wrong while writing, the file is the old one and nothing lies beside it.
 
-    :param interrupt: makes the next write raise the given exception half way.
+    Args:
+        interrupt: makes the next write raise the given exception half way.
     """
     path = save_checkpoint(folder / "model.ckpt", old)
     before = path.read_bytes()

@@ -42,8 +42,9 @@ class TorchArchive:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Open ``path`` and check that it is such an archive; nothing is unpickled yet.
 
-        :raises CheckpointError: if the file is missing, a folder, unreadable, damaged or of
-            another kind; the message says which.
+        Raises:
+            CheckpointError: if the file is missing, a folder, unreadable, damaged or of another
+                kind; the message says which.
         """
         self.path = Path(path)
         self._zip = _open_zip(self.path)
@@ -69,14 +70,16 @@ class TorchArchive:
     def content(self) -> Any:
         """Read what was saved, with :class:`StoredTensor` in the place of tensors.
 
-        :raises CheckpointError: if the pickle is damaged or names anything not allowed.
+        Raises:
+            CheckpointError: if the pickle is damaged or names anything not allowed.
         """
         return read_pickle(bytes(self._read(f"{self._root}/data.pkl")), str(self.path))
 
     def filled(self, content: Any) -> Any:
         """What :meth:`content` gave, with the tensors themselves in the place of their records.
 
-        :raises CheckpointError: if one is missing or damaged, or it holds what is not plain.
+        Raises:
+            CheckpointError: if one is missing or damaged, or it holds what is not plain.
         """
         if isinstance(content, StoredTensor):
             return self.tensor(content)
@@ -91,7 +94,8 @@ class TorchArchive:
     def tensor(self, stored: StoredTensor) -> torch.Tensor:
         """Read one tensor from the archive, on the CPU, with memory of its own.
 
-        :raises CheckpointError: if its storage is missing, too short or damaged.
+        Raises:
+            CheckpointError: if its storage is missing, too short or damaged.
         """
         extent = 1 + sum((n - 1) * step for n, step in zip(stored.size, stored.stride, strict=True))
         elements = 1

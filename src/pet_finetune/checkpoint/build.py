@@ -20,7 +20,8 @@ __all__ = ["build_potential", "model_options"]
 def model_options(values: Mapping[str, Any], where: str) -> ModelOptions:
     """Check the hyperparameters found in a file.
 
-    :raises CheckpointError: naming each that is wrong or unknown, or long-range features.
+    Raises:
+        CheckpointError: naming each that is wrong or unknown, or long-range features.
     """
     long_range = values.get("long_range")
     if isinstance(long_range, Mapping) and long_range.get("enable"):
@@ -54,13 +55,16 @@ def build_potential(
 ) -> Potential:
     """Build a potential and fill it; the global random state is left as it was.
 
-    :param network: the state dict of the network, names without prefix.
-    :param composition: eV, ``[n_species]``, for each target that has a baseline.
-    :param scale: factor for each target.
-    :param relative: factors beside it for each element and value, of the targets that have some.
-    :param radii: ZBL's covalent radii, ``[n_species]`` Å; None for ASE's table.
-    :param where: what to call the file in messages.
-    :raises CheckpointError: if weights are missing, too many, or of another shape.
+    Args:
+        network: the state dict of the network, names without prefix.
+        composition: eV, ``[n_species]``, for each target that has a baseline.
+        scale: factor for each target.
+        relative: factors beside it for each element and value, of the targets that have some.
+        radii: ZBL's covalent radii, ``[n_species]`` Å; None for ASE's table.
+        where: what to call the file in messages.
+
+    Raises:
+        CheckpointError: if weights are missing, too many, or of another shape.
     """
     if any(not 1 <= z <= 150 for z in species) or len(set(species)) != len(species) or not species:
         raise CheckpointError(f"{where}: the list of chemical elements is damaged: {species}.")

@@ -48,12 +48,17 @@ def load_oldest_start(
 ) -> Potential:
     """Build a potential from a state dict and the two numpy files that belong to it.
 
-    :param model_path: the state dict, written by ``torch.save``.
-    :param all_species_path: ``.npy``, ``[n_species]`` atomic numbers, ascending.
-    :param self_contributions_path: ``.npy``, ``[n_species]`` energies in eV.
-    :param hypers: the options' ``architecture.model``; sizes given there must be the weights'.
-    :return: the potential, with scale 1 and the self-contributions as its baseline.
-    :raises CheckpointError: with one line saying which of the three is wrong, and how.
+    Args:
+        model_path: the state dict, written by ``torch.save``.
+        all_species_path: ``.npy``, ``[n_species]`` atomic numbers, ascending.
+        self_contributions_path: ``.npy``, ``[n_species]`` energies in eV.
+        hypers: the options' ``architecture.model``; sizes given there must be the weights'.
+
+    Returns:
+        the potential, with scale 1 and the self-contributions as its baseline.
+
+    Raises:
+        CheckpointError: with one line saying which of the three is wrong, and how.
     """
     species = _species(Path(all_species_path))
     baseline = _contributions(Path(self_contributions_path), len(species), Path(all_species_path))
@@ -85,8 +90,11 @@ def load_oldest_start(
 def infer_hypers(network: Mapping[str, Tensor]) -> dict[str, Any]:
     """Read the hyperparameters off a network's state dict that its shapes determine.
 
-    :param network: names as in :class:`~pet_finetune.model.pet.PET`.
-    :raises KeyError: if a part that every PET has is missing.
+    Args:
+        network: names as in :class:`~pet_finetune.model.pet.PET`.
+
+    Raises:
+        KeyError: if a part that every PET has is missing.
     """
     block = "gnn_layers.0.trans.layers.0."
     w_in, w_out = network[f"{block}mlp.w_in.weight"], network[f"{block}mlp.w_out.weight"]

@@ -26,10 +26,15 @@ def merge_lora_layers(
 ) -> dict[str, Tensor]:
     """Merge every LoRA layer of a state dict into the layer it adapts.
 
-    :param finetune: the checkpoint's ``finetune_config``, which holds ``alpha``.
-    :param notices: one line is appended when something was merged.
-    :return: a state dict as a model without LoRA has it.
-    :raises CheckpointError: if there are such layers and ``alpha`` or a part of them is missing.
+    Args:
+        finetune: the checkpoint's ``finetune_config``, which holds ``alpha``.
+        notices: one line is appended when something was merged.
+
+    Returns:
+        a state dict as a model without LoRA has it.
+
+    Raises:
+        CheckpointError: if there are such layers and ``alpha`` or a part of them is missing.
     """
     layers = [name.removesuffix(_A) for name in state if name.endswith(_A)]
     if not layers:

@@ -52,10 +52,13 @@ def read_metatrain(archive: TorchArchive, content: Mapping[str, Any]) -> Metatra
 
     The weights of the best epoch are used, as metatrain does to fine-tune and to export.
 
-    :param archive: the open file.
-    :param content: what :meth:`TorchArchive.content` gave.
-    :raises CheckpointError: if it is of another architecture, uses long-range features, holds no
-        target that can be used, or is damaged.
+    Args:
+        archive: the open file.
+        content: what :meth:`TorchArchive.content` gave.
+
+    Raises:
+        CheckpointError: if it is of another architecture, uses long-range features, holds no target
+            that can be used, or is damaged.
     """
     where = str(archive.path)
     notices: list[str] = []
@@ -94,7 +97,8 @@ def read_raw(
 ) -> RawCheckpoint:
     """Read the parts of a checkpoint that decide predictions, in the format it was written in.
 
-    :raises CheckpointError: if it is of another architecture or lacks a part.
+    Raises:
+        CheckpointError: if it is of another architecture or lacks a part.
     """
     where = str(archive.path)
     _check_architecture(content, where)

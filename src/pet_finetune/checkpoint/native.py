@@ -80,11 +80,14 @@ def save_checkpoint(
     An adapter in the model is merged into the weights, so that the file needs nothing beside it;
     with ``training`` it is kept apart instead, since the run goes on with it.
 
-    :param path: the file; its folder is made when missing.
-    :param model: what to save; it is not changed.
-    :param provenance: plain values (text, numbers, lists, dictionaries).
-    :param training: plain values and tensors needed to resume the run.
-    :raises CheckpointError: if the file cannot be written, or a value is not plain.
+    Args:
+        path: the file; its folder is made when missing.
+        model: what to save; it is not changed.
+        provenance: plain values (text, numbers, lists, dictionaries).
+        training: plain values and tensors needed to resume the run.
+
+    Raises:
+        CheckpointError: if the file cannot be written, or a value is not plain.
     """
     path = Path(path)
     keep_adapter = training is not None and model.adapter is not None
@@ -132,10 +135,13 @@ def read_native(
 ) -> NativeCheckpoint:
     """Read a file in our format.
 
-    :param archive: the open file; what is read of it is compared with the archive's checksums.
-    :param content: what :meth:`TorchArchive.content` gave.
-    :param keep_adapter: leave the adapter of an interrupted run unmerged, to train it further.
-    :raises CheckpointError: if the file is of a newer version, or damaged.
+    Args:
+        archive: the open file; what is read of it is compared with the archive's checksums.
+        content: what :meth:`TorchArchive.content` gave.
+        keep_adapter: leave the adapter of an interrupted run unmerged, to train it further.
+
+    Raises:
+        CheckpointError: if the file is of a newer version, or damaged.
     """
     path = archive.path
     if content.get("version") != VERSION:

@@ -57,9 +57,12 @@ def load_checkpoint(path: str | os.PathLike[str], *, keep_adapter: bool = False)
 
     Nothing in the file is executed, and metatrain need not be installed.
 
-    :param keep_adapter: when the file is of an interrupted LoRA run, leave its adapter unmerged
-        in order to train it further; otherwise it is merged into the weights.
-    :raises CheckpointError: with one line saying what the file is instead, or what is wrong.
+    Args:
+        keep_adapter: when the file is of an interrupted LoRA run, leave its adapter unmerged in
+            order to train it further; otherwise it is merged into the weights.
+
+    Raises:
+        CheckpointError: with one line saying what the file is instead, or what is wrong.
     """
     path = Path(path)
     with TorchArchive(path) as archive, damage_explained(archive.damaged):
@@ -91,7 +94,8 @@ def load(path: str | os.PathLike[str]) -> AdaptedPotential:
     >>> model = load("foundation.ckpt")  # doctest: +SKIP
     >>> model.load_adapter("water_revpbe0/", name="water")  # doctest: +SKIP
 
-    :raises CheckpointError: as :func:`load_checkpoint`.
+    Raises:
+        CheckpointError: as :func:`load_checkpoint`.
     """
     adapted = AdaptedPotential(load_checkpoint(path).model)
     adapted.source = Path(path)
@@ -105,10 +109,13 @@ def open_adapted(
 ) -> AdaptedPotential:
     """A base with its adapters, to predict with.
 
-    :param model: a checkpoint, or a potential with or without adapters, which is copied.
-    :param adapter: an adapter folder, put on as ``default``.
-    :raises CheckpointError: as :func:`load_checkpoint`.
-    :raises AdapterError: the adapter cannot be read or belongs to another base.
+    Args:
+        model: a checkpoint, or a potential with or without adapters, which is copied.
+        adapter: an adapter folder, put on as ``default``.
+
+    Raises:
+        CheckpointError: as :func:`load_checkpoint`.
+        AdapterError: the adapter cannot be read or belongs to another base.
     """
     if isinstance(model, AdaptedPotential):
         adapted = copy.deepcopy(model)
@@ -128,10 +135,13 @@ def open_potential(
 ) -> tuple[Potential, str | None]:
     """A plain potential to predict with, and the target of the adapter that went into it, if any.
 
-    :param model: a checkpoint, or a potential, which is copied.
-    :param adapter: an adapter folder to put on top of it; merged into the weights.
-    :raises CheckpointError: as :func:`load_checkpoint`.
-    :raises AdapterError: the adapter cannot be read or belongs to another base.
+    Args:
+        model: a checkpoint, or a potential, which is copied.
+        adapter: an adapter folder to put on top of it; merged into the weights.
+
+    Raises:
+        CheckpointError: as :func:`load_checkpoint`.
+        AdapterError: the adapter cannot be read or belongs to another base.
     """
     if isinstance(model, Potential):
         potential = copy.deepcopy(model)
@@ -149,11 +159,14 @@ def open_committee(
 ) -> Committee:
     """A committee to predict with, of several adapters of one base.
 
-    :param model: the base: a checkpoint, or a potential, which stays as it is.
-    :param adapters: as for :func:`~pet_finetune.committee.files.load_committee`.
-    :raises CheckpointError: as :func:`load_checkpoint`.
-    :raises AdapterError: the adapters cannot be read, are too few, or do not belong together.
-    :raises ConfigError: the base has adapters already.
+    Args:
+        model: the base: a checkpoint, or a potential, which stays as it is.
+        adapters: as for :func:`~pet_finetune.committee.files.load_committee`.
+
+    Raises:
+        CheckpointError: as :func:`load_checkpoint`.
+        AdapterError: the adapters cannot be read, are too few, or do not belong together.
+        ConfigError: the base has adapters already.
     """
     if isinstance(model, AdaptedPotential):
         raise ConfigError(

@@ -20,10 +20,11 @@ def plain_value(
 ) -> Any:
     """Return a copy of ``value`` made of built-in types only; paths become text.
 
-    :param where: what the value is called, e.g. ``"training.optimizer"``.
-    :param error: makes the exception that is raised for a value of another type.
-    :param keep: further types that are passed through, e.g. tensors.
-    :param depth: how deep in the whole value this one lies.
+    Args:
+        where: what the value is called, e.g. ``"training.optimizer"``.
+        error: makes the exception that is raised for a value of another type.
+        keep: further types that are passed through, e.g. tensors.
+        depth: how deep in the whole value this one lies.
     """
     if value is None or type(value) in (bool, int, float, str, bytes) or isinstance(value, keep):
         return value

@@ -260,11 +260,16 @@ class _Machine:
 def read_pickle(data: bytes, where: str) -> Any:
     """Read the pickle of a ``torch.save`` archive without executing anything in it.
 
-    :param data: the bytes of ``data.pkl``.
-    :param where: what to call the file in messages.
-    :return: plain Python values, :class:`StoredTensor` and :class:`Inert` objects.
-    :raises CheckpointError: if the pickle names anything that is not listed in this module, uses
-        an instruction PyTorch does not, or is damaged.
+    Args:
+        data: the bytes of ``data.pkl``.
+        where: what to call the file in messages.
+
+    Returns:
+        plain Python values, :class:`StoredTensor` and :class:`Inert` objects.
+
+    Raises:
+        CheckpointError: if the pickle names anything that is not listed in this module, uses an
+            instruction PyTorch does not, or is damaged.
     """
     with damage_explained(lambda why: CheckpointError(f"{where}: the file is damaged ({why}).")):
         return _Machine(where).run(data)

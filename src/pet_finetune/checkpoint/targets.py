@@ -49,13 +49,16 @@ def usable_targets(
 ) -> list[StoredTarget]:
     """Convert those targets of a checkpoint that a :class:`Potential` can represent.
 
-    :param described: metatrain's ``TargetInfo`` of each target.
-    :param state: the upgraded state dict, with the buffers of baselines and scales.
-    :param scales: factors of targets whose format kept them outside the buffers.
-    :param species: atomic numbers, ascending.
-    :param zbl: whether the model adds the ZBL repulsion (to energies in eV only).
-    :param notices: one line is appended for each target that is left out or assumed about.
-    :raises CheckpointError: if none is left; the message says why for each.
+    Args:
+        described: metatrain's ``TargetInfo`` of each target.
+        state: the upgraded state dict, with the buffers of baselines and scales.
+        scales: factors of targets whose format kept them outside the buffers.
+        species: atomic numbers, ascending.
+        zbl: whether the model adds the ZBL repulsion (to energies in eV only).
+        notices: one line is appended for each target that is left out or assumed about.
+
+    Raises:
+        CheckpointError: if none is left; the message says why for each.
     """
     usable, reasons = [], []
     for name, info in described.items():

@@ -46,7 +46,8 @@ class Block:
 def read_tensor_map(buffer: bytes) -> list[Block]:
     """Read the blocks of a serialized ``TensorMap``; gradients are left out.
 
-    :raises ValueError: if the bytes are not a ``TensorMap``.
+    Raises:
+        ValueError: if the bytes are not a ``TensorMap``.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(buffer)) as archive:

@@ -42,8 +42,11 @@ class RawCheckpoint:
 def upgrade(raw: RawCheckpoint, where: str) -> RawCheckpoint:
     """Bring a checkpoint to :data:`NEWEST_VERSION`, in place.
 
-    :param where: what to call the file in messages.
-    :raises CheckpointError: if its format is newer than that, or is not what it claims to be.
+    Args:
+        where: what to call the file in messages.
+
+    Raises:
+        CheckpointError: if its format is newer than that, or is not what it claims to be.
     """
     if not 1 <= raw.version <= NEWEST_VERSION:
         raise CheckpointError(

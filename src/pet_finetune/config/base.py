@@ -56,9 +56,10 @@ def without_nulls(section: type[BaseModel], value: Any) -> Any:
 class Expects:
     """Annotation that replaces pydantic's own check of a field by ours.
 
-    :param phrase: completes "expected ..." in messages and is the type in the reference.
-    :param convert: returns the accepted value or raises :class:`ValueError`; the text of the
-        error, if any, is added to the message.
+    Attributes:
+        phrase: completes "expected ..." in messages and is the type in the reference.
+        convert: returns the accepted value or raises :class:`ValueError`; the text of the error, if
+            any, is added to the message.
     """
 
     phrase: str

@@ -25,8 +25,9 @@ _FINETUNE: Path = (*_TRAINING, "finetune")
 def check(options: Options, raw: dict[str, Any]) -> Iterator[Problem]:
     """Yield everything that cannot be meant.
 
-    :param options: options each of which is valid.
-    :param raw: what they were made from, which tells given values from defaults.
+    Args:
+        options: options each of which is valid.
+        raw: what they were made from, which tells given values from defaults.
     """
     yield from _check_model(options)
     yield from _check_batches(options)

@@ -18,8 +18,9 @@ __all__ = ["check_committee", "check_fixed_baselines", "check_target"]
 def check_target(path: Path, name: str, target: TargetOptions) -> Iterator[Problem]:
     """Yield everything about one target that cannot be meant.
 
-    :param path: where the target stands.
-    :param name: what it is called, which says much of a direct force or stress.
+    Args:
+        path: where the target stands.
+        name: what it is called, which says much of a direct force or stress.
     """
     wrong_form = list(_check_direct(path, name, target))
     yield from wrong_form

@@ -16,8 +16,9 @@ __all__ = ["read_json"]
 def read_json(path: str | Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 
-    :raises ConfigError: if the file cannot be read, is no JSON (with line and column), holds no
-        object, or a name twice.
+    Raises:
+        ConfigError: if the file cannot be read, is no JSON (with line and column), holds no object,
+            or a name twice.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")

@@ -48,12 +48,15 @@ def load_options(
 ) -> LoadedOptions:
     """Read and check an options file.
 
-    :param path: a YAML file in metatrain's layout.
-    :param overrides: ``key=value`` strings, e.g. ``architecture.training.num_epochs=5``.
-    :param checkpoint: model to start from (``-c``); sets ``finetune.read_from``.
-    :param require_start: set to False where no new run is started (evaluation, restart): a
-        method such as ``lora`` then needs no ``read_from``.
-    :raises ConfigError: if the file is missing or no YAML, or with one line for every problem.
+    Args:
+        path: a YAML file in metatrain's layout.
+        overrides: ``key=value`` strings, e.g. ``architecture.training.num_epochs=5``.
+        checkpoint: model to start from (``-c``); sets ``finetune.read_from``.
+        require_start: set to False where no new run is started (evaluation, restart): a method such
+            as ``lora`` then needs no ``read_from``.
+
+    Raises:
+        ConfigError: if the file is missing or no YAML, or with one line for every problem.
     """
     raw = read_yaml(path, overrides)
     return parse_options(raw, checkpoint, require_start=require_start, source=str(path))
@@ -68,7 +71,8 @@ def parse_options(
 ) -> LoadedOptions:
     """Check options given as plain dictionaries and lists; else like :func:`load_options`.
 
-    :param source: what the error message calls the options.
+    Args:
+        source: what the error message calls the options.
     """
     start = None if checkpoint is None else str(checkpoint)
     rewriting = rewrite(copy.deepcopy(dict(raw)))
@@ -103,8 +107,9 @@ def _without_wrong(
 ) -> tuple[Options | None, dict[str, Any], list[Path]]:
     """Options without the wrong ones, to look for contradictions among the others.
 
-    :return: the options, what they were made from, and where something was taken out. First the
-        wrong values alone are taken out; if that is not enough, whole data sets.
+    Returns:
+        the options, what they were made from, and where something was taken out. First the wrong
+        values alone are taken out; if that is not enough, whole data sets.
     """
     for whole_sets in (False, True):
         rest = copy.deepcopy(plain)

@@ -21,8 +21,9 @@ __all__ = ["notices"]
 def notices(options: Options, raw: Mapping[str, Any]) -> Iterator[str]:
     """Yield one line for each remark.
 
-    :param options: valid options.
-    :param raw: what they were made from, which tells given values from defaults.
+    Args:
+        options: valid options.
+        raw: what they were made from, which tells given values from defaults.
     """
     ignored = [format_path(path) for path in _ignored(options, ())]
     if ignored:

@@ -20,9 +20,10 @@ _NEED_A_MODEL = ("replay", "anchor")
 def apply_start(rewriting: Rewriting, checkpoint: str | None, *, require_start: bool) -> None:
     """Merge ``-c`` into ``finetune.read_from`` and settle the method.
 
-    :param rewriting: the raw options, changed in place, and where findings go.
-    :param checkpoint: what the user gave with ``-c``.
-    :param require_start: whether a method that needs a model to start from must have one.
+    Args:
+        rewriting: the raw options, changed in place, and where findings go.
+        checkpoint: what the user gave with ``-c``.
+        require_start: whether a method that needs a model to start from must have one.
     """
     finetune = rewriting.section(_FINETUNE, create=checkpoint is not None)
     if finetune is None:

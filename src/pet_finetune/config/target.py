@@ -193,16 +193,20 @@ class TargetOptions(Section):
     def factor(self) -> float:
         """How many of the package's own units one unit of the file is.
 
-        :raises UnitError: see :meth:`unit_problem`.
+        Raises:
+            UnitError: see :meth:`unit_problem`.
         """
         return to_own_unit(self.quantity, self.unit)
 
     def gradient_factor(self, kind: Literal["forces", "stress", "virial"], length: float) -> float:
         """How many eV/Å (of a stress eV/Å³, of a virial eV) one unit of the file is.
 
-        :param kind: which derivative.
-        :param length: Å in one unit of length of the file.
-        :raises UnitError: a unit of another quantity.
+        Args:
+            kind: which derivative.
+            length: Å in one unit of length of the file.
+
+        Raises:
+            UnitError: a unit of another quantity.
         """
         unit = getattr(self, kind).unit
         if unit:

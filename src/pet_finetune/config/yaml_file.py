@@ -17,8 +17,9 @@ __all__ = ["neighbours", "parse_override", "read_yaml", "read_yaml_document", "t
 def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read a YAML file, apply ``key=value`` overrides, resolve ``${...}`` interpolations.
 
-    :raises ConfigError: if the file cannot be read, is no YAML (with the line), is no section of
-        options, or an override or interpolation does not work.
+    Raises:
+        ConfigError: if the file cannot be read, is no YAML (with the line), is no section of
+            options, or an override or interpolation does not work.
     """
     plain = read_yaml_document(path, overrides)
     if isinstance(plain, list):
@@ -86,7 +87,8 @@ def _load(path: str | Path) -> DictConfig | ListConfig:
 def parse_override(text: str) -> tuple[str, Any]:
     """Name and value of one ``key=value``, the value as YAML reads it.
 
-    :raises ConfigError: if it is none.
+    Raises:
+        ConfigError: if it is none.
     """
     from omegaconf import DictConfig, OmegaConf
 

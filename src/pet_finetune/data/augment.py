@@ -24,10 +24,13 @@ def random_rotations(
     Gems III, 1992); half of the matrices are multiplied by -1. Drawn in float64, so that the same
     generator gives the same rotations in every dtype.
 
-    :param count: number of matrices ``b``.
-    :param generator: source of randomness, on the CPU.
-    :param dtype: dtype of the result.
-    :return: ``[b, 3, 3]``; ``v' = R v``, determinant +1 or -1.
+    Args:
+        count: number of matrices ``b``.
+        generator: source of randomness, on the CPU.
+        dtype: dtype of the result.
+
+    Returns:
+        ``[b, 3, 3]``; ``v' = R v``, determinant +1 or -1.
     """
     quaternions = torch.randn(count, 4, generator=generator, dtype=torch.float64)
     w, x, y, z = torch.nn.functional.normalize(quaternions, dim=1).unbind(1)
@@ -49,8 +52,9 @@ def rotate_batch(batch: LabelledBatch, rotations: Tensor) -> LabelledBatch:
     Vectors become ``R v``, tensors ``R s R^T``; scalars stay. Missing labels (NaN) stay NaN; one
     NaN component makes all three of a vector, or all nine of a tensor, NaN.
 
-    :param batch: the batch.
-    :param rotations: ``[b, 3, 3]``, on the device of the batch.
+    Args:
+        batch: the batch.
+        rotations: ``[b, 3, 3]``, on the device of the batch.
     """
     graph, labels = batch.graph, dict(batch.labels)
     for name, value in batch.labels.items():
@@ -68,9 +72,10 @@ def rotate_batch(batch: LabelledBatch, rotations: Tensor) -> LabelledBatch:
 def _turn_components(values: Tensor, rotations: Tensor, rank: int) -> Tensor:
     """Turn vectors or tensors, several for each row maybe.
 
-    :param values: ``[m, 3, ...]`` for ``rank`` 1, ``[m, 3, 3, ...]`` for 2; what follows the
-        Cartesian axes are subtargets.
-    :param rotations: ``[m, 3, 3]``.
+    Args:
+        values: ``[m, 3, ...]`` for ``rank`` 1, ``[m, 3, 3, ...]`` for 2; what follows the Cartesian
+            axes are subtargets.
+        rotations: ``[m, 3, 3]``.
     """
     if rank == 1:
         return torch.einsum("mij,mj...->mi...", rotations, values)

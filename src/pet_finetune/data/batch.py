@@ -131,7 +131,8 @@ def collate_labelled(items: Sequence[LabelledBatch]) -> LabelledBatch:
 
     Structures without a label that others have get NaN.
 
-    :raises DataError: when ``items`` is empty.
+    Raises:
+        DataError: when ``items`` is empty.
     """
     if not items:
         raise DataError("A batch needs at least one structure.")
@@ -152,9 +153,10 @@ def batch_from_atoms(
 ) -> Batch:
     """Make a batch of ASE structures.
 
-    :param atoms: one structure or a sequence of them.
-    :param cutoff: neighbour list cutoff in Å.
-    :param dtype: float dtype of the batch.
+    Args:
+        atoms: one structure or a sequence of them.
+        cutoff: neighbour list cutoff in Å.
+        dtype: float dtype of the batch.
     """
     frames = [atoms] if isinstance(atoms, Atoms) else list(atoms)
     structures = [atoms_to_structure(frame, index) for index, frame in enumerate(frames)]

@@ -14,10 +14,13 @@ __all__ = ["check_charges"]
 def check_charges(structures: Sequence[Structure], max_charge: int, max_spin: int) -> None:
     """Refuse structures whose total charge or multiplicity the model has no embedding for.
 
-    :param structures: what is to be predicted or trained on.
-    :param max_charge: largest absolute charge the model knows.
-    :param max_spin: largest multiplicity 2S+1 the model knows.
-    :raises DataError: names the first such structure and how many there are.
+    Args:
+        structures: what is to be predicted or trained on.
+        max_charge: largest absolute charge the model knows.
+        max_spin: largest multiplicity 2S+1 the model knows.
+
+    Raises:
+        DataError: names the first such structure and how many there are.
     """
     for name, values, low, high in (
         ("total charge", [s.charge for s in structures], -max_charge, max_charge),

@@ -19,10 +19,13 @@ __all__ = ["charge_and_spin", "check_atoms"]
 def check_atoms(atoms: Atoms, species: Sequence[int]) -> None:
     """Refuse what no potential can be evaluated on, and elements that this one does not know.
 
-    :param atoms: one structure.
-    :param species: atomic numbers the model knows.
-    :raises DataError: no atoms, positions that are not finite, or a cell that cannot be.
-    :raises SpeciesError: names the unknown elements.
+    Args:
+        atoms: one structure.
+        species: atomic numbers the model knows.
+
+    Raises:
+        DataError: no atoms, positions that are not finite, or a cell that cannot be.
+        SpeciesError: names the unknown elements.
     """
     if len(atoms) == 0:
         raise DataError("The structure has no atoms: there is nothing to calculate.")
@@ -49,10 +52,13 @@ def check_atoms(atoms: Atoms, species: Sequence[int]) -> None:
 def charge_and_spin(atoms: Atoms, max_charge: int, max_spin: int) -> tuple[int, int]:
     """Total charge and spin multiplicity 2S+1 from ``atoms.info``; 0 and 1 where it is silent.
 
-    :param atoms: one structure.
-    :param max_charge: largest absolute charge the model knows.
-    :param max_spin: largest multiplicity the model knows.
-    :raises DataError: a value that is no whole number, or beyond what the model knows.
+    Args:
+        atoms: one structure.
+        max_charge: largest absolute charge the model knows.
+        max_spin: largest multiplicity the model knows.
+
+    Raises:
+        DataError: a value that is no whole number, or beyond what the model knows.
     """
     charge = _integer_of(atoms, DEFAULT_CHARGE_KEYS, 0)
     spin = _integer_of(atoms, DEFAULT_SPIN_KEYS, 1)

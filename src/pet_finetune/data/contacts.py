@@ -31,10 +31,11 @@ class Contacts:
 def find_contacts(positions: Tensor, cell: Tensor, pairs: NeighborList, reach: float) -> Contacts:
     """Look through a neighbour list.
 
-    :param positions: ``[n, 3]`` in Å.
-    :param cell: ``[3, 3]``, cell vectors as rows in Å.
-    :param pairs: complete up to ``reach``.
-    :param reach: in Å.
+    Args:
+        positions: ``[n, 3]`` in Å.
+        cell: ``[3, 3]``, cell vectors as rows in Å.
+        pairs: complete up to ``reach``.
+        reach: in Å.
     """
     lengths = torch.linalg.vector_norm(edge_vectors(positions, cell, pairs), dim=1)
     near = lengths < reach

@@ -368,11 +368,14 @@ def _check_occupancies(atoms: Atoms, where: str) -> None:
 def frame_numbers(given: tuple[int, ...] | str, count: int | None, source: str) -> list[int]:
     """Frame numbers from the options: a list, or a text file with one a line.
 
-    :param given: the numbers, counted from 0, or the path of a file (``#`` starts a comment).
-    :param count: how many frames there are, or None when that is checked later.
-    :param source: the file the numbers belong to, for messages.
-    :raises DataError: missing or unreadable file, no numbers, repeated numbers, or numbers that
-        are not below ``count``.
+    Args:
+        given: the numbers, counted from 0, or the path of a file (``#`` starts a comment).
+        count: how many frames there are, or None when that is checked later.
+        source: the file the numbers belong to, for messages.
+
+    Raises:
+        DataError: missing or unreadable file, no numbers, repeated numbers, or numbers that are not
+            below ``count``.
     """
     origin = f"the indices of {source}"
     if isinstance(given, str):

@@ -124,10 +124,13 @@ class Column:
     ) -> list[Tensor | None]:
         """The values of the chosen frames as float64, None where a frame has none.
 
-        :param factor: multiplies the values, to convert their unit.
-        :param usable: for each chosen frame, whether its value counts; others give None.
-        :param nan_is_missing: whether single numbers may be NaN, which stands for unknown.
-        :raises DataError: wrong shapes, values that are no numbers, NaN or infinity.
+        Args:
+            factor: multiplies the values, to convert their unit.
+            usable: for each chosen frame, whether its value counts; others give None.
+            nan_is_missing: whether single numbers may be NaN, which stands for unknown.
+
+        Raises:
+            DataError: wrong shapes, values that are no numbers, NaN or infinity.
         """
         values: list[Tensor | None] = []
         broken = []
@@ -155,8 +158,9 @@ class Column:
     def missing(self, index: int, count: int) -> DataError:
         """The error for a frame that lacks the value.
 
-        :param index: the first frame that lacks it.
-        :param count: how many of the chosen frames lack it.
+        Args:
+            index: the first frame that lacks it.
+            count: how many of the chosen frames lack it.
         """
         atoms = self.frames[index]
         names = ", ".join(repr(name) for name in _names(atoms)) or "nothing but the structure"

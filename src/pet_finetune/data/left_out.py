@@ -49,7 +49,8 @@ def without_unconverged(
 ) -> list[int]:
     """The frames that are wanted, without those of failed calculations unless these are kept.
 
-    :raises DataError: there are some, and the options refuse them; or nothing else is left.
+    Raises:
+        DataError: there are some, and the options refuse them; or nothing else is left.
     """
     found = [index for index in chosen if index in doubtful]
     if not found:
@@ -79,10 +80,11 @@ def log_isolated(
 ) -> None:
     """Say which frames of isolated atoms are left out, and offer their energies as baselines.
 
-    :param source: the file.
-    :param isolated: the frames that are left out.
-    :param total: how many were wanted.
-    :param energies: by target and atomic number, eV.
+    Args:
+        source: the file.
+        isolated: the frames that are left out.
+        total: how many were wanted.
+        energies: by target and atomic number, eV.
     """
     offer = (
         f" Their energies can be its baselines: `atomic_baseline: {energies}` in "

@@ -49,18 +49,21 @@ class Loader:
     ) -> None:
         """Prepare the structures.
 
-        :param structures: at least one.
-        :param cutoff: neighbour list cutoff in Å.
-        :param batch_size: structures in a batch; ignored when ``max_atoms_per_batch`` is given.
-        :param max_atoms_per_batch: fill batches up to this many atoms; a larger structure makes
-            a batch of its own.
-        :param min_atoms_per_batch: with ``max_atoms_per_batch``, leave out batches with fewer
-            atoms (for that epoch).
-        :param shuffle: draw a new order each epoch.
-        :param augment: turn (and maybe invert) each structure at random each epoch.
-        :param seed: seed of order and rotations, at least 0.
-        :param dtype: float dtype of the batches.
-        :raises DataError: no structures, or sizes below 1.
+        Args:
+            structures: at least one.
+            cutoff: neighbour list cutoff in Å.
+            batch_size: structures in a batch; ignored when ``max_atoms_per_batch`` is given.
+            max_atoms_per_batch: fill batches up to this many atoms; a larger structure makes a
+                batch of its own.
+            min_atoms_per_batch: with ``max_atoms_per_batch``, leave out batches with fewer atoms
+                (for that epoch).
+            shuffle: draw a new order each epoch.
+            augment: turn (and maybe invert) each structure at random each epoch.
+            seed: seed of order and rotations, at least 0.
+            dtype: float dtype of the batches.
+
+        Raises:
+            DataError: no structures, or sizes below 1.
         """
         if not structures:
             raise DataError("There are no structures to load: the set is empty.")
@@ -138,8 +141,9 @@ class Loader:
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[LabelledBatch]:
         """The batches of an epoch, made one by one as they are asked for.
 
-        :param epoch: number of the epoch, at least 0.
-        :param start_batch: number of batches to leave out at the start, to go on mid-epoch.
+        Args:
+            epoch: number of the epoch, at least 0.
+            start_batch: number of batches to leave out at the start, to go on mid-epoch.
         """
         rotations = self._rotations(epoch) if self.augment else None
         for members in self._plan(epoch)[start_batch:]:
@@ -148,8 +152,9 @@ class Loader:
     def collate(self, members: np.ndarray, epoch: int) -> LabelledBatch:
         """A batch of chosen structures, turned as in an epoch.
 
-        :param members: positions in :attr:`structures`; one may occur more than once.
-        :param epoch: number of the epoch, at least 0.
+        Args:
+            members: positions in :attr:`structures`; one may occur more than once.
+            epoch: number of the epoch, at least 0.
         """
         return self._collate(members, self._rotations(epoch) if self.augment else None)
 
@@ -204,11 +209,14 @@ def pack(
 ) -> list[np.ndarray]:
     """Cut an order of structures into runs of at most ``max_atoms`` atoms.
 
-    :param order: indices of structures, in the order they are to be used.
-    :param num_atoms: number of atoms of each structure (indexed by ``order``'s values).
-    :param max_atoms: atoms that a batch may hold; a larger structure makes a batch of its own.
-    :param min_atoms: batches with fewer atoms are left out.
-    :return: consecutive pieces of ``order``.
+    Args:
+        order: indices of structures, in the order they are to be used.
+        num_atoms: number of atoms of each structure (indexed by ``order``'s values).
+        max_atoms: atoms that a batch may hold; a larger structure makes a batch of its own.
+        min_atoms: batches with fewer atoms are left out.
+
+    Returns:
+        consecutive pieces of ``order``.
     """
     cuts, filled = [], 0
     for position, count in enumerate(num_atoms[order].tolist()):

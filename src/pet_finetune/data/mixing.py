@@ -29,11 +29,12 @@ class Beside:
     def __init__(self, loader: Loader, main: Loader, fraction: float) -> None:
         """Prepare to draw.
 
-        :param loader: of the second set; its seed and whether it turns structures count, its
-            batch size and order do not.
-        :param main: the loader whose batches are accompanied.
-        :param fraction: part of all structures of a step that come from the second set, above 0
-            and below 1.
+        Args:
+            loader: of the second set; its seed and whether it turns structures count, its batch
+                size and order do not.
+            main: the loader whose batches are accompanied.
+            fraction: part of all structures of a step that come from the second set, above 0 and
+                below 1.
         """
         self.loader, self.main, self.fraction = loader, main, fraction
         self._epoch = -1

@@ -33,8 +33,9 @@ class _Fixed(NamedTuple):
 class MovingAtoms:
     """Makes batches of one structure; what has not changed since the last one is used again.
 
-    :param cutoff: up to which no edge may be missed, in Å.
-    :param skin: margin of the neighbour list, in Å.
+    Args:
+        cutoff: up to which no edge may be missed, in Å.
+        skin: margin of the neighbour list, in Å.
     """
 
     def __init__(self, cutoff: float, skin: float) -> None:
@@ -54,11 +55,12 @@ class MovingAtoms:
     ) -> Batch:
         """The structure as the model's input; its edges reach as far as the skin.
 
-        :param atoms: can be computed, see :func:`~.computable.check_atoms`.
-        :param charge: its total charge.
-        :param spin: its multiplicity.
-        :param device: of the batch.
-        :param dtype: of the batch's floats.
+        Args:
+            atoms: can be computed, see :func:`~.computable.check_atoms`.
+            charge: its total charge.
+            spin: its multiplicity.
+            device: of the batch.
+            dtype: of the batch's floats.
         """
         positions, cell, pbc = _geometry(atoms)
         pairs = self._neighbors.update(positions, cell, pbc)

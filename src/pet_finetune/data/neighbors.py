@@ -74,18 +74,23 @@ def find_pairs(
 ) -> list[np.ndarray]:
     """Pairs of atoms within a cutoff, in vesin's order.
 
-    :param positions: ``[n, 3]`` in Å; atoms may lie outside the cell.
-    :param cell: ``[3, 3]`` cell vectors as rows in Å; rows of directions without periodicity are
-        ignored.
-    :param pbc: ``[3]`` bool.
-    :param cutoff: largest distance in Å, above 0.
-    :param quantities: letters as vesin has them: ``i``, ``j``, ``S`` (cell shift), ``d``
-        (distance), ``D`` (vector).
-    :param full: whether each pair comes in both directions.
-    :param where: what the structure is, for messages.
-    :return: one array for each letter.
-    :raises DataError: positions or cell are not finite, atoms or cell vectors are absurdly far
-        apart, or the atoms are so dense that their pairs do not fit into memory.
+    Args:
+        positions: ``[n, 3]`` in Å; atoms may lie outside the cell.
+        cell: ``[3, 3]`` cell vectors as rows in Å; rows of directions without periodicity are
+            ignored.
+        pbc: ``[3]`` bool.
+        cutoff: largest distance in Å, above 0.
+        quantities: letters as vesin has them: ``i``, ``j``, ``S`` (cell shift), ``d`` (distance),
+            ``D`` (vector).
+        full: whether each pair comes in both directions.
+        where: what the structure is, for messages.
+
+    Returns:
+        one array for each letter.
+
+    Raises:
+        DataError: positions or cell are not finite, atoms or cell vectors are absurdly far apart,
+            or the atoms are so dense that their pairs do not fit into memory.
     """
     name = f"{where}: " if where else "The structure cannot be computed: "
     _check_extent(positions, cell, pbc, name)
@@ -111,10 +116,11 @@ def expected_neighbors(
 ) -> float:
     """How many neighbours an atom has on average if the atoms are spread evenly.
 
-    :param positions: ``[n, 3]`` in Å.
-    :param cell: ``[3, 3]``, cell vectors as rows in Å.
-    :param pbc: ``[3]`` bool.
-    :param cutoff: in Å.
+    Args:
+        positions: ``[n, 3]`` in Å.
+        cell: ``[3, 3]``, cell vectors as rows in Å.
+        pbc: ``[3]`` bool.
+        cutoff: in Å.
     """
     count = len(positions)
     heights = _heights(positions, cell, pbc)
@@ -251,13 +257,16 @@ def neighbor_list(
 ) -> NeighborList:
     """Compute the full neighbour list of one structure.
 
-    :param positions: ``[n, 3]`` in Å; atoms may lie outside the cell.
-    :param cell: ``[3, 3]`` cell vectors as rows in Å; rows of directions without periodicity
-        are ignored.
-    :param pbc: ``[3]`` bool.
-    :param cutoff: largest distance in Å, above 0.
-    :param where: what the structure is, for messages.
-    :raises DataError: see :func:`find_pairs`.
+    Args:
+        positions: ``[n, 3]`` in Å; atoms may lie outside the cell.
+        cell: ``[3, 3]`` cell vectors as rows in Å; rows of directions without periodicity are
+            ignored.
+        pbc: ``[3]`` bool.
+        cutoff: largest distance in Å, above 0.
+        where: what the structure is, for messages.
+
+    Raises:
+        DataError: see :func:`find_pairs`.
     """
     # The half list is asked for and mirrored here: every edge then has its reverse by
     # construction, also for pairs whose distance equals the cutoff up to rounding.
@@ -292,7 +301,8 @@ def neighbor_list(
 def structure_neighbors(structure: Structure, cutoff: float) -> NeighborList:
     """Compute the neighbour list of a :class:`Structure`; ``cutoff`` in Å.
 
-    :raises DataError: see :func:`find_pairs`; names the frame.
+    Raises:
+        DataError: see :func:`find_pairs`; names the frame.
     """
     where = structure.where if structure.source else ""
     return neighbor_list(structure.positions, structure.cell, structure.pbc, cutoff, where)
@@ -301,9 +311,10 @@ def structure_neighbors(structure: Structure, cutoff: float) -> NeighborList:
 def edge_vectors(positions: Tensor, cell: Tensor, pairs: NeighborList) -> Tensor:
     """Vectors from centre to neighbour, ``[e, 3]`` in Å, differentiable in both inputs.
 
-    :param positions: ``[n, 3]``.
-    :param cell: ``[3, 3]``, cell vectors as rows.
-    :param pairs: a neighbour list of these atoms.
+    Args:
+        positions: ``[n, 3]``.
+        cell: ``[3, 3]``, cell vectors as rows.
+        pairs: a neighbour list of these atoms.
     """
     difference = positions[pairs.neighbors] - positions[pairs.centers]
     return difference + pairs.shifts.to(cell.dtype) @ cell

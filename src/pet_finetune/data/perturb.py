@@ -24,12 +24,13 @@ def distorted(
 
     Labels are left behind, since they are those of the original.
 
-    :param structures: the originals; they stay as they are.
-    :param copies: how many of each.
-    :param rattle: standard deviation of each Cartesian coordinate, Å.
-    :param strain: standard deviation of each component of the symmetric strain of cells that are
-        periodic in all three directions.
-    :param seed: the same seed gives the same copies.
+    Args:
+        structures: the originals; they stay as they are.
+        copies: how many of each.
+        rattle: standard deviation of each Cartesian coordinate, Å.
+        strain: standard deviation of each component of the symmetric strain of cells that are
+            periodic in all three directions.
+        seed: the same seed gives the same copies.
     """
     made = []
     for number, structure in enumerate(structures):

@@ -108,7 +108,8 @@ class Predicted:
     def read(cls, path: Path) -> Predicted:
         """Read what :meth:`to_bytes` made.
 
-        :raises DataError: the file is damaged, or of another release.
+        Raises:
+            DataError: the file is damaged, or of another release.
         """
         with damage_explained(
             lambda why: DataError(f"'{path}' holds no predictions of a run, or is damaged ({why}).")

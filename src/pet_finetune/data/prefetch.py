@@ -30,10 +30,11 @@ def on_device(
     On a GPU the CPU would otherwise cut and turn a batch while the GPU waits for it: a thread
     does that for one batch ahead, and puts it where the GPU reads it without stopping the CPU.
 
-    :param batches: on the CPU; where they come from a generator, it must share no state with
-        whoever uses the batches (a :class:`Loader`'s draws from its own random streams).
-    :param device: where the batches go.
-    :param dtype: of their floating-point tensors.
+    Args:
+        batches: on the CPU; where they come from a generator, it must share no state with whoever
+            uses the batches (a :class:`Loader`'s draws from its own random streams).
+        device: where the batches go.
+        dtype: of their floating-point tensors.
     """
     if device.type != "cuda":
         for batch in batches:

@@ -48,10 +48,13 @@ def read_structures(options: DatasetOptions) -> list[Structure]:
     Frames of calculations that did not converge are left out unless the options say otherwise; the
     others keep their numbers.
 
-    :param options: files, names and units.
-    :raises DataError: see :mod:`pet_finetune.data.files` and :class:`~.labels.Column`; also an
-        energy or required label that is not in the file, and a target that no frame has.
-    :raises UnitError: an unknown unit.
+    Args:
+        options: files, names and units.
+
+    Raises:
+        DataError: see :mod:`pet_finetune.data.files` and :class:`~.labels.Column`; also an energy
+            or required label that is not in the file, and a target that no frame has.
+        UnitError: an unknown unit.
     """
     reading = _Reading(options)
     _log_isolated(reading)
@@ -189,8 +192,9 @@ def _check_energies(
 ) -> None:
     """Let frames go without an energy that have forces or a stress, and say so.
 
-    :raises DataError: a frame has no label of the target at all, or no frame has an energy though
-        there is one under another name.
+    Raises:
+        DataError: a frame has no label of the target at all, or no frame has an energy though there
+            is one under another name.
     """
     energies, *others = labels.values()
     absent = [k for k, value in enumerate(energies) if value is None]
@@ -273,7 +277,8 @@ class _Gradient:
     def read(self, factor: float, usable: Sequence[bool] | None = None) -> list[Tensor | None]:
         """Values of the chosen frames; None where missing or not ``usable``.
 
-        :param factor: of the units of energy and length, for options without a unit.
+        Args:
+            factor: of the units of energy and length, for options without a unit.
         """
         if not self.options.wanted:
             return [None] * len(self.reading.chosen)

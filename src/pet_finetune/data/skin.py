@@ -18,8 +18,9 @@ class SkinNeighbors:
     atom moved apart from that: a pair at distance d is then at least ``s d - 2 max|u|`` apart,
     with s the smallest singular value of F. So MD at constant pressure keeps its list too.
 
-    :param cutoff: the distance, in Å, up to which pairs must never be missed.
-    :param skin: the margin, in Å, 0 or more; 0 builds a list at every move.
+    Args:
+        cutoff: the distance, in Å, up to which pairs must never be missed.
+        skin: the margin, in Å, 0 or more; 0 builds a list at every move.
     """
 
     def __init__(self, cutoff: float, skin: float) -> None:
@@ -33,9 +34,10 @@ class SkinNeighbors:
     def update(self, positions: Tensor, cell: Tensor, pbc: Tensor) -> NeighborList:
         """The list of a structure: the same object as last time where that still holds.
 
-        :param positions: ``[n, 3]`` float64 in Å.
-        :param cell: ``[3, 3]`` float64, cell vectors as rows in Å, zero where not periodic.
-        :param pbc: ``[3]`` bool.
+        Args:
+            positions: ``[n, 3]`` float64 in Å.
+            cell: ``[3, 3]`` float64, cell vectors as rows in Å, zero where not periodic.
+            pbc: ``[3]`` bool.
         """
         if self._pairs is None or not self._holds(positions, cell, pbc):
             self._pairs = neighbor_list(positions, cell, pbc, self.cutoff + self.skin)

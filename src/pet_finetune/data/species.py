@@ -33,11 +33,14 @@ def check_species(
 ) -> None:
     """Make sure that a model knows all elements.
 
-    :param structures: what is to be predicted or trained on.
-    :param species: atomic numbers the model knows.
-    :param advice: what else can be done about it, for the end of the message.
-    :raises SpeciesError: names each unknown element, how many atoms and structures have it and
-        the first frames.
+    Args:
+        structures: what is to be predicted or trained on.
+        species: atomic numbers the model knows.
+        advice: what else can be done about it, for the end of the message.
+
+    Raises:
+        SpeciesError: names each unknown element, how many atoms and structures have it and the
+            first frames.
     """
     known = set(species)
     atoms: dict[int, int] = {}

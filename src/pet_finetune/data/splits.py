@@ -58,7 +58,8 @@ class Splits:
     def save(self, path: str | Path) -> None:
         """Write files, frame numbers and fingerprints as JSON; the file appears whole or not.
 
-        :raises DataError: the file cannot be written.
+        Raises:
+            DataError: the file cannot be written.
         """
         sets = {
             name: {
@@ -93,10 +94,13 @@ def make_splits(options: Options, seed: int) -> Splits:
     the fractions are drawn from what is left, from every training file separately. Drawn frames
     keep the order of the file.
 
-    :param options: the whole options.
-    :param seed: seed of the draw, at least 0.
-    :raises DataError: files that cannot be read (see :func:`~.readers.read_structures`), indices
-        that do not exist or belong to two sets, or nothing left to train on.
+    Args:
+        options: the whole options.
+        seed: seed of the draw, at least 0.
+
+    Raises:
+        DataError: files that cannot be read (see :func:`~.readers.read_structures`), indices that
+            do not exist or belong to two sets, or nothing left to train on.
     """
     chosen = {"validation": options.validation_set, "test": options.test_set}
     indexed = {name: _named_frames(options, name) for name in chosen}
@@ -122,9 +126,12 @@ def make_splits(options: Options, seed: int) -> Splits:
 def load_splits(path: str | Path, options: Options) -> Splits:
     """Read the data again and restore the sets that :meth:`Splits.save` wrote.
 
-    :param path: the JSON file.
-    :param options: the options of the run that wrote it (how to read its files).
-    :raises DataError: the file is none of ours, or the data have changed since.
+    Args:
+        path: the JSON file.
+        options: the options of the run that wrote it (how to read its files).
+
+    Raises:
+        DataError: the file is none of ours, or the data have changed since.
     """
     sets = _read_json(Path(path))
     wanted: dict[tuple[str, int], list[int]] = {}

@@ -89,19 +89,21 @@ def atoms_to_structure(
 ) -> Structure:
     """Convert an ASE ``Atoms`` object; the tensors share no memory with it.
 
-    :param atoms: the ASE structure.
-    :param index: number of the frame, kept for messages.
-    :param source: the file it came from, kept for messages.
-    :param labels: labels already in eV and Å.
-    :param kinds: what the labels of targets that are no energies belong to.
-    :param charge: total charge. Without it, ``atoms.info["charge"]`` when that is an integer,
-        else 0.
-    :param spin: multiplicity 2S+1. Without it, ``atoms.info["spin"]`` or
-        ``atoms.info["spin_multiplicity"]``, else 1.
-    :param length_factor: Å per length unit of ``atoms``.
-    :raises DataError: no atoms, numbers that are not finite, an unknown element, or a
-        periodic direction without a cell vector. Charge and multiplicity are what the file says:
-        :func:`~.charges.check_charges` judges them for a model that reads them.
+    Args:
+        atoms: the ASE structure.
+        index: number of the frame, kept for messages.
+        source: the file it came from, kept for messages.
+        labels: labels already in eV and Å.
+        kinds: what the labels of targets that are no energies belong to.
+        charge: total charge. Without it, ``atoms.info["charge"]`` when that is an integer, else 0.
+        spin: multiplicity 2S+1. Without it, ``atoms.info["spin"]`` or
+            ``atoms.info["spin_multiplicity"]``, else 1.
+        length_factor: Å per length unit of ``atoms``.
+
+    Raises:
+        DataError: no atoms, numbers that are not finite, an unknown element, or a periodic
+            direction without a cell vector. Charge and multiplicity are what the file says:
+            :func:`~.charges.check_charges` judges them for a model that reads them.
     """
     where = place(index, source)
     numbers = np.array(atoms.numbers, dtype=np.int64)

@@ -63,12 +63,15 @@ class PredictionWriter:
     ) -> None:
         """Make ready to write.
 
-        :param path: where to.
-        :param main: the energy whose values are ASE's results.
-        :param kinds: what the values of targets that are no energies belong to.
-        :param systems: by file that was read, how.
-        :raises DataError: the ending is not known, something is there already, or the folder it
-            would be in does not exist.
+        Args:
+            path: where to.
+            main: the energy whose values are ASE's results.
+            kinds: what the values of targets that are no energies belong to.
+            systems: by file that was read, how.
+
+        Raises:
+            DataError: the ending is not known, something is there already, or the folder it would
+                be in does not exist.
         """
         self.path = check_prediction_path(path)
         self.main, self.kinds, self.systems = main, dict(kinds or {}), dict(systems or {})
@@ -105,7 +108,8 @@ class PredictionWriter:
     ) -> None:
         """Write more structures.
 
-        :param values: for each the predictions under the names of their labels.
+        Args:
+            values: for each the predictions under the names of their labels.
         """
         for structure, own in zip(structures, values, strict=True):
             self._write(structure, own)
@@ -216,7 +220,8 @@ _STRUCTURE = frozenset({"numbers", "positions"})
 def check_prediction_path(path: str | Path) -> Path:
     """Refuse a place that predictions cannot be written to.
 
-    :raises DataError: says which can.
+    Raises:
+        DataError: says which can.
     """
     text, file = str(path), Path(path)
     folder = text.endswith(("/", os.sep))
