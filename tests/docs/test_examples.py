@@ -7,6 +7,9 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from pet_finetune.config.named_runs import read_named_runs
 
@@ -39,3 +42,29 @@ def test_the_named_runs_of_the_example_train(repository: Path, tmp_path: Path) -
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "32bits_r8_dora/molecules_r8_dora/adapter").is_dir()
+
+
+def test_the_notebook_goes_from_atoms_to_dynamics(repository: Path) -> None:
+    """It is stored without outputs, runs from top to bottom and ends with a better model."""
+    nbclient = pytest.importorskip("nbclient")
+    nbformat = pytest.importorskip("nbformat")
+    notebook = nbformat.read(repository / "examples/notebook.ipynb", as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in cells)
+    resources = {"metadata": {"path": str(repository / "examples")}}
+    nbclient.NotebookClient(notebook, timeout=300, resources=resources).execute()
+
+    def shown(cell: Any, kind: str) -> str:
+        (result,) = [one for one in cell.outputs if one.output_type == "execute_result"]
+        return result.data[kind]
+
+    _, inspected, trained, history, errors, dynamics = cells
+    assert "findings" in shown(inspected, "text/html")
+    assert "<svg" in shown(trained, "text/html")
+    assert "energy MAE" in shown(trained, "text/html")
+    assert len(re.findall(r"0\.\d+", shown(history, "text/plain"))) == 4
+    before, after = map(float, re.findall(r"\d\.\d+", shown(errors, "text/plain")))
+    assert after < 0.8 * before
+    temperatures = [float(t) for t in re.findall(r"\d+\.\d+", shown(dynamics, "text/plain"))]
+    assert len(temperatures) == 11
+    assert 0 < temperatures[-1] < 2000
