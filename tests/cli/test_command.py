@@ -61,6 +61,31 @@ def test_debug_shows_where_an_error_came_from(here):
         main(["--debug", "info", "nothing.ckpt"])
 
 
+@pytest.mark.parametrize(
+    "failure",
+    [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")],
+    ids=["python", "torch"],
+)
+def test_too_little_memory_is_one_line(here, command, monkeypatch, failure):
+    def greedy(*ignored):
+        raise failure
+
+    monkeypatch.setattr("pet_finetune.checkpoint.info.describe_checkpoint", greedy)
+    answer = command("info", "base.ckpt")
+    assert answer.code == 1
+    assert answer.err.startswith("error: The memory is not enough")
+    assert answer.err.count("\n") == 1
+
+
+def test_other_failures_of_torch_are_not_called_memory(here, command, monkeypatch):
+    def broken(*ignored):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr("pet_finetune.checkpoint.info.describe_checkpoint", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        command("info", "base.ckpt")
+
+
 def test_what_the_system_refuses_is_one_line_too(here, command, monkeypatch):
     def full(*ignored):
         raise OSError(28, "No space left on device", "somewhere")

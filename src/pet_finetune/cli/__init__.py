@@ -48,4 +48,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except (MemoryError, RuntimeError) as error:
+        if parsed.debug or not _is_out_of_memory(error):
+            raise
+        first = (str(error).splitlines() or [""])[0]
+        print(
+            f"error: The memory is not enough{f' ({first})' if first else ''}. Use smaller batches "
+            "(architecture.training.batch_size or max_atoms_per_batch for train, -b for eval), "
+            "smaller structures, or a device with more memory.",
+            file=sys.stderr,
+        )
+        return 1
     return status
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out; torch has no class of error of its own for that on CPUs."""
+    told = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator: can't allocate memory" in told
+        or "DefaultCPUAllocator: not enough memory" in told
+    )

@@ -28,10 +28,10 @@ _UNITS: Mapping[str, Mapping[str, float]] = {
         "Hartree/Bohr": 0,
         "Ry/Bohr": 0,
         "eV/A": 0,
-        "Hartree/A": 1,
-        "eV/Bohr": 1,
-        "kJ/mol/nm": 1,
-        "meV/A": 1,
+        "Hartree/A": 4,
+        "eV/Bohr": 4,
+        "kJ/mol/nm": 4,
+        "meV/A": 4,
     },
     "stress": {
         "GPa": 0,
@@ -39,9 +39,9 @@ _UNITS: Mapping[str, Mapping[str, float]] = {
         "eV/A^3": 0,
         "Hartree/Bohr^3": 0,
         "Ry/Bohr^3": 0,
-        "kJ/mol/A^3": 1,
-        "kcal/mol/A^3": 1,
-        "bar": 1,
+        "kJ/mol/A^3": 4,
+        "kcal/mol/A^3": 4,
+        "bar": 4,
     },
 }
 #: A virial under the name of a stress, and the other way round.
@@ -55,6 +55,8 @@ _SIGN = 3.0
 _OTHER_FORM = 5.0
 #: How much better another reading must be, and how near others are worth naming beside it.
 _MARGIN, _TIE = 9.0, 3.0
+#: How much worse every reading with the other sign must be for a sign to stop a run.
+_SURE = 16.0
 _MOST_NAMED = 3
 
 #: Bounds on the median of nearest distances over sums of covalent radii. 31 sets of molecules,
@@ -127,8 +129,23 @@ def check_units(
             # Where a wrong sign alone explains it nearly as well, no unit is doubted.
             found = [r for r in found if not any(abs(v) > 1e-6 for v in r.logs.values())] or found
             if found:
-                virials = _virials(entries, pairs.get(file, ()), own, found)
-                yield from _tell(file, evidence, known, virials or found)
+                # What is usual in the field is named first among what the data cannot tell apart.
+                found.sort(key=lambda r: r.cost(evidence) + r.prior)
+                near = _virials(entries, pairs.get(file, ()), own, found, _SURE)
+                read = _virials(entries, pairs.get(file, ()), own, found, _TIE)
+                turned = [q for q, sign in found[0].signs.items() if sign < 0]
+                sure = {q for q in turned if _is_sure(q, readings, evidence, found[0])}
+                if any(r.units.get("stress") in (VIRIAL, NO_VIRIAL) for r in near):
+                    sure.discard("stress")  # a virial has the other sign
+                yield from _tell(file, evidence, known, read, sure)
+
+
+def _is_sure(
+    quantity: str, readings: Sequence[Reading], evidence: Sequence[Evidence], best: Reading
+) -> bool:
+    """Whether nothing but the wrong sign explains the evidence, whatever the units."""
+    others = [reading for reading in readings if reading.signs.get(quantity, 1) > 0]
+    return min(reading.cost(evidence) for reading in others) > best.cost(evidence) + _SURE
 
 
 def _virials(
@@ -136,11 +153,13 @@ def _virials(
     pairs: Sequence[tuple[int, int]],
     evidence: Sequence[Evidence],
     found: Sequence[Reading],
+    tie: float,
 ) -> list[Reading]:
     """Readings of the stress as a virial, or of a virial as a stress, and others as likely.
 
-    Empty where they explain the evidence less well than those that were found. The factor differs
-    from frame to frame, so that the evidence is taken anew.
+    Those that were found come too, unless a virial explains the evidence better by more than
+    ``tie``; virials are left out that are worse by more. The factor differs from frame to frame, so
+    that the evidence is taken anew.
     """
     least = found[0].cost(evidence)
     made: list[tuple[float, Reading]] = []
@@ -155,12 +174,12 @@ def _virials(
             continue
         log = power * math.log(float(np.median(volumes)))
         cost = Reading(prior=_OTHER_FORM).cost(pieces)
-        if cost <= least + _TIE:
+        if cost <= least + tie:
             made.append((cost, Reading({"stress": name}, {"stress": log}, 0.0, {"stress": -1})))
     made.sort(key=lambda pair: pair[0])
     before = [reading for cost, reading in made if cost < least]
     after = [reading for cost, reading in made if cost >= least]
-    others = found if not made or made[0][0] > least - _TIE else ()
+    others = found if not made or made[0][0] > least - tie else ()
     return [*before, *others, *after]
 
 
@@ -198,7 +217,11 @@ def _reading(chosen: Sequence[tuple[str, str, float, float, int]]) -> Reading:
 
 
 def _tell(
-    file: str, evidence: Sequence[Evidence], declared: Declared, found: Sequence[Reading]
+    file: str,
+    evidence: Sequence[Evidence],
+    declared: Declared,
+    found: Sequence[Reading],
+    sure: Collection[str],
 ) -> Iterator[Finding]:
     """The findings that readings make, the best of which is not the assumed one."""
     best = found[0]
@@ -211,11 +234,13 @@ def _tell(
     }
     for quantity, sign in best.signs.items():
         if sign < 0 and best.units[quantity] not in (VIRIAL, NO_VIRIAL):
-            # Nothing in the options turns a sign, so that a run is stopped.
+            # Nothing in the options turns a sign, so that a run is stopped, where it is certain.
+            certain = quantity in sure
             yield Finding(
-                "error",
+                "error" if certain else "warning",
                 f"{quantity}-sign",
-                f"the {_NAMES[quantity]} seem to have the wrong sign: {told}.",
+                f"the {_NAMES[quantity]} {'seem to' if certain else 'may'} have the wrong sign: "
+                f"{told}.",
                 (Frames(file),),
                 "The model would be pulled one way by them and the other way by the energies.",
                 "Forces are minus the derivative of the energy: change the sign if these are "
@@ -235,7 +260,7 @@ def _tell(
         (Frames(file),),
         "A wrong factor between energies and their derivatives cannot be learned, and a wrong "
         "common factor makes errors and learning rates mean something else.",
-        _advice(best, declared),
+        _advice(found, declared),
         {**data, "factors": _factors(found)},
     )
 
@@ -302,17 +327,30 @@ def _one_unit(best: Reading, declared: Declared) -> str | None:
     return energy if same and abs(factor) > 1e-6 else None
 
 
-def _advice(best: Reading, declared: Declared) -> str:
-    """How the options say so, if they can."""
-    energy = _one_unit(best, declared)
+def _advice(found: Sequence[Reading], declared: Declared) -> str:
+    """How the options say so, if they can; for each of several readings that are as likely."""
+    clauses = {_named(one): _clause(one, declared) for one in found[:_MOST_NAMED] if _named(one)}
+    if len(clauses) == 1:
+        told = f"If so, {next(iter(clauses.values()))}."
+    else:
+        told = "; ".join(f"for {name}, {clause}" for name, clause in clauses.items())
+        told = f"The data cannot tell which: look it up. {told[0].upper()}{told[1:]}."
+    if any(r.units.get("stress") == "kbar" and r.logs["stress"] for r in found):
+        told += " Check their sign, too: that of VASP's kbar is the opposite of ASE's."
+    return told
+
+
+def _clause(reading: Reading, declared: Declared) -> str:
+    """What to change in the options if a reading is true."""
+    energy = _one_unit(reading, declared)
     if energy is not None:
-        return f"If so, set unit: {energy} for the target: all that belongs to it is converted."
-    stress = best.units.get("stress")
+        return f"set unit: {energy} for the target: all that belongs to it is converted"
+    stress = reading.units.get("stress")
     if stress == VIRIAL:
-        return "If so, name them in the options as virial instead of stress: virial: {key: ...}."
+        return "name them in the options as virial instead of stress: virial: {key: ...}"
     if stress == NO_VIRIAL:
-        return "If so, name them in the options as stress instead of virial: stress: {key: ...}."
+        return "name them in the options as stress instead of virial: stress: {key: ...}"
     options = {"energy": "unit", "force": "forces.unit", "stress": "stress.unit"}
-    changed = [q for q, log in best.logs.items() if abs(log) > 1e-6]
-    said = ", ".join(f"{options[q]}: {best.units[q]}" for q in changed)
-    return f"If so, set {said} for the target."
+    changed = [q for q, log in reading.logs.items() if abs(log) > 1e-6]
+    said = ", ".join(f"{options[q]}: {reading.units[q]}" for q in changed)
+    return f"set {said} for the target"

@@ -101,7 +101,9 @@ def test_stress_in_other_units(strained, unit):
 
 def test_stress_of_the_wrong_sign(strained):
     inspection = look(scaled(strained, stress=-1.0))
-    assert "VASP" in the(inspection, "stress-sign").advice
+    found = the(inspection, "stress-sign")
+    assert found.severity == "error"
+    assert "VASP" in found.advice
     assert "units" not in codes(inspection)
 
 
@@ -169,8 +171,29 @@ def test_no_crystal_withstands_the_tension_of_a_stress_in_gpa(strained):
     assert "tension" in found.what
 
 
-def test_a_pressure_of_the_wrong_sign_stops_the_run(strained):
+def test_a_sign_that_only_the_tension_tells_is_asked_about(strained):
+    """An exotic unit would explain it nearly as well, so that no run is stopped."""
     frames = [
         relabel(s, stress=-s.labels["energy/stress"] + 0.9 * torch.eye(3)) for s in alone(strained)
     ]
-    assert the(look(frames), "stress-sign").severity == "error"
+    found = the(look(frames), "stress-sign")
+    assert found.severity == "warning"
+    assert "may have the wrong sign" in found.what
+
+
+def test_a_virial_under_the_name_of_a_stress_stops_no_run(strained):
+    """It has the other sign than a stress, which is no reason to call the sign wrong."""
+    assert not codes(look(virials(strained)), "error")
+    assert not codes(look(virials(alone(strained))), "error")
+
+
+def test_usual_units_come_first_and_each_has_its_advice(strained):
+    found = the(look(scaled(alone(strained), stress=1 / to_own_unit("pressure", "GPa"))), "units")
+    named = found.what.split(":")[0]
+    assert named.startswith("the numbers look like stresses in GPa")
+    assert " or " not in named or found.advice.startswith("The data cannot tell which")
+
+
+def test_kbar_are_asked_about_their_sign(strained):
+    kbar = scaled(alone(strained), stress=-1 / to_own_unit("pressure", "kbar"))
+    assert "opposite of ASE's" in the(look(kbar), "units").advice
