@@ -1,6 +1,6 @@
-"""Learning curves: what a foundation is worth at 10, 25, 50, 100 and all structures.
+r"""Learning curves: what a foundation is worth at 10, 25, 50, 100 and all structures.
 
-    python -m benchmarks.learning_curves --data DATA --work WORK \\
+    python -m benchmarks.learning_curves --data DATA --work WORK \
         --starts scratch checkpoints/pet-xtb-v0.ckpt checkpoints/pet-xtb-s.ckpt
 
 Full fine-tuning from each checkpoint, and training from scratch in the same shape, on nested parts

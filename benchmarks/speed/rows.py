@@ -76,8 +76,9 @@ def _training_arguments(
 
 
 def training_rate(tools: Tools, source: TrainingSet, method: str) -> Pairs:
-    """Structures a second over whole epochs, with all that belongs to them: shuffling, turning,
-    validation, keeping the best model.
+    """Structures a second over whole epochs.
+
+    With all that belongs to them: shuffling, rotating, validation, keeping the best model.
     """
     source = source.tiny() if tools.settings.quick else source
     epochs = UNTIMED_EPOCHS + source.epochs

@@ -188,8 +188,9 @@ def finetune(
         train: ``Atoms`` or a list of them (eV and Å; labels in the calculator's results, ``info``
             or ``arrays``), the path of a file that ASE reads, a section of ``training_set``, or
             all options: a dictionary as in an options file, or the path of one (``.yaml``).
-        validation, test: a fraction of the training structures, or structures, a path or a
-            section. None leaves it to the options.
+        validation: a fraction of the training structures, or structures, a path or a section. None
+            leaves it to the options.
+        test: given in the same ways.
         targets: what is learned, as ``targets`` of a data set:
             ``{"energy": {"key": "REF_energy", "unit": "eV"}}``. None is ``energy`` with ``forces``
             and ``stress`` where they are there.
@@ -358,7 +359,8 @@ def inspect(
     Args:
         structures: ``Atoms``, a list of them, the path of a file, or a list of paths.
         model: to compare the labels with.
-        validation, test: other sets, given in the same ways.
+        validation: another set, given in the same ways.
+        test: likewise.
         systems: more options of ``systems`` for all files: ``format``, ``types``.
         device: where the model is asked.
         seconds: how long it may be asked; of large sets it sees a part.

@@ -201,8 +201,10 @@ class AdaptedPotential:
         """What the model says now, by default of the active adapter's target.
 
         Args:
-            batch, forces, stress: as for :meth:`pet_finetune.model.Potential.predict`.
+            batch: as for :meth:`pet_finetune.model.Potential.predict`.
             target: which energy.
+            forces: whether forces are derived.
+            stress: whether the stress is derived.
         """
         chosen = self.potential.energy_target(target or self.target)
         return self.potential.predict(batch, chosen, forces=forces, stress=stress)

@@ -123,7 +123,8 @@ def combine_adapters(
         directories: at least one.
         output: the new folder; one that holds an adapter is left alone.
         weights: one for each; equal ones that sum to 1 when left out.
-        combination, rank: as for :func:`pet_finetune.adapters.combine`.
+        combination: as for :func:`pet_finetune.adapters.combine`.
+        rank: likewise.
         checkpoint: the base; needed where the weights do not sum to 1.
 
     Raises:

@@ -159,8 +159,9 @@ CALLS: Mapping[str, Callable[..., Any]] = {
 
 
 def as_key(value: Any) -> Any:
-    """Return ``value`` if it may be a dictionary key or set member: hashing runs no foreign code
-    and, as containers are left out, cannot recurse.
+    """Return ``value`` if it may be a dictionary key or set member.
+
+    Hashing runs no foreign code and, as containers are left out, cannot recurse.
     """
     if value is None or type(value) in (str, int, float, bool, bytes):
         return value

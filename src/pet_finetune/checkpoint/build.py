@@ -56,6 +56,9 @@ def build_potential(
     """Build a potential and fill it; the global random state is left as it was.
 
     Args:
+        hypers: sizes and kinds of the network's parts.
+        species: atomic numbers, ascending.
+        targets: what it predicts.
         network: the state dict of the network, names without prefix.
         composition: eV, ``[n_species]``, for each target that has a baseline.
         scale: factor for each target.

@@ -27,7 +27,9 @@ def merge_lora_layers(
     """Merge every LoRA layer of a state dict into the layer it adapts.
 
     Args:
+        state: names and tensors of the checkpoint's model.
         finetune: the checkpoint's ``finetune_config``, which holds ``alpha``.
+        where: what to call the file in messages.
         notices: one line is appended when something was merged.
 
     Returns:

@@ -58,6 +58,7 @@ def load_checkpoint(path: str | os.PathLike[str], *, keep_adapter: bool = False)
     Nothing in the file is executed, and metatrain need not be installed.
 
     Args:
+        path: the file.
         keep_adapter: when the file is of an interrupted LoRA run, leave its adapter unmerged in
             order to train it further; otherwise it is merged into the weights.
 

@@ -21,6 +21,7 @@ def plain_value(
     """Return a copy of ``value`` made of built-in types only; paths become text.
 
     Args:
+        value: anything.
         where: what the value is called, e.g. ``"training.optimizer"``.
         error: makes the exception that is raised for a value of another type.
         keep: further types that are passed through, e.g. tensors.

@@ -50,6 +50,7 @@ def usable_targets(
     """Convert those targets of a checkpoint that a :class:`Potential` can represent.
 
     Args:
+        archive: the opened file.
         described: metatrain's ``TargetInfo`` of each target.
         state: the upgraded state dict, with the buffers of baselines and scales.
         scales: factors of targets whose format kept them outside the buffers.

@@ -43,6 +43,7 @@ def upgrade(raw: RawCheckpoint, where: str) -> RawCheckpoint:
     """Bring a checkpoint to :data:`NEWEST_VERSION`, in place.
 
     Args:
+        raw: what the file holds; changed.
         where: what to call the file in messages.
 
     Raises:

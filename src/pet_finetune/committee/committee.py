@@ -171,7 +171,8 @@ class Committee(nn.Module):
         Args:
             batch: as for :meth:`Potential.predict`.
             target: the committee's.
-            forces, stress: what to derive.
+            forces: whether forces are derived.
+            stress: whether the stress is derived.
             spread: False where the mean of the derivatives is enough. Those of the members are
                 then left out if they cost extra, which they do behind layers that all share.
 

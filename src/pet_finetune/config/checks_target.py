@@ -21,6 +21,7 @@ def check_target(path: Path, name: str, target: TargetOptions) -> Iterator[Probl
     Args:
         path: where the target stands.
         name: what it is called, which says much of a direct force or stress.
+        target: its options.
     """
     wrong_form = list(_check_direct(path, name, target))
     yield from wrong_form

@@ -72,6 +72,9 @@ def parse_options(
     """Check options given as plain dictionaries and lists; else like :func:`load_options`.
 
     Args:
+        raw: the options.
+        checkpoint: as for :func:`load_options`.
+        require_start: likewise.
         source: what the error message calls the options.
     """
     start = None if checkpoint is None else str(checkpoint)

@@ -34,8 +34,11 @@ UnfreezeStages = Annotated[
 
 
 class Unfreeze(Section):
-    """Training begins with the heads and takes in deeper parts as it goes (ULMFiT,
-    arXiv:1801.06146). In a file also just the number of epochs ``every``."""
+    """Training begins with the heads and takes in deeper parts as it goes.
+
+    This is the gradual unfreezing of ULMFiT (arXiv:1801.06146). In a file also just the
+    number of epochs ``every``.
+    """
 
     every: PositiveInt | None = Field(
         default=None,

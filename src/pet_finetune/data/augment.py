@@ -76,6 +76,7 @@ def _turn_components(values: Tensor, rotations: Tensor, rank: int) -> Tensor:
         values: ``[m, 3, ...]`` for ``rank`` 1, ``[m, 3, 3, ...]`` for 2; what follows the Cartesian
             axes are subtargets.
         rotations: ``[m, 3, 3]``.
+        rank: 1 for vectors, 2 for tensors.
     """
     if rank == 1:
         return torch.einsum("mij,mj...->mi...", rotations, values)

@@ -279,6 +279,7 @@ class _Gradient:
 
         Args:
             factor: of the units of energy and length, for options without a unit.
+            usable: for each frame whether its value counts; None for all.
         """
         if not self.options.wanted:
             return [None] * len(self.reading.chosen)

@@ -109,6 +109,7 @@ class PredictionWriter:
         """Write more structures.
 
         Args:
+            structures: in the order of the file.
             values: for each the predictions under the names of their labels.
         """
         for structure, own in zip(structures, values, strict=True):

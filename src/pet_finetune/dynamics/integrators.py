@@ -102,8 +102,9 @@ def conserved_quantity(dynamics: MolecularDynamics) -> float | None:
 
 
 def integrator_state(dynamics: MolecularDynamics, rng: np.random.Generator) -> dict[str, Any]:
-    """All numbers an integrator holds, those of its thermostat and barostat too, and the
-    generator's state, as arrays that numpy stores without pickles.
+    """All numbers of an integrator, its thermostat, its barostat and the random generator.
+
+    They are arrays that numpy stores without pickles.
     """
     state = {name: np.asarray(value) for name, (_, _, value) in _numbers(dynamics).items()}
     state[_RNG] = np.asarray(json.dumps(rng.bit_generator.state))

@@ -11,7 +11,7 @@ __all__ = ["choose_outputs", "output_name"]
 
 
 def output_name(spec: TargetSpec) -> str:
-    """metatomic's name of a target: a standard one, or one in metatrain's domain ``mtt``.
+    """Metatomic's name of a target: a standard one, or one in metatrain's domain ``mtt``.
 
     Energies and direct forces and stresses have standard names, with their variants
     (https://docs.metatensor.org/metatomic/latest/quantities/). No engine knows what others are.

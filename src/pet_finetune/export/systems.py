@@ -135,7 +135,8 @@ def integer_input(systems: list[System], name: str, low: int, high: int, missing
     Args:
         systems: with or without this input.
         name: of the input.
-        low, high: what the model knows.
+        low: the smallest value that the model knows.
+        high: the largest.
         missing: what systems without it are taken to have.
     """
     values = torch.full((len(systems),), missing, dtype=torch.int64, device=systems[0].device)

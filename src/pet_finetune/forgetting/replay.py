@@ -115,8 +115,10 @@ class ReplayLoss:
 
 
 class Replay(Feature):
-    """The feature ``finetune.replay``: :class:`ReplayLoss` of a file, or of structures that the
-    starting model labels itself."""
+    """The feature ``finetune.replay``.
+
+    It is :class:`ReplayLoss` of a file, or of structures that the starting model labels itself.
+    """
 
     name = "replay"
 

@@ -154,7 +154,8 @@ def estimate(
         training: of which the middle-sized ones are measured.
         load: of the whole set.
         batch_size: structures in a batch.
-        forces, stress: whether they are trained.
+        forces: whether forces are trained.
+        stress: whether the stress is trained.
     """
     batch = _sample(training, model).to(device=model.device)
     found = []

@@ -115,8 +115,9 @@ def log_ratio(seen: np.ndarray, expected: np.ndarray, floor: float) -> tuple[flo
     """Median of the logarithms of ratios, its uncertainty, and the sign (0: unclear).
 
     Args:
-        seen, expected: values that should be equal; those with the smaller half of ``expected``
-            are left out, since noise rules them.
+        seen: values of the data.
+        expected: what they should be equal to; where these are in their smaller half, both are
+            left out, since noise rules them.
         floor: the least uncertainty.
     """
     large = np.abs(expected) >= np.median(np.abs(expected))

@@ -37,8 +37,9 @@ def composition(entry: Entry) -> tuple[tuple[int, int], ...]:
 
 
 def fingerprint(numbers: np.ndarray, shells: np.ndarray, volume: float) -> np.ndarray:
-    """The vector, scaled such that distances are root mean squares in Å; its length depends on
-    the number of elements only.
+    """The vector, scaled such that distances are root mean squares in Å.
+
+    Its length depends on the number of elements only.
 
     Args:
         numbers: atomic numbers, ``[n]``.

@@ -67,7 +67,8 @@ def request_of_files(
     Args:
         files: of the training set.
         checkpoint: the foundation.
-        validation, test: files of the other sets.
+        validation: files of the validation set.
+        test: files of the test set.
         systems: more options of ``systems`` for all of them: ``format``, ``types``.
 
     Raises:

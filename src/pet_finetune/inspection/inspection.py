@@ -194,8 +194,10 @@ def _check(
 
 
 def _errors(answers: Sequence[Answer]) -> dict[str, float]:
-    """How far the foundation is from the labels before any training: mean absolute error of the
-    forces, eV/Å, and what lies between the references of the energies, eV an atom.
+    """How far the foundation is from the labels before any training.
+
+    The mean absolute error of the forces, eV/Å, and what lies between the references of the
+    energies, eV an atom.
     """
     total = count = 0.0
     for answer in answers:

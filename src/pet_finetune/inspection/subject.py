@@ -180,9 +180,10 @@ def _entry(structure: Structure, name: str, target: str | None) -> Entry:
 
 
 def _surroundings(structure: Structure) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Nearest distances, gaps, shells (ascending distances to the neighbours of each atom, each
-    with a shift that depends on its element, ``[n, NEAR]``) and lopsidedness, as in
-    :class:`Entry`.
+    """Nearest distances, gaps, shells and lopsidedness, as in :class:`Entry`.
+
+    Shells are ascending distances to the neighbours of each atom, each with a shift that depends on
+    its element, ``[n, NEAR]``.
     """
     numbers, positions = structure.numbers.numpy(), structure.positions.numpy()
     cell, pbc = structure.cell.numpy(), structure.pbc.numpy()

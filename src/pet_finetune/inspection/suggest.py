@@ -54,7 +54,8 @@ def suggest(
         load: how much there is to compute.
         checkpoint: what the run starts from; None trains from scratch.
         parameters: of the checkpoint.
-        validation, test: sections of the options; None lets a fraction be drawn.
+        validation: a section of the options; None lets a fraction be drawn.
+        test: likewise.
         unknown: symbols of elements that the checkpoint lacks.
         outliers: whether some labels are doubtful.
         estimates: of the methods.

@@ -145,8 +145,9 @@ def _labels(entry: Entry) -> tuple[float, np.ndarray]:
 
 
 def _molecule(one: Entry, two: Entry) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Displacement in the first frame's axes after the best superposition (Kabsch 1976), no
-    strain, and the rotation that turns rows of the second frame into those axes.
+    """Displacement after the best superposition (Kabsch 1976), in the first frame's axes.
+
+    With it no strain, and the rotation that turns rows of the second frame into those axes.
     """
     here = one.positions - one.positions.mean(axis=0)
     there = two.positions - two.positions.mean(axis=0)
@@ -157,8 +158,10 @@ def _molecule(one: Entry, two: Entry) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def _crystal(one: Entry, two: Entry) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """The same for a crystal: the cell's rotation is taken out, what is left of its change is the
-    strain, and atoms move by the nearest image. None where a cell is flat.
+    """The same for a crystal; None where a cell is flat.
+
+    The cell's rotation is taken out, what is left of its change is the strain, and atoms move by
+    the nearest image.
     """
     if min(one.volume, two.volume) < 1e-6:
         return None

@@ -99,7 +99,10 @@ class PackedLayer:
 
         Args:
             tokens: [n_atoms + n_edges, width], centre tokens first.
-            key_bias, starts, heads, scale: as in :func:`attention`.
+            key_bias: as in :func:`attention`.
+            starts: as in :func:`attention`.
+            heads: as in :func:`attention`.
+            scale: as in :func:`attention`.
             output: with no prologue.
 
         Returns:

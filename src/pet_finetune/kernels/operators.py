@@ -112,8 +112,12 @@ def projection(
             needed and keeps nothing, which takes longer and spares twice the weight's memory.
         bias: [out] or None.
         prologue: ``none``, ``rms_norm``, ``layer_norm``, ``silu`` or ``swiglu``.
-        norm_weight, norm_bias, eps: of the norm.
-        a, b, scaling: [r, in] and [out, r]; receive their gradients without the dense one.
+        norm_weight: [in], of the norm.
+        norm_bias: [in], of a layer norm.
+        eps: of the norm.
+        a: [r, in], of a low-rank update; receives its gradient without the dense one.
+        b: [out, r], likewise.
+        scaling: of ``b @ a``.
         residual: [n, out], added to the result.
 
     Returns:
@@ -146,7 +150,11 @@ def grouped_projection(
         packed: [groups, 2, out * in], each from :func:`pack`.
         bias: [groups, out] or None.
         leading: how many of a group's rows come in the first turn.
-        prologue, norm_weight, norm_bias, eps, residual: as in :func:`projection`.
+        prologue: as in :func:`projection`.
+        norm_weight: as in :func:`projection`.
+        norm_bias: as in :func:`projection`.
+        eps: as in :func:`projection`.
+        residual: as in :func:`projection`.
 
     Returns:
         [n, out].
@@ -173,8 +181,11 @@ def weigh_edges(
 
     Args:
         vectors: [n_edges, 3].
-        centers, neighbors, reverse: [n_edges] int64.
-        cutoff, width: where the factors end, and over which length they fall.
+        centers: [n_edges] int64.
+        neighbors: [n_edges] int64.
+        reverse: [n_edges] int64.
+        cutoff: where the factors end.
+        width: over which length they fall.
         cosine: the cosine instead of the bump.
         smallest: the logarithms are of factors of at least this.
         tiny: under the root of the distances.

@@ -22,6 +22,7 @@ def depth_of(parameter: str, network: PET) -> int:
 
     Args:
         parameter: its path in the network.
+        network: which says how many layers there are.
     """
     part, _, rest = parameter.partition(".")
     num_layers = len(network.gnn_layers)

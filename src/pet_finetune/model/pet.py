@@ -189,7 +189,8 @@ class PET(nn.Module):
             batch: the structures.
             hood: their neighbourhoods.
             tokens: what arrives at the first of these layers; None at the very first.
-            start, stop: numbers of layers.
+            start: number of the first layer.
+            stop: number of the layer to stop before.
         """
         species = self.species_to_species_index[batch.numbers]
         neighbor_species = species[hood.neighbors]

@@ -220,7 +220,8 @@ class Potential(nn.Module):
         Args:
             batch: edges up to at least :attr:`cutoff`, on the model's device and dtype.
             target: which energy.
-            forces, stress: what to derive.
+            forces: whether forces are derived.
+            stress: whether the stress is derived.
             create_graph: keep the graph of the derivatives, for training on them.
         """
         wanted = {target: (forces, stress)}

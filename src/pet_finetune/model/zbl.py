@@ -58,7 +58,8 @@ class ZBL(nn.Module):
         """Half the pair energy of each directed edge, eV.
 
         Args:
-            z_i, z_j: [n_edges] atomic numbers.
+            z_i: [n_edges] atomic numbers of the centres.
+            z_j: [n_edges] of their neighbours.
             distances: [n_edges], Angstrom.
 
         Returns:

@@ -76,7 +76,8 @@ def panel(
         name: unique on the page; goes before the ids within.
         alt: what is to be seen, for those who cannot.
         draw: is given matplotlib's axes.
-        width, height: inches; on the page the figure is as wide as its place.
+        width: inches; on the page the figure is as wide as its place.
+        height: inches.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure

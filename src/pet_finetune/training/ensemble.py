@@ -74,8 +74,13 @@ def train_ensemble(
 
     Args:
         train_member: :func:`~.run.train`, for a member's options.
-        options, folder, notices, source, check, rooms: as for a single run; member 0 checks.
+        options: of the whole run.
+        folder: of the whole run.
         restart: the ``last.ckpt`` of any member.
+        notices: remarks of reading the options, for the log.
+        source: the options file.
+        check: whether member 0 looks at the data first.
+        rooms: as for a single run.
 
     Raises:
         PetFinetuneError: any bad input, with one clear message.

@@ -122,8 +122,10 @@ class Feature:
         """
 
     def kept(self) -> dict[str, Any] | None:
-        """What was made in :meth:`start` and must not change until the run ends: tensors and
-        plain values, written once. None where there is nothing."""
+        """What was made in :meth:`start` and must not change until the run ends.
+
+        Tensors and plain values, written once. None where there is nothing.
+        """
         return None
 
     def before_step(self, epoch: int) -> None:

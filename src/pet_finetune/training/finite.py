@@ -26,7 +26,8 @@ def check_and_clip(
         max_norm: the longest gradient; None leaves it.
         losses: [batches of the update, kinds of loss].
         where: the structures of each batch.
-        epoch, batch: of the first batch, from 0.
+        epoch: from 0.
+        batch: the first one, from 0.
 
     Returns:
         The sum of each kind of loss over the batches.

@@ -38,7 +38,8 @@ def rate_at(options: TrainingOptions, highest: float, epoch: int, step: int, tot
         options: scheduler, warm-up, and the constant rate of ``swa`` where it has one.
         highest: of the run.
         epoch: from 0.
-        step, total: as for :func:`learning_rate_factor`.
+        step: as for :func:`learning_rate_factor`.
+        total: likewise.
     """
     swa = options.swa
     if swa is not None and swa.learning_rate is not None and averages_weights(options, epoch):
