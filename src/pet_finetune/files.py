@@ -1,12 +1,61 @@
-"""Files: whether they are there, and sizes as people read them."""
+"""Files: written whole, whether they are there, and sizes as people read them."""
 
 from __future__ import annotations
 
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pet_finetune.errors import CheckpointError, DataError, did_you_mean
 
-__all__ = ["check_checkpoint", "check_file", "size_text"]
+__all__ = ["check_checkpoint", "check_file", "replacing", "size_text", "write_whole"]
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A path to write a file or a folder to, which takes the place of ``path`` at the end.
+
+    Readers find the old one or the new one, whole, also after a crash of the machine: what was
+    written is on the disk before it gets its name. If the block raises, ``path`` stays as it was
+    and what was written is removed.
+
+    Args:
+        path: the final place; its folder must exist. The path to write to has the same name, in
+            a folder of its own beside it, since some formats go by the name or store it.
+
+    Raises:
+        OSError: no room, no permission.
+    """
+    path = Path(path)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        partial = Path(folder) / path.name
+        yield partial
+        for file in (partial, *partial.rglob("*")):
+            _sync(file)
+        os.replace(partial, path)
+    with suppress(OSError):  # some file systems cannot do this for a folder
+        _sync(path.parent)
+
+
+def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Write a file in one step, text as UTF-8: it is whole or as it was.
+
+    Raises:
+        OSError: no room, no permission.
+    """
+    with replacing(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or a folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def size_text(size: int) -> str:

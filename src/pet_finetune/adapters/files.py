@@ -13,7 +13,6 @@ twice the rank, which is what it is read as.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
@@ -27,6 +26,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from pet_finetune.errors import AdapterError, damage_explained
+from pet_finetune.files import write_whole
 from pet_finetune.keys import TargetSpec
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
@@ -108,9 +108,9 @@ def write_adapter(adapter: Adapter, directory: str | Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         peft = {**to_peft(config, adapter.base_name), **_CHECKED}
         extra[_DIGEST] = _digest(peft, extra, adapter.tensors)
-        _replace(folder / CONFIG_FILE, (json.dumps(peft, indent=2) + "\n").encode())
+        write_whole(folder / CONFIG_FILE, json.dumps(peft, indent=2) + "\n")
         metadata = {"format": "pt", _METADATA: json.dumps(extra)}
-        _replace(folder / WEIGHTS_FILE, to_bytes(stored, metadata))
+        write_whole(folder / WEIGHTS_FILE, to_bytes(stored, metadata))
     except OSError as error:
         raise AdapterError(f"Cannot write the adapter to '{folder}': {error}.") from error
     return folder
@@ -209,13 +209,6 @@ def _weights_explained(path: Path) -> AbstractContextManager[None]:
     return damage_explained(
         lambda why: AdapterError(f"Cannot read the adapter weights '{path}': {why}.")
     )
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file in one step: either the whole new one is there, or the old one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -22,7 +22,6 @@ Opens with ``torch.load(path, weights_only=True)`` anywhere. Layout, version 1:
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
 from collections.abc import Mapping
@@ -40,6 +39,7 @@ from pet_finetune.adapters.new_rows import grown_tables, merge_new_rows
 from pet_finetune.adapters.prompts import remove_prompts
 from pet_finetune.adapters.quantized import quantize_base
 from pet_finetune.errors import CheckpointError, PetFinetuneError
+from pet_finetune.files import replacing
 from pet_finetune.keys import TargetSpec
 from pet_finetune.model import Potential
 from pet_finetune.nn.quantized import QUANTIZED_PART, dense_state
@@ -275,21 +275,13 @@ def _stored(tensor: Tensor) -> Tensor:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    """Write beside the file, then put the new file in its place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with replacing(path) as partial, partial.open("wb") as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error).split("\n", 1)[0]
         raise CheckpointError(
             f"{path}: the checkpoint cannot be written ({reason}). An earlier file of this name "
             "is as it was. Check that the folder exists, is writable and has space left."
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

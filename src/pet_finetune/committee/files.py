@@ -14,6 +14,7 @@ from pet_finetune.adapters.adapter import Adapter, install
 from pet_finetune.adapters.files import read_adapter
 from pet_finetune.adapters.merge import merged_copy
 from pet_finetune.errors import AdapterError
+from pet_finetune.files import write_whole
 from pet_finetune.model import Potential
 from pet_finetune.model.fingerprint import content_digest, weights_fingerprint
 
@@ -107,10 +108,8 @@ def write_committee(folder: str | Path, members: Sequence[str], calibration: Cal
         "factors": asdict(calibration),
     }
     content[_DIGEST] = content_digest({}, content)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(path, json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise AdapterError(f"Cannot write '{path}': {error}.") from error
     return path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 from pet_finetune.config.dataset import DatasetOptions, IndexedSet
 from pet_finetune.config.options import Options
 from pet_finetune.errors import DataError
-from pet_finetune.files import check_file
+from pet_finetune.files import check_file, write_whole
 
 from .files import frame_numbers, list_frames, read_frames
 from .fingerprint import structures_fingerprint
@@ -79,10 +78,8 @@ class Splits:
         }
         content = json.dumps({"format": _FORMAT, "version": _VERSION, "sets": sets})
         file = Path(path)
-        partial = file.with_name(file.name + ".partial")
         try:
-            partial.write_text(content + "\n", encoding="utf-8")
-            os.replace(partial, file)
+            write_whole(file, content + "\n")
         except OSError as error:
             raise DataError(f"Cannot write the splits to '{file}': {error.strerror}.") from error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +17,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 
 from pet_finetune.config.dataset import SystemsOptions
 from pet_finetune.errors import DataError
+from pet_finetune.files import replacing
 from pet_finetune.keys import LabelKind, forces_key, label_kind, stress_key
 
 from .files import read_frames
@@ -75,30 +75,31 @@ class PredictionWriter:
         """
         self.path = check_prediction_path(path)
         self.main, self.kinds, self.systems = main, dict(kinds or {}), dict(systems or {})
-        self._partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
+        self._partial: Path
         self._frames: dict[str, list[Atoms]] = {}
-        self._open = ExitStack()
         self._write: Callable[[Structure, Mapping[str, np.ndarray]], None]
         self._sizes: list[int] = []
         self._arrays: dict[str, IO[bytes]] = {}
 
     def __enter__(self) -> PredictionWriter:
-        """Open the file beside the final one."""
-        self._discard()
+        """Open the file that becomes the final one."""
         try:
-            if self._is_folder:
-                self._partial.mkdir()
-                self._write = self._to_arrays
-            elif self.path.suffix == _DB:
-                from ase.db import connect  # takes a while to import
+            with ExitStack() as opening:
+                self._partial = opening.enter_context(replacing(self.path))
+                if self._is_folder:
+                    self._partial.mkdir()
+                    self._write = self._to_arrays
+                elif self.path.suffix == _DB:
+                    from ase.db import connect  # takes a while to import
 
-                database = connect(str(self._partial), type="db")
-                self._write = lambda s, values: self._to_database(database, s, values)
-            else:
-                stream = self._open.enter_context(self._partial.open("w", encoding="utf-8"))
-                self._write = lambda s, values: ase.io.write(
-                    stream, self._atoms(s, values), format="extxyz"
-                )
+                    database = connect(str(self._partial), type="db")
+                    self._write = lambda s, values: self._to_database(database, s, values)
+                else:
+                    stream = opening.enter_context(self._partial.open("w", encoding="utf-8"))
+                    self._write = lambda s, values: ase.io.write(
+                        stream, self._atoms(s, values), format="extxyz"
+                    )
+                self._open = opening.pop_all()
         except OSError as error:
             raise DataError(f"Cannot write '{self.path}': {error.strerror}.") from error
         return self
@@ -125,21 +126,11 @@ class PredictionWriter:
         if kind is None and self._is_folder:
             np.save(self._partial / "ns.npy", len(self._sizes))
             np.save(self._partial / "na.npy", np.cumsum([0, *self._sizes], dtype=np.int64))
-        self._open.close()
-        if kind is None:
-            os.replace(self._partial, self.path)
-        else:
-            self._discard()
+        self._open.__exit__(kind, error, where)
 
     @property
     def _is_folder(self) -> bool:
         return not self.path.suffix
-
-    def _discard(self) -> None:
-        if self._partial.is_dir():
-            shutil.rmtree(self._partial)
-        else:
-            self._partial.unlink(missing_ok=True)
 
     def _atoms(self, structure: Structure, values: Mapping[str, np.ndarray]) -> Atoms:
         """The frame as it was read, in Å, with predictions in the place of ASE's results."""

@@ -18,6 +18,7 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from pet_finetune.errors import DynamicsError, damage_explained
+from pet_finetune.files import replacing, write_whole
 from pet_finetune.log import get_logger
 
 from .carried import carried, from_ase, to_traj
@@ -122,17 +123,14 @@ class MDFiles:
 
     def write(self, name: str, text: str) -> None:
         """Write a text file in one step: it is whole or as it was."""
-        partial = self / f".{name}.part"
         with self._explained():
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, self / name)
+            write_whole(self / name, text)
 
     def write_start(self, atoms: Atoms, settings: Mapping[str, Any]) -> None:
         """Keep what the run starts from: the structure with all it carries, and settings."""
-        partial = self / f".{START}.part"
         with self._explained():
-            ase.io.write(partial, to_traj(atoms), format="traj")
-            os.replace(partial, self / START)
+            with replacing(self / START) as partial:
+                ase.io.write(partial, to_traj(atoms), format="traj")
             digest = sha256((self / START).read_bytes()).hexdigest()  # the format has no checksum
         settings = {**settings, _START_DIGEST: digest}
         self.write(SETTINGS, json.dumps(settings, indent=2) + "\n")
@@ -220,10 +218,8 @@ class MDFiles:
         lengths = [_length(self / name) for name in (TRAJECTORY, TABLE)]
         content = io.BytesIO()
         np.savez(content, allow_pickle=False, **state, lengths=np.array(lengths))
-        partial = self / f".{STATE}.part"
         with self._explained():
-            partial.write_bytes(content.getvalue())
-            os.replace(partial, self / STATE)
+            write_whole(self / STATE, content.getvalue())
 
     def load_state(self) -> dict[str, np.ndarray]:
         """Read the state, and cut off what trajectory and log have gained since.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import torch
 from metatomic.torch import AtomisticModel, ModelCapabilities, ModelMetadata, ModelOutput
 
 from pet_finetune.errors import CheckpointError
+from pet_finetune.files import replacing
 from pet_finetune.keys import TargetSpec
 from pet_finetune.model import Potential
 
@@ -84,14 +83,11 @@ def write_model(
     model = AtomisticModel(module.eval(), metadata, capabilities)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A folder beside it, because the file's name is written into the file.
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            temporary = Path(folder) / path.name
+        with replacing(path) as partial:
             with _no_extensions():
-                model.save(str(temporary))
+                model.save(str(partial))
             if check is not None:
-                check(temporary)
-            os.replace(temporary, path)
+                check(partial)
     except (OSError, RuntimeError) as error:  # of torch, where the disk is full
         reason = getattr(error, "strerror", None) or str(error).split("\n", 1)[0]
         raise CheckpointError(

@@ -21,6 +21,7 @@ from pet_finetune.data.structure import Structure
 from pet_finetune.device import choose_device
 from pet_finetune.elements import symbol_of
 from pet_finetune.errors import ConfigError, DataError, PetFinetuneError
+from pet_finetune.files import write_whole
 from pet_finetune.keys import forces_key, stress_key
 from pet_finetune.log import Watch, get_logger
 from pet_finetune.model import Potential
@@ -353,7 +354,7 @@ def write_suggestion(inspection: Inspection, path: str | Path) -> None:
 
     Raises:
         DataError: there are no structures to suggest anything for.
-        ConfigError: the file exists.
+        ConfigError: the file exists or cannot be written.
     """
     suggestion = inspection.suggestion
     if suggestion is None:
@@ -375,5 +376,8 @@ def write_suggestion(inspection: Inspection, path: str | Path) -> None:
         lines.append("# Choose one where there is a question mark: train stops until then.")
     if errors:
         lines.append(f"# To be mended first: {', '.join(errors)}")
-    file.write_text("\n".join([*lines, to_yaml(suggestion.options)]) + "\n", encoding="utf-8")
+    try:
+        write_whole(file, "\n".join([*lines, to_yaml(suggestion.options)]) + "\n")
+    except OSError as error:
+        raise ConfigError(f"--write-options: cannot write '{file}': {error.strerror}.") from error
     _logger.info("options: %s", file)

@@ -12,7 +12,6 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ import torch
 
 from pet_finetune.caches import cache_folders, notice
 from pet_finetune.errors import ConfigError
+from pet_finetune.files import replacing
 from pet_finetune.locks import FileLock
 from pet_finetune.log import get_logger
 
@@ -196,15 +196,15 @@ def _compiled(path: Path) -> Path:
     # A warning, because that is shown also where nobody set up logging, and the wait needs a word.
     _LOG.warning("Compiling the CPU kernels, once on this machine: a minute or two.")
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder, _on_path(ninja.BIN_DIR):
+    with replacing(path) as library, _on_path(ninja.BIN_DIR):
         cpp_extension.load(
             name=_NAME,
             sources=[str(source) for source in sorted(_SOURCES.glob("*.cpp"))],
             extra_cflags=_flags(),
-            build_directory=folder,
+            build_directory=str(library.parent),
             is_python_module=False,
             is_standalone=False,
         )
-        os.replace(Path(folder) / f"{_NAME}.so", path)
+        (library.parent / f"{_NAME}.so").rename(library)
     _LOG.info("Compiled in %.0f s: %s", time.perf_counter() - started, path)
     return path

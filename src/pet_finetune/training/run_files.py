@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,6 +19,7 @@ from pet_finetune.checkpoint.archive import TorchArchive
 from pet_finetune.committee.committee import Committee
 from pet_finetune.data.predicted import Predicted
 from pet_finetune.errors import CheckpointError, DataError, TrainingError
+from pet_finetune.files import replacing, write_whole
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 
@@ -154,11 +154,8 @@ class RunFiles:
 
     def write(self, name: str, content: str | bytes) -> None:
         """Write a file in one step: it is whole or as it was."""
-        path = self.folder / name
-        partial = path.with_name(f".{name}.{os.getpid()}.part")
         with self._explained():
-            partial.write_bytes(content.encode() if isinstance(content, str) else content)
-            os.replace(partial, path)
+            write_whole(self.folder / name, content)
 
     def tell(self, facts: Mapping[str, Any]) -> None:
         """Add to what ``run.json`` says of the run."""
@@ -216,11 +213,8 @@ class RunFiles:
 
     def write_kept(self, content: dict[str, Any]) -> None:
         """Write what the run keeps of its foundation; tensors and plain values."""
-        path = self.folder / KEPT
-        partial = path.with_name(f".{KEPT}.{os.getpid()}.part")
-        with self._explained():
+        with self._explained(), replacing(self.folder / KEPT) as partial:
             torch.save(content, partial)
-            os.replace(partial, path)
 
     def read_kept(self) -> dict[str, Any]:
         """Read what :meth:`write_kept` wrote.

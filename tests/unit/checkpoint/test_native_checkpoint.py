@@ -168,15 +168,6 @@ def test_an_interrupted_save_leaves_the_earlier_file_whole(tmp_path, monkeypatch
         assert "as it was" in str(caught.value)
 
 
-def test_the_new_file_is_on_disk_before_it_takes_the_old_ones_place(tmp_path, monkeypatch):
-    order = []
-    fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(native.os, "fsync", lambda fd: (order.append("fsync"), fsync(fd)))
-    monkeypatch.setattr(native.os, "replace", lambda a, b: (order.append("replace"), replace(a, b)))
-    save_checkpoint(tmp_path / "m.ckpt", small_model())
-    assert order == ["fsync", "replace"]
-
-
 def test_places_that_cannot_be_written_are_one_clear_line(tmp_path):
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "folder").mkdir()
