@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from pet_finetune.committee.calibration_plot import Curves
+from pet_finetune.committee.calibration import Curves
 from pet_finetune.data.predicted import Predicted
-from pet_finetune.forgetting.dimer_plot import DimerRow
+from pet_finetune.forgetting.dimers import DimerRow
 from pet_finetune.report.record import Committee, Dimers, RunRecord
 from tiny_data import crystals, molecules, structures_of
 

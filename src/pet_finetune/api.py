@@ -56,9 +56,9 @@ from pet_finetune.training.evaluate import (
     evaluate_options,
 )
 from pet_finetune.training.feature import Feature
-from pet_finetune.training.outcome import TrainOutcome
 from pet_finetune.training.prepare import Rooms
 from pet_finetune.training.profile import TrainingProfile
+from pet_finetune.training.records import TrainOutcome
 from pet_finetune.training.resume import plain_errors
 from pet_finetune.training.run_files import ADAPTER, BEST, RunFiles
 from pet_finetune.training.tables import show

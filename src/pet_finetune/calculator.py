@@ -21,14 +21,15 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from pet_finetune import kernels
 from pet_finetune.adapters import AdaptedPotential
 from pet_finetune.checkpoint import open_adapted, open_committee
-from pet_finetune.committee.committee import Committee, CommitteePrediction
-from pet_finetune.committee.files import Adapters
-from pet_finetune.committee.results import (
+from pet_finetune.committee.committee import (
     COMMITTEE_PROPERTIES,
     OF_MEMBERS,
+    Committee,
+    CommitteePrediction,
     committee_results,
     to_numpy,
 )
+from pet_finetune.committee.files import Adapters
 from pet_finetune.data.computable import charge_and_spin, check_atoms
 from pet_finetune.data.contacts import Contacts
 from pet_finetune.data.moving import MovingAtoms, Origin

@@ -1,10 +1,13 @@
-"""Libraries that only some options need, and how to get them."""
+"""Libraries that only some options need (matplotlib among them), and how to get them."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Any
 
-__all__ = ["EXPORT", "QUANTIZATION", "missing_extra"]
+from pet_finetune.errors import PetFinetuneError
+
+__all__ = ["EXPORT", "QUANTIZATION", "missing_extra", "plotting"]
 
 #: The library behind ``quant_bits`` and the extra of the package that installs it.
 QUANTIZATION = ("bitsandbytes", "quant")
@@ -20,3 +23,19 @@ def missing_extra(library: str, extra: str) -> str | None:
         f"needs the library {library}, which is not installed. "
         f"Install it with: pip install 'pet-finetune[{extra}]'."
     )
+
+
+def plotting() -> tuple[Any, Any]:
+    """``matplotlib.rc_context`` and ``matplotlib.figure.Figure``.
+
+    Raises:
+        PetFinetuneError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise PetFinetuneError(
+            "Plots need matplotlib: pip install 'pet-finetune[plots]'."
+        ) from error
+    return rc_context, Figure

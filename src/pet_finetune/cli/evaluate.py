@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 from pet_finetune.errors import ConfigError
 
 from . import named
-from .paths import check_data, check_models, check_sets
-from .reading import add_reading_arguments, systems_of
+from .reading import add_reading_arguments, check_data, check_models, check_sets, systems_of
 
 if TYPE_CHECKING:
     from pet_finetune.api import EvaluationSettings, LabelNames
@@ -214,8 +213,7 @@ def _named(arguments: argparse.Namespace) -> int:
 
 def _with_options(arguments: argparse.Namespace) -> int:
     """Evaluate on the sets of an options file: of a run, or of ``mtt eval``."""
-    from pet_finetune.config.evaluation import is_evaluation, load_evaluation
-    from pet_finetune.config.load import load_options
+    from pet_finetune.config.load import is_evaluation, load_evaluation, load_options
 
     if arguments.checkpoint is None:
         raise ConfigError("eval: name the model: eval options.yaml -c MODEL")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .paths import check_models
+from .reading import check_models
 
 _EXAMPLES = """\
 examples:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from .paths import check_models
+from .reading import check_models
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from pet_finetune.errors import ConfigError
 
-from .paths import check_data, check_models, check_sets
-from .reading import add_reading_arguments, systems_of
+from .reading import add_reading_arguments, check_data, check_models, check_sets, systems_of
 
 _EXAMPLES = """\
 examples:

@@ -8,8 +8,7 @@ from typing import Any
 
 from pet_finetune.errors import ConfigError, DynamicsError
 
-from .paths import check_data, check_models
-from .reading import add_reading_arguments, systems_of
+from .reading import add_reading_arguments, check_data, check_models, systems_of
 
 _STATE = "state.npz"
 _EXAMPLES = """\

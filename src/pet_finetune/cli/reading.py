@@ -1,13 +1,19 @@
-"""Arguments of commands that read files of structures without an options file."""
+"""Arguments that name files: looked at before torch is imported, which takes seconds."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pet_finetune.elements import atomic_number, symbol_of
+from pet_finetune.files import check_checkpoint, check_file
 
-__all__ = ["add_reading_arguments", "systems_of"]
+if TYPE_CHECKING:  # pydantic takes longer to import than --help may take
+    from pet_finetune.config.dataset import DatasetOptions
+
+__all__ = ["add_reading_arguments", "check_data", "check_models", "check_sets", "systems_of"]
 
 
 def add_reading_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
@@ -39,3 +45,35 @@ def _types(text: str) -> dict[int, str]:
         if not equals or int(number) < 1:
             raise argparse.ArgumentTypeError(f"{part!r} is not of the form 1=O")
     return types
+
+
+def check_models(*checkpoints: str | Path | None) -> None:
+    """Refuse checkpoints that are not there.
+
+    Raises:
+        CheckpointError: the first of them.
+    """
+    for checkpoint in checkpoints:
+        if checkpoint is not None:
+            check_checkpoint(Path(checkpoint))
+
+
+def check_data(*files: str | Path) -> None:
+    """Refuse files of structures that are not there.
+
+    Raises:
+        DataError: the first of them.
+    """
+    for file in files:
+        check_file(Path(file), "data file")
+
+
+def check_sets(datasets: Iterable[DatasetOptions]) -> None:
+    """Refuse files of data sets that are not there.
+
+    Raises:
+        DataError: the first of them.
+    """
+    for dataset in datasets:
+        targets = dataset.targets.values()
+        check_data(dataset.systems.read_from, *(t.read_from for t in targets if t.read_from))

@@ -18,7 +18,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
+from ase.stress import full_3x3_to_voigt_6_stress
 from torch import Tensor, nn
 
 from pet_finetune.config import ModelOptions
@@ -31,6 +33,8 @@ from pet_finetune.model.prediction import forces_of, stress_of
 from pet_finetune.nn.grouped import Rows
 
 from .members import differing_layers, gather, join, restore
+
+__all__ = ["COMMITTEE_PROPERTIES", "OF_MEMBERS", "committee_results", "to_numpy"]
 
 # Edges of all members that are evaluated together. On a CPU more of them leave its caches, which
 # costs what one pass gains; on a GPU only memory sets a limit.
@@ -273,3 +277,37 @@ def _map(function: Callable[..., Tensor], *predictions: Prediction) -> Predictio
         parts = [getattr(prediction, name) for prediction in predictions]
         values[name] = None if parts[0] is None else function(*(p.detach() for p in parts))
     return Prediction(**values)
+
+
+#: What a committee computes beside the properties of ASE.
+COMMITTEE_PROPERTIES = (
+    *("energy_uncertainty", "forces_uncertainty", "stress_uncertainty"),
+    *("energy_ensemble", "forces_ensemble", "stress_ensemble"),
+)
+#: Those that take the derivatives of each member.
+OF_MEMBERS = frozenset(COMMITTEE_PROPERTIES) - {"energy_uncertainty", "energy_ensemble"}
+
+
+def committee_results(prediction: CommitteePrediction) -> dict[str, Any]:
+    """What :data:`COMMITTEE_PROPERTIES` names, for the one structure of a prediction."""
+    members = prediction.members
+    results = {
+        "energy_uncertainty": float(prediction.uncertainty("energy")[0]),
+        "energy_ensemble": to_numpy(members.energy[:, 0]),
+    }
+    if members.forces is not None:
+        # Of an atom, the root mean square over the components: the error to expect of each.
+        forces = prediction.uncertainty("forces").square().mean(-1).sqrt()
+        results["forces_uncertainty"] = to_numpy(forces)
+        results["forces_ensemble"] = to_numpy(members.forces)
+    if members.stress is not None:
+        uncertainty = to_numpy(prediction.uncertainty("stress")[0])
+        results["stress_uncertainty"] = full_3x3_to_voigt_6_stress(uncertainty)
+        results["stress_ensemble"] = full_3x3_to_voigt_6_stress(to_numpy(members.stress[:, 0]))
+    return results
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """The numbers in double precision, as calculators hand them on."""
+    array: np.ndarray = tensor.detach().to("cpu", torch.float64).numpy()
+    return array

@@ -20,12 +20,18 @@ from .finetune import (
 )
 from .keeping import AnchorOptions, ReplayOptions, RetentionOptions
 from .load import LoadedOptions, load_options, parse_options
-from .loss import LossTerm, LossType, TargetLoss
 from .model import LongRangeOptions, ModelOptions
 from .options import ArchitectureOptions, Options
-from .recipes import LabelNoise, LossStage, RotationalConsistency, WeightMean, first_epoch
-from .training import BaselineOptions, BestModelMetric, EarlyStopping, TrainingOptions
-from .unfreeze import Unfreeze
+from .recipes import LabelNoise, LossStage, RotationalConsistency, Unfreeze, WeightMean, first_epoch
+from .training import (
+    BaselineOptions,
+    BestModelMetric,
+    EarlyStopping,
+    LossTerm,
+    LossType,
+    TargetLoss,
+    TrainingOptions,
+)
 
 __all__ = [
     "DEFAULT_TARGET_MODULES",

@@ -9,8 +9,7 @@ from pet_finetune.errors import did_you_mean
 from pet_finetune.extras import QUANTIZATION, missing_extra
 
 from .checks_data import check_data
-from .checks_keeping import check_keeping
-from .checks_recipes import check_recipes
+from .checks_recipes import check_keeping, check_recipes
 from .finetune import METATRAIN_KEYS, METHOD_KEYS
 from .options import Options
 from .problems import Path, Problem, format_path

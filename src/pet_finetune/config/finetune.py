@@ -26,7 +26,7 @@ from .base import (
     real_number,
 )
 from .keeping import AnchorOptions, ReplayOptions, RetentionOptions
-from .unfreeze import Unfreeze
+from .recipes import Unfreeze
 
 __all__ = [
     "DEFAULT_TARGET_MODULES",

@@ -19,12 +19,11 @@ from typing import Any
 from pet_finetune.errors import ConfigError, did_you_mean
 
 from .finetune import FinetuneConfig, FinetuneOptions
-from .json_file import read_json
 from .load import LoadedOptions, parse_options
 from .options import Options
 from .problems import Path, format_path
 from .training import TrainingOptions
-from .yaml_file import parse_override, read_yaml
+from .yaml_file import parse_override, read_json, read_yaml
 
 __all__ = ["DEFAULTS", "NamedRun", "read_named_runs", "run_names"]
 

@@ -11,9 +11,9 @@ from .base import Section
 from .checks_data import located_datasets
 from .finetune import METHOD_KEYS
 from .options import Options
-from .plain import is_ignored
 from .problems import Path, format_path
 from .shorthands import quantity_is_assumed
+from .yaml_file import is_ignored
 
 __all__ = ["notices"]
 

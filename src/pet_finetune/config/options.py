@@ -14,9 +14,9 @@ from .base import Expects, Flag, Ignored, NonNegativeInt, Section, ignored_field
 from .dataset import DatasetOptions, IndexedSet, SetOptions
 from .finetune import METHOD_KEYS, FinetuneOptions
 from .model import ModelOptions
-from .plain import to_plain
 from .shorthands import expand_datasets, expand_set
 from .training import TrainingOptions
+from .yaml_file import to_plain
 
 __all__ = ["ArchitectureOptions", "Options"]
 

@@ -12,8 +12,8 @@ from pydantic.fields import FieldInfo
 
 from .base import Expects, Section
 from .options import Options
-from .plain import is_ignored, to_plain
 from .schema import is_nullable, section_in
+from .yaml_file import is_ignored, to_plain
 
 __all__ = ["OptionEntry", "option_entries", "options_reference"]
 

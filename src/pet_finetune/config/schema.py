@@ -9,7 +9,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from .plain import is_ignored
+from .yaml_file import is_ignored
 
 __all__ = [
     "allowed_keys",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from .files import MDFiles
+from .measure import Summary, summarize
 from .run import Outcome, simulate
 from .settings import MDSettings
-from .summary import Summary, summarize
 
 __all__ = ["MDFiles", "MDSettings", "Outcome", "Summary", "simulate", "summarize"]

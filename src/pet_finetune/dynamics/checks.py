@@ -20,7 +20,7 @@ from .carried import from_ase
 from .freedom import constraint_problems, degrees_of_freedom
 from .integrators import keeps_momentum
 from .model import ModelChoice
-from .watch import CLOSEST, atom_name
+from .run import CLOSEST, atom_name
 
 _logger = get_logger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pet_finetune.training.feature import Feature
 
 from .anchor import Anchor
-from .dimer_report import DimerReport
+from .dimers import DimerReport
 from .replay import Replay
 from .retention import RetentionReport
 

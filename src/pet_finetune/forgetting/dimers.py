@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
+from typing import Any
 
 import torch
 from ase.data import chemical_symbols, covalent_radii
 from torch import Tensor
 
+from pet_finetune.data.species import find_species
+from pet_finetune.errors import PetFinetuneError
+from pet_finetune.extras import plotting
 from pet_finetune.graph import Batch
+from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
+from pet_finetune.training.feature import Feature, Plan, TrainingRun
+from pet_finetune.training.run_files import DIMERS, RunFiles
 
 #: Angstrom.
 SHORTEST, LONGEST, STEP = 0.5, 6.0, 0.05
@@ -132,3 +142,204 @@ def verdict(pair: tuple[int, int], before: Tensor, after: Tensor) -> str:
         (False, True): "gained",
         (False, False): "absent",
     }[walls]
+
+
+_COLUMNS = 4
+# eV: what lies outside is cut off, or the wells would not be seen beside the walls.
+_LOWEST, _HIGHEST = -12.0, 12.0
+_COLOURS = {"before": "0.55", "after": "tab:blue", "wall": "0.93"}
+
+
+@dataclass(frozen=True)
+class DimerRow:
+    """The curves of one pair.
+
+    Attributes:
+        name: such as ``C-O``.
+        curves: energies by name of the model, eV, one for each distance.
+        wall: distance below which there should be a wall, Angstrom.
+        verdict: what became of it.
+    """
+
+    name: str
+    curves: Mapping[str, Sequence[float]]
+    wall: float
+    verdict: str
+
+
+def dimers_csv(distances: Sequence[float], rows: Sequence[DimerRow]) -> str:
+    """One line for each pair and distance: pair, distance (Angstrom), energies (eV)."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = list(rows[0].curves)
+    writer.writerow(["pair", "distance", *names])
+    for row in rows:
+        for index, distance in enumerate(distances):
+            energies = (f"{row.curves[name][index]:.6g}" for name in names)
+            writer.writerow([row.name, f"{distance:g}", *energies])
+    return text.getvalue()
+
+
+def dimers_svg(distances: Sequence[float], rows: Sequence[DimerRow]) -> str:
+    """A small plot for each pair, as SVG.
+
+    Raises:
+        PetFinetuneError: matplotlib is not installed.
+    """
+    rc_context, Figure = plotting()
+    columns = min(_COLUMNS, len(rows))
+    lines = math.ceil(len(rows) / columns)
+    # Letters as letters and names by a fixed rule: the same curves give the same file.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "dimers", "font.size": 8}):
+        width, height = 2.4 * columns, 1.9 * lines + 0.4
+        figure = Figure(figsize=(width, height))
+        axes = figure.subplots(lines, columns, sharex=True, squeeze=False).ravel()
+        # Inches for the labels; matplotlib's own layout takes longer than all the rest.
+        figure.subplots_adjust(
+            left=0.7 / width,
+            right=1 - 0.1 / width,
+            bottom=0.5 / height,
+            top=1 - 0.3 / height,
+            wspace=0.25,
+            hspace=0.25,
+        )
+        for axis, row in zip(axes, rows, strict=False):
+            draw_pair(axis, distances, row, _COLOURS)
+            axis.set_title(f"{row.name}: {row.verdict}", fontsize=8)
+        for axis in axes[len(rows) :]:
+            axis.set_visible(False)
+        axes[0].legend(frameon=False)
+        figure.supxlabel("distance (Å)", y=0.08 / height)
+        figure.supylabel("energy (eV)", x=0.08 / width)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
+
+
+def draw_pair(
+    axes: Any, distances: Sequence[float], row: DimerRow, colours: Mapping[str, str]
+) -> None:
+    """The curves of one pair, and where the wall should be.
+
+    Args:
+        axes: matplotlib's.
+        distances: Angstrom.
+        row: the curves.
+        colours: of the curves by name, and of the wall.
+    """
+    for name, energies in row.curves.items():
+        axes.plot(
+            distances, energies, label=name, linewidth=1.2, color=colours.get(name),
+            linestyle="--" if name == "before" else "-",
+        )  # fmt: skip
+    shown = [e for energies in row.curves.values() for e in energies]
+    low, high = max(min(shown), _LOWEST), min(max(shown), _HIGHEST)
+    margin = 0.05 * max(high - low, 0.1)
+    axes.set_ylim(low - margin, high + margin)
+    axes.axvspan(distances[0], row.wall, color=colours["wall"], linewidth=0)
+
+
+_logger = get_logger(__name__)
+
+_MEANING = {
+    "kept": "kept",
+    "lost": "LOST",
+    "gained": "gained",
+    "absent": "absent before and after",
+}
+#: More pairs than fit on a page are not drawn; the table has them all.
+_MOST_DRAWN = 66
+
+
+class DimerReport(Feature):
+    """Dimer curves of the starting model and the best one, side by side."""
+
+    name = "dimers"
+
+    def __init__(self) -> None:
+        self._plan: Plan | None = None
+        self._kept: dict[str, Any] | None = None
+
+    def check(self, plan: Plan) -> None:
+        """Note the run; there is nothing to read."""
+        self._plan = plan
+
+    def start(self, trainer: TrainingRun, kept: Mapping[str, Any] | None) -> None:
+        """Compute the starting model's curves, or take them as they were kept."""
+        self._kept = dict(kept) if kept else self._curves(trainer.model)
+
+    def _curves(self, model: Potential) -> dict[str, Any] | None:
+        plan = self._plan
+        if plan is None or plan.foundation is None or not plan.options.final_eval:
+            return None
+        target = next(iter(plan.foundation.sources), None)
+        if target is None:
+            return None
+        species = [z for z in find_species(plan.training) if z in plan.foundation.species]
+        return {"target": target, "before": dict(vars(dimer_curves(model, target, species)))}
+
+    def kept(self) -> dict[str, Any] | None:
+        """The starting model's curves and the energy that they are of."""
+        return self._kept
+
+    def finish(self, best: Potential, files: RunFiles) -> Mapping[str, Any]:
+        """Write curves and plot; what became of the repulsion of each pair."""
+        if self._kept is None:
+            return {}
+        before = DimerCurves(**self._kept["before"])
+        if not before.pairs:
+            return {}
+        verdicts = report_dimers(before, self._kept["target"], best, files)
+        return {"dimers": verdicts} if verdicts else {}
+
+
+def report_dimers(
+    before: DimerCurves, target: str, model: Potential, files: RunFiles
+) -> dict[str, str]:
+    """Write the curves before and after, and say what became of each pair's wall.
+
+    Args:
+        before: the starting model's curves.
+        target: the energy that they are of.
+        model: the best model.
+        files: of the run.
+
+    Returns:
+        What became of the wall, by pair.
+    """
+    pairs = before.pairs
+    after = dimer_curves(model, target, {z for pair in pairs for z in pair})
+    rows = [
+        DimerRow(
+            name=pair_name(pair),
+            curves={"before": old.tolist(), "after": new.tolist()},
+            wall=wall_distance(pair),
+            verdict=verdict(pair, old, new),
+        )
+        for pair, old, new in zip(pairs, before.energies, after.energies, strict=True)
+    ]
+    lengths = distances().tolist()
+    files.write(f"{DIMERS}.csv", dimers_csv(lengths, rows))
+    drawn = _draw(lengths, rows, files)
+    verdicts = {row.name: row.verdict for row in rows}
+    parts = []
+    for kind, words in _MEANING.items():
+        names = [name for name, found in verdicts.items() if found == kind]
+        if names:
+            parts.append(f"{words}: {' '.join(names)}")
+    _logger.info("repulsion at short distances (%s): %s", drawn, "; ".join(parts))
+    return verdicts
+
+
+def _draw(lengths: list[float], rows: list[DimerRow], files: RunFiles) -> str:
+    """Write the plot where that can be done; the name of the file to look at."""
+    table = f"{files.folder / DIMERS}.csv"
+    if len(rows) > _MOST_DRAWN:
+        _logger.info("dimer curves of %d pairs are not drawn: too many for a page", len(rows))
+        return table
+    try:
+        files.write(f"{DIMERS}.svg", dimers_svg(lengths, rows))
+    except PetFinetuneError as error:
+        _logger.info("dimer curves are not drawn. %s", error)
+        return table
+    return f"{files.folder / DIMERS}.svg"

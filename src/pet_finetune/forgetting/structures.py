@@ -18,7 +18,7 @@ from pet_finetune.model import Potential
 from pet_finetune.rng import Stream
 from pet_finetune.training.elements import check_known
 from pet_finetune.training.feature import Plan
-from pet_finetune.training.foundation import FoundationEnergies
+from pet_finetune.training.start import FoundationEnergies
 
 #: The name that stands for the run's own training set.
 TRAINING = "training"

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from pet_finetune.committee.calibration_plot import Curves, draw_coverage
+from pet_finetune.committee.calibration import Curves, draw_coverage
 from pet_finetune.data.predicted import Predicted
-from pet_finetune.forgetting.dimer_plot import DimerRow, draw_pair
+from pet_finetune.forgetting.dimers import DimerRow, draw_pair
 
 from .errors import residuals
 from .figures import AFTER, BEFORE, GRID, INK, MUTED, WARN, log_ticks, panel

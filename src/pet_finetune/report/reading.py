@@ -12,12 +12,11 @@ import numpy as np
 from ase.data import atomic_numbers
 
 from pet_finetune.checkpoint import load_checkpoint
-from pet_finetune.committee.calibration_plot import Curves
+from pet_finetune.committee.calibration import Curves
 from pet_finetune.config.yaml_file import read_yaml
 from pet_finetune.data.predicted import Predicted
 from pet_finetune.errors import ConfigError, DataError, PetFinetuneError
-from pet_finetune.forgetting.dimer_plot import DimerRow
-from pet_finetune.forgetting.dimers import wall_distance
+from pet_finetune.forgetting.dimers import DimerRow, wall_distance
 from pet_finetune.log import get_logger
 from pet_finetune.training.run_files import (
     ABOUT,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pet_finetune.plotting import plotting
+from pet_finetune.extras import plotting
 
 __all__ = ["simulation_svg"]
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from .baselines import prepare_baselines
+from .consistency import Spread, rotational_spread
 from .metrics import Metrics, evaluate
 from .records import TrainingResult
-from .rotations import Spread, rotational_spread
 from .trainer import Trainer
 
 __all__ = [

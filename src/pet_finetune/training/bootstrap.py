@@ -10,8 +10,6 @@ from pet_finetune.config import Options
 from pet_finetune.data.splits import Splits
 from pet_finetune.rng import MemberStream
 
-# Independent random streams of one (seed, member).
-
 
 def of_member(options: Options, splits: Splits, seed: int) -> tuple[int, Splits]:
     """The seed of ``finetune.member`` and the sets it is trained with.

@@ -13,8 +13,14 @@ from typing import Any
 from rich.table import Table
 
 from pet_finetune import kernels
-from pet_finetune.committee.calibration import LEVELS, Deviations, collect, miscalibration_area
-from pet_finetune.committee.calibration_plot import Curves, plot_calibration
+from pet_finetune.committee.calibration import (
+    LEVELS,
+    Curves,
+    Deviations,
+    collect,
+    miscalibration_area,
+    plot_calibration,
+)
 from pet_finetune.committee.committee import Calibration
 from pet_finetune.committee.files import COMMITTEE_FILE, load_committee, write_committee
 from pet_finetune.config import Options
@@ -27,7 +33,7 @@ from pet_finetune.rng import seed_everything
 from pet_finetune.runs.folder import undisturbed
 
 from .bootstrap import options_of_member
-from .outcome import TrainOutcome
+from .metrics import Errors
 from .prepare import (
     AFTER,
     NO_ROOMS,
@@ -37,7 +43,8 @@ from .prepare import (
     options_of_run,
     wanted_derivatives,
 )
-from .resume import Errors, plain_errors
+from .records import TrainOutcome
+from .resume import plain_errors
 from .run_files import (
     ADAPTER,
     LAST,

@@ -30,10 +30,10 @@ from pet_finetune.keys import TargetSpec, direct_quantity, forces_key, stress_ke
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential, Prediction, Property
 
+from .consistency import Spread, rotational_spread
 from .elements import check_known
 from .metrics import Metrics, evaluate
 from .predictions import split_predictions
-from .rotations import Spread, rotational_spread
 from .tables import error_table, show
 
 _logger = get_logger(__name__)

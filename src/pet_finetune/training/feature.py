@@ -24,12 +24,11 @@ from pet_finetune.data.splits import Splits
 from pet_finetune.data.structure import Structure
 from pet_finetune.model import Potential, Prediction, Property
 
-from .foundation import FoundationEnergies
 from .loss import Objective
 from .metrics import Metrics
 from .records import EpochRecord, Measured, StepProgress
 from .run_files import RunFiles
-from .start import Start
+from .start import FoundationEnergies, Start
 
 __all__ = ["Feature", "Plan", "Step", "TrainingRun"]
 

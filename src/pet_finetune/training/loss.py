@@ -18,7 +18,7 @@ from pet_finetune.data.batch import LabelledBatch
 from pet_finetune.keys import forces_key, stress_key
 from pet_finetune.model import Prediction, Property
 
-from .measure import counted
+from .metrics import counted
 from .schedule import loss_stage
 
 

@@ -29,15 +29,12 @@ from .bootstrap import of_member
 from .consistency import RotationalAgreement
 from .elements import ADVICE, check_known
 from .feature import Feature, Plan
-from .foundation import foundation_of
 from .loss import Objective
-from .metrics import evaluate
+from .metrics import Errors, evaluate
 from .predictions import Recorder
-from .provenance import about_run, provenance_of
-from .resume import Errors, RunState, SavedRun, plain_errors, take_files
-from .rounding import rounding_told
-from .run_files import OPTIONS, SPLITS, RunFiles
-from .start import Start, check_targets, choose_trainable, start_model
+from .resume import RunState, SavedRun, plain_errors, take_files
+from .run_files import OPTIONS, SPLITS, RunFiles, about_run, provenance_of
+from .start import Start, check_targets, choose_trainable, foundation_of, rounding_told, start_model
 from .tables import baseline_text
 from .trainer import Trainer
 from .unfreeze import Unfreezing

@@ -1,12 +1,15 @@
-"""What the training loop tells of a run: a step, an epoch, the end."""
+"""Records of the training loop: a step, an epoch, the end and its outcome."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
-from .metrics import Metrics
+from rich.table import Table
+
+from .metrics import Errors, Metrics
 
 
 class StepResult(NamedTuple):
@@ -101,3 +104,22 @@ class TrainingResult:
     best_epoch: int
     best_metric: float
     stopped_early: bool
+
+
+@dataclass(frozen=True)
+class TrainOutcome:
+    """What a run gave.
+
+    Attributes:
+        folder: its files.
+        result: how it ended; of an ensemble, how its last member did.
+        before, after: errors of the starting model and the best one (or the committee), by set and
+            target; empty for an interrupted run, or without ``final_eval``.
+        table: of these errors, as it was printed; None where there are none.
+    """
+
+    folder: Path
+    result: TrainingResult
+    before: Errors
+    after: Errors
+    table: Table | None = None

@@ -22,11 +22,11 @@ from pet_finetune.runs.folder import STARTED, RunFolder, own_folder, starts_of
 from .ensemble import train_ensemble
 from .feature import Feature, TrainingRun
 from .memory import peak_gpu_mib, peak_resident_mib
-from .outcome import TrainOutcome
+from .metrics import Errors
 from .prepare import AFTER, BEFORE, NO_ROOMS, Rooms, Run, evaluate_sets, prepare_run, primary_set
 from .progress import RunDisplay
-from .records import EpochRecord, TrainingResult
-from .resume import Errors, open_run, plain_errors
+from .records import EpochRecord, TrainingResult, TrainOutcome
+from .resume import open_run, plain_errors
 from .run_files import LOG, OPTIONS, RESULTS, RunFiles
 from .tables import error_table, show
 

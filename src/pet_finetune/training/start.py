@@ -1,13 +1,15 @@
-"""The model that a run starts from, and which of its parameters train."""
+"""The model that a run starts from: which parameters train, its energies before they change."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ase.data import chemical_symbols
+from torch import Tensor
 from torch.nn import ModuleDict
 
 from pet_finetune.adapters import AdapterConfig, freeze, inject
@@ -16,12 +18,13 @@ from pet_finetune.adapters.new_rows import train_new_rows
 from pet_finetune.checkpoint import load_checkpoint, load_oldest_start
 from pet_finetune.config import Options
 from pet_finetune.config.finetune import METHOD_KEYS
+from pet_finetune.data.loader import Loader
 from pet_finetune.data.species import find_species
 from pet_finetune.data.splits import Splits
-from pet_finetune.errors import ConfigError
+from pet_finetune.errors import ConfigError, did_you_mean
 from pet_finetune.keys import TargetSpec
 from pet_finetune.log import get_logger
-from pet_finetune.model import Potential
+from pet_finetune.model import Potential, Prediction
 from pet_finetune.model.fingerprint import weights_fingerprint
 
 from .elements import add_new_elements
@@ -165,3 +168,103 @@ def _freeze_heads(start: Start, options: Options, targets: list[str]) -> None:
         named = [*(config.head_modules or ()), *(config.last_layer_modules or ())]
         freeze(start.model, [name.removeprefix("backend.") for name in named])
     train_new_rows(start.model, list(start.new_species))
+
+
+@contextmanager
+def rounding_told(options: Options, model: Potential, loader: Loader) -> Iterator[None]:
+    """Log what happens to the predictions on the first batch within this context.
+
+    Does nothing unless ``finetune.config.quant_bits`` is given.
+
+    Args:
+        options: of the run.
+        model: quantised within the context.
+        loader: of the training structures.
+    """
+    bits = options.finetune.config.quant_bits
+    if bits is None or not options.is_finetuning:
+        yield
+        return
+    target = next(iter(options.target_specs()))
+    before = _predict(model, loader, target)
+    yield
+    after = _predict(model, loader, target)
+    batch = next(iter(loader.view())).graph
+    atoms = batch.atoms_per_structure.to(after.energy)
+    energy = ((after.energy - before.energy) / atoms).square().mean().sqrt()
+    assert after.forces is not None
+    assert before.forces is not None
+    change, size = after.forces - before.forces, before.forces
+    _logger.info(
+        "holding the frozen weights in %d bits is not exact: on the first batch it changes "
+        "energies by %.2f meV/atom and forces by %.1f meV/A (%.1f %% of them), root mean squares",
+        bits,
+        1000 * float(energy),
+        1000 * float(change.square().mean().sqrt()),
+        100 * float(change.norm() / size.norm().clamp_min(1e-12)),
+    )
+
+
+def _predict(model: Potential, loader: Loader, target: str) -> Prediction:
+    batch = next(iter(loader.view())).graph.to(model.device)
+    return model.predict(batch, target)
+
+
+@dataclass(frozen=True)
+class FoundationEnergies:
+    """The starting model's energies, before heads go and baselines move.
+
+    Attributes:
+        species: atomic numbers it knows, without those that were added to it.
+        energies: those it predicts itself.
+        sources: for each trained energy that began with a head of the foundation, which one.
+        baselines: of all its energies and those in ``sources``, [n_species], eV.
+    """
+
+    species: tuple[int, ...]
+    energies: tuple[str, ...]
+    sources: dict[str, str]
+    baselines: dict[str, Tensor]
+
+    def heads_of(self, source: str) -> list[str]:
+        """The trained energies that began with the head of ``source``."""
+        return [target for target, own in self.sources.items() if own == source]
+
+    def shift(self, model: Potential, target: str) -> Tensor:
+        """By how much the baseline of an energy has moved since, [n_species], eV."""
+        return model.composition.get(target).cpu() - self.baselines[target]
+
+
+def foundation_of(start: Start, options: Options) -> FoundationEnergies:
+    """Note what has to be known later; call it before anything of the model is changed."""
+    model, added = start.model, {*start.fresh, *start.inherited}
+    energies = [
+        name
+        for name, spec in model.targets.items()
+        if spec.is_energy and not spec.per_atom and spec.num_outputs == 1
+    ]
+    own = tuple(name for name in energies if name not in added)
+    sources = {
+        target: start.inherited.get(target, target)
+        for target in options.target_specs()
+        if target in energies and target not in start.fresh
+    }
+    baselines = {name: model.composition.get(name).cpu().clone() for name in energies}
+    known = tuple(z for z in model.species if z not in start.new_species)
+    return FoundationEnergies(known, own, sources, baselines)
+
+
+def named_energy(targets: Mapping[str, object], foundation: FoundationEnergies, path: str) -> str:
+    """The one target of a data set, which must be one of the foundation's energies.
+
+    Raises:
+        ConfigError: it is not; ``path`` is the option that names the data set.
+    """
+    (source,) = targets
+    if source not in foundation.energies:
+        raise ConfigError(
+            f"{path}.targets: the starting model has no energy '{source}'."
+            f"{did_you_mean(source, foundation.energies)} It has: "
+            f"{', '.join(foundation.energies) or 'none'}. The name in the file is given with `key`."
+        )
+    return source

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from pet_finetune.committee.calibration_plot import Curves
+from pet_finetune.committee.calibration import Curves
 from pet_finetune.training.baselines import BaselineTable
 from pet_finetune.training.metrics import Metrics
 

@@ -30,15 +30,15 @@ from pet_finetune.stages import each, stage
 from .feature import Feature, Step
 from .finite import check_and_clip
 from .interrupt import InterruptGuard
+from .labels import add_label_noise
 from .loss import Objective, batch_loss, derivatives, objectives_at
 from .metrics import Metrics, evaluate
-from .noise import add_label_noise
 from .optimizer import load_optimizer, make_optimizer, set_learning_rate
 from .precision import mixed, precision_errors
 from .records import EpochRecord, StepProgress, StepResult, TrainingResult
+from .resume import Progress
 from .schedule import rate_at
 from .selection import best_metric, best_window, check_metric, mean_loss
-from .state import Progress
 
 _logger = get_logger(__name__)
 # The name of the whole loss among its terms.

@@ -15,7 +15,7 @@ from models import apart, crystal, ethanol, lone_atom, random_potential
 from pet_finetune import PETCalculator
 from pet_finetune.data.contacts import Contacts
 from pet_finetune.dynamics.measure import Measurement
-from pet_finetune.dynamics.watch import Watch
+from pet_finetune.dynamics.run import Watch
 from pet_finetune.errors import DataError
 
 GOOD = Measurement(3, 1.5, -10.0, 0.1, -9.9, 310.0)

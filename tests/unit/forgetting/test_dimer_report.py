@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from pet_finetune.errors import PetFinetuneError
-from pet_finetune.forgetting.dimer_plot import DimerRow, dimers_csv, dimers_svg
+from pet_finetune.forgetting.dimers import DimerRow, dimers_csv, dimers_svg
 
 DISTANCES = [0.5, 1.0, 2.0]
 ROWS = [
