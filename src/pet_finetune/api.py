@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +29,6 @@ from pet_finetune.config.named_runs import NamedRun
 from pet_finetune.data.exact import write_exact
 from pet_finetune.errors import CheckpointError, ConfigError
 from pet_finetune.export.export import ExportOutcome, export_model, export_table
-from pet_finetune.forgetting import forgetting_features
 from pet_finetune.inspection import Inspection
 from pet_finetune.inspection.inspect import (
     Request,
@@ -99,9 +100,19 @@ _logger = get_logger(__name__)
 Model = str | os.PathLike[str] | AdaptedPotential | Potential
 _FOUNDATION = "foundation.ckpt"
 
+# Packages with features of training that no other code names: deleting one takes its features away.
+_FEATURE_ROOMS = ("pet_finetune.forgetting",)
+
+
+def _features() -> list[Feature]:
+    """The features of the rooms above training, as far as they are there."""
+    there = [name for name in _FEATURE_ROOMS if importlib.util.find_spec(name) is not None]
+    return [one for name in there for one in importlib.import_module(name).features()]
+
+
 #: What takes part in every run that is begun here.
 ROOMS = Rooms(
-    features=forgetting_features,
+    features=_features,
     inspect=lambda: [Preflight()],
     read=read_checked,
     report=report_or_warn,
@@ -243,7 +254,7 @@ def finetune(
 
 def _rooms(own: Sequence[Feature], temporary: bool) -> Rooms:
     """What takes part in a run with features of the caller's own."""
-    rooms = replace(ROOMS, features=lambda: [*forgetting_features(), *own])
+    rooms = replace(ROOMS, features=lambda: [*_features(), *own])
     return replace(rooms, report=lambda folder: None) if temporary else rooms
 
 

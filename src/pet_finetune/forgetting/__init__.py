@@ -9,9 +9,9 @@ from .dimers import DimerReport
 from .replay import Replay
 from .retention import RetentionReport
 
-__all__ = ["Anchor", "DimerReport", "Replay", "RetentionReport", "forgetting_features"]
+__all__ = ["Anchor", "DimerReport", "Replay", "RetentionReport", "features"]
 
 
-def forgetting_features() -> list[Feature]:
+def features() -> list[Feature]:
     """The features of this room; each does nothing where the options do not ask for it."""
     return [RetentionReport(), Replay(), Anchor(), DimerReport()]

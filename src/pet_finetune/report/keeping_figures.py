@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pet_finetune.committee.calibration import Curves, draw_coverage
 from pet_finetune.data.predicted import Predicted
-from pet_finetune.forgetting.dimers import DimerRow, draw_pair
+
+if TYPE_CHECKING:
+    from pet_finetune.forgetting.dimers import DimerRow
 
 from .errors import residuals
 from .figures import AFTER, BEFORE, GRID, INK, MUTED, WARN, log_ticks, panel
@@ -38,6 +40,8 @@ def dimer_panels(dimers: Dimers) -> list[str]:
 
 
 def _pair(axes: Any, dimers: Dimers, row: DimerRow) -> None:
+    from pet_finetune.forgetting.dimers import draw_pair  # only where that room wrote curves
+
     draw_pair(axes, dimers.distances, row, {"before": BEFORE, "after": AFTER, "wall": GRID})
     axes.set_title(f"{row.name}: wall {row.verdict}", color=WARN if row.verdict == "lost" else INK)
     axes.set(xlabel="distance (Å)", ylabel="energy (eV)")

@@ -16,7 +16,6 @@ from pet_finetune.committee.calibration import Curves
 from pet_finetune.config.yaml_file import read_yaml
 from pet_finetune.data.predicted import Predicted
 from pet_finetune.errors import ConfigError, DataError, PetFinetuneError
-from pet_finetune.forgetting.dimers import DimerRow, wall_distance
 from pet_finetune.log import get_logger
 from pet_finetune.training.run_files import (
     ABOUT,
@@ -163,6 +162,8 @@ def _dimers(path: Path, verdicts: Mapping[str, str]) -> Dimers | None:
     """The curves, with what ``results.json`` says of them."""
     if not path.exists() or not verdicts:
         return None
+    from pet_finetune.forgetting.dimers import DimerRow, wall_distance  # which wrote them
+
     lengths: dict[float, None] = {}
     curves: dict[str, dict[str, list[float]]] = {}
     with path.open(newline="", encoding="utf-8") as stream:
@@ -172,16 +173,16 @@ def _dimers(path: Path, verdicts: Mapping[str, str]) -> Dimers | None:
             for name, energy in row.items():
                 pair.setdefault(name, []).append(float(energy))
     rows = [
-        DimerRow(name, energies, _wall(name), verdicts[name])
+        DimerRow(name, energies, wall_distance(_numbers(name)), verdicts[name])
         for name, energies in curves.items()
         if name in verdicts
     ]
     return Dimers(list(lengths), rows) if rows else None
 
 
-def _wall(pair: str) -> float:
+def _numbers(pair: str) -> tuple[int, int]:
     first, _, second = pair.partition("-")
-    return wall_distance((atomic_numbers[first], atomic_numbers[second]))
+    return atomic_numbers[first], atomic_numbers[second]
 
 
 def _committee(results: Mapping[str, Any], folder: Path) -> Committee | None:

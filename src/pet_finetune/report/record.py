@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pet_finetune.committee.calibration import Curves
 from pet_finetune.data.predicted import Predicted
-from pet_finetune.forgetting.dimers import DimerRow
+
+if TYPE_CHECKING:
+    from pet_finetune.forgetting.dimers import DimerRow
 from pet_finetune.keys import forces_key, stress_key
 
 #: Errors of one model: ``errors[set][target]["forces_mae"]``, in eV, Å and the targets' own units.

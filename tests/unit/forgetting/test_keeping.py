@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import io
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import pet_finetune
 from models import random_potential
+from pet_finetune import forgetting
 from pet_finetune.config import TargetLoss, TrainingOptions
 from pet_finetune.data import Loader
 from pet_finetune.data.mixing import Beside
-from pet_finetune.forgetting import forgetting_features
 from pet_finetune.forgetting.dimers import dimer_curves
 from pet_finetune.forgetting.replay import ReplayLoss
 from pet_finetune.forgetting.retention import Retention
@@ -156,7 +162,7 @@ def kept_of(labelled, model):
 def test_a_run_that_goes_on_has_what_the_run_kept(labelled, model):
     kept = written(kept_of(labelled, model))
     trainer = make_trainer()
-    for feature in forgetting_features():
+    for feature in forgetting.features():
         trainer.add(feature, kept[feature.name])
     assert {f.name: f.kept() for f in trainer.features} == kept
     with torch.no_grad():
@@ -171,10 +177,26 @@ def test_a_run_that_goes_on_has_what_the_run_kept(labelled, model):
 
 def test_features_that_keep_nothing_do_nothing():
     trainer = make_trainer()
-    for feature in forgetting_features():
+    for feature in forgetting.features():
         trainer.add(feature, None)
         assert feature.kept() is None
         assert feature.losses(at(0)) == {}
         assert feature.validate(trainer.model, 1) is None
         assert feature.errors(trainer.model) == {}
         assert feature.heads == ()
+
+
+def test_the_package_works_without_this_room(tmp_path):
+    """Deleting the folder takes its features away and nothing else."""
+    package = Path(pet_finetune.__file__).parent
+    left_out = shutil.ignore_patterns("__pycache__", "forgetting")
+    shutil.copytree(package, tmp_path / "pet_finetune", ignore=left_out)
+    code = (
+        "import pet_finetune.report.page; from pet_finetune.api import ROOMS; "
+        "print([feature.name for feature in ROOMS.features()])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
