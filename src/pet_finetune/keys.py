@@ -15,6 +15,7 @@ __all__ = [
     "direct_quantity",
     "forces_key",
     "label_kind",
+    "output_name",
     "stress_key",
 ]
 
@@ -122,6 +123,21 @@ def direct_quantity(target: str) -> Literal["force", "pressure"] | None:
     if base in DIRECT_FORCES:
         return "force"
     return "pressure" if base in DIRECT_STRESS else None
+
+
+def output_name(spec: TargetSpec) -> str:
+    """metatomic's name of a target: a standard one, or one in metatrain's domain ``mtt``.
+
+    Energies and direct forces and stresses have standard names, with their variants
+    (https://docs.metatensor.org/metatomic/latest/quantities/). No engine knows what others are.
+    """
+    base, slash, variant = spec.name.partition("/")
+    if base in DIRECT_FORCES and spec.per_atom and spec.shape == (3,):
+        return DIRECT_FORCES[0] + slash + variant
+    direct_stress = base in DIRECT_STRESS and spec.per_volume and spec.shape == (3, 3)
+    if direct_stress or (base == "energy" and spec.is_energy) or "::" in spec.name:
+        return spec.name
+    return f"mtt::{spec.name}"
 
 
 def forces_key(target: str) -> str:

@@ -263,4 +263,15 @@ def _provenance(content: Mapping[str, Any], version: int) -> dict[str, Any]:
         if isinstance(metadata, dict):
             names = ("name", "description", "authors", "references")
             result["metadata"] = {n: metadata[n] for n in names if metadata.get(n)}
+            result.update(_ancestors(metadata.get("extra")))
     return result
+
+
+def _ancestors(card: Any) -> dict[str, Any]:
+    """What a file that pet-finetune wrote for metatrain says of the model it was made from."""
+    try:
+        provenance = json.loads(card["provenance"])
+        parent = {"parent": str(card["source"]), "parent_fingerprint": str(card["fingerprint"])}
+    except (LookupError, TypeError, ValueError, RecursionError):
+        return {}
+    return {**parent, "parent_provenance": provenance} if isinstance(provenance, dict) else {}

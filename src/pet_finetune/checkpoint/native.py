@@ -24,7 +24,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+import pickle
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,16 @@ from .archive import TorchArchive
 from .build import build_potential, model_options
 from .plain import plain_value
 
-__all__ = ["FORMAT", "VERSION", "NativeCheckpoint", "is_native", "read_native", "save_checkpoint"]
+__all__ = [
+    "FORMAT",
+    "VERSION",
+    "NativeCheckpoint",
+    "is_native",
+    "read_native",
+    "save_checkpoint",
+    "stored_tensor",
+    "save_content",
+]
 
 FORMAT = "pet-finetune"
 VERSION = 1
@@ -113,20 +123,20 @@ def save_checkpoint(
         "hypers": model.hypers.model_dump(),
         "species": list(model.species),
         "targets": {name: asdict(spec) for name, spec in model.targets.items()},
-        "weights": {n: _stored(w) for n, w in network.items() if not is_adapter_tensor(n)},
-        "composition": {name: _stored(model.composition.get(name)) for name in model.targets},
+        "weights": {n: stored_tensor(w) for n, w in network.items() if not is_adapter_tensor(n)},
+        "composition": {name: stored_tensor(model.composition.get(name)) for name in model.targets},
         "scale": {name: float(model.scale.get(name)) for name in model.targets},
         "relative": {
-            name: _stored(factors)
+            name: stored_tensor(factors)
             for name in model.targets
             if (factors := model.scale.relative(name)) is not None
         },
-        "radii": None if model.zbl is None else _stored(model.zbl.covalent_radii),
+        "radii": None if model.zbl is None else stored_tensor(model.zbl.covalent_radii),
         "provenance": plain_value(provenance or {}, "provenance", error),
         "adapter": adapter,
         "training": plain_value(training, "training", error, keep=(Tensor,)),
     }
-    _write(path, content)
+    save_content(path, content)
     return path
 
 
@@ -192,10 +202,10 @@ def _adapter_content(model: Potential) -> dict[str, Any]:
         "config": config,
         "fingerprint": state.fingerprint,
         "inherited_from": state.inherited_from,
-        "tensors": {n: _stored(w) for n, w in adapter_tensors(model).items()},
-        "saved": {name: _stored(weight) for name, weight in state.saved.items()},
-        "composition": _stored(state.composition),
-        "scale": _stored(state.scale),
+        "tensors": {n: stored_tensor(w) for n, w in adapter_tensors(model).items()},
+        "saved": {name: stored_tensor(weight) for name, weight in state.saved.items()},
+        "composition": stored_tensor(state.composition),
+        "scale": stored_tensor(state.scale),
         "brought_target": state.brought_target,
         "brought_species": list(state.brought_species),
     }
@@ -267,18 +277,37 @@ def _restore_adapter(
     )
 
 
-def _stored(tensor: Tensor) -> Tensor:
+def stored_tensor(tensor: Tensor) -> Tensor:
     """A tensor on the CPU that brings no more than its own numbers into the file."""
     tensor = tensor.detach().to("cpu").contiguous()
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
     return tensor if whole else tensor.clone()
 
 
-def _write(path: Path, content: Mapping[str, Any]) -> None:
+def save_content(
+    path: Path,
+    content: Mapping[str, Any],
+    pickle_module: Any = pickle,
+    check: Callable[[Path], None] | None = None,
+) -> None:
+    """Write a checkpoint in one step: the whole new file is there, or the old one.
+
+    Args:
+        path: the file; its folder is made when missing.
+        content: for ``torch.save``.
+        pickle_module: for ``torch.save``.
+        check: is shown the new file before it takes its place, and raises if it is wrong.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial, partial.open("wb") as file:
-            torch.save(content, file)
+        with replacing(path) as partial:
+            with partial.open("wb") as file:
+                torch.save(content, file, pickle_module=pickle_module)
+            if check is not None:
+                check(partial)
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error).split("\n", 1)[0]
         raise CheckpointError(

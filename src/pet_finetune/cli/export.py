@@ -1,4 +1,4 @@
-"""``pet-finetune export``: a model for simulation engines."""
+"""``pet-finetune export``: a model for simulation engines, or for metatrain."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ examples:
   pet-finetune export best_model.ckpt -o model.pt
   pet-finetune export foundation.ckpt --adapter run/adapter -o water.pt
   pet-finetune export best_model.ckpt -o model.pt --dtype float64
+  pet-finetune export best_model.ckpt --format metatrain -o model.ckpt
 """
 
 
@@ -19,17 +20,29 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add the command to the command line."""
     parser = commands.add_parser(
         "export",
-        help="a model for LAMMPS, i-PI, ASE and other engines",
-        description="Write a model as a metatomic file, which runs without pet-finetune.",
+        help="a model for LAMMPS, i-PI, ASE and other engines, or for metatrain",
+        description="Write a model as a metatomic file, which runs without pet-finetune, or as a "
+        "checkpoint of metatrain.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", help="ours or metatrain's")
-    parser.add_argument("-o", "--output", help="the file (default: the checkpoint's name with .pt)")
+    parser.add_argument(
+        "-o",
+        "--output",
+        help="the file (default: the checkpoint's name with .pt, or with _metatrain.ckpt)",
+    )
+    parser.add_argument(
+        "--format",
+        metavar="FORMAT",
+        help="metatomic, for engines, or metatrain, for mtt eval, train and export "
+        "(default: metatrain where the file ends with .ckpt, else metatomic)",
+    )
     parser.add_argument("--adapter", help="folder of an adapter of this model, to merge into it")
     parser.add_argument(
         "--target",
-        help="the energy that engines get (default: that of the adapter, the only one, or energy)",
+        help="the energy that engines get (default: that of the adapter, the only one, or energy);"
+        " for metatrain the only target to write (default: all)",
     )
     parser.add_argument(
         "--dtype", metavar="TYPE", help="float32 or float64 (default: that of the model)"
@@ -49,9 +62,11 @@ def run(arguments: argparse.Namespace) -> int:
     from pet_finetune.training.tables import show
 
     setup_logging()
+    ending = "_metatrain.ckpt" if arguments.format == "metatrain" else ".pt"
     outcome = export_model(
         arguments.checkpoint,
-        arguments.output or f"{Path(arguments.checkpoint).stem}.pt",
+        arguments.output or f"{Path(arguments.checkpoint).stem}{ending}",
+        format=arguments.format,
         adapter=arguments.adapter,
         target=arguments.target,
         dtype=arguments.dtype,

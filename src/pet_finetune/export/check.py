@@ -17,6 +17,7 @@ from metatomic.torch import (
 )
 from torch import Tensor
 
+from pet_finetune.checkpoint import load_checkpoint
 from pet_finetune.data.batch import collate
 from pet_finetune.data.neighbors import edge_vectors, structure_neighbors
 from pet_finetune.data.structure import Structure
@@ -115,6 +116,32 @@ class ModelCheck:
                 self._compare(output, -torch.cat(slopes), expected.forces)
             else:
                 self._compare(output, values.reshape(expected.values.shape), expected.values)
+
+    def read_back(self, path: Path, targets: Mapping[str, str]) -> None:
+        """Read a checkpoint again and ask the model in it.
+
+        Args:
+            path: the checkpoint.
+            targets: its name of each target, and the model's.
+
+        Raises:
+            CheckpointError: it says something else.
+        """
+        again = load_checkpoint(path).model
+        pairs = [(s, structure_neighbors(s, again.cutoff)) for s in self.structures]
+        wanted = {name: (again.target(name).is_energy, False) for name in targets}
+        found = again.predict_targets(collate(pairs, self.dtype).graph, wanted)
+        for name, target in targets.items():
+            new, expected = found[name], self.expected[target]
+            if isinstance(new, Prediction):
+                assert isinstance(expected, Prediction)
+                assert new.forces is not None
+                assert expected.forces is not None
+                self._compare(name, new.energy, expected.energy)
+                self._compare(name, new.forces, expected.forces)
+            else:
+                assert not isinstance(expected, Prediction)
+                self._compare(name, new.values, expected.values)
 
     def _compare(self, output: str, found: Tensor, expected: Tensor) -> None:
         found, expected = found.detach().double(), expected.detach().double()

@@ -29,6 +29,10 @@ from pet_finetune.version import __version__
 _LOG = get_logger(__name__)
 # Enough to notice an error, few enough to cost a second.
 _STRUCTURES = 6
+_FORMATS = {
+    "metatomic": "metatomic (TorchScript)",
+    "metatrain": "metatrain (checkpoint of PET, format 16)",
+}
 
 
 @dataclass(frozen=True)
@@ -37,11 +41,13 @@ class ExportOutcome:
 
     Attributes:
         path: the file.
-        outputs: metatomic's name of each output, and the target it is.
+        outputs: the name of each output in the file, and the target it is.
         interaction_range: how far away an atom can lie that matters to an atom, Angstrom.
         dtype: floating type of inputs and outputs.
         difference: the largest difference to the model found in predictions, relative to 1 plus
             the largest of them.
+        format: ``metatomic`` or ``metatrain``.
+        notices: what the user should know about the conversion, one line each.
     """
 
     path: Path
@@ -49,6 +55,8 @@ class ExportOutcome:
     interaction_range: float
     dtype: str
     difference: float
+    format: str = "metatomic"
+    notices: tuple[str, ...] = ()
 
 
 @torch.inference_mode(False)
@@ -56,20 +64,24 @@ def export_model(
     checkpoint: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
+    format: str | None = None,
     adapter: str | os.PathLike[str] | None = None,
     target: str | None = None,
     dtype: str | None = None,
     name: str | None = None,
     authors: Sequence[str] = (),
 ) -> ExportOutcome:
-    """Write a model as a metatomic file, once its predictions are found to be the model's.
+    """Write a model for other programs, once its predictions are found to be the model's.
 
     Args:
         checkpoint: ours or metatrain's.
         output: the file; one that exists is replaced.
+        format: ``metatomic``, for simulation engines, or ``metatrain``, a checkpoint that metatrain
+            evaluates, trains and exports; None for ``metatrain`` where ``output`` ends with
+            ``.ckpt``, else ``metatomic``.
         adapter: an adapter folder to merge into it; then its target is the only output.
         target: the energy that engines get as ``energy``. Without it: the adapter's, else the only
-            one there is, else ``energy``.
+            one there is, else ``energy``. For metatrain: the only target to write.
         dtype: ``float32`` or ``float64``; None for the model's own.
         name: of the model, in the file's metadata; None for the file's name.
         authors: for the metadata.
@@ -83,30 +95,89 @@ def export_model(
         if (problem := missing_extra(library, "export")) is not None:
             raise ConfigError(f"export: it {problem}")
     wanted = choose_dtype(dtype)
+    format = _format(format, Path(output))
     path = _output(Path(output), Path(checkpoint))
     opened = load_checkpoint(checkpoint)
     potential, of_adapter = _merged(opened.model, adapter)
     if wanted is not None:
         potential.to(wanted)
-    energy = _energy(potential, target or of_adapter)
-    only = None if of_adapter is None else {of_adapter}
+    card = _card(potential, opened, adapter)
+    write = _write_metatrain if format == "metatrain" else _write_metatomic
+    return write(path, potential, target, of_adapter, name or path.stem, authors, card)
+
+
+def _write_metatomic(
+    path: Path,
+    potential: Potential,
+    target: str | None,
+    of_adapter: str | None,
+    name: str,
+    authors: Sequence[str],
+    card: dict[str, str],
+) -> ExportOutcome:
+    """Write a model for engines."""
     from .check import ModelCheck
-    from .outputs import choose_outputs
+    from .targets import choose_outputs
     from .write import interaction_range, write_model
 
-    outputs = choose_outputs(potential, energy, only)
-    left_out = [name for name in potential.targets if name not in outputs.values()]
-    if left_out:
-        _LOG.info("Left out, because the adapter was not trained for them: %s", ", ".join(left_out))
+    energy = _energy(potential, target or of_adapter)
+    outputs = choose_outputs(potential, energy, None if of_adapter is None else {of_adapter})
+    _say_left_out([name for name in potential.targets if name not in outputs.values()])
     check = ModelCheck(potential, _structures(potential), outputs)
-    card = _card(potential, opened, adapter)
     reach, floating = interaction_range(potential), str(potential.dtype).removeprefix("torch.")
     with warnings.catch_warnings():
         # Of torch about TorchScript, which metatomic's format is made of.
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", message=".*torch.jit.*")
-        write_model(path, potential, outputs, name or path.stem, authors, card, check)
+        write_model(path, potential, outputs, name, authors, card, check)
     return ExportOutcome(path, outputs, reach, floating, check.difference)
+
+
+def _write_metatrain(
+    path: Path,
+    potential: Potential,
+    target: str | None,
+    of_adapter: str | None,
+    name: str,
+    authors: Sequence[str],
+    card: dict[str, str],
+) -> ExportOutcome:
+    """Write a model for metatrain, and read it back."""
+    from pet_finetune.checkpoint.to_metatrain import save_metatrain
+
+    from .check import ModelCheck
+    from .write import interaction_range
+
+    only = target or of_adapter
+    if only is not None:
+        others = [other for other in potential.targets if other != potential.target(only).name]
+        for other in others:
+            potential.remove_target(other)
+        if target is None:
+            _say_left_out(others)
+    check = ModelCheck(
+        potential, _structures(potential), {name: name for name in potential.targets}
+    )
+    written = save_metatrain(
+        path, potential, name=name, authors=authors, card=card, check=check.read_back
+    )
+    for notice in written.notices:
+        _LOG.info("%s", notice)
+    floating = str(potential.dtype).removeprefix("torch.")
+    return ExportOutcome(
+        path,
+        written.targets,
+        interaction_range(potential),
+        floating,
+        check.difference,
+        "metatrain",
+        written.notices,
+    )
+
+
+def _say_left_out(targets: Sequence[str]) -> None:
+    if targets:
+        _LOG.info("Left out, because the adapter was not trained for them: %s", ", ".join(targets))
 
 
 def export_table(outcome: ExportOutcome) -> Table:
@@ -119,7 +190,7 @@ def export_table(outcome: ExportOutcome) -> Table:
         for name, target in outcome.outputs.items()
     ]
     rows = {
-        "file": f"{size_text(outcome.path.stat().st_size)}, metatomic (TorchScript)",
+        "file": f"{size_text(outcome.path.stat().st_size)}, {_FORMATS[outcome.format]}",
         "outputs": ", ".join(named),
         "interaction range": f"{outcome.interaction_range:g} A",
         "dtype": outcome.dtype,
@@ -130,6 +201,20 @@ def export_table(outcome: ExportOutcome) -> Table:
     return table
 
 
+def _format(wanted: str | None, output: Path) -> str:
+    """The format that is meant."""
+    if wanted is None:
+        return "metatrain" if output.suffix == ".ckpt" else "metatomic"
+    if wanted not in _FORMATS:
+        raise ConfigError(f"format: '{wanted}' is not one of {', '.join(_FORMATS)}.")
+    if wanted == "metatrain" and output.suffix != ".ckpt":
+        raise ConfigError(
+            f"-o: metatrain takes only files that end with .ckpt for checkpoints; '{output}' does "
+            f"not. Name it, e.g., {output.with_suffix('.ckpt')}."
+        )
+    return wanted
+
+
 def _output(path: Path, checkpoint: Path) -> Path:
     """Where to write, if that is possible and nothing to be sorry for."""
     if path.is_dir():
@@ -137,7 +222,7 @@ def _output(path: Path, checkpoint: Path) -> Path:
     if path.exists() and checkpoint.exists() and path.samefile(checkpoint):
         raise ConfigError(
             f"-o: '{path}' is the checkpoint itself, which the exported model would replace. "
-            "Choose another name, e.g. model.pt: an exported model cannot be trained further."
+            "Choose another name with -o: it holds what the exported one does not."
         )
     return path
 

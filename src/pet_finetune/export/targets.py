@@ -1,12 +1,40 @@
-"""What the exported model makes of outputs: a target in its unit, of atoms or of systems."""
+"""The outputs of an exported model: which there are, and what it makes of their targets."""
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
 from metatensor.torch import Labels, TensorBlock, TensorMap
 from torch import Tensor, nn
 
+from pet_finetune.keys import DIRECT_FORCES, DIRECT_STRESS, base_name, output_name
 from pet_finetune.model import Potential
+
+
+def choose_outputs(
+    potential: Potential, energy: str | None, only: Collection[str] | None = None
+) -> dict[str, str]:
+    """The outputs of a model, each with the target that it is.
+
+    Engines ask for ``energy`` unless they are told of a variant. That name goes to the energy
+    chosen, whatever the target is called, and those of its direct forces and stress go with it.
+
+    Args:
+        potential: the model.
+        energy: the target that is to be ``energy``; None for none beside the one of that name.
+        only: targets to take; None for all.
+    """
+    taken = [spec for spec in potential.targets.values() if only is None or spec.name in only]
+    outputs = {output_name(spec): spec.name for spec in taken}
+    if energy is None:
+        return outputs
+    chosen = output_name(potential.target(energy))
+    variant = chosen.removeprefix(base_name(chosen))
+    partners = (DIRECT_FORCES[0], *DIRECT_STRESS)
+    plain = {base: outputs[base + variant] for base in partners if base + variant in outputs}
+    if energy == outputs.get("energy"):
+        return outputs
+    return {**outputs, **plain, "energy": energy}
 
 
 class Wanted(NamedTuple):

@@ -7,8 +7,8 @@ import pytest
 pytest.importorskip("metatomic.torch", reason="needs the extra 'export'")
 
 from models import PROPERTIES, random_potential
-from pet_finetune.export.outputs import choose_outputs, output_name
-from pet_finetune.keys import TargetSpec
+from pet_finetune.export.targets import choose_outputs
+from pet_finetune.keys import TargetSpec, output_name
 
 FORCE = TargetSpec(
     "non_conservative_forces/pbe", "force", "eV/A", "vector", per_atom=True, num_outputs=3

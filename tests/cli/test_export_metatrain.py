@@ -1,0 +1,187 @@
+"""``pet-finetune export --format metatrain``, and metatrain's own commands on what it writes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ase.io
+import numpy as np
+import pytest
+import yaml
+from laws import predict
+
+import pet_finetune as pf
+from models import PROPERTIES, ethanol, property_potential, random_potential, trained_adapter
+from pet_finetune.adapters import save_adapter
+from pet_finetune.checkpoint import load_checkpoint, save_checkpoint, to_metatrain
+from tiny_data import data_section, options
+
+pytest.importorskip("metatomic.torch")
+
+#: Of metatrain: two epochs on the data of the folder.
+TRAINING = {"batch_size": 4, "num_epochs": 2, "num_workers": 0, "learning_rate": 1e-4}
+MTT_SET = data_section("train.xyz", quantity="energy", forces=True, stress=False)
+
+
+def mtt(*arguments: Any) -> str:
+    """metatrain's command line, in another process; it must succeed."""
+    code = "from metatrain.__main__ import main; main()"
+    command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
+    return ran.stdout
+
+
+def mtt_options(architecture: dict[str, Any]) -> Path:
+    content = {
+        "architecture": architecture,
+        "device": "cpu",
+        "training_set": MTT_SET,
+        "validation_set": {**MTT_SET, "systems": {**MTT_SET["systems"], "read_from": "test.xyz"}},
+    }
+    Path("mtt.yaml").write_text(yaml.safe_dump(content))
+    return Path("mtt.yaml")
+
+
+def tuned(train: Callable[..., Any]) -> str:
+    """A LoRA run on the base of the folder; its best model."""
+    finetune = {"method": "lora", "read_from": "base.ckpt", "config": {"rank": 2}}
+    train(options({"finetune": finetune, "num_epochs": 2}))
+    return "run/best_model.ckpt"
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+def test_metatrain_evaluates_and_exports_it(command, train, here: Path) -> None:
+    pytest.importorskip("metatrain")
+    answer = command("export", tuned(train), "--format", "metatrain", "-o", "model.ckpt")
+    assert answer.code == 0, answer.err
+    assert "metatrain (checkpoint of PET, format 16)" in answer.out
+    Path("eval.yaml").write_text(
+        yaml.safe_dump(data_section("test.xyz", quantity="energy", forces=True))
+    )
+    mtt("export", "model.ckpt", "-o", "theirs.pt")
+    mtt("eval", "theirs.pt", "eval.yaml", "-o", "theirs.xyz")
+    (ours,) = pf.evaluate("run/best_model.ckpt", "test.xyz", device="cpu").predictions.values()
+    theirs = ase.io.read("theirs.xyz", ":")
+    assert len(theirs) == len(ours) == 4
+    for atoms, expected in zip(theirs, ours, strict=True):
+        # float32, and energies of thousands of eV.
+        assert abs(atoms.get_potential_energy() - expected["energy"]) < 1e-3
+        forces = -np.asarray(atoms.info["energy_positions_gradients"])
+        np.testing.assert_allclose(forces, expected["energy/forces"], atol=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+def test_metatrain_trains_it_further(command, here: Path) -> None:
+    pytest.importorskip("metatrain")
+    outcome = pf.export("base.ckpt", "model.ckpt")
+    assert outcome.format == "metatrain"
+    finetune = {"method": "full", "read_from": "model.ckpt"}
+    mtt("train", mtt_options({"name": "pet", "training": {**TRAINING, "finetune": finetune}}),
+        "-o", "finetuned.pt")  # fmt: skip
+    hypers = load_checkpoint("base.ckpt").model.hypers.model_dump(exclude={"num_prompts"})
+    again = mtt_options({"name": "pet", "model": hypers, "training": TRAINING})
+    mtt("train", again, "-o", "restarted.pt", "--restart", "model.ckpt")
+    llpr = {"model_checkpoint": "model.ckpt", "batch_size": 4}
+    mtt("train", mtt_options({"name": "llpr", "training": llpr}), "-o", "uncertain.pt")
+    for name in ("finetuned", "restarted", "uncertain"):
+        assert load_checkpoint(f"{name}.ckpt").model.species == (1, 6, 8, 14), name
+
+
+def test_the_written_file_says_where_it_comes_from(command, here: Path) -> None:
+    assert command("export", "base.ckpt", "--format", "metatrain").code == 0
+    answer = command("info", "base_metatrain.ckpt")
+    for text in ("metatrain, model format 16, base_metatrain", "└ base.ckpt"):
+        assert text in answer.out, answer.out + answer.err
+    assert command("eval", "base_metatrain.ckpt", "test.xyz").code == 0
+
+
+def test_targets_get_the_names_that_metatrain_takes(command, here: Path) -> None:
+    save_checkpoint("many.ckpt", property_potential())
+    answer = command("export", "many.ckpt", "-o", "model.ckpt")
+    assert answer.code == 0, answer.err
+    assert "Target 'dipole' is called 'mtt::dipole' there" in answer.err
+    known = load_checkpoint("model.ckpt").model.targets
+    assert {"energy", "mtt::dipole", "non_conservative_force"} <= known.keys()
+    answer = command("export", "many.ckpt", "-o", "one.ckpt", "--target", "gap")
+    assert list(load_checkpoint("one.ckpt").model.targets) == ["mtt::gap"]
+
+
+def test_an_adapter_is_merged(command, here: Path) -> None:
+    adapted = trained_adapter(random_potential(), target="energy")
+    save_checkpoint("plain.ckpt", random_potential())
+    save_adapter(adapted, here / "adapter", "plain.ckpt")
+    answer = command("export", "plain.ckpt", "--adapter", "adapter", "-o", "model.ckpt")
+    assert answer.code == 0, answer.err
+    merged = load_checkpoint("model.ckpt").model
+    assert not any("lora" in name for name, _ in merged.network.named_parameters())
+    found, expected = (predict(model, [ethanol()]).energy for model in (merged, adapted))
+    assert abs(float(found - expected)) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["base.ckpt", "--format", "onnx"], "format: 'onnx' is not one of metatomic, metatrain."),
+        (["base.ckpt", "--format", "metatrain", "-o", "a.pt"], "e.g., a.ckpt"),
+        (["base.ckpt", "-o", "base.ckpt"], "'base.ckpt' is the checkpoint itself"),
+        (["base.ckpt", "-o", "train.xyz/m.ckpt"], "the checkpoint cannot be written (File exists)"),
+        (["base.ckpt", "-o", "m.ckpt", "--target", "energi"], "Did you mean 'energy'?"),
+        (["prompted.ckpt", "-o", "m.ckpt"], "3 prompt tokens in each layer"),
+        (["divided.ckpt", "-o", "m.ckpt"], "'mtt::push' is divided by the volume, which metatrain"),
+        (["twice.ckpt", "-o", "m.ckpt"], "would be called 'mtt::gap' in metatrain, as 'gap' is"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input(arguments: list[str], message: str, command, here: Path) -> None:
+    model = random_potential()
+    save_checkpoint("prompted.ckpt", trained_adapter(random_potential(), num_prompts=3))
+    model.add_target(replace(PROPERTIES[-1], name="mtt::push"))
+    save_checkpoint("divided.ckpt", model)
+    twice = random_potential()
+    for name in ("gap", "mtt::gap"):
+        twice.add_target(replace(PROPERTIES[0], name=name))
+    save_checkpoint("twice.ckpt", twice)
+    before = sorted(path.name for path in here.iterdir())
+    answer = command("export", *arguments)
+    assert answer.code == 1
+    assert message in answer.err
+    assert sorted(path.name for path in here.iterdir()) == before
+
+
+def test_a_file_that_is_there_stays_when_writing_fails(
+    command, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "model.ckpt").write_text("mine")
+
+    def full(*ignored: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    answer = command("export", "base.ckpt", "-o", "model.ckpt")
+    assert answer.code == 1
+    assert "cannot be written (No space left on device)" in answer.err
+    assert (here / "model.ckpt").read_text() == "mine"
+
+
+def test_a_file_that_says_something_else_is_not_kept(
+    command, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = to_metatrain._baselines_and_scales
+
+    def doubled(model: Any, spec: Any, name: str, layout: Any) -> Any:
+        model.scale.set(spec.name, 2.0 * model.scale.get(spec.name))
+        return wrong(model, spec, name, layout)
+
+    monkeypatch.setattr(to_metatrain, "_baselines_and_scales", doubled)
+    answer = command("export", "base.ckpt", "-o", "model.ckpt")
+    assert answer.code == 1
+    assert "differs from the model's" in answer.err
+    assert not (here / "model.ckpt").exists()
