@@ -126,7 +126,7 @@ def direct_quantity(target: str) -> Literal["force", "pressure"] | None:
 
 
 def output_name(spec: TargetSpec) -> str:
-    """metatomic's name of a target: a standard one, or one in metatrain's domain ``mtt``.
+    """Metatomic's name of a target: a standard one, or one in metatrain's domain ``mtt``.
 
     Energies and direct forces and stresses have standard names, with their variants
     (https://docs.metatensor.org/metatomic/latest/quantities/). No engine knows what others are.

@@ -134,7 +134,7 @@ def test_an_interrupted_save_leaves_the_old_file(
     base: Potential, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def interrupt(error: BaseException) -> None:
-        def half_way(content, file):
+        def half_way(content, file, **ignored):
             file.write(b"half a file")
             raise error
 

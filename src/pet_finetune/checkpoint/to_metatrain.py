@@ -24,7 +24,7 @@ from pet_finetune.keys import TargetSpec, base_name, direct_quantity, output_nam
 from pet_finetune.model import Potential
 from pet_finetune.model.pet import HEAD_GROUPS
 
-from .native import stored_tensor, save_content
+from .native import save_content, stored_tensor
 from .upgrade import NEWEST_VERSION
 
 __all__ = ["MetatrainFile", "save_metatrain"]
@@ -66,7 +66,8 @@ def save_metatrain(
     Args:
         path: the file; its folder is made when missing.
         model: without adapters; it is not changed.
-        name, authors: for the metadata.
+        name: of the model, for the metadata.
+        authors: of the model.
         card: what else the metadata say.
         check: is shown the new file, and its targets as in the result, before it takes its place,
             and raises if it is wrong.
@@ -121,7 +122,7 @@ def save_metatrain(
 
 
 def _targets(model: Potential, where: str, notices: list[str]) -> dict[str, str]:
-    """metatrain's name of each target, and ours.
+    """Metatrain's name of each target, and ours.
 
     Raises:
         CheckpointError: something of the model has no place in metatrain's PET.
@@ -251,7 +252,7 @@ def _state(
 
 
 def _parameter(name: str, model: Potential, targets: Mapping[str, str]) -> str:
-    """metatrain's name of a weight, below ``backend.``."""
+    """Metatrain's name of a weight, below ``backend.``."""
     group, *rest = name.split(".")
     if group in HEAD_GROUPS:
         for new, old in targets.items():

@@ -151,7 +151,7 @@ def test_an_interrupted_save_leaves_the_earlier_file_whole(tmp_path, monkeypatch
     path = save_checkpoint(tmp_path / "m.ckpt", small_model(seed=0))
     before = path.read_bytes()
 
-    def stop_midway(content, file):
+    def stop_midway(content, file, **ignored):
         file.write(b"half of the new file")
         raise error
 
