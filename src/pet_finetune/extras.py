@@ -7,12 +7,10 @@ from typing import Any
 
 from pet_finetune.errors import PetFinetuneError
 
-__all__ = ["EXPORT", "QUANTIZATION", "missing_extra", "plotting"]
+__all__ = ["QUANTIZATION", "missing_extra", "plotting"]
 
 #: The library behind ``quant_bits`` and the extra of the package that installs it.
 QUANTIZATION = ("bitsandbytes", "quant")
-#: The libraries behind ``pet-finetune export``; both are parts of namespace packages.
-EXPORT = ("metatensor", "metatomic")
 
 
 def missing_extra(library: str, extra: str) -> str | None:

@@ -10,7 +10,7 @@ import torch
 from laws import predict
 
 from models import ethanol, random_potential, trained_adapter
-from pet_finetune import extras, load_checkpoint
+from pet_finetune import load_checkpoint
 from pet_finetune.adapters import save_adapter
 from pet_finetune.checkpoint import save_checkpoint
 from pet_finetune.cli import main
@@ -42,7 +42,6 @@ def test_a_checkpoint_with_an_adapter(command, here: Path) -> None:
 
 
 def test_several_energies_and_none_of_them_plain(command, here: Path) -> None:
-    pytest.importorskip("metatomic.torch")
     model = random_potential(targets=("energy/pbe", "energy/scan"))
     save_checkpoint("model.ckpt", model)
     answer = command("export", "model.ckpt", "-o", "out.pt")
@@ -68,7 +67,6 @@ def test_several_energies_and_none_of_them_plain(command, here: Path) -> None:
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_input(arguments: list[str], message: str, command, here: Path) -> None:
-    pytest.importorskip("metatomic.torch")
     other = random_potential(seed=7, dtype=torch.float32)
     save_adapter(trained_adapter(other), here / "other", "other.ckpt")
     before = sorted(path.name for path in here.iterdir())
@@ -76,12 +74,3 @@ def test_bad_input(arguments: list[str], message: str, command, here: Path) -> N
     assert answer.code == 1
     assert message in answer.err
     assert sorted(path.name for path in here.iterdir()) == before
-
-
-def test_without_the_extra(command, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    find = extras.find_spec
-    monkeypatch.setattr(extras, "find_spec", lambda n: None if n == "metatomic" else find(n))
-    answer = command("export", "base.ckpt")
-    assert answer.code == 1
-    assert "needs the library metatomic, which is not installed" in answer.err
-    assert "pip install 'pet-finetune[export]'" in answer.err

@@ -21,8 +21,6 @@ from pet_finetune.adapters import save_adapter
 from pet_finetune.checkpoint import load_checkpoint, save_checkpoint, to_metatrain
 from tiny_data import data_section, options
 
-pytest.importorskip("metatomic.torch")
-
 #: Of metatrain: two epochs on the data of the folder.
 TRAINING = {"batch_size": 4, "num_epochs": 2, "num_workers": 0, "learning_rate": 1e-4}
 MTT_SET = data_section("train.xyz", quantity="energy", forces=True, stress=False)

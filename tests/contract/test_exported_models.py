@@ -14,9 +14,6 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
-
-pytest.importorskip("metatomic.torch", reason="needs the extra 'export'")
-
 from metatensor.torch import Labels
 from metatomic.torch import ModelOutput
 from metatomic_ase import MetatomicCalculator

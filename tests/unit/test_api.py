@@ -230,7 +230,6 @@ def test_public_names_are_documented():
 
 
 def test_a_loaded_model_is_exported(base, tmp_path):
-    pytest.importorskip("metatomic.torch")
     outcome = pf.export(pf.load(base), tmp_path / "model.pt")
     assert outcome.path.exists()
     assert outcome.difference < 1e-4

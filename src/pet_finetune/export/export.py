@@ -20,7 +20,6 @@ from pet_finetune.data.probe import probe_structures
 from pet_finetune.data.structure import Structure
 from pet_finetune.device import choose_dtype
 from pet_finetune.errors import ConfigError
-from pet_finetune.extras import EXPORT, missing_extra
 from pet_finetune.files import size_text
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
@@ -87,13 +86,10 @@ def export_model(
         authors: for the metadata.
 
     Raises:
-        ConfigError: the extra is not installed, or an argument is not what it can be.
+        ConfigError: an argument is not what it can be.
         CheckpointError: the checkpoint cannot be read, or the file not be written.
         AdapterError: the adapter cannot be read or belongs to another base.
     """
-    for library in EXPORT:
-        if (problem := missing_extra(library, "export")) is not None:
-            raise ConfigError(f"export: it {problem}")
     wanted = choose_dtype(dtype)
     format = _format(format, Path(output))
     path = _output(Path(output), Path(checkpoint))

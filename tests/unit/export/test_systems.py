@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
-
-pytest.importorskip("metatomic.torch", reason="needs the extra 'export'")
 
 from models import apart, crystal
 from pet_finetune.data import atoms_to_structure

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("metatomic.torch", reason="needs the extra 'export'")
-
 from models import PROPERTIES, random_potential
 from pet_finetune.export.targets import choose_outputs
 from pet_finetune.keys import TargetSpec, output_name

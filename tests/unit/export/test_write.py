@@ -10,9 +10,6 @@ from zipfile import ZipFile
 import pytest
 import torch
 from ase import Atoms
-
-pytest.importorskip("metatomic.torch", reason="needs the extra 'export'")
-
 from metatomic.torch import AtomisticModel, load_atomistic_model, read_model_metadata
 
 from models import ethanol, random_potential
