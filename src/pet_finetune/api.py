@@ -326,6 +326,7 @@ def evaluate(
     target: str | None = None,
     device: str = "auto",
     labels: LabelNames | None = None,
+    as_tensormaps: bool | Sequence[str] | Mapping[str, str] = False,
     how: EvaluationSettings | None = None,
 ) -> EvaluationResult:
     """Errors of a model on labelled structures, and its predictions.
@@ -337,11 +338,17 @@ def evaluate(
         target: which target is compared; None for the adapter's, or the only energy.
         device: ``auto``, ``cpu`` or ``cuda``.
         labels: names and units of the labels. Structures without are predicted only.
+        as_tensormaps: whether the result holds metatensor's ``TensorMap`` of the target too; or
+            names of outputs, features among them (``["feature"]``), or a mapping from these to
+            ``"atom"`` or ``"system"``, as for :func:`pet_finetune.export.tensormaps.tensor_maps`.
         how: what else to do.
 
     Returns:
         Errors and predictions by set: ``structures`` for structures in memory, else the path.
     """
+    how = replace(how or EvaluationSettings(), keep=True)
+    if as_tensormaps is not False:
+        how = replace(how, tensormaps=() if as_tensormaps is True else as_tensormaps)
     with _files(structures, "structures") as (files, names):
         return evaluate_files(
             _potential(model),
@@ -351,7 +358,7 @@ def evaluate(
             target=target,
             device=device,
             labels=labels or LabelNames(),
-            how=replace(how or EvaluationSettings(), keep=True),
+            how=how,
         )
 
 

@@ -233,3 +233,38 @@ def test_a_loaded_model_is_exported(base, tmp_path):
     outcome = pf.export(pf.load(base), tmp_path / "model.pt")
     assert outcome.path.exists()
     assert outcome.difference < 1e-4
+
+
+def test_predictions_and_features_as_tensor_maps(base):
+    frames = molecules(3)
+    found = pf.evaluate(base, frames, device="cpu", as_tensormaps=True)
+    block = found.tensormaps["structures"]["energy"].block()
+    rows = found.predictions["structures"]
+    assert block.values.shape == (3, 1)
+    assert [float(row["energy"]) for row in rows] == pytest.approx(block.values[:, 0].tolist())
+    forces = np.concatenate([row["energy/forces"] for row in rows])
+    gradient = block.gradient("positions")
+    np.testing.assert_allclose(-gradient.values[:, :, 0], forces, atol=1e-4)
+    assert gradient.samples.values[:, 0].tolist() == [0] * 6 + [1] * 3 + [2] * 6
+    wanted = {"energy": "atom", "mtt::feature::gnn_layers.0_node": "atom"}
+    atoms = pf.evaluate(base, frames, device="cpu", as_tensormaps=wanted).tensormaps["structures"]
+    assert list(atoms) == list(wanted)
+    assert len(atoms["mtt::feature::gnn_layers.0_node"].block().samples) == 15
+    sums = torch.zeros(3, dtype=torch.float64)
+    samples = atoms["energy"].block().samples.values[:, 0].long()
+    sums.index_add_(0, samples, atoms["energy"].block().values[:, 0])
+    torch.testing.assert_close(sums, block.values[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (["mtt::feature::gnn_layers.0_nod"], "Did you mean 'mtt::feature::gnn_layers.0_node'?"),
+        ({"energy": "atoms"}, "'energy' is asked for 'atoms', not 'system' or 'atom'"),
+        ({"mtt::feature::node_backbone.0": "system"}, "has no values of structures"),
+    ],
+)
+def test_tensor_maps_that_there_are_not(base, wanted, message):
+    with pytest.raises(ConfigError) as caught:
+        pf.evaluate(base, molecules(1), device="cpu", as_tensormaps=wanted)
+    assert message in str(caught.value)

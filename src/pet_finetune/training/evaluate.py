@@ -48,11 +48,13 @@ class EvaluationResult:
         spreads: what turning changes, where asked for.
         predictions: for each structure of a set the values by the names of their labels, in eV
             and Å, where they are kept.
+        tensormaps: for each set the tensor maps that were asked for, by their names.
     """
 
     errors: dict[str, dict[str, Metrics]]
     spreads: dict[str, dict[str, Spread]] = field(default_factory=dict)
     predictions: dict[str, list[dict[str, np.ndarray]]] = field(default_factory=dict)
+    tensormaps: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -87,12 +89,15 @@ class EvaluationSettings:
         output: where predictions are written; several sets are told apart by ``_<name>``.
         batch_size: structures predicted at once.
         keep: whether predictions are part of the result.
+        tensormaps: outputs that the result holds as tensor maps, as for
+            :func:`pet_finetune.export.tensormaps.tensor_maps`; none of them without it.
     """
 
     rotations: int = 0
     output: str | None = None
     batch_size: int = 32
     keep: bool = False
+    tensormaps: Sequence[str] | Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be done before anything is opened."""
@@ -349,6 +354,12 @@ def _evaluate(
             path = numbered(path, (marks or {}).get(name, name))
         kept = result.predictions.setdefault(name, []) if how.keep else None
         errors[name] = _errors(model, loader, targets, path, chosen.systems, kept)
+        if how.tensormaps is not None:
+            from pet_finetune.export.tensormaps import tensor_maps
+
+            result.tensormaps[name] = tensor_maps(
+                model, structures, how.tensormaps or targets, batch_size=how.batch_size
+            )
         if how.rotations:
             energies = [t for t in targets if model.targets[t].is_energy]
             spreads[name] = {
