@@ -51,6 +51,19 @@ def test_several_energies_and_none_of_them_plain(command, here: Path) -> None:
     assert "energy (target 'energy/scan')" in answer.out
 
 
+def test_a_committee(command, here: Path) -> None:
+    for seed in range(2):
+        adapted = trained_adapter(load_checkpoint("base.ckpt").model, seed=seed)
+        save_adapter(adapted, here / f"a{seed}", "base.ckpt")
+    answer = command("export", "base.ckpt", "--adapter", "a0", "--adapter", "a1")
+    assert answer.code == 0, answer.err
+    assert "energy_uncertainty (target 'energy')" in answer.out
+    assert "float64 outside, float32 in the network" in answer.out
+    answer = command("export", "base.ckpt", "--adapter", "a0", "--adapter", "nowhere")
+    assert answer.code == 1
+    assert "There is no adapter in 'nowhere'" in answer.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -132,6 +132,10 @@ def test_an_adapter_is_merged(command, here: Path) -> None:
         (["base.ckpt", "-o", "base.ckpt"], "'base.ckpt' is the checkpoint itself"),
         (["base.ckpt", "-o", "train.xyz/m.ckpt"], "the checkpoint cannot be written (File exists)"),
         (["base.ckpt", "-o", "m.ckpt", "--target", "energi"], "Did you mean 'energy'?"),
+        (
+            ["base.ckpt", "-o", "m.ckpt", "--adapter", "a0", "--adapter", "a1"],
+            "metatrain's PET holds no committee, and 2 adapters were given",
+        ),
         (["prompted.ckpt", "-o", "m.ckpt"], "3 prompt tokens in each layer"),
         (["divided.ckpt", "-o", "m.ckpt"], "'mtt::push' is divided by the volume, which metatrain"),
         (["twice.ckpt", "-o", "m.ckpt"], "would be called 'mtt::gap' in metatrain, as 'gap' is"),
@@ -140,6 +144,9 @@ def test_an_adapter_is_merged(command, here: Path) -> None:
 )
 def test_bad_input(arguments: list[str], message: str, command, here: Path) -> None:
     model = random_potential()
+    for seed in range(2):
+        adapted = trained_adapter(load_checkpoint("base.ckpt").model, seed=seed)
+        save_adapter(adapted, here / f"a{seed}", "base.ckpt")
     save_checkpoint("prompted.ckpt", trained_adapter(random_potential(), num_prompts=3))
     model.add_target(replace(PROPERTIES[-1], name="mtt::push"))
     save_checkpoint("divided.ckpt", model)

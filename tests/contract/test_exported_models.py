@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 import warnings
@@ -32,6 +33,8 @@ from models import (
 from pet_finetune import PETCalculator
 from pet_finetune.adapters import save_adapter
 from pet_finetune.checkpoint import save_checkpoint
+from pet_finetune.committee.committee import Calibration
+from pet_finetune.committee.files import write_committee
 from pet_finetune.export.export import export_model
 from pet_finetune.keys import TargetSpec
 
@@ -114,6 +117,72 @@ def test_of_variants_and_properties(tmp_path: Path) -> None:
         calculator = PETCalculator(checkpoint, device="cpu", **ours)
         found = engine(tmp_path / "model.pt", **settings)
         assert_same_numbers(found, calculator, [ethanol(), crystal()], 1e-10, energies=False)
+
+
+@pytest.mark.parametrize("dtype", ["float64", None])
+def test_of_a_committee(dtype: str | None, tmp_path: Path) -> None:
+    """The mean, the spread and what each member says, of systems and of atoms."""
+    kind = torch.float64 if dtype else torch.float32
+    base = random_potential(num_gnn_layers=1, zbl=True, dtype=kind)
+    checkpoint = save_checkpoint(tmp_path / "base.ckpt", base)
+    for seed in range(3):
+        adapted = trained_adapter(copy.deepcopy(base), seed=seed)
+        save_adapter(adapted, tmp_path / f"a{seed}", "base")
+    write_committee(tmp_path, ["a0", "a1", "a2"], Calibration(energy=2.5))
+    outcome = export_model(checkpoint, tmp_path / "model.pt", adapter=tmp_path, dtype=dtype)
+    assert list(outcome.outputs) == ["energy", "energy_uncertainty", "energy_ensemble"]
+    found = engine(tmp_path / "model.pt", uncertainty_threshold=1e9)
+    expected = PETCalculator(checkpoint, adapters=tmp_path, device="cpu")
+    tolerance = 1e-10 if dtype else 1e-5
+    frames = [ethanol(), crystal()]
+    assert_same_numbers(found, expected, frames, tolerance, energies=False)
+    for of_atoms in (False, True):
+        request = ModelOutput(sample_kind="atom" if of_atoms else "system")
+        asked = dict.fromkeys(outcome.outputs, request)
+        answers = {n: b.block().values for n, b in found.run_model(frames, asked).items()}
+        each, spread = answers["energy_ensemble"], answers["energy_uncertainty"]
+        assert each.shape == (sum(map(len, frames)) if of_atoms else 2, 3)
+        torch.testing.assert_close(
+            answers["energy"], each.mean(1, keepdim=True), rtol=1e-12, atol=0
+        )
+        torch.testing.assert_close(spread, 2.5 * each.std(1, keepdim=True), rtol=1e-6, atol=1e-9)
+        assert spread.min() > 1e-3
+    request = {"energy_uncertainty": ModelOutput(sample_kind="system")}
+    theirs = found.run_model(frames, request)["energy_uncertainty"].block().values
+    for index, frame in enumerate(frames):
+        frame.calc = expected
+        frame.get_potential_energy()
+        ours = float(expected.results["energy_uncertainty"])
+        assert float(theirs[index]) == pytest.approx(ours, rel=1e-9 if dtype else 1e-3)
+
+
+def test_weights_that_members_share_are_written_once(tmp_path: Path) -> None:
+    base = random_potential(d_node=64, d_feedforward=256)
+    checkpoint = save_checkpoint(tmp_path / "base.ckpt", base)
+    for seed in range(4):
+        settings = {"target_modules": ("attention.output_linear",), "modules_to_save": ()}
+        adapted = trained_adapter(copy.deepcopy(base), seed=seed, **settings)
+        save_adapter(adapted, tmp_path / f"a{seed}", "base")
+    export_model(checkpoint, tmp_path / "one.pt", adapter=tmp_path / "a0")
+    export_model(checkpoint, tmp_path / "four.pt", adapter=[tmp_path / f"a{n}" for n in range(4)])
+    one, four = ((tmp_path / name).stat().st_size for name in ("one.pt", "four.pt"))
+    assert four < 1.6 * one
+
+
+def test_energies_of_large_systems_are_not_rounded(tmp_path: Path) -> None:
+    """A float32 network that tells engines its energies in float64."""
+    base = random_potential(dtype=torch.float32)
+    base.composition.set("energy", base.composition.get("energy") - 1e5 - 0.123456789)
+    checkpoint = save_checkpoint(tmp_path / "base.ckpt", base)
+    atoms = ethanol()
+    atoms.calc = PETCalculator(checkpoint, device="cpu")
+    expected = atoms.get_potential_energy()
+    errors = {}
+    for dtype in (None, "float32"):
+        export_model(checkpoint, tmp_path / "model.pt", dtype=dtype)
+        atoms.calc = engine(tmp_path / "model.pt")
+        errors[dtype] = abs(atoms.get_potential_energy() - expected)
+    assert errors[None] < 1e-4 < 1e-3 < errors["float32"]
 
 
 @pytest.mark.slow

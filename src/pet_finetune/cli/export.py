@@ -38,14 +38,23 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="metatomic, for engines, or metatrain, for mtt eval, train and export "
         "(default: metatrain where the file ends with .ckpt, else metatomic)",
     )
-    parser.add_argument("--adapter", help="folder of an adapter of this model, to merge into it")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        metavar="DIR",
+        help="folder of an adapter of this model, to merge into it; several, or the folder of a "
+        "run with finetune.ensemble, are a committee, whose uncertainty is in the file",
+    )
     parser.add_argument(
         "--target",
         help="the energy that engines get (default: that of the adapter, the only one, or energy);"
         " for metatrain the only target to write (default: all)",
     )
     parser.add_argument(
-        "--dtype", metavar="TYPE", help="float32 or float64 (default: that of the model)"
+        "--dtype",
+        metavar="TYPE",
+        help="float32 or float64 for everything (default: the model's in the network, and float64 "
+        "for positions and energies)",
     )
     parser.add_argument("--name", help="of the model, for its metadata (default: the file's name)")
     parser.add_argument(

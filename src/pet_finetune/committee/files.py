@@ -40,6 +40,24 @@ def load_committee(base: Potential, adapters: Adapters) -> Committee:
         AdapterError: fewer than two adapters, adapters of different bases or targets (both are
             named), or one that cannot be read.
     """
+    return Committee(*committee_members(base, adapters))
+
+
+def committee_members(
+    base: Potential, adapters: Adapters
+) -> tuple[Iterator[Potential], str, Calibration]:
+    """The members of a committee as plain models, their energy and the calibration.
+
+    Args:
+        base: what the adapters were trained from; not changed.
+        adapters: as for :func:`load_committee`.
+
+    Returns:
+        The members, made one at a time as they are asked for, and the rest.
+
+    Raises:
+        AdapterError: as :func:`load_committee`.
+    """
     calibration = Calibration()
     if isinstance(adapters, str | os.PathLike):
         folders, calibration = read_committee(adapters)
@@ -52,7 +70,7 @@ def load_committee(base: Potential, adapters: Adapters) -> Committee:
         )
     read = [read_adapter(folder) for folder in folders]
     target = _common_target(read, base)
-    return Committee(_members(base, read), target, calibration)
+    return _members(base, read), target, calibration
 
 
 def _members(base: Potential, adapters: Sequence[Adapter]) -> Iterator[Potential]:

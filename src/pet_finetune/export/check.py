@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,7 +23,9 @@ from pet_finetune.data.batch import collate
 from pet_finetune.data.neighbors import edge_vectors, structure_neighbors
 from pet_finetune.data.structure import Structure
 from pet_finetune.errors import CheckpointError
-from pet_finetune.model import Potential, Prediction
+from pet_finetune.model import Potential, Prediction, Property
+
+from .targets import committee_outputs
 
 __all__ = ["ModelCheck", "make_system"]
 
@@ -74,22 +77,44 @@ def _number(name: str, value: int, dtype: torch.dtype) -> TensorMap:
 
 
 class ModelCheck:
-    """Compares a file with the predictions of the model that it is made of.
+    """Compares a file with the predictions of the models that it is made of.
 
     Args:
-        potential: without adapters, on the CPU; asked at once, since writing gives it up.
+        potentials: without adapters, on the CPU, one or the members of a committee; asked at once,
+            since writing gives them up.
         structures: to ask both about.
-        outputs: metatomic's name of each output, and the target it is.
+        outputs: the file's name of each output, and the target it is.
+        dtype: floating type of what the file is given; None for that of the models.
+        calibration: of the spread of a committee.
     """
 
     def __init__(
-        self, potential: Potential, structures: Sequence[Structure], outputs: Mapping[str, str]
+        self,
+        potentials: Sequence[Potential],
+        structures: Sequence[Structure],
+        outputs: Mapping[str, str],
+        dtype: torch.dtype | None = None,
+        calibration: float = 1.0,
     ) -> None:
-        self.structures, self.outputs, self.dtype = structures, outputs, potential.dtype
-        pairs = [(s, structure_neighbors(s, potential.cutoff)) for s in structures]
-        wanted = {name: (potential.target(name).is_energy, False) for name in outputs.values()}
-        found = potential.predict_targets(collate(pairs, self.dtype).graph, wanted)
-        self.expected = {output: found[target] for output, target in outputs.items()}
+        first = potentials[0]
+        self.structures, self.outputs, self.inside = structures, outputs, first.dtype
+        self.dtype = dtype or first.dtype
+        pairs = [(s, structure_neighbors(s, first.cutoff)) for s in structures]
+        wanted = {name: (first.target(name).is_energy, False) for name in outputs.values()}
+        graph = collate(pairs, first.dtype).graph
+        found = [potential.predict_targets(graph, wanted) for potential in potentials]
+        self.expected = {
+            output: _mean([of_member[target] for of_member in found])
+            for output, target in outputs.items()
+        }
+        #: Of a committee, for each energy its uncertainty and what the members say.
+        self.of_committee: dict[str, Tensor] = {}
+        if len(potentials) > 1:
+            for output, target in outputs.items():
+                each = torch.stack([_energy(of_member[target]) for of_member in found], dim=1)
+                spread, ensemble = committee_outputs(output)
+                self.of_committee[ensemble] = each
+                self.of_committee[spread] = calibration * each.std(1, keepdim=True)
         #: The largest difference found, relative to 1 plus the largest number.
         self.difference = 0.0
 
@@ -116,6 +141,13 @@ class ModelCheck:
                 self._compare(output, -torch.cat(slopes), expected.forces)
             else:
                 self._compare(output, values.reshape(expected.values.shape), expected.values)
+        for output, numbers in self.of_committee.items():
+            systems = [make_system(s, options, self.dtype) for s in self.structures]
+            evaluation = ModelEvaluationOptions(
+                "angstrom", {output: ModelOutput(sample_kind="system")}
+            )
+            values = model(systems, evaluation, check_consistency=True)[output].block().values
+            self._compare(output, values, numbers)
 
     def read_back(self, path: Path, targets: Mapping[str, str]) -> None:
         """Read a checkpoint again and ask the model in it.
@@ -130,7 +162,7 @@ class ModelCheck:
         again = load_checkpoint(path).model
         pairs = [(s, structure_neighbors(s, again.cutoff)) for s in self.structures]
         wanted = {name: (again.target(name).is_energy, False) for name in targets}
-        found = again.predict_targets(collate(pairs, self.dtype).graph, wanted)
+        found = again.predict_targets(collate(pairs, self.inside).graph, wanted)
         for name, target in targets.items():
             new, expected = found[name], self.expected[target]
             if isinstance(new, Prediction):
@@ -147,9 +179,31 @@ class ModelCheck:
         found, expected = found.detach().double(), expected.detach().double()
         difference = float((found - expected).abs().max() / (1.0 + expected.abs().max()))
         self.difference = max(self.difference, difference)
-        if not difference <= _TOLERANCE[self.dtype]:
+        if not difference <= _TOLERANCE[self.inside]:
             raise CheckpointError(
                 f"The exported model's '{output}' differs from the model's by {difference:.1e} "
                 "of its size, which must not happen: nothing was written. Please report it, with "
                 "the version of torch."
             )
+
+
+def _mean(predictions: Sequence[Prediction | Property]) -> Prediction | Property:
+    """The mean of what several models say of one target."""
+    first, *others = predictions
+    if not others:
+        return first
+    if isinstance(first, Property):
+        values = [one.values for one in predictions if isinstance(one, Property)]
+        return replace(first, values=torch.stack(values).mean(0))
+    energies = [one for one in predictions if isinstance(one, Prediction)]
+    forces = [one.forces for one in energies if one.forces is not None]
+    return replace(
+        first,
+        energy=torch.stack([one.energy for one in energies]).mean(0),
+        forces=torch.stack(forces).mean(0),
+    )
+
+
+def _energy(prediction: Prediction | Property) -> Tensor:
+    assert isinstance(prediction, Prediction)
+    return prediction.energy

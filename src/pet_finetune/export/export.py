@@ -16,6 +16,7 @@ from rich.table import Table
 
 from pet_finetune.adapters import active_adapter, load_adapter, merged_copy
 from pet_finetune.checkpoint import Checkpoint, load_checkpoint, weights_fingerprint
+from pet_finetune.committee.files import COMMITTEE_FILE, Adapters, committee_members
 from pet_finetune.data.probe import probe_structures
 from pet_finetune.data.structure import Structure
 from pet_finetune.device import choose_dtype
@@ -64,7 +65,7 @@ def export_model(
     output: str | os.PathLike[str],
     *,
     format: str | None = None,
-    adapter: str | os.PathLike[str] | None = None,
+    adapter: Adapters | None = None,
     target: str | None = None,
     dtype: str | None = None,
     name: str | None = None,
@@ -78,10 +79,14 @@ def export_model(
         format: ``metatomic``, for simulation engines, or ``metatrain``, a checkpoint that metatrain
             evaluates, trains and exports; None for ``metatrain`` where ``output`` ends with
             ``.ckpt``, else ``metatomic``.
-        adapter: an adapter folder to merge into it; then its target is the only output.
+        adapter: an adapter folder to merge into it; then its target is the only output. Several,
+            or the folder of a run with ``finetune.ensemble``, are a committee: its mean, its
+            calibrated spread and what each member says are in the file.
         target: the energy that engines get as ``energy``. Without it: the adapter's, else the only
             one there is, else ``energy``. For metatrain: the only target to write.
-        dtype: ``float32`` or ``float64``; None for the model's own.
+        dtype: ``float32`` or ``float64``, of all that is computed and of what engines give and
+            get; None for the model's own inside and float64 outside, so that energies of large
+            systems are not rounded.
         name: of the model, in the file's metadata; None for the file's name.
         authors: for the metadata.
 
@@ -94,49 +99,75 @@ def export_model(
     format = _format(format, Path(output))
     path = _output(Path(output), Path(checkpoint))
     opened = load_checkpoint(checkpoint)
-    potential, of_adapter = _merged(opened.model, adapter)
-    if wanted is not None:
+    potentials, of_adapter, calibration = _merged(opened.model, adapter)
+    for potential in potentials if wanted is not None else ():
         potential.to(wanted)
-    card = _card(potential, opened, adapter)
-    write = _write_metatrain if format == "metatrain" else _write_metatomic
-    return write(path, potential, target, of_adapter, name or path.stem, authors, card)
+    about = _About(name or path.stem, authors, _card(potentials[0], opened, adapter))
+    if format == "metatrain":
+        return _write_metatrain(path, potentials, target, of_adapter, about)
+    outside = wanted or torch.float64
+    return _write_metatomic(path, potentials, target, of_adapter, about, outside, calibration)
+
+
+@dataclass(frozen=True)
+class _About:
+    """What a file says of itself."""
+
+    name: str
+    authors: Sequence[str]
+    card: dict[str, str]
 
 
 def _write_metatomic(
     path: Path,
-    potential: Potential,
+    potentials: Sequence[Potential],
     target: str | None,
     of_adapter: str | None,
-    name: str,
-    authors: Sequence[str],
-    card: dict[str, str],
+    about: _About,
+    outside: torch.dtype,
+    calibration: float,
 ) -> ExportOutcome:
     """Write a model for engines."""
     from .check import ModelCheck
-    from .targets import choose_outputs
+    from .targets import choose_outputs, committee_outputs
     from .write import interaction_range, write_model
 
+    potential = potentials[0]
     energy = _energy(potential, target or of_adapter)
     outputs = choose_outputs(potential, energy, None if of_adapter is None else {of_adapter})
     _say_left_out([name for name in potential.targets if name not in outputs.values()])
-    check = ModelCheck(potential, _structures(potential), outputs)
-    reach, floating = interaction_range(potential), str(potential.dtype).removeprefix("torch.")
+    check = ModelCheck(potentials, _structures(potential), outputs, outside, calibration)
+    reach, inside = interaction_range(potential), potential.dtype
+    floating = str(outside).removeprefix("torch.")
+    if inside != outside:
+        floating += f" outside, {str(inside).removeprefix('torch.')} in the network"
+    named = dict(outputs)
+    if len(potentials) > 1:
+        named |= {other: outputs[name] for name in outputs for other in committee_outputs(name)}
     with warnings.catch_warnings():
         # Of torch about TorchScript, which metatomic's format is made of.
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", message=".*torch.jit.*")
-        write_model(path, potential, outputs, name, authors, card, check)
-    return ExportOutcome(path, outputs, reach, floating, check.difference)
+        write_model(
+            path,
+            potentials,
+            outputs,
+            about.name,
+            about.authors,
+            about.card,
+            check,
+            dtype=outside,
+            calibration=calibration,
+        )
+    return ExportOutcome(path, named, reach, floating, check.difference)
 
 
 def _write_metatrain(
     path: Path,
-    potential: Potential,
+    potentials: Sequence[Potential],
     target: str | None,
     of_adapter: str | None,
-    name: str,
-    authors: Sequence[str],
-    card: dict[str, str],
+    about: _About,
 ) -> ExportOutcome:
     """Write a model for metatrain, and read it back."""
     from pet_finetune.checkpoint.to_metatrain import save_metatrain
@@ -144,6 +175,12 @@ def _write_metatrain(
     from .check import ModelCheck
     from .write import interaction_range
 
+    if len(potentials) > 1:
+        raise ConfigError(
+            f"format: metatrain's PET holds no committee, and {len(potentials)} adapters were "
+            "given. Write one file for each adapter, or all of them into one metatomic file (.pt)."
+        )
+    potential = potentials[0]
     only = target or of_adapter
     if only is not None:
         others = [other for other in potential.targets if other != potential.target(only).name]
@@ -152,10 +189,15 @@ def _write_metatrain(
         if target is None:
             _say_left_out(others)
     check = ModelCheck(
-        potential, _structures(potential), {name: name for name in potential.targets}
+        [potential], _structures(potential), {name: name for name in potential.targets}
     )
     written = save_metatrain(
-        path, potential, name=name, authors=authors, card=card, check=check.read_back
+        path,
+        potential,
+        name=about.name,
+        authors=about.authors,
+        card=about.card,
+        check=check.read_back,
     )
     for notice in written.notices:
         _LOG.info("%s", notice)
@@ -224,13 +266,35 @@ def _output(path: Path, checkpoint: Path) -> Path:
 
 
 def _merged(
-    model: Potential, adapter: str | os.PathLike[str] | None
-) -> tuple[Potential, str | None]:
-    """The model without adapters, and the target of the one that went into it, if any."""
-    if adapter is not None:
-        load_adapter(model, os.fspath(adapter))
+    model: Potential, adapter: Adapters | None
+) -> tuple[list[Potential], str | None, float]:
+    """Models without adapters, the target of those that went into them, and a calibration.
+
+    They are one, or the members of a committee.
+    """
+    folders = [adapter] if isinstance(adapter, (str, os.PathLike)) else list(adapter or ())
+    of_run = len(folders) == 1 and (Path(folders[0]) / COMMITTEE_FILE).exists()
+    if of_run or len(folders) > 1:
+        members, target, calibration = committee_members(model, folders[0] if of_run else folders)
+        return _sharing(list(members)), target, calibration.energy
+    if folders:
+        load_adapter(model, os.fspath(folders[0]))
     config = active_adapter(model)
-    return (model, None) if config is None else (merged_copy(model), config.target)
+    if config is None:
+        return [model], None, 1.0
+    return [merged_copy(model)], config.target, 1.0
+
+
+def _sharing(members: list[Potential]) -> list[Potential]:
+    """Members that hold one tensor where they have the same weights."""
+    first = members[0].network
+    for member in members[1:]:
+        for path, parameter in list(member.network.named_parameters()):
+            shared = first.get_parameter(path)
+            if torch.equal(shared, parameter):
+                module, _, name = path.rpartition(".")
+                setattr(member.network.get_submodule(module), name, shared)
+    return members
 
 
 def _energy(potential: Potential, wanted: str | None) -> str | None:
@@ -261,9 +325,7 @@ def _structures(potential: Potential) -> list[Structure]:
     return [row, *probe[::step][:_STRUCTURES]]
 
 
-def _card(
-    potential: Potential, opened: Checkpoint, adapter: str | os.PathLike[str] | None
-) -> dict[str, str]:
+def _card(potential: Potential, opened: Checkpoint, adapter: Adapters | None) -> dict[str, str]:
     """What the file says of where it comes from, as text, which is all it can hold."""
     card: dict[str, Any] = {
         "source": opened.path.name,
@@ -273,5 +335,6 @@ def _card(
         "provenance": json.dumps(opened.provenance, default=str),
     }
     if adapter is not None:
-        card["adapter"] = Path(adapter).name
+        given = [adapter] if isinstance(adapter, (str, os.PathLike)) else adapter
+        card["adapter"] = ", ".join(Path(folder).name for folder in given)
     return card

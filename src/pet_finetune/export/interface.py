@@ -4,7 +4,7 @@ TorchScript and metatomic read the annotations of :meth:`ExportedPotential.forwa
 of :mod:`typing`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Dict, List, Optional  # noqa: UP035
 
 import torch
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from pet_finetune.graph import Batch
 from pet_finetune.model import Potential
 
-from .systems import Flat, flatten, integer_input, selected_rows
-from .targets import PlainTarget, Wanted
+from .systems import flatten, integer_input, selected_rows
+from .targets import PlainTarget, Wanted, committee_outputs
 
 
-class ExportedPotential(nn.Module):
-    """A potential as metatomic calls it; forces and stresses are the engine's derivatives.
+class Member(nn.Module):
+    """The network of a potential, and what makes targets of its outputs.
 
     Args:
         potential: without adapters, in evaluation mode; it is given up.
@@ -29,17 +29,60 @@ class ExportedPotential(nn.Module):
 
     def __init__(self, potential: Potential, outputs: Mapping[str, str]) -> None:
         super().__init__()
-        hypers = potential.hypers
-        self.outputs = list(outputs)
         self.targets = nn.ModuleList(
             PlainTarget(potential, target, output) for output, target in outputs.items()
         )
         self.target_names = list(outputs.values())
-        for other in potential.targets.keys() - outputs.values():
-            potential.remove_target(other)
         self.network = potential.network
-        self.zbl = potential.zbl
-        self.cutoff = potential.cutoff
+
+    def forward(self, batch: Batch, repulsion: Optional[Tensor]) -> List[Tensor]:  # noqa: UP006, UP045
+        """The values of each atom for each output, [n_atoms, ...]."""
+        raw = self.network(batch, self.target_names)
+        values: List[Tensor] = []  # noqa: UP006
+        for index, target in enumerate(self.targets):
+            values.append(target.scaled(raw[self.target_names[index]], batch.numbers, repulsion))
+        return values
+
+
+class ExportedPotential(nn.Module):
+    """A potential as metatomic calls it; forces and stresses are the engine's derivatives.
+
+    Several potentials are a committee: each output is their mean, and energies have their spread
+    and what each of them says beside it.
+
+    Args:
+        potentials: without adapters, in evaluation mode, of one make; they are given up.
+        outputs: metatomic's name of each output, and the target it is.
+        calibration: what the spread of energies is multiplied with to become an uncertainty.
+    """
+
+    spreads: Dict[str, str]  # noqa: UP006
+    ensembles: Dict[str, str]  # noqa: UP006
+
+    def __init__(
+        self, potentials: Sequence[Potential], outputs: Mapping[str, str], calibration: float = 1.0
+    ) -> None:
+        super().__init__()
+        first = potentials[0]
+        hypers = first.hypers
+        self.outputs = list(outputs)
+        self.floating = first.dtype
+        self.calibration = calibration
+        for potential in potentials:
+            for other in potential.targets.keys() - outputs.values():
+                potential.remove_target(other)
+        self.members = nn.ModuleList(Member(potential, outputs) for potential in potentials)
+        # Of energies, by the name of the output; empty without a committee.
+        self.spreads = {}
+        self.ensembles = {}
+        if len(potentials) > 1:
+            for output in outputs:
+                self.spreads[output], self.ensembles[output] = committee_outputs(output)
+        self.packers = nn.ModuleList(
+            PlainTarget(first, target, output) for output, target in outputs.items()
+        )
+        self.zbl = first.zbl
+        self.cutoff = first.cutoff
         # Not strict: longer edges are left out here, at less cost than an engine's second list.
         self.neighbors = NeighborListOptions(cutoff=self.cutoff, full_list=True, strict=False)
         self.conditioned = hypers.system_conditioning
@@ -71,31 +114,47 @@ class ExportedPotential(nn.Module):
             return results
         flat = flatten(systems, self.neighbors, self.cutoff)
         charges, spins = self.conditions(systems)
+        # An engine may have float64 where the network has float32.
+        vectors = flat.vectors.to(self.floating)
         batch = Batch(
             numbers=flat.numbers,
-            edge_vectors=flat.vectors,
+            edge_vectors=vectors,
             centers=flat.centers,
             neighbors=flat.neighbors,
             reverse=flat.reverse,
             structure_index=flat.samples[:, 0],
-            cells=flat.cells,
+            cells=flat.cells.to(self.floating),
             charges=charges,
             spins=spins,
         )
-        raw = self.network(batch, self.target_names)
-        repulsion = self.repulsion(flat)
+        repulsion = self.repulsion(batch)
+        said: List[List[Tensor]] = []  # noqa: UP006
+        for member in self.members:
+            said.append(member(batch, repulsion))
         rows = torch.arange(flat.numbers.size(0), device=flat.numbers.device)
         ids = torch.arange(len(systems), device=flat.numbers.device)
         if selected_atoms is not None:
             rows = selected_rows(selected_atoms, flat.sizes)
             ids = torch.unique(flat.samples[rows, 0])
         wanted = Wanted(rows, flat.samples[rows], ids, flat.cells)
-        for index, target in enumerate(self.targets):
+        for index, packer in enumerate(self.packers):
             name = self.outputs[index]
+            values = torch.stack([of_member[index] for of_member in said])
             if name in outputs:
                 of_atoms = outputs[name].sample_kind == "atom"
-                values = raw[self.target_names[index]]
-                results[name] = target(values, flat.numbers, repulsion, wanted, of_atoms)
+                results[name] = packer.pack(values.mean(0)[wanted.rows], wanted, of_atoms)
+            if name in self.ensembles:
+                # [n_atoms, n_members]
+                ensemble = values.squeeze(-1).transpose(0, 1)[wanted.rows]
+                each, spread = self.ensembles[name], self.spreads[name]
+                if each in outputs:
+                    of_atoms = outputs[each].sample_kind == "atom"
+                    results[each] = packer.pack_ensemble(ensemble, wanted, of_atoms)
+                if spread in outputs:
+                    of_atoms = outputs[spread].sample_kind == "atom"
+                    results[spread] = packer.pack_spread(
+                        ensemble, wanted, of_atoms, self.calibration
+                    )
         return results
 
     def conditions(self, systems: List[System]) -> tuple[Tensor, Tensor]:  # noqa: UP006
@@ -105,11 +164,11 @@ class ExportedPotential(nn.Module):
         spins = integer_input(systems, "spin_multiplicity", 1, self.max_spin_multiplicity, 1)
         return charges, spins
 
-    def repulsion(self, flat: Flat) -> Optional[Tensor]:  # noqa: UP045
+    def repulsion(self, batch: Batch) -> Optional[Tensor]:  # noqa: UP045
         """ZBL energy of each atom, [n_atoms] eV; None for models without it."""
         if self.zbl is not None:
-            distances = torch.linalg.vector_norm(flat.vectors, dim=-1)
-            numbers = flat.numbers
-            pairs = self.zbl(numbers[flat.centers], numbers[flat.neighbors], distances)
-            return pairs.new_zeros(numbers.size(0)).index_add(0, flat.centers, pairs)
+            distances = torch.linalg.vector_norm(batch.edge_vectors, dim=-1)
+            numbers = batch.numbers
+            pairs = self.zbl(numbers[batch.centers], numbers[batch.neighbors], distances)
+            return pairs.new_zeros(numbers.size(0)).index_add(0, batch.centers, pairs)
         return None

@@ -37,6 +37,12 @@ def choose_outputs(
     return {**outputs, **plain, "energy": energy}
 
 
+def committee_outputs(energy: str) -> tuple[str, str]:
+    """The names of an energy's uncertainty and of what each member of a committee says."""
+    base, slash, variant = energy.partition("/")
+    return f"{base}_uncertainty{slash}{variant}", f"{base}_ensemble{slash}{variant}"
+
+
 class Wanted(NamedTuple):
     """Of what outputs are wanted.
 
@@ -84,25 +90,6 @@ class PlainTarget(nn.Module):
         )
         self.register_buffer("baselines", baselines)
 
-    def forward(
-        self,
-        raw: Tensor,
-        numbers: Tensor,
-        repulsion: Tensor | None,
-        wanted: Wanted,
-        of_atoms: bool,
-    ) -> TensorMap:
-        """The output, of atoms or of systems.
-
-        Args:
-            raw: [n_atoms, num_outputs], of the network.
-            numbers: [n_atoms] atomic numbers.
-            repulsion: [n_atoms], eV, what energies have in addition.
-            wanted: atoms and systems.
-            of_atoms: False for sums over the atoms of a system.
-        """
-        return self.pack(self.scaled(raw, numbers, repulsion)[wanted.rows], wanted, of_atoms)
-
     def scaled(self, raw: Tensor, numbers: Tensor, repulsion: Tensor | None) -> Tensor:
         """The value of each atom, [n_atoms, ..., num_subtargets], scalars in float64."""
         species = self.species_index[numbers]
@@ -118,27 +105,48 @@ class PlainTarget(nn.Module):
 
     def pack(self, values: Tensor, wanted: Wanted, of_atoms: bool) -> TensorMap:
         """Values of the atoms wanted, or their sums, with the labels that metatomic wants."""
+        of_atoms = of_atoms and not self.per_volume
+        values = values if of_atoms else self.summed(values, wanted)
+        if self.per_volume:
+            values = over_volume(values, wanted.cells[wanted.systems])
+        return self.labelled(values, wanted, of_atoms)
+
+    def pack_ensemble(self, members: Tensor, wanted: Wanted, of_atoms: bool) -> TensorMap:
+        """What each member says of the atoms wanted, [n, n_members], or their sums."""
+        values = members if of_atoms else self.summed(members, wanted)
+        return self.labelled(values, wanted, of_atoms)
+
+    def pack_spread(
+        self, members: Tensor, wanted: Wanted, of_atoms: bool, factor: float
+    ) -> TensorMap:
+        """The standard deviation over the members, a sample (n - 1), times a factor."""
+        values = members if of_atoms else self.summed(members, wanted)
+        return self.labelled(factor * values.std(1, keepdim=True), wanted, of_atoms)
+
+    def summed(self, values: Tensor, wanted: Wanted) -> Tensor:
+        """Sums over the atoms wanted of each system, [n_systems, ...]."""
+        place = torch.searchsorted(wanted.systems, wanted.samples[:, 0].contiguous())
+        room = [wanted.systems.size(0)] + list(values.shape[1:])
+        zeros = torch.zeros(room, dtype=values.dtype, device=values.device)
+        return zeros.index_add(0, place, values)
+
+    def labelled(self, values: Tensor, wanted: Wanted, of_atoms: bool) -> TensorMap:
+        """Values with the labels that metatomic wants."""
         device = values.device
-        names, samples = ["system", "atom"], wanted.samples
-        if self.per_volume or not of_atoms:
-            place = torch.searchsorted(wanted.systems, samples[:, 0].contiguous())
-            room = [wanted.systems.size(0)] + self.shape
-            zeros = torch.zeros(room, dtype=values.dtype, device=device)
-            values = zeros.index_add(0, place, values)
-            names, samples = ["system"], wanted.systems.unsqueeze(1)
-            if self.per_volume:
-                values = over_volume(values, wanted.cells[wanted.systems])
+        names, samples = ["system"], wanted.systems.unsqueeze(1)
+        if of_atoms:
+            names, samples = ["system", "atom"], wanted.samples
         axis = torch.arange(3, device=device).unsqueeze(1)
         components: list[Labels] = []
         for index in range(self.rank):
             name = "xyz" if self.rank == 1 else f"xyz_{index + 1}"
             components.append(Labels([name], axis))
-        subtargets = torch.arange(self.shape[-1], device=device).unsqueeze(1)
+        columns = torch.arange(values.size(-1), device=device).unsqueeze(1)
         block = TensorBlock(
             values=values.to(wanted.cells.dtype),
             samples=Labels(names, samples, assume_unique=True),
             components=components,
-            properties=Labels([self.property], subtargets),
+            properties=Labels([self.property], columns),
         )
         keys = Labels(["_"], torch.zeros(1, 1, dtype=torch.int64, device=device))
         return TensorMap(keys, [block])

@@ -15,6 +15,7 @@ from pet_finetune.keys import TargetSpec
 from pet_finetune.model import Potential
 
 from .interface import ExportedPotential
+from .targets import committee_outputs
 
 __all__ = ["interaction_range", "write_model"]
 
@@ -42,28 +43,34 @@ def interaction_range(potential: Potential) -> float:
 
 def write_model(
     path: Path,
-    potential: Potential,
+    potentials: Sequence[Potential],
     outputs: Mapping[str, str],
     name: str,
     authors: Sequence[str] = (),
     card: Mapping[str, str] | None = None,
     check: Callable[[Path], None] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    calibration: float = 1.0,
 ) -> None:
     """Write a model in one step: the whole new file is there, or what was there before.
 
     Args:
         path: the file; its folder is made when missing.
-        potential: without adapters, on the CPU, in the floating type that the file is to have;
-            it is given up.
+        potentials: without adapters, on the CPU, in the floating type that the networks are to
+            have; one, or the members of a committee. They are given up.
         outputs: as for :class:`ExportedPotential`.
         name: of the model.
         authors: of the model.
         card: what else the file says of itself.
         check: is shown the new file before it takes its place, and raises if it is wrong.
+        dtype: floating type of what engines give and get; None for that of the networks.
+        calibration: as for :class:`ExportedPotential`.
 
     Raises:
         CheckpointError: the file cannot be written.
     """
+    first = potentials[0]
     metadata = ModelMetadata(
         name=name,
         description=_DESCRIPTION,
@@ -71,15 +78,20 @@ def write_model(
         references={"architecture": [_PAPER]},
         extra=dict(card or {}),
     )
+    described = {output: _described(first.target(of)) for output, of in outputs.items()}
+    if len(potentials) > 1:
+        for output in outputs:
+            for of_committee in committee_outputs(output):
+                described[of_committee] = _described(first.target(outputs[output]))
     capabilities = ModelCapabilities(
-        outputs={output: _described(potential.target(of)) for output, of in outputs.items()},
-        atomic_types=list(potential.species),
-        interaction_range=interaction_range(potential),
+        outputs=described,
+        atomic_types=list(first.species),
+        interaction_range=interaction_range(first),
         length_unit="angstrom",
         supported_devices=["cuda", "cpu"],
-        dtype=str(potential.dtype).removeprefix("torch."),
+        dtype=str(dtype or first.dtype).removeprefix("torch."),
     )
-    module = ExportedPotential(potential.eval(), outputs)
+    module = ExportedPotential([one.eval() for one in potentials], outputs, calibration)
     model = AtomisticModel(module.eval(), metadata, capabilities)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

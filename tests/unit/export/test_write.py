@@ -37,7 +37,7 @@ def test_what_a_file_says_of_itself(tmp_path: Path) -> None:
     assert len(metadata.extra["fingerprint"]) == 64
     known = load_atomistic_model(str(path)).capabilities()
     assert known.atomic_types == list(model.species)
-    assert (known.dtype, known.length_unit) == ("float32", "angstrom")
+    assert (known.dtype, known.length_unit) == ("float64", "angstrom")
     assert known.supported_devices == ["cuda", "cpu"]
     assert known.interaction_range == interaction_range(model)
     assert {name: known.outputs[name].unit for name in known.outputs} == {
@@ -56,7 +56,7 @@ def test_a_unit_of_ones_own_is_left_out(tmp_path: Path) -> None:
 
     model = random_potential()
     model.add_target(TargetSpec("mtt::smell", "smell", "olf"))
-    write_model(tmp_path / "model.pt", model, {"mtt::smell": "mtt::smell"}, "model")
+    write_model(tmp_path / "model.pt", [model], {"mtt::smell": "mtt::smell"}, "model")
     known = load_atomistic_model(str(tmp_path / "model.pt")).capabilities()
     assert known.outputs["mtt::smell"].unit == ""
 
@@ -75,18 +75,18 @@ def test_an_interrupted_export_leaves_the_old_file(
     monkeypatch.setattr(AtomisticModel, "save", save)
     wanted = CheckpointError if isinstance(error, OSError) else KeyboardInterrupt
     with pytest.raises(wanted):
-        write_model(path, random_potential(), OUTPUTS, "model")
+        write_model(path, [random_potential()], OUTPUTS, "model")
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.pt"]
 
 
 def test_a_file_that_says_something_else_is_not_written(tmp_path: Path) -> None:
     model = random_potential()
-    check = ModelCheck(model, [atoms_to_structure(ethanol(), 0)], OUTPUTS)
+    check = ModelCheck([model], [atoms_to_structure(ethanol(), 0)], OUTPUTS)
     other = copy.deepcopy(model)
     other.composition.set("energy", other.composition.get("energy") + 1e-3)
     with pytest.raises(CheckpointError, match="'energy' differs"):
-        write_model(tmp_path / "model.pt", other, OUTPUTS, "model", check=check)
+        write_model(tmp_path / "model.pt", [other], OUTPUTS, "model", check=check)
     assert not list(tmp_path.iterdir())
 
 
