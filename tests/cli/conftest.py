@@ -68,7 +68,7 @@ def _little_is_reported(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
     if "reported" in request.fixturenames:  # which takes most of a second a run
         return
     room = "pet_finetune.forgetting"
-    monkeypatch.setattr(f"{room}.dimer_report.dimers_svg", lambda *ignored: "<svg/>")
+    monkeypatch.setattr(f"{room}.dimers.dimers_svg", lambda *ignored: "<svg/>")
     monkeypatch.setattr("pet_finetune.report.figures.available", lambda: False)
     monkeypatch.setattr(
         f"{room}.retention.probe_structures", lambda species: probe_structures(species)[::8]
