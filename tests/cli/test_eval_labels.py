@@ -128,6 +128,16 @@ def test_labels_in_other_units_are_predicted_in_ev_and_angstrom(here, command):
     assert written.get_potential_energy() == pytest.approx(before.get_potential_energy(), rel=1e-6)
 
 
+def test_forces_alone_are_compared_also_where_predictions_are_written(here, command):
+    frames = molecules(2)
+    for atoms in frames:
+        del atoms.calc.results["energy"]
+    write_frames(Path("forces.xyz"), frames)
+    answer = command("eval", "base.ckpt", "forces.xyz", "-o", "pred.xyz")
+    assert answer.code == 0, answer.err
+    assert set(figures(answer)) == {"forces MAE", "forces RMSE"}
+
+
 def test_structures_without_labels_are_predicted(here, command):
     bare = [atoms.copy() for atoms in molecules(2)]
     for atoms in bare:

@@ -112,7 +112,8 @@ class SystemsOptions(Section):
         default="leave_out",
         description="Frames of a single atom without neighbours in a file of larger structures, "
         "such as those of `config_type=IsolatedAtom`: `leave_out`: they are in no set, and the log "
-        "offers their energies for `atomic_baseline`; `train`: trained on like all others.",
+        "offers their energies for the `atomic_baseline` of a model from scratch; so are files of "
+        "nothing else beside others; `train`: trained on like all others.",
     )
 
 

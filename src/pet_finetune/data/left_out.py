@@ -10,12 +10,14 @@ import numpy as np
 from pet_finetune.errors import DataError
 from pet_finetune.log import get_logger
 
-from .files import list_frames
+from .files import list_frames, read_frames
 
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["isolated_frames", "log_isolated", "without_unconverged"]
+    from pet_finetune.config import DatasetOptions
+
+__all__ = ["isolated_frames", "log_isolated", "sets_of_isolated_atoms", "without_unconverged"]
 
 _logger = get_logger(__name__)
 
@@ -33,6 +35,25 @@ def isolated_frames(frames: Sequence[Atoms]) -> list[int]:
     if not any(len(atoms) > 1 for atoms in frames):
         return []
     return [k for k, atoms in enumerate(frames) if len(atoms) == 1 and _is_alone(atoms)]
+
+
+def sets_of_isolated_atoms(datasets: Sequence[DatasetOptions]) -> list[int]:
+    """Numbers of the data sets of nothing but isolated atoms, beside one of larger structures.
+
+    Those that the options ask to train on do not count.
+    """
+    if len(datasets) < 2:
+        return []
+    systems = [dataset.systems for dataset in datasets]
+    files = [read_frames(s.read_from, s.format, s.types) for s in systems]
+    if not any(len(atoms) > 1 for frames in files for atoms in frames):
+        return []
+    return [
+        number
+        for number, (s, frames) in enumerate(zip(systems, files, strict=True))
+        if s.isolated_atoms == "leave_out"
+        and all(len(atoms) == 1 and _is_alone(atoms) for atoms in frames)
+    ]
 
 
 def _is_alone(atoms: Atoms) -> bool:
@@ -76,7 +97,10 @@ def without_unconverged(
 
 
 def log_isolated(
-    source: str, isolated: list[int], total: int, energies: Mapping[str, Mapping[int, float]]
+    source: str,
+    isolated: Sequence[int],
+    total: int,
+    energies: Mapping[str, Mapping[int, float]] | None,
 ) -> None:
     """Say which frames of isolated atoms are left out, and offer their energies as baselines.
 
@@ -84,20 +108,25 @@ def log_isolated(
         source: the file.
         isolated: the frames that are left out.
         total: how many were wanted.
-        energies: by target and atomic number, eV.
+        energies: by target and atomic number, eV. None where the run starts from a model: the
+            network of a foundation has learned to add to the foundation's own baselines, and its
+            sum with other ones is off by whole atomisation energies.
     """
+    found = (
+        f"{len(isolated)} of {total} frames are isolated atoms ({list_frames(list(isolated))})"
+        if len(isolated) < total
+        else f"all of {total} frames are isolated atoms, beside larger structures in other files,"
+    )
     offer = (
-        f" Their energies can be its baselines: `atomic_baseline: {energies}` in "
+        f" Their energies can be the baselines: `atomic_baseline: {energies}` in "
         "architecture.training."
         if energies
         else ""
     )
     _logger.info(
-        "%s: %d of %d frames are isolated atoms (%s) and are left out.%s `isolated_atoms: train` "
-        "beside `read_from` of the systems trains on them.",
+        "%s: %s and are left out.%s `isolated_atoms: train` beside `read_from` of the systems, in "
+        "an options file, trains on them.",
         source,
-        len(isolated),
-        total,
-        list_frames(isolated),
+        found,
         offer,
     )

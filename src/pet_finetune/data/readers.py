@@ -38,7 +38,7 @@ _logger = get_logger(__name__)
 _USUAL = "energy"
 
 
-def read_structures(options: DatasetOptions) -> list[Structure]:
+def read_structures(options: DatasetOptions, *, offer_baselines: bool = False) -> list[Structure]:
     """Read the structures of one data set.
 
     Energies are converted from the target's unit, positions from the systems' length unit, and
@@ -50,6 +50,8 @@ def read_structures(options: DatasetOptions) -> list[Structure]:
 
     Args:
         options: files, names and units.
+        offer_baselines: whether the log offers the energies of isolated atoms as baselines, which
+            a model that is trained from scratch can use.
 
     Raises:
         DataError: see :mod:`pet_finetune.data.files` and :class:`~.labels.Column`; also an energy
@@ -57,7 +59,7 @@ def read_structures(options: DatasetOptions) -> list[Structure]:
         UnitError: an unknown unit.
     """
     reading = _Reading(options)
-    _log_isolated(reading)
+    _log_isolated(reading, offer_baselines)
     labels: list[dict[str, Tensor]] = [{} for _ in reading.chosen]
     for name, target in options.targets.items():
         for label, values in _read_target(reading, name, target).items():
@@ -122,7 +124,9 @@ class _Reading:
         given = self.options.indices
         chosen = list(range(count)) if given is None else frame_numbers(given, count, self.source)
         chosen = without_unconverged(chosen, content.doubtful, self.source, systems.unconverged)
-        alone = set(isolated_frames(self.frames) if systems.isolated_atoms == "leave_out" else ())
+        # Without labels there is nothing that they could spoil: all frames are predicted.
+        leave_out = systems.isolated_atoms == "leave_out" and bool(self.options.targets)
+        alone = set(isolated_frames(self.frames) if leave_out else ())
         self.isolated = [index for index in chosen if index in alone]
         self.chosen = [index for index in chosen if index not in alone]
         if not self.chosen:  # a set of nothing else is meant as it is
@@ -168,7 +172,7 @@ def _read_target(
     factor = reading.stated(column.source).factor(
         "energy", column.key, target.factor, target.unit, default=target.factor == 1.0
     )
-    values = column.read(factor)
+    values = column.read(factor, nan_is_missing=True)
     labels: dict[str, Sequence[Tensor | None]] = {name: values}
     forces = _Gradient(reading, "forces", name, target.forces, target.read_from, to_forces)
     length = reading.length
@@ -202,20 +206,27 @@ def _check_energies(
         return
     bare = [reading.chosen[k] for k in absent if all(values[k] is None for values in others)]
     if bare:
+        replace(column, chosen=bare).read()  # NaN is told from what is not there
         raise column.missing(bare[0], len(absent))
     count = len(reading.chosen)
     first = reading.chosen[absent[0]]
     # A name of one's own that no frame has is a slip of the pen, or a question to be answered.
-    if len(absent) == count and (column.suggestion(first) or column.key != _USUAL):
-        raise column.missing(first, count)
+    there = any(find_value(column.frames[index], column.key) is not None for index in column.chosen)
+    if len(absent) == count and not there:
+        if column.suggestion(first):
+            raise column.missing(first, count)
+        if column.key != _USUAL:
+            advice = f"To train on forces alone, write `key: {_USUAL}`."
+            raise DataError(f"{column.missing(first, count)} {advice}")
     _logger.warning(
-        "%s: %s of %d frames have no energy (%r): they are trained on by their forces and stress "
-        "alone.%s",
+        "%s: %s of %d frames have no energy (%r is absent or NaN): their forces and stress alone "
+        "count.%s",
         column.source,
         "all" if len(absent) == count else len(absent),
         count,
         column.key,
-        " The offset of the energies stays that of the starting model."
+        " Where no file has energies, their offset stays that of the foundation; trained from "
+        "scratch, only differences of energies mean something."
         if len(absent) == count
         else "",
     )
@@ -322,17 +333,21 @@ class _Gradient:
             )
 
 
-def _log_isolated(reading: _Reading) -> None:
-    """Name the isolated atoms that are left out, with their energies."""
+def _log_isolated(reading: _Reading, offer_baselines: bool) -> None:
+    """Name the isolated atoms that are left out, and their energies where these are offered."""
     if not reading.isolated:
         return
     offers: dict[str, dict[int, float]] = {}
-    for name, target in reading.options.targets.items():
+    for name, target in reading.options.targets.items() if offer_baselines else ():
         if target.is_energy:
             column = reading.column("energy", target.read_from, target.key or name, to_scalar)
-            found = replace(column, chosen=reading.isolated).read(target.factor)
+            found = replace(column, chosen=reading.isolated).read(
+                target.factor, nan_is_missing=True
+            )
             numbers = [int(reading.frames[index].numbers[0]) for index in reading.isolated]
-            values = {z: round(float(e), 6) for z, e in zip(numbers, found, strict=True) if e}
+            values = {
+                z: round(float(e), 6) for z, e in zip(numbers, found, strict=True) if e is not None
+            }
             offers |= {name: values} if values else {}
     total = len(reading.isolated) + len(reading.chosen)
     log_isolated(reading.source, reading.isolated, total, offers)

@@ -17,6 +17,7 @@ from pet_finetune.files import check_file, write_whole
 
 from .files import frame_numbers, list_frames, read_frames
 from .fingerprint import structures_fingerprint
+from .left_out import log_isolated, sets_of_isolated_atoms
 from .readers import read_structures
 from .structure import Structure
 
@@ -101,22 +102,31 @@ def make_splits(options: Options, seed: int) -> Splits:
     """
     chosen = {"validation": options.validation_set, "test": options.test_set}
     indexed = {name: _named_frames(options, name) for name in chosen}
-    pools = [_read_pool(dataset, indexed) for dataset in options.training_set]
+    scratch = not options.is_finetuning
+    pools = [_read_pool(dataset, indexed, scratch) for dataset in options.training_set]
     members: dict[str, list[_Members]] = {name: [] for name in _SETS}
     for name, frames in indexed.items():
         if frames:
             members[name].append(_Members("training_set", 0, pools[0].take(frames)))
     fractions = {name: choice for name, choice in chosen.items() if isinstance(choice, float)}
+    isolated = sets_of_isolated_atoms(options.training_set)
     for number, pool in enumerate(pools):
+        if number in isolated:
+            _log_isolated(pool, options.training_set[number], scratch)
+            continue
         rng = np.random.default_rng([seed, number])
         for name, frames in _draw(pool, fractions, rng).items():
             members[name].append(_Members("training_set", number, pool.take(frames)))
         members["train"].append(_Members("training_set", number, pool.take(pool.left)))
     for name, choice in chosen.items():
-        if isinstance(choice, tuple):
-            for number, dataset in enumerate(choice):
-                own = read_structures(dataset)
-                members[name].append(_Members(f"{name}_set", number, own))
+        datasets = choice if isinstance(choice, tuple) else ()
+        isolated = sets_of_isolated_atoms(datasets)
+        for number, dataset in enumerate(datasets):
+            own = read_structures(dataset)
+            if number in isolated:
+                log_isolated(dataset.systems.read_from, range(len(own)), len(own), None)
+                continue
+            members[name].append(_Members(f"{name}_set", number, own))
     return _assemble(members)
 
 
@@ -210,13 +220,29 @@ def _named_frames(options: Options, name: str) -> list[int]:
     return frame_numbers(choice.indices, None, options.training_set[0].systems.read_from)
 
 
-def _read_pool(dataset: DatasetOptions, indexed: Mapping[str, list[int]]) -> _Pool:
+def _log_isolated(pool: _Pool, dataset: DatasetOptions, offer_baselines: bool) -> None:
+    """Say that a file of nothing but isolated atoms is left out."""
+    atoms = pool.structures.values()
+    energies = {
+        name: {
+            int(s.numbers[0]): round(float(s.labels[name]), 6) for s in atoms if name in s.labels
+        }
+        for name, target in dataset.targets.items()
+        if target.is_energy
+    }
+    offer = {name: values for name, values in energies.items() if values}
+    log_isolated(pool.source, list(pool.structures), len(atoms), offer if offer_baselines else None)
+
+
+def _read_pool(
+    dataset: DatasetOptions, indexed: Mapping[str, list[int]], offer_baselines: bool
+) -> _Pool:
     """Read a training set and the frames other sets name, which must not be its own."""
     source = dataset.systems.read_from
     named = indexed["validation"] + indexed["test"]
     _refuse_overlap(source, "validation_set", indexed["validation"], "test_set", indexed["test"])
     if dataset.indices is None:
-        structures = read_structures(dataset)
+        structures = read_structures(dataset, offer_baselines=offer_baselines)
         systems = dataset.systems
         count = len(read_frames(source, systems.format, systems.types))
         frame_numbers(tuple(named) or (0,), count, source)
@@ -226,7 +252,7 @@ def _read_pool(dataset: DatasetOptions, indexed: Mapping[str, list[int]]) -> _Po
         for name, frames in indexed.items():
             _refuse_overlap(source, "training_set", left, f"{name}_set", frames)
         everything = dataset.model_copy(update={"indices": (*left, *named)})
-        structures = read_structures(everything)
+        structures = read_structures(everything, offer_baselines=offer_baselines)
         there = {structure.index for structure in structures}
         left = [frame for frame in left if frame in there]
     return _Pool(source, {structure.index: structure for structure in structures}, left)

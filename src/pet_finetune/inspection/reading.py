@@ -227,7 +227,8 @@ def _isolated(dataset: DatasetOptions) -> list[Finding]:
             "isolated-atoms",
             f"{len(alone)} of {len(frames)} frames are isolated atoms",
             (Frames(systems.read_from, tuple(alone)),),
-            "They are left out of the sets; training offers their energies as baselines.",
+            "They are left out of the sets; their energies can be the baselines of a model "
+            "trained from scratch.",
             "`isolated_atoms: train` beside `read_from` of the systems trains on them.",
             {"count": len(alone)},
         )

@@ -163,7 +163,7 @@ def evaluate_files(
         if (
             (how.output is not None or how.keep)
             and labels.key is None
-            and not _any_has(options, key)
+            and not _any_has(options, spec.name)
         ):
             _logger.info("%s has no %r: nothing is compared, only predicted", file, key)
             options = options.model_copy(update={"targets": {}})
@@ -172,10 +172,15 @@ def evaluate_files(
     return _evaluate(model, sets, [spec.name], how, marks)
 
 
-def _any_has(options: DatasetOptions, key: str) -> bool:
-    systems = options.systems
+def _any_has(options: DatasetOptions, name: str) -> bool:
+    """Whether a frame has any label of a target: for an energy, forces or a stress too."""
+    systems, target = options.systems, options.targets[name]
+    keys = [target.key or name]
+    if target.is_energy:
+        kinds = {"forces": target.forces, "stress": target.stress, "virial": target.virial}
+        keys += [given.key or kind for kind, given in kinds.items() if given.wanted]
     frames = read_frames(systems.read_from, systems.format, systems.types)
-    return any(find_value(atoms, key) is not None for atoms in frames)
+    return any(find_value(atoms, key) is not None for atoms in frames for key in keys)
 
 
 def _read(datasets: Sequence[DatasetOptions]) -> _Set:
