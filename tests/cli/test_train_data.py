@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
@@ -69,6 +70,56 @@ def test_forces_alone(here, train):
     before, after = (load_checkpoint(p).model.composition.get("energy")
                      for p in ("base.ckpt", "run/best_model.ckpt"))  # fmt: skip
     assert torch.equal(before, after)
+
+
+@pytest.fixture
+def forces_alone(here):
+    """``train.xyz`` and ``test.xyz`` without an energy."""
+    for name, frames in {"train.xyz": molecules(10), "test.xyz": molecules(4, seed=1)}.items():
+        for atoms in frames:
+            del atoms.calc.results["energy"]
+        write_frames(Path(name), frames)
+
+
+KEEPING = {
+    "ensemble": {"ensemble": 2},
+    "replay of the foundation": {"replay": {"structures": ["training", "probe"]}},
+    "replay of labels": {"replay": {"read_from": data_section("train.xyz"), "fraction": 0.5}},
+    "anchor": {"anchor": {"type": "ewc"}},
+}
+
+
+@pytest.mark.parametrize("how", KEEPING)
+def test_forces_alone_with(here, train, forces_alone, how):
+    answer = train(options({"finetune": KEEPING[how]}), "-c", "base.ckpt")
+    assert "forces MAE" in answer.out
+    rows = epochs("run/member_1" if how == "ensemble" else "run")
+    assert all(np.isfinite(float(row["loss"])) for row in rows)
+    assert (
+        "energy_mae"
+        not in json.loads(Path("run/results.json").read_text())["after"]["test"]["energy"]
+    )
+
+
+def test_forces_alone_are_reported(here, train, forces_alone, reported, command, monkeypatch):
+    train(options(), "-c", "base.ckpt")
+    page = Path("run/report.html").read_text()
+    assert "forces" in page
+    assert ">nan" not in page.casefold()
+    answer = command("report", "run")
+    assert answer.code == 0, answer.err
+
+
+@pytest.mark.parametrize("start", [("-c", "base.ckpt"), ()])
+def test_a_metric_without_labels_is_refused_before_the_model_is_read(
+    here, command, forces_alone, start, monkeypatch
+):
+    monkeypatch.setattr("pet_finetune.training.prepare.start_model", None)
+    write_options(Path("mine.yaml"), options({"best_model_metric": "energy_mae"}))
+    answer = command("train", "mine.yaml", *start)
+    assert answer.code == 1
+    assert "'energy_mae' needs labels that no validation structure has" in answer.err
+    assert "there: energy/forces" in answer.err
 
 
 def test_isolated_atoms_are_in_no_set(here, train):

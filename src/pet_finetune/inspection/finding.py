@@ -64,8 +64,8 @@ class Finding:
     def text(self) -> str:
         """All of it as one paragraph, for a log or an error."""
         place = f" ({self.place})" if self.where else ""
-        parts = (f"{self.code}: {self.what}{place}", self.why, self.advice)
-        return " ".join(part for part in parts if part)
+        more = " ".join(part for part in (self.why, self.advice) if part)
+        return f"{self.code}: {self.what}{place}{f'. {more}' if more else ''}"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""

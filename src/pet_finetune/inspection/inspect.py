@@ -31,7 +31,7 @@ from pet_finetune.training.start import read_start
 from . import Finding, Foundation, Inspection, inspect_sets
 from .estimate import Load, estimate, load_of
 from .preflight import cells_of, declared_units, energy_of
-from .reading import read_anyway, target_of_file
+from .reading import read_anyway, sets_left_out, target_of_file
 from .suggest import Suggestion, suggest, training_section
 from .units import NO_VIRIAL, VIRIAL
 
@@ -186,10 +186,14 @@ def _read(request: Request) -> tuple[dict[str, Sequence[Structure]], list[Findin
     for name, chosen in zip(
         _SETS, (options.training_set, options.validation_set, options.test_set), strict=True
     ):
-        for dataset in chosen if isinstance(chosen, tuple) else ():
-            structures, told = read_anyway(dataset)
-            sets[name] = [*sets.get(name, ()), *structures]
-            findings += told
+        datasets = chosen if isinstance(chosen, tuple) else ()
+        left_out = sets_left_out(datasets)
+        findings += left_out.values()
+        for number, dataset in enumerate(datasets):
+            if number not in left_out:
+                structures, told = read_anyway(dataset)
+                sets[name] = [*sets.get(name, ()), *structures]
+                findings += told
     if not request.whole and not findings:
         findings.append(failed)
     return sets, findings

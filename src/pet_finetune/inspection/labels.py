@@ -50,7 +50,8 @@ def check_completeness(subject: Subject) -> Iterator[Finding]:
         yield from _constant_energies(file, own)
     compositions = {e.formula for e in entries}
     elements = {int(z) for e in entries for z in e.elements[0]}
-    if len(compositions) == 1 and len(entries) > 1 and len(elements) > 1:
+    energies = [e for e in entries if e.energy is not None]
+    if len(compositions) == 1 and len(energies) > 1 and len(elements) > 1:
         yield Finding(
             "note",
             "single-composition",

@@ -12,7 +12,7 @@ import numpy as np
 from pet_finetune.config import DatasetOptions
 from pet_finetune.data.files import frame_numbers, read_file, read_frames
 from pet_finetune.data.labels import Shape, find_value, to_forces, to_scalar, to_stress
-from pet_finetune.data.left_out import isolated_frames
+from pet_finetune.data.left_out import isolated_frames, sets_of_isolated_atoms
 from pet_finetune.data.readers import read_structures
 from pet_finetune.data.structure import Structure
 from pet_finetune.errors import DataError
@@ -22,7 +22,7 @@ from .finding import Finding, Frames
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["check_cells", "read_anyway", "target_of_file"]
+__all__ = ["check_cells", "read_anyway", "sets_left_out", "target_of_file"]
 
 _SAMPLE = 100
 #: Words in a name, without that of the label itself, which say that it is another quantity.
@@ -219,20 +219,34 @@ def _isolated(dataset: DatasetOptions) -> list[Finding]:
     systems = dataset.systems
     frames = read_frames(systems.read_from, systems.format, systems.types)
     alone = isolated_frames(frames) if systems.isolated_atoms == "leave_out" else []
-    if not alone:
-        return []
-    return [
-        Finding(
-            "note",
-            "isolated-atoms",
-            f"{len(alone)} of {len(frames)} frames are isolated atoms",
-            (Frames(systems.read_from, tuple(alone)),),
-            "They are left out of the sets; their energies can be the baselines of a model "
-            "trained from scratch.",
-            "`isolated_atoms: train` beside `read_from` of the systems trains on them.",
-            {"count": len(alone)},
-        )
-    ]
+    return [_isolated_atoms(systems.read_from, alone, len(frames))] if alone else []
+
+
+def sets_left_out(datasets: Sequence[DatasetOptions]) -> dict[int, Finding]:
+    """Notes on files of nothing but isolated atoms beside others, by the number of the set."""
+    try:
+        numbers = sets_of_isolated_atoms(datasets)
+    except DataError:  # reading that file says why
+        return {}
+    notes = {}
+    for number in numbers:
+        systems = datasets[number].systems
+        count = len(read_frames(systems.read_from, systems.format, systems.types))
+        notes[number] = _isolated_atoms(systems.read_from, list(range(count)), count)
+    return notes
+
+
+def _isolated_atoms(source: str, alone: list[int], count: int) -> Finding:
+    return Finding(
+        "note",
+        "isolated-atoms",
+        f"{len(alone)} of {count} frames are isolated atoms",
+        (Frames(source, tuple(alone)),),
+        "They are left out of the sets; their energies can be the baselines of a model "
+        "trained from scratch.",
+        "`isolated_atoms: train` beside `read_from` of the systems trains on them.",
+        {"count": len(alone)},
+    )
 
 
 def _without_failed(dataset: DatasetOptions) -> tuple[DatasetOptions, list[Finding]]:

@@ -201,7 +201,7 @@ def _finish(
     kernels.prepare(device)
     splits = load_splits(member_folder(files.folder, 0) / SPLITS, options)
     data = load_data(options, splits, committee, seed, committee.dtype)
-    wanted = wanted_derivatives(options, data)
+    wanted = wanted_derivatives(options, data.train.structures)
     if not splits.validation:
         _logger.warning("the spread is calibrated on the training set, which makes it too small")
     deviations = collect(committee, data.validation.view(), wanted)

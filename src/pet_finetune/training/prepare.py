@@ -17,6 +17,7 @@ from pet_finetune.config import Options, TrainingOptions
 from pet_finetune.data.files import forget_files
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.splits import Splits, load_splits, make_splits
+from pet_finetune.data.structure import Structure
 from pet_finetune.device import dtype_of_bits
 from pet_finetune.keys import forces_key, stress_key
 from pet_finetune.log import get_logger
@@ -34,6 +35,7 @@ from .metrics import Errors, evaluate
 from .predictions import Recorder
 from .resume import RunState, SavedRun, plain_errors, take_files
 from .run_files import OPTIONS, SPLITS, RunFiles, about_run, provenance_of
+from .selection import check_metric
 from .start import Start, check_targets, choose_trainable, foundation_of, rounding_told, start_model
 from .tables import baseline_text
 from .trainer import Trainer
@@ -129,6 +131,7 @@ def prepare_run(
     seed = seed_everything(saved.state.seed if saved else options.seed)
     _logger.info("seed %d, %s, %d bits", seed, device, options.base_precision)
     splits = _splits(options, files, saved, seed, rooms.read if check else make_splits)
+    _check_metric(options, splits)
     own_seed, trained_on = seed, splits
     if options.finetune.member is not None:
         own_seed, trained_on = of_member(options, splits, seed)
@@ -187,6 +190,14 @@ def _splits(
         return read(options, seed)
     take_files(saved, files)
     return load_splits(files.folder / SPLITS, options)
+
+
+def _check_metric(options: Options, splits: Splits) -> None:
+    """Make sure, as soon as the labels are read, that the best model can be told by them."""
+    energies = [name for name, spec in options.target_specs().items() if spec.is_energy]
+    labels = {name for s in splits.validation or splits.train for name in s.labels}
+    wanted = wanted_derivatives(options, splits.train)
+    check_metric(options.training.best_model_metric, labels, wanted, energies)
 
 
 def _check_structures(options: Options, splits: Splits, model: Potential) -> None:
@@ -304,9 +315,11 @@ def _evaluation_batch(options: Options) -> int:
     return min(_LARGEST_BATCH, 2 * options.training.batch_size)
 
 
-def wanted_derivatives(options: Options, data: RunData) -> dict[str, tuple[bool, bool]]:
+def wanted_derivatives(
+    options: Options, training: Sequence[Structure]
+) -> dict[str, tuple[bool, bool]]:
     """For each target, whether its forces and its stress are learned."""
-    labels = data.train.label_names
+    labels = {name for structure in training for name in structure.labels}
     wanted = {}
     for name in options.target_specs():
         loss = options.training.loss_for(name)
@@ -319,7 +332,7 @@ def wanted_derivatives(options: Options, data: RunData) -> dict[str, tuple[bool,
 
 def _objectives(options: Options, model: Potential, data: RunData) -> dict[str, Objective]:
     objectives = {}
-    for name, (forces, stress) in wanted_derivatives(options, data).items():
+    for name, (forces, stress) in wanted_derivatives(options, data.train.structures).items():
         objectives[name] = Objective(
             target=name,
             loss=options.training.loss_for(name),

@@ -22,7 +22,7 @@ def check_metric(
     wanted: Mapping[str, tuple[bool, bool]],
     energies: Collection[str] | None = None,
 ) -> None:
-    """Make sure before the first step that :func:`best_metric` will find what it needs.
+    """Make sure, as soon as data are read, that :func:`best_metric` will find what it needs.
 
     Args:
         kind: ``best_model_metric``.
@@ -38,9 +38,10 @@ def check_metric(
     forces = [name for name in wanted if forces_key(name) in labels]
     needed = {"energy_mae": energies, "forces_mae": forces}.get(kind, values + forces)
     if not needed:
+        there = ", ".join(sorted(labels)) or "none"
         raise TrainingError(
-            f"best_model_metric '{kind}' needs labels that no validation structure has. Use "
-            "another metric, or validation structures that have them."
+            f"best_model_metric '{kind}' needs labels that no validation structure has (there: "
+            f"{there}). Use another metric, or validation structures that have them."
         )
     if kind == "forces_mae" and not any(wanted[name][0] for name in forces):
         raise TrainingError(

@@ -38,7 +38,7 @@ from .precision import mixed, precision_errors
 from .records import EpochRecord, StepProgress, StepResult, TrainingResult
 from .resume import Progress
 from .schedule import rate_at
-from .selection import best_metric, best_window, check_metric, mean_loss
+from .selection import best_metric, best_window, mean_loss
 
 _logger = get_logger(__name__)
 # The name of the whole loss among its terms.
@@ -58,8 +58,7 @@ class Trainer:
         kept: what features kept of the start of a run that goes on, by their names.
 
     Raises:
-        TrainingError: no batch would be left, or the metric that picks the best model cannot
-            be computed.
+        TrainingError: no batch would be left.
     """
 
     def __init__(
@@ -89,8 +88,6 @@ class Trainer:
                 "choose a smaller number, or a larger max_atoms_per_batch."
             )
         self._energies = [name for name, o in self.objectives.items() if o.energy]
-        labels = validation.label_names
-        check_metric(options.best_model_metric, labels, self.wanted, self._energies)
         self.features: tuple[Feature, ...] = ()
         for feature in features:
             self.add(feature, (kept or {}).get(feature.name))

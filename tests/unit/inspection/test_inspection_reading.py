@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from pet_finetune.config.load import parse_options
 from pet_finetune.errors import DataError
-from pet_finetune.inspection.reading import check_cells, read_anyway, target_of_file
+from pet_finetune.inspection.reading import (
+    check_cells,
+    read_anyway,
+    sets_left_out,
+    target_of_file,
+)
 from tiny_data import crystals, data_section, molecules, write_frames
 
 
@@ -143,3 +149,17 @@ def test_the_same_energy_under_two_names_is_no_question(tmp_path):
     section, findings = target_of_file(path)
     assert section["key"] == "dft_energy"
     assert [f.code for f in findings] == ["other-key"]
+
+
+def test_a_file_of_isolated_atoms_beside_others_is_noted_and_left_out(tmp_path):
+    lone = Atoms("H")
+    lone.calc = SinglePointCalculator(lone, energy=-13.6)
+    sets = [
+        dataset(write_frames(tmp_path / "atoms.xyz", [lone])),
+        dataset(write_frames(tmp_path / "molecules.xyz", molecules(3))),
+    ]
+    assert sets_left_out(sets[:1]) == {}
+    ((number, note),) = sets_left_out(sets).items()
+    assert number == 0
+    assert note.what == "1 of 1 frames are isolated atoms"
+    assert sets_left_out([*sets, dataset(tmp_path / "missing.xyz")]) == {}
