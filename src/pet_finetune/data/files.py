@@ -213,6 +213,8 @@ def _frames(
         options["fractional_occupancies"] = True
     elif kind == "aims-output":
         options["non_convergence_ok"] = True  # it is looked for here
+    elif kind == "orca-output":  # ASE knows the older words, and takes the newer ones for a number
+        text = text.replace("(SCF not fully converged!)", "(Wavefunction not fully converged!)")
     elif kind in LAMMPS:
         options |= lammps_units(kind, text, source)
     form = ioformats[kind]

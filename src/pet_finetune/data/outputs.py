@@ -10,6 +10,7 @@ import bisect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -79,6 +80,7 @@ _CODES: Mapping[str, _Code] = {
     ),
     "castep-castep": _Code(re.compile(r"^ *Final (?:free )?energy.*=", re.M)),
     "nwchem-out": _Code(re.compile(r"Total (?:DFT|SCF) energy")),
+    "gpaw-out": _Code(re.compile(r"^Positions:", re.M), ends=False),
 }
 
 
@@ -146,10 +148,9 @@ def _parts(kind: str, text: str, frames: Sequence[Atoms]) -> Callable[[int], Seq
         return _by_energy(marks, frames)
     if not code.ends:
         starts = [mark.start() for mark in marks]
-        ends = [*starts[1:], len(text)]
         kept = [
             begin
-            for begin, end in zip(starts, ends, strict=True)
+            for begin, end in pairwise([*starts, len(text)])
             if code.holds is None or code.holds.search(text, begin, end)
         ]
         if len(kept) != len(frames):

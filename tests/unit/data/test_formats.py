@@ -12,7 +12,6 @@ from ase.io import write
 from pet_finetune.config.dataset import DatasetOptions
 from pet_finetune.data import read_frames, read_structures
 from pet_finetune.data.files import read_file
-from pet_finetune.data.outputs import clean_outcar, doubtful_frames
 from pet_finetune.errors import DataError
 
 DUMP = """\
@@ -198,16 +197,6 @@ def test_columns_and_data_of_a_database_are_labels(tmp_path):
     np.testing.assert_array_equal(structure.labels["energy/forces"].numpy(), forces)
 
 
-def vasp(*, cycles=(3, 3), limit=3, converged=(True, True)) -> str:
-    """The lines of an OUTCAR that say whether its steps converged."""
-    text = f"   NELM   =    {limit};   NELMIN=  2\n"
-    for step, (count, fine) in enumerate(zip(cycles, converged, strict=True), start=1):
-        text += "".join(f"---- Iteration {step:6d}({k:4d})  ----\n" for k in range(1, count + 1))
-        text += "---- aborting loop because EDIFF is reached ----\n" if fine else ""
-        text += "  FREE ENERGIE OF THE ION-ELECTRON SYSTEM (eV)\n"
-    return text
-
-
 def frames_of(*energies: float):
     frames = []
     for energy in energies:
@@ -215,104 +204,6 @@ def frames_of(*energies: float):
         atoms.calc = SinglePointCalculator(atoms, energy=energy)
         frames.append(atoms)
     return frames
-
-
-GAUSSIAN = " SCF Done:  E(RHF) =  -1.0     A.U. after   10 cycles\n"
-FAILED_GAUSSIAN = " >>>>>>>>>> Convergence criterion not met.\n" + GAUSSIAN.replace("-1.0", "-2.0")
-
-
-@pytest.mark.parametrize(
-    ("kind", "text", "doubtful"),
-    [
-        ("vasp-out", vasp(), []),
-        ("vasp-out", vasp(converged=(True, False)), [1]),
-        ("vasp-out", vasp(cycles=(2, 3), converged=(False, False)), [1]),
-        (
-            "vasp-out",
-            vasp().replace("because EDIFF is reached", "EDIFF was not reached (unconverged)", 1),
-            [0],
-        ),
-        ("gaussian-out", GAUSSIAN + GAUSSIAN, []),
-        ("gaussian-out", GAUSSIAN + FAILED_GAUSSIAN, [1]),
-        ("gaussian-out", FAILED_GAUSSIAN + " Convergence failure -- run terminated.\n", [1]),
-        (
-            "orca-output",
-            "ORCA GEOMETRY RELAXATION STEP\nFINAL SINGLE POINT ENERGY (SCF not fully converged!)\n"
-            "ORCA TERMINATED NORMALLY\n",
-            [1],
-        ),
-        (
-            "espresso-out",
-            "Program PWSCF\nEnd of self-consistent calculation\n"
-            "     convergence NOT achieved after 100 iterations: stopping\n"
-            "ATOMIC_POSITIONS\n!    total energy = -1 Ry\n",
-            [0],
-        ),
-        (
-            "aims-output",
-            "Self-consistency cycle not yet converged - restarting mixer\n"
-            "Self-consistency cycle converged.\nSelf-consistency cycle not converged\n",
-            [1],
-        ),
-        ("castep-castep", " Final energy = -1 eV\n *Warning* max. SCF cycles performed"
-         " but system has not reached the groundstate.\n Final energy = -1 eV\n", [1]),
-        ("gpaw-out", "Did not converge!\n", [0, 1]),  # which one is not known
-        (
-            "vasp-xml",
-            '<i type="int" name="NELM">     2</i><calculation><scstep></scstep></calculation>'
-            "<calculation><scstep></scstep><scstep></scstep></calculation>",
-            [1],
-        ),
-        (  # all iterations were used; the last one of the first step met EDIFF
-            "vasp-xml",
-            '<i name="EDIFF"> 0.001</i><i type="int" name="NELM">     2</i>'
-            + "".join(
-                f'<calculation><scstep><i name="e_0_energy"> -1.0 </i></scstep><scstep>'
-                f'<i name="e_0_energy"> {last} </i></scstep></calculation>'
-                for last in (-1.0001, -1.1)
-            ),
-            [1],
-        ),
-        (
-            "vasp-xml",
-            '<i type="logical" name="ML_LMLFF"> T  </i>'
-            "<calculation><scstep></scstep></calculation><calculation></calculation>",
-            [1],
-        ),
-    ],
-)  # fmt: skip
-def test_frames_that_did_not_converge(kind, text, doubtful):
-    frames = frames_of(-1.0 * 27.211386024367243, -2.0 * 27.211386024367243)
-    assert sorted(doubtful_frames(kind, text, frames)) == doubtful
-
-
-def test_a_frame_that_says_itself_that_it_did_not_converge():
-    frames = frames_of(-1.0, -2.0, -3.0)
-    frames[0].info["converged"] = True
-    frames[1].info["scf_converged"] = False
-    assert list(doubtful_frames("extxyz", "", frames)) == [1]
-
-
-def test_steps_of_a_learned_force_field_are_no_dft(package_log):
-    learned = (
-        "  ML FORCE on cell =-STRESS\n  in kB 0 0 0 0 0 0\n"
-        "  POSITION  TOTAL-FORCE (eV/Angst) (ML)\n"
-        "  ML FREE ENERGIE OF THE ION-ELECTRON SYSTEM (eV)\n  free  energy ML TOTEN  = 1 eV\n\n"
-        "  ML energy  without entropy= 1  ML energy(sigma->0) = 1\n"
-    )
-    computed = "  FREE ENERGIE OF THE ION-ELECTRON SYSTEM (eV)\n  free  energy   TOTEN  = 2 eV\n"
-    text = clean_outcar(learned + computed + learned + learned + computed, "OUTCAR")
-    assert text == computed + computed
-    assert "3 steps are predictions" in package_log.text
-    with pytest.raises(DataError, match="all 2 steps are predictions"):
-        clean_outcar(learned + learned, "OUTCAR")
-
-
-def test_energies_without_van_der_waals_terms_go():
-    line = "  energy  without entropy=  -3.0 eV    w/o vdW =  -1.0  energy(sigma->0) =  -3.1 eV"
-    line += "    w/o vdW =   -1.1"
-    assert clean_outcar(line, "OUTCAR").split()[-1] == "-3.1"
-    assert clean_outcar(line, "OUTCAR").split()[6] == "-3.1"
 
 
 @pytest.fixture
