@@ -1,4 +1,4 @@
-"""Whether an ASE structure can be computed, and the charge and spin it asks for."""
+"""Whether a model can compute structures: their geometry, elements, charges and spins."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ase.data import chemical_symbols
 
 from pet_finetune.errors import DataError, SpeciesError
 
-from .structure import DEFAULT_CHARGE_KEYS, DEFAULT_SPIN_KEYS, as_integer
+from .structure import DEFAULT_CHARGE_KEYS, DEFAULT_SPIN_KEYS, Structure, usual_integer
 
-__all__ = ["charge_and_spin", "check_atoms"]
+__all__ = ["charge_and_spin", "check_atoms", "check_charges"]
 
 
 def check_atoms(atoms: Atoms, species: Sequence[int]) -> None:
@@ -60,8 +60,10 @@ def charge_and_spin(atoms: Atoms, max_charge: int, max_spin: int) -> tuple[int, 
     Raises:
         DataError: a value that is no whole number, or beyond what the model knows.
     """
-    charge = _integer_of(atoms, DEFAULT_CHARGE_KEYS, 0)
-    spin = _integer_of(atoms, DEFAULT_SPIN_KEYS, 1)
+    charge, odd_charge = usual_integer(atoms.info, DEFAULT_CHARGE_KEYS, 0)
+    spin, odd_spin = usual_integer(atoms.info, DEFAULT_SPIN_KEYS, 1)
+    if odd_charge or odd_spin:
+        raise DataError(f"In atoms.info {odd_charge or odd_spin}, not a whole number.")
     if abs(charge) > max_charge:
         raise DataError(
             f"The total charge in atoms.info is {charge}, and the model knows charges from "
@@ -75,11 +77,34 @@ def charge_and_spin(atoms: Atoms, max_charge: int, max_spin: int) -> tuple[int, 
     return charge, spin
 
 
-def _integer_of(atoms: Atoms, keys: Sequence[str], default: int) -> int:
-    for key in keys:
-        if key in atoms.info:
-            value = as_integer(atoms.info[key])
-            if value is None:
-                raise DataError(f"atoms.info[{key!r}] is {atoms.info[key]!r}, not a whole number.")
-            return value
-    return default
+def check_charges(structures: Sequence[Structure], max_charge: int, max_spin: int) -> None:
+    """Refuse structures whose total charge or multiplicity the model has no embedding for.
+
+    Args:
+        structures: what is to be predicted or trained on.
+        max_charge: largest absolute charge the model knows.
+        max_spin: largest multiplicity 2S+1 the model knows.
+
+    Raises:
+        DataError: names the first such structure and how many there are; also of structures with
+            something else than a whole number in the place of one of the two.
+    """
+    odd = [structure for structure in structures if structure.odd]
+    if odd:
+        raise DataError(
+            f"{odd[0].where}: {odd[0].odd}, where the model reads a whole number, as the total "
+            f"charge or the spin multiplicity 2S+1 ({len(odd)} of {len(structures)} structures "
+            "have such values). Correct them, or name other places in `extra_data`."
+        )
+    for name, values, low, high in (
+        ("total charge", [s.charge for s in structures], -max_charge, max_charge),
+        ("spin multiplicity (2S+1)", [s.spin for s in structures], 1, max_spin),
+    ):
+        wrong = [index for index, value in enumerate(values) if not low <= value <= high]
+        if wrong:
+            raise DataError(
+                f"{structures[wrong[0]].where}: the {name} is {values[wrong[0]]}, and the model "
+                f"knows those from {low} to {high} ({len(wrong)} of {len(structures)} structures "
+                "are outside). Remove these structures; a model trained from scratch takes its "
+                "limits from max_charge and max_spin_multiplicity in architecture.model."
+            )

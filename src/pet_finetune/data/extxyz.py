@@ -17,32 +17,23 @@ import numpy as np
 from ase.data import atomic_masses
 from ase.io.extxyz import key_val_str_to_dict, read_xyz
 
-from pet_finetune.data.symbols import element_of, is_dummy
-from pet_finetune.data.text import NamedText
+from pet_finetune.data.symbols import Layout, element_of, is_dummy
+from pet_finetune.data.text import NamedText, as_number, cell_in_words
 from pet_finetune.errors import DataError
 from pet_finetune.log import get_logger
 
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["CELL_WORDS", "read_extxyz"]
+__all__ = ["read_extxyz"]
 
 _logger = get_logger(__name__)
 
-_DEFAULT = "species:S:1:pos:R:3"
-_PROPERTIES = re.compile(r"""Properties\s*=\s*["']?([^\s"']+)""")
 _FLOAT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eEdD][-+]?\d+)?|[-+]?(?i:nan|inf)")
 # Values of the keys for which ASE allows nine numbers and nothing else.
 _MATRIX = re.compile(
     r"(?<![\w-])(Lattice|stress|virial)\s*=\s*"
     r"(\"[^\"]*\"|'[^']*'|\{[^}]*\}|\[\s*\[.*?\]\s*\]|\[[^\]]*\]|[^\s\"'{\[]\S*)"
-)
-_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
-#: A cell that stands in a text in words, not as Lattice="...".
-CELL_WORDS = re.compile(
-    r"(?i)(?<![a-z])(?:lattice|unit[-_ ]?cell|super[-_ ]?cell|cell|simulation[-_ ]?box|box|pbc[-_ ]"
-    r"?box|cryst1|celldm|h[-_ ]?matrix|abc)(?:[-_ ]?(?:vectors?|par\w*|sizes?|lengths?|matrix|"
-    rf"dim\w*|abc))?(?![a-z])[^\d.+-]{{0,16}}{_NUMBER}(?:[\s,;\"'\]\[)(x]+{_NUMBER}){{2,}}"
 )
 _VECTOR = re.compile(r"\s*VEC[1-3]\s")
 
@@ -153,7 +144,7 @@ class _Reader:
         first = self.start + 2
         rows = self.lines[first : first + count]
         comment = self.lines[self.start + 1] if self.start + 1 < len(self.lines) else ""
-        layout = _Layout.of("" if self.plain else comment)
+        layout = Layout.of("" if self.plain else comment)
         cut = len(rows) < count or (rows and end >= len(self.lines) and not rows[-1].strip())
         if cut:
             there = sum(bool(row.strip()) for row in rows)
@@ -180,7 +171,7 @@ class _Reader:
             atoms.arrays["masses"][index] = mass
         return atoms
 
-    def _checked(self, rows: list[str], layout: _Layout, first: int) -> list[str]:
+    def _checked(self, rows: list[str], layout: Layout, first: int) -> list[str]:
         """The rows of the atoms, each with as many columns as are named."""
         more = 0
         for number, row in enumerate(rows):
@@ -210,7 +201,10 @@ class _Reader:
         if self.ended or end < len(self.lines) or len(rows) < 3:
             return
         lengths = {len(row) for row in rows[:-1]}
-        if len(lengths) == 1 and len(rows[-1]) < min(lengths):
+        decimals = {len(row.rpartition(".")[2]) for row in rows[:-1]}
+        if (len(lengths) == 1 and len(rows[-1]) < min(lengths)) or (
+            len(decimals) == 1 and len(rows[-1].rpartition(".")[2]) < min(decimals)
+        ):
             raise DataError(
                 f"{self.source}: the last frame, {self.frame}, which begins on line "
                 f"{self.start + 1}, is cut off: the file ends within a row, {_shown(rows[-1])}. "
@@ -218,11 +212,14 @@ class _Reader:
             )
 
     def _with_elements(
-        self, rows: list[str], layout: _Layout, first: int, comment: str
+        self, rows: list[str], layout: Layout, first: int, comment: str
     ) -> tuple[list[str], dict[int, float]]:
         """Rows with symbols of elements, and the masses of isotopes by atom."""
         masses: dict[int, float] = {}
         if layout.species is None:
+            return rows, masses
+        self._agreeing(rows, layout, first)
+        if layout.numbered:
             return rows, masses
         changed = None
         typed = bool(self.types) or comment.lstrip().startswith("Atoms. Timestep")
@@ -239,6 +236,21 @@ class _Reader:
         if masses:
             self.notes["name isotopes; they are read as their elements, with these masses"] += 1
         return (rows if changed is None else changed), masses
+
+    def _agreeing(self, rows: list[str], layout: Layout, first: int) -> None:
+        """Stop where another column names another element than the column of symbols."""
+        for number, row in enumerate(rows if layout.others else ()):
+            words = row.split()
+            known = element_of(words[layout.species or 0])
+            for name, column in layout.others.items():
+                other = element_of(words[column])
+                if known and other and known[0] != other[0]:
+                    meaning = "" if words[column] == other[0] else f", which is {other[0]}"
+                    self._fail(
+                        first + number,
+                        f"species is {words[layout.species or 0]!r} and {name} is "
+                        f"{words[column]!r}{meaning}. Remove the column that is wrong",
+                    )
 
     def _element(self, label: str, line: int, typed: bool) -> tuple[str, float | None]:
         """Symbol and, for an isotope, mass."""
@@ -288,16 +300,15 @@ class _Reader:
         """Stop where the comment holds a cell that would be lost."""
         if re.search(r"(?i)\bpbc\s*=\s*[\"'\[{]?\s*f\w*[\s,]+f\w*[\s,]+f", comment):
             return
-        found = CELL_WORDS.search(comment)
-        cell = found[0].strip() if found else ""
+        cell = cell_in_words(comment)
         if self.plain and not cell and "Lattice" in comment:
             cell = comment.strip()
-        if not cell and not _looks_like_cell(comment):
+        if not cell:
             return
         self._fail(
             self.start + 1,
-            f"the comment seems to hold a cell ({_shown(cell or comment.strip())}), but not in the "
-            "form that is read, so that the structure would be a molecule in vacuum. Write "
+            f"the comment seems to hold a cell ({_shown(cell)}), but not in the form "
+            "that is read, so that the structure would be a molecule in vacuum. Write "
             'Lattice="ax ay az bx by bz cx cy cz" (in the unit of the positions), or pbc="F F F" '
             "if it is one",
         )
@@ -347,7 +358,7 @@ class _Reader:
 
     def _explain(self, error: Exception, lines: Sequence[str]) -> NoReturn:
         """The error of ASE with the place where it happened."""
-        layout, first = _Layout.of("" if self.plain else lines[0]), self.start + 2
+        layout, first = Layout.of("" if self.plain else lines[0]), self.start + 2
         for number, row in enumerate(lines[1:]):
             for column, word in enumerate(row.split()[: layout.width]):
                 if layout.kinds[column] in "RI" and not _is_number(word, layout.kinds[column]):
@@ -367,55 +378,10 @@ _FORTRAN = re.compile(r"(?<![A-Za-z])(\d*\.?\d+)[dD]([-+]?\d+)(?![A-Za-z])")
 _EXPONENT = str.maketrans("dD", "ee")
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """The columns of a frame."""
-
-    #: How messages call them.
-    names: str
-    #: One letter a column: R, I, S or L.
-    kinds: str
-    #: The column with the element; None where atomic numbers (``Z``) or nothing say it.
-    species: int | None
-
-    @property
-    def width(self) -> int:
-        return len(self.kinds)
-
-    @staticmethod
-    def of(comment: str) -> _Layout:
-        """The columns that a comment names; element and position without it."""
-        found = _PROPERTIES.search(comment)
-        words = (found[1] if found else _DEFAULT).split(":")
-        kinds, species = "", None
-        for name, kind, count in zip(words[::3], words[1::3], words[2::3], strict=False):
-            if name == "species" and kind == "S":
-                species = len(kinds)
-            kinds += kind[:1] * (int(count) if count.isdecimal() else 0)
-        # Numbers beside symbols are what ASE believes.
-        return _Layout(":".join(words), kinds, None if "Z" in words[::3] else species)
-
-
-def _looks_like_cell(comment: str) -> bool:
-    """Whether a comment of nothing but numbers is a cell: lengths, lengths and angles, vectors."""
-    words = comment.strip().strip("#").replace(",", " ").split()
-    if len(words) not in (3, 6, 9) or not all(_is_number(word, "R") for word in words):
-        return False
-    values = np.array([float(word.translate(_EXPONENT)) for word in words])
-    if not np.isfinite(values).all():
-        return False
-    if len(words) == 9:
-        return bool(np.linalg.det(values.reshape(3, 3)) > 8.0)
-    lengths = bool((values[:3] > 2.0).all())
-    return lengths and (len(words) == 3 or bool(((values[3:] > 20) & (values[3:] < 160)).all()))
-
-
 def _is_number(word: str, kind: str) -> bool:
-    try:
-        int(word) if kind == "I" else float(word.translate(_EXPONENT))
-    except ValueError:
-        return False
-    return True
+    if kind == "R":
+        return word.lower() == "nan" or not np.isnan(as_number(word))
+    return word.removeprefix("-").removeprefix("+").isdecimal()
 
 
 def _shown(text: str) -> str:

@@ -23,13 +23,15 @@ from ase.io.formats import UnknownFileTypeError, filetype, ioformats
 
 from pet_finetune.data.complete import check_complete
 from pet_finetune.data.exact import restore_exact
-from pet_finetune.data.extxyz import CELL_WORDS, read_extxyz
+from pet_finetune.data.extxyz import read_extxyz
 from pet_finetune.data.lammps import LAMMPS, lammps_units, looks_like_lammps_data, with_elements
 from pet_finetune.data.outputs import clean_outcar, doubtful_frames, hint_of, is_cp2k
 from pet_finetune.data.symbols import as_types
 from pet_finetune.data.text import (
+    CELL_WORDS,
     NamedBytes,
     NamedText,
+    arrays_of,
     is_binary,
     load_bytes,
     to_text,
@@ -175,6 +177,12 @@ def _guess(file: Path, source: str, data: bytes, text: str) -> str:
             f"{source} is an output of CP2K, which ASE has no reader for.{hint_of(text)} Convert "
             "positions, cell, energies and forces to extended xyz (cp2k-output-tools or dpdata "
             "do that)."
+        )
+    arrays = arrays_of(file, data)
+    if arrays:
+        raise DataError(
+            f"{source} holds {arrays}, and nothing says which of it is what. Write the structures "
+            "as extended xyz; docs/finetuning.md shows how for numpy's .npz."
         )
     raise DataError(
         f"ASE cannot read {source}: neither name nor content says which format it is. Say it: "

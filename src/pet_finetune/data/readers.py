@@ -19,14 +19,7 @@ from .files import frame_numbers, read_file
 from .labels import Column, Shape, find_value, shape_of, to_forces, to_scalar, to_stress
 from .left_out import isolated_frames, log_isolated, without_unconverged
 from .stated_units import StatedUnits
-from .structure import (
-    DEFAULT_CHARGE_KEYS,
-    DEFAULT_SPIN_KEYS,
-    Structure,
-    as_integer,
-    atoms_to_structure,
-    place,
-)
+from .structure import Structure, as_integer, atoms_to_structure, place
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -71,7 +64,6 @@ def read_structures(options: DatasetOptions, *, offer_baselines: bool = False) -
     charges = _read_integers(reading, options.extra_data.get("charge"), "charge")
     multiplicity = options.extra_data.get("spin_multiplicity")
     spins = _read_integers(reading, multiplicity, "spin_multiplicity")
-    _log_odd_charges(reading)
     structures = []
     with Watch(f"converting {reading.source}", "frames", len(reading.chosen)) as watch:
         for position, index in enumerate(reading.chosen):
@@ -88,6 +80,7 @@ def read_structures(options: DatasetOptions, *, offer_baselines: bool = False) -
                 )
             )
             watch.step()
+    _log_odd_charges(structures)
     return structures
 
 
@@ -353,29 +346,19 @@ def _log_isolated(reading: _Reading, offer_baselines: bool) -> None:
     log_isolated(reading.source, reading.isolated, total, offers)
 
 
-def _log_odd_charges(reading: _Reading) -> None:
+def _log_odd_charges(structures: Sequence[Structure]) -> None:
     """Say once which frames hold something else than an integer as charge or spin."""
-    for keys, name in ((DEFAULT_CHARGE_KEYS, "charge"), (DEFAULT_SPIN_KEYS, "spin multiplicity")):
-        option = "charge" if name == "charge" else "spin_multiplicity"
-        if option in reading.options.extra_data:
-            continue
-        for key in keys:
-            odd = [
-                index
-                for index in reading.chosen
-                if key in reading.frames[index].info
-                and as_integer(reading.frames[index].info[key]) is None
-            ]
-            if odd:
-                _logger.info(
-                    "%s: %r of %d frames is not an integer (%s: %r), and not taken as the %s",
-                    reading.source,
-                    key,
-                    len(odd),
-                    place(odd[0]),
-                    reading.frames[odd[0]].info[key],
-                    name,
-                )
+    odd = [structure for structure in structures if structure.odd]
+    if odd:
+        _logger.info(
+            "%s: charge or spin of %d of %d frames is not an integer (%s: %s), and not taken as "
+            "the one of the structure",
+            odd[0].source,
+            len(odd),
+            len(structures),
+            place(odd[0].index),
+            odd[0].odd,
+        )
 
 
 def _check_name(name: str) -> None:

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["Structure", "as_integer", "atoms_to_structure", "place"]
 
 #: Where a total charge is looked for in ``atoms.info`` when the options name no key.
-DEFAULT_CHARGE_KEYS = ("charge",)
+DEFAULT_CHARGE_KEYS = ("charge", "total_charge")
 #: The same for the spin multiplicity 2S+1.
-DEFAULT_SPIN_KEYS = ("spin", "spin_multiplicity")
+DEFAULT_SPIN_KEYS = ("spin", "spin_multiplicity", "multiplicity")
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +54,8 @@ class Structure:
     labels: Mapping[str, Tensor] = field(default_factory=dict)
     #: What the labels of targets that are no energies belong to, by name.
     kinds: Mapping[str, LabelKind] = field(default_factory=dict)
+    #: What stands where the charge or the spin is looked for and is no whole number; else empty.
+    odd: str = ""
 
     @property
     def num_atoms(self) -> int:
@@ -95,15 +97,15 @@ def atoms_to_structure(
         source: the file it came from, kept for messages.
         labels: labels already in eV and Å.
         kinds: what the labels of targets that are no energies belong to.
-        charge: total charge. Without it, ``atoms.info["charge"]`` when that is an integer, else 0.
-        spin: multiplicity 2S+1. Without it, ``atoms.info["spin"]`` or
-            ``atoms.info["spin_multiplicity"]``, else 1.
+        charge: total charge. Without it, what ``atoms.info`` has under one of
+            ``DEFAULT_CHARGE_KEYS`` when that is an integer, else 0.
+        spin: multiplicity 2S+1. Without it, the same for ``DEFAULT_SPIN_KEYS``, else 1.
         length_factor: Å per length unit of ``atoms``.
 
     Raises:
         DataError: no atoms, numbers that are not finite, an unknown element, or a periodic
             direction without a cell vector. Charge and multiplicity are what the file says:
-            :func:`~.charges.check_charges` judges them for a model that reads them.
+            :func:`~.computable.check_charges` judges them for a model that reads them.
     """
     where = place(index, source)
     numbers = np.array(atoms.numbers, dtype=np.int64)
@@ -111,10 +113,13 @@ def atoms_to_structure(
     pbc = np.array(atoms.pbc, dtype=bool)
     cell = np.where(pbc[:, None], np.asarray(atoms.cell, dtype=np.float64) * length_factor, 0.0)
     _check_geometry(numbers, positions, cell, pbc, where)
+    odd = []
     if charge is None:
-        charge = usual_integer(atoms.info, DEFAULT_CHARGE_KEYS, 0)
+        charge, unclear = usual_integer(atoms.info, DEFAULT_CHARGE_KEYS, 0)
+        odd.append(unclear)
     if spin is None:
-        spin = usual_integer(atoms.info, DEFAULT_SPIN_KEYS, 1)
+        spin, unclear = usual_integer(atoms.info, DEFAULT_SPIN_KEYS, 1)
+        odd.append(unclear)
     return Structure(
         index=index,
         source=source,
@@ -126,6 +131,7 @@ def atoms_to_structure(
         spin=spin,
         labels=dict(labels or {}),
         kinds=dict(kinds or {}),
+        odd=", ".join(filter(None, odd)),
     )
 
 
@@ -158,11 +164,23 @@ def as_integer(value: Any) -> int | None:
     return round(number) if np.isfinite(number) and abs(number - round(number)) < 1e-6 else None
 
 
-def usual_integer(info: Mapping[str, Any], keys: tuple[str, ...], default: int) -> int:
-    """The integer under its usual names.
+def usual_integer(info: Mapping[str, Any], keys: tuple[str, ...], default: int) -> tuple[int, str]:
+    """The integer under its usual names, and what stands there in its place, if anything does.
 
-    An entry that only happens to have the name and holds something else is passed over;
-    :func:`~.readers.read_structures` says how many frames have one.
+    An entry that only happens to have the name and holds something else is passed over here: it
+    matters to a model that reads charge or spin, and to no other (:func:`.check_charges`).
     """
-    found = (as_integer(info[key]) for key in keys if key in info)
-    return next((value for value in found if value is not None), default)
+    odd = ""
+    for key in keys:
+        if key in info:
+            value = as_integer(info[key])
+            if value is not None:
+                return value, ""
+            odd = odd or f"{key!r} is {shown_value(info[key])}"
+    return default, odd
+
+
+def shown_value(value: Any) -> str:
+    """A value of ``atoms.info`` for a message, on one line and not long."""
+    text = " ".join(str(value).split())
+    return repr(value) if isinstance(value, str) else text if len(text) <= 40 else f"{text[:37]}..."

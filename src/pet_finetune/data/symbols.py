@@ -1,22 +1,30 @@
-"""Elements from the labels of atoms that files use: symbols, numbers, isotopes, site labels."""
+"""The columns of atoms in a file, and the elements that labels there stand for."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 
 from ase.data import atomic_numbers, chemical_symbols
 
 from pet_finetune.errors import DataError
 
-__all__ = ["as_types", "element_of", "is_dummy"]
+__all__ = ["Layout", "as_types", "element_of", "is_dummy"]
 
 # Masses in u of what chemists give a letter of its own (AME2020).
 _HYDROGEN = {"D": 2.01410177812, "T": 3.01604928199}
 _DUMMIES = frozenset({"X", "Xx", "Du", "Bq", "Gh", "Lp", "Vac", "Va", "Q"})
 _LABEL = re.compile(r"([A-Za-z]{1,2})(?:[0-9]+[+-]?|[+-][0-9]*|[_.:-].*)'*$")
 _ISOTOPE = re.compile(r"([0-9]{1,3})([A-Za-z]{1,2})$")
+
+_DEFAULT = "species:S:1:pos:R:3"
+_PROPERTIES = re.compile(r"""Properties\s*=\s*["']?([^\s"']+)""")
+#: Names under which programs write elements beside ``species``.
+_ELEMENTS = frozenset(
+    {"z", "numbers", "atomic_number", "atomic_numbers", "element", "elements", "symbol", "symbols"}
+)
 
 
 @lru_cache(maxsize=4096)
@@ -75,3 +83,45 @@ def as_types(given: Mapping[int, str]) -> dict[int, str]:
             raise DataError(f"types: {number} is given as {name!r}, which is no element.")
         types[int(number)] = found[0]
     return types
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The columns of a frame of extended XYZ."""
+
+    #: How messages call them.
+    names: str
+    #: One letter a column: R, I, S or L.
+    kinds: str
+    #: The column with the symbol of the element; None where only atomic numbers or nothing say it.
+    species: int | None
+    #: Other columns that name it, by name.
+    others: Mapping[str, int]
+
+    @property
+    def width(self) -> int:
+        """The number of columns."""
+        return len(self.kinds)
+
+    @property
+    def numbered(self) -> bool:
+        """Whether there are atomic numbers that ASE reads in place of symbols."""
+        return any(name in ("Z", "numbers") for name in self.others)
+
+    @staticmethod
+    def of(comment: str) -> Layout:
+        """The columns that a comment names; element and position without it.
+
+        Args:
+            comment: the second line of the frame.
+        """
+        found = _PROPERTIES.search(comment)
+        words = (found[1] if found else _DEFAULT).split(":")
+        kinds, species, others = "", None, {}
+        for name, kind, count in zip(words[::3], words[1::3], words[2::3], strict=False):
+            if name == "species" and kind == "S":
+                species = len(kinds)
+            elif name.lower() in _ELEMENTS and count == "1":
+                others[name] = len(kinds)
+            kinds += kind[:1] * (int(count) if count.isdecimal() else 0)
+        return Layout(":".join(words), kinds, species, others)

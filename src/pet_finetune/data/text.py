@@ -1,4 +1,4 @@
-"""The content of a data file as text: unpacked, decoded, with plain line ends."""
+"""The content of a data file: unpacked, decoded, with plain line ends; cells in words."""
 
 from __future__ import annotations
 
@@ -7,14 +7,29 @@ import codecs
 import gzip
 import io
 import lzma
+import re
+import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
+
 from pet_finetune.errors import DataError
 from pet_finetune.log import get_logger
 
-__all__ = ["NamedBytes", "NamedText", "is_binary", "load_bytes", "to_text", "unpacked_name"]
+__all__ = [
+    "CELL_WORDS",
+    "NamedBytes",
+    "NamedText",
+    "arrays_of",
+    "as_number",
+    "cell_in_words",
+    "is_binary",
+    "load_bytes",
+    "to_text",
+    "unpacked_name",
+]
 
 _logger = get_logger(__name__)
 
@@ -31,6 +46,41 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+_BOX = r"(?:lattice|unit[-_ ]?cell|super[-_ ]?cell|cell|simulation[-_ ]?box|box)"
+#: Three numbers or more of a cell that stands in a text in words, not as Lattice="...".
+CELL_WORDS = re.compile(
+    rf"(?i)(?<![a-z])(?:{_BOX}|pbc[-_ ]?box|cryst1|celldm|h[-_ ]?matrix|abc|dimensions?"
+    r"|vec(?:tor)?s?[-_ ]?[1a]|tv)(?:[-_ ]?(?:vectors?|par\w*|sizes?|lengths?|matrix|dim\w*|abc))?"
+    rf"(?![a-z])[^\d.+-]{{0,16}}{_NUMBER}(?:[\s,;\"'\]\[)(x]+{_NUMBER}){{2,}}"
+)
+#: More ways to write one: named lengths, flags of periodicity with lengths, one length of a cube.
+_CELLS = (
+    CELL_WORDS,
+    re.compile(
+        r"[^\d\n]{1,12}".join(
+            rf"(?<![A-Za-z])(?:{names})\s*[=:]\s*{_NUMBER}"
+            for names in (
+                "L?a|[Ll]_?x|(?:[Cc]ell|[Bb]ox)_?[ax]",
+                "L?b|[Ll]_?y|(?:[Cc]ell|[Bb]ox)_?[by]",
+                "L?c|[Ll]_?z|(?:[Cc]ell|[Bb]ox)_?[cz]",
+            )
+        )
+    ),
+    re.compile(
+        rf"(?i)(?<![a-z])(?:pbc|periodic)(?![a-z])[^\d.+-]{{0,8}}"
+        rf"(?=\d{{2}}|\d\.){_NUMBER}(?:[\s,]+{_NUMBER}){{2,}}"
+    ),
+    re.compile(
+        rf"(?i)(?<![a-z])(?:{_BOX}[-_ ]?(?:sizes?|lengths?|sides?|edges?|constant|parameters?|l)"
+        rf"|alat|celldm(?:\(1\))?)(?![a-z])[^\d.+-]{{0,8}}{_NUMBER}"
+    ),
+    re.compile(
+        rf"(?i)(?<![a-z]){_BOX}[^\d.+-]{{1,4}}{_NUMBER}\s*(?:(?-i:A|Å)|ang|angstroms?|nm|bohr)(?![a-z])"
+    ),
+)
+_EXPONENT = str.maketrans("dD", "ee")  # as Fortran writes it
 
 
 class NamedText(io.StringIO):
@@ -105,3 +155,58 @@ def to_text(data: bytes, source: str) -> str:
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     return text
+
+
+def arrays_of(file: Path, data: bytes) -> str:
+    """What a file of numbers without a meaning of their own holds, in words; else empty.
+
+    Args:
+        file: its name.
+        data: its content.
+    """
+    if data.startswith(b"\x89HDF\r\n\x1a\n"):
+        return "tables of HDF5"
+    if data.startswith(b"\x93NUMPY"):
+        return "an array of numpy"
+    if file.suffix.lower() == ".npz":
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+                shown = ", ".join(map(str, arrays.files[:12]))
+        except (ValueError, OSError, zipfile.BadZipFile):
+            return "arrays of numpy, and is damaged or cut off"
+        return f"arrays of numpy ({shown})"
+    if file.suffix.lower() in (".pkl", ".pickle", ".pt", ".pth"):
+        return "objects of Python (a pickle, which can run code and is not opened)"
+    return ""
+
+
+def cell_in_words(comment: str) -> str:
+    """What in the comment of a frame seems to be a cell, in words or as bare numbers; else empty.
+
+    ``Lattice="..."``, which is read, is not looked for.
+    """
+    for pattern in _CELLS:
+        found = pattern.search(comment)
+        if found is not None:
+            return found[0].strip()
+    return comment.strip() if _is_bare_cell(comment) else ""
+
+
+def _is_bare_cell(comment: str) -> bool:
+    """Whether a comment of nothing but numbers is a cell: lengths, lengths and angles, vectors."""
+    words = comment.strip().strip("#").replace(",", " ").split()
+    values = np.array([as_number(word) for word in words])
+    if len(words) not in (3, 6, 9) or not np.isfinite(values).all():
+        return False
+    if len(words) == 9:
+        return bool(np.linalg.det(values.reshape(3, 3)) > 8.0)
+    lengths = bool((values[:3] > 2.0).all())
+    return lengths and (len(words) == 3 or bool(((values[3:] > 20) & (values[3:] < 160)).all()))
+
+
+def as_number(word: str) -> float:
+    """The number that a word stands for, also with an exponent of Fortran's; NaN if it is none."""
+    try:
+        return float(word.translate(_EXPONENT))
+    except ValueError:
+        return float("nan")

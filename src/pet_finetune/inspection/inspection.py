@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from pet_finetune.data.charges import check_charges
+from pet_finetune.data.computable import check_charges
 from pet_finetune.data.species import check_species
 from pet_finetune.data.structure import Structure
 from pet_finetune.errors import DataError, SpeciesError

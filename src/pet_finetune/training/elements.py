@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from pet_finetune.config import Options
-from pet_finetune.data.charges import check_charges
+from pet_finetune.data.computable import check_charges
 from pet_finetune.data.species import check_species, find_species
 from pet_finetune.data.splits import Splits
 from pet_finetune.data.structure import Structure

@@ -23,6 +23,7 @@ O 0.000 0.000 0.000
 H 0.960 0.000 0.000
 H 0.000 0.960 0.000
 """
+WIDER = WATER.replace("O 0.000", "O -10.000")  # its rows have several lengths
 
 
 def read(text: str, **options):
@@ -54,6 +55,7 @@ def test_an_empty_comment_is_no_end():
         (WATER.replace("3\n", "4\n", 1) + WATER, ["line 6 (frame 0)", "'3'", "too large"]),
         (WATER + WATER[:-22], ["last frame, 1", "line 6", "cut off", "3 atoms, and 2"]),
         (WATER + WATER[:-4], ["last frame, 1", "line 6", "ends within a row"]),
+        (WATER + WIDER[:-2], ["last frame, 1", "line 6", "ends within a row"]),
         (WATER.replace("0.960", "O.960", 1), ["line 4", "column 2", "'O.960'"]),
         (WATER.replace(" 0.000\nH", "\nH", 1), ["line 3", "4 columns"]),
         ("three\n" + WATER, ["line 1", "'three'"]),
@@ -62,6 +64,34 @@ def test_an_empty_comment_is_no_end():
 def test_what_cannot_be_read_is_named_by_frame_and_line(text, words):
     message = refused(text)
     assert [word for word in words if word not in message] == [], message
+
+
+@pytest.mark.parametrize(
+    ("column", "other", "words"),
+    [
+        ("Z:I:1", "6", "species is 'H' and Z is '6', which is C"),
+        ("numbers:I:1", "8", "numbers is '8', which is O"),
+        ("atomic_numbers:I:1", "2", "atomic_numbers is '2', which is He"),
+        ("element:S:1", "C", "element is 'C'. Remove"),
+    ],
+)
+def test_columns_that_contradict_each_other_are_refused(column, other, words):
+    right = {"O": "8", "H": "1"} if ":I:" in column else {"O": "O", "H": "H"}
+    rows = [("O", 0.0, right["O"]), ("H", 0.9, right["H"]), ("H", 1.8, right["H"])]
+
+    def text(rows):
+        lines = [f"{symbol} {x} 0 0 {more}\n" for symbol, x, more in rows]
+        return f"3\nProperties=species:S:1:pos:R:3:{column}\n{''.join(lines)}"
+
+    assert str(read(text(rows))[0].symbols) == "OH2"
+    message = refused(text([*rows[:2], ("H", 1.8, other)]))
+    assert words in message
+    assert "line 5" in message
+
+
+def test_numbers_decide_where_labels_are_no_elements():
+    (atoms,) = read("1\nProperties=species:S:1:pos:R:3:Z:I:1\nOW 0 0 0 8\n")
+    assert list(atoms.numbers) == [8]
 
 
 def test_columns_that_are_not_named_are_said(package_log):
@@ -155,6 +185,19 @@ def test_atoms_that_are_none(label, words):
         "12.4 12.4 12.4",
         "12.4 0 0 0 12.4 0 0 0 12.4",
         "12.4 12.4 12.4 90 90 90",
+        "a=12.4 b=12.4 c=12.4",
+        "Lx = 12.4, Ly = 12.4, Lz = 12.4",
+        "cell_x: 12.4 cell_y: 12.4 cell_z: 12.4",
+        "PBC 12.4 12.4 12.4 90 90 90",
+        "Periodic 12.4 12.4 12.4",
+        "boxsize 12.4",
+        "box length: 12.4",
+        "lattice constant 12.4",
+        "celldm(1) = 23.4",
+        "Water box 12.4 A",
+        "vec1 12.4 0 0 vec2 0 12.4 0 vec3 0 0 12.4",
+        "dimensions 12.4 12.4 12.4",
+        "Tv 12.4 0 0",
     ],
 )
 def test_a_cell_that_would_be_lost_is_refused(comment):
@@ -174,6 +217,10 @@ def test_a_cell_that_would_be_lost_is_refused(comment):
         "i = 3, time = 1.5, E = -17.1646",
         "-76.3 0.1 0.2",
         "gdb 1 3 4 5",
+        "periodic image 0 0 0",
+        "dipole x=1.0 y=2.0 z=3.0",
+        "rotational constants A=9.1 B=3.2 C=2.7",
+        "box 3 a test",
     ],
 )
 def test_comments_without_a_cell_stay_molecules(comment):

@@ -176,6 +176,25 @@ def test_outputs_of_cp2k_get_a_message_of_their_own(tmp_path):
     assert "SCF run NOT converged" in message
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.npz", None, "arrays of numpy (R, z)"),
+        ("b.npz", b"PK\x03\x04" + bytes(50), "damaged or cut off"),
+        ("c.h5", b"\x89HDF\r\n\x1a\n" + bytes(50), "tables of HDF5"),
+        ("d.npy", b"\x93NUMPY" + bytes(50), "an array of numpy"),
+        ("e.pkl", b"\x80\x04\x95" + bytes(50), "a pickle"),
+    ],
+)
+def test_numbers_without_a_meaning_get_a_message_of_their_own(tmp_path, name, content, words):
+    np.savez(tmp_path / "a.npz", R=np.zeros((5, 3, 3)), z=np.array([8, 1, 1]))
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    message = refused(tmp_path / name)
+    assert words in message
+    assert "extended xyz" in message
+
+
 def test_dummies_of_any_format_are_refused(tmp_path):
     atoms = molecule("H2O")
     atoms.numbers[1] = 0

@@ -9,7 +9,7 @@ from ase import Atoms
 from ase.build import bulk, molecule
 
 from pet_finetune.data import atoms_to_structure
-from pet_finetune.data.charges import check_charges
+from pet_finetune.data.computable import check_charges
 from pet_finetune.data.structure import as_integer
 from pet_finetune.errors import DataError
 
@@ -74,7 +74,7 @@ def test_as_integer(value, integer):
 
 def test_charge_and_spin_are_what_the_file_says_and_judged_by_who_reads_them():
     atoms = molecule("OH")
-    atoms.info.update(charge=0.5, spin=0)  # fairchem writes spin=0 where none is meant
+    atoms.info.update(spin=0)  # fairchem writes spin=0 where none is meant
     structure = atoms_to_structure(atoms)
     assert (structure.charge, structure.spin) == (0, 0)
     with pytest.raises(DataError, match="spin multiplicity .* is 0"):
