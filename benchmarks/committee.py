@@ -40,7 +40,7 @@ VOLUME = 29.9  # of a water molecule at 1 g/cm^3, cubic angstrom
 
 
 def water(count: int) -> Atoms:
-    """A periodic box of randomly turned water molecules on a grid."""
+    """A periodic box of randomly rotated water molecules on a grid."""
     side = (count * VOLUME) ** (1 / 3)
     points = int(np.ceil(count ** (1 / 3)))
     box = Atoms(cell=[side] * 3, pbc=True)

@@ -39,10 +39,10 @@ class Found:
 
 
 def in_orientations(calc: PETCalculator, atoms: Atoms, rotations: np.ndarray) -> Found:
-    """Predict a structure in each orientation; forces are turned back."""
+    """Predict a structure in each orientation; forces are rotated back."""
     energies, forces, seconds = [], [], []
     for rotation in rotations:
-        turned = Atoms(
+        rotated = Atoms(
             atoms.numbers,
             atoms.positions @ rotation.T,
             cell=atoms.cell.array @ rotation.T,
@@ -50,9 +50,9 @@ def in_orientations(calc: PETCalculator, atoms: Atoms, rotations: np.ndarray) ->
             info=atoms.info,
         )
         started = time.perf_counter()
-        forces.append(calc.get_forces(turned) @ rotation)
+        forces.append(calc.get_forces(rotated) @ rotation)
         seconds.append(time.perf_counter() - started)
-        energies.append(calc.get_potential_energy(turned) / len(atoms))
+        energies.append(calc.get_potential_energy(rotated) / len(atoms))
     return Found(np.array(energies), np.array(forces), seconds)
 
 

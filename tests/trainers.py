@@ -111,7 +111,7 @@ def make_trainer(
 
 
 def without_directions(model):
-    """Only the length of an edge counts, so turning changes nothing."""
+    """Only the length of an edge counts, so rotating changes nothing."""
     with torch.no_grad():
         for name, parameter in model.network.named_parameters():
             if "edge_embedder" in name and name.endswith("weight"):

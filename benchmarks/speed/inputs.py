@@ -28,12 +28,12 @@ WATER_SPACING = 3.104  # A between oxygens on a cubic grid: 29.9 A^3 a molecule,
 
 
 def water_box(cells: tuple[int, int, int]) -> Atoms:
-    """Molecules turned at random on a grid, at the density of the liquid."""
+    """Molecules rotated at random on a grid, at the density of the liquid."""
     random = np.random.default_rng(SEED)
     one = molecule("H2O")
     centers = np.indices(cells).reshape(3, -1).T * WATER_SPACING
-    turned = [Rotation.random(random_state=random).apply(one.positions) for _ in centers]
-    positions = np.concatenate([p + c for p, c in zip(turned, centers, strict=True)])
+    rotated = [Rotation.random(random_state=random).apply(one.positions) for _ in centers]
+    positions = np.concatenate([p + c for p, c in zip(rotated, centers, strict=True)])
     symbols = one.get_chemical_symbols() * len(centers)
     return Atoms(symbols, positions, cell=np.array(cells) * WATER_SPACING, pbc=True)
 

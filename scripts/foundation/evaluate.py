@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("test", type=Path)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--rotated", type=int, default=200, help="structures turned at random")
+    parser.add_argument("--rotated", type=int, default=200, help="structures rotated at random")
     arguments = parser.parse_args()
     kernels.prepare()
     model = load_checkpoint(arguments.model).model.eval()

@@ -19,7 +19,7 @@ from fragments import ELEMENTS, PARTNERS
 from labels import MAX_FORCE, WALL_FORCE, label, tight_binding
 from molecules import conformer, grow, read_smiles, to_atoms
 from rdkit.Chem import Mol
-from shapes import beside, boxed, rattled, stretched, thermal, turned
+from shapes import beside, boxed, rattled, rotated, stretched, thermal
 
 __all__ = ["KINDS", "MANY", "box", "cluster", "collision", "dimers", "molecule", "shapes"]
 
@@ -48,7 +48,7 @@ def shapes(rng: np.random.Generator, reach: float) -> Labelled:
         return smiles, []
     geometries = singles(shape, reach, rng)
     geometries += [("modes", thermal(shape, temperature(rng), 1.0, rng)) for _ in range(2)]
-    geometries += [("torsion", thermal(turned(shape, rng), temperature(rng), reach, rng))]
+    geometries += [("torsion", thermal(rotated(shape, rng), temperature(rng), reach, rng))]
     return smiles, named(labelled(geometries), smiles)
 
 
@@ -57,7 +57,7 @@ def singles(shape: Mol, reach: float, rng: np.random.Generator) -> list[tuple[st
     return [
         ("modes", thermal(shape, temperature(rng), reach, rng)),
         ("modes", thermal(shape, temperature(rng), reach, rng)),
-        ("torsion", thermal(turned(shape, rng), 300.0, reach, rng)),
+        ("torsion", thermal(rotated(shape, rng), 300.0, reach, rng)),
         ("rattled", rattled(to_atoms(shape), reach, rng)),
         ("stretched", stretched(shape, reach, rng)),
     ]

@@ -10,7 +10,7 @@ from molecules import force_field, to_atoms
 from rdkit import Chem
 from rdkit.Chem import rdMolTransforms
 
-__all__ = ["beside", "boxed", "rattled", "stretched", "thermal", "turned"]
+__all__ = ["beside", "boxed", "rattled", "stretched", "thermal", "rotated"]
 
 KCAL = units.kcal / units.mol
 SOFTEST = 0.3  # eV/A^2 of a normal mode: softer ones are not harmonic at these temperatures
@@ -24,8 +24,8 @@ def rattled(atoms: Atoms, reach: float, rng: np.random.Generator) -> Atoms:
     return moved
 
 
-def turned(molecule: Chem.Mol, rng: np.random.Generator) -> Chem.Mol:
-    """All rotatable bonds turned by random angles."""
+def rotated(molecule: Chem.Mol, rng: np.random.Generator) -> Chem.Mol:
+    """All rotatable bonds rotated by random angles."""
     copy = Chem.Mol(molecule)
     shape = copy.GetConformer()
     pattern = Chem.MolFromSmarts("[*;!D1]-&!@[*;!D1]")

@@ -68,7 +68,7 @@ def elements() -> list[Atoms]:
 
 
 def beside(names: tuple[str, ...], rng: np.random.Generator) -> Atoms:
-    """Molecules turned at random in a row, their closest atoms 2.3 to 2.9 Angstrom apart."""
+    """Molecules rotated at random in a row, their closest atoms 2.3 to 2.9 Angstrom apart."""
     cluster = molecule(names[0])
     for name in names[1:]:
         other = molecule(name)

@@ -43,7 +43,7 @@ from pet_finetune.log import get_logger, html_of, setup_logging
 from pet_finetune.model import Potential
 from pet_finetune.model.fingerprint import weights_fingerprint
 from pet_finetune.report.curves import curves_html
-from pet_finetune.report.reading import gather
+from pet_finetune.report.reading import read_run
 from pet_finetune.report.record import RunRecord
 from pet_finetune.report.write import report_or_warn, write_report
 from pet_finetune.runs.folder import RunFolder
@@ -262,7 +262,7 @@ def _result(outcome: TrainOutcome, options: Options, folder: Path | None) -> Fin
     """What a run left, read from its files while they are there."""
     place = outcome.folder
     errors = {"before": plain_errors(outcome.before), "after": plain_errors(outcome.after)}
-    record = gather(place)
+    record = read_run(place)
     adapter = None
     if options.finetune.ensemble is not None and options.finetune.member is None:
         if not outcome.result.finished:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -63,10 +64,10 @@ class PETCalculator(Calculator):
         adapters: several adapter folders, or the folder of a run with ``finetune.ensemble``: a
             committee. All properties are its mean, and there are those of
             :data:`COMMITTEE_PROPERTIES`.
-        spread: of a committee: ``"always"`` has what each member says computed with everything
-            else; ``"asked"`` leaves its forces and stress until one of them, or their uncertainty,
-            is asked for, which then takes an evaluation of its own. That is faster where the
-            members share their first layers; where they do not, they are there anyway.
+        spread: of a committee: ``"always"`` computes what each member says with everything else;
+            ``"on_demand"`` leaves forces and stress of the members until one of them, or their
+            uncertainty, is asked for, which then takes an evaluation of its own. That is faster
+            where the members share their first layers; where they do not, they are there anyway.
         target: the energy to use. Without it: the adapter's, else the only one there is, else
             ``energy``.
         non_conservative: True for forces and stress from the model's direct heads
@@ -97,7 +98,7 @@ class PETCalculator(Calculator):
         *,
         adapter: str | os.PathLike[str] | None = None,
         adapters: Adapters | None = None,
-        spread: Literal["always", "asked"] = "always",
+        spread: Literal["always", "on_demand", "asked"] = "always",
         target: str | None = None,
         non_conservative: NonConservative = False,
         device: str | torch.device = "auto",
@@ -116,9 +117,12 @@ class PETCalculator(Calculator):
             raise ConfigError(
                 "adapter and adapters: give one of them, a single adapter or those of a committee."
             )
-        if spread not in ("always", "asked"):
-            raise ConfigError(f"spread: '{spread}' is not one of always, asked.")
-        self._spread_when_asked = spread == "asked"
+        if spread == "asked":
+            warnings.warn('spread="asked" is now "on_demand"', DeprecationWarning, stacklevel=2)
+            spread = "on_demand"
+        if spread not in ("always", "on_demand"):
+            raise ConfigError(f"spread: '{spread}' is not one of always, on_demand.")
+        self._spread_on_demand = spread == "on_demand"
         self._wanted_target = target
         self._wanted_direct: NonConservative = non_conservative
         self._adapted: AdaptedPotential | None = None
@@ -302,7 +306,7 @@ class PETCalculator(Calculator):
         self.reset()  # nothing of the last structure is left should this one be refused
         check_forked(self._device)
         check_atoms(atoms, self._model.species)
-        members = not self._spread_when_asked or not OF_MEMBERS.isdisjoint(properties or ())
+        members = not self._spread_on_demand or not OF_MEMBERS.isdisjoint(properties or ())
         with self._blocks.reused():
             prediction = self._predict_mean(self._batch(atoms), periodic, members)
         super().calculate(atoms, properties, system_changes)

@@ -110,15 +110,15 @@ def test_a_simulation_is_gone_on_with_from_anywhere(md, command, monkeypatch) ->
 
 
 def test_orientations_move_the_atoms_by_their_mean(md, command, monkeypatch) -> None:
-    turned = []
+    rotated = []
     monkeypatch.setattr(
-        calculator, "predict_mean", lambda *given: turned.append(1) or predict_mean(*given)
+        calculator, "predict_mean", lambda *given: rotated.append(1) or predict_mean(*given)
     )
     assert md("--orientations", 4).code == 0
-    steps = len(turned)
+    steps = len(rotated)
     assert steps > 6
     assert command("md", "--restart", "run", "--steps", 8).code == 0
-    assert len(turned) > steps
+    assert len(rotated) > steps
     assert json.loads(Path("run/md.json").read_text())["model"]["orientations"] == 4
     refused = md("--orientations", 5, output="five")
     assert refused.code == 1

@@ -124,7 +124,7 @@ def test_full_replay_keeps_the_foundations_head_beside_the_users(here, train):
     assert "the forgetting report looks at the structures that are replayed" in answer.err
 
 
-def test_an_adapter_rehearses_through_the_users_head(here, train):
+def test_an_adapter_replays_through_the_users_head(here, train):
     content = new_target(finetune(method="lora", replay={"copies": 2, "fraction": 0.5}))
     answer = train(content, "-c", "base.ckpt")
     assert "labelled by the starting model for 'energy/new'; 3 beside each batch" in answer.err
@@ -231,7 +231,7 @@ def test_bad_input_is_refused_before_training(here, command, case):
         assert word in message
 
 
-def test_a_head_that_is_gone_cannot_be_rehearsed(here, command):
+def test_a_head_that_is_gone_cannot_be_replayed(here, command):
     two = random_potential(targets=("energy", "energy/b"), dtype=torch.float32)
     save_checkpoint("base.ckpt", two)
     replay = {"read_from": {"systems": "train.xyz", "targets": {"energy/b": {"key": "energy"}}}}

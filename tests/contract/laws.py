@@ -435,7 +435,7 @@ def rotational_errors(
 
     Returns:
         root mean square deviation from the mean over rotations and inversions: of the energy,
-        meV/atom, and of the forces turned back, meV/angstrom.
+        meV/atom, and of the forces rotated back, meV/angstrom.
     """
     generator = torch.Generator().manual_seed(seed)
     batch = batch_from_atoms(frames, model.cutoff, model.dtype)

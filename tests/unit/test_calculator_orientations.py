@@ -29,13 +29,13 @@ def test_two_are_a_structure_and_its_image_in_a_point():
     """What is odd in the edges has no part in their mean, so reversing all changes nothing."""
     atoms = ethanol()
     atoms.calc = calculator(random_potential(), orientations=2)
-    image = turned(atoms, -np.eye(3))
+    image = rotated(atoms, -np.eye(3))
     image.calc = atoms.calc
     np.testing.assert_allclose(image.get_potential_energy(), atoms.get_potential_energy())
     np.testing.assert_allclose(image.get_forces(), -atoms.get_forces(), atol=1e-12)
 
 
-def turned(atoms, rotation):
+def rotated(atoms, rotation):
     copy = atoms.copy()
     copy.set_cell(atoms.cell.array @ rotation.T)
     copy.positions = atoms.positions @ rotation.T
@@ -79,7 +79,7 @@ def test_results_are_the_mean_of_those_of_turned_structures(count):
     atoms.calc = calculator(model, orientations=count)
     energies, forces, stresses = [], [], []
     for rotation in rotations:
-        copy = turned(atoms, rotation)
+        copy = rotated(atoms, rotation)
         copy.calc = plain
         energies.append(copy.get_potential_energies())
         forces.append(copy.get_forces() @ rotation)
@@ -134,7 +134,7 @@ def test_direct_forces_have_a_mean_too():
     atoms.calc = calculator(property_potential(), non_conservative=True, orientations=4)
     forces = atoms.get_forces()
     for rotation in others:
-        copy = turned(atoms, rotation)
+        copy = rotated(atoms, rotation)
         copy.calc = atoms.calc
         np.testing.assert_allclose(copy.get_forces() @ rotation, forces, atol=1e-12)
 

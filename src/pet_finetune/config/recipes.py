@@ -81,16 +81,16 @@ LossSchedule = Annotated[tuple[LossStage, ...], BeforeValidator(_as_list)]
 
 
 class RotationalConsistency(Section):
-    """A loss of what predictions change by when the structure is turned."""
+    """A loss of what predictions change by when the structure is rotated."""
 
     weight: PositiveFloat = Field(
         default=1.0,
-        description="What a turned structure counts beside a labelled one, with the types and "
+        description="What a rotated structure counts beside a labelled one, with the types and "
         "weights of `loss`; more than 2 can spoil the training.",
     )
     fraction: Share = Field(
         default=0.5,
-        description="Part of each batch that is turned once more and predicted again; a step "
+        description="Part of each batch that is rotated once more and predicted again; a step "
         "takes somewhat more than as much longer.",
     )
 

@@ -65,11 +65,11 @@ def rotate_batch(batch: LabelledBatch, rotations: Tensor) -> LabelledBatch:
             labels[name] = rotate_rows(value, transposed, atoms)
         elif kind.rank:
             rows = graph.structure_index if kind.per_atom else slice(None)
-            labels[name] = _turn_components(value, rotations.to(value.dtype)[rows], kind.rank)
+            labels[name] = _rotate_components(value, rotations.to(value.dtype)[rows], kind.rank)
     return replace(batch, graph=rotate_graphs(graph, rotations), labels=labels)
 
 
-def _turn_components(values: Tensor, rotations: Tensor, rank: int) -> Tensor:
+def _rotate_components(values: Tensor, rotations: Tensor, rank: int) -> Tensor:
     """Turn vectors or tensors, several for each row maybe.
 
     Args:

@@ -1,4 +1,4 @@
-"""Batches for training: shuffled, packed and turned anew each epoch, the same for a given seed."""
+"""Batches for training: shuffled, packed and rotated anew each epoch, the same for a given seed."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ class Loader:
             yield self._collate(members, rotations)
 
     def collate(self, members: np.ndarray, epoch: int) -> LabelledBatch:
-        """A batch of chosen structures, turned as in an epoch.
+        """A batch of chosen structures, rotated as in an epoch.
 
         Args:
             members: positions in :attr:`structures`; one may occur more than once.

@@ -38,7 +38,7 @@ _logger = get_logger(__name__)
 _MARKS = (TABLE, RESULTS, LAST, BEST, ABOUT, LOG)
 
 
-def gather(folder: Path) -> RunRecord:
+def read_run(folder: Path) -> RunRecord:
     """Read what there is; a file that is missing or damaged leaves its part of the report out.
 
     Raises:

@@ -9,7 +9,7 @@ from pet_finetune.training.run_files import REPORT, RunFiles
 from pet_finetune.version import __version__
 
 from .page import render
-from .reading import gather
+from .reading import read_run
 
 _logger = get_logger(__name__)
 
@@ -29,7 +29,7 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
         TrainingError: the file cannot be written.
     """
     path = Path(output) if output is not None else Path(folder) / REPORT
-    page = render(gather(Path(folder)), __version__)
+    page = render(read_run(Path(folder)), __version__)
     RunFiles(path.parent).write(path.name, page)
     return path
 

@@ -1,6 +1,6 @@
-"""What predictions change by when a structure is turned, as a loss.
+"""What predictions change by when a structure is rotated, as a loss.
 
-PET learns from turned structures that energies do not change and forces turn along (Pozdnyakov and
+PET learns from rotated structures that energies do not change and forces turn along (Pozdnyakov and
 Ceriotti, arXiv:2305.19302). What is left of the difference between orientations is noise in MD
 (Langer, Pozdnyakov and Ceriotti, arXiv:2406.17747), and can be asked for directly.
 """
@@ -30,10 +30,10 @@ from .loss import Objective, batch_loss, derivatives, objectives_at
 
 
 class ConsistencyLoss:
-    """The loss of structures just seen, turned, labelled with what was just said of them.
+    """The loss of structures just seen, rotated, labelled with what was just said of them.
 
-    A turned structure counts ``weight`` times as much as a labelled one: the loss is a mean over
-    the turned ones times their share of the batch. Without the share, a few structures with a
+    A rotated structure counts ``weight`` times as much as a labelled one: the loss is a mean over
+    the rotated ones times their share of the batch. Without the share, a few structures with a
     large weight have most of the gradient, and its noise spoils the training.
 
     The gradient goes through the second orientation alone. Over many steps each of the two has
@@ -61,14 +61,14 @@ class ConsistencyLoss:
         self._wanted = derivatives(self.objectives)
 
     def __call__(self, step: Step) -> Tensor:
-        """The weighted loss of the turned structures, a scalar."""
+        """The weighted loss of the rotated structures, a scalar."""
         count = math.ceil(self.consistency.fraction * step.batch.graph.num_structures)
         said = replace(step.batch, labels=_as_labels(step.predictions)).first(count)
-        turned = rotate_batch(said, self._rotations(step, count).to(said.graph.cells.device))
-        predictions = self.model.predict_targets(turned.graph, self._wanted, create_graph=True)
+        rotated = rotate_batch(said, self._rotations(step, count).to(said.graph.cells.device))
+        predictions = self.model.predict_targets(rotated.graph, self._wanted, create_graph=True)
         objectives = objectives_at(self.objectives, self._options, step.epoch)
         share = count / step.batch.graph.num_structures
-        return self.consistency.weight * share * batch_loss(turned, predictions, objectives)
+        return self.consistency.weight * share * batch_loss(rotated, predictions, objectives)
 
     def _rotations(self, step: Step, count: int) -> Tensor:
         """On the CPU whatever the model is on: the same rotations everywhere."""
@@ -157,7 +157,7 @@ def rotational_spread(
 def _in_orientations(
     model: Potential, batch: Batch, target: str, count: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Energies [count, structures] and forces turned back [count, atoms, 3]."""
+    """Energies [count, structures] and forces rotated back [count, atoms, 3]."""
     energies, forces = [], []
     for _ in range(count):
         rotations = random_rotations(batch.num_structures, generator).to(batch.cells)

@@ -45,7 +45,7 @@ class EvaluationResult:
 
     Attributes:
         errors: by data set and target.
-        spreads: what turning changes, where asked for.
+        spreads: what a rotation changes, where asked for.
         predictions: for each structure of a set the values by the names of their labels, in eV
             and Å, where they are kept.
         tensormaps: for each set the tensor maps that were asked for, by their names.

@@ -1,6 +1,6 @@
 """The training loop.
 
-One epoch is: every batch once (turned at random), then validation with the averaged weights if
+One epoch is: every batch once (rotated at random), then validation with the averaged weights if
 there is an average, then the best model is kept. All that the next step depends on is in
 :meth:`Trainer.state`, so a run that goes on from it ends with the weights it would have had.
 """

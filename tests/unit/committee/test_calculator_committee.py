@@ -102,7 +102,7 @@ def test_the_spread_of_forces_can_wait_until_it_is_asked_for(base, folders, tmp_
     ]
     atoms, other = crystal(), crystal()
     other.calc = PETCalculator(base, adapters=last, device="cpu")
-    calc = atoms.calc = PETCalculator(base, adapters=last, spread="asked", device="cpu")
+    calc = atoms.calc = PETCalculator(base, adapters=last, spread="on_demand", device="cpu")
     predict, seen = calc.model.predict, []
     monkeypatch.setattr(calc.model, "predict", lambda *a, **k: seen.append(1) or predict(*a, **k))
     np.testing.assert_allclose(atoms.get_forces(), other.get_forces(), atol=1e-12)
@@ -115,7 +115,8 @@ def test_the_spread_of_forces_can_wait_until_it_is_asked_for(base, folders, tmp_
         np.testing.assert_allclose(found, other.calc.results[name], atol=1e-12)
     assert len(seen) == 2
     # Members that share nothing tell their forces for nothing.
-    calc = PETCalculator(base, adapters=folders, spread="asked", device="cpu")
+    with pytest.warns(DeprecationWarning, match="on_demand"):  # as it was spelled before
+        calc = PETCalculator(base, adapters=folders, spread="asked", device="cpu")
     calc.get_property("forces", atoms)
     assert "forces_uncertainty" in calc.results
 
@@ -153,7 +154,7 @@ def test_copies_and_files(base, folders, tmp_path):
 def test_refusals(base, run, folders, tmp_path):
     with pytest.raises(ConfigError, match="adapter and adapters: give one"):
         PETCalculator(base, adapter=folders[0], adapters=folders)
-    with pytest.raises(ConfigError, match="spread: 'never' is not one of always, asked"):
+    with pytest.raises(ConfigError, match="spread: 'never' is not one of always, on_demand"):
         PETCalculator(base, adapters=folders, spread="never")
     with pytest.raises(AdapterError, match="at least two"):
         PETCalculator(base, adapters=[folders[0]])

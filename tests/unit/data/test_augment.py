@@ -76,17 +76,17 @@ def test_same_generator_same_rotations_in_any_dtype():
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 3])
 def test_turned_labels_are_those_of_the_turned_structure(seed):
-    """Labels of an invariant potential, computed by ASE before and after turning."""
+    """Labels of an invariant potential, computed by ASE before and after rotating."""
     rotation = random_rotations(1, torch.Generator().manual_seed(seed))
     batch = collate([labelled_crystal()], torch.float64)
-    turned = rotate_batch(batch, rotation)
+    rotated = rotate_batch(batch, rotation)
     expected = collate([labelled_crystal(rotation[0].numpy())], torch.float64)
     assert batch.labels["energy/stress"].abs().max() > 1e-3
     for name in ("energy", "energy/forces", "energy/stress"):
-        torch.testing.assert_close(turned.labels[name], expected.labels[name], rtol=0, atol=1e-10)
-    torch.testing.assert_close(turned.graph.cells, expected.graph.cells, rtol=0, atol=1e-12)
+        torch.testing.assert_close(rotated.labels[name], expected.labels[name], rtol=0, atol=1e-10)
+    torch.testing.assert_close(rotated.graph.cells, expected.graph.cells, rtol=0, atol=1e-12)
     torch.testing.assert_close(
-        turned.graph.edge_vectors, expected.graph.edge_vectors, rtol=0, atol=1e-12
+        rotated.graph.edge_vectors, expected.graph.edge_vectors, rtol=0, atol=1e-12
     )
 
 
@@ -101,19 +101,19 @@ def test_each_structure_by_its_own_rotation_and_nothing_else():
     ]
     batch = collate(items, torch.float64)
     rotations = random_rotations(3, torch.Generator().manual_seed(2))
-    turned = rotate_batch(batch, rotations)
+    rotated = rotate_batch(batch, rotations)
     for edge in range(batch.graph.num_edges):
         matrix = rotations[batch.graph.structure_index[batch.graph.centers[edge]]]
         expected = matrix @ batch.graph.edge_vectors[edge]
-        torch.testing.assert_close(turned.graph.edge_vectors[edge], expected, rtol=0, atol=1e-13)
+        torch.testing.assert_close(rotated.graph.edge_vectors[edge], expected, rtol=0, atol=1e-13)
     torch.testing.assert_close(
-        turned.graph.edge_vectors.norm(dim=1), batch.graph.edge_vectors.norm(dim=1)
+        rotated.graph.edge_vectors.norm(dim=1), batch.graph.edge_vectors.norm(dim=1)
     )
-    assert turned.labels["energy/forces"][:4].isnan().all()
-    assert turned.labels["energy/forces"][4:].isfinite().all()
-    assert turned.labels["energy/stress"][:2].isnan().all()
-    assert torch.equal(turned.graph.cells[:2], torch.zeros(2, 3, 3, dtype=torch.float64))
+    assert rotated.labels["energy/forces"][:4].isnan().all()
+    assert rotated.labels["energy/forces"][4:].isfinite().all()
+    assert rotated.labels["energy/stress"][:2].isnan().all()
+    assert torch.equal(rotated.graph.cells[:2], torch.zeros(2, 3, 3, dtype=torch.float64))
     for name in ("numbers", "centers", "neighbors", "reverse", "structure_index"):
-        assert getattr(turned.graph, name) is getattr(batch.graph, name)
-    assert turned.frames == batch.frames
-    torch.testing.assert_close(turned.graph.volumes, batch.graph.volumes)
+        assert getattr(rotated.graph, name) is getattr(batch.graph, name)
+    assert rotated.frames == batch.frames
+    torch.testing.assert_close(rotated.graph.volumes, batch.graph.volumes)

@@ -59,8 +59,8 @@ def test_a_batch_is_a_function_of_seed_epoch_and_number():
 
 
 def test_structures_are_turned_where_the_loader_turns_them():
-    turned, still = beside(), beside(augment=False)
-    a, b = turned.batch(0, 1), still.batch(0, 1)
+    rotated, still = beside(), beside(augment=False)
+    a, b = rotated.batch(0, 1), still.batch(0, 1)
     assert a.frames == b.frames
     assert not torch.allclose(a.graph.edge_vectors, b.graph.edge_vectors)
     torch.testing.assert_close(a.graph.edge_vectors.norm(dim=1), b.graph.edge_vectors.norm(dim=1))

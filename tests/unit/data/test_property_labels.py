@@ -1,4 +1,4 @@
-"""Labels of targets that are no energies: reading, collating, turning."""
+"""Labels of targets that are no energies: reading, collating, rotating."""
 
 from __future__ import annotations
 
@@ -161,12 +161,12 @@ def test_labels_turn_with_the_structure(tmp_path: Path, form: str) -> None:
     for row, (before, after) in enumerate(zip(batch.labels["y"].numpy(), found, strict=True)):
         matrix = rotations[rows[row]].numpy()
         subtargets = before.reshape(*(3,) * rank, -1)
-        turned = np.stack(
+        rotated = np.stack(
             [
                 y if rank == 0 else matrix @ y if rank == 1 else matrix @ y @ matrix.T
                 for y in np.moveaxis(subtargets, -1, 0)
             ],
             axis=-1,
         )
-        np.testing.assert_allclose(after.reshape(turned.shape), turned, atol=1e-13)
+        np.testing.assert_allclose(after.reshape(rotated.shape), rotated, atol=1e-13)
     assert np.array_equal(found, batch.labels["y"].numpy()) == (rank == 0)

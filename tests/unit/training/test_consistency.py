@@ -1,4 +1,4 @@
-"""The loss of what turning changes: against its definition, and whether it does what it is for."""
+"""The loss of what a rotation changes: against its definition, and whether it does its work."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def test_it_is_the_loss_against_the_turned_prediction():
     term, seen = loss_of(model, weight=4.0, fraction=0.5), seen_by(model)
     first = seen.batch.first(3)
     rotations = term._rotations(seen, 3)
-    turned = model.predict(rotate_batch(first, rotations).graph, "energy")
+    rotated = model.predict(rotate_batch(first, rotations).graph, "energy")
     said, atoms = seen.predictions["energy"], first.graph.num_atoms
-    energies = (turned.energy - said.energy[:3]) / first.graph.atoms_per_structure / 2.0
-    back = torch.einsum("nji,nj->ni", rotations[first.graph.structure_index], turned.forces)
+    energies = (rotated.energy - said.energy[:3]) / first.graph.atoms_per_structure / 2.0
+    back = torch.einsum("nji,nj->ni", rotations[first.graph.structure_index], rotated.forces)
     forward = torch.einsum(
         "nij,nj->ni", rotations[first.graph.structure_index], said.forces[:atoms]
     )
-    forces = (turned.forces - forward) / 2.0
+    forces = (rotated.forces - forward) / 2.0
     assert float((back - said.forces[:atoms]).detach().abs().max()) > 1e-6
     expected = 4.0 * (3 / 6) * (3.0 * (energies**2).mean() + 0.5 * forces.abs().mean())
     torch.testing.assert_close(term(seen), expected)

@@ -1,4 +1,4 @@
-"""What turning changes, against its definition in numpy."""
+"""What a rotation changes, against its definition in numpy."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def test_against_its_definition():
     generator, energies, forces = torch.Generator().manual_seed(7), [], []
     for _ in range(4):
         (matrix,) = random_rotations(1, generator).numpy()
-        turned = Atoms(frame.numbers, frame.positions @ matrix.T)
-        said = model.predict(batch_from_atoms(turned, model.cutoff), "energy")
+        rotated = Atoms(frame.numbers, frame.positions @ matrix.T)
+        said = model.predict(batch_from_atoms(rotated, model.cutoff), "energy")
         energies.append(said.energy.item() / len(frame))
         forces.append(said.forces.numpy() @ matrix)
     spread = rotational_spread(model, batches(model, [frame]), "energy", 4, seed=7)
