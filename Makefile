@@ -62,7 +62,7 @@ test-core: env
 
 # The tests of what computes, once without the fused kernels and once as on a processor that has
 # AVX2 and no AVX-512, which adds numbers up in another order.
-COMPUTES := tests/contract $(wildcard $(addprefix tests/unit/,nn model kernels backends adapters \
+COMPUTES := tests/contract $(wildcard $(addprefix tests/unit/,nn model backends adapters \
 	committee test_calculator*.py))
 
 test-plain: env

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pet_finetune import kernels
 from pet_finetune.adapters import AdapterConfig, inject
+from pet_finetune.backends import EAGER, prepare, using
 from pet_finetune.config import ModelOptions
 from pet_finetune.data.batch import batch_from_atoms
 from pet_finetune.graph import Batch, make_layout
@@ -84,14 +84,14 @@ def main() -> None:
     torch.manual_seed(0)
     frames = ase.io.read(arguments.structures, ":8")
     species = sorted({int(z) for atoms in frames for z in atoms.numbers})
+    prepare()
     model = Potential(ModelOptions(), species, [TargetSpec("energy")]).train()
     if arguments.method == "lora":
         inject(model, AdapterConfig(rank=8))
     batch = batch_from_atoms(frames, model.cutoff, torch.float32)
     step, values = make_step(model, batch)
-    kernels.prepare()
     before, _ = timed(step, batch.edge_vectors, values)
-    with kernels.disabled():
+    with using(EAGER, model):
         plain, expected = timed(step, batch.edge_vectors, values)
         start = time.perf_counter()
         graph = compiled(step, batch, values)

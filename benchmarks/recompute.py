@@ -18,8 +18,8 @@ import torch
 from benchmarks.speed.inputs import water_box
 from benchmarks.speed.memory import MemoryMeter
 
-from pet_finetune import kernels
 from pet_finetune.adapters import AdapterConfig, inject
+from pet_finetune.backends import choose_backend, use_backend
 from pet_finetune.config import ModelOptions
 from pet_finetune.data.batch import batch_from_atoms
 from pet_finetune.keys import TargetSpec
@@ -55,7 +55,7 @@ def measure(way: str, method: str, fused: bool, num_layers: int) -> dict[str, fl
         use_torch_checkpoint(model)
     model.network.recompute |= way == "gradient_checkpointing"
     if fused:
-        kernels.prepare()
+        use_backend(model, choose_backend())
     parameters = [p for p in model.network.parameters() if p.requires_grad]
     batch = batch_from_atoms([water_box((4, 4, 4))], model.cutoff, dtype=torch.float32)
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from pet_finetune import kernels
-from pet_finetune.kernels import compiled
+from pet_finetune import backends
+from pet_finetune.backends import compiled
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -32,27 +31,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _kernels() -> None:
     """Every test computes as a user's run does: with the fused kernels where they can be built."""
-    kernels.prepare()
+    backends.prepare()
 
 
 @pytest.fixture
 def with_kernels() -> None:
     """Skip a test of the fused kernels where they are not in use; fail where they are required."""
-    if not kernels.active():
+    if not backends.loaded():
         missing = "the fused kernels are not in use here"
         required = os.environ.get(compiled.VARIABLE) == "require"
         pytest.fail(missing) if required else pytest.skip(missing)
 
 
 @pytest.fixture(params=["fused", "plain"])
-def both_ways(request: pytest.FixtureRequest) -> Iterator[str]:
+def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run the test with the fused kernels and again with plain torch operations."""
     if request.param == "fused":
         request.getfixturevalue("with_kernels")
-        yield request.param
     else:
-        with kernels.disabled():
-            yield request.param
+        monkeypatch.setattr(compiled._State, "loaded", False)  # as where they cannot be
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -19,8 +19,8 @@ from ase.calculators.calculator import (
 )
 from ase.stress import full_3x3_to_voigt_6_stress
 
-from pet_finetune import kernels
 from pet_finetune.adapters import AdaptedPotential
+from pet_finetune.backends import Arena, choose_backend, use_backend
 from pet_finetune.checkpoint import open_adapted, open_committee
 from pet_finetune.committee.committee import (
     COMMITTEE_PROPERTIES,
@@ -134,7 +134,7 @@ class PETCalculator(Calculator):
             self._adapted = open_adapted(model, adapter)
             potential = self._adapted.potential
         potential.to(device=self._device, dtype=floating)
-        kernels.prepare(self._device)
+        use_backend(potential, choose_backend(self._device))
         if self._adapted is not None:
             self._adapted.merge()
         self._model = potential.eval().requires_grad_(False)
@@ -143,7 +143,7 @@ class PETCalculator(Calculator):
         self._conditioned = potential.hypers.system_conditioning
         self._moving = MovingAtoms(potential.cutoff, float(skin))
         self._frozen: FrozenEnergy | None = None
-        self._blocks = kernels.Blocks()
+        self._arena = Arena()
 
     @property
     def model(self) -> Potential | Committee:
@@ -307,7 +307,7 @@ class PETCalculator(Calculator):
         check_forked(self._device)
         check_atoms(atoms, self._model.species)
         members = not self._spread_on_demand or not OF_MEMBERS.isdisjoint(properties or ())
-        with self._blocks.reused():
+        with self._arena.reused():
             prediction = self._predict_mean(self._batch(atoms), periodic, members)
         super().calculate(atoms, properties, system_changes)
         assert prediction.forces is not None

@@ -10,7 +10,8 @@ import torch
 from ase import Atoms
 
 from models import METHODS, crystal, ethanol, heat, random_potential, trained_adapter
-from pet_finetune import PETCalculator, kernels
+from pet_finetune import PETCalculator
+from pet_finetune.backends import EAGER, FUSED_BFLOAT16, use_backend, using
 from pet_finetune.data.batch import batch_from_atoms
 from pet_finetune.graph import Batch
 from pet_finetune.model import Potential
@@ -47,7 +48,7 @@ def assert_same(model: Potential, structures: list[Atoms], margin: float = 0.0) 
     batch = batch_from_atoms(structures, model.cutoff + margin, model.dtype)
     found = FrozenEnergy(model, "energy").predict(batch, stress=True)
     assert found is not None
-    with kernels.disabled():
+    with using(EAGER, model):
         wanted = model.predict(batch, forces=True, stress=True)
     for name, value in vars(wanted).items():
         size = max(float(value.abs().max()), 1e-30)
@@ -131,10 +132,10 @@ def test_what_is_left_to_the_modules(what, monkeypatch):
         monkeypatch.setattr(module, "MOST_ROWS", 8)
     frozen = FrozenEnergy(model, "energy")
     if what == "off":
-        with kernels.disabled():
+        with using(EAGER, model):
             assert frozen.predict(batch) is None
     elif what == "halves":
-        with kernels.in_bfloat16():
+        with using(FUSED_BFLOAT16, model):
             assert frozen.predict(batch) is None
     else:
         assert frozen.predict(batch) is None
@@ -157,7 +158,8 @@ def test_a_calculator_uses_it_and_says_the_same(monkeypatch):
     for _ in range(3):
         atoms.positions += 0.05 * atoms.get_momenta()
         forces = calc.get_forces(atoms)
-        with kernels.disabled():
-            wanted = PETCalculator(model, device="cpu").get_forces(atoms)
+        eager = PETCalculator(model, device="cpu")
+        use_backend(eager.model, EAGER)
+        wanted = eager.get_forces(atoms)
         assert np.allclose(forces, wanted, atol=1e-12)
     assert calls[::2] == [True] * 3

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models import METHODS, crystal, ethanol, random_potential, trained_adapter
-from pet_finetune import kernels
+from pet_finetune.backends import EAGER, using
 from pet_finetune.data.batch import batch_from_atoms
 from pet_finetune.graph import Batch
 from pet_finetune.model import Potential
@@ -46,7 +46,7 @@ def assert_same_both_ways(model: Potential, dtype: torch.dtype) -> None:
     model = model.to(dtype)
     batch = batch_from_atoms([ethanol(), crystal()], model.cutoff, dtype)
     fused = everything(model, batch)
-    with kernels.disabled():
+    with using(EAGER, model):
         plain = everything(model, batch)
     assert fused.keys() == plain.keys()
     for name, value in plain.items():
@@ -68,7 +68,7 @@ def test_a_prediction_runs_them():
     """Compiled and loaded is not yet used."""
     model = random_potential(**WIDE)
     assert {"pet_finetune::attention", "pet_finetune::projection"} <= operations(model)
-    with kernels.disabled():
+    with using(EAGER, model):
         assert operations(model) == set()
 
 
@@ -107,6 +107,6 @@ def test_frozen_weights_that_change_are_read_again():
         for parameter in model.network.parameters():
             parameter.mul_(1.1)
     after = model.predict(batch).energy
-    with kernels.disabled():
+    with using(EAGER, model):
         torch.testing.assert_close(after, model.predict(batch).energy)
     assert not torch.allclose(before, after)

@@ -7,7 +7,6 @@ import torch
 from ase.build import bulk
 
 from models import random_potential, trained_adapter
-from pet_finetune import kernels
 from pet_finetune.data.batch import batch_from_atoms
 from pet_finetune.graph import Batch
 from pet_finetune.model import Potential
@@ -44,11 +43,8 @@ def kept(model: Potential, batch: Batch, create_graph: bool) -> float:
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with (
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        kernels.compact(not create_graph),
-    ):
-        energies = model.network(batch, ("energy",))["energy"]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        energies = model.network(batch, ("energy",), not create_graph)["energy"]
     del energies
     return sum(storages.values()) / (edges * WIDTH * model.dtype.itemsize)
 

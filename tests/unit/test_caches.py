@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pet_finetune import caches
-from pet_finetune.kernels import compiled
+from pet_finetune.backends import compiled
 
 SOURCES = Path(caches.__file__).resolve().parents[1]
 
@@ -25,9 +25,9 @@ import getpass, pathlib, logging
 logging.basicConfig(format="%(message)s")
 import ase.config, matplotlib
 import torch._inductor.runtime.cache_dir_utils as inductor
-from pet_finetune import kernels
-kernels.prepare()
-kernels.prepare()
+from pet_finetune import backends
+backends.prepare()
+backends.prepare()
 for folder in (pathlib.Path.home(), matplotlib.get_cachedir(), matplotlib.get_configdir()):
     assert os.access(folder, os.W_OK), folder
 assert getpass.getuser()

@@ -225,8 +225,9 @@ class Committee(nn.Module):
             yield None
             return
 
-        def run(batch: Batch) -> Tokens:
-            return network.advance(batch, network.neighborhood(batch), stop=fork.layers)
+        def run(batch: Batch, memory: int) -> Tokens:
+            hood = network.neighborhood(batch)
+            return network.advance(batch, hood, stop=fork.layers, memory=memory)
 
         with fork.sharing(batch, run, together):
             yield fork

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pet_finetune import kernels
+from pet_finetune.backends import choose_backend, ready, use_backend
 from pet_finetune.config import DatasetOptions, Options
 from pet_finetune.config.load import LoadedOptions, parse_options
 from pet_finetune.config.shorthands import expand_gradient
@@ -150,8 +150,8 @@ def inspect_data(request: Request, *, device: str = "auto", seconds: float = 20.
     model = read_start(options)[0] if options.is_finetuning else None
     foundation, chosen = None, choose_device(device)
     if model is not None:
-        if kernels.ready(chosen):
-            kernels.prepare(chosen)
+        if ready(chosen):
+            use_backend(model, choose_backend(chosen))
         model.to(chosen)
         grows = options.finetune.new_elements is not None
         foundation = Foundation(
@@ -245,7 +245,7 @@ def _with_cost(
             forces=any(forces_key(target) in s.labels for s in training),
             stress=any(stress_key(target) in s.labels for s in training),
         )
-    kind = "kernels" if kernels.active() and device.type == "cpu" else "plain torch operations"
+    kind = "kernels" if model.network.backend.fused else "plain torch operations"
     threads = f", {torch.get_num_threads()} threads, {kind}" if device.type == "cpu" else ""
     measured = f"from one measured step each ({device.type}{threads}), batches of {batch}"
     done = replace(inspection, cost=load, estimates=tuple(estimates), measured=measured)

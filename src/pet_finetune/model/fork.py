@@ -48,27 +48,27 @@ class Fork:
 
     def __init__(self, layers: int) -> None:
         self.layers = layers
-        self._run: Callable[[], tuple[Tensor, list[Tensor]]] | None = None
+        self._run: Callable[[int], tuple[Tensor, list[Tensor]]] | None = None
         self._num_atoms = 0
         self._made: tuple[Tensor, list[Tensor]] | None = None
         self._sums: list[Tensor] | None = None
 
     @contextmanager
     def sharing(
-        self, batch: Batch, run: Callable[[Batch], Tokens], together: bool = False
+        self, batch: Batch, run: Callable[[Batch, int], Tokens], together: bool = False
     ) -> Iterator[None]:
         """Meanwhile :meth:`tokens` are those of a batch, computed when first asked for.
 
         Args:
             batch: the structures once.
-            run: the shared layers.
+            run: the shared layers, of a batch and a kind of memory.
             together: whether the members' gradients stop at the fork, to go the rest of the way
                 as their sum, in :meth:`gradient`.
         """
 
-        def compute() -> tuple[Tensor, list[Tensor]]:
+        def compute(memory: int) -> tuple[Tensor, list[Tensor]]:
             vectors = batch.edge_vectors.detach().requires_grad_(torch.is_grad_enabled())
-            return vectors, run(batch._replace(edge_vectors=vectors)).flat()
+            return vectors, run(batch._replace(edge_vectors=vectors), memory).flat()
 
         self._run, self._num_atoms = compute, batch.num_atoms
         self._sums = [] if together else None
@@ -82,21 +82,22 @@ class Fork:
         """Whether there is a batch to share."""
         return self._run is not None
 
-    def tokens(self, batch: Batch) -> Tokens:
+    def tokens(self, batch: Batch, memory: int) -> Tokens:
         """The tokens after the shared layers.
 
         Args:
             batch: the structures of :meth:`sharing` several times over; its edge vectors receive
                 the gradients.
+            memory: what the graph keeps, one of :class:`~pet_finetune.nn.projection.Memory`.
         """
         count = batch.num_atoms // self._num_atoms
-        return Tokens.of(list(_Copies.apply(batch.edge_vectors, self, count)))
+        return Tokens.of(list(_Copies.apply(batch.edge_vectors, self, count, memory)))
 
-    def computed(self) -> tuple[Tensor, list[Tensor]]:
+    def computed(self, memory: int = 0) -> tuple[Tensor, list[Tensor]]:
         """The edge vectors and the tensors made of them."""
         assert self._run is not None, "there is no batch to share"
         if self._made is None:
-            self._made = self._run()
+            self._made = self._run(memory)
         return self._made
 
     def back(self, gradients: Sequence[Tensor], count: int) -> Tensor | None:
@@ -133,13 +134,15 @@ class _Copies(torch.autograd.Function):
     """Copies of the shared tensors, each with a gradient of its own. Differentiates once."""
 
     @staticmethod
-    def forward(ctx: Any, vectors: Tensor, fork: Fork, count: int) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, vectors: Tensor, fork: Fork, count: int, memory: int
+    ) -> tuple[Tensor, ...]:
         ctx.fork, ctx.count = fork, count
         with torch.set_grad_enabled(ctx.needs_input_grad[0]):
-            _, tensors = fork.computed()
+            _, tensors = fork.computed(memory)
         return tuple(tensor.detach().repeat(count, 1) for tensor in tensors)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
-        return ctx.fork.back(gradients, ctx.count), None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
+        return ctx.fork.back(gradients, ctx.count), None, None, None

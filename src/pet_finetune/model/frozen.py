@@ -7,9 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pet_finetune import kernels
+from pet_finetune.backends import FUSED
+from pet_finetune.backends.fused import weigh_edges
+from pet_finetune.backends.instructions import (
+    CannotRecord,
+    Instructions,
+    Listing,
+    frozen_network,
+)
 from pet_finetune.graph import Batch
-from pet_finetune.kernels.listing import CannotRecord, Instructions, Listing, frozen_network
 from pet_finetune.nn.attention import SMALLEST_FACTOR, weigh_keys
 from pet_finetune.nn.neighborhood import TINY
 
@@ -57,11 +63,11 @@ class FrozenEnergy:
     def predict(self, batch: Batch, *, stress: bool = False) -> Prediction | None:
         """Energy and forces, and the stress; None where :meth:`Potential.predict` has to do it.
 
-        That is with many atoms, without the kernels, and with networks of a kind that there are
+        That is with many atoms, without fused operators, and with networks of a kind that there are
         no instructions for.
         """
         few = batch.num_atoms + batch.num_edges <= MOST_ROWS
-        if not few or not kernels.usable(batch.edge_vectors) or kernels.halves():
+        if not few or self._potential.network.backend is not FUSED:
             return None
         instructions = self._current()
         if instructions is None or batch.edge_vectors.dtype != instructions.weights.dtype:
@@ -105,7 +111,7 @@ class FrozenEnergy:
         With one cutoff for all edges, what lies between these and the network's inputs is short.
         """
         options = self._potential.hypers
-        vectors, numbers, indices, which = kernels.weigh_edges(
+        vectors, numbers, indices, which = weigh_edges(
             batch.edge_vectors,
             batch.centers,
             batch.neighbors,

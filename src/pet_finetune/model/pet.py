@@ -4,24 +4,26 @@ Parameter names are those of metatrain's ``backend`` module, so that its state d
 taking that prefix off.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Final, cast
 
 import torch
 from torch import Tensor, nn
 
+from pet_finetune.backends import Accelerated, default_backend, use_backend
+from pet_finetune.backends.fused import permute
+from pet_finetune.backends.instructions import CannotRecord, Listing, Part, Rows
+from pet_finetune.backends.reference import permute_rows
 from pet_finetune.graph import Batch, Neighborhood
-from pet_finetune.kernels.listing import CannotRecord, Listing, Part, Rows
 from pet_finetune.keys import TargetSpec
 from pet_finetune.nn.attention import weigh_keys
 from pet_finetune.nn.block import Block
 from pet_finetune.nn.conditioning import SystemConditioning
 from pet_finetune.nn.embedding import table_of
-from pet_finetune.nn.gather import permute_rows
 from pet_finetune.nn.gnn_layer import GNNLayer
 from pet_finetune.nn.heads import make_head, sum_over_edges
 from pet_finetune.nn.neighborhood import NeighborhoodBuilder
-from pet_finetune.nn.projection import as_row, chain, record_chain, weights_of
+from pet_finetune.nn.projection import Chain, Memory, as_row, record_chain, weights_of
 from pet_finetune.nn.recompute import recomputed
 from pet_finetune.nn.rowwise import LayerNorm, Prologue, SiLU
 
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 HEAD_GROUPS = ("node_heads", "edge_heads", "node_last_layers", "edge_last_layers")
 
 
-class PET(nn.Module):
+class PET(Accelerated, nn.Module):
     """Maps a batch of structures to per-atom outputs of each target.
 
     Args:
@@ -80,7 +82,7 @@ class PET(nn.Module):
         double = 2 * options.d_pet
         self.combination_norms = nn.ModuleList(LayerNorm(double) for _ in range(mixers))
         self.combination_mlps = nn.ModuleList(
-            nn.Sequential(nn.Linear(double, double), SiLU(), nn.Linear(double, options.d_pet))
+            Chain(nn.Linear(double, double), SiLU(), nn.Linear(double, options.d_pet))
             for _ in range(mixers)
         )
         self.num_readouts = 1 if self.feedforward else options.num_gnn_layers
@@ -97,8 +99,15 @@ class PET(nn.Module):
         self.edge_heads = nn.ModuleDict()
         self.node_last_layers = nn.ModuleDict()
         self.edge_last_layers = nn.ModuleDict()
+        use_backend(self, default_backend())
         for target in targets:
             self.add_target(target)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PET":
+        """On another device, or in another precision, another back end may have to compute."""
+        super()._apply(fn, recurse)
+        use_backend(self, self.chosen)
+        return self
 
     def _make_block(self) -> Block:
         options = self.options
@@ -128,6 +137,7 @@ class PET(nn.Module):
                 nn.ModuleDict({target.block_key: nn.Linear(options.d_head, target.num_outputs)})
                 for _ in range(self.num_readouts)
             )
+        use_backend(self, self.chosen)
 
     def head_modules(self, target: str) -> dict[str, nn.ModuleList]:
         """The four modules that belong to one target, by their path in the network."""
@@ -163,14 +173,16 @@ class PET(nn.Module):
         index = species_table(species).to(self.species_to_species_index.device)
         self.species_to_species_index = index
 
-    def features(self, batch: Batch, hood: Neighborhood) -> list[tuple[Tensor, Tensor]]:
+    def features(
+        self, batch: Batch, hood: Neighborhood, memory: int = 0
+    ) -> list[tuple[Tensor, Tensor]]:
         """Centre and edge features, [n_atoms, d_node] and [n_edges, d_pet], per read-out."""
         shared: Tokens | None = None
         start = 0
         if not torch.jit.is_scripting():
             if self.fork is not None and self.fork.active:
-                shared, start = self.fork.tokens(batch), self.fork.layers
-        tokens = self.advance(batch, hood, shared, start)
+                shared, start = self.fork.tokens(batch, memory), self.fork.layers
+        tokens = self.advance(batch, hood, shared, start, memory=memory)
         if self.feedforward:
             return [(tokens.nodes, tokens.messages)]
         return tokens.readouts
@@ -182,6 +194,7 @@ class PET(nn.Module):
         tokens: Tokens | None = None,
         start: int = 0,
         stop: int = 1000,
+        memory: int = 0,
     ) -> Tokens:
         """Through the GNN layers from ``start`` to before ``stop``, all without them.
 
@@ -191,6 +204,7 @@ class PET(nn.Module):
             tokens: what arrives at the first of these layers; None at the very first.
             start: number of the first layer.
             stop: number of the layer to stop before.
+            memory: one of :class:`~pet_finetune.nn.projection.Memory`.
         """
         species = self.species_to_species_index[batch.numbers]
         neighbor_species = species[hood.neighbors]
@@ -200,30 +214,35 @@ class PET(nn.Module):
             readouts: list[tuple[Tensor, Tensor]] = []
         else:
             nodes, messages, readouts = tokens.nodes, tokens.messages, list(tokens.readouts)
-        again = self.recompute and self.training and torch.is_grad_enabled()
         if self.feedforward:
             mixers = zip(self.gnn_layers, self.combination_norms, self.combination_mlps)  # noqa: B905
             for index, (layer, norm, mlp) in enumerate(mixers):
                 if start <= index < stop:
-                    nodes, edges = layer(nodes, messages, neighbor_species, hood, bias, again)
+                    nodes, edges = layer(nodes, messages, neighbor_species, hood, bias, memory)
                     nodes = self.conditioned(nodes, batch)
-                    back = permute_rows(edges, hood.reverse, hood.reverse)
+                    back = self.turned(edges, hood)
                     if torch.jit.is_scripting():
                         both = torch.cat([edges, back], dim=-1)
-                        messages = messages + edges + mlp(norm(both))
+                        messages = mlp(both, norm.op(), messages + edges)  # type: ignore[operator]
                     else:
-                        messages = _combined(norm, mlp, edges, back, messages, again)
+                        messages = _combined(norm, mlp, edges, back, messages, memory)
         else:
             layers = zip(self.gnn_layers, self.node_embedders)  # noqa: B905
             for index, (layer, embedder) in enumerate(layers):
                 if start <= index < stop:
                     nodes = embedder(species)
-                    nodes, edges = layer(nodes, messages, neighbor_species, hood, bias, again)
+                    nodes, edges = layer(nodes, messages, neighbor_species, hood, bias, memory)
                     nodes = self.conditioned(nodes, batch)
-                    back = permute_rows(edges, hood.reverse, hood.reverse)
-                    messages = 0.5 * (messages + back)
+                    messages = 0.5 * (messages + self.turned(edges, hood))
                     readouts.append((nodes, edges))
         return Tokens(nodes, messages, readouts)
+
+    def turned(self, edges: Tensor, hood: Neighborhood) -> Tensor:
+        """What runs along each edge the other way, [n_edges, d_pet]."""
+        if not torch.jit.is_scripting():
+            if self.backend.fused:
+                return permute(edges, hood.reverse, hood.reverse)
+        return permute_rows(edges, hood.reverse, hood.reverse)
 
     def conditioned(self, nodes: Tensor, batch: Batch) -> Tensor:
         """The centre tokens with what charge and spin add to them, [n_atoms, d_node]."""
@@ -232,13 +251,22 @@ class PET(nn.Module):
             nodes = nodes + told
         return nodes
 
-    def forward(self, batch: Batch, targets: list[str]) -> dict[str, Tensor]:
-        """Raw per-atom outputs, [n_atoms, num_outputs] a target: unscaled, without baseline."""
+    def forward(
+        self, batch: Batch, targets: list[str], predicts: bool = False
+    ) -> dict[str, Tensor]:
+        """Raw per-atom outputs, [n_atoms, num_outputs] a target: unscaled, without baseline.
+
+        Args:
+            batch: the structures.
+            targets: which outputs.
+            predicts: a promise that what comes back is differentiated once at most, and by the
+                edge vectors alone. It then takes less memory.
+        """
         hood = self.neighborhood(batch)
-        readouts = self.features(batch, hood)
+        memory = self.memory(predicts)
+        readouts = self.features(batch, hood, memory)
         num_atoms = batch.numbers.size(0)
         outputs: dict[str, Tensor] = {}
-        again = self.recompute and self.training and torch.is_grad_enabled()
         for name, node_heads, edge_heads, node_last, edge_last in zip(  # noqa: B905
             self.node_heads.keys(),
             self.node_heads.values(),
@@ -259,12 +287,21 @@ class PET(nn.Module):
                         for layer in edge_layers.values():
                             on_edges = layer(on_edges)
                     else:
-                        on_nodes = _head(node_head, node_layers, on_nodes, again)
-                        on_edges = _head(edge_head, edge_layers, on_edges, again)
+                        on_nodes = _head(node_head, node_layers, on_nodes, memory)
+                        on_edges = _head(edge_head, edge_layers, on_edges, memory)
                     parts.append(on_nodes)
                     parts.append(sum_over_edges(on_edges, hood, num_atoms))
                 outputs[name] = torch.stack(parts).sum(0)
         return outputs
+
+    def memory(self, predicts: bool) -> int:
+        """What the graph keeps, one of :class:`~pet_finetune.nn.projection.Memory`."""
+        if not torch.jit.is_scripting():
+            if predicts or not torch.is_grad_enabled():
+                return int(Memory.INPUTS_ONLY)
+            if self.recompute and self.training:
+                return int(Memory.RECOMPUTE)
+        return 0
 
     def record(self, to: Listing, target: str) -> None:
         """:meth:`forward` as instructions for one output of each atom, given the neighbourhoods."""
@@ -312,25 +349,27 @@ class PET(nn.Module):
 
 
 def _combined(
-    norm: nn.Module, mlp: nn.Module, edges: Tensor, back: Tensor, messages: Tensor, again: bool
+    norm: nn.Module, mlp: nn.Module, edges: Tensor, back: Tensor, messages: Tensor, memory: int
 ) -> Tensor:
-    """The messages after a GNN layer of the ``feedforward`` featurizer, by the kernels."""
+    """The messages after a GNN layer of the ``feedforward`` featurizer."""
 
     def run(edges: Tensor, back: Tensor, messages: Tensor) -> tuple[Tensor, ...]:
         both = torch.cat([edges, back], dim=-1)
-        return (chain(mlp, both, cast("LayerNorm", norm).op(), residual=messages + edges),)
+        return (mlp(both, cast("LayerNorm", norm).op(), messages + edges, memory),)
 
     inputs = (edges, back, messages)
+    again = memory == Memory.RECOMPUTE
     (out,) = recomputed(run, inputs, (norm, mlp)) if again else run(*inputs)
     return out
 
 
-def _head(head: nn.Module, last_layers: nn.Module, features: Tensor, again: bool) -> Tensor:
-    """The outputs of a head and its last layer, [n, num_outputs], by the kernels."""
+def _head(head: nn.Module, last_layers: nn.Module, features: Tensor, memory: int) -> Tensor:
+    """The outputs of a head and its last layer, [n, num_outputs]."""
 
     def run(features: Tensor) -> tuple[Tensor, ...]:
         (last,) = last_layers.children()  # under the name of the target's block
-        return (last(chain(head, features)),)
+        return (last(head(features)),)
 
+    again = memory == Memory.RECOMPUTE
     (out,) = recomputed(run, (features,), (head, last_layers)) if again else run(features)
     return out

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from pet_finetune import kernels
 from pet_finetune.errors import ConfigError, PetFinetuneError, did_you_mean
 from pet_finetune.graph import Batch
 from pet_finetune.keys import TargetSpec
@@ -288,11 +287,11 @@ class Potential(nn.Module):
         energies = {n: both for n, both in wanted.items() if self.target(n).is_energy}
         derive = any(forces or stress for forces, stress in energies.values())
         # Whatever trains, the one derivative taken of this graph is that by the edge vectors.
-        compact = kernels.compact(derive and not create_graph)
-        with torch.set_grad_enabled(derive or torch.is_grad_enabled()), compact:
+        predicts = derive and not create_graph
+        with torch.set_grad_enabled(derive or torch.is_grad_enabled()):
             vectors = batch.edge_vectors.detach().requires_grad_(derive)
             batch = batch._replace(edge_vectors=vectors)
-            outputs = self.network(batch, list(wanted))
+            outputs = self.network(batch, list(wanted), predicts)
             repulsion = self._repulsion(batch)
             keep = create_graph or not derive
             results: dict[str, Prediction | Property] = {

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pet_finetune.backends.reference import permute_rows
 from pet_finetune.graph import Batch
-from pet_finetune.nn.gather import permute_rows
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,13 @@
 import torch
 from torch import Tensor, nn
 
-from pet_finetune import kernels
-from pet_finetune.graph import Layout, Rectangle
-from pet_finetune.kernels.listing import CannotRecord, Listing, Rows
+from pet_finetune.backends import Accelerated, RowOp, apply_rows, fused
+from pet_finetune.backends.instructions import CannotRecord, Listing, Rows
+from pet_finetune.backends.reference import attend, pad_keys
+from pet_finetune.graph import Layout
 
-from .gather import pad_rows, unpad_rows
-from .projection import packed_layer, project, record_linear
+from .projection import Memory, packed_layer, project, record_linear
 from .prompt import Prompt
-from .rowwise import RowOp, apply_rows
 
 # Cutoff factors below this count as this: the logarithm of a vanished edge stays finite.
 SMALLEST_FACTOR = 1e-15
@@ -25,43 +24,14 @@ def weigh_keys(factors: Tensor, layout: Layout, smallest: float = SMALLEST_FACTO
         smallest: factors below it count as it.
 
     Returns:
-        [n_edges]; where the layout has a rectangle, [n_atoms, 1, 1, its width], with minus infinity
-        in empty slots, so that nothing of a structure depends on what else is in its batch.
+        [n_edges]; where the layout has a rectangle, padded as
+        :func:`~pet_finetune.backends.reference.pad_keys` pads it.
     """
     logarithms = torch.log(factors.clamp_min(smallest))
-    rectangle = layout.rectangle
-    if rectangle is None:
-        return logarithms
-    padded = pad_rows(torch.cat([logarithms.new_zeros(layout.num_atoms), logarithms]), rectangle)
-    flat = padded.flatten().index_fill(0, rectangle.empty, -torch.inf)
-    return flat.view(layout.num_atoms, 1, 1, rectangle.width)
+    return logarithms if layout.rectangle is None else pad_keys(logarithms, layout)
 
 
-def attend(qkv: Tensor, rectangle: Rectangle, bias: Tensor, heads: int, scale: float) -> Tensor:
-    """Softmax attention within each neighbourhood, by torch operations: the reference.
-
-    Plain matrix products and a softmax, because training on forces differentiates twice and
-    torch's fused attention does not.
-
-    Args:
-        qkv: [n_atoms + n_edges, 3 * width], centre tokens first.
-        rectangle: of the layout.
-        bias: from :func:`weigh_keys`.
-        heads: number of heads.
-        scale: of the scores.
-
-    Returns:
-        [n_atoms + n_edges, width].
-    """
-    padded = pad_rows(qkv, rectangle)
-    split = padded.view(padded.size(0), padded.size(1), 3, heads, -1).permute(2, 0, 3, 1, 4)
-    queries, keys, values = split.unbind(0)
-    scores = torch.matmul(queries * scale, keys.transpose(-2, -1)) + bias
-    mixed = torch.matmul(scores.softmax(dim=-1), values)
-    return unpad_rows(mixed.transpose(1, 2).flatten(2), rectangle)
-
-
-class Attention(nn.Module):
+class Attention(Accelerated, nn.Module):
     """Multi-head self-attention (names as in metatrain: ``input_linear``, ``output_linear``).
 
     Args:
@@ -82,7 +52,12 @@ class Attention(nn.Module):
         self.prompt = Prompt(num_prompts, width, num_heads) if num_prompts else None
 
     def forward(
-        self, tokens: Tensor, layout: Layout, bias: Tensor, norm: RowOp | None = None
+        self,
+        tokens: Tensor,
+        layout: Layout,
+        bias: Tensor,
+        norm: RowOp | None = None,
+        memory: int = 0,
     ) -> Tensor:
         """Attend within each atom's neighbourhood.
 
@@ -91,14 +66,15 @@ class Attention(nn.Module):
             layout: the tokens of each atom.
             bias: from :func:`weigh_keys`.
             norm: of the tokens, before all else.
+            memory: one of :class:`~.projection.Memory`.
 
         Returns:
             [n_atoms + n_edges, width].
         """
-        rectangle = layout.rectangle
         if not torch.jit.is_scripting():
-            if rectangle is None:
-                return self._fused(tokens, layout.starts, bias, norm)
+            if self.backend.fused:
+                return self._fused(tokens, layout.starts, bias, norm, memory)
+        rectangle = layout.rectangle
         assert rectangle is not None
         qkv = self.input_linear(tokens if norm is None else apply_rows(tokens, norm))
         mixed = attend(qkv, rectangle, bias, self.num_heads, self.scale)
@@ -109,19 +85,23 @@ class Attention(nn.Module):
         out: Tensor = self.output_linear(mixed)
         return out
 
-    def _fused(self, tokens: Tensor, starts: Tensor, bias: Tensor, norm: RowOp | None) -> Tensor:
-        """By the kernels; predictions in one operation, which keeps nothing but the tokens."""
+    def _fused(
+        self, tokens: Tensor, starts: Tensor, bias: Tensor, norm: RowOp | None, memory: int
+    ) -> Tensor:
+        """By fused operators; predictions by one, which keeps nothing but the tokens."""
+        backend, heads, scale = self.backend, self.num_heads, self.scale
         prompt = None if self.prompt is None or not self.prompt.enabled else self.prompt
-        first = packed_layer(self.input_linear, tokens, norm) if prompt is None else None
-        last = packed_layer(self.output_linear, tokens) if first is not None else None
-        if first is not None and last is not None:
-            return first.attend(tokens, bias, starts, self.num_heads, self.scale, last)
-        qkv = project(self.input_linear, tokens, norm)
-        mixed = kernels.attention(qkv, bias, starts, self.num_heads, self.scale)
+        if memory == Memory.INPUTS_ONLY and prompt is None:
+            first = packed_layer(backend, self.input_linear, tokens, norm)
+            last = packed_layer(backend, self.output_linear, tokens)
+            if first is not None and last is not None:
+                return first.attend(tokens, bias, starts, heads, scale, last)
+        qkv = project(backend, self.input_linear, tokens, norm)
+        mixed = fused.attention(qkv, bias, starts, heads, scale)
         if prompt is not None:
-            of_prompt = project(self.input_linear, prompt.adaption_prompt)
-            mixed = mixed + prompt(qkv[:, : mixed.size(1)], of_prompt, self.scale)
-        return project(self.output_linear, mixed)
+            of_prompt = project(backend, self.input_linear, prompt.adaption_prompt)
+            mixed = mixed + prompt(qkv[:, : mixed.size(1)], of_prompt, scale)
+        return project(backend, self.output_linear, mixed)
 
     def record(self, to: Listing, tokens: Rows, norm: RowOp | None) -> Rows:
         """:meth:`forward` as instructions, up to the output layer, whose input is returned."""

@@ -5,13 +5,13 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from pet_finetune import kernels
+from pet_finetune.backends import Accelerated, RowOp, apply_rows
+from pet_finetune.backends.instructions import Listing, Part, Rows
 from pet_finetune.graph import Layout
-from pet_finetune.kernels.listing import Listing, Part, Rows
 
 from .attention import Attention
 from .projection import as_row, record_linear, two_layers
-from .rowwise import LayerNorm, RMSNorm, RowOp, SiLU, SwiGLU, apply_rows
+from .rowwise import LayerNorm, RMSNorm, SiLU, SwiGLU
 
 NORMALIZATIONS: dict[str, type[RMSNorm] | type[LayerNorm]] = {
     "LayerNorm": LayerNorm,
@@ -19,7 +19,7 @@ NORMALIZATIONS: dict[str, type[RMSNorm] | type[LayerNorm]] = {
 }
 
 
-class FeedForward(nn.Module):
+class FeedForward(Accelerated, nn.Module):
     """Two linear layers with SiLU or SwiGLU between them."""
 
     def __init__(self, width: int, hidden: int, activation: str) -> None:
@@ -29,11 +29,18 @@ class FeedForward(nn.Module):
         self.w_in = nn.Linear(width, 2 * hidden if gated else hidden)
         self.w_out = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor, norm: RowOp | None = None) -> Tensor:
-        """The network of ``norm(x)``, added to ``x``; all [n, width]."""
+    def forward(self, x: Tensor, norm: RowOp | None = None, memory: int = 0) -> Tensor:
+        """The network of ``norm(x)``, added to ``x``; all [n, width].
+
+        Args:
+            x: rows.
+            norm: of them, before all else.
+            memory: one of :class:`~.projection.Memory`.
+        """
         if not torch.jit.is_scripting():
-            if kernels.usable(x):
-                return two_layers(self.w_in, self.w_out, x, norm, self.activation.op(), x)
+            if self.backend.fused:
+                op, layers = self.activation.op(), (self.w_in, self.w_out)
+                return two_layers(self.backend, *layers, x, norm, op, x, memory)
         hidden = self.w_in(x if norm is None else apply_rows(x, norm))
         out: Tensor = x + self.w_out(self.activation(hidden))
         return out
@@ -80,23 +87,33 @@ class Block(nn.Module):
             self.center_mlp = FeedForward(d_node, 2 * d_node, activation)
 
     def forward(
-        self, nodes: Tensor, edges: Tensor, layout: Layout, bias: Tensor
+        self, nodes: Tensor, edges: Tensor, layout: Layout, bias: Tensor, memory: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """One block; ``layout`` and ``bias`` as for :class:`~.attention.Attention`."""
+        """One block.
+
+        Args:
+            nodes: [n_atoms, d_node].
+            edges: [n_edges, d_pet].
+            layout, bias: as for :class:`~.attention.Attention`.
+            memory: one of :class:`~.projection.Memory`.
+        """
         sizes = [nodes.size(0), edges.size(0)]
         centers = self.center_contraction(nodes) if self.wide_center else nodes
         tokens = torch.cat([centers, edges])
         if self.post_norm:
-            tokens = self.norm_attention(tokens + self.attention(tokens, layout, bias))
-            tokens = self.norm_mlp(self.mlp(tokens))
+            tokens = self.norm_attention(
+                tokens + self.attention(tokens, layout, bias, None, memory)
+            )
+            tokens = self.norm_mlp(self.mlp(tokens, None, memory))
             new_centers, new_edges = tokens.split(sizes)
         else:
-            mixed = self.attention(tokens, layout, bias, self.norm_attention.op())
+            mixed = self.attention(tokens, layout, bias, self.norm_attention.op(), memory)
             new_centers, new_edges = mixed.split(sizes)
-            new_edges = self.mlp(edges + new_edges, self.norm_mlp.op())
+            new_edges = self.mlp(edges + new_edges, self.norm_mlp.op(), memory)
         if self.wide_center:
             new_centers = nodes + self.center_expansion(new_centers)
-            new_centers = self.center_mlp(new_centers, self.norm_center_features.op())
+            norm = self.norm_center_features.op()
+            new_centers = self.center_mlp(new_centers, norm, memory)
         # With equal widths PreLN hands the attention's output on without a residual: the
         # trained models were made so.
         return new_centers, new_edges

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pet_finetune.kernels.listing import CannotRecord
+from pet_finetune.backends.instructions import CannotRecord
 
 #: The name of the trained rows, behind the path of their table.
 ROWS = "new_rows"

@@ -6,13 +6,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from pet_finetune import kernels
+from pet_finetune.backends.instructions import CannotRecord, Listing, Part, Rows
 from pet_finetune.graph import Layout, Neighborhood
-from pet_finetune.kernels.listing import CannotRecord, Listing, Part, Rows
 
 from .block import Block
 from .embedding import table_of
-from .projection import chain, record_chain, weights_of
+from .projection import Chain, Memory, record_chain, weights_of
 from .recompute import recomputed
 from .rowwise import SiLU
 
@@ -25,14 +24,14 @@ class BlockStack(nn.Module):
         self.layers = nn.ModuleList(blocks)
 
     def forward(
-        self, nodes: Tensor, edges: Tensor, layout: Layout, bias: Tensor, again: bool = False
+        self, nodes: Tensor, edges: Tensor, layout: Layout, bias: Tensor, memory: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """Run every block; shapes as in :class:`Block`, ``again`` as in :class:`GNNLayer`."""
+        """Run every block; shapes as in :class:`Block`, ``memory`` as in :class:`GNNLayer`."""
         if not torch.jit.is_scripting():
-            if again:
+            if memory == Memory.RECOMPUTE:
                 return self._again(nodes, edges, layout, bias)
         for block in self.layers:
-            nodes, edges = block(nodes, edges, layout, bias)
+            nodes, edges = block(nodes, edges, layout, bias, memory)
         return nodes, edges
 
     def _again(
@@ -72,7 +71,7 @@ class GNNLayer(nn.Module):
         super().__init__()
         self.trans = BlockStack([make_block() for _ in range(num_blocks)])
         self.edge_embedder = nn.Linear(4, d_pet)
-        self.compress = nn.Sequential(
+        self.compress = Chain(
             nn.Linear((2 if first else 3) * d_pet, d_pet), SiLU(), nn.Linear(d_pet, d_pet)
         )
         self.neighbor_embedder = None if first else nn.Embedding(num_species, d_pet)
@@ -84,7 +83,7 @@ class GNNLayer(nn.Module):
         neighbor_species: Tensor,
         hood: Neighborhood,
         bias: Tensor,
-        again: bool = False,
+        memory: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """Update centre tokens [n_atoms, d_node] and edge tokens [n_edges, d_pet].
 
@@ -94,29 +93,25 @@ class GNNLayer(nn.Module):
             neighbor_species: [n_edges] species indices.
             hood: the batch's neighbourhoods.
             bias: from :func:`~.attention.weigh_keys`.
-            again: whether what this computes is computed again when it is needed, not kept.
+            memory: one of :class:`~.projection.Memory`.
         """
-        edges = self.make_edges(hood, messages, neighbor_species, again)
-        out: tuple[Tensor, Tensor] = self.trans(nodes, edges, hood.layout, bias, again)
+        edges = self.make_edges(hood, messages, neighbor_species, memory)
+        out: tuple[Tensor, Tensor] = self.trans(nodes, edges, hood.layout, bias, memory)
         return out
 
     def make_edges(
-        self, hood: Neighborhood, messages: Tensor, neighbor_species: Tensor, again: bool
+        self, hood: Neighborhood, messages: Tensor, neighbor_species: Tensor, memory: int
     ) -> Tensor:
         """The edge tokens before the blocks, [n_edges, d_pet]."""
         if not torch.jit.is_scripting():
-            if again:
+            if memory == Memory.RECOMPUTE:
                 return self._edges_again(hood, messages, neighbor_species)
         geometry = torch.cat([hood.vectors, hood.distances.unsqueeze(-1)], dim=-1)
         parts = [self.edge_embedder(geometry)]
         if self.neighbor_embedder is not None:
             parts.append(self.neighbor_embedder(neighbor_species))
         parts.append(messages)
-        joined = torch.cat(parts, dim=-1)
-        if not torch.jit.is_scripting():
-            if kernels.usable(joined):
-                return chain(self.compress, joined)
-        out: Tensor = self.compress(joined)
+        out: Tensor = self.compress(torch.cat(parts, dim=-1))
         return out
 
     def _edges_again(
@@ -124,7 +119,7 @@ class GNNLayer(nn.Module):
     ) -> Tensor:
         def run(vectors: Tensor, distances: Tensor, messages: Tensor) -> tuple[Tensor, ...]:
             own = hood._replace(vectors=vectors, distances=distances)
-            return (self.make_edges(own, messages, neighbor_species, False),)
+            return (self.make_edges(own, messages, neighbor_species, Memory.KEEP),)
 
         modules = (self.edge_embedder, self.neighbor_embedder, self.compress)
         (edges,) = recomputed(run, (hood.vectors, hood.distances, messages), modules)

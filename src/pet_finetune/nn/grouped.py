@@ -8,14 +8,11 @@ All members have equally many of either kind, because they are given the same st
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from pet_finetune import kernels
-
-from .rowwise import RowOp, apply_rows, settings
+from pet_finetune.backends import RowOp, fused
 
 
 @dataclass
@@ -76,19 +73,21 @@ class GroupedLinear(nn.Module):
                 out.append(torch.baddbmm(biases.unsqueeze(1), rows, turned).flatten(0, 1))
         return torch.cat(out) if self.leading else out[1]
 
+    def fits(self, x: Tensor) -> bool:
+        """Whether the kernels can multiply these rows with the weights."""
+        lanes = fused.lanes(x.dtype)
+        return self.in_features % lanes == 0 and self.out_features % lanes == 0
+
     def project(self, x: Tensor, prologue: RowOp | None, residual: Tensor | None) -> Tensor:
-        """The same as :func:`~.projection.project` of each member's rows."""
-        lanes = kernels.lanes(x.dtype)
-        if kernels.usable(x) and not (self.in_features % lanes or self.out_features % lanes):
-            panels, biases = self._panels()[self.rows.members], self._own(self.bias)
-            return kernels.grouped_projection(
-                x, panels, biases, self.leading, residual=residual, **settings(prologue, x.dtype)
-            )
-        out = self(x if prologue is None else apply_rows(x, prologue))
-        return cast("Tensor", out if residual is None else out + residual)
+        """By the kernels what :func:`~.projection.project` is of each member's rows."""
+        panels, biases = self._panels()[self.rows.members], self._own(self.bias)
+        before = fused.settings(prologue, x.dtype)
+        return fused.grouped_projection(
+            x, panels, biases, self.leading, residual=residual, **before
+        )
 
     def _panels(self) -> Tensor:
         """The weights in the kernels' form; they do not change, so they are packed once."""
         if self._packed is None or self._packed.dtype != self.weight.dtype:
-            self._packed = torch.stack([kernels.pack(weight, exact=True) for weight in self.weight])
+            self._packed = torch.stack([fused.pack(weight) for weight in self.weight])
         return self._packed

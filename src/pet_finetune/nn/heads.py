@@ -4,12 +4,13 @@ from torch import Tensor, nn
 
 from pet_finetune.graph import Neighborhood
 
+from .projection import Chain
 from .rowwise import SiLU
 
 
-def make_head(width: int, d_head: int) -> nn.Sequential:
+def make_head(width: int, d_head: int) -> Chain:
     """Linear-SiLU-Linear-SiLU from ``width`` to ``d_head``."""
-    return nn.Sequential(nn.Linear(width, d_head), SiLU(), nn.Linear(d_head, d_head), SiLU())
+    return Chain(nn.Linear(width, d_head), SiLU(), nn.Linear(d_head, d_head), SiLU())
 
 
 def sum_over_edges(values: Tensor, hood: Neighborhood, num_atoms: int) -> Tensor:

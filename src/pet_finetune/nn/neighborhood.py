@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from pet_finetune import kernels
+from pet_finetune.backends import Accelerated
 from pet_finetune.graph import Batch, Neighborhood, keep_edges, make_layout
 
 from .adaptive import grid_cutoffs, solver_cutoffs
@@ -13,7 +13,7 @@ from .cutoff import bump_step, cosine_step
 TINY = 1e-15
 
 
-class NeighborhoodBuilder(nn.Module):
+class NeighborhoodBuilder(Accelerated, nn.Module):
     """Selects the edges within the (adaptive) cutoff and weighs them; it has no parameters.
 
     Args:
@@ -65,7 +65,7 @@ class NeighborhoodBuilder(nn.Module):
             x = (distances - (self.cutoff - self.cutoff_width)) / self.cutoff_width
         rectangle = True
         if not torch.jit.is_scripting():
-            rectangle = not kernels.usable(vectors)
+            rectangle = not self.backend.fused
         return Neighborhood(
             vectors=vectors,
             distances=torch.sqrt(torch.sum(vectors**2, dim=-1) + self.tiny),

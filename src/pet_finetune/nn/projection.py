@@ -1,22 +1,39 @@
 """Linear layers together with the norm or activation before them and the residual after them.
 
-One operation of the fused kernels where they can be used: what lies between the norm and the
-product never leaves the processor's caches. By torch's own modules everywhere else.
+One operator of a fused back end where it knows the layer: what lies between the norm and the
+product never leaves the processor's caches. By the layer's own ``forward`` everywhere else.
 """
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from pet_finetune import kernels
-from pet_finetune.kernels.listing import CannotRecord, Listing, Row, Rows
+from pet_finetune.backends import Accelerated, Backend, RowOp, apply_rows, fused
+from pet_finetune.backends.fused import MANY_ROWS, PackedLayer, settings
+from pet_finetune.backends.instructions import CannotRecord, Listing, Row, Rows
 
 from .grouped import GroupedLinear
-from .rowwise import Prologue, RowOp, apply_rows, settings
+from .rowwise import Prologue
+
+
+class Memory(IntEnum):
+    """What the graph of a part of the network keeps; an argument of its ``forward``.
+
+    An integer there, for TorchScript knows no others.
+    """
+
+    #: Whatever the derivatives need.
+    KEEP = 0
+    #: The inputs, from which the part is computed again; differentiates as often as it does itself.
+    RECOMPUTE = 1
+    #: The inputs of fused operators, which are then differentiated once at most and by the geometry
+    #: alone. That is all a prediction needs.
+    INPUTS_ONLY = 2
 
 
 class LowRankUpdate(NamedTuple):
@@ -61,18 +78,18 @@ class Adapted(nn.Linear):
 _PACKED: WeakKeyDictionary[nn.Module, tuple[Tensor, int, Tensor]] = WeakKeyDictionary()
 
 
-def _packed(linear: nn.Linear, weight: Tensor) -> Tensor | None:
+def _packed(linear: nn.Linear, weight: Tensor, rounds: bool) -> Tensor | None:
     """The weight in the kernels' form, which is kept; None for one that will soon be another."""
     fixed = weight is linear.weight and not weight.requires_grad
-    if not fixed:
+    if not fixed or type(weight) not in (Tensor, nn.Parameter):  # or one without numbers: a trace
         return None
     known = _PACKED.get(linear)
     if known is not None:
         tensor, version, packed = known
         same = tensor.data_ptr() == weight.data_ptr() and version == weight._version
-        if same and (packed.dtype == torch.bfloat16) == kernels.halves():
+        if same and (packed.dtype == torch.bfloat16) == rounds:
             return packed
-    packed = kernels.pack(weight)
+    packed = fused.pack(weight, rounds=rounds)
     _PACKED[linear] = (weight.detach(), weight._version, packed)
     return packed
 
@@ -92,11 +109,12 @@ def _fits(linear: nn.Module, x: Tensor) -> bool:
     if not (adapted or type(linear) is nn.Linear):
         return False
     linear = cast("nn.Linear", linear)
-    lanes = kernels.lanes(x.dtype)
+    lanes = fused.lanes(x.dtype)
     return linear.in_features % lanes == 0 and linear.out_features % lanes == 0
 
 
 def project(
+    backend: Backend,
     linear: nn.Module,
     x: Tensor,
     prologue: RowOp | None = None,
@@ -105,6 +123,7 @@ def project(
     """``linear(prologue(x)) + residual``.
 
     Args:
+        backend: who computes it.
         linear: a linear layer, adapted or not, ours or anyone's.
         x: [n, in], or what the prologue makes into that.
         prologue: what is done to the rows first.
@@ -113,22 +132,27 @@ def project(
     Returns:
         [n, out].
     """
-    if isinstance(linear, GroupedLinear):
-        return linear.project(x, prologue, residual)
-    if kernels.usable(x) and _fits(linear, x):
-        return _fused(cast("nn.Linear", linear), x, prologue, residual)
-    out: Tensor = linear(_rows(x, prologue))
+    if backend.fused:
+        if isinstance(linear, GroupedLinear) and linear.fits(x):
+            return linear.project(x, prologue, residual)
+        if _fits(linear, x):
+            return _fused(cast("nn.Linear", linear), x, prologue, residual, backend.rounds)
+    out: Tensor = linear(_rows(backend, x, prologue))
     return out if residual is None else out + residual
 
 
-def _rows(x: Tensor, op: RowOp | None) -> Tensor:
-    return x if op is None else apply_rows(x, op)
+def _rows(backend: Backend, x: Tensor, op: RowOp | None) -> Tensor:
+    if op is None:
+        return x
+    return fused.apply_rows(x, op) if backend.fused else apply_rows(x, op)
 
 
-def _fused(linear: nn.Linear, x: Tensor, prologue: RowOp | None, residual: Tensor | None) -> Tensor:
+def _fused(
+    linear: nn.Linear, x: Tensor, prologue: RowOp | None, residual: Tensor | None, rounds: bool
+) -> Tensor:
     weight, a, b, scaling = linear.weight, None, None, 0.0
     if isinstance(linear, Adapted):
-        extra = linear.apart(_rows(x, prologue))
+        extra = linear.apart(x if prologue is None else fused.apply_rows(x, prologue))
         if extra is not None:
             residual = extra if residual is None else residual + extra
         update = linear.low_rank_update()
@@ -136,30 +160,32 @@ def _fused(linear: nn.Linear, x: Tensor, prologue: RowOp | None, residual: Tenso
             weight = linear.effective_weight()
         else:
             weight, a, b, scaling = update
-    return kernels.projection(
+    return fused.projection(
         x,
         weight,
-        _packed(linear, weight),
+        _packed(linear, weight, rounds),
         linear.bias,
         a=a,
         b=b,
         scaling=scaling,
         residual=residual,
+        rounds=rounds,
         **settings(prologue, x.dtype),
     )
 
 
 def packed_layer(
-    linear: nn.Module, x: Tensor, prologue: RowOp | None = None
-) -> kernels.PackedLayer | None:
-    """The layer for operations that keep their inputs alone; None where it cannot be part of one.
+    backend: Backend, linear: nn.Module, x: Tensor, prologue: RowOp | None = None
+) -> PackedLayer | None:
+    """The layer for operators that keep their inputs alone; None where it cannot be part of one.
 
     Args:
+        backend: who computes it.
         linear: a linear layer, adapted or not, ours or anyone's.
         x: the rows that go through it, or through what comes before it.
         prologue: what is done to the rows first.
     """
-    if not (kernels.compacts(x) and kernels.usable(x) and _fits(linear, x)) or kernels.halves():
+    if not backend.fused or backend.rounds or len(x) < MANY_ROWS or not _fits(linear, x):
         return None
     linear = cast("nn.Linear", linear)
     weight = linear.weight
@@ -168,57 +194,72 @@ def packed_layer(
             return None
         update = linear.low_rank_update()
         weight = linear.effective_weight() if update is None else update.weight
-    packed = _packed(linear, weight)
+    packed = _packed(linear, weight, rounds=False)
     if packed is None:
-        packed = kernels.pack(weight)
-    return kernels.PackedLayer(packed, linear.bias, settings(prologue, x.dtype))
+        packed = fused.pack(weight)
+    return PackedLayer(packed, linear.bias, settings(prologue, x.dtype))
 
 
 def two_layers(
+    backend: Backend,
     first: nn.Module,
     second: nn.Module,
     x: Tensor,
     norm: RowOp | None,
     activation: RowOp,
     residual: Tensor | None,
+    memory: int = Memory.KEEP,
 ) -> Tensor:
     """``second(activation(first(norm(x)))) + residual``, [n, in] to [n, out]; rows as above."""
-    one = packed_layer(first, x, norm)
-    two = None if one is None else packed_layer(second, x, activation)
+    one = packed_layer(backend, first, x, norm) if memory == Memory.INPUTS_ONLY else None
+    two = None if one is None else packed_layer(backend, second, x, activation)
     if one is None or two is None:
-        return project(second, project(first, x, norm), activation, residual)
+        hidden = project(backend, first, x, norm)
+        return project(backend, second, hidden, activation, residual)
     return one.then(x, two, residual)
 
 
-def chain(
-    layers: nn.Module, x: Tensor, norm: RowOp | None = None, residual: Tensor | None = None
-) -> Tensor:
-    """Linear layers with activations between them, ``layers(norm(x)) + residual``.
+class Chain(Accelerated, nn.Sequential):
+    """Linear layers with activations between them, the first one linear."""
 
-    Args:
-        layers: a sequence of linear layers and prologues in turn, the first one linear.
-        x: [n, in].
-        norm: before the first layer.
-        residual: [n, out]; only where the last layer is linear.
+    def forward(
+        self,
+        x: Tensor,
+        norm: RowOp | None = None,
+        residual: Tensor | None = None,
+        memory: int = 0,
+    ) -> Tensor:
+        """``layers(norm(x)) + residual``, [n, in] to [n, out].
 
-    Returns:
-        [n, out].
-    """
-    if not isinstance(layers, nn.Sequential):  # wrapped, by another library's adapters say
-        x = layers(_rows(x, norm))
+        Args:
+            x: [n, in].
+            norm: before the first layer.
+            residual: [n, out]; only where the last layer is linear.
+            memory: one of :class:`Memory`.
+        """
+        if not torch.jit.is_scripting():
+            if self.backend.fused:
+                return self._fused(x, norm, residual, memory)
+        if norm is not None:
+            x = apply_rows(x, norm)
+        for layer in self:
+            x = layer(x)
         return x if residual is None else x + residual
-    pending, members = norm, list(layers.children())
-    last = members[-1]
-    if norm is not None and len(members) == 3 and isinstance(members[1], Prologue):
-        # The input of the norm is kept in any case. Without one only what is between would be.
-        return two_layers(members[0], last, x, norm, members[1].op(), residual)
-    for layer in members:
-        if isinstance(layer, Prologue):
-            pending = layer.op()
-        else:
-            x = project(layer, x, pending, residual if layer is last else None)
-            pending = None
-    return members[-1](x) if pending is not None else x
+
+    def _fused(self, x: Tensor, norm: RowOp | None, residual: Tensor | None, memory: int) -> Tensor:
+        pending, members = norm, list(self.children())
+        last = members[-1]
+        if norm is not None and len(members) == 3 and isinstance(members[1], Prologue):
+            # The input of the norm is kept anyhow. Without one only what is between would be.
+            between = members[1].op()
+            return two_layers(self.backend, members[0], last, x, norm, between, residual, memory)
+        for layer in members:
+            if isinstance(layer, Prologue):
+                pending = layer.op()
+            else:
+                rest = residual if layer is last else None
+                x, pending = project(self.backend, layer, x, pending, rest), None
+        return x if pending is None else fused.apply_rows(x, pending)
 
 
 def record_chain(

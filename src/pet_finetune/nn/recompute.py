@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pet_finetune import kernels
+from pet_finetune.backends import EAGER, Accelerated, Backend, using
 
 __all__ = ["recomputed"]
 
@@ -32,7 +32,6 @@ class _Surroundings:
     gpu_random: Tensor | None
     autocast: bool
     autocast_dtype: torch.dtype
-    halves: bool
 
     @classmethod
     def of(cls, device: torch.device) -> _Surroundings:
@@ -44,7 +43,6 @@ class _Surroundings:
             torch.cuda.get_rng_state(device) if kind == "cuda" else None,
             torch.is_autocast_enabled(kind),
             torch.get_autocast_dtype(kind),
-            kernels.halves(),
         )
 
     @contextmanager
@@ -54,8 +52,7 @@ class _Surroundings:
         kind, dtype = self.device.type, self.autocast_dtype
         # The cache of autocast forgets gradients where a weight is first cast without them.
         cast = torch.autocast(kind, dtype, enabled=self.autocast, cache_enabled=False)
-        products = kernels.in_bfloat16(self.halves)
-        with torch.random.fork_rng(devices=devices), cast, products, torch.enable_grad():
+        with torch.random.fork_rng(devices=devices), cast, torch.enable_grad():
             torch.set_rng_state(self.cpu_random)
             if self.gpu_random is not None:
                 torch.cuda.set_rng_state(self.gpu_random, self.device)
@@ -171,6 +168,11 @@ class _Derivative(torch.autograd.Function):
         return (None, None, *[None if g is None else next(back) for g in pulled], *back)
 
 
+def _backend_of(modules: Sequence[nn.Module]) -> Backend:
+    parts = (part for module in modules for part in module.modules())
+    return next((part.backend for part in parts if isinstance(part, Accelerated)), EAGER)
+
+
 def recomputed(
     run: Function, inputs: Sequence[Tensor], modules: Iterable[nn.Module | None]
 ) -> tuple[Tensor, ...]:
@@ -186,6 +188,12 @@ def recomputed(
         modules: those that ``run`` uses.
     """
     used = [module for module in modules if module is not None]
+    backend = _backend_of(used)
+
+    def steadily(*given: Tensor) -> tuple[Tensor, ...]:
+        with using(backend, *used):  # later, too, the one of now
+            return run(*given)
+
     parameters = [p for module in used for p in module.parameters() if p.requires_grad]
-    out: tuple[Tensor, ...] = _Recomputed.apply(run, len(inputs), *inputs, *parameters)
+    out: tuple[Tensor, ...] = _Recomputed.apply(steadily, len(inputs), *inputs, *parameters)
     return out

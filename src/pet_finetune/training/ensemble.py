@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
-from pet_finetune import kernels
+from pet_finetune.backends import choose_backend, use_backend
 from pet_finetune.committee.calibration import (
     LEVELS,
     Curves,
@@ -198,7 +198,7 @@ def _finish(
     device = choose_device(options.device)
     committee = load_committee(base, [files.folder / name for name in names])
     committee.to(device=device, dtype=dtype_of_bits(options.base_precision))
-    kernels.prepare(device)
+    use_backend(committee, choose_backend(device))
     splits = load_splits(member_folder(files.folder, 0) / SPLITS, options)
     data = load_data(options, splits, committee, seed, committee.dtype)
     wanted = wanted_derivatives(options, data.train.structures)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pet_finetune import kernels
+from pet_finetune.backends import choose_backend, use_backend
 from pet_finetune.checkpoint import open_potential
 from pet_finetune.config import DatasetOptions, Options, SystemsOptions
 from pet_finetune.config.load import parse_options
@@ -123,7 +123,7 @@ def _open(
     """A model ready to predict, and the target of its adapter."""
     model, target = open_potential(checkpoint, adapter)
     chosen = choose_device(device)
-    kernels.prepare(chosen)
+    use_backend(model, choose_backend(chosen))
     return model.to(chosen).eval(), target
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
-from pet_finetune import kernels
+from pet_finetune.backends import EAGER, FUSED, FUSED_BFLOAT16, using
+from pet_finetune.backends.fused import multiplies_bfloat16
 from pet_finetune.graph import Batch
 from pet_finetune.model import Potential, Prediction, Property
 
 _MEV = 1000.0
 
 
-def mixed(precision: str | None, device: torch.device) -> AbstractContextManager[object]:
-    """The context in which the network computes.
+@contextmanager
+def mixed(precision: str | None, model: Potential) -> Iterator[None]:
+    """The context in which a model computes.
 
     ``bf16-mixed`` has matrix products in bfloat16, norms, softmax and sums in float32: torch's
     autocast, or on a processor with bfloat16 instructions the fused kernels, which round the
@@ -24,15 +26,20 @@ def mixed(precision: str | None, device: torch.device) -> AbstractContextManager
 
     Args:
         precision: ``architecture.training.precision``.
-        device: of the network.
+        model: what computes; in full precision again afterwards.
     """
     if precision is None:
-        return nullcontext()
-    if device.type == "cpu" and kernels.multiplies_halves():
-        return kernels.in_bfloat16()
+        yield
+        return
+    if model.network.backend is FUSED and multiplies_bfloat16():
+        with using(FUSED_BFLOAT16, model):
+            yield
+        return
     # Without autocast's cache of cast weights, which forgets gradients where a layer is computed
     # once without and once with them.
-    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+    autocast = torch.autocast(model.device.type, torch.bfloat16, cache_enabled=False)
+    with using(EAGER, model), autocast:
+        yield
 
 
 def precision_errors(
@@ -50,7 +57,7 @@ def precision_errors(
     model.eval()
     try:
         exact = model.predict_targets(batch, wanted)
-        with mixed(precision, model.device):
+        with mixed(precision, model):
             rough = model.predict_targets(batch, wanted)
     finally:
         model.train(training)

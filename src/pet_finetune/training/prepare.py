@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from pet_finetune import kernels
 from pet_finetune.adapters import trainable_report
+from pet_finetune.backends import choose_backend, use_backend
 from pet_finetune.committee.committee import Committee
 from pet_finetune.config import Options, TrainingOptions
 from pet_finetune.data.files import forget_files
@@ -147,7 +147,8 @@ def prepare_run(
     _check_structures(options, splits, model)
     forget_files()
     data = load_data(options, trained_on, model, own_seed, dtype)
-    kernels.prepare(device)  # the input is sound: compiling, should they need it, is not in vain
+    # The input is sound: compiling, should the operators need it, is not in vain.
+    use_backend(model, choose_backend(device))
     kept: dict[str, Any] = {}
     baselines: list[BaselineTable] = []
     if saved:

@@ -19,7 +19,7 @@ import torch
 from torch.autograd.profiler_util import EventList
 from torch.profiler import ProfilerActivity, record_function
 
-from pet_finetune import kernels
+from pet_finetune.backends import Arena
 from pet_finetune.data.batch import LabelledBatch
 from pet_finetune.errors import TrainingError
 from pet_finetune.stages import listening
@@ -184,7 +184,7 @@ class _Steps:
         self._trainer = trainer
         self._metrics = {name: Metrics(name) for name in trainer.objectives}
         self._batches = self._endless()
-        self._memory = kernels.Blocks()
+        self._memory = Arena()
         self._batches_of_step = trainer.options.gradient_accumulation_steps
         self._device = trainer.model.device
 

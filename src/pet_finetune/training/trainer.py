@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pet_finetune import kernels
+from pet_finetune.backends import Arena
 from pet_finetune.config import TrainingOptions
 from pet_finetune.data.batch import LabelledBatch
 from pet_finetune.data.loader import Loader
@@ -108,7 +108,7 @@ class Trainer:
         self._log_precision()
         with ExitStack() as stack:
             guard = stack.enter_context(InterruptGuard())
-            stack.enter_context(kernels.Blocks().reused())
+            stack.enter_context(Arena().reused())
             stack.callback(self._close)
             while self.progress.epoch < self.options.num_epochs and not stopped_early:
                 record = self._run_epoch(guard)
@@ -273,7 +273,7 @@ class Trainer:
         return losses
 
     def _precision(self) -> AbstractContextManager[object]:
-        return mixed(self.options.precision, self.model.device)
+        return mixed(self.options.precision, self.model)
 
     def _noisy(self, batch: LabelledBatch, index: int) -> LabelledBatch:
         seed = (self.training.seed, self.progress.epoch, index)

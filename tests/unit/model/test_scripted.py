@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from models import KINDS, all_structures, ethanol, random_potential, trained_adapter
-from pet_finetune import kernels
 from pet_finetune.adapters import merged_copy
+from pet_finetune.backends import EAGER, using
 from pet_finetune.data.batch import batch_from_atoms
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.*deprecated:DeprecationWarning")
@@ -24,7 +24,7 @@ def test_the_scripted_network_equals_the_eager_one(hypers):
     network = random_potential(targets=("energy", "energy/pbe"), **hypers).network
     batch = batch_from_atoms(list(all_structures().values()), 3.5)
     scripted = torch.jit.script(network)
-    with kernels.disabled():
+    with using(EAGER, network):
         expected = outputs_and_slopes(network, batch)
     for own, value in zip(outputs_and_slopes(scripted, batch), expected, strict=True):
         torch.testing.assert_close(own, value, rtol=0, atol=1e-10)

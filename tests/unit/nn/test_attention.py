@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pet_finetune import kernels
+from pet_finetune.backends import default_backend, use_backend
 from pet_finetune.graph import make_layout
 from pet_finetune.nn.attention import Attention, weigh_keys
 
@@ -17,7 +17,9 @@ WIDTH, HEADS = 6, 2
 @pytest.fixture
 def attention():
     torch.manual_seed(0)
-    return Attention(WIDTH, HEADS, temperature=1.3).double()
+    made = Attention(WIDTH, HEADS, temperature=1.3).double()
+    use_backend(made, default_backend())
+    return made
 
 
 def tokens_of(counts, seed=1):
@@ -31,7 +33,7 @@ def tokens_of(counts, seed=1):
 
 
 def attend(attention, tokens, factors, centers, num_atoms):
-    layout = make_layout(centers, num_atoms, rectangle=not kernels.active())
+    layout = make_layout(centers, num_atoms, rectangle=not attention.backend.fused)
     return attention(tokens, layout, weigh_keys(factors, layout))
 
 

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from pet_finetune import kernels
+from pet_finetune.backends import default_backend, use_backend
 from pet_finetune.graph import Neighborhood, make_layout
 from pet_finetune.nn.attention import weigh_keys
 from pet_finetune.nn.block import NORMALIZATIONS, Block, FeedForward
@@ -19,7 +19,9 @@ D_PET, D_FF = 6, 10
 
 def block(d_node=8, normalization="RMSNorm", activation="SwiGLU", kind="PreLN"):
     torch.manual_seed(0)
-    return Block(D_PET, d_node, D_FF, 2, 1.0, normalization, activation, kind).double()
+    made = Block(D_PET, d_node, D_FF, 2, 1.0, normalization, activation, kind).double()
+    use_backend(made, default_backend())
+    return made
 
 
 def inputs(d_node):
@@ -27,7 +29,7 @@ def inputs(d_node):
     centers = torch.tensor([0, 0, 2])
     nodes = torch.randn(3, d_node, generator=generator, dtype=torch.float64)
     edges = torch.randn(3, D_PET, generator=generator, dtype=torch.float64)
-    layout = make_layout(centers, 3, rectangle=not kernels.active())
+    layout = make_layout(centers, 3, rectangle=not default_backend().fused)
     return nodes, edges, layout, weigh_keys(torch.ones(3, dtype=torch.float64), layout)
 
 

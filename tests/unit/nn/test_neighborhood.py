@@ -6,9 +6,9 @@ import pytest
 import torch
 from ase import Atoms
 
+from pet_finetune.backends.reference import pad_rows, permute_rows, unpad_rows
 from pet_finetune.data.batch import batch_from_atoms
 from pet_finetune.graph import make_layout
-from pet_finetune.nn.gather import pad_rows, permute_rows, unpad_rows
 from pet_finetune.nn.neighborhood import NeighborhoodBuilder
 
 PLAIN = {

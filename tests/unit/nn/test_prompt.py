@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pet_finetune import kernels
+from pet_finetune.backends import default_backend, use_backend
 from pet_finetune.graph import make_layout
 from pet_finetune.nn.attention import Attention, weigh_keys
 
@@ -18,6 +18,7 @@ COUNTS = [2, 0, 5]
 def attention(gates=None, seed=0):
     torch.manual_seed(seed)
     made = Attention(WIDTH, HEADS, temperature=1.3, num_prompts=LENGTH).double()
+    use_backend(made, default_backend())
     if gates is not None:
         with torch.no_grad():
             made.prompt.adaption_gate.copy_(torch.tensor(gates, dtype=torch.float64))
@@ -34,7 +35,7 @@ def tokens():
 def run(layer, tokens):
     centers = torch.arange(len(COUNTS)).repeat_interleave(torch.tensor(COUNTS))
     factors = torch.linspace(0.1, 1.0, sum(COUNTS), dtype=torch.float64)
-    layout = make_layout(centers, len(COUNTS), rectangle=not kernels.active())
+    layout = make_layout(centers, len(COUNTS), rectangle=not layer.backend.fused)
     return layer(tokens, layout, weigh_keys(factors, layout))
 
 

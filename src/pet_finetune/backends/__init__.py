@@ -1,0 +1,42 @@
+"""Who computes the network's operators: plain torch or compiled kernels, chosen once for a model.
+
+:mod:`.operators` is the registry, :mod:`.reference` what each operator is in plain torch,
+:mod:`.fused` the compiled ones for CPUs, :mod:`.choice` the choice between them. Beside these the
+memory that a calculation uses again (:mod:`.arena`) and whole networks as a list of instructions
+(:mod:`.instructions`).
+"""
+
+from .arena import Arena
+from .choice import (
+    EAGER,
+    FUSED,
+    FUSED_BFLOAT16,
+    Accelerated,
+    Backend,
+    choose_backend,
+    default_backend,
+    use_backend,
+    using,
+)
+from .compiled import loaded, prepare, ready
+from .operators import OPERATORS
+from .reference import RowOp, apply_rows
+
+__all__ = [
+    "EAGER",
+    "FUSED",
+    "FUSED_BFLOAT16",
+    "OPERATORS",
+    "Accelerated",
+    "Arena",
+    "Backend",
+    "RowOp",
+    "apply_rows",
+    "choose_backend",
+    "default_backend",
+    "loaded",
+    "prepare",
+    "ready",
+    "use_backend",
+    "using",
+]

@@ -1,0 +1,157 @@
+"""The network's operators by plain torch: what they mean, and what computes where nothing else can.
+
+TorchScript compiles these functions where they are part of an exported network.
+
+The gradient of ``x[index]`` is a scatter-add in general: slow, and on a GPU not reproducible.
+Where each row goes to exactly one place, the gradient is another gather. Both cases of PET are
+of that kind: turning edges around, and laying tokens out in a padded rectangle.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pet_finetune.graph import Layout, Rectangle
+
+__all__ = ["RowOp", "apply_rows", "attend", "pad_keys", "pad_rows", "permute_rows", "unpad_rows"]
+
+
+class RowOp(NamedTuple):
+    """What is done to each row of the input of a linear layer.
+
+    Attributes:
+        kind: ``rms_norm``, ``layer_norm``, ``silu`` or ``swiglu``.
+        weight, bias: of a norm.
+        eps: of a norm; None stands for the machine precision of the inputs' type.
+    """
+
+    kind: str
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float | None = None
+
+
+def apply_rows(x: Tensor, op: RowOp) -> Tensor:
+    """The operation by torch: [..., d] to [..., d], of ``swiglu`` [..., 2 d] to [..., d]."""
+    if op.kind == "silu":
+        return nn.functional.silu(x)
+    if op.kind == "swiglu":
+        # PET's convention (metatrain); arXiv:2002.05202 multiplies with the gate's SiLU.
+        value, gate = x.chunk(2, dim=-1)
+        return value * torch.sigmoid(gate)
+    if op.kind == "layer_norm":
+        eps = op.eps
+        assert eps is not None
+        return nn.functional.layer_norm(x, [x.size(-1)], op.weight, op.bias, eps)
+    weight = op.weight
+    assert weight is not None
+    # Torch's autocast knows LayerNorm as a thing to compute in float32, but not this one.
+    x = x.to(weight.dtype)
+    return torch.rms_norm(x, [x.size(-1)], weight, op.eps)
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, index, inverse):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(index, inverse)
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        index, inverse = ctx.saved_tensors
+        return _Permute.apply(grad, inverse, index), None, None
+
+
+class _Pad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, row_of_slot, slot_of_row, empty):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(row_of_slot, slot_of_row, empty)
+        padded = rows.index_select(0, row_of_slot)
+        if len(empty):
+            padded.index_fill_(0, empty, 0.0)
+        return padded
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return _Unpad.apply(grad, *ctx.saved_tensors), None, None, None
+
+
+class _Unpad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, padded, row_of_slot, slot_of_row, empty):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(row_of_slot, slot_of_row, empty)
+        return padded.index_select(0, slot_of_row)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return _Pad.apply(grad, *ctx.saved_tensors), None, None, None
+
+
+def permute_rows(rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    """``rows[index]`` for a permutation ``index`` of the rows with the given inverse, [n, ...]."""
+    if torch.jit.is_scripting():  # placing a row has a gather as its gradient
+        return torch.empty_like(rows).index_copy(0, inverse, rows)
+    out: Tensor = _Permute.apply(rows, index, inverse)
+    return out
+
+
+def pad_rows(rows: Tensor, rectangle: Rectangle) -> Tensor:
+    """Tokens [n_atoms + n_edges, ...] to [n_atoms, width, ...], zeros in empty slots."""
+    shape = [-1, rectangle.width] + list(rows.shape[1:])
+    if torch.jit.is_scripting():
+        room = rows.new_zeros([rectangle.token_of_slot.size(0)] + list(rows.shape[1:]))
+        return room.index_copy(0, rectangle.slot_of_token, rows).view(shape)
+    padded: Tensor = _Pad.apply(rows, *rectangle[:3])
+    return padded.view(shape)
+
+
+def unpad_rows(padded: Tensor, rectangle: Rectangle) -> Tensor:
+    """The adjoint of :func:`pad_rows`: empty slots are dropped."""
+    rows = padded.flatten(0, 1)
+    if torch.jit.is_scripting():
+        return rows.index_select(0, rectangle.slot_of_token)
+    out: Tensor = _Unpad.apply(rows, *rectangle[:3])
+    return out
+
+
+def pad_keys(logarithms: Tensor, layout: Layout) -> Tensor:
+    """What is added to the scores of each key, as :func:`attend` takes it.
+
+    Args:
+        logarithms: [n_edges], of the edges; the centres' are 0.
+        layout: with a rectangle.
+
+    Returns:
+        [n_atoms, 1, 1, width of the rectangle], with minus infinity in empty slots, so that nothing
+        of a structure depends on what else is in its batch.
+    """
+    rectangle = layout.rectangle
+    assert rectangle is not None
+    padded = pad_rows(torch.cat([logarithms.new_zeros(layout.num_atoms), logarithms]), rectangle)
+    flat = padded.flatten().index_fill(0, rectangle.empty, -torch.inf)
+    return flat.view(layout.num_atoms, 1, 1, rectangle.width)
+
+
+def attend(qkv: Tensor, rectangle: Rectangle, bias: Tensor, heads: int, scale: float) -> Tensor:
+    """Softmax attention within each neighbourhood, by plain torch.
+
+    Plain matrix products and a softmax, because training on forces differentiates twice and
+    torch's fused attention does not.
+
+    Args:
+        qkv: [n_atoms + n_edges, 3 * width], centre tokens first.
+        rectangle: of the layout.
+        bias: from :func:`pad_keys`.
+        heads: number of heads.
+        scale: of the scores.
+
+    Returns:
+        [n_atoms + n_edges, width].
+    """
+    padded = pad_rows(qkv, rectangle)
+    split = padded.view(padded.size(0), padded.size(1), 3, heads, -1).permute(2, 0, 3, 1, 4)
+    queries, keys, values = split.unbind(0)
+    scores = torch.matmul(queries * scale, keys.transpose(-2, -1)) + bias
+    mixed = torch.matmul(scores.softmax(dim=-1), values)
+    return unpad_rows(mixed.transpose(1, 2).flatten(2), rectangle)

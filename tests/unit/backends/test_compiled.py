@@ -1,0 +1,109 @@
+"""Finding and building the library: what happens where it is unwanted, absent or broken."""
+
+from __future__ import annotations
+
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from pet_finetune import backends
+from pet_finetune.backends import compiled
+from pet_finetune.errors import ConfigError
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path, caplog):
+    """As at the start of a process, with an empty cache."""
+    for name in ("tried", "loaded"):
+        monkeypatch.setattr(compiled._State, name, False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in (compiled.VARIABLE, compiled.PROCESSOR):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(logging.getLogger("pet_finetune"), "propagate", True)
+    caplog.set_level("INFO", "pet_finetune")
+    return caplog
+
+
+def messages(caplog):
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_they_can_be_switched_off(fresh, monkeypatch):
+    monkeypatch.setenv(compiled.VARIABLE, "off")
+    assert not backends.prepare()
+    assert messages(fresh) == ["Computing with plain torch operations (PET_FINETUNE_KERNELS=off)."]
+
+
+def test_a_wrong_setting_is_an_error(fresh, monkeypatch):
+    monkeypatch.setenv(compiled.VARIABLE, "fast")
+    with pytest.raises(
+        ConfigError, match=r"PET_FINETUNE_KERNELS: 'fast' is not one of auto, off, require"
+    ):
+        backends.prepare()
+
+
+def test_without_a_compiler_it_computes_plainly_and_says_so_once(fresh, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert not backends.prepare()
+    assert not backends.prepare()
+    (said,) = messages(fresh)
+    assert "need a C++ compiler" in said
+
+
+def test_a_failing_compiler_is_a_notice(fresh, monkeypatch):
+    monkeypatch.setenv("CXX", "false")
+    assert not backends.prepare()
+    assert "could not be built or loaded" in messages(fresh)[-1]
+    assert not list(compiled._library_path().parent.glob("*.so"))
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [("no-such-compiler", r"need a C\+\+ compiler"), ("false", "could not be built")],
+)
+def test_required_kernels_that_cannot_be_had_are_an_error(compiler, reason, fresh, monkeypatch):
+    """Each time: not only in the first call, after which others might go on without."""
+    monkeypatch.setenv(compiled.VARIABLE, "require")
+    monkeypatch.setenv("CXX", compiler)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=f"KERNELS=require, but .*{reason}.*KERNELS=auto"):
+            backends.prepare()
+    assert not backends.loaded()
+
+
+def test_a_gpu_has_no_use_for_them(fresh):
+    assert not backends.prepare("cuda")
+    assert messages(fresh) == []
+    assert not compiled._State.tried
+
+
+def test_each_torch_processor_and_target_has_a_library_of_its_own(fresh, monkeypatch):
+    paths = [compiled._library_path()]
+    for patch in (
+        lambda inside: inside.setattr(compiled.torch, "__version__", "0.0.1"),
+        lambda inside: inside.setattr(compiled, "_processor", lambda: "flags: none"),
+        lambda inside: inside.setenv(compiled.PROCESSOR, "x86-64-v3"),
+    ):
+        with monkeypatch.context() as inside:
+            patch(inside)
+            paths.append(compiled._library_path())
+        assert compiled._library_path() == paths[0]
+    assert len(set(paths)) == 4
+
+
+def test_of_several_processes_that_need_it_one_compiles(monkeypatch, tmp_path):
+    compiles = []
+
+    def compile_slowly(path):
+        compiles.append(path)
+        time.sleep(0.05)
+        path.touch()
+        return path
+
+    monkeypatch.setattr(compiled, "_compiled", compile_slowly)
+    path = tmp_path / "kernels" / "library.so"
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(compiled._library, [path] * 4)) == [path] * 4
+    assert compiles == [path]
