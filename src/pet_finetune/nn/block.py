@@ -94,7 +94,8 @@ class Block(nn.Module):
         Args:
             nodes: [n_atoms, d_node].
             edges: [n_edges, d_pet].
-            layout, bias: as for :class:`~.attention.Attention`.
+            layout: as for :class:`~.attention.Attention`.
+            bias: as for :class:`~.attention.Attention`.
             memory: one of :class:`~.projection.Memory`.
         """
         sizes = [nodes.size(0), edges.size(0)]
