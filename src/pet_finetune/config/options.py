@@ -22,18 +22,18 @@ __all__ = ["ArchitectureOptions", "Options"]
 
 _DEVICE = re.compile(r"auto|cpu|gpu|mps|cuda(:\d+)?")
 
-#: The learning rate used when none is given, by how training starts, from a sweep
-#: (docs/methods-table.md): at 5e-4 full fine-tuning is unstable on crystals and water, LoRA is as
-#: good at 2e-3 as at a third of it, prompts are better below 2e-3.
+#: The learning rate used when none is given, by how training starts, with SOAP
+#: (docs/recipes.md).
 DEFAULT_LEARNING_RATES = {
-    "scratch": 5e-4,
-    "full": 2e-4,
+    "scratch": 1e-3,
+    "full": 5e-4,
     "lora": 2e-3,
     "prompt": 1e-3,
     "heads": 1e-3,
 }
-#: The same for `optimizer: soap`, where they differ: it bears larger steps in full.
-SOAP_LEARNING_RATES = {"scratch": 1e-3, "full": 5e-4}
+#: The same with other optimisers, where they differ, from a sweep with AdamW
+#: (docs/methods-table.md): at 5e-4 full fine-tuning is unstable on crystals and water.
+ADAMW_LEARNING_RATES = {"scratch": 5e-4, "full": 2e-4}
 
 
 def _architecture(value: Any) -> str:
@@ -164,8 +164,8 @@ class Options(Section):
             return self.training.learning_rate
         how = self.finetune.method if self.is_finetuning else "scratch"
         rates = DEFAULT_LEARNING_RATES
-        if self.training.optimizer == "soap":
-            rates = DEFAULT_LEARNING_RATES | SOAP_LEARNING_RATES
+        if self.training.optimizer != "soap":
+            rates = DEFAULT_LEARNING_RATES | ADAMW_LEARNING_RATES
         return rates[how]
 
     def baseline_mode(self) -> Literal["refit", "fit", "keep", "values"]:

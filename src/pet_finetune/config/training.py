@@ -154,8 +154,8 @@ class TrainingOptions(Section):
     learning_rate: PositiveFloat | None = Field(
         default=None,
         description="Highest learning rate. Null chooses: 2e-3 for `lora`, 1e-3 for `heads` and "
-        "`prompt`, 2e-4 for `full` fine-tuning, 5e-4 from scratch; with `optimizer: soap` 5e-4 for "
-        "`full` and 1e-3 from scratch. metatrain's default is 1e-4 for all.",
+        "`prompt`, 5e-4 for `full` fine-tuning, 1e-3 from scratch; with other optimisers than SOAP "
+        "2e-4 for `full` and 5e-4 from scratch. metatrain's default is 1e-4 for all.",
     )
     scheduler: Annotated[Literal["cosine", "constant"], OneOf()] = Field(
         default="cosine", description="Course of the learning rate after the warm-up."
@@ -165,11 +165,11 @@ class TrainingOptions(Section):
         description="Part of all steps during which the learning rate rises from zero.",
     )
     optimizer: Annotated[Literal["adamw", "muon", "soap"], OneOf()] = Field(
-        default="adamw",
+        default="soap",
         description="`soap` is Adam in the eigenbases of each matrix's gradients: lower errors in "
-        "as many epochs for a longer step. `muon` evens out the directions of each weight matrix's "
-        "update, and leaves embeddings, adapters, norms and biases to AdamW; for training from "
-        "scratch or in full. It needs torch 2.9.",
+        "as many epochs for a longer step. `adamw` is nearest to metatrain's. `muon` evens out the "
+        "directions of each weight matrix's update, and leaves embeddings, adapters, norms and "
+        "biases to AdamW; for training from scratch or in full. It needs torch 2.9.",
     )
     weight_decay: NonNegativeFloat | None = Field(
         default=None, description="Weight decay, of matrices only. Null is zero."
@@ -178,9 +178,9 @@ class TrainingOptions(Section):
         default=1.0, description="Gradients are scaled down to this norm. Null leaves them."
     )
     ema: OpenFraction | None = Field(
-        default=None,
+        default=0.99,
         description="Decay of an exponential moving average of the weights, which is then "
-        "validated and saved, e.g. 0.999. Null is off.",
+        "validated and saved. Null is off, and so is it where `swa` is on.",
     )
     swa: WeightMean | None = Field(
         default=None,
@@ -266,6 +266,13 @@ class TrainingOptions(Section):
     num_workers: Ignored = ignored_field("the data are prepared once and kept in memory.")
     log_mae: Ignored = ignored_field("mean absolute and root mean square errors are both logged.")
     log_separate_blocks: Ignored = ignored_field("errors are logged for each target.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_average(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and value.get("swa") is not None and "ema" not in value:
+            return {**value, "ema": None}
+        return value
 
     def loss_for(self, target: str) -> TargetLoss:
         """The loss of ``target``, with the short ways of writing it spelled out.

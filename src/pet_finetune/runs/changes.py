@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from pet_finetune.config import Options
 
-__all__ = ["Change", "changed_options"]
+__all__ = ["Change", "changed_options", "with_defaults_of"]
 
 _TRAINING = "architecture.training."
 _LEARNING_RATE = _TRAINING + "learning_rate"
@@ -26,6 +26,9 @@ _AS_BEGUN = (
 )
 #: Of ``finetune``, what is looked at again when a run goes on.
 _LOOKED_AT = tuple(_TRAINING + "finetune." + name for name in ("unfreeze", "replay", "anchor"))
+#: Of ``training``, what a run goes on with unless the file says otherwise, since its default was
+#: another in older releases; with the value of runs that do not say.
+_OLDER_DEFAULTS = {"optimizer": "adamw", "ema": None}
 #: Change no number of the run.
 _NO_MATTER = (_TRAINING + "log_interval", _TRAINING + "checkpoint_interval")
 
@@ -68,6 +71,25 @@ def changed_options(options: Options, before: Mapping[str, Any]) -> Iterator[Cha
         if value == old or silent or _below(name, _NO_MATTER):
             continue
         yield Change(name, value, old, heeded)
+
+
+def with_defaults_of(options: Options, before: Mapping[str, Any]) -> Options:
+    """The options with which a run goes on that may have begun with other defaults.
+
+    Args:
+        options: those of now.
+        before: those of the run, as plain values.
+    """
+    training = options.training
+    then = before.get("architecture", {}).get("training", {})
+    left_out = {
+        name: then.get(name, default)
+        for name, default in _OLDER_DEFAULTS.items()
+        if name not in training.model_fields_set
+    }
+    training = training.model_copy(update=left_out)
+    architecture = options.architecture.model_copy(update={"training": training})
+    return options.model_copy(update={"architecture": architecture})
 
 
 def _below(name: str, sections: tuple[str, ...]) -> bool:

@@ -33,7 +33,7 @@ _STAGES = {
     "anchor": "distance from the foundation (finetune.anchor)",
     "loss": "errors and their weights",
     "backward": "gradient of the loss (what trains: finetune.method)",
-    "update": "clipping, AdamW, running average (what trains, ema)",
+    "update": "clipping, optimiser, running average (what trains, ema)",
     "metrics": "sums of the errors shown",
     OTHER: "everything else",
 }

@@ -15,7 +15,7 @@ from pet_finetune.errors import TrainingError
 from pet_finetune.keys import TargetSpec
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
-from pet_finetune.runs.changes import changed_options
+from pet_finetune.runs.changes import changed_options, with_defaults_of
 from pet_finetune.runs.folder import undisturbed
 
 from .metrics import Errors, Metrics
@@ -93,6 +93,7 @@ class SavedRun:
         provenance: of the run.
         state: what it was told.
         trainer: the trainer's state.
+        options: with which it goes on.
     """
 
     path: Path
@@ -100,6 +101,7 @@ class SavedRun:
     provenance: dict[str, Any]
     state: RunState
     trainer: dict[str, Any]
+    options: Options
 
     def start(self) -> Start:
         """The model with the same parameters training as before."""
@@ -136,8 +138,9 @@ def open_run(path: str | Path, options: Options) -> SavedRun:
         ) from error
     before = checkpoint.provenance.get("options", {})
     _check_member(options, before, path)
+    options = with_defaults_of(options, before)
     _compare_options(options, before, middle)
-    return SavedRun(Path(path), checkpoint.model, checkpoint.provenance, state, trainer)
+    return SavedRun(Path(path), checkpoint.model, checkpoint.provenance, state, trainer, options)
 
 
 def take_files(run: SavedRun, files: RunFiles) -> None:

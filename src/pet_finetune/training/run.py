@@ -97,6 +97,7 @@ def _train_in(
         _logger.warning(notice)
     try:
         saved = open_run(restart, options) if restart is not None else None
+        options = saved.options if saved else options
         run = prepare_run(options, files, saved, device, rooms, check=check and saved is None)
         files.tell({STARTED: starts_of(files.about())})
         result = _train(run)

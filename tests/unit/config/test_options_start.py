@@ -64,18 +64,25 @@ def test_the_method_when_it_is_not_named(finetune: Any, checkpoint: Any, method:
     assert load({"finetune": finetune}, checkpoint).options.finetune.method == method
 
 
-@pytest.mark.parametrize(("method", "rate"), [("lora", 2e-3), ("heads", 1e-3), ("full", 2e-4)])
+@pytest.mark.parametrize(("method", "rate"), [("lora", 2e-3), ("heads", 1e-3), ("full", 5e-4)])
 def test_the_learning_rate_follows_the_method(method: str, rate: float) -> None:
     training = {"finetune": {"method": method, "read_from": "m.ckpt"}}
     assert load(training).options.learning_rate() == rate
     assert load({**training, "learning_rate": 6e-5}).options.learning_rate() == 6e-5
 
 
-@pytest.mark.parametrize(("method", "rate"), [("lora", 2e-3), ("full", 5e-4)])
+@pytest.mark.parametrize(("method", "rate"), [("lora", 2e-3), ("full", 2e-4)])
 def test_the_learning_rate_follows_the_optimizer_too(method: str, rate: float) -> None:
-    training = {"finetune": {"method": method, "read_from": "m.ckpt"}, "optimizer": "soap"}
+    training = {"finetune": {"method": method, "read_from": "m.ckpt"}, "optimizer": "adamw"}
     assert load(training).options.learning_rate() == rate
-    assert load({"optimizer": "soap"}).options.learning_rate() == 1e-3
+    assert load({"optimizer": "adamw"}).options.learning_rate() == 5e-4
+    assert load({}).options.learning_rate() == 1e-3
+
+
+def test_one_average_of_the_weights_by_default_and_none_beside_swa() -> None:
+    assert load({}).options.training.ema == 0.99
+    assert load({"ema": None}).options.training.ema is None
+    assert load({"swa": {"start": 0.5}}).options.training.ema is None
 
 
 def test_alpha_follows_the_rank_unless_given() -> None:

@@ -161,6 +161,32 @@ def test_long_sides_keep_their_coordinates():
     assert train([p], optimizer, 30) < before
 
 
+def test_of_two_unequal_long_sides_the_shorter_is_rotated():
+    def rotated(*shape):
+        (p,) = matrices([shape])
+        return {n.removesuffix("_basis") for n in SOAP([p]).state[p] if n.endswith("basis")}
+
+    assert rotated(128, 8) == rotated(130, 130) == rotated(200, 130) == {"left", "right"}
+    assert rotated(512, 130) == rotated(260, 8) == {"right"}
+    assert rotated(130, 260) == {"left"}
+    assert not rotated(1030, 1030)
+
+
+def test_a_saved_state_says_which_sides_are_rotated(monkeypatch):
+    """A run that began where both were goes on so."""
+    whole, parts = matrices([(9, 3)]), matrices([(9, 3)])
+    optimizer = SOAP(whole, lr=0.03)
+    train(whole, optimizer, 6)
+    first = SOAP(parts, lr=0.03)
+    train(parts, first, 3)
+    monkeypatch.setattr("pet_finetune.training.soap.SMALL", 5)
+    assert "left_basis" not in SOAP(matrices([(9, 3)])).state_dict()["state"][0]
+    resumed = SOAP(parts, lr=0.03)
+    resumed.load_state_dict(first.state_dict())
+    train(parts, resumed, 3)
+    assert torch.equal(parts[0], whole[0])
+
+
 def test_the_state_of_each_matrix_is_that_of_its_batch():
     """Saved states hold what the steps have written, not a copy from the beginning."""
     parameters = matrices()
