@@ -34,6 +34,11 @@ class Optimizers:
         """The groups of all parts; what is set in one is set in the part."""
         return [group for part in self.parts for group in part.param_groups]
 
+    @property
+    def kinds(self) -> list[str]:
+        """The names of the optimisers."""
+        return [type(part).__name__ for part in self.parts]
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients."""
         for part in self.parts:
@@ -47,7 +52,8 @@ class Optimizers:
     def state_dict(self) -> dict[str, Any]:
         """The state of each part, and all groups as torch's own optimisers have them."""
         states = [part.state_dict() for part in self.parts]
-        return {"parts": states, "param_groups": [g for s in states for g in s["param_groups"]]}
+        groups = [group for state in states for group in state["param_groups"]]
+        return {"kinds": self.kinds, "parts": states, "param_groups": groups}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict` of as many parts."""
@@ -168,7 +174,10 @@ def load_optimizer(optimizer: AnyOptimizer, state: Mapping[str, Any]) -> None:
     Raises:
         TrainingError: the parameters were grouped in another way.
     """
-    if ("parts" in state) != isinstance(optimizer, Optimizers):
+    own_kinds = optimizer.kinds if isinstance(optimizer, Optimizers) else None
+    # Those of the parts were not saved at first.
+    saved_kinds = state.get("kinds", own_kinds) if "parts" in state else None
+    if saved_kinds != own_kinds:
         raise TrainingError(
             "The saved run was made with another optimiser: keep architecture.training.optimizer "
             "when going on with --restart, or start a new run with -c."

@@ -31,7 +31,7 @@ def test_neither_checkpoint_nor_read_from_is_from_scratch() -> None:
     loaded = load()
     assert not loaded.options.is_finetuning
     assert loaded.options.finetune.method == "full"
-    assert loaded.options.learning_rate() == 5e-4
+    assert loaded.options.learning_rate() == 1e-3
     assert loaded.options.baseline_mode() == "fit"
     assert loaded.notices == ()
 

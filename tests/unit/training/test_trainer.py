@@ -33,7 +33,7 @@ KINDS = {
     "lora, dropout, ema": {"method": "lora", "config": {"dropout": 0.3}, "ema": 0.9},
     "extra loss": {"extra": True},
     "muon": {"optimizer": "muon", "weight_decay": 0.1},
-    "soap": {"optimizer": "soap", "weight_decay": 0.1},
+    "adamw": {"optimizer": "adamw", "ema": None, "weight_decay": 0.1},
     "heads, ema": {"method": "heads", "ema": 0.9, "best_model_metric": "loss"},
 }
 
