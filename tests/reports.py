@@ -10,7 +10,7 @@ import numpy as np
 from pet_finetune.committee.calibration import Curves
 from pet_finetune.data.predicted import Predicted
 from pet_finetune.forgetting.dimers import DimerRow
-from pet_finetune.report.record import Committee, Dimers, RunRecord
+from pet_finetune.report.record import CommitteeRecord, Dimers, RunRecord
 from tiny_data import crystals, molecules, structures_of
 
 #: Size of the errors that the models of :func:`predicted` make, eV and Å.
@@ -105,13 +105,13 @@ def dimers() -> Dimers:
     return Dimers(distances, rows)
 
 
-def committee() -> Committee:
+def committee() -> CommitteeRecord:
     """Two members and a calibration."""
     levels = np.linspace(0.0, 1.0, 11)
     curve = Curves(levels, levels**3, levels**1.1, 0.3, 0.05, 4.0)
     errors = {"test": {"energy": {"energy_mae": 0.02, "forces_mae": 0.12}}}
     reports = ["member_0/report.html", "member_1/report.html"]
-    return Committee([errors, errors], {"energy": curve, "forces": curve}, reports)
+    return CommitteeRecord([errors, errors], {"energy": curve, "forces": curve}, reports)
 
 
 def record(found: Predicted | None = None, **changes: Any) -> RunRecord:

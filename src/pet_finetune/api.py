@@ -38,7 +38,7 @@ from pet_finetune.inspection.inspect import (
     write_suggestion,
 )
 from pet_finetune.inspection.preflight import Preflight, read_checked
-from pet_finetune.keywords import Arguments, Method, Section, is_structures
+from pet_finetune.keywords import Arguments, Keywords, Method, is_structures
 from pet_finetune.log import get_logger, html_of, setup_logging
 from pet_finetune.model import Potential
 from pet_finetune.model.fingerprint import weights_fingerprint
@@ -186,7 +186,7 @@ def finetune(
     test: Any = None,
     targets: Mapping[str, Any] | None = None,
     method: Method | str | None = None,
-    features: Sequence[Section | Feature] = (),
+    features: Sequence[Keywords | Feature] = (),
     folder: str | os.PathLike[str] | None = None,
     check: bool = True,
     **options: Any,

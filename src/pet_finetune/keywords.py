@@ -42,7 +42,7 @@ __all__ = [
     "Qlora",
     "Replay",
     "Retention",
-    "Section",
+    "Keywords",
     "is_structures",
 ]
 
@@ -56,7 +56,7 @@ _SETS = {"train": "training_set", "validation": "validation_set", "test": "test_
 _TARGETS = {"energy": {"quantity": "energy", "key": "energy", "unit": "eV"}}
 
 
-class Section:
+class Keywords:
     """Options given as an object; :attr:`settings` are checked together with all others."""
 
     #: The section under ``architecture.training.finetune``.
@@ -71,7 +71,7 @@ class Section:
         return f"{type(self).__name__}({given})"
 
 
-class Method(Section):
+class Method(Keywords):
     """How the weights are changed: ``finetune.method`` and its settings ``finetune.config``."""
 
     place = "config"
@@ -114,25 +114,25 @@ class Full(Method):
     name = "full"
 
 
-class Replay(Section):
-    """Rehearse what the foundation knew beside the new data."""
+class Replay(Keywords):
+    """Train on what the foundation knows beside the new data."""
 
     place = "replay"
 
 
-class Anchor(Section):
+class Anchor(Keywords):
     """Hold the weights near those of the foundation."""
 
     place = "anchor"
 
 
-class Retention(Section):
+class Retention(Keywords):
     """The report on what was forgotten."""
 
     place = "retention"
 
 
-def _describe(cls: type[Section], schema: Any, names: Sequence[str]) -> None:
+def _describe(cls: type[Keywords], schema: Any, names: Sequence[str]) -> None:
     """Give a class the arguments, defaults and descriptions that the schema has."""
     fields = {name: schema.model_fields[name] for name in schema.model_fields if name in names}
     kind = inspect.Parameter.KEYWORD_ONLY
@@ -199,12 +199,12 @@ class Arguments:
         elif method is not None:
             self._set((*_FINETUNE, "method"), "method", method)
 
-    def features(self, sections: Sequence[Section]) -> None:
+    def features(self, sections: Sequence[Keywords]) -> None:
         """The features that are sections of the options."""
         known: set[str] = set()
         for section in sections:
             name = type(section).__name__
-            if not isinstance(section, Section) or isinstance(section, Method):
+            if not isinstance(section, Keywords) or isinstance(section, Method):
                 raise ConfigError(
                     f"features: expected Replay, Anchor, Retention or a Feature, got {name}."
                 )

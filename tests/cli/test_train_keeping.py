@@ -13,7 +13,7 @@ import yaml
 from models import random_potential
 from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
 from pet_finetune.data.probe import probe_structures
-from pet_finetune.forgetting.retention import Retention
+from pet_finetune.forgetting.retention import RetentionSet
 from pet_finetune.training.labels import label_with
 from tiny_data import data_section, epochs, molecules, options, write_frames, write_options
 
@@ -54,7 +54,7 @@ def test_the_report_is_the_error_against_the_foundation(here, train, reported):
     assert float(moved.abs().max()) > 10.0
     base.composition.set("energy", tuned.composition.get("energy"))
     labelled = label_with(base, probe_structures(base.species), ["energy"])
-    expected = Retention(labelled, ["energy"], base, 1).errors(tuned)["energy"].as_dict()
+    expected = RetentionSet(labelled, ["energy"], base, 1).errors(tuned)["energy"].as_dict()
     assert results()["after"]["retention"]["energy"] == pytest.approx(expected, rel=1e-4)
 
 

@@ -26,7 +26,7 @@ _LARGE = 1.0
 
 
 @dataclass(frozen=True)
-class Finding:
+class AdapterFinding:
     """One result of a check.
 
     Attributes:
@@ -146,7 +146,7 @@ def combine_adapters(
 
 def check_adapters(
     directories: Sequence[str | Path], checkpoint: str | Path | None = None
-) -> list[Finding]:
+) -> list[AdapterFinding]:
     """Check adapter folders, alone, with their base where it is given, and with each other.
 
     Args:
@@ -165,7 +165,7 @@ def check_adapters(
             if base is not None:
                 found += _check_on_base(adapter, base)
         except AdapterError as error:
-            found = [Finding(str(directory), False, str(error))]
+            found = [AdapterFinding(str(directory), False, str(error))]
         else:
             sound.append(adapter)
         findings += found
@@ -174,24 +174,26 @@ def check_adapters(
     return findings
 
 
-def _check_alone(adapter: Adapter) -> Iterator[Finding]:
+def _check_alone(adapter: Adapter) -> Iterator[AdapterFinding]:
     wrong = [name for name, value in adapter.tensors.items() if not bool(value.isfinite().all())]
     if wrong:
         text = f"{len(wrong)} tensors hold numbers that are not finite, such as {wrong[0]}."
-        yield Finding(adapter.name, False, text)
+        yield AdapterFinding(adapter.name, False, text)
         return
     text = f"{len(adapter.tensors)} tensors, {adapter.num_parameters:,} numbers, all finite"
-    yield Finding(adapter.name, True, text)
+    yield AdapterFinding(adapter.name, True, text)
     factors = {n: t for n, t in adapter.tensors.items() if n.endswith(".lora_B")}
     if factors and not any(t.any() for t in factors.values()):
-        yield Finding(adapter.name, True, "the update is zero: the adapter was never trained")
+        yield AdapterFinding(
+            adapter.name, True, "the update is zero: the adapter was never trained"
+        )
 
 
-def _check_on_base(adapter: Adapter, base: Potential) -> Iterator[Finding]:
+def _check_on_base(adapter: Adapter, base: Potential) -> Iterator[AdapterFinding]:
     """Whether it fits, how large its update is, and whether predictions are numbers."""
     model = merged_copy(base)
     install(model, adapter)
-    yield Finding(adapter.name, True, f"fits the base ({weights_fingerprint(base)[:12]})")
+    yield AdapterFinding(adapter.name, True, f"fits the base ({weights_fingerprint(base)[:12]})")
     with torch.no_grad():
         ratios = {
             path: float((layer.updated_weight() - layer.weight).norm() / layer.weight.norm())
@@ -201,17 +203,17 @@ def _check_on_base(adapter: Adapter, base: Potential) -> Iterator[Finding]:
         path, largest = max(ratios.items(), key=lambda item: item[1])
         text = f"largest update: {100 * largest:.1f} % of the weight of {path}"
         text += " (more than the weight itself: look at its errors)" if largest > _LARGE else ""
-        yield Finding(adapter.name, True, text)
+        yield AdapterFinding(adapter.name, True, text)
     pairs = [Atoms([z, z], [[0, 0, 0], [0, 0, 2.2 * covalent_radii[z]]]) for z in model.species]
     batch = batch_from_atoms(pairs, model.cutoff, model.dtype)
     predicted = model.predict(batch, adapter.config.target or next(iter(model.targets)))
     assert predicted.forces is not None
     finite = bool(predicted.energy.isfinite().all() and predicted.forces.isfinite().all())
     text = "energies and forces of a pair of atoms of each element are "
-    yield Finding(adapter.name, finite, text + ("finite" if finite else "not finite"))
+    yield AdapterFinding(adapter.name, finite, text + ("finite" if finite else "not finite"))
 
 
-def _check_blend(adapters: Sequence[Adapter], base: Potential | None) -> Finding:
+def _check_blend(adapters: Sequence[Adapter], base: Potential | None) -> AdapterFinding:
     """In which ways the adapters can be combined."""
     possible, reason = [], ""
     weight = 1.0 / len(adapters)
@@ -222,4 +224,4 @@ def _check_blend(adapters: Sequence[Adapter], base: Potential | None) -> Finding
         except AdapterError as error:
             reason = str(error)
     text = f"can be combined by {', '.join(possible)}. " if possible else ""
-    return Finding("together", True, (text + reason).strip())
+    return AdapterFinding("together", True, (text + reason).strip())

@@ -16,7 +16,7 @@ from pet_finetune.units import own_unit, to_own_unit
 
 from .archive import TorchArchive
 from .safe_pickle import Inert, StoredTensor
-from .tensormap import Block, read_tensor_map
+from .tensormap import TensorBlock, read_tensor_map
 
 __all__ = ["StoredTarget", "usable_targets"]
 
@@ -110,7 +110,7 @@ def _convert(
     )
 
 
-def _layout(archive: TorchArchive, name: str, info: Inert) -> Block:
+def _layout(archive: TorchArchive, name: str, info: Inert) -> TensorBlock:
     """The one block that says which shape the target has."""
     layout = info.get("layout")
     stored = layout.state[0] if isinstance(layout, Inert) and layout.state else None
@@ -132,7 +132,7 @@ _KINDS: Mapping[tuple[str, ...], Literal["scalar", "vector", "tensor"]] = {
 }
 
 
-def _spec(name: str, info: Inert, block: Block) -> TargetSpec:
+def _spec(name: str, info: Inert, block: TensorBlock) -> TargetSpec:
     kind = _KINDS.get(block.component_names)
     if kind is None or any(size != 3 for size in block.component_sizes):
         raise _Unusable(f"has the components {block.component_names}, which are not supported")
@@ -199,7 +199,7 @@ def _composition(
     return values.squeeze(1) if spec.num_subtargets == 1 else values
 
 
-def _blocks(buffer: Tensor, what: str) -> list[Block]:
+def _blocks(buffer: Tensor, what: str) -> list[TensorBlock]:
     try:
         blocks = read_tensor_map(_bytes(buffer))
     except ValueError as error:

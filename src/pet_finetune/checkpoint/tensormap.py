@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 from numpy.lib import format as npy
 
-__all__ = ["Block", "read_tensor_map"]
+__all__ = ["TensorBlock", "read_tensor_map"]
 
 
 @dataclass(frozen=True)
-class Block:
+class TensorBlock:
     """One block of a ``TensorMap``.
 
     Labels are kept as a tuple of names and an integer array ``[n_entries, n_names]``.
@@ -43,7 +43,7 @@ class Block:
     num_properties: int
 
 
-def read_tensor_map(buffer: bytes) -> list[Block]:
+def read_tensor_map(buffer: bytes) -> list[TensorBlock]:
     """Read the blocks of a serialized ``TensorMap``; gradients are left out.
 
     Raises:
@@ -60,7 +60,7 @@ def read_tensor_map(buffer: bytes) -> list[Block]:
         raise ValueError(f"not a metatensor TensorMap: {error}") from error
 
 
-def _block(archive: zipfile.ZipFile, index: int, key: dict[str, int]) -> Block:
+def _block(archive: zipfile.ZipFile, index: int, key: dict[str, int]) -> TensorBlock:
     folder = f"blocks/{index}"
     sample_names, samples = _labels(archive, f"{folder}/samples.npy")
     components: list[tuple[tuple[str, ...], np.ndarray[Any, Any]]] = []
@@ -71,7 +71,7 @@ def _block(archive: zipfile.ZipFile, index: int, key: dict[str, int]) -> Block:
     sizes = tuple(len(entries) for _, entries in components)
     if values.shape != (len(samples), *sizes, len(properties)):
         raise ValueError(f"the values of block {index} do not fit their labels")
-    return Block(
+    return TensorBlock(
         key=key,
         values=values,
         sample_names=sample_names,

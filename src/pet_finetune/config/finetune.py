@@ -253,7 +253,7 @@ class FinetuneOptions(Section):
         "labelled file.",
     )
     replay: ReplayOptions | None = Field(
-        default=None, description="Rehearse what the foundation knew beside the user's data."
+        default=None, description="Train on what the foundation knows beside the user's data."
     )
     anchor: AnchorOptions | None = Field(
         default=None, description="Hold the weights near the foundation's: a section, or a type."

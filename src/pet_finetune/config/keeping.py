@@ -59,7 +59,7 @@ class RetentionOptions(Section):
 
 
 class ReplayOptions(Section):
-    """What is rehearsed beside the user's data."""
+    """What is replayed beside the user's data."""
 
     read_from: DatasetOptions | None = Field(
         default=None,

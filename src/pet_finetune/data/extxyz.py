@@ -17,7 +17,7 @@ import numpy as np
 from ase.data import atomic_masses
 from ase.io.extxyz import key_val_str_to_dict, read_xyz
 
-from pet_finetune.data.symbols import Layout, element_of, is_dummy
+from pet_finetune.data.symbols import SymbolLayout, element_of, is_dummy
 from pet_finetune.data.text import NamedText, as_number, cell_in_words
 from pet_finetune.errors import DataError
 from pet_finetune.log import get_logger
@@ -144,7 +144,7 @@ class _Reader:
         first = self.start + 2
         rows = self.lines[first : first + count]
         comment = self.lines[self.start + 1] if self.start + 1 < len(self.lines) else ""
-        layout = Layout.of("" if self.plain else comment)
+        layout = SymbolLayout.of("" if self.plain else comment)
         cut = len(rows) < count or (rows and end >= len(self.lines) and not rows[-1].strip())
         if cut:
             there = sum(bool(row.strip()) for row in rows)
@@ -171,7 +171,7 @@ class _Reader:
             atoms.arrays["masses"][index] = mass
         return atoms
 
-    def _checked(self, rows: list[str], layout: Layout, first: int) -> list[str]:
+    def _checked(self, rows: list[str], layout: SymbolLayout, first: int) -> list[str]:
         """The rows of the atoms, each with as many columns as are named."""
         more = 0
         for number, row in enumerate(rows):
@@ -212,7 +212,7 @@ class _Reader:
             )
 
     def _with_elements(
-        self, rows: list[str], layout: Layout, first: int, comment: str
+        self, rows: list[str], layout: SymbolLayout, first: int, comment: str
     ) -> tuple[list[str], dict[int, float]]:
         """Rows with symbols of elements, and the masses of isotopes by atom."""
         masses: dict[int, float] = {}
@@ -237,7 +237,7 @@ class _Reader:
             self.notes["name isotopes; they are read as their elements, with these masses"] += 1
         return (rows if changed is None else changed), masses
 
-    def _agreeing(self, rows: list[str], layout: Layout, first: int) -> None:
+    def _agreeing(self, rows: list[str], layout: SymbolLayout, first: int) -> None:
         """Stop where another column names another element than the column of symbols."""
         for number, row in enumerate(rows if layout.others else ()):
             words = row.split()
@@ -358,7 +358,7 @@ class _Reader:
 
     def _explain(self, error: Exception, lines: Sequence[str]) -> NoReturn:
         """The error of ASE with the place where it happened."""
-        layout, first = Layout.of("" if self.plain else lines[0]), self.start + 2
+        layout, first = SymbolLayout.of("" if self.plain else lines[0]), self.start + 2
         for number, row in enumerate(lines[1:]):
             for column, word in enumerate(row.split()[: layout.width]):
                 if layout.kinds[column] in "RI" and not _is_number(word, layout.kinds[column]):

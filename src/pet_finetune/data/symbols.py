@@ -11,7 +11,7 @@ from ase.data import atomic_numbers, chemical_symbols
 
 from pet_finetune.errors import DataError
 
-__all__ = ["Layout", "as_types", "element_of", "is_dummy"]
+__all__ = ["SymbolLayout", "as_types", "element_of", "is_dummy"]
 
 # Masses in u of what chemists give a letter of its own (AME2020).
 _HYDROGEN = {"D": 2.01410177812, "T": 3.01604928199}
@@ -86,7 +86,7 @@ def as_types(given: Mapping[int, str]) -> dict[int, str]:
 
 
 @dataclass(frozen=True)
-class Layout:
+class SymbolLayout:
     """The columns of a frame of extended XYZ."""
 
     #: How messages call them.
@@ -109,7 +109,7 @@ class Layout:
         return any(name in ("Z", "numbers") for name in self.others)
 
     @staticmethod
-    def of(comment: str) -> Layout:
+    def of(comment: str) -> SymbolLayout:
         """The columns that a comment names; element and position without it.
 
         Args:
@@ -124,4 +124,4 @@ class Layout:
             elif name.lower() in _ELEMENTS and count == "1":
                 others[name] = len(kinds)
             kinds += kind[:1] * (int(count) if count.isdecimal() else 0)
-        return Layout(":".join(words), kinds, species, others)
+        return SymbolLayout(":".join(words), kinds, species, others)

@@ -21,7 +21,7 @@ from .integrators import integrator_state, keeps_momentum, make_integrator, rest
 from .measure import Measurement, measure
 from .settings import MDSettings
 
-__all__ = ["CLOSEST", "MDCalculator", "Outcome", "Watch", "atom_name", "simulate"]
+__all__ = ["CLOSEST", "MDCalculator", "Outcome", "Stability", "atom_name", "simulate"]
 
 _SECONDS_BETWEEN_STATES = 10.0
 _PARTS = ("integrator", "neighbors")
@@ -67,7 +67,7 @@ class _Run:
     files: MDFiles
     rng: np.random.Generator
     freedom: int
-    watch: Watch
+    watch: Stability
     saved: float = field(default_factory=time.monotonic)
     before: Atoms | None = None
 
@@ -243,7 +243,7 @@ def _prepared(
     atoms.get_potential_energy()  # the contacts are those of the structure computed last
     alone = calculator.contacts().alone if state is None else frozenset(state["alone"].tolist())
     assert settings.max_temperature is not None
-    watch = Watch(settings.max_temperature, settings.temperature, alone, calculator.contacts)
+    watch = Stability(settings.max_temperature, settings.temperature, alone, calculator.contacts)
     freedom = degrees_of_freedom(atoms, keeps_momentum(settings))
     dynamics = make_integrator(atoms, settings, rng)
     run = _Run(dynamics, calculator, settings, files, rng, freedom, watch)
@@ -262,7 +262,7 @@ CLOSEST = 0.4
 
 
 @dataclass(frozen=True)
-class Watch:
+class Stability:
     """The limits of a simulation.
 
     Attributes:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pet_finetune.training.feature import Feature
 
-from .anchor import Anchor
+from .anchor import AnchorFeature
 from .dimers import DimerReport
-from .replay import Replay
+from .replay import ReplayFeature
 from .retention import RetentionReport
 
-__all__ = ["Anchor", "DimerReport", "Replay", "RetentionReport", "features"]
+__all__ = ["AnchorFeature", "DimerReport", "ReplayFeature", "RetentionReport", "features"]
 
 
 def features() -> list[Feature]:
     """The features of this room; each does nothing where the options do not ask for it."""
-    return [RetentionReport(), Replay(), Anchor(), DimerReport()]
+    return [RetentionReport(), ReplayFeature(), AnchorFeature(), DimerReport()]

@@ -193,7 +193,7 @@ def _drawn(values: Tensor, weight: float, generator: torch.Generator) -> Tensor:
     return factor * (noise.to(values) * values).sum(dtype=torch.float64)
 
 
-class Anchor(Feature):
+class AnchorFeature(Feature):
     """The feature ``finetune.anchor``: an :class:`AnchorLoss`, L2-SP or EWC."""
 
     name = "anchor"

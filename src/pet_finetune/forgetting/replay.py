@@ -114,7 +114,7 @@ class ReplayLoss:
         return self.weight * batch_loss(replayed, predictions, {objective.target: objective})
 
 
-class Replay(Feature):
+class ReplayFeature(Feature):
     """The feature ``finetune.replay``.
 
     It is :class:`ReplayLoss` of a file, or of structures that the starting model labels itself.

@@ -57,7 +57,7 @@ def compared_targets(
     return targets, source
 
 
-class Retention:
+class RetentionSet:
     """Evaluates models on the retention set.
 
     Args:
@@ -89,7 +89,7 @@ class Retention:
 
 
 class RetentionReport(Feature):
-    """The feature ``finetune.retention``: :class:`Retention` before, during and after a run."""
+    """The feature ``finetune.retention``: :class:`RetentionSet` before, during and after a run."""
 
     name = "retention"
     heading = "forgetting"
@@ -100,7 +100,7 @@ class RetentionReport(Feature):
         self._compared: tuple[str, ...] = ()
         self._labelled_for = ""
         self._kept: dict[str, Any] | None = None
-        self._retention: Retention | None = None
+        self._retention: RetentionSet | None = None
 
     def check(self, plan: Plan) -> None:
         """Read the structures and choose the energies to compare.
@@ -135,7 +135,7 @@ class RetentionReport(Feature):
         if self._kept is not None:
             structures = from_plain(self._kept["structures"])
             targets, every = self._kept["targets"], self._kept["every"]
-            self._retention = Retention(structures, targets, trainer.model, every)
+            self._retention = RetentionSet(structures, targets, trainer.model, every)
 
     def _labelled(self, model: Potential) -> dict[str, Any] | None:
         if self._plan is None or not self._structures:

@@ -31,7 +31,7 @@ from pet_finetune.training.run_files import (
     TABLE,
 )
 
-from .record import Committee, Dimers, Epochs, RunRecord
+from .record import CommitteeRecord, Dimers, Epochs, RunRecord
 
 _logger = get_logger(__name__)
 #: One of these is in every folder of a run.
@@ -185,7 +185,7 @@ def _numbers(pair: str) -> tuple[int, int]:
     return atomic_numbers[first], atomic_numbers[second]
 
 
-def _committee(results: Mapping[str, Any], folder: Path) -> Committee | None:
+def _committee(results: Mapping[str, Any], folder: Path) -> CommitteeRecord | None:
     if "members" not in results:
         return None
     calibration = {}
@@ -196,7 +196,7 @@ def _committee(results: Mapping[str, Any], folder: Path) -> Committee | None:
         }
         calibration[kind] = Curves(**plain)
     reports = sorted(path.parent.name + f"/{REPORT}" for path in folder.glob(f"member_*/{REPORT}"))
-    return Committee(results["members"], calibration, reports)
+    return CommitteeRecord(results["members"], calibration, reports)
 
 
 def _files(folder: Path) -> dict[str, int]:

@@ -76,7 +76,7 @@ class Dimers:
 
 
 @dataclass(frozen=True)
-class Committee:
+class CommitteeRecord:
     """What an ensemble knows of itself.
 
     Attributes:
@@ -121,7 +121,7 @@ class RunRecord:
     epochs: Sequence[Epochs] = ()
     predicted: Predicted | None = None
     dimers: Dimers | None = None
-    committee: Committee | None = None
+    committee: CommitteeRecord | None = None
     files: Mapping[str, int] = field(default_factory=dict)
 
     @property

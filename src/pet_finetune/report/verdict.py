@@ -16,7 +16,7 @@ _OVERFITTED = 2.0
 
 
 @dataclass(frozen=True)
-class Change:
+class ErrorChange:
     """An error before and after.
 
     Attributes:
@@ -85,7 +85,7 @@ class Verdict:
 
     tone: str
     sentence: str
-    changes: Sequence[Change]
+    changes: Sequence[ErrorChange]
     measured_on: str
     warnings: Sequence[str]
 
@@ -105,7 +105,7 @@ def judge(run: RunRecord) -> Verdict:
     return Verdict(tone, sentence, changes, _measured_on(run), list(_warnings(run, changes)))
 
 
-def _change(run: RunRecord, quantity: Quantity) -> Change:
+def _change(run: RunRecord, quantity: Quantity) -> ErrorChange:
     def value(errors: object, key: str) -> float:
         found = errors.get(run.primary_set or "", {}) if isinstance(errors, dict) else {}
         return float(found.get(quantity.target, {}).get(key, math.nan)) * quantity.factor
@@ -113,7 +113,7 @@ def _change(run: RunRecord, quantity: Quantity) -> Change:
     interval = None
     if run.predicted is not None and run.predicted.set_name == run.primary_set:
         interval = ratio_interval(run.predicted, quantity)
-    return Change(
+    return ErrorChange(
         quantity,
         value(run.before, quantity.mae),
         value(run.after, quantity.mae),
@@ -160,7 +160,7 @@ def _measured_on(run: RunRecord) -> str:
     return f"{structures}, the ones it learned from (there is no test set)"
 
 
-def _sentence(run: RunRecord, known: Sequence[Change], tone: str) -> str:
+def _sentence(run: RunRecord, known: Sequence[ErrorChange], tone: str) -> str:
     """One sentence that can stand alone."""
     what = "Fine-tuning" if run.is_finetuning else "Training"
     if not run.after:
@@ -208,7 +208,7 @@ def _joined(parts: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
 
 
-def _warnings(run: RunRecord, changes: Sequence[Change]) -> Iterator[str]:
+def _warnings(run: RunRecord, changes: Sequence[ErrorChange]) -> Iterator[str]:
     """What a reader should know before trusting the model."""
     worse = [c for c in changes if c.direction == "worse"]
     if worse and run.after:

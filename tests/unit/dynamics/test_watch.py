@@ -15,7 +15,7 @@ from models import apart, crystal, ethanol, lone_atom, random_potential
 from pet_finetune import PETCalculator
 from pet_finetune.data.contacts import Contacts
 from pet_finetune.dynamics.measure import Measurement
-from pet_finetune.dynamics.run import Watch
+from pet_finetune.dynamics.run import Stability
 from pet_finetune.errors import DataError
 
 GOOD = Measurement(3, 1.5, -10.0, 0.1, -9.9, 310.0)
@@ -29,7 +29,7 @@ def problem(row: Measurement = GOOD, contacts: Contacts = CONTACTS, bad: int | N
     if bad is not None:
         forces[bad, 1] = math.nan
     atoms.calc = SinglePointCalculator(atoms, energy=0.0, forces=forces)
-    watch = Watch(3000.0, 300.0, frozenset({4}), lambda: contacts)
+    watch = Stability(3000.0, 300.0, frozenset({4}), lambda: contacts)
     return watch.problem(row, atoms)
 
 

@@ -20,7 +20,7 @@ from pet_finetune.data import Loader
 from pet_finetune.data.mixing import Beside
 from pet_finetune.forgetting.dimers import dimer_curves
 from pet_finetune.forgetting.replay import ReplayLoss
-from pet_finetune.forgetting.retention import Retention
+from pet_finetune.forgetting.retention import RetentionSet
 from pet_finetune.forgetting.structures import as_plain, from_plain
 from pet_finetune.training.labels import label_with, relabelled
 from pet_finetune.training.loss import Objective, batch_loss
@@ -47,7 +47,7 @@ def test_a_model_makes_no_errors_on_its_own_labels(model, labelled):
     ]
     assert set(labelled[0].labels) == {"energy", "energy/forces", "other", "other/forces"}
     assert set(labelled[-1].labels) == set(labelled[0].labels) | {"energy/stress", "other/stress"}
-    errors = Retention(labelled, ["energy", "other"], model, 1).errors(model)
+    errors = RetentionSet(labelled, ["energy", "other"], model, 1).errors(model)
     for metrics in errors.values():
         assert metrics.kinds == ["energy", "forces"]
         assert metrics.rmse("energy") < 1e-12
@@ -59,9 +59,9 @@ def test_another_baseline_is_forgotten_and_the_labels_moved_onto_it_are_not(mode
     shift = torch.tensor([1.0, -20.0, 300.0, 7.0], dtype=torch.float64)
     moved = random_potential(targets=("energy", "other"))
     moved.composition.set("energy", moved.composition.get("energy") + shift)
-    assert Retention(labelled, ["energy"], moved, 1).errors(moved)["energy"].mae("energy") > 1.0
+    assert RetentionSet(labelled, ["energy"], moved, 1).errors(moved)["energy"].mae("energy") > 1.0
     shifted = relabelled(labelled, "energy", {"energy": shift}, model.species)
-    errors = Retention(shifted, ["energy"], moved, 1).errors(moved)["energy"]
+    errors = RetentionSet(shifted, ["energy"], moved, 1).errors(moved)["energy"]
     assert errors.rmse("energy") < 1e-12
     assert errors.rmse("forces") < 1e-12
 
@@ -80,7 +80,7 @@ def test_labels_of_one_energy_for_another(model, labelled):
     ("every", "epochs"), [(1, [1, 2, 3, 4, 5, 6, 7]), (3, [1, 3, 6]), (10, [1])]
 )
 def test_the_report_is_due_every_few_epochs(model, labelled, every, epochs):
-    retention = Retention(labelled, ["energy"], model, every)
+    retention = RetentionSet(labelled, ["energy"], model, every)
     assert [e for e in range(1, 8) if retention.errors_after(model, e)] == epochs
 
 
