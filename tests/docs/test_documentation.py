@@ -142,3 +142,12 @@ def test_the_map_of_the_code_is_the_import_contract() -> None:
     contract = layers_of_the_contract((REPOSITORY / "pyproject.toml").read_text("utf-8"))
     assert layers_of_the_map(text) == contract
     assert layers_of_the_map(text.replace("| `runs` |", "| `training` |")) != contract
+
+
+@pytest.mark.parametrize("page", ["docs/where-changes-go.md", "CONTRIBUTING.md"])
+def test_files_of_the_code_that_a_page_names_are_there(page: str) -> None:
+    text = (REPOSITORY / page).read_text("utf-8")
+    named = set(re.findall(r"`([\w./]+(?:\.py|/))`", text))
+    places = [REPOSITORY, REPOSITORY / "src" / "pet_finetune"]
+    missing = [name for name in named if not any((place / name).exists() for place in places)]
+    assert named and not missing
