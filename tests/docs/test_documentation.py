@@ -150,4 +150,5 @@ def test_files_of_the_code_that_a_page_names_are_there(page: str) -> None:
     named = set(re.findall(r"`([\w./]+(?:\.py|/))`", text))
     places = [REPOSITORY, REPOSITORY / "src" / "pet_finetune"]
     missing = [name for name in named if not any((place / name).exists() for place in places)]
-    assert named and not missing
+    assert named
+    assert not missing
