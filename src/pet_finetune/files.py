@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from pet_finetune.errors import CheckpointError, DataError, did_you_mean
 
-__all__ = ["check_checkpoint", "check_file", "replacing", "size_text", "write_whole"]
+__all__ = [
+    "check_checkpoint",
+    "check_file",
+    "read_object",
+    "read_table",
+    "replacing",
+    "size_text",
+    "write_whole",
+]
 
 
 @contextmanager
@@ -56,6 +67,60 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that this package wrote.
+
+    Args:
+        path: the file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DataError: it cannot be read, or holds no such object.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise DataError(f"Cannot read '{path}': {error.strerror or error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"'{path}' is damaged: it is no JSON ({error}). {_COPY}") from error
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise DataError(f"'{path}' is damaged: it holds a {kind}, not a JSON object. {_COPY}")
+    return content
+
+
+_COPY = "Put a whole copy of it in its place."
+
+
+def read_table(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows of a CSV table that this package wrote.
+
+    A row that is shorter or longer than the heading (half written, when a run was killed) is left
+    out.
+
+    Args:
+        path: the file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DataError: it cannot be read.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as stream:
+            heading, *rows = list(csv.reader(stream)) or [[]]
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise DataError(f"Cannot read '{path}': {error.strerror or error}.") from error
+    except (ValueError, csv.Error) as error:
+        raise DataError(
+            f"'{path}' is damaged: it is no table of comma-separated values ({error}). {_COPY}"
+        ) from error
+    return heading, [row for row in rows if len(row) == len(heading)]
 
 
 def size_text(size: int) -> str:

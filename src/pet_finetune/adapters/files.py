@@ -25,8 +25,8 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from pet_finetune.errors import AdapterError, damage_explained
-from pet_finetune.files import write_whole
+from pet_finetune.errors import AdapterError, DataError, damage_explained
+from pet_finetune.files import read_object, write_whole
 from pet_finetune.keys import TargetSpec
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
@@ -213,13 +213,10 @@ def _weights_explained(path: Path) -> AbstractContextManager[None]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except FileNotFoundError as error:
         raise AdapterError(
             f"There is no adapter in '{path.parent}': {path.name} is missing."
         ) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"Cannot read '{path}': {error}.") from error
-    if not isinstance(content, dict):
-        raise AdapterError(f"'{path}' holds no JSON object.")
-    return content
+    except DataError as error:
+        raise AdapterError(str(error)) from error

@@ -13,8 +13,8 @@ from typing import Any
 from pet_finetune.adapters.adapter import Adapter, install
 from pet_finetune.adapters.files import read_adapter
 from pet_finetune.adapters.merge import merged_copy
-from pet_finetune.errors import AdapterError
-from pet_finetune.files import write_whole
+from pet_finetune.errors import AdapterError, DataError
+from pet_finetune.files import read_object, write_whole
 from pet_finetune.model import Potential
 from pet_finetune.model.fingerprint import content_digest, weights_fingerprint
 
@@ -141,7 +141,7 @@ def read_committee(folder: str | os.PathLike[str]) -> tuple[list[Path], Calibrat
     """
     path = Path(folder) / COMMITTEE_FILE
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = read_object(path)
         if (content["format"], content["version"]) != (_FORMAT, _VERSION):
             raise ValueError(f"{content['format']} {content['version']}")
         stored = content.pop(_DIGEST, None)
@@ -154,5 +154,5 @@ def read_committee(folder: str | os.PathLike[str]) -> tuple[list[Path], Calibrat
             f"There is no committee in '{path.parent}': {COMMITTEE_FILE} is missing. Give the "
             "folder of a finished run with finetune.ensemble, or a list of adapter folders."
         ) from error
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (DataError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise AdapterError(f"Cannot read the committee '{path}': {error}.") from error

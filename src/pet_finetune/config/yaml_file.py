@@ -77,6 +77,10 @@ def _load(path: str | Path) -> DictConfig | ListConfig:
     from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
     try:
+        # The reader in C recurses, and a file of nothing but brackets ends the process.
+        text = Path(path).read_text(encoding="utf-8")
+        if text.count("[") + text.count("{") > 1000:
+            _check_depth(text, path)
         config = OmegaConf.load(path)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such options file.{neighbours(Path(path))}") from None
@@ -96,6 +100,14 @@ def _load(path: str | Path) -> DictConfig | ListConfig:
     if not config:
         raise ConfigError(f"{path}: the file is empty. At least training_set must be given.")
     return config
+
+
+def _check_depth(text: str, path: str | Path) -> None:
+    depth = 0
+    for letter in text:
+        depth += (letter in "[{") - (letter in "]}")
+        if depth > 1000:
+            raise ConfigError(f"{path}: brackets within brackets, a thousand deep: no options.")
 
 
 def parse_override(text: str) -> tuple[str, Any]:

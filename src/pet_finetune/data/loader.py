@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pet_finetune.errors import DataError
-from pet_finetune.log import get_logger
+from pet_finetune.log import Watch, get_logger
 from pet_finetune.rng import Stream
 
 from .augment import random_rotations, rotate_batch
@@ -71,7 +71,12 @@ class Loader:
         #: The structures, in the order given.
         self.structures = tuple(structures)
         self._num_atoms = np.array([s.num_atoms for s in structures], dtype=np.int64)
-        self._prepared = [prepare(s, structure_neighbors(s, cutoff), dtype) for s in structures]
+        self._prepared = []
+        with Watch("neighbours of the structures", "structures", len(structures)) as watch:
+            for structure in structures:
+                neighbors = structure_neighbors(structure, cutoff)
+                self._prepared.append(prepare(structure, neighbors, dtype))
+                watch.step()
         self.cutoff = float(cutoff)
         self.dtype = dtype
         self.batch_size = batch_size

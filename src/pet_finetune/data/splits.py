@@ -6,14 +6,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from pet_finetune.config.dataset import DatasetOptions, IndexedSet
 from pet_finetune.config.options import Options
 from pet_finetune.errors import DataError
-from pet_finetune.files import check_file, write_whole
+from pet_finetune.files import check_file, read_object, write_whole
 
 from .files import frame_numbers, list_frames, read_frames
 from .fingerprint import structures_fingerprint
@@ -140,11 +140,11 @@ def load_splits(path: str | Path, options: Options) -> Splits:
     Raises:
         DataError: the file is none of ours, or the data have changed since.
     """
-    sets = _read_json(Path(path))
+    sets = _read_sets(Path(path))
     wanted: dict[tuple[str, int], list[int]] = {}
     for of_set in sets.values():
-        for part in of_set["parts"]:
-            wanted.setdefault((part["section"], part["number"]), []).extend(part["frames"])
+        for part in of_set.parts:
+            wanted.setdefault((part.section, part.number), []).extend(part.frames)
     read = {}
     for key, frames in wanted.items():
         dataset = _dataset(options, *key, path).model_copy(update={"indices": tuple(frames)})
@@ -161,12 +161,12 @@ def load_splits(path: str | Path, options: Options) -> Splits:
             raise DataError(f"The sets of {path} cannot be restored. {error}") from error
     members: dict[str, list[_Members]] = {name: [] for name in _SETS}
     for name, of_set in sets.items():
-        for part in of_set["parts"]:
-            key = (part["section"], part["number"])
-            members[name].append(_Members(*key, [read[key][frame] for frame in part["frames"]]))
+        for part in of_set.parts:
+            key = (part.section, part.number)
+            members[name].append(_Members(*key, [read[key][frame] for frame in part.frames]))
     splits = _assemble(members)
     for name, of_set in sets.items():
-        if structures_fingerprint(getattr(splits, name)) != of_set["fingerprint"]:
+        if structures_fingerprint(getattr(splits, name)) != of_set.fingerprint:
             files = ", ".join(part.file for part in splits.parts[name])
             raise DataError(
                 f"The {name} set is not the one that {path} was written for: the content of "
@@ -303,8 +303,8 @@ def _assemble(members: Mapping[str, list[_Members]]) -> Splits:
 
 def _dataset(options: Options, section: str, number: int, path: str | Path) -> DatasetOptions:
     """The data set of an option that a saved part refers to."""
-    datasets = getattr(options, section)
-    if not isinstance(datasets, tuple) or number >= len(datasets):
+    datasets = getattr(options, section, None)
+    if not isinstance(datasets, tuple) or not 0 <= number < len(datasets):
         raise DataError(
             f"{path} refers to data set {number} of {section}, which the options do not have. "
             "Use the options it was written with."
@@ -313,14 +313,30 @@ def _dataset(options: Options, section: str, number: int, path: str | Path) -> D
     return dataset
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _StoredSet:
+    """One of the three sets, as :meth:`Splits.save` writes it."""
+
+    fingerprint: str
+    parts: tuple[SplitPart, ...]
+
+
+def _read_sets(file: Path) -> dict[str, _StoredSet]:
     """The sets of a saved file, by name, checked to be of our making."""
     check_file(file, "file of splits")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{file} is no JSON file: {error}.") from None
-    found = (content.get("format"), content.get("version")) if isinstance(content, dict) else None
+    content = read_object(file)
+    found = (content.get("format"), content.get("version"))
     if found != (_FORMAT, _VERSION):
         raise DataError(f"{file} is not a file of splits of version {_VERSION}; found {found}.")
-    return {name: content["sets"][name] for name in _SETS}
+    try:
+        sets = TypeAdapter(dict[str, _StoredSet]).validate_python(content.get("sets"))
+        return {name: sets[name] for name in _SETS}
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, ('sets', *first['loc'])))}: {first['msg']}"
+    except KeyError as error:
+        reason = f"the {error} set is missing"
+    raise DataError(
+        f"'{file}' is damaged ({reason}), so the sets of the run are not known. Put a whole copy "
+        "of it in its place, or start a new run."
+    )

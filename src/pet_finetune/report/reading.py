@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from ase.data import atomic_numbers
@@ -16,6 +16,7 @@ from pet_finetune.committee.calibration import Curves
 from pet_finetune.config.yaml_file import read_yaml
 from pet_finetune.data.predicted import Predicted
 from pet_finetune.errors import ConfigError, DataError, PetFinetuneError
+from pet_finetune.files import read_object, read_table
 from pet_finetune.log import get_logger
 from pet_finetune.training.run_files import (
     ABOUT,
@@ -34,12 +35,17 @@ from pet_finetune.training.run_files import (
 from .record import CommitteeRecord, Dimers, Epochs, RunRecord
 
 _logger = get_logger(__name__)
+_T = TypeVar("_T")
 #: One of these is in every folder of a run.
 _MARKS = (TABLE, RESULTS, LAST, BEST, ABOUT, LOG)
 
 
-def read_run(folder: Path) -> RunRecord:
+def read_run(folder: Path, leave_out: Collection[str] = ()) -> RunRecord:
     """Read what there is; a file that is missing or damaged leaves its part of the report out.
+
+    Args:
+        folder: of the run.
+        leave_out: names of files that are not read.
 
     Raises:
         DataError: the folder holds no run.
@@ -52,47 +58,50 @@ def read_run(folder: Path) -> RunRecord:
             f"'{folder}' holds no run: there is no {TABLE}, {RESULTS} or {LAST} in it. Name the "
             "folder that `pet-finetune train` wrote (outputs/DATE/TIME without -o)."
         )
+
+    def read(reader: Callable[[Path], _T], path: Path) -> _T | None:
+        return None if path.name in leave_out or not path.exists() else reader(path)
+
     own = members or [folder]
-    results, text = _json(folder / RESULTS), _text(folder / OPTIONS)
-    abouts, epochs = [_json(path / ABOUT) for path in own], [_epochs(path / TABLE) for path in own]
+    results = read(_json, folder / RESULTS) or {}
+    abouts = [read(_json, path / ABOUT) or {} for path in own]
+    epochs = [read(_epochs, path / TABLE) or [] for path in own]
     about = _about(abouts[0], own[0])
     after = results.get("after", {}) if results else _so_far(epochs)
+    curves = read(_curves, folder / f"{DIMERS}.csv") or {}
     return RunRecord(
         folder=str(folder),
         status="finished" if results else "interrupted",
-        options=_options(folder / OPTIONS),
-        options_text=text,
+        options=read(_options, folder / OPTIONS) or {},
+        options_text=read(_text, folder / OPTIONS) or "",
         start=about,
         before=results.get("before") or about.pop("before", {}),
         after=after,
         parameters=results.get("parameters", {}),
         memory=_memory(abouts),
         epochs=epochs,
-        predicted=_predicted(folder / PREDICTIONS),
-        dimers=_dimers(folder / f"{DIMERS}.csv", results.get("dimers", {})),
+        predicted=read(_predicted, folder / PREDICTIONS),
+        dimers=_dimers(curves, results.get("dimers", {})),
         committee=_committee(results, folder),
         files=_files(folder),
     )
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """The content of a file; nothing where it is missing or damaged."""
+    """The content of a file; nothing where it is damaged."""
     try:
-        content = json.loads(_text(path) or "{}")
-    except ValueError as error:
-        _logger.warning("'%s' is damaged and left out of the report (%s)", path, error)
+        return read_object(path)
+    except DataError as error:
+        _logger.warning("%s The report does without.", error)
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _options(path: Path) -> dict[str, Any]:
-    """The options of the run; nothing where they are missing or damaged."""
-    if not path.exists():
-        return {}
+    """The options of the run; nothing where they are damaged."""
     try:
         return read_yaml(path)
     except ConfigError as error:
@@ -123,17 +132,22 @@ def _memory(abouts: list[dict[str, Any]]) -> dict[str, float | None]:
 
 
 def _epochs(path: Path) -> Epochs:
-    """The rows of a table as numbers; empty cells and half-written rows are left out."""
-    if not path.exists():
-        return []
+    """The rows of a table as numbers; empty cells and damaged rows are left out."""
     rows = []
-    with path.open(newline="", encoding="utf-8") as stream:
-        for row in csv.DictReader(stream):
-            try:
-                rows.append({name: float(cell) for name, cell in row.items() if cell})
-            except (TypeError, ValueError):
-                continue
-    return [row for row in rows if "epoch" in row]
+    for row in _rows(path):
+        with suppress(ValueError):
+            rows.append({name: float(cell) for name, cell in row.items() if cell})
+    return [row for row in rows if math.isfinite(row.get("epoch", math.nan))]
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a table; none where it is damaged."""
+    try:
+        heading, rows = read_table(path)
+    except DataError as error:
+        _logger.warning("%s The report does without.", error)
+        return []
+    return [dict(zip(heading, row, strict=True)) for row in rows]
 
 
 def _so_far(epochs: list[Epochs]) -> dict[str, Any]:
@@ -149,8 +163,6 @@ def _so_far(epochs: list[Epochs]) -> dict[str, Any]:
 
 
 def _predicted(path: Path) -> Predicted | None:
-    if not path.exists():
-        return None
     try:
         return Predicted.read(path)
     except DataError as error:
@@ -158,26 +170,41 @@ def _predicted(path: Path) -> Predicted | None:
         return None
 
 
-def _dimers(path: Path, verdicts: Mapping[str, str]) -> Dimers | None:
+#: Energies of a pair at its distances, by the name of the curve.
+_Curve = dict[str, list[float]]
+
+
+def _curves(path: Path) -> dict[str, tuple[list[float], _Curve]]:
+    """Distances and energies of each pair of elements; none where the table is damaged."""
+    found: dict[str, tuple[list[float], _Curve]] = {}
+    try:
+        for row in _rows(path):
+            lengths, energies = found.setdefault(row.pop("pair"), ([], {}))
+            lengths.append(float(row.pop("distance")))
+            for name, energy in row.items():
+                energies.setdefault(name, []).append(float(energy))
+    except (KeyError, ValueError) as error:
+        _logger.warning("'%s' is damaged and left out of the report (%s)", path, error)
+        return {}
+    return found
+
+
+def _dimers(
+    curves: Mapping[str, tuple[list[float], _Curve]], verdicts: Mapping[str, str]
+) -> Dimers | None:
     """The curves, with what ``results.json`` says of them."""
-    if not path.exists() or not verdicts:
-        return None
     from pet_finetune.forgetting.dimers import DimerRow, wall_distance  # which wrote them
 
-    lengths: dict[float, None] = {}
-    curves: dict[str, dict[str, list[float]]] = {}
-    with path.open(newline="", encoding="utf-8") as stream:
-        for row in csv.DictReader(stream):
-            pair = curves.setdefault(row.pop("pair"), {})
-            lengths[float(row.pop("distance"))] = None
-            for name, energy in row.items():
-                pair.setdefault(name, []).append(float(energy))
+    known = {pair: curve for pair, curve in curves.items() if pair in verdicts}
+    if not known:
+        return None
+    lengths = max((lengths for lengths, _ in known.values()), key=len)
     rows = [
-        DimerRow(name, energies, wall_distance(_numbers(name)), verdicts[name])
-        for name, energies in curves.items()
-        if name in verdicts
+        DimerRow(pair, energies, wall_distance(_numbers(pair)), verdicts[pair])
+        for pair, (own, energies) in known.items()
+        if own == lengths
     ]
-    return Dimers(list(lengths), rows) if rows else None
+    return Dimers(lengths, rows)
 
 
 def _numbers(pair: str) -> tuple[int, int]:

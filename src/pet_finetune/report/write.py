@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pet_finetune.errors import DataError, PetFinetuneError
 from pet_finetune.log import get_logger
-from pet_finetune.training.run_files import REPORT, RunFiles
+from pet_finetune.training.run_files import (
+    ABOUT,
+    DIMERS,
+    OPTIONS,
+    PREDICTIONS,
+    REPORT,
+    RESULTS,
+    TABLE,
+    RunFiles,
+)
 from pet_finetune.version import __version__
 
 from .page import render
 from .reading import read_run
 
 _logger = get_logger(__name__)
+#: What a page can do without.
+_DAMAGEABLE = (RESULTS, ABOUT, TABLE, OPTIONS, f"{DIMERS}.csv", PREDICTIONS)
 
 
 def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
@@ -29,9 +41,35 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
         TrainingError: the file cannot be written.
     """
     path = Path(output) if output is not None else Path(folder) / REPORT
-    page = render(read_run(Path(folder)), __version__)
+    page = _page(Path(folder)).encode(errors="replace")  # a damaged file may hold half a character
     RunFiles(path.parent).write(path.name, page)
     return path
+
+
+def _page(folder: Path) -> str:
+    """The page of a run, without what a damaged file of it says.
+
+    The files are plain JSON and tables, which anyone can change: what they hold is used as it
+    stands, and the file that breaks the page is found by leaving one out after another.
+    """
+    try:
+        return render(read_run(folder), __version__)
+    except PetFinetuneError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever the content of a file leads to
+        reason = f"{type(error).__name__}: {error}"
+    for left_out in [*((name,) for name in _DAMAGEABLE), _DAMAGEABLE]:
+        try:
+            page = render(read_run(folder, left_out), __version__)
+        except Exception:  # noqa: BLE001 - another file it is
+            continue
+        names = ", ".join(f"'{folder / name}'" for name in left_out)
+        _logger.warning("damaged and left out of the report: %s (%s)", names, reason)
+        return page
+    raise DataError(
+        f"The report of '{folder}' cannot be made ({reason}): its files do not hold what this "
+        "release writes. Copy the folder again from where the run was."
+    )
 
 
 def report_or_warn(folder: Path) -> None:

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import datetime
 import itertools
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pet_finetune.errors import RunError
+from pet_finetune.errors import DataError, RunError
+from pet_finetune.files import read_object
 from pet_finetune.locks import FileLock
 
 __all__ = [
@@ -216,7 +216,9 @@ def _starts(folder: Path) -> Iterator[datetime.datetime]:
     """What the records of a run say; a damaged one says nothing."""
     for name in _RECORDS:
         try:
-            record = json.loads((folder / name).read_text(encoding="utf-8"))
-            yield from (datetime.datetime.fromisoformat(text) for text in record.get(STARTED, []))
-        except (OSError, ValueError, TypeError, AttributeError):
+            record = read_object(folder / name)
+            for text in record.get(STARTED, []):
+                start = datetime.datetime.fromisoformat(text)
+                yield start if start.tzinfo else start.replace(tzinfo=datetime.timezone.utc)
+        except (FileNotFoundError, DataError, ValueError, TypeError):
             continue

@@ -18,7 +18,7 @@ from pet_finetune.data.structure import Structure
 from pet_finetune.errors import TrainingError
 from pet_finetune.graph import Batch
 from pet_finetune.keys import TargetSpec, forces_key
-from pet_finetune.log import get_logger
+from pet_finetune.log import Watch, get_logger
 from pet_finetune.model import Potential, fit_composition
 
 from .metrics import counted
@@ -320,9 +320,11 @@ def predicted(model: Potential, loader: Loader, ask: Callable[[Batch], Tensor]) 
     parts = []
     training = model.training
     model.eval()
-    with torch.no_grad():
+    watch = Watch("predictions for the baselines", "structures", len(loader.structures))
+    with torch.no_grad(), watch:
         for batch in loader.view():
             parts.append(ask(batch.graph.to(model.device, model.dtype)).cpu())
+            watch.step(batch.graph.num_structures)
     model.train(training)
     return torch.cat(parts)
 

@@ -12,6 +12,7 @@ from pet_finetune.committee.committee import Committee
 from pet_finetune.data.batch import LabelledBatch
 from pet_finetune.data.prefetch import on_device
 from pet_finetune.keys import TargetSpec, forces_key, stress_key
+from pet_finetune.log import Watch
 from pet_finetune.model import Potential, Prediction, Property
 
 #: Factor and unit in which each kind of error of an energy is shown.
@@ -136,17 +137,19 @@ def evaluate(
     metrics = {name: Metrics(name) for name in wanted}
     training = model.training
     model.eval()
-    try:
-        for batch in on_device(batches, model.device, model.dtype):
-            # A committee is of an energy and has no other targets.
-            ask = model.predict_many if isinstance(model, Committee) else model.predict_targets
-            predictions = ask(batch.graph, wanted)
-            for name, prediction in predictions.items():
-                metrics[name].update(batch, prediction)
-            if keep is not None:
-                keep(batch, predictions)
-    finally:
-        model.train(training)
+    with Watch("predictions", "structures") as watch:
+        try:
+            for batch in on_device(batches, model.device, model.dtype):
+                # A committee is of an energy and has no other targets.
+                ask = model.predict_many if isinstance(model, Committee) else model.predict_targets
+                predictions = ask(batch.graph, wanted)
+                for name, prediction in predictions.items():
+                    metrics[name].update(batch, prediction)
+                if keep is not None:
+                    keep(batch, predictions)
+                watch.step(batch.graph.num_structures)
+        finally:
+            model.train(training)
     return metrics
 
 

@@ -6,17 +6,17 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
 from pet_finetune.config import Options
 from pet_finetune.config.named_runs import NamedRun
 from pet_finetune.config.yaml_file import read_yaml
-from pet_finetune.errors import ConfigError, PetFinetuneError, did_you_mean
-from pet_finetune.files import size_text
+from pet_finetune.errors import ConfigError, DataError, PetFinetuneError, did_you_mean
+from pet_finetune.files import read_object, read_table, size_text
 from pet_finetune.log import get_logger, setup_logging
 from pet_finetune.runs.changes import changed_options
 from pet_finetune.runs.folder import RunFolder
@@ -233,21 +233,11 @@ def compare(
 
 
 def summarize(run: NamedRun, error: str | None = None) -> RunSummary:
-    """What a run's files say of it."""
+    """What a run's files say of it; those that are damaged say nothing, with a warning."""
     folder = run.folder
-    results: dict[str, Any] = {}
-    if (folder / RESULTS).exists():
-        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    results, errors, sizes = _results(folder / RESULTS)
     begun = (folder / LAST).exists() or (folder / TABLE).exists()
     status = error or ("finished" if results else "interrupted" if begun else "not begun")
-    errors = {
-        f"{name}/{target}/{quantity}": value
-        for name, targets in results.get("after", {}).items()
-        for target, values in targets.items()
-        for quantity, value in values.items()
-        if name != "train" and quantity in [f"{kind}_mae" for kind in _KINDS]
-    }
-    sizes = results.get("parameters", {})
     adapter = [file.stat().st_size for file in (folder / ADAPTER).glob("*") if file.is_file()]
     return RunSummary(
         name=run.name,
@@ -260,11 +250,42 @@ def summarize(run: NamedRun, error: str | None = None) -> RunSummary:
     )
 
 
+def _results(path: Path) -> tuple[bool, dict[str, float], dict[str, int]]:
+    """Whether a run has results, its errors by set, target and quantity, and its parameters."""
+    quantities = [f"{kind}_mae" for kind in _KINDS]
+    try:
+        results = read_object(path)
+        errors = {
+            f"{name}/{target}/{quantity}": float(value)
+            for name, targets in results.get("after", {}).items()
+            for target, values in targets.items()
+            for quantity, value in values.items()
+            if name != "train" and quantity in quantities
+        }
+        return True, errors, {k: int(v) for k, v in results.get("parameters", {}).items()}
+    except FileNotFoundError:
+        return False, {}, {}
+    except DataError as error:
+        _logger.warning("%s", error)
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
+        _logger.warning("'%s' is damaged: it does not hold errors by set (%s)", path, error)
+    return True, {}, {}
+
+
 def _seconds(path: Path) -> float:
-    if not path.exists():
+    """How long the epochs of a run took; those of rows that are damaged do not count."""
+    try:
+        heading, rows = read_table(path)
+    except FileNotFoundError:
         return 0.0
-    with path.open(newline="", encoding="utf-8") as stream:
-        return round(sum(float(row["seconds"]) for row in csv.DictReader(stream)), 3)
+    except DataError as error:
+        _logger.warning("%s", error)
+        return 0.0
+    total = 0.0
+    for row in rows if "seconds" in heading else ():
+        with suppress(ValueError):
+            total += float(row[heading.index("seconds")])
+    return round(total, 3)
 
 
 def _table(summaries: Sequence[RunSummary]) -> Table:

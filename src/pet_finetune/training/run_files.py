@@ -30,7 +30,7 @@ from pet_finetune.data.splits import Splits
 from pet_finetune.device import versions
 from pet_finetune.elements import symbol_of
 from pet_finetune.errors import CheckpointError, DataError, TrainingError
-from pet_finetune.files import replacing, write_whole
+from pet_finetune.files import read_object, read_table, replacing, write_whole
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 
@@ -177,9 +177,8 @@ class RunFiles:
 
     def about(self) -> dict[str, Any]:
         """What ``run.json`` says of the run; nothing where it is missing or damaged."""
-        with suppress(OSError, ValueError):
-            known = json.loads((self.folder / ABOUT).read_text(encoding="utf-8"))
-            return known if isinstance(known, dict) else {}
+        with suppress(FileNotFoundError, DataError):
+            return read_object(self.folder / ABOUT)
         return {}
 
     def keep_predictions(self, recorder: Recorder, name: str, model: Potential | Committee) -> None:
@@ -248,13 +247,25 @@ class RunFiles:
         return content
 
     def drop_rows_after(self, epoch: int) -> None:
-        """Forget rows of epochs that a resumed run will do again, and half-written ones."""
+        """Forget rows of epochs that a resumed run will do again, and half-written ones.
+
+        A table that is damaged is put aside: the run goes on without what it said.
+
+        Args:
+            epoch: the last one that is done.
+        """
         path = self.folder / TABLE
         if not path.exists():
             return
-        with path.open(newline="", encoding="utf-8") as stream:
-            heading, *rows = list(csv.reader(stream)) or [[]]
-        kept = [row for row in rows if len(row) == len(heading) and int(row[0]) <= epoch]
+        try:
+            heading, rows = read_table(path)
+        except DataError as error:
+            aside = path.with_name(f"{path.name}.damaged")
+            with self._explained():
+                path.replace(aside)
+            _logger.warning("%s It is now '%s'; a new table is begun.", error, aside)
+            return
+        kept = [row for row in rows if row and row[0].isdecimal() and int(row[0]) <= epoch]
         if not kept:
             path.unlink()
             return
@@ -267,7 +278,7 @@ def _heading(path: Path) -> list[str]:
     """The first line of a table; empty where there is none."""
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as stream:
+    with path.open(newline="", encoding="utf-8", errors="replace") as stream:
         return next(csv.reader(stream), [])
 
 

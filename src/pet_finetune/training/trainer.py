@@ -23,7 +23,7 @@ from pet_finetune.data.batch import LabelledBatch
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.prefetch import on_device
 from pet_finetune.errors import TrainingError
-from pet_finetune.log import get_logger
+from pet_finetune.log import Watch, get_logger
 from pet_finetune.model import Potential
 from pet_finetune.stages import each, stage
 
@@ -95,7 +95,8 @@ class Trainer:
     def add(self, feature: Feature, kept: Mapping[str, Any] | None = None) -> None:
         """Let a feature take part, and start it."""
         self.features = (*self.features, feature)
-        feature.start(self, kept)
+        with Watch(f"preparing {feature.name}"):
+            feature.start(self, kept)
 
     def fit(self) -> TrainingResult:
         """Train until the last epoch, early stopping or an interrupt.

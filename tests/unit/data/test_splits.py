@@ -194,7 +194,7 @@ def test_removed_frames_are_noticed(files):
 @pytest.mark.parametrize("content", ["", "[1]", '{"format": "x"}', "\x00"])
 def test_files_that_are_no_splits(files, content):
     (files / "splits.json").write_text(content)
-    with pytest.raises(DataError, match=r"is no JSON|not a file of splits"):
+    with pytest.raises(DataError, match=r"is no JSON|not a JSON object|not a file of splits"):
         load_splits("splits.json", options())
 
 
