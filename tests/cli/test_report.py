@@ -137,7 +137,7 @@ def test_a_damaged_file_leaves_its_part_out(here, train, command):
         Path("run", name).write_bytes(b"{ cut")
     answer = command("report", "run")
     assert answer.code == 0, answer.err
-    assert answer.err.count("left out of the report") == 2
+    assert answer.err.count("The report does without.") == 3
     assert "predictions.npz" in answer.err
 
 

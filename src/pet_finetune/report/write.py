@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pet_finetune.errors import DataError, PetFinetuneError
+from pet_finetune.errors import PetFinetuneError
 from pet_finetune.log import get_logger
 from pet_finetune.training.run_files import (
     ABOUT,
@@ -56,20 +56,17 @@ def _page(folder: Path) -> str:
         return render(read_run(folder), __version__)
     except PetFinetuneError:
         raise
-    except Exception as error:  # noqa: BLE001 - whatever the content of a file leads to
-        reason = f"{type(error).__name__}: {error}"
-    for left_out in [*((name,) for name in _DAMAGEABLE), _DAMAGEABLE]:
-        try:
-            page = render(read_run(folder, left_out), __version__)
-        except Exception:  # noqa: BLE001 - another file it is
-            continue
-        names = ", ".join(f"'{folder / name}'" for name in left_out)
-        _logger.warning("damaged and left out of the report: %s (%s)", names, reason)
-        return page
-    raise DataError(
-        f"The report of '{folder}' cannot be made ({reason}): its files do not hold what this "
-        "release writes. Copy the folder again from where the run was."
-    )
+    except Exception as error:  # whatever the content of a file leads to
+        for left_out in [*((name,) for name in _DAMAGEABLE), _DAMAGEABLE]:
+            try:
+                page = render(read_run(folder, left_out), __version__)
+            except Exception:  # noqa: BLE001 - it is another file, or none of them
+                continue
+            names = ", ".join(f"'{folder / name}'" for name in left_out)
+            reason = f"{type(error).__name__}: {error}"
+            _logger.warning("damaged and left out of the report: %s (%s)", names, reason)
+            return page
+        raise
 
 
 def report_or_warn(folder: Path) -> None:
