@@ -11,25 +11,27 @@ import importlib
 import importlib.util
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from pet_finetune.adapters import AdaptedPotential, Adapter, read_adapter
-from pet_finetune.calculator import PETCalculator
-from pet_finetune.checkpoint import load, load_checkpoint, open_committee, save_checkpoint
+from pet_finetune.adapters import AdaptedPotential
+from pet_finetune.checkpoint.adapters import (
+    check_adapters,
+    combine_adapters,
+    describe_adapter,
+    merge_adapter,
+)
 from pet_finetune.checkpoint.info import checkpoint_facts, describe_checkpoint
-from pet_finetune.committee.committee import Committee
 from pet_finetune.config import Options
 from pet_finetune.config.named_runs import NamedRun
-from pet_finetune.data.exact import write_exact
-from pet_finetune.errors import CheckpointError, ConfigError
+from pet_finetune.dynamics.md import ModelChoice, restart_md, run_md
+from pet_finetune.dynamics.settings import MDSettings
+from pet_finetune.errors import ConfigError
 from pet_finetune.export.export import ExportOutcome, export_model, export_table
-from pet_finetune.inspection import Inspection
+from pet_finetune.inspection import Inspection, as_dict, render
 from pet_finetune.inspection.inspect import (
     Request,
     inspect_data,
@@ -38,14 +40,20 @@ from pet_finetune.inspection.inspect import (
     write_suggestion,
 )
 from pet_finetune.inspection.preflight import Preflight, read_checked
-from pet_finetune.keywords import Arguments, Keywords, Method, is_structures
-from pet_finetune.log import get_logger, html_of, setup_logging
+from pet_finetune.keywords import (
+    Arguments,
+    Keywords,
+    Method,
+    Model,
+    as_files,
+    as_model,
+    checkpoint_of,
+    write_model,
+)
+from pet_finetune.log import get_logger, setup_logging
 from pet_finetune.model import Potential
-from pet_finetune.model.fingerprint import weights_fingerprint
-from pet_finetune.report.curves import curves_html
-from pet_finetune.report.reading import read_run
-from pet_finetune.report.record import RunRecord
 from pet_finetune.report.write import report_or_warn, write_report
+from pet_finetune.result import FinetuneResult, result_of
 from pet_finetune.runs.folder import RunFolder
 from pet_finetune.training import named_runs, profile_run, run
 from pet_finetune.training.evaluate import (
@@ -57,27 +65,35 @@ from pet_finetune.training.evaluate import (
     evaluate_options,
 )
 from pet_finetune.training.feature import Feature
+from pet_finetune.training.named_runs import evaluate_named
 from pet_finetune.training.prepare import Rooms
 from pet_finetune.training.profile import TrainingProfile
 from pet_finetune.training.records import TrainOutcome
-from pet_finetune.training.resume import plain_errors
-from pet_finetune.training.run_files import ADAPTER, BEST, RunFiles
+from pet_finetune.training.run_files import RunFiles
 from pet_finetune.training.tables import show
 
 __all__ = [
-    "ROOMS",
     "EvaluationResult",
     "EvaluationSettings",
     "FinetuneResult",
+    "Inspection",
     "LabelNames",
+    "MDSettings",
     "Model",
+    "ModelChoice",
+    "ROOMS",
     "Request",
     "TrainOutcome",
+    "as_dict",
+    "check_adapters",
     "checkpoint_facts",
+    "combine_adapters",
+    "describe_adapter",
     "describe_checkpoint",
     "evaluate",
     "evaluate_datasets",
     "evaluate_files",
+    "evaluate_named",
     "evaluate_options",
     "export",
     "export_model",
@@ -85,9 +101,13 @@ __all__ = [
     "finetune",
     "inspect",
     "inspect_data",
+    "merge_adapter",
     "profile",
+    "render",
     "request_of_files",
     "request_of_options",
+    "restart_md",
+    "run_md",
     "show",
     "train",
     "train_named",
@@ -96,8 +116,6 @@ __all__ = [
 ]
 
 _logger = get_logger(__name__)
-#: A checkpoint, or a model that was loaded.
-Model = str | os.PathLike[str] | AdaptedPotential | Potential
 _FOUNDATION = "foundation.ckpt"
 
 # Packages with features of training that no other code names: deleting one takes its features away.
@@ -134,48 +152,6 @@ def profile(
 ) -> TrainingProfile:
     """Time a few steps; see :func:`pet_finetune.training.profile_run.profile_run`."""
     return profile_run.profile_run(options, folder, steps, rooms=ROOMS, **settings)
-
-
-@dataclass(frozen=True, eq=False)
-class FinetuneResult:
-    """What fine-tuning gave. A notebook shows the table of errors and the learning curves.
-
-    Attributes:
-        model: the best model, adapter merged; of an ensemble, the committee.
-        adapter: its adapter; None for methods without one, and for an ensemble.
-        table: errors of the starting model and of the best one, for printing; None where they were
-            not computed.
-        errors: the same as numbers in eV, Å and the targets' units, ``"before"`` and ``"after"``,
-            by set, target and name: ``errors["after"]["test"]["energy"]["forces_mae"]``.
-        history: the columns of ``train.csv`` over the epochs, NaN where a cell is empty: a pandas
-            ``DataFrame`` where pandas is installed, else a dictionary of arrays ``[n_epochs]``. The
-            members of an ensemble follow each other and have a column ``member``.
-        finished: False where the run was interrupted; the model is the best one until then.
-        folder: the files of the run; None where they are removed.
-    """
-
-    model: AdaptedPotential | Committee = field(repr=False)
-    adapter: Adapter | None = field(repr=False)
-    table: Any = field(repr=False)
-    errors: Mapping[str, Any] = field(repr=False)
-    history: Any = field(repr=False)
-    finished: bool
-    folder: Path | None
-    _record: RunRecord = field(repr=False)
-    _calculator: Callable[..., PETCalculator] = field(repr=False)
-
-    def calculator(self, **settings: Any) -> PETCalculator:
-        """The model as an ASE calculator.
-
-        Args:
-            settings: as for :class:`PETCalculator`: ``device``, ``dtype``, ``target``...
-        """
-        return self._calculator(**settings)
-
-    def _repr_html_(self) -> str:
-        """The table and the curves, for notebooks."""
-        table = "" if self.table is None else html_of(self.table)
-        return table + curves_html(self._record)
 
 
 def finetune(
@@ -236,12 +212,12 @@ def finetune(
         arguments.method(method)
         arguments.features([one for one in features if not isinstance(one, Feature)])
         arguments.options(options)
-        start = None if model is None else _checkpoint(model, own.path / _FOUNDATION)
+        start = None if model is None else checkpoint_of(model, own.path / _FOUNDATION)
         loaded = arguments.parse(start, "finetune")
         if folder is None and loaded.options.finetune.ensemble is not None:
             raise ConfigError("finetune: the members of an ensemble need a folder: folder=...")
         if isinstance(model, (Potential, AdaptedPotential)):
-            _write_foundation(model, Path(start or ""))
+            write_model(model, Path(start or ""))
         outcome = run.train(
             loaded.options,
             own,
@@ -249,73 +225,13 @@ def finetune(
             check=check,
             rooms=_rooms([one for one in features if isinstance(one, Feature)], folder is None),
         )
-        return _result(outcome, loaded.options, None if folder is None else own.path)
+        return result_of(outcome, loaded.options, None if folder is None else own.path)
 
 
 def _rooms(own: Sequence[Feature], temporary: bool) -> Rooms:
     """What takes part in a run with features of the caller's own."""
     rooms = replace(ROOMS, features=lambda: [*_features(), *own])
     return replace(rooms, report=lambda folder: None) if temporary else rooms
-
-
-def _result(outcome: TrainOutcome, options: Options, folder: Path | None) -> FinetuneResult:
-    """What a run left, read from its files while they are there."""
-    place = outcome.folder
-    errors = {"before": plain_errors(outcome.before), "after": plain_errors(outcome.after)}
-    record = read_run(place)
-    adapter = None
-    if options.finetune.ensemble is not None and options.finetune.member is None:
-        if not outcome.result.finished:
-            raise ConfigError(f"finetune: interrupted; the members so far are in '{place}'.")
-        base = options.finetune.read_from or ""
-        found: AdaptedPotential | Committee = open_committee(base, place)
-
-        def calculator(**settings: Any) -> PETCalculator:
-            return PETCalculator(base, adapters=place, **settings)
-
-    else:
-        if not (place / BEST).exists():
-            raise CheckpointError(
-                "finetune: interrupted before the first epoch; there is no model."
-            )
-        best = found = load(place / BEST)
-        adapter = read_adapter(place / ADAPTER) if (place / ADAPTER).is_dir() else None
-
-        def calculator(**settings: Any) -> PETCalculator:
-            return PETCalculator(best, **settings)
-
-    if not outcome.result.finished and folder is None:
-        _logger.warning("The run had no folder of its own (folder=...) and cannot be gone on with.")
-    if folder is None and outcome.table is not None:  # its notes name files that are removed
-        outcome.table.caption = None
-    return FinetuneResult(
-        found,
-        adapter,
-        outcome.table,
-        errors,
-        _history(record),
-        outcome.result.finished,
-        folder,
-        record,
-        calculator,
-    )
-
-
-def _history(record: RunRecord) -> Any:
-    """The rows of ``train.csv`` as columns."""
-    many = len(record.epochs) > 1
-    rows = [
-        {"member": float(member), **row} if many else row
-        for member, rows in enumerate(record.epochs)
-        for row in rows
-    ]
-    names = dict.fromkeys(name for row in rows for name in row)
-    columns = {name: np.array([row.get(name, np.nan) for row in rows]) for name in names}
-    try:
-        from pandas import DataFrame  # type: ignore[import-untyped,unused-ignore]
-    except ImportError:
-        return columns
-    return DataFrame(columns)
 
 
 def evaluate(
@@ -349,9 +265,9 @@ def evaluate(
     how = replace(how or EvaluationSettings(), keep=True)
     if as_tensormaps is not False:
         how = replace(how, tensormaps=() if as_tensormaps is True else as_tensormaps)
-    with _files(structures, "structures") as (files, names):
+    with as_files(structures, "structures") as (files, names):
         return evaluate_files(
-            _potential(model),
+            as_model(model),
             files,
             names=[names.get(file, file) for file in files],
             adapter=None if adapter is None else Path(adapter),
@@ -387,11 +303,11 @@ def inspect(
         above = stack.enter_context(tempfile.TemporaryDirectory(prefix="pet-finetune-"))
         start = None
         if model is not None:
-            start = _checkpoint(model, Path(above, _FOUNDATION))
+            start = checkpoint_of(model, Path(above, _FOUNDATION))
             if isinstance(model, (Potential, AdaptedPotential)):
-                _write_foundation(model, Path(start))
+                write_model(model, Path(start))
         given = {"structures": structures, "validation": validation, "test": test}
-        sets = [stack.enter_context(_files(some, name))[0] for name, some in given.items()]
+        sets = [stack.enter_context(as_files(some, name))[0] for name, some in given.items()]
         request = request_of_files(sets[0], start, sets[1], sets[2], systems=systems)
         return inspect_data(request, device=device, seconds=seconds)
 
@@ -407,53 +323,7 @@ def export(model: Model, output: str | os.PathLike[str], **settings: Any) -> Exp
     """
     with tempfile.TemporaryDirectory(prefix="pet-finetune-") as above:
         # The file says what it was made from: a name, which a temporary one should not be.
-        start = _checkpoint(model, Path(above, f"{Path(output).stem}.ckpt"))
+        start = checkpoint_of(model, Path(above, f"{Path(output).stem}.ckpt"))
         if isinstance(model, (Potential, AdaptedPotential)):
-            _write_foundation(model, Path(start))
+            write_model(model, Path(start))
         return export_model(start, output, **settings)
-
-
-def _potential(model: Model) -> str | Path | Potential:
-    """A model as one that is evaluated."""
-    if isinstance(model, AdaptedPotential):
-        return model.potential
-    return model if isinstance(model, Potential) else Path(model)
-
-
-def _checkpoint(model: Model, spare: Path) -> str:
-    """The file that a model is read from: its own where it is still that model, or ``spare``."""
-    if isinstance(model, (str, os.PathLike)):
-        return os.fspath(model)
-    if isinstance(model, AdaptedPotential) and model.source is not None:
-        unchanged = model.source.exists() and model.active_adapter is None and (
-            weights_fingerprint(load_checkpoint(model.source).model)
-            == weights_fingerprint(model.potential)
-        )  # fmt: skip
-        if unchanged:
-            return os.fspath(model.source)
-    return os.fspath(spare.absolute())
-
-
-def _write_foundation(model: Potential | AdaptedPotential, path: Path) -> None:
-    """Write a model that lives in memory only."""
-    if isinstance(model, AdaptedPotential):
-        if model.source is not None and path == model.source:
-            return
-        model = model.potential
-    save_checkpoint(path, model)
-
-
-@contextmanager
-def _files(structures: Any, name: str) -> Iterator[tuple[list[str], dict[str, str]]]:
-    """Structures as files, and what to call those that are made for it."""
-    if isinstance(structures, (str, os.PathLike)):
-        yield [os.fspath(structures)], {}
-    elif len(structures) and not is_structures(structures):
-        yield [os.fspath(path) for path in structures], {}
-    elif not len(structures):
-        yield [], {}
-    else:
-        with tempfile.TemporaryDirectory(prefix="pet-finetune-") as above:
-            path = str(Path(above, f"{name}.db"))
-            write_exact(path, structures if isinstance(structures, Sequence) else [structures])
-            yield [path], {path: name}

@@ -1,4 +1,4 @@
-"""Arguments of the Python functions as one tree of options: that of an options file.
+"""Arguments of the Python functions: options as one tree, models and structures as files.
 
 Nothing is checked here and no default stands here: the schema does both, and its errors are told
 with the names that the caller used.
@@ -9,13 +9,17 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ase import Atoms
 
+from pet_finetune.adapters import AdaptedPotential
+from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
 from pet_finetune.config.finetune import (
     METHOD_KEYS,
     METHOD_SHORTHANDS,
@@ -29,6 +33,8 @@ from pet_finetune.config.problems import format_path
 from pet_finetune.config.yaml_file import read_yaml
 from pet_finetune.data.exact import write_exact
 from pet_finetune.errors import ConfigError
+from pet_finetune.model import Potential
+from pet_finetune.model.fingerprint import weights_fingerprint
 
 __all__ = [
     "Anchor",
@@ -36,15 +42,23 @@ __all__ = [
     "Dora",
     "Full",
     "Heads",
+    "Keywords",
     "Lora",
     "Method",
+    "Model",
     "Prompt",
     "Qlora",
     "Replay",
     "Retention",
-    "Keywords",
+    "as_files",
+    "as_model",
+    "checkpoint_of",
     "is_structures",
+    "write_model",
 ]
+
+#: A checkpoint, or a model that was loaded.
+Model = str | os.PathLike[str] | AdaptedPotential | Potential
 
 _TRAINING = ("architecture", "training")
 _FINETUNE = (*_TRAINING, "finetune")
@@ -296,3 +310,49 @@ def is_structures(given: Any) -> bool:
     if not isinstance(given, Sequence) or isinstance(given, (str, bytes)):
         return False
     return all(isinstance(one, Atoms) for one in given)
+
+
+def as_model(model: Model) -> str | Path | Potential:
+    """A model as one that is evaluated."""
+    if isinstance(model, AdaptedPotential):
+        return model.potential
+    return model if isinstance(model, Potential) else Path(model)
+
+
+def checkpoint_of(model: Model, spare: Path) -> str:
+    """The file that a model is read from: its own where it is still that model, or ``spare``."""
+    if isinstance(model, (str, os.PathLike)):
+        return os.fspath(model)
+    if isinstance(model, AdaptedPotential) and model.source is not None:
+        unchanged = model.source.exists() and model.active_adapter is None and (
+            weights_fingerprint(load_checkpoint(model.source).model)
+            == weights_fingerprint(model.potential)
+        )  # fmt: skip
+        if unchanged:
+            return os.fspath(model.source)
+    return os.fspath(spare.absolute())
+
+
+def write_model(model: Potential | AdaptedPotential, path: Path) -> None:
+    """Write a model that lives in memory only."""
+    if isinstance(model, AdaptedPotential):
+        if model.source is not None and path == model.source:
+            return
+        model = model.potential
+    save_checkpoint(path, model)
+
+
+@contextmanager
+def as_files(structures: Any, name: str) -> Iterator[tuple[list[str], dict[str, str]]]:
+    """Structures as files, and what to call those that are made for it."""
+    if isinstance(structures, (str, os.PathLike)):
+        yield [os.fspath(structures)], {}
+    elif len(structures) and not is_structures(structures):
+        yield [os.fspath(path) for path in structures], {}
+    elif not len(structures):
+        yield [], {}
+    else:
+        with tempfile.TemporaryDirectory(prefix="pet-finetune-") as above:
+            path = str(Path(above, f"{name}.db"))
+            write_exact(path, structures if isinstance(structures, Sequence) else [structures])
+            yield [path], {path: name}

@@ -70,7 +70,7 @@ def test_too_little_memory_is_one_line(here, command, monkeypatch, failure):
     def greedy(*ignored):
         raise failure
 
-    monkeypatch.setattr("pet_finetune.checkpoint.info.describe_checkpoint", greedy)
+    monkeypatch.setattr("pet_finetune.api.describe_checkpoint", greedy)
     answer = command("info", "base.ckpt")
     assert answer.code == 1
     assert answer.err.startswith("error: The memory is not enough")
@@ -81,7 +81,7 @@ def test_other_failures_of_torch_are_not_called_memory(here, command, monkeypatc
     def broken(*ignored):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr("pet_finetune.checkpoint.info.describe_checkpoint", broken)
+    monkeypatch.setattr("pet_finetune.api.describe_checkpoint", broken)
     with pytest.raises(RuntimeError, match="shapes"):
         command("info", "base.ckpt")
 
@@ -90,7 +90,7 @@ def test_what_the_system_refuses_is_one_line_too(here, command, monkeypatch):
     def full(*ignored):
         raise OSError(28, "No space left on device", "somewhere")
 
-    monkeypatch.setattr("pet_finetune.checkpoint.info.describe_checkpoint", full)
+    monkeypatch.setattr("pet_finetune.api.describe_checkpoint", full)
     answer = command("info", "base.ckpt")
     assert answer.code == 1
     assert answer.err == "error: somewhere: No space left on device\n"

@@ -85,6 +85,8 @@ def test_a_notebook_shows_table_and_curves(result):
     assert "<svg" in text
     assert "--after: #" in text  # the curves' colours
     assert len(repr(result)) < 200
+    titles = [axes.get_title() for axes in result.plot().axes]
+    assert any("forces MAE" in title for title in titles)
 
 
 def test_a_folder_gets_what_the_command_line_writes(base, tmp_path):

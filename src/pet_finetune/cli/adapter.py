@@ -62,8 +62,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from pet_finetune.checkpoint.adapters import describe_adapter
-    from pet_finetune.training.tables import show
+    from pet_finetune.api import describe_adapter, show
 
     for folder in arguments.folder:
         show(describe_adapter(folder))
@@ -71,7 +70,7 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from pet_finetune.checkpoint.adapters import check_adapters
+    from pet_finetune.api import check_adapters
 
     findings = check_adapters(arguments.folder, arguments.checkpoint)
     for finding in findings:
@@ -80,14 +79,14 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    from pet_finetune.checkpoint.adapters import merge_adapter
+    from pet_finetune.api import merge_adapter
 
     print(merge_adapter(arguments.folder, arguments.checkpoint, arguments.output))
     return 0
 
 
 def _combine(arguments: argparse.Namespace) -> int:
-    from pet_finetune.checkpoint.adapters import combine_adapters
+    from pet_finetune.api import combine_adapters
 
     folder = combine_adapters(
         [Path(folder) for folder in arguments.folder],

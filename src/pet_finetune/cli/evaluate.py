@@ -196,8 +196,8 @@ def _named(arguments: argparse.Namespace) -> int:
     files = [arguments.first, *arguments.files] if arguments.first is not None else []
     if not files:
         _no_names(arguments, f"the run '{entry.name}'")
+    from pet_finetune.api import evaluate_named
     from pet_finetune.log import setup_logging
-    from pet_finetune.training.named_runs import evaluate_named
 
     setup_logging()
     evaluate_named(

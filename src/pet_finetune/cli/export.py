@@ -66,9 +66,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> int:
     """Carry the command out."""
     check_models(arguments.checkpoint)
-    from pet_finetune.export.export import export_model, export_table
+    from pet_finetune.api import export_model, export_table, show
     from pet_finetune.log import setup_logging
-    from pet_finetune.training.tables import show
 
     setup_logging()
     ending = "_metatrain.ckpt" if arguments.format == "metatrain" else ".pt"

@@ -23,9 +23,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> int:
     """Carry the command out."""
     check_models(*arguments.checkpoint)
-    from pet_finetune.checkpoint.info import checkpoint_facts, describe_checkpoint
+    from pet_finetune.api import checkpoint_facts, describe_checkpoint, show
     from pet_finetune.log import setup_logging
-    from pet_finetune.training.tables import show
 
     setup_logging()
     if arguments.json:

@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
             options[0], arguments.override, arguments.checkpoint, require_start=False
         )
         check_sets(loaded.options.datasets() if not files else ())
-    from pet_finetune.inspection.inspect import (
+    from pet_finetune.api import (
         inspect_data,
         request_of_files,
         request_of_options,
@@ -127,7 +127,7 @@ def _print(inspection: object, as_json: bool) -> None:
     import json
     import sys
 
-    from pet_finetune.inspection import Inspection, as_dict, render
+    from pet_finetune.api import Inspection, as_dict, render
 
     assert isinstance(inspection, Inspection)
     if as_json:

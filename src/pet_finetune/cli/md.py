@@ -127,8 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     check_models(arguments.checkpoint)
     check_data(arguments.structure)
-    from pet_finetune.dynamics import MDSettings
-    from pet_finetune.dynamics.md import ModelChoice, run_md
+    from pet_finetune.api import MDSettings, ModelChoice, run_md
     from pet_finetune.log import get_logger, setup_logging
 
     setup_logging()
@@ -167,7 +166,7 @@ def _restart(
             "start a new run from its last frame. Only --steps, the checkpoint, --adapter and "
             "--device can be given."
         )
-    from pet_finetune.dynamics.md import restart_md
+    from pet_finetune.api import restart_md
     from pet_finetune.log import get_logger, setup_logging
 
     setup_logging()

@@ -33,8 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
             f"report: -o {arguments.output} is one file, but {len(arguments.folders)} runs are "
             "named. Leave -o out: each report goes into its own folder."
         )
+    from pet_finetune.api import write_report
     from pet_finetune.log import setup_logging
-    from pet_finetune.report.write import write_report
 
     setup_logging()
     for folder in arguments.folders:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import resources
 from typing import Any
+
+from pet_finetune.extras import plotting
 
 from .figures import AFTER, BEFORE, MUTED, WARN, available, log_ticks, panel
 from .record import Epochs, Quantity, RunRecord
@@ -14,21 +16,34 @@ from .record import Epochs, Quantity, RunRecord
 
 def learning_curves(run: RunRecord) -> list[str]:
     """A panel for the loss, for each error, and for the learning rate."""
+    return [panel(name, alt, draw) for name, alt, draw in _curves(run)]
+
+
+def plot_curves(run: RunRecord) -> Any:
+    """The learning curves as one matplotlib ``Figure``.
+
+    Raises:
+        PetFinetuneError: matplotlib is not installed.
+    """
+    _, figure_of = plotting()
+    curves = list(_curves(run))
+    figure = figure_of(figsize=(4.2 * max(1, len(curves)), 3.2), layout="constrained")
+    for number, (_, _, draw) in enumerate(curves, 1):
+        draw(figure.add_subplot(1, len(curves), number))
+    return figure
+
+
+def _curves(run: RunRecord) -> Iterator[tuple[str, str, Callable[[Any], None]]]:
+    """Name, description and drawing of each panel; none without epochs."""
     many = [rows for rows in run.epochs if rows]
     if not many:
-        return []
-    panels = [panel("curve-loss", "Training loss over epochs", partial(_loss, many=many))]
+        return
+    yield "curve-loss", "Training loss over epochs", partial(_loss, many=many)
     for number, quantity in enumerate(run.quantities()):
         title = f"{quantity.name} MAE ({quantity.unit})"
-        panels.append(
-            panel(
-                f"curve-error-{number}",
-                f"{title} over epochs",
-                partial(_errors, run=run, quantity=quantity, many=many, title=title),
-            )
-        )
-    panels.append(panel("curve-rate", "Learning rate over epochs", partial(_rate, many=many)))
-    return panels
+        draw = partial(_errors, run=run, quantity=quantity, many=many, title=title)
+        yield f"curve-error-{number}", f"{title} over epochs", draw
+    yield "curve-rate", "Learning rate over epochs", partial(_rate, many=many)
 
 
 def forgetting_curves(run: RunRecord) -> list[str]:

@@ -1,0 +1,148 @@
+"""The result of fine-tuning from Python: model, adapter, errors and history."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pet_finetune.adapters import AdaptedPotential, Adapter, read_adapter
+from pet_finetune.calculator import PETCalculator
+from pet_finetune.checkpoint import load, open_committee
+from pet_finetune.committee.committee import Committee
+from pet_finetune.config import Options
+from pet_finetune.errors import CheckpointError, ConfigError
+from pet_finetune.log import get_logger, html_of
+from pet_finetune.report.curves import curves_html, plot_curves
+from pet_finetune.report.reading import read_run
+from pet_finetune.report.record import RunRecord
+from pet_finetune.training.records import TrainOutcome
+from pet_finetune.training.resume import plain_errors
+from pet_finetune.training.run_files import ADAPTER, BEST
+
+__all__ = ["FinetuneResult", "result_of"]
+
+_logger = get_logger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class FinetuneResult:
+    """What fine-tuning gave. A notebook shows the table of errors and the learning curves.
+
+    Attributes:
+        model: the best model, adapter merged; of an ensemble, the committee.
+        adapter: its adapter; None for methods without one, and for an ensemble.
+        table: errors of the starting model and of the best one, for printing; None where they were
+            not computed.
+        errors: the same as numbers in eV, Å and the targets' units, ``"before"`` and ``"after"``,
+            by set, target and name: ``errors["after"]["test"]["energy"]["forces_mae"]``.
+        history: the columns of ``train.csv`` over the epochs, NaN where a cell is empty: a pandas
+            ``DataFrame`` where pandas is installed, else a dictionary of arrays ``[n_epochs]``. The
+            members of an ensemble follow each other and have a column ``member``.
+        finished: False where the run was interrupted; the model is the best one until then.
+        folder: the files of the run; None where they are removed.
+    """
+
+    model: AdaptedPotential | Committee = field(repr=False)
+    adapter: Adapter | None = field(repr=False)
+    table: Any = field(repr=False)
+    errors: Mapping[str, Any] = field(repr=False)
+    history: Any = field(repr=False)
+    finished: bool
+    folder: Path | None
+    _record: RunRecord = field(repr=False)
+    _calculator: Callable[..., PETCalculator] = field(repr=False)
+
+    def calculator(self, **settings: Any) -> PETCalculator:
+        """The model as an ASE calculator.
+
+        Args:
+            settings: as for :class:`PETCalculator`: ``device``, ``dtype``, ``target``...
+        """
+        return self._calculator(**settings)
+
+    def plot(self) -> Any:
+        """The learning curves as a matplotlib ``Figure``: loss, errors, learning rate.
+
+        Raises:
+            PetFinetuneError: matplotlib is not installed.
+        """
+        return plot_curves(self._record)
+
+    def _repr_html_(self) -> str:
+        """The table and the curves, for notebooks."""
+        table = "" if self.table is None else html_of(self.table)
+        return table + curves_html(self._record)
+
+
+def result_of(outcome: TrainOutcome, options: Options, folder: Path | None) -> FinetuneResult:
+    """What a run left, read from its files while they are there.
+
+    Args:
+        outcome: of the run.
+        options: of the run.
+        folder: what the caller keeps of it; None where the files will be removed.
+
+    Raises:
+        ConfigError: an ensemble was interrupted.
+        CheckpointError: the run was interrupted before there was a model.
+    """
+    place = outcome.folder
+    errors = {"before": plain_errors(outcome.before), "after": plain_errors(outcome.after)}
+    record = read_run(place)
+    adapter = None
+    if options.finetune.ensemble is not None and options.finetune.member is None:
+        if not outcome.result.finished:
+            raise ConfigError(f"finetune: interrupted; the members so far are in '{place}'.")
+        base = options.finetune.read_from or ""
+        found: AdaptedPotential | Committee = open_committee(base, place)
+
+        def calculator(**settings: Any) -> PETCalculator:
+            return PETCalculator(base, adapters=place, **settings)
+
+    else:
+        if not (place / BEST).exists():
+            raise CheckpointError(
+                "finetune: interrupted before the first epoch; there is no model."
+            )
+        best = found = load(place / BEST)
+        adapter = read_adapter(place / ADAPTER) if (place / ADAPTER).is_dir() else None
+
+        def calculator(**settings: Any) -> PETCalculator:
+            return PETCalculator(best, **settings)
+
+    if not outcome.result.finished and folder is None:
+        _logger.warning("The run had no folder of its own (folder=...) and cannot be gone on with.")
+    if folder is None and outcome.table is not None:  # its notes name files that are removed
+        outcome.table.caption = None
+    return FinetuneResult(
+        found,
+        adapter,
+        outcome.table,
+        errors,
+        _history(record),
+        outcome.result.finished,
+        folder,
+        record,
+        calculator,
+    )
+
+
+def _history(record: RunRecord) -> Any:
+    """The rows of ``train.csv`` as columns."""
+    many = len(record.epochs) > 1
+    rows = [
+        {"member": float(member), **row} if many else row
+        for member, rows in enumerate(record.epochs)
+        for row in rows
+    ]
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: np.array([row.get(name, np.nan) for row in rows]) for name in names}
+    try:
+        from pandas import DataFrame  # type: ignore[import-untyped,unused-ignore]
+    except ImportError:
+        return columns
+    return DataFrame(columns)
