@@ -1,8 +1,9 @@
 """How well inspection finds wrong units: published sets, each label in other units or turned.
 
-Prints a table of set and variant: ``right`` (the unit or sign is the only one named), ``asked`` (it
-is among several that are named), ``wrong`` (only others are named), ``silent``, ``STOPPED`` (an
-error that should not be there); for labels as they are ``ok`` or the false alarm.
+Prints a table of sets and mistakes. ``yes``: what is wrong is the only thing named; ``among``: it
+is named with others that fit as well; ``asks``: the data cannot tell, and it is among what is
+asked; ``WRONG``: only others are named; ``STOP``: an error that should not be there; ``SILENT``.
+For labels as they are ``ok``, ``asks``, or ``FALSE`` alarm.
 
     python benchmarks/units.py ../shared/data/*.xyz --frames 100
 """
@@ -10,9 +11,11 @@ error that should not be there); for labels as they are ``ok`` or the false alar
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from pet_finetune.config.load import parse_options
 from pet_finetune.data.readers import read_structures
@@ -23,69 +26,80 @@ from pet_finetune.inspection.units import VIRIAL, check_units
 from pet_finetune.inspection.work import near_pairs, steps
 from pet_finetune.units import to_own_unit
 
-_STRESS = ("GPa", "kbar", "Hartree/Bohr^3")
-_FORCE = ("kcal/mol/A", "Hartree/Bohr", "eV/Bohr")
-_ENERGY = ("kcal/mol", "Hartree")
+PER_ATOM = "eV an atom"  # as units.PER_ATOM, which older versions lack
+ENERGIES = ("kcal/mol", "Hartree", "Ry", PER_ATOM)
+FORCES = ("kcal/mol/A", "Hartree/Bohr", "-")
+STRESSES = ("GPa", "kbar", "-kbar", VIRIAL, "-")
+TOGETHER = {"kcal/mol": ("kcal/mol", "kcal/mol/A"), "Hartree": ("Hartree", "Hartree/Bohr")}
+Change = Callable[[Entry], Entry]
 
 
-def _variants(entries: tuple[Entry, ...]) -> Iterator[tuple[str, tuple[Entry, ...]]]:
-    """Names of what is right, and the entries that are made so."""
-    yield "as it is", entries
-    for unit in _ENERGY:
-        factor = 1 / to_own_unit("energy", unit)
-        yield (
-            f"energies in {unit}",
-            tuple(replace(e, energy=e.energy and e.energy * factor) for e in entries),
-        )
-    if any(e.forces is not None for e in entries):
-        for unit in (*_FORCE, "-"):
-            factor = -1.0 if unit == "-" else 1 / to_own_unit("force", unit)
-            name = "force-sign" if unit == "-" else f"forces in {unit}"
-            yield (
-                name,
-                tuple(
-                    e if e.forces is None else replace(e, forces=e.forces * factor) for e in entries
-                ),
-            )
-    if any(e.stress is not None for e in entries):
-        for unit in (*_STRESS, "-", "-kbar", VIRIAL):
-            plain = unit.lstrip("-")
-            sign = -1.0 if unit.startswith("-") or unit == VIRIAL else 1.0
-            factor = sign if plain in ("", VIRIAL) else sign / to_own_unit("pressure", plain)
-            name = "stress-sign" + (f" {plain}" if plain else "")
-            if not unit.startswith("-"):
-                name = f"stresses in {unit}"
-            yield (
-                name,
-                tuple(
-                    e
-                    if e.stress is None
-                    else replace(
-                        e, stress=e.stress * factor * (e.volume if unit == VIRIAL else 1.0)
-                    )
-                    for e in entries
-                ),
-            )
+def mistakes() -> Iterator[tuple[str, str, Change]]:
+    """Column, what should be named, and how an entry is spoiled."""
+    yield "as is", "", lambda e: e
+    for unit in ENERGIES:
+        yield f"E {unit}".replace("eV an", "per"), f"energies in {unit}", _energy(unit)
+    for unit in FORCES:
+        yield f"F {unit}", "force-sign" if unit == "-" else f"forces in {unit}", _force(unit)
+    for unit in STRESSES:
+        name = "stress-sign" if unit == "-" else f"stresses in {unit.lstrip('-')}"
+        yield f"S {unit.replace(VIRIAL, 'virial')}", name, _stress(unit)
+    for unit, (energy, force) in TOGETHER.items():
+        both = (_energy(energy), _force(force))
+        yield f"EF {unit}", f"energies in {energy}", lambda e, both=both: both[1](both[0](e))
 
 
-def _judge(name: str, findings: list[Finding]) -> str:
-    """A word for what was found where ``name`` is right."""
-    stopped = any(f.severity == "error" for f in findings)
-    if name == "as it is":
-        return "ok" if not findings else "STOPPED" if stopped else "FALSE"
-    if not findings:
-        return "silent"
-    said = " ".join(f"{f.code} {f.what.split(':')[0]}" for f in findings)
-    known = name.split(" ")[0] if "sign" in name else name
-    if name == "stress-sign kbar" and known not in said:
-        hinted = "stresses in kbar" in said and any("sign" in f.advice for f in findings)
-        return "STOPPED" if stopped else "asked" if hinted else "wrong"
-    if known not in said:
-        return "STOPPED" if stopped else "wrong"
-    if stopped and "sign" not in name:
-        return "STOPPED"
-    several = " or " in said or len(findings) > 1
-    return "asked" if several and "sign " not in name else "right"
+def _energy(unit: str) -> Change:
+    def change(e: Entry) -> Entry:
+        factor = 1 / e.size if unit == PER_ATOM else 1 / to_own_unit("energy", unit)
+        return e if e.energy is None else replace(e, energy=e.energy * factor)
+
+    return change
+
+
+def _force(unit: str) -> Change:
+    factor = -1.0 if unit == "-" else 1 / to_own_unit("force", unit)
+    return lambda e: e if e.forces is None else replace(e, forces=e.forces * factor)
+
+
+def _stress(unit: str) -> Change:
+    plain = unit.lstrip("-")
+    sign = -1.0 if unit.startswith("-") or unit == VIRIAL else 1.0
+    factor = sign if plain in ("", VIRIAL) else sign / to_own_unit("pressure", plain)
+
+    def change(e: Entry) -> Entry:
+        volume = e.volume if unit == VIRIAL else 1.0
+        return e if e.stress is None else replace(e, stress=e.stress * factor * volume)
+
+    return change
+
+
+def _differ(one: Entry, two: Entry) -> bool:
+    return one.energy != two.energy or any(
+        a is not None and not np.array_equal(a, b)
+        for a, b in ((one.forces, two.forces), (one.stress, two.stress))
+    )
+
+
+def judge(named: str, findings: list[Finding]) -> str:
+    """A word for what was found where ``named`` should be."""
+    asked = [f for f in findings if f.code == "units-unchecked"]
+    told = [f for f in findings if f.code != "units-unchecked"]
+    stopped = any(f.severity == "error" for f in told)
+    if not named:
+        return "STOP" if stopped else "FALSE" if told else "asks" if asked else "ok"
+    said = " ".join(f"{f.code} {f.what.split(':')[0]}" for f in told)
+    if named in said:
+        if stopped and "sign" not in named and "kbar" not in named:
+            return "STOP"
+        return "among" if " or " in said or len(told) > 1 else "yes"
+    open_to = (asked[0].data or {})["open"] if asked else {}
+    quantity = {"e": "energy", "f": "force", "s": "stress"}[named[0]]
+    units = [*open_to.get(quantity, ()), *open_to.get("all", ())]
+    known = "the other sign" if "sign" in named else named.split(" in ")[-1]
+    if known in units and not stopped:
+        return "asks"
+    return "STOP" if stopped else "WRONG" if told else "other?" if asked else "SILENT"
 
 
 def main() -> None:
@@ -96,6 +110,8 @@ def main() -> None:
     parser.add_argument("--right-only", action="store_true", help="only the labels as they are")
     parser.add_argument("--verbose", action="store_true", help="print what was found, too")
     arguments = parser.parse_args()
+    columns = list(mistakes())[: 1 if arguments.right_only else None]
+    print(f"{'':28s}" + "".join(f"{name:>13s}" for name, *_ in columns))
     for file in arguments.files:
         raw = request_of_files([str(file)]).raw
         options = parse_options(dict(raw), require_start=False).options
@@ -104,15 +120,20 @@ def main() -> None:
         subject = subject_of({"train": structures}, "energy")
         entries = subject.files[str(file)]
         pairs = {str(file): near_pairs(entries)}
-        print(f"{file.stem} ({len(entries)})", flush=True)
-        for name, changed in _variants(tuple(entries)):
+        words, notes = [], []
+        for name, named, change in columns:
+            changed = tuple(map(change, entries))
+            if name != "as is" and not any(map(_differ, changed, entries)):
+                words.append("")  # there is no such label
+                continue
             other: Subject = replace(subject, sets={"train": changed})
             paths = {str(file): steps(changed, pairs[str(file)])}
             found = list(check_units(other, paths, {}, {}, (), pairs))
-            told = "; ".join(f"{f.severity} {f.code} {f.what}" for f in found)
-            print(f"  {name:30s} {_judge(name, found):8s} {told if arguments.verbose else ''}")
-            if name == "as it is" and arguments.right_only:
-                break
+            words.append(judge(named, found))
+            notes += [f"    {name}: {f.severity} {f.code} {f.what} {f.advice}" for f in found]
+        print(f"{file.stem[:27]:28s}" + "".join(f"{word:>13s}" for word in words), flush=True)
+        if arguments.verbose:
+            print("\n".join(notes), flush=True)
 
 
 if __name__ == "__main__":

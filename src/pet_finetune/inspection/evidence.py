@@ -3,15 +3,54 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 
 import numpy as np
 
-__all__ = ["Declared", "Evidence", "Reading", "best_readings", "log_ratio"]
+from pet_finetune.units import to_own_unit
 
-# What evidence costs that has the wrong sign, in squared standard deviations.
-_WRONG_SIGN = 25.0
+__all__ = [
+    "_QUANTITIES",
+    "UNITS",
+    "Declared",
+    "Evidence",
+    "Reading",
+    "assumed_unit",
+    "log_ratio",
+    "readings_of",
+]
+
+#: Units that programs write, with what each costs beside the assumed one, before evidence.
+UNITS: Mapping[str, Mapping[str, float]] = {
+    "energy": {"kcal/mol": 0, "kJ/mol": 0, "Hartree": 0, "Ry": 0, "eV": 0, "meV": 1},
+    "force": {
+        "kcal/mol/A": 0,
+        "kJ/mol/A": 0,
+        "Hartree/Bohr": 0,
+        "Ry/Bohr": 0,
+        "eV/A": 0,
+        "Hartree/A": 4,
+        "eV/Bohr": 4,
+        "kJ/mol/nm": 4,
+        "meV/A": 4,
+    },
+    "stress": {
+        "GPa": 0,
+        "kbar": 0,
+        "eV/A^3": 0,
+        "Hartree/Bohr^3": 0,
+        "Ry/Bohr^3": 0,
+        "kJ/mol/A^3": 4,
+        "kcal/mol/A^3": 4,
+        "bar": 4,
+    },
+}
+_QUANTITIES = {"energy": "energy", "force": "force", "stress": "pressure"}
+#: Each quantity that is not in the assumed unit costs this, less where it goes with the energy's.
+_OTHER, _SAME_ENERGY = 3.0, 0.5
+_SIGN = 3.0
 
 
 @dataclass(frozen=True)
@@ -19,12 +58,17 @@ class Declared:
     """What the options say one unit of the file is, in eV and Å; labels were multiplied by it.
 
     Forces and stresses without a unit of their own follow from energy and length.
+
+    Attributes:
+        energy, length, own_force, own_stress: eV, Å, eV/Å and eV/Å³ in one unit.
+        named: whether the options name the unit of the energy, so that it is no assumption.
     """
 
     energy: float = 1.0
     length: float = 1.0
     own_force: float | None = None
     own_stress: float | None = None
+    named: bool = False
 
     @property
     def force(self) -> float:
@@ -49,6 +93,10 @@ class Evidence:
         sign: of the observation; 0 where it says nothing.
         one_sided: whether only values that are too large say something.
         turned: ``log`` if the sign of the quantities is wrong; None where that is the same.
+        wrong_sign: what a reading with the wrong sign costs.
+        most: what a wrong size costs at most; less where the expectation itself may fail.
+        absolute: whether it compares with known values of the same frames (predictions, energies of
+            all electrons), so that a factor for each frame shows as one usual factor.
     """
 
     powers: Mapping[str, float]
@@ -58,6 +106,9 @@ class Evidence:
     sign: int = 0
     one_sided: bool = False
     turned: float | None = None
+    wrong_sign: float = 25.0
+    most: float = math.inf
+    absolute: bool = False
 
     def cost(self, reading: Reading) -> float:
         """How badly a reading explains it, in squared standard deviations."""
@@ -66,7 +117,8 @@ class Evidence:
         off = (self.log if sign > 0 or self.turned is None else self.turned) - expected
         if self.one_sided:
             off = max(0.0, off)
-        return (off / self.sigma) ** 2 + (_WRONG_SIGN if self.sign == -sign else 0.0)
+        wrong = self.wrong_sign if self.sign == -sign else 0.0
+        return min(self.most, (off / self.sigma) ** 2) + wrong
 
 
 @dataclass(frozen=True)
@@ -90,25 +142,43 @@ class Reading:
         return self.prior + sum(piece.cost(self) for piece in evidence)
 
 
-def best_readings(
-    readings: Sequence[Reading], evidence: Sequence[Evidence], margin: float, tie: float
-) -> list[Reading]:
-    """The readings that explain the evidence best, if they do so better than the first one.
+def readings_of(declared: Declared, quantities: Collection[str]) -> list[Reading]:
+    """All combinations of units and signs of some quantities, the assumed one first."""
+    choices = []
+    for quantity in quantities:
+        own = getattr(declared, quantity)
+        signs = (1,) if quantity == "energy" else (1, -1)
+        choices.append(
+            [
+                (quantity, unit, _log_of(quantity, unit, own), cost, sign)
+                for unit, cost in UNITS[quantity].items()
+                for sign in signs
+            ]
+        )
+    return [Reading(), *(_reading(chosen) for chosen in product(*choices))]
 
-    Args:
-        readings: the first of them is the one assumed.
-        evidence: at least one piece.
-        margin: by how much the best one must be better.
-        tie: by how much others may be worse than the best one.
 
-    Returns:
-        The best one first; none where the first reading holds.
-    """
-    costs = np.array([reading.cost(evidence) for reading in readings])
-    if costs.min() + margin >= costs[0]:
-        return []
-    order = np.argsort(costs, kind="stable")
-    return [readings[k] for k in order if costs[k] <= costs.min() + tie]
+def assumed_unit(declared: Declared, quantity: str) -> str:
+    """The name of the unit that the options say, or that is taken where they say none."""
+    own = getattr(declared, quantity)
+    return next((u for u in UNITS[quantity] if abs(_log_of(quantity, u, own)) < 1e-6), "assumed")
+
+
+def _log_of(quantity: str, unit: str, own: float) -> float:
+    return math.log(to_own_unit(_QUANTITIES[quantity], unit) / own)
+
+
+def _reading(chosen: Sequence[tuple[str, str, float, float, int]]) -> Reading:
+    units = {quantity: unit for quantity, unit, *_ in chosen}
+    logs = {quantity: log for quantity, _, log, _, _ in chosen}
+    prior = sum(cost for *_, cost, _ in chosen) + sum(_SIGN for *_, sign in chosen if sign < 0)
+    for quantity, log in logs.items():
+        if abs(log) > 1e-6:
+            same = units[quantity].startswith(units.get("energy", "?")) and quantity != "energy"
+            prior += _SAME_ENERGY if same else _OTHER
+        elif abs(logs.get("energy", 0.0)) > 1e-6:
+            prior += 1.0  # of two quantities from one program only one is in the assumed unit
+    return Reading(units, logs, prior, {quantity: sign for quantity, *_, sign in chosen})
 
 
 def log_ratio(seen: np.ndarray, expected: np.ndarray, floor: float) -> tuple[float, float, int]:

@@ -129,7 +129,8 @@ def _slope(labels: np.ndarray, said: np.ndarray, quantity: str, name: str) -> Ev
         f"{correlation:.2f})"
     )
     sigma = 0.25 if abs(correlation) > _WELL else 0.4
-    return Evidence({quantity: -1.0}, float(np.log(abs(slope))), sigma, text, int(np.sign(slope)))
+    log, sign = float(np.log(abs(slope))), int(np.sign(slope))
+    return Evidence({quantity: -1.0}, log, sigma, text, sign, absolute=True)
 
 
 def _force_slope(answers: Sequence[Answer]) -> Evidence | None:

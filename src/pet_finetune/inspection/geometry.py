@@ -7,17 +7,63 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from pet_finetune.data.neighbors import find_pairs
+from pet_finetune.units import to_own_unit
 
-from .finding import Finding, frames_of
+from .finding import Finding, Frames, frames_of
 from .subject import REACH, Entry, Subject
 
-__all__ = ["check_distances", "check_extent", "check_loneliness", "check_periodicity"]
+__all__ = [
+    "check_distances",
+    "check_extent",
+    "check_lengths",
+    "check_loneliness",
+    "check_periodicity",
+]
 
 #: Å. Two atoms at one place have no direction between them; no bond is shorter than 0.74 Å.
 _SAME_PLACE, _CLOSE = 1e-3, 0.6
 #: The shortest distance over the sum of the covalent radii. Below, a bond is compressed as it is
 #: in very hot or shocked matter.
 _COMPRESSED = 0.8
+
+#: Bounds on the median of nearest distances over sums of covalent radii. 31 sets of molecules,
+#: liquids and solids, some at 30 GPa, lie between 0.78 and 1.04.
+_SHORT, _LONG = 0.62, 1.35
+_USUAL = (0.7, 1.15)
+_NOBLE = (2, 10, 18, 36, 54, 86)
+
+
+def check_lengths(subject: Subject) -> Iterator[Finding]:
+    """Positions in Bohr or nm, by the nearest distances beside the covalent radii (ASE's table)."""
+    for file, entries in subject.files.items():
+        gaps = [e.gaps[~np.isin(e.numbers, _NOBLE)] for e in entries if e.size > 1]
+        found = np.concatenate([*gaps, np.zeros(0)])
+        found = found[np.isfinite(found)]
+        if len(found) < 4:
+            continue
+        middle = float(np.median(found))
+        if _SHORT <= middle <= _LONG:
+            continue
+        bohr = to_own_unit("length", "bohr")
+        low, high = _USUAL
+        fits = [u for u, factor in (("bohr", bohr), ("nm", 10.0)) if low < middle * factor < high]
+        looks = f", as for positions in {fits[0]} that are taken to be in Angstrom" if fits else ""
+        if fits:
+            advice = f"If so, set systems.length_unit: {fits[0]}."
+        elif low < middle / bohr < high:
+            advice = "They may be in Angstrom already: look at systems.length_unit."
+        else:
+            advice = "Look at the unit of the positions, and at systems.length_unit."
+        yield Finding(
+            "warning",
+            "length-unit",
+            f"the nearest neighbours are {middle:.2f} times as far apart as their covalent radii "
+            f"add up to (median; 0.75 to 1.1 is usual){looks}.",
+            (Frames(file),),
+            "The model would learn the labels of another chemistry.",
+            advice,
+            {"ratio": middle, "unit": fits[0] if fits else None},
+        )
 
 
 def check_extent(subject: Subject) -> Iterator[Finding]:

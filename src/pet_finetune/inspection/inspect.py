@@ -33,7 +33,7 @@ from .estimate import Load, estimate, load_of
 from .preflight import cells_of, declared_units, energy_of
 from .reading import read_anyway, sets_left_out, target_of_file
 from .suggest import Suggestion, suggest, training_section
-from .units import NO_VIRIAL, VIRIAL
+from .units import NO_VIRIAL, PER_ATOM, VIRIAL
 
 _logger = get_logger(__name__)
 _SETS = ("train", "validation", "test")
@@ -163,7 +163,10 @@ def inspect_data(request: Request, *, device: str = "auto", seconds: float = 20.
             seconds=seconds,
             keeps_baselines=options.baseline_mode() == "keep",
         )
-    declared = declared_units(options.datasets(), target)
+    declared = {
+        file: replace(units, named=units.named and not request.whole)  # whole: nobody named any
+        for file, units in declared_units(options.datasets(), target).items()
+    }
     known = [*request.findings, *findings, *cells_of(options)]
     inspection = inspect_sets(sets, target, declared, foundation, known)
     if not sets.get("train"):
@@ -332,7 +335,8 @@ def _write_units(target: dict[str, Any], data: Mapping[str, Any]) -> None:
         units = list(dict.fromkeys(one[quantity] for one in data["readings"]))
         said = units[0] if len(units) == 1 else _question(units)
         if quantity == "energy":
-            target["unit"] = said
+            # No option multiplies by the number of atoms.
+            target["unit"] = _question(units) if PER_ATOM in units else said
         elif quantity == "force":
             _gradient(target, "forces")["unit"] = said
         elif said == VIRIAL:
@@ -378,6 +382,11 @@ def write_suggestion(inspection: Inspection, path: str | Path) -> None:
     errors = [finding.code for finding in inspection.errors]
     if asked:
         lines.append("# Choose one where there is a question mark: train stops until then.")
+    lines += [
+        f"# Not checked: {finding.what}"
+        for finding in inspection.findings
+        if finding.code == "units-unchecked"
+    ]
     if errors:
         lines.append(f"# To be mended first: {', '.join(errors)}")
     try:

@@ -19,11 +19,17 @@ from .evidence import Declared, Evidence
 from .facts import Facts, facts_of
 from .finding import Finding, worst_first
 from .foundation import Answer, ask, baseline_shift, check_references, check_residuals, units_of
-from .geometry import check_distances, check_extent, check_loneliness, check_periodicity
+from .geometry import (
+    check_distances,
+    check_extent,
+    check_lengths,
+    check_loneliness,
+    check_periodicity,
+)
 from .labels import check_charges_used, check_completeness, check_forces, check_mechanics
 from .subject import Subject, subject_of
 from .suggest import Suggestion
-from .units import check_lengths, check_units, in_found_units
+from .units import check_units, in_found_units
 from .work import near_pairs, steps
 
 __all__ = ["Foundation", "Inspection", "inspect_sets"]

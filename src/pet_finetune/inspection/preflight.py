@@ -41,7 +41,7 @@ def declared_units(datasets: Iterable[DatasetOptions], target: str | None) -> di
 
 def _declared(target: TargetOptions, length: float) -> Declared:
     forces, stress = (target.gradient_factor(kind, length) for kind in ("forces", "stress"))
-    return Declared(target.factor, length, forces, stress)
+    return Declared(target.factor, length, forces, stress, named=bool(target.unit))
 
 
 def cells_of(options: Options) -> list[Finding]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
 from pet_finetune.data.neighbors import find_pairs
 from pet_finetune.units import energy_to_ev
 
+from .energies import compositions
 from .evidence import Evidence, log_ratio
+from .pair_model import PairModel
 from .subject import Entry
 from .work import Step
 
@@ -45,24 +47,36 @@ _TENSION = 2.5
 _STEPS, _FEWEST_STEPS = 120, 8
 
 
-def evidence_of(entries: Sequence[Entry], steps: Sequence[Step]) -> list[Evidence]:
+def evidence_of(
+    entries: Sequence[Entry],
+    steps: Sequence[Step],
+    pairs: PairModel | None = None,
+    about: Collection[str] = ("energy", "force", "stress"),
+) -> list[Evidence]:
     """All that a file says of its units.
 
     Args:
         entries: of one file.
         steps: between neighbouring frames of it.
+        pairs: the pair potential that was fitted to its forces.
+        about: quantities that are asked about, of ``energy``, ``force``, ``stress``; evidence that
+            speaks of none of them is left out.
     """
-    found = (
-        _work(steps),
-        _pressing(steps),
-        _all_electron(entries),
-        *_bonds(entries),
-        _largest_forces(entries),
-        _bulk_modulus(steps),
-        _largest_stresses(entries),
-        _disorder(entries),
-        _tension(entries),
-    )
+    found: list[Evidence | None] = []
+    modelled = [] if pairs is None else pairs.evidence(entries)
+    if "force" in about:
+        found += [*_bonds(entries), _largest_forces(entries)]
+    if {"force", "energy"} & set(about):
+        found.append(_work(steps))
+    if "energy" in about:
+        found += [_all_electron(entries), _sizes(entries)]
+    if {"energy", "stress"} & set(about):
+        found.append(_pressing(steps))
+    if "stress" in about:
+        found += [_bulk_modulus(steps), _largest_stresses(entries), _tension(entries)]
+    if {"stress", "force"} & set(about) and not any("stress" in e.powers for e in modelled):
+        found.append(_disorder(entries))
+    found += [piece for piece in modelled if set(about) & set(piece.powers)]
     return [piece for piece in found if piece is not None]
 
 
@@ -138,7 +152,34 @@ def _all_electron(entries: Sequence[Entry]) -> Evidence | None:
         f"the energies are {_number(middle)} times the total energies in eV that atoms with all "
         "their electrons have (1 expected)"
     )
-    return Evidence({"energy": -1.0}, log, 0.03, text)
+    return Evidence({"energy": -1.0}, log, 0.03, text, absolute=True)
+
+
+def _sizes(entries: Sequence[Entry]) -> Evidence | None:
+    """Whether energies grow with the number of atoms, as those of whole structures do.
+
+    A sum over elements is fitted to the energies of atoms and, as if these were per atom already,
+    to the energies as they stand: one of the two leaves much less over.
+    """
+    known = [e for e in entries if e.energy is not None and e.size > 1]
+    sizes = np.array([float(e.size) for e in known])
+    if len(known) < _FEWEST_STEPS or np.log(sizes).std() < 0.15:
+        return None
+    elements = sorted({int(z) for e in known for z in e.elements[0]})
+    fractions = compositions(known, elements)
+    if len(known) < 2 * np.linalg.matrix_rank(fractions) + 4:
+        return None
+    energies = np.array([e.energy or 0.0 for e in known])
+    left = []
+    for values in (energies / sizes, energies):
+        weights, *_ = np.linalg.lstsq(fractions, values, rcond=1e-8)
+        rest = np.median(np.abs(values - fractions @ weights))
+        left.append(max(1e-9, float(rest)) / max(1e-9, float(np.median(np.abs(values)))))
+    text = (
+        "as energies of whole structures they are explained by a sum over the elements "
+        f"{_number(left[0] / left[1])} times as badly as if they were per atom (below 1 expected)"
+    )
+    return Evidence({"energy": 0.0}, float(np.log(left[0] / left[1])), 0.5, text, one_sided=True)
 
 
 def _bonds(entries: Sequence[Entry]) -> Iterator[Evidence]:

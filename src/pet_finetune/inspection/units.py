@@ -1,102 +1,58 @@
-"""Whether energies, forces, stresses and positions are in the units they are taken to be in."""
+"""Whether energies, forces and stresses are in the units they are taken to be in."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from itertools import product
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from pet_finetune.units import to_own_unit
 
-from .evidence import Declared, Evidence, Reading, best_readings
+from .evidence import UNITS, Declared, Evidence, Reading, assumed_unit, readings_of
 from .finding import Finding, Frames
+from .pair_model import PairModel, fit_pairs
 from .scales import evidence_of
 from .subject import Entry, Subject
 from .work import Step, steps
 
-__all__ = ["NO_VIRIAL", "VIRIAL", "check_lengths", "check_units", "in_found_units"]
+__all__ = ["FORMS", "NO_VIRIAL", "PER_ATOM", "VIRIAL", "check_units", "in_found_units"]
 
-#: Units that programs write, with what each costs beside the assumed one, before evidence.
-_UNITS: Mapping[str, Mapping[str, float]] = {
-    "energy": {"kcal/mol": 0, "kJ/mol": 0, "Hartree": 0, "Ry": 0, "eV": 0, "meV": 1},
-    "force": {
-        "kcal/mol/A": 0,
-        "kJ/mol/A": 0,
-        "Hartree/Bohr": 0,
-        "Ry/Bohr": 0,
-        "eV/A": 0,
-        "Hartree/A": 4,
-        "eV/Bohr": 4,
-        "kJ/mol/nm": 4,
-        "meV/A": 4,
-    },
-    "stress": {
-        "GPa": 0,
-        "kbar": 0,
-        "eV/A^3": 0,
-        "Hartree/Bohr^3": 0,
-        "Ry/Bohr^3": 0,
-        "kJ/mol/A^3": 4,
-        "kcal/mol/A^3": 4,
-        "bar": 4,
-    },
-}
-#: A virial under the name of a stress, and the other way round.
-VIRIAL, NO_VIRIAL = "eV (a virial)", "eV/A^3 (no virial)"
-_QUANTITIES = {"energy": "energy", "force": "force", "stress": "pressure"}
+#: What is no unit: a virial under the name of a stress and the other way round, and energies that
+#: were divided by the number of atoms.
+VIRIAL, NO_VIRIAL, PER_ATOM = "eV (a virial)", "eV/A^3 (no virial)", "eV an atom"
+FORMS = (VIRIAL, NO_VIRIAL, PER_ATOM)
 _NAMES = {"energy": "energies", "force": "forces", "stress": "stresses"}
-#: Each quantity that is not in the assumed unit costs this, less where it goes with the energy's.
-_OTHER, _SAME_ENERGY = 3.0, 0.5
-_SIGN = 3.0
-#: That a virial stands under the name of a stress, or the other way round.
+#: What such a form costs before evidence.
 _OTHER_FORM = 5.0
 #: How much better another reading must be, and how near others are worth naming beside it.
 _MARGIN, _TIE = 9.0, 3.0
 #: How much worse every reading with the other sign must be for a sign to stop a run.
 _SURE = 16.0
-_MOST_NAMED = 3
+#: How much worse the units that programs write must explain the evidence than those that are
+#: assumed, for these to be believed.
+_EXCLUDED = 4.0
+_MOST_NAMED = 4
+_TURNED = "the other sign"
+_WRITTEN = {
+    "energy": ("kcal/mol", "kJ/mol", "Hartree", "Ry", "eV"),
+    "force": ("kcal/mol/A", "kJ/mol/A", "Hartree/Bohr", "Ry/Bohr", "eV/A"),
+    "stress": ("GPa", "kbar", "Hartree/Bohr^3", "Ry/Bohr^3", "eV/A^3"),
+}
 
-#: Bounds on the median of nearest distances over sums of covalent radii. 31 sets of molecules,
-#: liquids and solids, some at 30 GPa, lie between 0.78 and 1.04.
-_SHORT, _LONG = 0.62, 1.35
-_USUAL = (0.7, 1.15)
-_NOBLE = (2, 10, 18, 36, 54, 86)
 
+@dataclass(frozen=True)
+class _Candidate:
+    """A reading, and how badly it explains the evidence, with what it cost before."""
 
-def check_lengths(subject: Subject) -> Iterator[Finding]:
-    """Positions in Bohr or nm, by the nearest distances beside the covalent radii (ASE's table)."""
-    for file, entries in subject.files.items():
-        gaps = [e.gaps[~np.isin(e.numbers, _NOBLE)] for e in entries if e.size > 1]
-        found = np.concatenate([*gaps, np.zeros(0)])
-        found = found[np.isfinite(found)]
-        if len(found) < 4:
-            continue
-        middle = float(np.median(found))
-        if _SHORT <= middle <= _LONG:
-            continue
-        bohr = to_own_unit("length", "bohr")
-        low, high = _USUAL
-        fits = [u for u, factor in (("bohr", bohr), ("nm", 10.0)) if low < middle * factor < high]
-        looks = f", as for positions in {fits[0]} that are taken to be in Angstrom" if fits else ""
-        if fits:
-            advice = f"If so, set systems.length_unit: {fits[0]}."
-        elif low < middle / bohr < high:
-            advice = "They may be in Angstrom already: look at systems.length_unit."
-        else:
-            advice = "Look at the unit of the positions, and at systems.length_unit."
-        yield Finding(
-            "warning",
-            "length-unit",
-            f"the nearest neighbours are {middle:.2f} times as far apart as their covalent radii "
-            f"add up to (median; 0.75 to 1.1 is usual){looks}.",
-            (Frames(file),),
-            "The model would learn the labels of another chemistry.",
-            advice,
-            {"ratio": middle, "unit": fits[0] if fits else None},
-        )
+    reading: Reading
+    cost: float
+
+    @property
+    def weight(self) -> float:
+        """How badly it explains the evidence alone."""
+        return self.cost - self.reading.prior
 
 
 def check_units(
@@ -107,7 +63,8 @@ def check_units(
     odd: Collection[str] = (),
     pairs: Mapping[str, Sequence[tuple[int, int]]] = {},
 ) -> Iterator[Finding]:
-    """Energies, forces and stresses in other units than assumed, or with the wrong sign.
+    """Energies, forces and stresses in other units than assumed, or with the wrong sign; and units
+    that the data cannot tell.
 
     Args:
         subject: of which every file is judged by itself.
@@ -117,103 +74,211 @@ def check_units(
         odd: files whose lengths are in doubt, on which all the rest rests.
         pairs: of neighbouring frames, by file.
     """
+    asked: dict[tuple[str, bool], tuple[list[str], dict[str, list[str]]]] = {}
     for file, entries in subject.files.items():
-        if file in odd:
+        held = [q for q in UNITS if any(_label(e, q) is not None for e in entries)]
+        if file in odd or not held:
             continue
-        own = evidence_of(entries, paths.get(file, ()))
-        evidence = [*own, *more.get(file, ())]
-        if evidence:
-            known = declared.get(file, Declared())
-            readings = _readings(known, [q for q in _UNITS if any(q in e.powers for e in evidence)])
-            found = best_readings(readings, evidence, _MARGIN, _TIE)
-            # Where a wrong sign alone explains it nearly as well, no unit is doubted.
-            found = [r for r in found if not any(abs(v) > 1e-6 for v in r.logs.values())] or found
-            if found:
-                # What is usual in the field is named first among what the data cannot tell apart.
-                found.sort(key=lambda r: r.cost(evidence) + r.prior)
-                near = _virials(entries, pairs.get(file, ()), own, found, _SURE)
-                read = _virials(entries, pairs.get(file, ()), own, found, _TIE)
-                turned = [q for q, sign in found[0].signs.items() if sign < 0]
-                sure = {q for q in turned if _is_sure(q, readings, evidence, found[0])}
-                if any(r.units.get("stress") in (VIRIAL, NO_VIRIAL) for r in near):
-                    sure.discard("stress")  # a virial has the other sign
-                yield from _tell(file, evidence, known, read, sure)
+        known = declared.get(file, Declared())
+        model = fit_pairs(entries)
+        evidence = [*evidence_of(entries, paths.get(file, ()), model), *more.get(file, ())]
+        readings = [_Candidate(r, r.cost(evidence)) for r in readings_of(known, held)]
+        forms = _forms(entries, paths.get(file, ()), pairs.get(file, ()), model, evidence)
+        found = _best(readings, forms)
+        best = found[0] if found else readings[0]
+        if found:
+            sure = {q for q, sign in best.reading.signs.items() if sign < 0}
+            sure = {q for q in sure if _is_sure(q, [*readings, *forms], best)}
+            yield from _tell(file, evidence, known, [c.reading for c in found], sure)
+        open_to = _undecided(best, readings, forms, held)
+        if open_to:
+            files, *_ = asked.setdefault((repr(open_to), known.named), ([], open_to))
+            files.append(file)
+    for (_, named), (files, open_to) in asked.items():
+        yield _ask(files, open_to, named)
 
 
-def _is_sure(
-    quantity: str, readings: Sequence[Reading], evidence: Sequence[Evidence], best: Reading
-) -> bool:
-    """Whether nothing but the wrong sign explains the evidence, whatever the units."""
-    others = [reading for reading in readings if reading.signs.get(quantity, 1) > 0]
-    return min(reading.cost(evidence) for reading in others) > best.cost(evidence) + _SURE
+def _label(entry: Entry, quantity: str) -> object:
+    return {"energy": entry.energy, "force": entry.forces, "stress": entry.stress}[quantity]
 
 
-def _virials(
-    entries: Sequence[Entry],
-    pairs: Sequence[tuple[int, int]],
-    evidence: Sequence[Evidence],
-    found: Sequence[Reading],
-    tie: float,
-) -> list[Reading]:
-    """Readings of the stress as a virial, or of a virial as a stress, and others as likely.
-
-    Those that were found come too, unless a virial explains the evidence better by more than
-    ``tie``; virials are left out that are worse by more. The factor differs from frame to frame, so
-    that the evidence is taken anew.
+def _best(readings: Sequence[_Candidate], forms: Sequence[_Candidate]) -> list[_Candidate]:
+    """The candidates that explain the evidence best, if they do so better than what is assumed;
+    what is usual in the field first among what the data cannot tell apart.
     """
-    least = found[0].cost(evidence)
-    made: list[tuple[float, Reading]] = []
-    for name, power in ((VIRIAL, -1), (NO_VIRIAL, 1)):
+    least = min((*readings, *forms), key=lambda c: c.cost)
+    if least.cost + _MARGIN >= readings[0].cost:
+        return []
+    near = [c for c in readings if c.cost <= least.cost + _TIE]
+    # Where a wrong sign alone explains it nearly as well, no unit is doubted.
+    signs = [c for c in near if not _changed(c.reading)]
+    if signs:
+        return sorted(signs, key=lambda c: c.cost + c.reading.prior)
+    first = min(near, key=lambda c: c.cost + c.reading.prior, default=least)
+    # Units that programs write are named too if only their being rarer speaks against them.
+    changed = _changed(first.reading)
+    near += [
+        c
+        for c in readings
+        if c not in near and _changed(c.reading) == changed and _is_written(c.reading)
+        if c.weight <= least.weight + _EXCLUDED
+    ]
+    if any(_is_written(c.reading) for c in near):
+        near = [c for c in near if _is_written(c.reading)]
+    fewest = min((len(_changed(c.reading)) for c in near), default=0)
+    near = [c for c in near if len(_changed(c.reading)) == fewest or _is_of_one(c.reading)]
+    near.sort(key=lambda c: c.cost + c.reading.prior)
+    others = [c for c in forms if c.weight <= least.weight + _EXCLUDED]
+    before = [c for c in others if not near or c.cost < near[0].cost - _TIE]
+    return [*before, *near, *(c for c in others if c not in before)]
+
+
+def _is_written(reading: Reading) -> bool:
+    """Whether all units are those that programs write."""
+    return all(reading.units[q] in _WRITTEN[q] for q in _changed(reading))
+
+
+def _is_of_one(reading: Reading) -> bool:
+    """Whether energies and forces are both in the units of one program."""
+    unit, changed = reading.units.get("energy", ""), _changed(reading)
+    if not {"energy", "force"} <= set(changed) or min(reading.signs.values()) < 0:
+        return False
+    return all(reading.units[q].startswith(f"{unit}/") for q in changed if q != "energy")
+
+
+def _changed(reading: Reading) -> list[str]:
+    """Quantities that are not in the assumed unit."""
+    return [quantity for quantity, log in reading.logs.items() if abs(log) > 1e-6]
+
+
+def _is_sure(quantity: str, candidates: Sequence[_Candidate], best: _Candidate) -> bool:
+    """Whether nothing but the wrong sign explains the evidence, whatever the units."""
+    others = [
+        c
+        for c in candidates
+        if c.reading.signs.get(quantity, 1) > 0 or c.reading.units.get(quantity) in FORMS
+    ]
+    return min(c.cost for c in others) > best.cost + _SURE
+
+
+def _forms(
+    entries: Sequence[Entry],
+    path: Sequence[Step],
+    pairs: Sequence[tuple[int, int]],
+    model: PairModel | None,
+    evidence: Sequence[Evidence],
+) -> list[_Candidate]:
+    """Readings of the stress as a virial, of a virial as a stress, of energies as those of an atom.
+
+    The factor differs from frame to frame, so that the evidence is taken anew.
+    """
+    made = []
+    volumes = [e.volume for e in entries if e.stress is not None and e.volume > 0.0]
+    for name, power in ((VIRIAL, -1), (NO_VIRIAL, 1)) if volumes else ():
         turned = [
-            e if e.stress is None else replace(e, stress=-e.stress * e.volume**power)
+            e
+            if e.stress is None or not e.volume
+            else replace(e, stress=-e.stress * e.volume**power)
             for e in entries
         ]
-        volumes = [e.volume for e in entries if e.stress is not None]
-        pieces = evidence_of(turned, steps(turned, pairs))
-        if not volumes or not pieces:
-            continue
         log = power * math.log(float(np.median(volumes)))
-        cost = Reading(prior=_OTHER_FORM).cost(pieces)
-        if cost <= least + tie:
-            made.append((cost, Reading({"stress": name}, {"stress": log}, 0.0, {"stress": -1})))
-    made.sort(key=lambda pair: pair[0])
-    before = [reading for cost, reading in made if cost < least]
-    after = [reading for cost, reading in made if cost >= least]
-    others = found if not made or made[0][0] > least - tie else ()
-    return [*before, *others, *after]
-
-
-def _readings(declared: Declared, quantities: Collection[str]) -> list[Reading]:
-    """All combinations of units and signs of some quantities, the assumed one first."""
-    choices = []
-    for quantity in quantities:
-        own = getattr(declared, quantity)
-        factors = {u: to_own_unit(_QUANTITIES[quantity], u) / own for u in _UNITS[quantity]}
-        signs = (1,) if quantity == "energy" else (1, -1)
-        choices.append(
-            [
-                (quantity, unit, math.log(factor), cost, sign)
-                for (unit, cost), factor in zip(
-                    _UNITS[quantity].items(), factors.values(), strict=True
-                )
-                for sign in signs
-            ]
-        )
-    made = [Reading(), *(_reading(chosen) for chosen in product(*choices))]
+        reading = Reading({"stress": name}, {"stress": log}, _OTHER_FORM, {"stress": -1})
+        pieces = evidence_of(turned, steps(turned, pairs), model, ("stress",))
+        made.append(_candidate(reading, pieces, evidence))
+    sizes = [e.size for e in entries if e.energy is not None]
+    if sizes and max(sizes) > 1:
+        whole = [e if e.energy is None else replace(e, energy=e.energy * e.size) for e in entries]
+        grown = [replace(step, energy=step.energy * step.atoms) for step in path]
+        log = math.log(float(np.median(sizes)))
+        reading = Reading({"energy": PER_ATOM}, {"energy": log}, _OTHER_FORM)
+        made.append(_candidate(reading, evidence_of(whole, grown, model, ("energy",)), evidence))
     return made
 
 
-def _reading(chosen: Sequence[tuple[str, str, float, float, int]]) -> Reading:
-    units = {quantity: unit for quantity, unit, *_ in chosen}
-    logs = {quantity: log for quantity, _, log, _, _ in chosen}
-    prior = sum(cost for *_, cost, _ in chosen) + sum(_SIGN for *_, sign in chosen if sign < 0)
-    for quantity, log in logs.items():
-        if abs(log) > 1e-6:
-            same = units[quantity].startswith(units.get("energy", "?")) and quantity != "energy"
-            prior += _SAME_ENERGY if same else _OTHER
-        elif abs(logs.get("energy", 0.0)) > 1e-6:
-            prior += 1.0  # of two quantities from one program only one is in the assumed unit
-    return Reading(units, logs, prior, {quantity: sign for quantity, *_, sign in chosen})
+def _candidate(
+    reading: Reading, pieces: Sequence[Evidence], evidence: Sequence[Evidence]
+) -> _Candidate:
+    """A form, by evidence that was taken anew, and the rest of it as it was.
+
+    What compares with known values changes by the factor of a usual frame.
+    """
+    (quantity,) = reading.units
+    own = sum(piece.cost(Reading()) for piece in pieces if not piece.absolute)
+    rest = sum(e.cost(Reading()) for e in evidence if quantity not in e.powers)
+    known = sum(e.cost(reading) for e in evidence if quantity in e.powers and e.absolute)
+    return _Candidate(reading, reading.prior + own + rest + known)
+
+
+def _undecided(
+    best: _Candidate,
+    readings: Sequence[_Candidate],
+    forms: Sequence[_Candidate],
+    held: Sequence[str],
+) -> dict[str, list[str]]:
+    """What each quantity may be instead of what it is taken to be: units that programs write, or
+    the other sign, as far as the evidence does not exclude them. Under ``all`` what all may be.
+    """
+    said = set(_changed(best.reading)) | {q for q, s in best.reading.signs.items() if s < 0}
+    near = [c for c in readings if c.weight <= best.weight + _EXCLUDED]
+    found: dict[str, list[str]] = {}
+    for quantity in held:
+        if quantity in said:
+            continue
+        others = [q for q in held if q != quantity]
+        alike = [c.reading for c in near if all(_same(c.reading, best.reading, q) for q in others)]
+        names = [
+            reading.units[quantity]
+            for reading in alike
+            if quantity in reading.units
+            and reading.signs[quantity] > 0
+            and quantity in _changed(reading)
+            and reading.units[quantity] in _WRITTEN[quantity]
+        ]
+        if not said:
+            names += [
+                c.reading.units[quantity]
+                for c in forms
+                if c.weight <= best.weight + _EXCLUDED
+                and c.reading.units.get(quantity) in (VIRIAL, PER_ATOM)
+            ]
+        if any(r.signs.get(quantity, 1) < 0 and quantity not in _changed(r) for r in alike):
+            names.append(_TURNED)
+        if names:
+            found[quantity] = list(dict.fromkeys(names))
+    together = [r.units["energy"] for r in (c.reading for c in near) if _is_of_one(r)]
+    together = [unit for unit in together if unit in _WRITTEN["energy"]]
+    if together and not found and not said:
+        found["all"] = list(dict.fromkeys(together))
+    return found
+
+
+def _same(one: Reading, two: Reading, quantity: str) -> bool:
+    """Whether two readings agree about a quantity."""
+    off = one.logs.get(quantity, 0.0) - two.logs.get(quantity, 0.0)
+    return abs(off) < 1e-6 and one.signs.get(quantity, 1) == two.signs.get(quantity, 1)
+
+
+def _ask(files: Sequence[str], open_to: Mapping[str, Sequence[str]], named: bool) -> Finding:
+    """The question which units are right, where the data cannot tell."""
+    clauses = []
+    for quantity, names in open_to.items():
+        what = "all labels" if quantity == "all" else f"the {_NAMES[quantity]}"
+        units = [name for name in names if name != _TURNED]
+        said = [f"be in {' or '.join(units)}"] if units else []
+        said += [f"have {_TURNED}"] if len(units) < len(names) else []
+        clauses.append(f"{what} may {' or '.join(said)}")
+    taken = "the units of the options" if named else "eV and Angstrom"
+    return Finding(
+        "note" if named else "warning",
+        "units-unchecked",
+        f"the data cannot tell all units: {'; '.join(clauses)}. They are taken to be in {taken} "
+        "with the usual sign.",
+        tuple(map(Frames, files)),
+        "A wrong factor or sign between energies and their derivatives cannot be learned.",
+        "Look up what the program writes that made them, and say it in the options (unit, "
+        "forces.unit, stress.unit of the target); with a foundation (-c) more can be checked.",
+        {"open": {quantity: list(names) for quantity, names in open_to.items()}},
+    )
 
 
 def _tell(
@@ -225,12 +290,14 @@ def _tell(
 ) -> Iterator[Finding]:
     """The findings that readings make, the best of which is not the assumed one."""
     best = found[0]
-    told = "; ".join(piece.text for piece in evidence)
+    # What speaks for the assumed units as much as for others is no reason.
+    against = [e for e in evidence if e.cost(Reading()) > 1.0]
+    told = "; ".join(piece.text for piece in against or evidence)
     data = {
         "evidence": [piece.text for piece in evidence],
-        "units": dict(best.units),
+        "units": _all_units(best, found, declared),
         "unit": _one_unit(best, declared),
-        "readings": [dict(reading.units) for reading in found[:_MOST_NAMED]],
+        "readings": [_all_units(reading, found, declared) for reading in found[:_MOST_NAMED]],
     }
     for quantity, sign in best.signs.items():
         if sign < 0 and best.units[quantity] not in (VIRIAL, NO_VIRIAL):
@@ -265,9 +332,16 @@ def _tell(
     )
 
 
+def _all_units(reading: Reading, found: Sequence[Reading], declared: Declared) -> dict[str, str]:
+    """The unit of each quantity that one of several readings speaks of."""
+    quantities = dict.fromkeys(quantity for one in found for quantity in one.units)
+    return {q: reading.units.get(q) or assumed_unit(declared, q) for q in quantities}
+
+
 def _factors(found: Sequence[Reading]) -> dict[str, float] | None:
     """What converts the labels to eV and Å, where only one reading is likely."""
-    if len(found) > 1:
+    several = len({tuple(sorted(one.logs.items())) for one in found}) > 1
+    if several or PER_ATOM in found[0].units.values():
         return None
     return {quantity: math.exp(log) for quantity, log in found[0].logs.items()}
 
@@ -284,8 +358,9 @@ def in_found_units(subject: Subject, findings: Iterable[Finding]) -> Subject:
     factors: dict[str, Mapping[str, float] | None] = {}
     for finding in findings:
         for frames in finding.where:
-            known = (finding.data or {}).get("factors") if finding.code == "units" else None
-            factors[frames.file] = known
+            if finding.code != "units-unchecked":
+                known = (finding.data or {}).get("factors") if finding.code == "units" else None
+                factors[frames.file] = known
     if not factors:
         return subject
     sets = {
@@ -320,7 +395,7 @@ def _named(reading: Reading) -> str:
 def _one_unit(best: Reading, declared: Declared) -> str | None:
     """The unit of the energy with which the options say it all, if there is one."""
     energy = best.units.get("energy")
-    if energy is None:
+    if energy is None or energy == PER_ATOM:
         return None
     factor = math.log(to_own_unit("energy", energy) / declared.energy)
     same = all(abs(log - factor) < 0.02 for log in best.logs.values())
@@ -343,6 +418,8 @@ def _advice(found: Sequence[Reading], declared: Declared) -> str:
 def _clause(reading: Reading, declared: Declared) -> str:
     """What to change in the options if a reading is true."""
     energy = _one_unit(reading, declared)
+    if reading.units.get("energy") == PER_ATOM:
+        return "multiply them by the number of atoms, or give the key of the total energies"
     if energy is not None:
         return f"set unit: {energy} for the target: all that belongs to it is converted"
     stress = reading.units.get("stress")

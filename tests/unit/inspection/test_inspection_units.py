@@ -63,7 +63,9 @@ def test_other_checks_go_on_in_the_units_found(molecules_of):
     structures[7] = relabel(structures[7], energy=off)
     leaked = replace(molecules_of("train")[3], source="val.xyz")
     inspection = look(structures, validation=[*molecules_of("val"), leaked])
-    assert codes(inspection) == {"units", "energy-outliers", "leak"}
+    # One frame of a file of its own tells no unit.
+    assert codes(inspection) == {"units", "energy-outliers", "leak", "units-unchecked"}
+    assert the(inspection, "units-unchecked").place == "val.xyz"
     assert frames(the(inspection, "energy-outliers")) == [7]
 
 
@@ -144,7 +146,7 @@ def test_forces_and_distances_tell_the_unit_of_the_stress(strained, unit):
     factor = 1 / to_own_unit("pressure", unit)
     found = the(look(scaled(alone(strained), stress=factor)), "units")
     assert f"stresses in {unit}" in found.what
-    assert "forces and distances" in found.what
+    assert "pair potential fitted to the forces" in found.what
 
 
 def test_a_virial_under_the_name_of_a_stress(strained):
@@ -197,3 +199,77 @@ def test_usual_units_come_first_and_each_has_its_advice(strained):
 def test_kbar_are_asked_about_their_sign(strained):
     kbar = scaled(alone(strained), stress=-1 / to_own_unit("pressure", "kbar"))
     assert "opposite of ASE's" in the(look(kbar), "units").advice
+
+
+def test_units_that_nothing_excludes_are_asked_about(strained):
+    """Relaxed crystals of different elements say nothing of energies, forces and small stresses."""
+    found = the(look(relaxed(strained, 0.005)), "units-unchecked")
+    assert found.severity == "warning"
+    assert "taken to be in eV and Angstrom" in found.what
+    assert {"kcal/mol", "Hartree", "Ry"} <= set(found.data["open"]["energy"])
+    assert {"GPa", "kbar", "the other sign"} <= set(found.data["open"]["stress"])
+
+
+def test_what_the_data_tell_is_not_asked_about(strained, molecules_of):
+    assert "units-unchecked" not in codes(look(molecules_of("train")))
+    assert "units-unchecked" not in codes(look(strained))
+
+
+def test_units_that_options_name_are_a_note(strained):
+    structures = relaxed(strained, 0.005)
+    declared = {structures[0].source: Declared(named=True)}
+    found = the(inspect_sets({"train": structures}, "energy", declared), "units-unchecked")
+    assert found.severity == "note"
+    assert "the units of the options" in found.what
+
+
+def test_files_that_leave_the_same_open_are_one_finding(strained):
+    files = [replace(s, source=f"{k}.xyz") for k, s in enumerate(relaxed(strained, 0.005)[1:21])]
+    found = [f for f in look(files).findings if f.code == "units-unchecked"]
+    assert len(found) == 1
+    assert len(found[0].where) > 10
+
+
+def per_atom(structures):
+    return [relabel(s, energy=s.labels["energy"] / s.num_atoms) for s in structures]
+
+
+def test_energies_that_were_divided_by_the_number_of_atoms(strained, molecules_of):
+    """By the work of the forces, where all structures have one size."""
+    ethanol = [s for s in molecules_of("train") if s.num_atoms == 9]
+    found = the(look(per_atom(ethanol)), "units")
+    assert "eV an atom" in found.what
+    assert "number of atoms" in found.advice
+    assert "eV an atom" in the(look(per_atom(strained)), "units").what
+
+
+def sizes(strained, per_atom):
+    """Supercells without forces: nothing but the sizes tells what the energies are."""
+    frames = []
+    for k, s in enumerate(strained):
+        times = 1 + k % 3
+        shift = torch.arange(times, dtype=s.positions.dtype).repeat_interleave(s.num_atoms)
+        cell = s.cell.clone()
+        cell[0] *= times
+        energy = s.labels["energy"] + 40.0 * s.num_atoms
+        frames.append(
+            replace(
+                s,
+                numbers=s.numbers.repeat(times),
+                positions=s.positions.repeat(times, 1) + shift[:, None] * s.cell[0],
+                cell=cell,
+                labels={"energy": energy / s.num_atoms if per_atom else energy * times},
+            )
+        )
+    return frames
+
+
+def test_energies_that_do_not_grow_with_the_number_of_atoms(strained):
+    assert "eV an atom" in the(look(sizes(strained, per_atom=True)), "units").what
+    assert "units" not in codes(look(sizes(strained, per_atom=False)))
+
+
+def test_only_what_speaks_against_the_units_is_told(molecules_of):
+    factor = energy_to_ev("kcal/mol")
+    found = the(look(scaled(molecules_of("train"), energy=1 / factor)), "units")
+    assert "force constant" not in found.what
