@@ -29,11 +29,11 @@ from pet_finetune.training.elements import ADVICE
 from pet_finetune.training.start import read_start
 
 from . import Finding, Foundation, Inspection, inspect_sets
+from .candidates import NO_VIRIAL, PER_ATOM, VIRIAL
 from .estimate import Load, estimate, load_of
 from .preflight import cells_of, declared_units, energy_of
 from .reading import read_anyway, sets_left_out, target_of_file
 from .suggest import Suggestion, suggest, training_section
-from .units import NO_VIRIAL, PER_ATOM, VIRIAL
 
 _logger = get_logger(__name__)
 _SETS = ("train", "validation", "test")

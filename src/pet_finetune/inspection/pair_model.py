@@ -1,7 +1,7 @@
-"""A pair potential fitted to the forces of a file, which says what energies and stresses go with
-them where no two frames are near each other.
+"""A pair potential fitted to the forces of a file.
 
-The potential is crude: a few Gaussians of the distance over the sum of the covalent radii. It is
+It says what energies and stresses go with the forces where no two frames are near each other. It is
+crude: a few Gaussians of the distance over the sum of the covalent radii. It is
 right within a factor of about two, where a wrong unit makes one of twenty or more.
 """
 
@@ -73,8 +73,9 @@ class PairModel:
     repulsion: tuple[float, float]
 
     def evidence(self, entries: Sequence[Entry]) -> list[Evidence]:
-        """What follows for the units of the entries, which may have other energies and stresses
-        than those that the model was made of.
+        """What follows for the units of the entries.
+
+        These may have other energies and stresses than those that the model was made of.
         """
         own = [entries[k] for k in self.frames]
         forces, *others = self._of_forces(), self._of_energies(own), self._of_stresses(own)
@@ -240,8 +241,11 @@ def _kinds_of(entries: Sequence[Entry]) -> dict[tuple[int, int], int]:
 
 
 def _design(entry: Entry, kinds: dict[tuple[int, int], int]) -> _Design:
-    """What each Gaussian contributes: forces ``[3 n, k]``, energy an atom ``[k]``, stress
-    ``[3, 3, k]``; and the forces ``[3 n]`` of the fixed repulsion.
+    """What each Gaussian contributes to a frame.
+
+    Returns:
+        Forces ``[3 n, k]``, energy an atom ``[k]``, stress ``[3, 3, k]``; and the forces ``[3 n]``
+        of the fixed repulsion.
     """
     radii = covalent_radii[entry.numbers]
     reach = min(_REACH, _END * 2.0 * float(radii.max()))
