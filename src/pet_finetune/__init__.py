@@ -27,10 +27,12 @@ if TYPE_CHECKING:
         EvaluationSettings,
         FinetuneResult,
         LabelNames,
+        PretrainResult,
         evaluate,
         export,
         finetune,
         inspect,
+        pretrain,
     )
     from pet_finetune.calculator import PETCalculator
     from pet_finetune.checkpoint import load, load_checkpoint
@@ -51,6 +53,7 @@ __all__ = [
     "__version__",
     "load",
     "finetune",
+    "pretrain",
     "evaluate",
     "inspect",
     "export",
@@ -66,6 +69,7 @@ __all__ = [
     "Retention",
     "Feature",
     "FinetuneResult",
+    "PretrainResult",
     "EvaluationResult",
     "EvaluationSettings",
     "LabelNames",
@@ -77,8 +81,8 @@ _HOMES = {
     name: module
     for module, names in {
         "pet_finetune.api": (
-            "finetune evaluate inspect export FinetuneResult EvaluationResult EvaluationSettings "
-            "LabelNames"
+            "finetune pretrain evaluate inspect export FinetuneResult PretrainResult "
+            "EvaluationResult EvaluationSettings LabelNames"
         ),
         "pet_finetune.calculator": "PETCalculator",
         "pet_finetune.checkpoint": "load load_checkpoint",

@@ -13,9 +13,11 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
+
+from ase import Atoms
 
 from pet_finetune.adapters import AdaptedPotential
 from pet_finetune.checkpoint.adapters import (
@@ -27,9 +29,10 @@ from pet_finetune.checkpoint.adapters import (
 from pet_finetune.checkpoint.info import checkpoint_facts, describe_checkpoint
 from pet_finetune.config import Options
 from pet_finetune.config.named_runs import NamedRun
+from pet_finetune.data.files import read_frames
 from pet_finetune.dynamics.md import ModelChoice, restart_md, run_md
 from pet_finetune.dynamics.settings import MDSettings
-from pet_finetune.errors import ConfigError
+from pet_finetune.errors import ConfigError, did_you_mean
 from pet_finetune.export.export import ExportOutcome, export_model, export_table
 from pet_finetune.inspection import Inspection, as_dict, render
 from pet_finetune.inspection.inspect import (
@@ -48,10 +51,12 @@ from pet_finetune.keywords import (
     as_files,
     as_model,
     checkpoint_of,
+    is_structures,
     write_model,
 )
 from pet_finetune.log import get_logger, setup_logging
 from pet_finetune.model import Potential
+from pet_finetune.pretraining import PretrainResult, PretrainSettings, pretrain_model
 from pet_finetune.report.write import report_or_warn, write_report
 from pet_finetune.result import FinetuneResult, result_of
 from pet_finetune.runs.folder import RunFolder
@@ -81,6 +86,7 @@ __all__ = [
     "MDSettings",
     "Model",
     "ModelChoice",
+    "PretrainResult",
     "ROOMS",
     "Request",
     "TrainOutcome",
@@ -102,6 +108,7 @@ __all__ = [
     "inspect",
     "inspect_data",
     "merge_adapter",
+    "pretrain",
     "profile",
     "render",
     "request_of_files",
@@ -310,6 +317,54 @@ def inspect(
         sets = [stack.enter_context(as_files(some, name))[0] for name, some in given.items()]
         request = request_of_files(sets[0], start, sets[1], sets[2], systems=systems)
         return inspect_data(request, device=device, seconds=seconds)
+
+
+def pretrain(
+    model: Model,
+    structures: Any,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    work: str | os.PathLike[str] | None = None,
+    systems: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> PretrainResult:
+    """Let a foundation learn a system at a cheap level, as ``pet-finetune pretrain`` does.
+
+    Args:
+        model: the foundation: a checkpoint or a loaded model, which is not changed.
+        structures: ``Atoms``, a list of them, or the path of a file; labels are not used.
+        output: the checkpoint to write; None for the model in memory only.
+        work: the folder of the stages, with which the same call goes on where it was stopped;
+            ``<output>.work`` without it, and none without ``output``.
+        systems: how a file is read: ``format``, ``types``.
+        settings: as for :class:`~pet_finetune.pretraining.PretrainSettings`: ``teacher``, ``n``,
+            ``temperatures``, ``epochs``...
+
+    Raises:
+        PetFinetuneError: bad input, or no frame that the teacher can label.
+    """
+    known = [one.name for one in fields(PretrainSettings)]
+    for name in settings:
+        if name not in known:
+            raise ConfigError(
+                f"pretrain: there is no '{name}'.{did_you_mean(name, known)} There are "
+                f"{', '.join(known)}."
+            )
+    checked = PretrainSettings(**settings)
+    if is_structures(structures):
+        frames = [structures] if isinstance(structures, Atoms) else list(structures)
+    else:
+        frames = read_frames(structures, **(systems or {}))
+    with ExitStack() as stack:
+        above = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pet-finetune-")))
+        stack.callback(setup_logging)  # the log file of the training is closed before it goes
+        start = checkpoint_of(model, above / _FOUNDATION)
+        if isinstance(model, (Potential, AdaptedPotential)):
+            write_model(model, Path(start))
+        place = above / "pretrained.ckpt" if output is None else Path(output)
+        own = None if work is None else Path(work)
+        result = pretrain_model(start, frames, place, checked, own)
+    return replace(result, checkpoint=None) if output is None else result
 
 
 def export(model: Model, output: str | os.PathLike[str], **settings: Any) -> ExportOutcome:

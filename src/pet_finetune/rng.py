@@ -25,6 +25,7 @@ class Stream(IntEnum):
     PERTURBED_COPIES = 7
     ANCHOR = 8
     SAMPLE = 9
+    EXPLORATION = 10
 
 
 @unique

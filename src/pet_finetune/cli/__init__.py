@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pet_finetune.errors import PetFinetuneError
 from pet_finetune.version import __version__
 
-from . import adapter, evaluate, export, info, inspect, md, report, train
+from . import adapter, evaluate, export, info, inspect, md, pretrain, report, train
 
-_COMMANDS = (inspect, train, evaluate, info, md, adapter, report, export)
+_COMMANDS = (inspect, pretrain, train, evaluate, info, md, adapter, report, export)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -1,0 +1,9 @@
+"""Continued pre-training: the foundation learns the user's system at a cheap level of theory.
+
+Frames are explored with the foundation itself, thinned, labelled by a teacher, and trained on.
+"""
+
+from .pretrain import PretrainResult, pretrain_model
+from .settings import PretrainSettings
+
+__all__ = ["PretrainResult", "PretrainSettings", "pretrain_model"]

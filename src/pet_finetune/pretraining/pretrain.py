@@ -1,0 +1,284 @@
+"""The stages of continued pre-training, from the user's structures to a checkpoint."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+
+from pet_finetune.calculator import PETCalculator
+from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
+from pet_finetune.config.load import parse_options
+from pet_finetune.data.computable import check_atoms
+from pet_finetune.data.exact import write_exact
+from pet_finetune.data.files import forget_files
+from pet_finetune.errors import DataError, PetFinetuneError, TrainingError
+from pet_finetune.files import replacing
+from pet_finetune.log import get_logger
+from pet_finetune.model import Potential
+from pet_finetune.model.fingerprint import weights_fingerprint
+from pet_finetune.rng import Stream
+from pet_finetune.runs.folder import RunFolder
+from pet_finetune.training.records import TrainOutcome
+from pet_finetune.training.resume import plain_errors
+from pet_finetune.training.run import train
+from pet_finetune.training.run_files import BEST, LAST
+
+from .explore import NAME, explore, tasks_of
+from .settings import DROPPED, PretrainSettings, Work, digest
+from .teacher import Teacher, teacher_of
+from .thin import thinned
+
+__all__ = ["PretrainResult", "pretrain_model"]
+
+_logger = get_logger(__name__)
+_PER_PIECE = 20  # frames that are labelled between two savings
+_VALIDATION, _HELD_OUT = 0.05, 0.1
+_FEWEST = 20
+_SHOWN = 3  # names of dropped frames
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """What continued pre-training gave.
+
+    Attributes:
+        model: the best model; its energy is at the teacher's level.
+        checkpoint: the file; None where it is removed.
+        frames: labelled frames that were trained on, picked the best model, and were held out.
+        dropped: frames that were not used, by stage and reason.
+        before, after: errors on the held-out frames, eV and Å, as in ``results.json``.
+        seconds: of each stage, ``wall`` and ``cpu``.
+    """
+
+    model: Potential = field(repr=False)
+    checkpoint: Path | None
+    frames: dict[str, int]
+    dropped: dict[str, dict[str, int]]
+    before: dict[str, Any]
+    after: dict[str, Any]
+    seconds: dict[str, dict[str, float]]
+
+
+def pretrain_model(
+    checkpoint: str | Path,
+    frames: Sequence[Atoms],
+    output: str | Path,
+    settings: PretrainSettings | None = None,
+    work: str | Path | None = None,
+) -> PretrainResult:
+    """Train a foundation on frames of the user's system that a teacher labels.
+
+    Each stage keeps what it found in a folder, and the same call goes on where it stopped.
+
+    Args:
+        checkpoint: the foundation, which is not changed.
+        frames: the user's structures, Å; labels are not read.
+        output: the checkpoint to write.
+        settings: see :class:`PretrainSettings`.
+        work: the folder of the stages; ``<output>.work`` without it.
+
+    Raises:
+        PetFinetuneError: bad input, or no frame that the teacher can label.
+        KeyboardInterrupt: the training was interrupted; its state is saved.
+    """
+    settings = settings or PretrainSettings()
+    output = Path(output)
+    if output.exists():
+        raise DataError(f"'{output}' exists and is not overwritten. Remove it, or name another.")
+    if not output.absolute().parent.is_dir():
+        raise DataError(f"'{output}': the folder '{output.parent}' does not exist. Make it first.")
+    teacher = teacher_of(settings.teacher, settings.device)
+    foundation = load_checkpoint(checkpoint)
+    model = foundation.model
+    target = model.energy_target(settings.target)
+    for number, atoms in enumerate(frames):
+        try:
+            check_atoms(atoms, model.species)
+        except PetFinetuneError as error:
+            raise type(error)(f"structure {number}: {error}") from error
+    if not frames:
+        raise DataError("There are no structures to begin from.")
+    content = {"foundation": weights_fingerprint(model)[:16], "structures": digest(frames)}
+    folder = Path(work) if work is not None else output.with_suffix(".work")
+    with RunFolder.take(folder):
+        place = Work(folder, settings, content)
+        with place.stage("explore"):
+            found = _explored(place, frames, checkpoint, target, settings)
+        with place.stage("label"):
+            labelled = _labelled(place, found, teacher, settings)
+        with place.stage("train"):
+            sizes = _write_sets(folder, labelled, settings)
+            outcome = _trained(folder, checkpoint, target, settings)
+        return _finish(place, outcome, teacher, sizes, output)
+
+
+def _explored(
+    work: Work,
+    frames: Sequence[Atoms],
+    checkpoint: str | Path,
+    target: str,
+    settings: PretrainSettings,
+) -> list[Atoms]:
+    """Frames of the sane region, thinned to those that are wanted."""
+    calculator = PETCalculator(checkpoint, target=target, device=settings.device)
+    tasks = tasks_of(frames, settings)
+    _logger.info(
+        "exploring from %d structures at %s K: %d trajectories, displaced frames, close pairs",
+        len(frames),
+        ", ".join(f"{t:g}" for t in settings.temperatures),
+        sum(task.kind == "dynamics" for task in tasks),
+    )
+    found = work.pieces(
+        "explored", "exploring", tasks, lambda task: explore(task, frames, calculator, settings)
+    )
+    kept = _kept(work, "explore", found)
+    if not kept:
+        raise DataError(
+            "No frame stayed in the sane region: the foundation does not hold this system "
+            "together. Lower the temperatures, or raise max_force and max_energy."
+        )
+    chosen = thinned(kept, settings.n)
+    _logger.info("explored %d frames, of which %d are labelled", len(kept), len(chosen))
+    return chosen
+
+
+def _labelled(
+    work: Work, frames: Sequence[Atoms], teacher: Teacher, settings: PretrainSettings
+) -> list[Atoms]:
+    """The frames that the teacher could label."""
+    pieces = [frames[at : at + _PER_PIECE] for at in range(0, len(frames), _PER_PIECE)]
+    found = work.pieces(
+        "labelled",
+        f"labelling with {teacher.name}",
+        pieces,
+        lambda piece: [teacher.label(atoms, settings.max_force) for atoms in piece],
+    )
+    kept = _kept(work, "label", found)
+    if len(kept) < _FEWEST:
+        reasons = work.record[DROPPED]["label"]
+        told = "; ".join(f"{count} {reason}" for reason, count in reasons.items())
+        raise DataError(
+            f"{teacher.name} could label {len(kept)} of {len(found)} frames, and {_FEWEST} are "
+            f"needed ({told}). Name a teacher that knows this system with --teacher (an ASE "
+            "calculator, module:name, or a larger checkpoint), or fine-tune without this step."
+        )
+    _logger.info("%s labelled %d frames", teacher.name, len(kept))
+    return kept
+
+
+def _kept(work: Work, stage: str, frames: Sequence[Atoms]) -> list[Atoms]:
+    """Frames that were not dropped; those that were are counted and named."""
+    names: dict[str, list[str]] = {}
+    for atoms in frames:
+        if DROPPED in atoms.info:
+            names.setdefault(atoms.info[DROPPED], []).append(str(atoms.info[NAME]))
+    for reason, some in names.items():
+        more = ", ..." if len(some) > _SHOWN else ""
+        shown = ", ".join(some[:_SHOWN])
+        _logger.warning("dropped %d frames, %s: %s%s", len(some), reason, shown, more)
+    counts = dict(Counter(reason for reason, some in names.items() for _ in some))
+    work.record.setdefault(DROPPED, {})[stage] = counts
+    return [atoms for atoms in frames if DROPPED not in atoms.info]
+
+
+def _write_sets(
+    folder: Path, frames: Sequence[Atoms], settings: PretrainSettings
+) -> dict[str, int]:
+    """Files of the frames to train on, to pick the best model by, and held out; their sizes."""
+    rng = np.random.default_rng([settings.seed, Stream.EXPLORATION])
+    order = rng.permutation(len(frames)).tolist()
+    cuts = [max(1, round(part * len(frames))) for part in (_VALIDATION, _HELD_OUT)]
+    sets = {
+        "validation": order[: cuts[0]],
+        "test": order[cuts[0] : sum(cuts)],
+        "training": order[sum(cuts) :],
+    }
+    for name, members in sets.items():
+        file = folder / f"{name}.db"
+        if not file.exists():
+            with replacing(file) as partial:
+                write_exact(partial, [frames[one] for one in sorted(members)])
+    return {name: len(members) for name, members in sets.items()}
+
+
+def _trained(
+    folder: Path, checkpoint: str | Path, target: str, settings: PretrainSettings
+) -> TrainOutcome:
+    """Train the foundation in full, or go on with it."""
+    targets = {target: {"quantity": "energy", "key": "energy", "unit": "eV"}}
+    sets = {
+        f"{name}_set": {
+            "systems": {
+                "read_from": str((folder / f"{name}.db").absolute()),
+                "length_unit": "angstrom",
+                "isolated_atoms": "train",
+            },
+            "targets": targets,
+        }
+        for name in ("training", "validation", "test")
+    }
+    training: dict[str, Any] = {
+        "batch_size": settings.batch_size,
+        "num_epochs": settings.epochs,
+        "optimizer": "soap",
+        "checkpoint_interval": 1,
+        "loss": "huber",
+        "finetune": {"method": "full", "retention": "off"},
+    }
+    if settings.learning_rate is not None:
+        training["learning_rate"] = settings.learning_rate
+    options = {
+        "seed": settings.seed,
+        "device": settings.device,
+        "architecture": {"training": training},
+        **sets,
+    }
+    loaded = parse_options(options, checkpoint, source="pretrain")
+    place = folder / "train"
+    forget_files()
+    last = place / LAST
+    outcome = train(loaded.options, place, restart=last if last.exists() else None, check=False)
+    if not outcome.result.finished:
+        _logger.warning("To go on, repeat the command that this began with.")
+        raise KeyboardInterrupt
+    return outcome
+
+
+def _finish(
+    work: Work, outcome: TrainOutcome, teacher: Teacher, sizes: dict[str, int], output: Path
+) -> PretrainResult:
+    """Write the checkpoint, which says what it was made from, and sum up."""
+    if not outcome.after:
+        raise TrainingError(f"The training in '{outcome.folder}' gave no errors.")
+    before = plain_errors(outcome.before).get("test", {})
+    after = plain_errors(outcome.after).get("test", {})
+    work.record |= {"frames": sizes, "before": before, "after": after, "teacher": teacher.name}
+    work.save()
+    best = load_checkpoint(outcome.folder / BEST)
+    kept = {name: work.record[name] for name in ("made_from", "teacher", "frames", DROPPED)}
+    save_checkpoint(output, best.model, provenance={**best.provenance, "pretraining": kept})
+    seconds = work.record["seconds"]
+    spent = ", ".join(f"{name} {time['wall'] / 60:.1f} min" for name, time in seconds.items())
+    _logger.info(
+        "%s learned from %d frames of %s (%s): %s", output, sizes["training"], teacher.name,
+        spent, _gain(before, after),
+    )  # fmt: skip
+    return PretrainResult(best.model, output, sizes, work.record[DROPPED], before, after, seconds)
+
+
+def _gain(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """Errors on the held-out frames before and after, in words."""
+    parts = []
+    for target, errors in after.items():
+        for name, factor, unit in (("energy_mae", 1e3, "meV/atom"), ("forces_mae", 1e3, "meV/A")):
+            if name in errors:
+                old = before.get(target, {}).get(name, float("nan"))
+                what = name.removesuffix("_mae")
+                parts.append(f"{what} {factor * old:.1f} -> {factor * errors[name]:.1f} {unit}")
+    return "held-out " + ", ".join(parts)

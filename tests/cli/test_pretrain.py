@@ -1,0 +1,52 @@
+"""``pet-finetune pretrain``, and the function that it calls."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from ase.io import read
+
+import pet_finetune as pf
+from pet_finetune.checkpoint import load_checkpoint
+from pet_finetune.errors import ConfigError
+
+EMT = "ase.calculators.emt:EMT"
+
+
+def test_a_checkpoint_to_fine_tune_from(command, here: Path) -> None:
+    wide = ("--max-force", "1000", "--max-energy", "1000", "--temperatures", "300")
+    answer = command(
+        "pretrain", "train.xyz", "-c", "base.ckpt", "--teacher", EMT, "-n", "30", *wide,
+        "--epochs", "1", "-o", "pretrained.ckpt",
+    )  # fmt: skip
+    assert answer.code == 0, answer.err
+    assert "pretrained.ckpt learned from" in answer.err
+    assert f"frames of {EMT} (explore " in answer.err
+    assert list(load_checkpoint("pretrained.ckpt").model.targets) == ["energy"]
+
+
+def test_what_is_wrong_is_said_before_anything_is_computed(command, here: Path) -> None:
+    given = ("pretrain", "train.xyz", "-c", "base.ckpt")
+    answer = command(*given, "--teacher", "gfn3", "-o", "out.ckpt")
+    assert answer.code == 1
+    assert "Did you mean 'gfn2'?" in answer.err
+    answer = command(*given, "--teacher", EMT, "-o", "base.ckpt")
+    assert "'base.ckpt' exists and is not overwritten" in answer.err
+    answer = command(*given, "--teacher", EMT, "-n", "2", "-o", "out.ckpt")
+    assert "n is a whole number from 20, got 2" in answer.err
+    answer = command("pretrain", "trian.xyz", "-c", "base.ckpt", "-o", "out.ckpt")
+    assert "Did you mean 'train.xyz'?" in answer.err
+    assert not Path("out.work").exists()
+
+
+def test_from_python(here: Path) -> None:
+    frames = read("train.xyz", ":")
+    with pytest.raises(ConfigError, match="there is no 'techer'. Did you mean 'teacher'"):
+        pf.pretrain("base.ckpt", frames, techer=EMT)
+    result = pf.pretrain(
+        "base.ckpt", frames, teacher=EMT, n=30, epochs=1, max_force=1e3, max_energy=1e3
+    )
+    assert result.checkpoint is None
+    assert sorted(result.after["energy"])[0].startswith("energy")
+    assert list(result.model.targets) == ["energy"]
