@@ -2,7 +2,7 @@
 
 >>> import pet_finetune as pf  # doctest: +SKIP
 >>> model = pf.load("foundation.ckpt")  # doctest: +SKIP
->>> result = pf.finetune(model, train_atoms, method=pf.Lora(rank=8), epochs=100)  # doctest: +SKIP
+>>> result = pf.finetune(model, train_atoms, method=pf.Lora(), epochs=100)  # doctest: +SKIP
 >>> atoms.calc = result.calculator()  # doctest: +SKIP
 
 The public names are imported on first use, so that ``import pet_finetune`` (and with it

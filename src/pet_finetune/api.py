@@ -1,7 +1,7 @@
 """The Python door: what a script or a notebook calls, and what the command line calls.
 
 >>> import pet_finetune as pf  # doctest: +SKIP
->>> result = pf.finetune("foundation.ckpt", train_atoms, method=pf.Lora(rank=8))  # doctest: +SKIP
+>>> result = pf.finetune("foundation.ckpt", train_atoms, method=pf.Lora())  # doctest: +SKIP
 >>> atoms.calc = result.calculator()  # doctest: +SKIP
 """
 

@@ -11,7 +11,7 @@ from torch import nn
 from pet_finetune.errors import AdapterError, did_you_mean
 from pet_finetune.model import PET
 
-from .matching import ALL_LINEAR, match_layers
+from .matching import match_layers
 
 DEFAULT_TARGETS = (
     "attention.input_linear",
@@ -86,12 +86,11 @@ def resolve(network: PET, config: AdapterConfig) -> AdapterConfig:
 def fitted(network: PET, config: AdapterConfig) -> AdapterConfig:
     """As :func:`resolve`, with the ranks checked against the widths of the layers.
 
-    Where ``all-linear`` meets a layer that is narrower than the rank, that layer gets as much
-    rank as it can use, at the same scaling.
+    A layer that is narrower than the rank gets as much rank as it can use, at the same scaling.
 
     Raises:
-        AdapterError: a pattern that matches nothing, or a rank that is below 1 or above the
-            width of a layer, or ``quant_bits`` that cannot be.
+        AdapterError: a pattern that matches nothing, or a rank that is below 1, one in
+            ``rank_pattern`` that is above the width of its layer, or ``quant_bits`` that cannot be.
     """
     if config.quant_bits not in (None, 4, 8):
         raise AdapterError(f"quant_bits is 4 or 8, got {config.quant_bits}.")
@@ -102,8 +101,7 @@ def fitted(network: PET, config: AdapterConfig) -> AdapterConfig:
     layers = match_layers(network, config.target_modules)
     for name in ("rank_pattern", "alpha_pattern"):
         _check_patterns(name, getattr(config, name), layers)
-    if config.target_modules == ALL_LINEAR:
-        config = _lowered(network, config, layers)
+    config = _lowered(network, config, layers)
     _check_ranks(network, config, layers)
     return resolve(network, config)
 
@@ -150,7 +148,7 @@ def _check_ranks(network: nn.Module, config: AdapterConfig, layers: Sequence[str
         if rank > width:
             raise AdapterError(
                 f"The rank {rank} is above the width of the layer {path}, {width}. Choose a rank "
-                f"of at most {width}, or give this layer one of its own in rank_pattern."
+                f"of at most {width} for it in rank_pattern."
             )
 
 

@@ -89,8 +89,8 @@ def inject(
         The configuration with ``target_modules`` and ``modules_to_save`` as full paths.
 
     Raises:
-        AdapterError: patterns that match nothing, a rank below 1 or above the width of a layer,
-            or an adapter there already.
+        AdapterError: patterns that match nothing, a rank below 1, one in ``rank_pattern`` above the
+            width of its layer, or an adapter there already.
     """
     if active_adapter(model) is not None:
         raise AdapterError("The model carries an adapter already: merge or unload it first.")

@@ -80,11 +80,11 @@ class FinetuneConfig(Section):
     """
 
     rank: PositiveInt = Field(
-        default=8,
+        default=32,
         description="Rank of the update of each adapted weight (`r` in PEFT).",
     )
     alpha: PositiveFloat = Field(
-        default=8.0,
+        default=32.0,
         description="The update is scaled by alpha / rank (`lora_alpha` in PEFT). "
         "Left out, alpha equals the rank.",
     )

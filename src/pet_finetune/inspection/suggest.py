@@ -123,7 +123,7 @@ def _method(load: Load, parameters: int) -> tuple[dict[str, Any], str]:
             f"the foundation is large ({parameters / 1e6:.0f} M parameters): an adapter takes a "
             "fraction of the memory, and what is stored is small"
         )
-        return {"method": "lora", "config": {"rank": 8, "alpha": 8.0}}, why
+        return {"method": "lora", "config": {"rank": 32, "alpha": 32.0}}, why
     why = (
         "the lowest errors in our comparison (docs/methods-table.md), and the foundation is small; "
         "lora is within 5 % on molecules and stores a fifteenth"

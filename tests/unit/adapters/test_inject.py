@@ -43,16 +43,19 @@ def test_a_rank_below_one():
 
 def test_a_rank_above_the_width_of_a_layer():
     with pytest.raises(AdapterError) as caught:
-        inject(random_potential(), AdapterConfig(rank=9))
+        inject(random_potential(), AdapterConfig(rank_pattern={"input_linear": 9}))
     message = str(caught.value)
     assert message.startswith("The rank 9 is above the width of the layer gnn_layers.0.trans")
     assert "attention.input_linear, 8. Choose a rank of at most 8" in message
 
 
-def test_all_linear_gives_narrow_layers_what_they_can_use():
+def test_narrow_layers_get_what_they_can_use():
     model = random_potential()
-    config = AdapterConfig(rank=6, alpha=3.0, target_modules="all-linear")
-    inject(model, config)
+    inject(model, AdapterConfig(rank=32, alpha=16.0))
+    narrow = model.network.gnn_layers[0].trans.layers[0].attention.input_linear
+    assert (narrow.in_features, narrow.rank, narrow.scaling) == (8, 8, 0.5)
+    model = random_potential()
+    inject(model, AdapterConfig(rank=6, alpha=3.0, target_modules="all-linear"))
     narrow = model.network.gnn_layers[0].edge_embedder
     assert (narrow.in_features, narrow.rank, narrow.scaling) == (4, 4, 0.5)
     assert model.network.gnn_layers[0].compress[0].rank == 6

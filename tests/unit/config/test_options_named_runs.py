@@ -101,20 +101,20 @@ def test_the_data_of_an_entry(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "folder"),
     [
-        ({}, "32bits_r8"),
+        ({}, "32bits_r32"),
         ({"lora_r": 2, "peft_use_dora": True}, "32bits_r2_dora"),
-        ({"peft_use_rslora": True}, "32bits_r8_rslora"),
-        ({"base_precision": 64}, "64bits_r8"),
-        ({"quant_bits": 32}, "32bits_r8"),
-        ({"quant_bits": 64}, "64bits_r8"),
-        ({"quant_bits": None}, "32bits_r8"),
-        ({"quant_bits": 16}, "16bits_r8"),
+        ({"peft_use_rslora": True}, "32bits_r32_rslora"),
+        ({"base_precision": 64}, "64bits_r32"),
+        ({"quant_bits": 32}, "32bits_r32"),
+        ({"quant_bits": 64}, "64bits_r32"),
+        ({"quant_bits": None}, "32bits_r32"),
+        ({"quant_bits": 16}, "16bits_r32"),
         ({"quant_bits": 4, "lora_r": 2, "peft_use_dora": True}, "4bits_r2_dora"),
         ({"method": "prompt"}, "32bits_prompt"),
         ({"precision": "bf16-mixed", "lora_r": 4}, "16bits_r4"),
         ({"method": "full"}, "32bits_full"),
         ({"method": "heads"}, "32bits_heads"),
-        ({"method": "dora"}, "32bits_r8_dora"),
+        ({"method": "dora"}, "32bits_r32_dora"),
     ],
 )
 def test_where_results_go(tmp_path: Path, entry: Any, folder: str) -> None:

@@ -195,7 +195,7 @@ def test_every_entry_of_the_reference_is_complete() -> None:
 def test_the_reference_lists_options_with_type_and_default() -> None:
     page = options_reference()
     assert (
-        "| `architecture.training.finetune.config.rank` | a positive integer | `8` | Rank" in page
+        "| `architecture.training.finetune.config.rank` | a positive integer | `32` | Rank" in page
     )
     assert "| `training_set` | section or list of sections | required |" in page
     assert '| `architecture.model.activation` | `SiLU`, `SwiGLU` | `"SwiGLU"` |' in page

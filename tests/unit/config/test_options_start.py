@@ -40,8 +40,8 @@ def test_a_checkpoint_alone_means_lora() -> None:
     loaded = load(checkpoint="base.ckpt")
     finetune = loaded.options.finetune
     assert (finetune.method, finetune.read_from) == ("lora", "base.ckpt")
-    assert finetune.config.rank == 8
-    assert finetune.config.alpha == 8.0
+    assert finetune.config.rank == 32
+    assert finetune.config.alpha == 32.0
     assert finetune.config.target_modules == DEFAULT_TARGET_MODULES
     assert loaded.options.baseline_mode() == "refit"
     assert loaded.notices == (f"{FINETUNE}.method not given: lora (the default with -c).",)
@@ -145,7 +145,7 @@ def test_the_shorthand_of_a_method() -> None:
 
 def test_qlora_is_lora_in_four_bits() -> None:
     config = load({"finetune": {"method": "qlora"}}, "m.ckpt").options.finetune.config
-    assert (config.quant_bits, config.rank) == (4, 8)
+    assert (config.quant_bits, config.rank) == (4, 32)
     eight = {"method": "qlora", "config": {"quant_bits": 8}}
     assert load({"finetune": eight}, "m.ckpt").options.finetune.config.quant_bits == 8
 
