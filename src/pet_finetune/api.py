@@ -237,7 +237,7 @@ def finetune(
 
 def _rooms(own: Sequence[Feature], temporary: bool) -> Rooms:
     """What takes part in a run with features of the caller's own."""
-    rooms = replace(ROOMS, features=lambda: [*_features(), *own])
+    rooms = replace(ROOMS, features=lambda: [*_features(), *own], own=bool(own))
     return replace(rooms, report=lambda folder: None) if temporary else rooms
 
 

@@ -9,6 +9,7 @@ import re
 
 import torch
 
+from pet_finetune import processes
 from pet_finetune.errors import ConfigError
 from pet_finetune.version import __version__
 
@@ -20,12 +21,17 @@ PACKAGES = ("torch", "ase", "numpy", "vesin")
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, local_rank: int | None = None) -> torch.device:
     """The device that a name stands for.
+
+    Of several processes that work together each has a GPU of its own: the one with the number of
+    the process on its host, or the only one that it sees.
 
     Args:
         name: ``cpu``, ``cuda``, ``cuda:1``...; ``gpu`` is the first GPU, and ``auto`` too where
-            there is one, else the CPU.
+            there is one, else the CPU. A number, of processes, is ``auto``.
+        local_rank: the number of this process on its host; without it that of :mod:`.processes`,
+            None for one that works by itself.
 
     Raises:
         ConfigError: the device is not there, lacks the 64-bit numbers that total energies need, or
@@ -34,6 +40,10 @@ def choose_device(name: str) -> torch.device:
     _one_thread_in_forked_children()
     if name != "cpu":
         check_forked(name)
+    local_rank = processes.local_rank() if local_rank is None else local_rank
+    name = "auto" if name.isdigit() else name
+    if local_rank is not None and name != "cpu":
+        return _device_of_process(name, local_rank)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wanted = "cuda" if name == "gpu" else name
@@ -49,6 +59,28 @@ def choose_device(name: str) -> torch.device:
             "Use 'cpu' or 'auto'."
         )
     return device
+
+
+def _device_of_process(name: str, local_rank: int) -> torch.device:
+    """The GPU of one of several processes, or the CPU for ``auto`` where there is no GPU.
+
+    Raises:
+        ConfigError: there is no GPU for it, or the name is of one for all.
+    """
+    if name not in ("auto", "gpu", "cuda"):
+        raise ConfigError(
+            f"device: '{name}' is one device for all processes. Use 'auto' or 'cuda', and each has "
+            "one of its own; CUDA_VISIBLE_DEVICES chooses among them."
+        )
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count and name == "auto":
+        return torch.device("cpu")
+    if not count or (count > 1 and local_rank >= count):
+        raise ConfigError(
+            f"device: '{name}': there is no GPU for process {local_rank} of this host, torch finds "
+            f"{count}. Start at most as many processes as there are GPUs, or use 'cpu'."
+        )
+    return torch.device("cuda", local_rank if count > 1 else 0)
 
 
 def check_forked(device: torch.device | str) -> None:

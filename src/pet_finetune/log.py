@@ -20,6 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from . import processes
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.progress import Progress, TextColumn
@@ -67,7 +69,8 @@ def setup_logging(level: int | str = "INFO", file: str | Path | None = None) -> 
     """Send the package's log to stderr and, if given, to a file. May be called again.
 
     Python's warnings go the same way, in one line each. Of warnings that repeat the first is
-    written, and the others are counted.
+    written, and the others are counted. Of several processes the first one talks to the user, and
+    the one that writes the files of a run writes its log.
 
     Args:
         level: the lowest level shown, as a name (``"INFO"``) or number.
@@ -80,9 +83,11 @@ def setup_logging(level: int | str = "INFO", file: str | Path | None = None) -> 
         OSError: if the log file cannot be opened.
     """
     root = logging.getLogger(_ROOT)
-    targets: list[logging.Handler] = [_stream_handler()]
-    targets[0].addFilter(lambda record: not getattr(record, "file_only", False))
-    if file is not None:
+    targets: list[logging.Handler] = []
+    if processes.leader():
+        targets.append(_stream_handler())
+        targets[0].addFilter(lambda record: not getattr(record, "file_only", False))
+    if file is not None and processes.first():
         path = Path(file)
         path.parent.mkdir(parents=True, exist_ok=True)
         to_file = logging.FileHandler(path, encoding="utf-8")
@@ -209,7 +214,7 @@ def _in_notebook() -> bool:
 
 def progress_bar(before: TextColumn, *after: TextColumn) -> Progress | None:
     """A bar between texts, with the time that is left; None where stderr can show none."""
-    if not sys.stderr.isatty() and not _in_notebook():
+    if not processes.leader() or (not sys.stderr.isatty() and not _in_notebook()):
         return None
     from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
@@ -270,7 +275,7 @@ class Watch:
         return f"{self._done:,}{of} {self._unit}"
 
     def _show(self) -> None:
-        if not sys.stderr.isatty():
+        if not sys.stderr.isatty() or not processes.leader():
             while not self._stopped.wait(self._LINE):
                 seconds = time.monotonic() - self._began
                 words = [self._what, self._words(), f"for {seconds:.0f} s"]

@@ -26,6 +26,7 @@ class Stream(IntEnum):
     ANCHOR = 8
     SAMPLE = 9
     EXPLORATION = 10
+    PROCESS = 11
 
 
 @unique

@@ -523,3 +523,31 @@ def an_interrupted_save_leaves_the_old_file(
         assert [entry.name for entry in folder.iterdir()] == ["model.ckpt"]
     assert weights_fingerprint(load_checkpoint(path).model) == weights_fingerprint(old)
     assert weights_fingerprint(new) != weights_fingerprint(old)
+
+
+def processes_change_nothing(
+    train: Callable[[], dict[str, torch.Tensor]],
+    together: Callable[[int, Callable[[], dict[str, torch.Tensor]]], list[dict[str, torch.Tensor]]],
+    counts: Sequence[int] = (2, 3),
+    tolerance: float = 1e-9,
+) -> None:
+    """Several processes train to the weights of one, all of them to the same.
+
+    Args:
+        train: trains in this process, or its part in one of several; the weights at the end.
+        together: runs a function in several processes.
+        counts: of processes.
+        tolerance: relative to the largest weight of each tensor; sums are in another order.
+    """
+    alone = train()
+    assert any(float(value.abs().max()) > 0 for value in alone.values())
+    for count in counts:
+        found = together(count, train)
+        assert all(isinstance(one, dict) for one in found), f"{count} processes ended with {found}"
+        for name, value in alone.items():
+            scale = float(value.abs().max()) + 1e-12
+            for rank, one in enumerate(found):
+                difference = float((one[name] - value).abs().max()) / scale
+                assert difference < tolerance, (count, rank, name, difference)
+        for one in found[1:]:
+            assert_same_weights(one, found[0])

@@ -150,7 +150,9 @@ def attend(qkv: Tensor, rectangle: Rectangle, bias: Tensor, heads: int, scale: f
         [n_atoms + n_edges, width].
     """
     padded = pad_rows(qkv, rectangle)
-    split = padded.view(padded.size(0), padded.size(1), 3, heads, -1).permute(2, 0, 3, 1, 4)
+    atoms, slots, width = padded.shape
+    # Written out: -1 for the last would be ambiguous where there are no atoms.
+    split = padded.view(atoms, slots, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4)
     queries, keys, values = split.unbind(0)
     scores = torch.matmul(queries * scale, keys.transpose(-2, -1)) + bias
     mixed = torch.matmul(scores.softmax(dim=-1), values)

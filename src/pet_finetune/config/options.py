@@ -20,7 +20,7 @@ from .yaml_file import to_plain
 
 __all__ = ["ArchitectureOptions", "Options"]
 
-_DEVICE = re.compile(r"auto|cpu|gpu|mps|cuda(:\d+)?")
+_DEVICE = re.compile(r"auto|cpu|gpu|mps|cuda(:\d+)?|[1-9]\d*")
 
 #: The learning rate used when none is given, by how training starts, with SOAP
 #: (docs/recipes.md).
@@ -43,6 +43,8 @@ def _architecture(value: Any) -> str:
 
 
 def _device(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
     if not isinstance(value, str) or not _DEVICE.fullmatch(value.casefold()):
         raise ValueError
     return value.casefold()
@@ -98,9 +100,15 @@ class Options(Section):
         description="Start of all random numbers. Null draws one, which is written to the log.",
     )
     device: Annotated[
-        str, Expects("auto, cpu, cuda, cuda:0 (or another number), mps or gpu", _device)
+        str,
+        Expects(
+            "auto, cpu, cuda, cuda:0 (or another number), mps, gpu or a number of processes",
+            _device,
+        ),
     ] = Field(
-        default="auto", description="Where to compute. `auto` and `gpu` choose what is there."
+        default="auto",
+        description="Where to compute. `auto` and `gpu` choose what is there. A number trains with "
+        "so many processes, each on a GPU of its own, or all on the CPU where there is no GPU.",
     )
     base_precision: Annotated[Literal[32, 64], Expects("32 or 64", _precision)] = Field(
         default=32, description="Bits of a floating-point number."
@@ -157,6 +165,11 @@ class Options(Section):
     def is_finetuning(self) -> bool:
         """Whether training starts from existing weights rather than from scratch."""
         return self.finetune.starts_from_model
+
+    @property
+    def num_processes(self) -> int:
+        """How many processes ``device`` asks for; 1 where it names a device."""
+        return int(self.device) if self.device.isdigit() else 1
 
     def learning_rate(self) -> float:
         """The learning rate given, or the one that suits how training starts."""

@@ -135,7 +135,11 @@ class EarlyStopping(Section):
 class TrainingOptions(Section):
     """The training run. Defaults that differ from metatrain's say so."""
 
-    batch_size: PositiveInt = Field(default=16, description="Structures in a batch.")
+    batch_size: PositiveInt = Field(
+        default=16,
+        description="Structures in a batch. Several processes share each batch, so that their "
+        "number changes nothing but the time; in metatrain each has a batch of its own.",
+    )
     gradient_accumulation_steps: PositiveInt = Field(
         default=1,
         description="Batches whose mean gradient makes one update; the last update of an epoch "
@@ -261,8 +265,14 @@ class TrainingOptions(Section):
     finetune: FinetuneOptions = Field(
         default=FinetuneOptions(), description="Where training starts and which weights it changes."
     )
-    distributed: Ignored = ignored_field("training runs in one process.")
-    distributed_port: Ignored = ignored_field("training runs in one process.")
+    distributed: Flag | None = Field(
+        default=None,
+        description="Whether the processes that torchrun or SLURM's srun started train one model "
+        "together. Null: if there are several. `device` with a number starts them itself.",
+    )
+    distributed_port: PositiveInt = Field(
+        default=39591, description="Where processes that srun started meet, on the first host."
+    )
     num_workers: Ignored = ignored_field("the data are prepared once and kept in memory.")
     log_mae: Ignored = ignored_field("mean absolute and root mean square errors are both logged.")
     log_separate_blocks: Ignored = ignored_field("errors are logged for each target.")

@@ -57,6 +57,8 @@ def rotate_batch(batch: LabelledBatch, rotations: Tensor) -> LabelledBatch:
         rotations: ``[b, 3, 3]``, on the device of the batch.
     """
     graph, labels = batch.graph, dict(batch.labels)
+    if not graph.num_structures:
+        return batch
     for name, value in batch.labels.items():
         kind = label_kind(name, batch.kinds)
         if kind == LabelKind(per_atom=True, rank=1) and value.dim() == 2:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from ase import Atoms
 from torch import Tensor
@@ -15,7 +16,40 @@ from pet_finetune.errors import DataError
 from pet_finetune.graph import Batch, join_graphs
 from pet_finetune.keys import LabelKind, label_kind
 
-__all__ = ["LabelledBatch", "batch_from_atoms", "collate", "collate_labelled", "prepare"]
+__all__ = ["LabelledBatch", "Whole", "batch_from_atoms", "collate", "collate_labelled", "prepare"]
+
+
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """The batch that a process has some structures of; the others have the rest."""
+
+    #: Which of its structures the process has, ``[b]``, ascending.
+    positions: np.ndarray
+    #: Atoms of each of its structures.
+    atoms: np.ndarray
+    #: How many known numbers each of its structures has of each label.
+    known: Mapping[str, np.ndarray]
+    #: ``Structure.index`` and ``Structure.source`` of each of its structures.
+    frames: tuple[int, ...]
+    sources: tuple[str, ...]
+
+    def first(self, count: int) -> Whole:
+        """The same of its first structures alone."""
+        return Whole(
+            self.positions[self.positions < count],
+            self.atoms[:count],
+            {name: numbers[:count] for name, numbers in self.known.items()},
+            self.frames[:count],
+            self.sources[:count],
+        )
+
+    def rows(self, per_atom: bool) -> Tensor:
+        """Where the rows of the process's structures (or atoms) are among those of all."""
+        if not per_atom:
+            return torch.from_numpy(self.positions)
+        ends = np.cumsum(self.atoms)
+        runs = [np.arange(ends[p] - self.atoms[p], ends[p]) for p in self.positions]
+        return torch.from_numpy(np.concatenate(runs) if runs else np.zeros(0, np.int64))
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,12 +70,32 @@ class LabelledBatch:
     sources: tuple[str, ...]
     #: What the labels of targets that are no energies belong to, by name.
     kinds: Mapping[str, LabelKind] = field(default_factory=dict)
+    #: Where several processes share a batch and this is the part of one: the batch.
+    whole: Whole | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of structures, those that other processes have included."""
+        return self.graph.num_structures if self.whole is None else len(self.whole.atoms)
+
+    @property
+    def share(self) -> float:
+        """The part of the structures that this process has."""
+        return self.graph.num_structures / max(1, self.size)
+
+    def num_known(self, name: str) -> Tensor | int:
+        """How many numbers of a label are known, with those that other processes have."""
+        if self.whole is not None:
+            known = self.whole.known.get(name)
+            return 0 if known is None else int(known.sum())
+        return (~self.labels[name].isnan()).sum()
 
     @property
     def where(self) -> str:
         """The structures of the batch as a user would look them up, for error messages."""
         by_source: dict[str, list[int]] = {}
-        for source, frame in zip(self.sources, self.frames, strict=True):
+        origin = self if self.whole is None else self.whole
+        for source, frame in zip(origin.sources, origin.frames, strict=True):
             by_source.setdefault(source, []).append(frame)
         return "; ".join(
             f"frames {', '.join(map(str, indices))}" + (f" of {source}" if source else "")
@@ -49,7 +103,9 @@ class LabelledBatch:
         )
 
     def first(self, count: int) -> LabelledBatch:
-        """The first structures alone."""
+        """The first structures alone; of a part, those of the first structures of its whole."""
+        whole = None if self.whole is None else self.whole.first(count)
+        count = count if whole is None else len(whole.positions)
         graph = self.graph.first(count)
 
         def rows(name: str, value: Tensor) -> Tensor:
@@ -62,6 +118,7 @@ class LabelledBatch:
             labels={name: rows(name, value) for name, value in self.labels.items()},
             frames=self.frames[:count],
             sources=self.sources[:count],
+            whole=whole,
         )
 
     def to(

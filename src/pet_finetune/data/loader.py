@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import copy
+import heapq
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pet_finetune.errors import DataError
+from pet_finetune.keys import label_kind
 from pet_finetune.log import Watch, get_logger
 from pet_finetune.rng import Stream
 
 from .augment import random_rotations, rotate_batch
-from .batch import LabelledBatch, collate_labelled, prepare
+from .batch import LabelledBatch, Whole, collate_labelled, prepare
 from .neighbors import structure_neighbors
 from .structure import Structure
 
-__all__ = ["Loader", "count_packs", "pack"]
+__all__ = ["Loader", "count_packs", "deal", "pack"]
 
 _logger = get_logger(__name__)
-
-# Independent random streams of one (seed, epoch).
 
 
 class Loader:
@@ -85,6 +87,8 @@ class Loader:
         self.shuffle = shuffle
         self.augment = augment
         self.seed = seed
+        #: Which process of how many this loader makes batches for, and which batches it makes.
+        self._share, self._dealt = (0, 1), (0, 1)
         largest = int(self._num_atoms.max())
         if max_atoms_per_batch is not None and largest > max_atoms_per_batch:
             _logger.warning(
@@ -113,7 +117,34 @@ class Loader:
         other.min_atoms_per_batch = 0
         other.shuffle = shuffle
         other.augment = augment
+        other._share = other._dealt = (0, 1)
         return other
+
+    def shared(self, rank: int, size: int) -> Loader:
+        """The same batches, of each of which this process has a part.
+
+        The structures of a batch are dealt out so that all processes have about as many edges
+        and atoms to compute. What the parts make together does not depend on how many there are. A
+        process may have no structure of a batch with few.
+
+        Args:
+            rank: which process this is, from 0.
+            size: how many there are.
+        """
+        other = copy.copy(self)
+        other._share = (rank, size)
+        return other
+
+    def dealt(self, rank: int, size: int) -> Loader:
+        """Every ``size``-th batch alone, from number ``rank`` on: whole ones for each process."""
+        other = copy.copy(self)
+        other._dealt = (rank, size)
+        return other
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """Which process of how many has its parts of the batches here."""
+        return self._share
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -151,21 +182,54 @@ class Loader:
             start_batch: number of batches to leave out at the start, to go on mid-epoch.
         """
         rotations = self._rotations(epoch) if self.augment else None
-        for members in self._plan(epoch)[start_batch:]:
-            yield self._collate(members, rotations)
+        first, step = self._dealt
+        for members in self._plan(epoch)[start_batch + first :: step]:
+            yield self._collate(members, rotations, self._share)
 
-    def collate(self, members: np.ndarray, epoch: int) -> LabelledBatch:
+    def collate(
+        self, members: np.ndarray, epoch: int, share: tuple[int, int] = (0, 1)
+    ) -> LabelledBatch:
         """A batch of chosen structures, rotated as in an epoch.
 
         Args:
             members: positions in :attr:`structures`; one may occur more than once.
             epoch: number of the epoch, at least 0.
+            share: which process of how many has its part of it.
         """
-        return self._collate(members, self._rotations(epoch) if self.augment else None)
+        return self._collate(members, self._rotations(epoch) if self.augment else None, share)
 
-    def _collate(self, members: np.ndarray, rotations: Tensor | None) -> LabelledBatch:
-        batch = collate_labelled([self._prepared[member] for member in members.tolist()])
-        return batch if rotations is None else rotate_batch(batch, rotations[members])
+    def _collate(
+        self, members: np.ndarray, rotations: Tensor | None, share: tuple[int, int]
+    ) -> LabelledBatch:
+        rank, size = share
+        positions = np.arange(len(members))
+        if size > 1:
+            positions = deal(self._work[members], size)[rank]
+        own = members[positions]
+        if len(own):
+            batch = collate_labelled([self._prepared[member] for member in own.tolist()])
+        else:
+            batch = self._prepared[int(members[0])].first(0)
+        batch = batch if rotations is None else rotate_batch(batch, rotations[own])
+        return batch if size == 1 else replace(batch, whole=self._whole(members, positions))
+
+    def _whole(self, members: np.ndarray, positions: np.ndarray) -> Whole:
+        """What a part of a batch has to know of all of it."""
+        all_of_it = [self._prepared[member] for member in members.tolist()]
+        names = dict.fromkeys(name for one in all_of_it for name in one.labels)
+        known = {name: [_num_known(one, name, self.augment) for one in all_of_it] for name in names}
+        return Whole(
+            positions,
+            self._num_atoms[members],
+            {name: np.array(numbers) for name, numbers in known.items()},
+            tuple(frame for one in all_of_it for frame in one.frames),
+            tuple(source for one in all_of_it for source in one.sources),
+        )
+
+    @cached_property
+    def _work(self) -> np.ndarray:
+        """Edges and atoms of each structure: how long it takes, in some unit."""
+        return self._num_atoms + np.array([one.graph.num_edges for one in self._prepared])
 
     def batch_sizes(self, epoch: int = 0) -> list[int]:
         """Number of structures in each batch of an epoch."""
@@ -195,6 +259,40 @@ class Loader:
         sequence = np.random.SeedSequence([self.seed, epoch, Stream.ROTATIONS])
         generator = torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
         return random_rotations(len(self.structures), generator, self.dtype)
+
+
+def _num_known(batch: LabelledBatch, name: str, rotated: bool) -> int:
+    """Known numbers of a label: of rotated vectors and tensors, those that are known whole."""
+    label = batch.labels.get(name)
+    if label is None:
+        return 0
+    known = ~label.isnan()
+    if rotated:
+        for axis in range(1, 1 + label_kind(name, batch.kinds).rank):
+            known = known.all(axis, keepdim=True).expand_as(known)
+    return int(known.sum())
+
+
+def deal(work: np.ndarray, size: int) -> list[np.ndarray]:
+    """Deal structures out to processes so that all have about as much to do.
+
+    The largest goes first, always to whoever has least: within 4/3 of the best that there is (R. L.
+    Graham, SIAM J. Appl. Math. 17, 416 (1969)).
+
+    Args:
+        work: of each structure, above 0.
+        size: how many processes there are.
+
+    Returns:
+        Positions in ``work`` for each process, ascending; empty for some if there are too few.
+    """
+    heap = [(0, process) for process in range(size)]
+    hands: list[list[int]] = [[] for _ in range(size)]
+    for position in np.argsort(-work, kind="stable").tolist():
+        held, process = heapq.heappop(heap)
+        hands[process].append(position)
+        heapq.heappush(heap, (held + int(work[position]), process))
+    return [np.array(sorted(hand), dtype=np.int64) for hand in hands]
 
 
 def _check_sizes(batch_size: int | None, max_atoms_per_batch: int | None, seed: int) -> None:

@@ -121,6 +121,7 @@ class ReplayFeature(Feature):
     """
 
     name = "replay"
+    shared = True
 
     def __init__(self) -> None:
         self._plan: Plan | None = None

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pet_finetune import processes
 from pet_finetune.errors import DataError, RunError
 from pet_finetune.files import read_object
 from pet_finetune.locks import FileLock
@@ -48,9 +49,9 @@ class RunFolder:
         path: the folder.
     """
 
-    def __init__(self, path: Path, lock: FileLock) -> None:
+    def __init__(self, path: Path, lock: FileLock | None = None) -> None:
         self.path = path
-        self._lock = lock
+        self._lock = lock  # None where the process that started this one has it
 
     @classmethod
     def new(cls, root: Path | None = None) -> RunFolder:
@@ -92,7 +93,8 @@ class RunFolder:
 
     def close(self) -> None:
         """Give the folder back."""
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
     def __enter__(self) -> RunFolder:
         return self
@@ -105,6 +107,8 @@ class RunFolder:
 def own_folder(folder: str | Path | RunFolder | None) -> Iterator[Path]:
     """The path of a folder that belongs to this process while the context is open.
 
+    Of several processes that work together the first one claims it for all.
+
     Args:
         folder: one that was claimed already, which stays so afterwards; one to claim; or None for a
             new one in ``outputs``.
@@ -115,8 +119,11 @@ def own_folder(folder: str | Path | RunFolder | None) -> Iterator[Path]:
     if isinstance(folder, RunFolder):
         yield folder.path
         return
+    if not processes.first():
+        yield processes.from_first(Path())
+        return
     with RunFolder.new() if folder is None else RunFolder.take(Path(folder)) as claimed:
-        yield claimed.path
+        yield processes.from_first(claimed.path)
 
 
 @contextmanager

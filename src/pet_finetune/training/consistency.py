@@ -21,7 +21,7 @@ from pet_finetune.data.augment import random_rotations, rotate_batch
 from pet_finetune.data.batch import LabelledBatch
 from pet_finetune.data.prefetch import on_device
 from pet_finetune.graph import Batch, rotate_graphs
-from pet_finetune.keys import forces_key, stress_key
+from pet_finetune.keys import forces_key, label_kind, stress_key
 from pet_finetune.model import Potential, Prediction, Property
 from pet_finetune.rng import Stream
 
@@ -62,12 +62,15 @@ class ConsistencyLoss:
 
     def __call__(self, step: Step) -> Tensor:
         """The weighted loss of the rotated structures, a scalar."""
-        count = math.ceil(self.consistency.fraction * step.batch.graph.num_structures)
-        said = replace(step.batch, labels=_as_labels(step.predictions)).first(count)
-        rotated = rotate_batch(said, self._rotations(step, count).to(said.graph.cells.device))
+        count = math.ceil(self.consistency.fraction * step.batch.size)
+        said = _labelled(step.batch, _as_labels(step.predictions)).first(count)
+        rotations = self._rotations(step, count)
+        if said.whole is not None:
+            rotations = rotations[said.whole.rows(per_atom=False)]
+        rotated = rotate_batch(said, rotations.to(said.graph.cells.device))
         predictions = self.model.predict_targets(rotated.graph, self._wanted, create_graph=True)
         objectives = objectives_at(self.objectives, self._options, step.epoch)
-        share = count / step.batch.graph.num_structures
+        share = count / step.batch.size
         return self.consistency.weight * share * batch_loss(rotated, predictions, objectives)
 
     def _rotations(self, step: Step, count: int) -> Tensor:
@@ -81,6 +84,7 @@ class RotationalAgreement(Feature):
     """The feature ``rotational_consistency``: a :class:`ConsistencyLoss` beside each batch."""
 
     name = "rotations"
+    shared = True
 
     def start(self, trainer: TrainingRun, kept: Mapping[str, Any] | None) -> None:
         """Take objectives and seed from the run."""
@@ -97,6 +101,18 @@ class RotationalAgreement(Feature):
     def losses(self, step: Step) -> Mapping[str, Tensor]:
         """The loss of the rotated structures."""
         return {self.name: self._loss(step)}
+
+
+def _labelled(batch: LabelledBatch, labels: dict[str, Tensor]) -> LabelledBatch:
+    """A batch with other labels, all of whose numbers are known."""
+    whole = batch.whole
+    if whole is not None:
+        known = {}
+        for name, label in labels.items():
+            rows = whole.atoms if label_kind(name, batch.kinds).per_atom else 1
+            known[name] = np.full(len(whole.atoms), math.prod(label.shape[1:])) * rows
+        whole = replace(whole, known=known)
+    return replace(batch, labels=labels, whole=whole)
 
 
 def _as_labels(predictions: Mapping[str, Prediction | Property]) -> dict[str, Tensor]:

@@ -6,12 +6,13 @@ import json
 import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from pet_finetune import processes
 from pet_finetune.backends import choose_backend, use_backend
 from pet_finetune.committee.calibration import (
     LEVELS,
@@ -77,6 +78,8 @@ def train_ensemble(
 ) -> TrainOutcome:
     """Train every member in a folder of its own, ``member_0`` and so on, then judge them together.
 
+    Several processes train a member each at a time.
+
     A run that goes on trains the members that are not finished, from where each stands.
 
     Args:
@@ -100,40 +103,72 @@ def train_ensemble(
             f"Use the {OPTIONS} in the folder of the run."
         )
     files = RunFiles(Path(folder))
-    if restart is None:
-        _check_free(files, source)
-    else:
-        _take_over(Path(restart), files.folder)
-    seed = _seed(options, files, restart is not None)
+    if processes.first():
+        if restart is None:
+            _check_free(files, source)
+        else:
+            _take_over(Path(restart), files.folder)
+    processes.barrier()
+    seed = processes.from_first(_seed(options, files, restart is not None))
     files.write(OPTIONS, options_of_run(options, seed))
-    outcomes = []
-    for member in range(size):
+
+    def train_one(member: int) -> TrainOutcome:
         own = member_folder(files.folder, member)
         last = own / LAST
-        outcomes.append(
-            train_member(
-                options_of_member(options, member, seed),
-                own,
-                restart=last if restart is not None and last.exists() else None,
-                notices=notices if member == 0 else (),
-                check=check and member == 0,
-                rooms=rooms,
-            )
+        return train_member(
+            options_of_member(options, member, seed),
+            own,
+            restart=last if restart is not None and last.exists() else None,
+            notices=notices if member == 0 else (),
+            check=check and member == 0,
+            rooms=rooms,
         )
-        if not outcomes[-1].result.finished:
+
+    outcomes = _train_members(size, train_one)
+    stopped = [number for number in range(size) if not _finished(outcomes.get(number))]
+    if stopped:
+        if processes.first():
             rooms.report(files.folder)
-            command = ["pet-finetune", "train", f"{files.folder / OPTIONS}"]
-            _logger.warning(
-                "this was member %d of %d; go on with all of them: %s",
-                member,
-                size,
-                shlex.join([*command, "--restart", f"{files.folder}"]),
-            )
-            return TrainOutcome(files.folder, outcomes[-1].result, {}, {})
+        command = ["pet-finetune", "train", f"{files.folder / OPTIONS}"]
+        _logger.warning(
+            "member %s of %d did not finish; go on with all of them: %s",
+            ", ".join(map(str, stopped)),
+            size,
+            shlex.join([*command, "--restart", f"{files.folder}"]),
+        )
+        last_one = outcomes[max(outcomes)].result
+        return TrainOutcome(files.folder, replace(last_one, finished=False), {}, {})
     setup_logging(file=files.folder / LOG)
-    outcome = _finish(options, files, outcomes, seed)
-    rooms.report(files.folder)
+    finished: TrainOutcome | None = None
+    if processes.first():
+        with processes.alone():
+            finished = _finish(options, files, [outcomes[m] for m in range(size)], seed)
+            rooms.report(files.folder)
+    outcome = processes.from_first(finished)
+    assert outcome is not None, "the first process has it"
     return outcome
+
+
+def _finished(outcome: TrainOutcome | None) -> bool:
+    return outcome is not None and outcome.result.finished
+
+
+def _train_members(size: int, train_one: Callable[[int], TrainOutcome]) -> dict[int, TrainOutcome]:
+    """Train the members one after the other, or each by one of several processes.
+
+    Returns:
+        What was trained, by member; no other one is begun when one was interrupted.
+    """
+    outcomes: dict[int, TrainOutcome] = {}
+    rank, count = processes.rank(), processes.size()
+    if count > 1:
+        _logger.info("%d members on %d processes, each by itself", size, count)
+    with processes.alone():
+        for member in range(rank, size, count):
+            outcomes[member] = train_one(member)
+            if not outcomes[member].result.finished:
+                break
+    return {m: one for found in processes.gathered(outcomes) for m, one in found.items()}
 
 
 def member_folder(folder: Path, member: int) -> Path:

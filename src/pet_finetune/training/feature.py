@@ -99,11 +99,16 @@ class Feature:
         name: under which its state and what it keeps are saved; unique in a run.
         heading: what its errors are called in the final table; its name where empty.
         heads: heads of the foundation that have to stay in the model, known after :meth:`check`.
+        shared: whether what :meth:`losses` gives of a part of a batch is that part's share already,
+            as :func:`~.loss.batch_loss` gives it. Else it is taken for a mean over the structures
+            of the part, or for the same on every process, and counts by how many of the batch's
+            structures the process has.
     """
 
     name: str = ""
     heading: str = ""
     heads: tuple[str, ...] = ()
+    shared: bool = False
 
     def check(self, plan: Plan) -> None:
         """Read and check what the feature needs, before anything of the model is changed.

@@ -121,10 +121,24 @@ def add_label_noise(
     labels = dict(batch.labels)
     for target in sorted(targets):
         for name, width in ((target, noise.energy), (forces_key(target), noise.forces)):
-            label = labels.get(name)
-            if label is None or not width:
+            label, whole = labels.get(name), batch.whole
+            known = label is not None if whole is None else name in whole.known
+            if not known or not width:
                 continue
-            drawn = torch.randn(label.shape, generator=generator, dtype=torch.float64).to(label)
-            atoms = batch.graph.atoms_per_structure if name == target else 1.0
-            labels[name] = label + width * atoms * drawn
+            drawn = _normal(batch, name != target, generator)
+            if label is not None:
+                atoms = batch.graph.atoms_per_structure if name == target else 1.0
+                labels[name] = label + width * atoms * drawn.to(label)
     return replace(batch, labels=labels)
+
+
+def _normal(batch: LabelledBatch, of_forces: bool, generator: torch.Generator) -> Tensor:
+    """Normal numbers for energies, [b], or forces, [n, 3]: for a part those of its whole."""
+    whole, graph = batch.whole, batch.graph
+    if whole is None:
+        count = graph.num_atoms if of_forces else graph.num_structures
+    else:
+        count = int(whole.atoms.sum()) if of_forces else batch.size
+    shape = (count, 3) if of_forces else (count,)
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return drawn if whole is None else drawn[whole.rows(of_forces)]

@@ -80,10 +80,17 @@ def _values(errors: Tensor, term: LossTerm) -> Tensor:
     )
 
 
-def _mean_of_known(errors: Tensor, known: Tensor, term: LossTerm) -> Tensor:
-    """Mean of the loss over the labels that exist; zero where none does."""
+def _mean_of_known(
+    batch: LabelledBatch, name: str, errors: Tensor, known: Tensor, term: LossTerm
+) -> Tensor:
+    """Mean of the loss over the labels that exist; zero where none does.
+
+    The mean is over the whole batch where other processes have a part of it: the sum of what all
+    of them compute is the loss of the batch, however it is dealt out.
+    """
     errors = torch.where(known, errors, torch.zeros_like(errors))
-    return _values(errors, term).sum() / known.sum().clamp_min(1)
+    count = torch.as_tensor(batch.num_known(name)).clamp_min(1)
+    return _values(errors, term).sum() / count
 
 
 def batch_loss(
@@ -94,7 +101,8 @@ def batch_loss(
     """The weighted sum of all terms, a scalar.
 
     Args:
-        batch: with labels, NaN where a structure lacks one.
+        batch: with labels, NaN where a structure lacks one; the part of a batch gives its part of
+            the loss.
         predictions: one for each objective, with the derivatives it asks for.
         objectives: by target.
     """
@@ -114,7 +122,9 @@ def _property_loss(batch: LabelledBatch, prediction: Property, objective: Object
         return prediction.values.new_zeros(())
     atoms, volumes = batch.graph.atoms_per_structure, batch.graph.volumes
     errors = counted(prediction.spec, prediction.values - label, atoms, volumes)
-    return loss.weight * _mean_of_known(errors / objective.scale, ~label.isnan(), loss)
+    return loss.weight * _mean_of_known(
+        batch, objective.target, errors / objective.scale, ~label.isnan(), loss
+    )
 
 
 def _target_loss(batch: LabelledBatch, prediction: Prediction, objective: Objective) -> Tensor:
@@ -126,18 +136,20 @@ def _target_loss(batch: LabelledBatch, prediction: Prediction, objective: Object
         errors = (prediction.energy - label) / objective.scale
         if objective.per_atom:
             errors = errors / atoms
-        total = total + loss.weight * _mean_of_known(errors, ~label.isnan(), loss)
-    label = batch.labels.get(forces_key(name))
+        total = total + loss.weight * _mean_of_known(batch, name, errors, ~label.isnan(), loss)
+    key = forces_key(name)
+    label = batch.labels.get(key)
     if label is not None and objective.forces:
         assert prediction.forces is not None
         term = loss.forces_term()
         errors = (prediction.forces - label) / objective.scale
-        total = total + term.weight * _mean_of_known(errors, ~label.isnan(), term)
-    label = batch.labels.get(stress_key(name))
+        total = total + term.weight * _mean_of_known(batch, key, errors, ~label.isnan(), term)
+    key = stress_key(name)
+    label = batch.labels.get(key)
     if label is not None and objective.stress:
         assert prediction.stress is not None
         term = loss.stress_term()
         volume_per_atom = (batch.graph.volumes / atoms).view(-1, 1, 1)
         errors = (prediction.stress - label) * volume_per_atom / objective.scale
-        total = total + term.weight * _mean_of_known(errors, ~label.isnan(), term)
+        total = total + term.weight * _mean_of_known(batch, key, errors, ~label.isnan(), term)
     return total

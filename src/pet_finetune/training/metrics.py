@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from pet_finetune import processes
 from pet_finetune.committee.committee import Committee
 from pet_finetune.data.batch import LabelledBatch
+from pet_finetune.data.loader import Loader
 from pet_finetune.data.prefetch import on_device
 from pet_finetune.keys import TargetSpec, forces_key, stress_key
 from pet_finetune.log import Watch
@@ -47,6 +49,19 @@ class Metrics:
     def state(self) -> dict[str, list[float]]:
         """The sums, as plain numbers."""
         return {kind: sums.tolist() for kind, sums in self._sums.items()}
+
+    def pooled(self) -> Metrics:
+        """The errors that all processes have counted, the same on each of them."""
+        if processes.size() == 1:
+            return self
+        found = processes.gathered((self.state(), self.spec))
+        sums: dict[str, list[float]] = {}
+        for own, _ in found:
+            for kind, new in own.items():
+                old = sums.get(kind, [0.0] * len(new))
+                sums[kind] = [a + b for a, b in zip(old, new, strict=True)]
+        told = [spec for own, spec in found if own]  # by a prediction, where there was one
+        return Metrics(self.target, sums, told[0] if told else self.spec)
 
     def _add(self, kind: str, errors: Tensor, known: Tensor) -> None:
         errors = torch.where(known, errors.to(torch.float64), 0.0)
@@ -127,7 +142,8 @@ def evaluate(
 
     Args:
         model: is put into evaluation mode, and back.
-        batches: any device and dtype; moved to the model's.
+        batches: any device and dtype; moved to the model's. Several processes deal those of a
+            loader out, unless they are kept, and must all call this.
         wanted: for each target, whether forces and stress are compared.
         keep: is given each batch and what the model says of it.
 
@@ -135,6 +151,9 @@ def evaluate(
         Metrics by target.
     """
     metrics = {name: Metrics(name) for name in wanted}
+    deals = False
+    if isinstance(batches, Loader) and keep is None:
+        batches, deals = batches.dealt(processes.rank(), processes.size()), True
     training = model.training
     model.eval()
     with Watch("predictions", "structures") as watch:
@@ -150,7 +169,7 @@ def evaluate(
                 watch.step(batch.graph.num_structures)
         finally:
             model.train(training)
-    return metrics
+    return {name: own.pooled() for name, own in metrics.items()} if deals else metrics
 
 
 # Units that are shown a thousand times smaller.

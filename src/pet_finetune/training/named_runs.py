@@ -6,20 +6,22 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.table import Table
 
+from pet_finetune import processes
 from pet_finetune.config import Options
 from pet_finetune.config.named_runs import NamedRun
 from pet_finetune.config.yaml_file import read_yaml
+from pet_finetune.device import choose_device
 from pet_finetune.errors import ConfigError, DataError, PetFinetuneError, did_you_mean
 from pet_finetune.files import read_object, read_table, size_text
 from pet_finetune.log import get_logger, setup_logging
 from pet_finetune.runs.changes import changed_options
-from pet_finetune.runs.folder import RunFolder
+from pet_finetune.runs.folder import RunFolder, own_folder
 
 from .evaluate import (
     EvaluationResult,
@@ -70,7 +72,10 @@ def train_named(
     check: bool = True,
     rooms: Rooms = NO_ROOMS,
 ) -> int:
-    """Train runs one after the other, each in its folder.
+    """Train runs one after the other, each in its folder; or several at once.
+
+    Of several processes (torchrun, srun) each trains a run by itself, and then the next one that is
+    left. With ``alone`` they train the one run together.
 
     A finished run is not run again; an interrupted one goes on where it stopped.
 
@@ -88,34 +93,56 @@ def train_named(
     Raises:
         PetFinetuneError: a file that the runs name is missing, or as :func:`~.run.train`.
     """
-    setup_logging()
     check_files(runs)
+    options = runs[0].loaded.options
+    launch = processes.find_launch(options.training.distributed, options.training.distributed_port)
+    device = choose_device(options.device, None if launch is None else launch.local_rank)
+    with processes.joined(launch, device):
+        setup_logging()
+        with nullcontext() if alone else processes.alone():
+            status, failed = _train_all(runs, source, alone, check, rooms)
+        found = processes.gathered((status, failed))
+        status = max(one for one, _ in found)
+        failed = {name: text for _, some in found for name, text in some.items()}
+        if not alone and processes.first():
+            root = runs[0].folder.parent.parent
+            compare(runs, root / Path(source).stem, failed)
+    return status
+
+
+def _dealt(runs: Sequence[NamedRun]) -> Iterator[NamedRun]:
+    """The runs in their order; each to whichever of several processes is free first."""
+    if processes.everyone() == processes.size():
+        yield from runs
+        return
+    while (number := processes.next_number("runs")) < len(runs):
+        yield runs[number]
+
+
+def _train_all(
+    runs: Sequence[NamedRun], source: str | Path, alone: bool, check: bool, rooms: Rooms
+) -> tuple[int, dict[str, str]]:
+    """Train the runs of this process: the exit status, and why those failed that did."""
     failed: dict[str, str] = {}
-    status = 0
-    for run in runs:
+    for run in _dealt(runs):
         _logger.info("run '%s': %s", run.name, run.folder)
         try:
             if not _train_one(run, source, check, rooms):
-                status = 130
-                break
+                return 130, failed
         except PetFinetuneError as error:
             if alone:
                 raise
             _logger.error("run '%s': %s", run.name, error)
             failed[run.name] = str(error).split("\n", 1)[0]
-            status = 1
         finally:
             setup_logging()  # the next run has a log file of its own
-    if not alone:
-        root = runs[0].folder.parent.parent
-        compare(runs, root / Path(source).stem, failed)
-    return status
+    return int(bool(failed)), failed
 
 
 def _train_one(run: NamedRun, source: str | Path, check: bool, rooms: Rooms) -> bool:
     """Train one run, or what is left of it; False when it was interrupted."""
-    with RunFolder.take(run.folder) as claimed:  # what is there does not change while we look
-        return _is_finished(run) or _train_rest(run, claimed, source, check, rooms)
+    with own_folder(run.folder) as path:  # what is there does not change while we look
+        return _is_finished(run) or _train_rest(run, RunFolder(path), source, check, rooms)
 
 
 def _is_finished(run: NamedRun) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from pet_finetune import processes
 from pet_finetune.adapters import trainable_report
 from pet_finetune.backends import choose_backend, use_backend
 from pet_finetune.committee.committee import Committee
@@ -19,6 +20,7 @@ from pet_finetune.data.loader import Loader
 from pet_finetune.data.splits import Splits, load_splits, make_splits
 from pet_finetune.data.structure import Structure
 from pet_finetune.device import dtype_of_bits
+from pet_finetune.errors import TrainingError
 from pet_finetune.keys import forces_key, stress_key
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
@@ -77,12 +79,14 @@ class Rooms:
         inspect: new instances of what looks at the data of a new run, where that is wanted.
         read: the three sets by a seed; says all that is wrong with the files at once.
         report: writes the report of the run in a folder.
+        own: whether any of these are the caller's own, which other processes cannot be given.
     """
 
     features: Callable[[], Sequence[Feature]] = tuple
     inspect: Callable[[], Sequence[Feature]] = tuple
     read: Callable[[Options, int], Splits] = make_splits
     report: Callable[[Path], None] = lambda folder: None
+    own: bool = False
 
 
 #: Training by itself.
@@ -129,6 +133,7 @@ def prepare_run(
     check_targets(options)
     dtype = dtype_of_bits(options.base_precision)
     seed = seed_everything(saved.state.seed if saved else options.seed)
+    seed = seed_everything(processes.from_first(seed))
     _logger.info("seed %d, %s, %d bits", seed, device, options.base_precision)
     splits = _splits(options, files, saved, seed, rooms.read if check else make_splits)
     _check_metric(options, splits)
@@ -142,7 +147,8 @@ def prepare_run(
     if not saved:
         foundation = foundation_of(start, options) if start.fingerprint is not None else None
         plan = Plan(options, start, foundation, splits, trained_on.train, own_seed)
-        for feature in [*(rooms.inspect() if check else ()), *features]:
+        looks = rooms.inspect() if check and processes.first() else ()
+        for feature in [*looks, *features]:
             feature.check(plan)
     _check_structures(options, splits, model)
     forget_files()
@@ -157,7 +163,8 @@ def prepare_run(
         heads = [head for feature in features for head in feature.heads]
         baselines = _begin(options, start, data, heads)
         model.to(device=device, dtype=dtype)
-        splits.save(files.folder / SPLITS)
+        if processes.first():
+            splits.save(files.folder / SPLITS)
         files.write(OPTIONS, options_of_run(options, seed))
     files.base_name = start.name
     files.provenance = saved.provenance if saved else provenance_of(options, start, data.sets, seed)
@@ -236,10 +243,12 @@ def _trainer(
     rate = options.training.learning_rate
     if rate is None:
         rate = saved.state.learning_rate if saved else options.learning_rate()
+    training = data.train.shared(processes.rank(), processes.size())
+    _check_sizes(training, processes.size())
     trainer = Trainer(
         model,
         _objectives(options, model, data),
-        data.train,
+        training,
         data.validation,
         options.training,
         rate,
@@ -250,6 +259,28 @@ def _trainer(
         trainer.load_state(saved.trainer)
         _logger.info("going on after epoch %d", trainer.progress.epoch)
     return trainer
+
+
+def _check_sizes(training: Loader, size: int) -> None:
+    """Make sure that there is something to do for every process.
+
+    Raises:
+        TrainingError: a batch has fewer structures than there are processes.
+    """
+    mean = len(training.structures) / max(1, training.num_batches(0))
+    if training.max_atoms_per_batch is None and (training.batch_size or 1) < size:
+        raise TrainingError(
+            f"batch_size {training.batch_size} on {size} processes: each needs a structure of "
+            "every batch. The batch is that of all processes together: choose a larger one, or "
+            "fewer processes."
+        )
+    if mean < 2 * size > 2:
+        _logger.warning(
+            "a batch has %.1f structures, for %d processes: some wait for others; larger batches "
+            "(max_atoms_per_batch, batch_size) or fewer processes are better",
+            mean,
+            size,
+        )
 
 
 def _new_state(

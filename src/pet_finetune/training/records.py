@@ -18,13 +18,15 @@ class StepResult(NamedTuple):
     Attributes:
         loss: sum over its batches, with the terms of features.
         extra: the same of each term of a feature, by name.
-        batches, structures: how many.
+        batches, structures: how many, on all processes together.
+        stop: whether any process was asked to stop.
     """
 
     loss: float
     extra: dict[str, float]
     batches: int
     structures: int
+    stop: bool
 
 
 class StepProgress(NamedTuple):

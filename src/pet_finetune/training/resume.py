@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pet_finetune import processes
 from pet_finetune.adapters.new_rows import ROWS, train_new_rows
 from pet_finetune.checkpoint import load_checkpoint
 from pet_finetune.config import EarlyStopping, Options
@@ -30,6 +31,22 @@ def plain_errors(errors: Errors) -> dict[str, dict[str, dict[str, float]]]:
     return {
         name: {target: metrics.as_dict() for target, metrics in targets.items()}
         for name, targets in errors.items()
+    }
+
+
+def plain_states(errors: Errors) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """Errors as the sums that they are made of, to go on with."""
+    return {
+        name: {target: metrics.state() for target, metrics in targets.items()}
+        for name, targets in errors.items()
+    }
+
+
+def errors_of(plain: Mapping[str, Any], specs: Mapping[str, TargetSpec]) -> Errors:
+    """The opposite of :func:`plain_states`; ``specs`` are the model's targets."""
+    return {
+        name: {target: Metrics(target, state, specs.get(target)) for target, state in own.items()}
+        for name, own in plain.items()
     }
 
 
@@ -61,26 +78,14 @@ class RunState:
 
     def plain(self) -> dict[str, Any]:
         """As plain values, for the checkpoint."""
-        before = {
-            name: {target: metrics.state() for target, metrics in targets.items()}
-            for name, targets in self.before.items()
-        }
-        return {**vars(self), "before": before}
+        return {**vars(self), "before": plain_states(self.before)}
 
     @classmethod
     def from_plain(
         cls, values: Mapping[str, Any], specs: Mapping[str, TargetSpec] | None = None
     ) -> RunState:
         """The opposite of :meth:`plain`; ``specs`` are the model's targets."""
-        specs = specs or {}
-        before = {
-            name: {
-                target: Metrics(target, state, specs.get(target))
-                for target, state in targets.items()
-            }
-            for name, targets in values["before"].items()
-        }
-        return cls(**{**values, "before": before})
+        return cls(**{**values, "before": errors_of(values["before"], specs or {})})
 
 
 @dataclass(frozen=True)
@@ -155,9 +160,10 @@ def take_files(run: SavedRun, files: RunFiles) -> None:
             f"'{old / BEST}', the best model of this run so far, is gone: put it back beside "
             f"{run.path.name}, or start a new run with -c {run.path}."
         )
-    if old.resolve() != files.folder.resolve():
+    if old.resolve() != files.folder.resolve() and processes.first():
         with undisturbed(old):
             files.take_over(old)
+    processes.barrier()
 
 
 def _check_member(options: Options, before: Mapping[str, Any], path: str | Path) -> None:
@@ -231,8 +237,10 @@ class Progress:
         """Throughput of the epoch under way."""
         return self.structures / max(self.seconds, 1e-9)
 
-    def metrics(self, targets: list[str]) -> dict[str, Metrics]:
-        """Errors of the epoch under way to go on with."""
+    def metrics(self, targets: list[str], fresh: bool = False) -> dict[str, Metrics]:
+        """Errors of the epoch under way to go on with; none of them if ``fresh``."""
+        if fresh:
+            return {name: Metrics(name) for name in targets}
         return {name: Metrics(name, self.epoch_metrics.get(name)) for name in targets}
 
     def next_epoch(self) -> None:

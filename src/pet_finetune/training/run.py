@@ -5,22 +5,25 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
 
+from pet_finetune import processes
 from pet_finetune.checkpoint import load_checkpoint
 from pet_finetune.config import Options
 from pet_finetune.device import choose_device
-from pet_finetune.errors import PetFinetuneError
+from pet_finetune.errors import ConfigError, PetFinetuneError
 from pet_finetune.files import size_text
 from pet_finetune.log import FILE_ONLY, get_logger, setup_logging
 from pet_finetune.runs.folder import STARTED, RunFolder, own_folder, starts_of
 
 from .ensemble import train_ensemble
 from .feature import Feature, TrainingRun
+from .launch import start_processes
 from .memory import peak_gpu_mib, peak_resident_mib
 from .metrics import Errors
 from .prepare import AFTER, BEFORE, NO_ROOMS, Rooms, Run, evaluate_sets, prepare_run, primary_set
@@ -52,7 +55,7 @@ def train(
     Args:
         options: checked options.
         folder: where the files of the run go; ``outputs/DATE/TIME`` without it. It belongs to
-            this process until the run ends.
+            this process, or those that train together, until the run ends.
         restart: a ``last.ckpt`` to go on from, exactly.
         notices: what reading the options had to say, for the log.
         source: the options file, which the run must not overwrite.
@@ -62,8 +65,23 @@ def train(
     Raises:
         PetFinetuneError: any bad input, with one clear message.
     """
-    device = choose_device(options.device)
-    with own_folder(folder) as path:
+    launch = processes.find_launch(options.training.distributed, options.training.distributed_port)
+    if launch is None and options.num_processes > 1:
+        if rooms.own:
+            raise ConfigError(
+                f"device: {options.device}: features of your own cannot be given to other "
+                "processes. Start the script with torchrun instead."
+            )
+        return start_processes(options, folder, restart, notices, source, check)
+    device = choose_device(options.device, None if launch is None else launch.local_rank)
+    with processes.joined(launch, device), ExitStack() as stack:
+        if launch is not None and options.num_processes not in (1, launch.size):
+            raise ConfigError(
+                f"device: {options.device} starts as many processes, but {launch.by} has started "
+                f"{launch.size} already. Use device: auto with a launcher."
+            )
+        processes.check_distinct(processes.gathered(processes.identity(device)))
+        path = stack.enter_context(own_folder(folder))
         if options.finetune.ensemble is not None and options.finetune.member is None:
             return train_ensemble(
                 train,
@@ -104,13 +122,15 @@ def _train_in(
         _tell_memory(run)
         if result.finished:
             outcome = _finish(run, result)
-            rooms.report(files.folder)
+            if processes.first():
+                rooms.report(files.folder)
             return outcome
     except PetFinetuneError as error:
         # Whoever called shows it; the log is where one looks for it a week later.
         _logger.error("%s", error, extra=FILE_ONLY)
         raise
-    rooms.report(files.folder)
+    if processes.first():
+        rooms.report(files.folder)
     _logger.warning(
         "interrupted; the state is saved. Go on with: %s",
         shlex.join(
@@ -164,6 +184,7 @@ def _finish(run: Run, result: TrainingResult) -> TrainOutcome:
     table: Table | None = None
     if run.options.final_eval:
         model = run.trainer.model
+        processes.barrier()  # the first one has written it
         best = load_checkpoint(files.best).model.to(device=model.device, dtype=model.dtype)
         after = evaluate_sets(files, AFTER, best, run.data, run.trainer.wanted, features)
         table = _results_table(run, after)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from pet_finetune import processes
 from pet_finetune.adapters import active_adapter, save_adapter
 from pet_finetune.adapters.trainable import TrainableReport
 from pet_finetune.checkpoint import save_checkpoint
@@ -63,7 +64,7 @@ _TAKEN_ALONG = (BEST, ADAPTER, TABLE, OPTIONS, SPLITS, KEPT, ABOUT, PREDICTIONS)
 
 
 class RunFiles:
-    """Writes the files of one run.
+    """Writes the files of one run; of several processes that train together, the first one does.
 
     Args:
         folder: the run's folder; made where it does not exist.
@@ -81,6 +82,9 @@ class RunFiles:
         self.folder = folder
         self.base_name = ""
         self.provenance: dict[str, Any] = {}
+        self._writes = processes.first()
+        if not self._writes:
+            return
         with self._explained():
             folder.mkdir(parents=True, exist_ok=True)
             probe = folder / ".writable"
@@ -119,6 +123,8 @@ class RunFiles:
         Raises:
             TrainingError: it would.
         """
+        if not self._writes:
+            return
         if self.last.exists():
             raise TrainingError(
                 f"The output folder '{self.folder}' holds a run already. Choose another with "
@@ -138,6 +144,8 @@ class RunFiles:
 
     def start_over(self) -> None:
         """Remove what a run left that was killed before it could be gone on with."""
+        if not self._writes:
+            return
         with self._explained():
             for path in (self.folder / name for name in _TAKEN_ALONG):
                 if path.is_dir():
@@ -147,6 +155,8 @@ class RunFiles:
 
     def take_over(self, other: Path) -> None:
         """Copy what a run in the folder ``other`` has written so far, to go on with it here."""
+        if not self._writes:
+            return
         self.check_free()
         with self._explained():
             for path in (other / name for name in _TAKEN_ALONG):
@@ -157,6 +167,8 @@ class RunFiles:
 
     def keep_best(self, model: Potential, record: EpochRecord) -> None:
         """Write the best model and, where there is one, its adapter."""
+        if not self._writes:
+            return
         provenance = {**self.provenance, "epoch": record.epoch, "metric": record.metric}
         if active_adapter(model) is not None:
             save_adapter(model, self.adapter, self.base_name)
@@ -164,10 +176,14 @@ class RunFiles:
 
     def keep_last(self, model: Potential, training: dict[str, Any]) -> None:
         """Write the state of the run."""
+        if not self._writes:
+            return
         save_checkpoint(self.last, model, provenance=self.provenance, training=training)
 
     def write(self, name: str, content: str | bytes) -> None:
         """Write a file in one step: it is whole or as it was."""
+        if not self._writes:
+            return
         with self._explained():
             write_whole(self.folder / name, content)
 
@@ -183,6 +199,8 @@ class RunFiles:
 
     def keep_predictions(self, recorder: Recorder, name: str, model: Potential | Committee) -> None:
         """Write what a model, ``before`` or ``after``, says of a set beside what others say."""
+        if not self._writes:
+            return
         path, known = self.folder / PREDICTIONS, None
         if path.exists():
             try:
@@ -193,6 +211,8 @@ class RunFiles:
 
     def add_row(self, record: EpochRecord) -> None:
         """Add an epoch to ``train.csv``; the heading is written with the first."""
+        if not self._writes:
+            return
         row: dict[str, Any] = {
             "epoch": record.epoch,
             "learning_rate": f"{record.learning_rate:.3e}",
@@ -226,6 +246,8 @@ class RunFiles:
 
     def write_kept(self, content: dict[str, Any]) -> None:
         """Write what the run keeps of its foundation; tensors and plain values."""
+        if not self._writes:
+            return
         with self._explained(), replacing(self.folder / KEPT) as partial:
             torch.save(content, partial)
 
@@ -255,7 +277,7 @@ class RunFiles:
             epoch: the last one that is done.
         """
         path = self.folder / TABLE
-        if not path.exists():
+        if not self._writes or not path.exists():
             return
         try:
             heading, rows = read_table(path)

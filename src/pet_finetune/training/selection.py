@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
+from pet_finetune import processes
 from pet_finetune.config import TrainingOptions
-from pet_finetune.data.batch import LabelledBatch
+from pet_finetune.data.loader import Loader
 from pet_finetune.data.prefetch import on_device
 from pet_finetune.errors import TrainingError
 from pet_finetune.keys import forces_key
@@ -79,7 +80,7 @@ def best_metric(metrics: Mapping[str, Metrics], kind: str, loss: Callable[[], fl
 
 def mean_loss(
     model: Potential,
-    batches: Iterable[LabelledBatch],
+    batches: Loader,
     objectives: Mapping[str, Objective],
     options: TrainingOptions,
 ) -> float:
@@ -98,8 +99,10 @@ def mean_loss(
     wanted = derivatives(objectives)
     objectives = objectives_at(objectives, options, options.num_epochs)
     total, count = 0.0, 0
-    for batch in on_device(batches, model.device, model.dtype):
+    own = batches.dealt(processes.rank(), processes.size())
+    for batch in on_device(own, model.device, model.dtype):
         predictions = model.predict_targets(batch.graph, wanted)
         total += float(batch_loss(batch, predictions, objectives)) * batch.graph.num_structures
         count += batch.graph.num_structures
-    return total / count
+    totals, counts = zip(*processes.gathered((total, count)), strict=True)
+    return sum(totals) / sum(counts)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
+from pet_finetune import processes
 from pet_finetune.committee.calibration import Curves
 from pet_finetune.training.baselines import BaselineTable
 from pet_finetune.training.metrics import Metrics
@@ -110,7 +111,8 @@ def calibration_table(curves: Mapping[str, Curves]) -> Table:
 
 
 def show(table: Table) -> str:
-    """Print a table to standard output and return it as plain text."""
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110)
-    console.print(table)
+    """Print a table to standard output, once of several processes; return it as plain text."""
+    if processes.leader():
+        console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110)
+        console.print(table)
     return _text(table)

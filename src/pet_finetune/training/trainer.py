@@ -14,9 +14,11 @@ from functools import cached_property
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pet_finetune import processes
 from pet_finetune.backends import Arena
 from pet_finetune.config import TrainingOptions
 from pet_finetune.data.batch import LabelledBatch
@@ -25,6 +27,7 @@ from pet_finetune.data.prefetch import on_device
 from pet_finetune.errors import TrainingError
 from pet_finetune.log import Watch, get_logger
 from pet_finetune.model import Potential
+from pet_finetune.rng import Stream
 from pet_finetune.stages import each, stage
 
 from .feature import Feature, Step
@@ -39,6 +42,7 @@ from .records import EpochRecord, StepProgress, StepResult, TrainingResult
 from .resume import Progress
 from .schedule import rate_at
 from .selection import best_metric, best_window, mean_loss
+from .together import add_gradients, same_tensors, total
 
 _logger = get_logger(__name__)
 # The name of the whole loss among its terms.
@@ -82,6 +86,7 @@ class Trainer:
         self.optimizer = make_optimizer(model.network, self.parameters, options, learning_rate)
         model.network.recompute = options.gradient_checkpointing
         self.progress = Progress()
+        self._guard = InterruptGuard()
         if not any(self.num_steps(epoch) for epoch in range(options.num_epochs)):
             raise TrainingError(
                 f"min_atoms_per_batch ({options.min_atoms_per_batch}) leaves out every batch: "
@@ -91,6 +96,8 @@ class Trainer:
         self.features: tuple[Feature, ...] = ()
         for feature in features:
             self.add(feature, (kept or {}).get(feature.name))
+        if not processes.first():
+            self._new_rng()
 
     def add(self, feature: Feature, kept: Mapping[str, Any] | None = None) -> None:
         """Let a feature take part, and start it."""
@@ -105,14 +112,16 @@ class Trainer:
             TrainingError: the loss or its gradient is not a number.
         """
         early = self.options.early_stopping
+        self._guard = InterruptGuard()
         stopped_early = self.progress.patience_ran_out(early)  # when such a run is resumed
         self._log_precision()
+        same_tensors(self.model)
         with ExitStack() as stack:
-            guard = stack.enter_context(InterruptGuard())
+            stack.enter_context(self._guard)
             stack.enter_context(Arena().reused())
             stack.callback(self._close)
             while self.progress.epoch < self.options.num_epochs and not stopped_early:
-                record = self._run_epoch(guard)
+                record = self._run_epoch()
                 if record is None:
                     self._save()
                     return self._result(finished=False, stopped_early=False)
@@ -141,25 +150,29 @@ class Trainer:
         p = self.progress
         return TrainingResult(finished, p.epoch, p.best_epoch, p.best_metric, stopped_early)
 
-    def _run_epoch(self, guard: InterruptGuard) -> EpochRecord | None:
+    def _run_epoch(self) -> EpochRecord | None:
         """One epoch, from the batch where the progress stands; None when interrupted."""
         progress = self.progress
         started = time.perf_counter() - progress.seconds
         self.model.train()
-        metrics = progress.metrics(list(self.objectives))
+        # What is saved is of all processes: one of them goes on with it.
+        metrics = progress.metrics(list(self.objectives), fresh=not processes.first())
         num_batches = self.training.num_batches(progress.epoch)
         batches = self.batches(progress.epoch, progress.batch)
         while progress.batch < num_batches:
             size = min(self.options.gradient_accumulation_steps, num_batches - progress.batch)
-            self._count(self.step(islice(batches, size), size, metrics))
+            result = self.step(islice(batches, size), size, metrics)
+            self._count(result)
             progress.seconds = time.perf_counter() - started
             mean_loss, rate = progress.loss_sum / progress.batch, progress.structures_per_second
             ended = StepProgress(progress.batch, num_batches, mean_loss, metrics, rate)
             for feature in self.features:
                 feature.step_ended(ended)
-            if guard.requested:
-                progress.epoch_metrics = {n: m.state() for n, m in metrics.items()}
+            # Alone, what came during this step counts now: nobody else has to know of it.
+            if result.stop or (processes.size() == 1 and self._guard.requested):
+                progress.epoch_metrics = {n: m.pooled().state() for n, m in metrics.items()}
                 return None
+        metrics = {name: own.pooled() for name, own in metrics.items()}
         return self._end_epoch(metrics, num_batches, started)
 
     def _count(self, result: StepResult) -> None:
@@ -213,20 +226,21 @@ class Trainer:
         for index, batch in enumerate(group, progress.batch):
             losses.append(self._add_gradient(batch, index, size, parameters, metrics))
             where.append(batch.where)
-            structures += batch.graph.num_structures
+            structures += batch.size
         names = list(dict.fromkeys(name for found in losses for name in found))
         zero = torch.zeros((), device=self.model.device)
         table = [torch.stack([found.get(name, zero) for name in names]) for found in losses]
         with stage("update"):
+            stop = add_gradients(parameters, self._guard.requested)
             values = check_and_clip(
-                parameters, options.grad_clip_norm, torch.stack(table), where,
+                parameters, options.grad_clip_norm, total(torch.stack(table)), where,
                 progress.epoch, progress.batch,
             )  # fmt: skip
             self.optimizer.step()
             for feature in self.features:
                 feature.after_update(progress.epoch)
         extra = dict(zip(names, values, strict=True))
-        return StepResult(extra.pop(_LOSS), extra, len(losses), structures)
+        return StepResult(extra.pop(_LOSS), extra, len(losses), structures, stop)
 
     def _add_gradient(
         self,
@@ -263,6 +277,8 @@ class Trainer:
             with stage(feature.name):
                 with self._precision():
                     terms = feature.losses(step)
+                if not feature.shared:
+                    terms = {name: batch.share * term for name, term in terms.items()}
                 value = sum(terms.values())
                 if isinstance(value, Tensor) and value.requires_grad:
                     (value / size).backward(inputs=parameters)
@@ -293,6 +309,7 @@ class Trainer:
                 stack.enter_context(feature.weights())
             validation = evaluate(self.model, self.validation.view(), self.wanted)
             own = best_metric(validation, self.options.best_model_metric, self._validation_loss)
+            own = processes.from_first(own)
             window = best_window(self.options)
             metric = progress.averaged(own, window)
             progress.next_epoch()
@@ -330,13 +347,16 @@ class Trainer:
         The optimiser's tensors are the run's own: write them before the next step.
         """
         device = self.model.device
+        generators = processes.gathered(torch.get_rng_state())
+        on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         return {
             "progress": dict(vars(self.progress)),
             "trained": {n: p.detach().cpu().clone() for n, p in self.parameters.items()},
             "optimizer": self.optimizer.state_dict(),
             "features": {f.name: state for f in self.features if (state := f.state())},
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+            "rng": generators[0],
+            "cuda_rng": on_gpu,
+            "other_rngs": generators[1:],
             "total_steps": self.total_steps,
         }
 
@@ -362,9 +382,25 @@ class Trainer:
             if feature.name in states:
                 feature.load_state(states[feature.name])
         self.progress = Progress(**state["progress"])
-        torch.set_rng_state(state["rng"].cpu())
+        self._load_rng(state)
+
+    def _load_rng(self, state: Mapping[str, Any]) -> None:
+        """Random numbers (of dropout) go on; a process that was not there before has new ones."""
+        generators = [state["rng"], *state.get("other_rngs", ())]
+        if processes.rank() >= len(generators):
+            self._new_rng()
+            return
+        torch.set_rng_state(generators[processes.rank()].cpu())
+        if not processes.first():
+            return
         if self.model.device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.model.device)
+
+    def _new_rng(self) -> None:
+        """Give this process random numbers that no other one has."""
+        seed = (self.training.seed, self.progress.step, processes.rank())
+        sequence = np.random.SeedSequence([*seed, Stream.PROCESS])
+        torch.manual_seed(int(sequence.generate_state(1)[0]))
 
 
 def _feature_states(state: Mapping[str, Any]) -> Mapping[str, Any]:

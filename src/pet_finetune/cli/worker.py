@@ -1,0 +1,27 @@
+"""``python -m pet_finetune.cli.worker JOB``: one of the processes that ``device: 4`` starts."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from pet_finetune import processes
+from pet_finetune.errors import PetFinetuneError
+
+
+def main() -> int:
+    """Train as the job says. Whoever started the processes shows an error."""
+    processes.quiet()
+    from pet_finetune.api import train
+    from pet_finetune.training.launch import train_as_told
+
+    try:
+        train_as_told(Path(sys.argv[1]), train)
+    except (PetFinetuneError, OSError, KeyboardInterrupt) as error:
+        processes.leave_error(str(error) or "interrupted")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
