@@ -112,8 +112,10 @@ def test_a_metatrain_file_runs_unchanged(write) -> None:
     assert loss.stress_term().type == "mae"
     assert (options.finetune.method, options.finetune.read_from) == ("full", "pet-mad.ckpt")
     told = "\n".join(loaded.notices)
-    for name in ("distributed", "distributed_port", "num_workers", "log_mae", "wandb"):
+    assert (options.training.distributed, options.training.distributed_port) == (False, 39591)
+    for name in ("num_workers", "log_mae", "wandb"):
         assert name in told
+    assert "distributed" not in told
     assert "training_set.targets.energy.per_atom is an older spelling; today: sample_kind" in told
     assert "length_unit not given, taken as angstrom: training_set." in told
 

@@ -119,8 +119,16 @@ MODEL = "architecture.model"
             "big",
             "expected a section with keys (cutoff, num_neighbors_adaptive, ",
         ),
-        ("device", "gppu", "expected auto, cpu, cuda, cuda:0 (or another number), mps or gpu, "),
-        ("device", "cuda:x", "expected auto, cpu, cuda, cuda:0 (or another number), mps or gpu, "),
+        (
+            "device",
+            "gppu",
+            "expected auto, cpu, cuda, cuda:0 (or another number), mps, gpu or a number of processes, ",
+        ),
+        (
+            "device",
+            "cuda:x",
+            "expected auto, cpu, cuda, cuda:0 (or another number), mps, gpu or a number of processes, ",
+        ),
         ("base_precision", 16, "expected 32 or 64, got 16. Forces are derivatives"),
         ("base_precision", 48, "expected 32 or 64, got 48."),
         ("seed", -1, "expected a non-negative integer or null, got -1."),
