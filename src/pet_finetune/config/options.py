@@ -102,7 +102,7 @@ class Options(Section):
     device: Annotated[
         str,
         Expects(
-            "auto, cpu, cuda, cuda:0 (or another number), mps, gpu or a number of processes",
+            "auto, cpu, cuda, cuda:0, mps, gpu or a number of processes",
             _device,
         ),
     ] = Field(

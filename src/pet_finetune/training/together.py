@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import Parameter
 
 from pet_finetune import processes
@@ -74,13 +74,13 @@ def _by_dtype(parameters: Iterable[Parameter]) -> Iterable[list[Parameter]]:
 
 
 @torch.no_grad()
-def same_tensors(module: nn.Module) -> None:
-    """Give all processes the parameters and buffers of the first one."""
+def same_tensors(tensors: Iterable[Tensor]) -> None:
+    """Give all processes the values that the first one has."""
     if processes.size() == 1:
         return
     from torch import distributed
 
-    for tensor in (*module.parameters(), *module.buffers()):
+    for tensor in tensors:
         contiguous = tensor.detach().contiguous()
         distributed.broadcast(contiguous, src=0)
         tensor.copy_(contiguous)

@@ -115,7 +115,7 @@ class Trainer:
         self._guard = InterruptGuard()
         stopped_early = self.progress.patience_ran_out(early)  # when such a run is resumed
         self._log_precision()
-        same_tensors(self.model)
+        same_tensors([*self.model.parameters(), *self.model.buffers()])
         with ExitStack() as stack:
             stack.enter_context(self._guard)
             stack.enter_context(Arena().reused())
@@ -304,6 +304,8 @@ class Trainer:
         rate = progress.structures_per_second
         loss = progress.loss_sum / max(1, num_batches)
         extra = {n: value / max(1, num_batches) for n, value in progress.extra_sums.items()}
+        # Processors of different makes round differently: this does not add up.
+        same_tensors(self.parameters.values())
         with ExitStack() as stack:
             for feature in self.features:
                 stack.enter_context(feature.weights())

@@ -122,12 +122,12 @@ MODEL = "architecture.model"
         (
             "device",
             "gppu",
-            "expected auto, cpu, cuda, cuda:0 (or another number), mps, gpu or a number of processes, ",
+            "expected auto, cpu, cuda, cuda:0, mps, gpu or a number of processes, ",
         ),
         (
             "device",
             "cuda:x",
-            "expected auto, cpu, cuda, cuda:0 (or another number), mps, gpu or a number of processes, ",
+            "expected auto, cpu, cuda, cuda:0, mps, gpu or a number of processes, ",
         ),
         ("base_precision", 16, "expected 32 or 64, got 16. Forces are derivatives"),
         ("base_precision", 48, "expected 32 or 64, got 48."),
