@@ -60,7 +60,7 @@ from pet_finetune.pretraining import PretrainResult, PretrainSettings, pretrain_
 from pet_finetune.report.write import report_or_warn, write_report
 from pet_finetune.result import FinetuneResult, result_of
 from pet_finetune.runs.folder import RunFolder
-from pet_finetune.training import named_runs, profile_run, run
+from pet_finetune.training import launch, named_runs, profile_run, run
 from pet_finetune.training.evaluate import (
     EvaluationResult,
     EvaluationSettings,
@@ -117,6 +117,7 @@ __all__ = [
     "run_md",
     "show",
     "train",
+    "train_as_told",
     "train_named",
     "write_report",
     "write_suggestion",
@@ -147,6 +148,11 @@ ROOMS = Rooms(
 def train(options: Options, folder: str | Path | None = None, **settings: Any) -> TrainOutcome:
     """Train as the options say; see :func:`pet_finetune.training.run.train`."""
     return run.train(options, folder, rooms=ROOMS, **settings)
+
+
+def train_as_told(job: Path) -> TrainOutcome:
+    """What each process does that ``device: 4`` started; see :mod:`pet_finetune.training.launch`."""
+    return launch.train_as_told(job, train)
 
 
 def train_named(runs: Sequence[NamedRun], source: str | Path, **settings: Any) -> int:

@@ -15,7 +15,6 @@ from pet_finetune.cli import main
 from tiny_data import options, write_options
 from together import together
 
-
 #: Which rounding errors change little: soap looks for directions where a gradient has none.
 ADAMW = {"optimizer": "adamw"}
 
@@ -73,7 +72,7 @@ def test_members_of_an_ensemble_are_trained_each_by_a_process(here, train):
 
 def test_named_runs_are_trained_each_by_a_process(here, command):
     defaults = {"base_model": "base.ckpt", "dataset_path": "train.xyz", "num_epochs": 2,
-                "batch_size": 3, "lora_r": 2, "seed": 5, "optimizer": "adamw", "device": "cpu"}  # fmt: skip
+                "batch_size": 3, "lora_r": 2, "seed": 5, **ADAMW, "device": "cpu"}  # fmt: skip
     runs = {"a": {}, "b": {"seed": 6}, "c": {"seed": 7}}
     Path("runs.json").write_text(json.dumps({"defaults": defaults, **runs}))
     every = ("train", "--config", "runs.json", "--all", "--no-check")
@@ -88,7 +87,7 @@ def test_named_runs_are_trained_each_by_a_process(here, command):
 
 def test_one_named_run_is_trained_together(here, command):
     entry = {"base_model": "base.ckpt", "dataset_path": "train.xyz", "num_epochs": 1,
-             "batch_size": 3, "seed": 5, "optimizer": "adamw", "device": "cpu"}  # fmt: skip
+             "batch_size": 3, "seed": 5, **ADAMW, "device": "cpu"}  # fmt: skip
     Path("runs.json").write_text(json.dumps({"defaults": {}, "a": entry}))
     alone = ("train", "--config", "runs.json", "--run-name", "a", "--no-check")
     assert command(*alone, "-o", "one").code == 0

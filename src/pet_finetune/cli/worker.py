@@ -12,11 +12,10 @@ from pet_finetune.errors import PetFinetuneError
 def main() -> int:
     """Train as the job says. Whoever started the processes shows an error."""
     processes.quiet()
-    from pet_finetune.api import train
-    from pet_finetune.training.launch import train_as_told
+    from pet_finetune.api import train_as_told
 
     try:
-        train_as_told(Path(sys.argv[1]), train)
+        train_as_told(Path(sys.argv[1]))
     except (PetFinetuneError, OSError, KeyboardInterrupt) as error:
         processes.leave_error(str(error) or "interrupted")
         return 1
