@@ -151,7 +151,7 @@ def train(options: Options, folder: str | Path | None = None, **settings: Any) -
 
 
 def train_as_told(job: Path) -> TrainOutcome:
-    """What each process does that ``device: 4`` started; see :mod:`pet_finetune.training.launch`."""
+    """What each process does that ``device: 4`` started; :mod:`pet_finetune.training.launch`."""
     return launch.train_as_told(job, train)
 
 
