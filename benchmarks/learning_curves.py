@@ -26,7 +26,7 @@ from typing import Any
 import ase.io
 import numpy as np
 import yaml
-from benchmarks.accuracy import dataset, errors
+from benchmarks.accuracy import ADAMW, dataset, errors
 from benchmarks.methods.jobs import FOUNDATION_SHAPE
 
 from pet_finetune.report.figures import log_ticks
@@ -35,7 +35,7 @@ BATCH = 5
 VALIDATION = 20
 SEED = 1
 SCRATCH = "scratch"
-LEARNING_RATES = {SCRATCH: 5e-4, "full": 2e-4}  # the defaults of the package
+LEARNING_RATES = {SCRATCH: 5e-4, "full": 2e-4}  # the defaults with AdamW
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ def options(name: str, size: int, start: str, work: Path, updates: int) -> dict[
         "batch_size": BATCH,
         "num_epochs": max(1, round(updates / -(-size // BATCH))),
         "learning_rate": LEARNING_RATES[kind],
+        **ADAMW,
     }
     model: dict[str, Any] = FOUNDATION_SHAPE
     if kind != SCRATCH:

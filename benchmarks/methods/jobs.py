@@ -59,6 +59,7 @@ class Job:
             "num_epochs": self.epochs or plan.num_epochs,
             "learning_rate": self.learning_rate,
             "scheduler": "cosine",
+            "optimizer": "adamw",
             "ema": None,
             **method.training,
         }

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pet_finetune.config.finetune import METHOD_SHORTHANDS
-from pet_finetune.config.options import DEFAULT_LEARNING_RATES
+from pet_finetune.config.options import ADAMW_LEARNING_RATES, DEFAULT_LEARNING_RATES
 
 SCRATCH = "scratch"
 
@@ -36,9 +36,10 @@ class Method:
 
     @property
     def learning_rate(self) -> float:
-        """The default of the package for it."""
+        """The default of the package for it with AdamW."""
         shorthand = METHOD_SHORTHANDS.get(self.name)
-        return DEFAULT_LEARNING_RATES[self.name if shorthand is None else shorthand[0]]
+        rates = DEFAULT_LEARNING_RATES | ADAMW_LEARNING_RATES
+        return rates[self.name if shorthand is None else shorthand[0]]
 
 
 def _lora(**config: Any) -> Method:

@@ -10,9 +10,9 @@ import numpy as np
 import yaml
 from ase import Atoms
 from ase.build import molecule
-from benchmarks.accuracy import Run, dataset
+from benchmarks.accuracy import ADAMW, Run, dataset
 from benchmarks.accuracy import options as accuracy_options
-from benchmarks.speed.settings import EVALUATION_FILE, Settings, TrainingSet
+from benchmarks.speed.settings import EVALUATION_FILE, OURS, Settings, TrainingSet
 from scipy.spatial.transform import Rotation
 
 SPECIES = [1, 6, 7, 8]
@@ -85,6 +85,8 @@ def training_options(
         "num_epochs": epochs,
         "learning_rate": LEARNING_RATE if fine_tunes else NO_LEARNING,
     }
+    if tool == OURS:
+        training |= ADAMW
     if checkpoint is not None:
         run = accuracy_options(Run(tool, method, "50"), settings.work, checkpoint)
         training["finetune"] = run["architecture"]["training"]["finetune"]
