@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pet_finetune.errors import PetFinetuneError
 from pet_finetune.version import __version__
 
-from . import adapter, evaluate, export, info, inspect, md, pretrain, report, train
+from . import adapter, evaluate, export, info, inspect, md, options, pretrain, report, train
 
-_COMMANDS = (inspect, pretrain, train, evaluate, info, md, adapter, report, export)
+_COMMANDS = (inspect, pretrain, train, evaluate, info, md, adapter, report, export, options)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -22,10 +22,44 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+    parser.add_argument(
+        "--print-completion",
+        action=_Completion,
+        choices=("bash", "zsh"),
+        help="print what makes the shell complete commands and options",
+    )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in _COMMANDS:
         command.add_parser(commands)
     return parser
+
+
+class _Completion(argparse.Action):
+    """Prints a completion script and ends."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        """Print the script of the shell in ``values``."""
+        import shtab
+
+        _complete_files(parser, shtab.FILE)
+        print(shtab.complete(parser, str(values)))
+        parser.exit()
+
+
+def _complete_files(parser: argparse.ArgumentParser, files: object) -> None:
+    """Let every argument that is no choice and no switch be completed with files."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                _complete_files(below, files)
+        elif action.choices is None and action.nargs != 0:
+            action.complete = files  # type: ignore[attr-defined]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

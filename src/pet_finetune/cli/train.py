@@ -157,9 +157,11 @@ def _named(arguments: argparse.Namespace) -> int:
     """Train runs that a file names, or show what they are."""
     runs = named.read_runs(arguments, str(arguments.output or named.ROOT))
     if arguments.show_options:
+        from pet_finetune.config.reference import schema_line
         from pet_finetune.config.yaml_file import to_yaml
 
         for entry in runs:
+            print(schema_line(), end="")
             print(f"# {entry.name}: pet-finetune train options.yaml -o {entry.folder}")
             print(to_yaml(entry.raw))
         return 0

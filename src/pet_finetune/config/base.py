@@ -7,11 +7,11 @@ the message, the options reference and the check can never say different things.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, Any, get_args
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 __all__ = [
@@ -38,10 +38,25 @@ __all__ = [
 ]
 
 
+#: What stands in the place of a value that OmegaConf fills in.
+_FILLED_IN = {"type": "string", "pattern": "\\$\\{"}
+
+
 class Section(BaseModel):
     """A group of options. Unknown keys are errors and values cannot be changed after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=False)
+    #: JSON's names of what may stand in the place of the whole section, for its short forms.
+    short_forms: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """The schema for editors: nothing under the name, and the short forms, count too."""
+        reference = handler(core_schema)
+        handler.resolve_ref_schema(reference)["type"] = ["object", "null", *cls.short_forms]
+        return reference
 
 
 def without_nulls(section: type[BaseModel], value: Any) -> Any:
@@ -60,16 +75,24 @@ class Expects:
         phrase: completes "expected ..." in messages and is the type in the reference.
         convert: returns the accepted value or raises :class:`ValueError`; the text of the error, if
             any, is added to the message.
+        json: JSON schema for editors, as far as it can say the same; empty allows anything.
     """
 
     phrase: str
     convert: Callable[[Any], Any]
+    json: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
     ) -> CoreSchema:
         """Build the plain validator pydantic runs for the annotated field."""
         return core_schema.no_info_plain_validator_function(self._validate)
+
+    def __get_pydantic_json_schema__(
+        self, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """The schema for editors; what OmegaConf fills in (``${...}``) is text until then."""
+        return {"anyOf": [dict(self.json), _FILLED_IN]} if self.json else {}
 
     def _validate(self, value: Any) -> Any:
         try:
@@ -96,7 +119,16 @@ class OneOf:
                     return choice
             raise PydanticCustomError("one_of", "one of", {"choices": list(choices)})
 
-        return core_schema.no_info_plain_validator_function(validate)
+        return core_schema.no_info_plain_validator_function(
+            validate, metadata={"choices": list(choices)}
+        )
+
+    def __get_pydantic_json_schema__(
+        self, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """The schema for editors."""
+        choices = core_schema["metadata"]["choices"]
+        return {"anyOf": [{"enum": choices}, _FILLED_IN]}
 
 
 def integer(minimum: int | None = None) -> Callable[[Any], int]:
@@ -165,24 +197,52 @@ def _text_list(value: Any) -> tuple[str, ...]:
     return tuple(_text(item) for item in value)
 
 
-PositiveInt = Annotated[int, Expects("a positive integer", integer(1))]
-NonNegativeInt = Annotated[int, Expects("a non-negative integer", integer(0))]
-Number = Annotated[float, Expects("a number", real_number())]
-PositiveFloat = Annotated[float, Expects("a positive number", real_number(above=0.0))]
-NonNegativeFloat = Annotated[float, Expects("a non-negative number", real_number(0.0))]
+_INTEGER, _NUMBER = {"type": "integer"}, {"type": "number"}
+_OPEN = {**_NUMBER, "exclusiveMinimum": 0}
+
+PositiveInt = Annotated[int, Expects("a positive integer", integer(1), {**_INTEGER, "minimum": 1})]
+NonNegativeInt = Annotated[
+    int, Expects("a non-negative integer", integer(0), {**_INTEGER, "minimum": 0})
+]
+Number = Annotated[float, Expects("a number", real_number(), _NUMBER)]
+PositiveFloat = Annotated[float, Expects("a positive number", real_number(above=0.0), _OPEN)]
+NonNegativeFloat = Annotated[
+    float, Expects("a non-negative number", real_number(0.0), {**_NUMBER, "minimum": 0})
+]
 Fraction = Annotated[
-    float, Expects("a number from 0 up to, but not including, 1", real_number(0.0, below=1.0))
+    float,
+    Expects(
+        "a number from 0 up to, but not including, 1",
+        real_number(0.0, below=1.0),
+        {**_NUMBER, "minimum": 0, "exclusiveMaximum": 1},
+    ),
 ]
 OpenFraction = Annotated[
-    float, Expects("a number between 0 and 1, both excluded", real_number(above=0.0, below=1.0))
+    float,
+    Expects(
+        "a number between 0 and 1, both excluded",
+        real_number(above=0.0, below=1.0),
+        {**_OPEN, "exclusiveMaximum": 1},
+    ),
 ]
 Share = Annotated[
-    float, Expects("a number above 0, at most 1", real_number(above=0.0, below=1.0 + 1e-12))
+    float,
+    Expects(
+        "a number above 0, at most 1",
+        real_number(above=0.0, below=1.0 + 1e-12),
+        {**_OPEN, "maximum": 1},
+    ),
 ]
-Flag = Annotated[bool, Expects("true or false", _flag)]
-Text = Annotated[str, Expects("text", _text)]
-OptionalText = Annotated[str, Expects("text", _optional_text)]
-TextList = Annotated[tuple[str, ...], Expects("a name or a list of names", _text_list)]
+Flag = Annotated[
+    bool,
+    Expects("true or false", _flag, {"enum": [True, False, "on", "off", "yes", "no"]}),
+]
+Text = Annotated[str, Expects("text", _text, {"type": "string"})]
+OptionalText = Annotated[str, Expects("text", _optional_text, {"type": ["string", "null"]})]
+TextList = Annotated[
+    tuple[str, ...],
+    Expects("a name or a list of names", _text_list, {"type": ["string", "array"]}),
+]
 Ignored = Annotated[Any, Expects("any value", lambda value: value)]
 
 _IGNORED: dict[str, Any] = {"ignored": True}

@@ -85,6 +85,8 @@ Types = Annotated[
 class SystemsOptions(Section):
     """Where the structures come from."""
 
+    short_forms = ("string",)
+
     read_from: Text = Field(description="Path of a file that ASE reads; may hold many frames.")
     reader: Reader = Field(
         default=None, description="The library that reads the file; only ASE is used."
@@ -123,6 +125,8 @@ ExtraName = Annotated[Literal["charge", "spin_multiplicity"], OneOf()]
 class ExtraDataOptions(Section):
     """Where the total charge or the spin multiplicity of the structures comes from."""
 
+    short_forms = ("string",)
+
     read_from: OptionalText = Field(
         default="", description="Path of the file; empty means that of the structures."
     )
@@ -145,6 +149,8 @@ class DatasetOptions(Section):
 
     In a file also just a path, which means structures with a target ``energy``.
     """
+
+    short_forms = ("string",)
 
     systems: SystemsOptions = Field(description="The structures: a path, or the keys below.")
     targets: dict[str, TargetOptions] = Field(

@@ -28,6 +28,8 @@ DEFAULT_STRENGTHS = {"l2sp": 30.0, "ewc": 100.0}
 class RetentionOptions(Section):
     """The forgetting report. In a file also ``off``, or the path of a labelled file."""
 
+    short_forms = ("string", "boolean")
+
     mode: Annotated[Literal["on", "off"], OneOf()] = Field(
         default="on", description="`off`: no report on what was forgotten."
     )
@@ -97,6 +99,8 @@ class ReplayOptions(Section):
 
 class AnchorOptions(Section):
     """A spring between the weights and the foundation's. In a file also just the type."""
+
+    short_forms = ("string",)
 
     type: Annotated[Literal["l2sp", "ewc"], OneOf()] = Field(
         description="`l2sp`: every weight is held alike; `ewc`: each by how much the foundation's "

@@ -83,6 +83,8 @@ LossSchedule = Annotated[tuple[LossStage, ...], BeforeValidator(_as_list)]
 class RotationalConsistency(Section):
     """A loss of what predictions change by when the structure is rotated."""
 
+    short_forms = ("number",)
+
     weight: PositiveFloat = Field(
         default=1.0,
         description="What a rotated structure counts beside a labelled one, with the types and "
@@ -140,6 +142,8 @@ class Unfreeze(Section):
     This is the gradual unfreezing of ULMFiT (arXiv:1801.06146). In a file also just the
     number of epochs ``every``.
     """
+
+    short_forms = ("integer",)
 
     every: PositiveInt | None = Field(
         default=None,

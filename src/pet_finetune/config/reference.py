@@ -1,21 +1,36 @@
-"""The options reference: the schema written out as a Markdown page."""
+"""The options reference: the schema as a Markdown page, and as a JSON schema for editors."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from pet_finetune.errors import ConfigError, did_you_mean
+
 from .base import Expects, Section
+from .finetune import METHOD_SHORTHANDS
 from .options import Options
 from .schema import is_nullable, section_in
 from .yaml_file import is_ignored, to_plain
 
-__all__ = ["OptionEntry", "option_entries", "options_reference"]
+__all__ = [
+    "SCHEMA_FILE",
+    "OptionEntry",
+    "entries_below",
+    "option_entries",
+    "options_reference",
+    "options_schema",
+    "schema_line",
+]
+
+#: The JSON schema as it is shipped.
+SCHEMA_FILE = Path(__file__).parents[1] / "options.schema.json"
 
 _INTRODUCTION = """\
 # Options
@@ -81,6 +96,85 @@ def options_reference() -> str:
         parts.setdefault(_part_of(entry.name), []).append(f"| {row} |")
     tables = [_table(heading, rows) for heading, rows in parts.items()]
     return "\n".join([_INTRODUCTION, *tables]) + _IGNORED_HEADING + "\n".join(ignored) + "\n"
+
+
+def entries_below(branch: str) -> list[OptionEntry]:
+    """An option and all that is below it, by its dotted name from the top of the file.
+
+    Raises:
+        ConfigError: there is no such option.
+    """
+    entries = option_entries()
+
+    def plain(name: str) -> str:
+        return name.replace("[]", "").replace(".<name>", "")
+
+    wanted = plain(branch.strip("."))
+    found = [
+        entry
+        for entry in entries
+        if plain(entry.name) == wanted or plain(entry.name).startswith(f"{wanted}.")
+    ]
+    if not found:
+        names = [plain(entry.name) for entry in entries]
+        ends = [name for name in names if name.endswith(f".{wanted}")]
+        near = f" Did you mean '{ends[0]}'?" if ends else did_you_mean(wanted, names)
+        raise ConfigError(
+            f"There is no option '{branch}'.{near} `pet-finetune options` lists all of them."
+        )
+    return found
+
+
+def options_schema() -> dict[str, Any]:
+    """The JSON schema of an options file, for editors.
+
+    It allows what the program allows, short forms included, and leaves some checks to the program;
+    older spellings are marked as unknown.
+    """
+    schema = _relaxed(Options.model_json_schema())
+    properties = schema["properties"]
+    dataset: dict[str, Any] = {"$ref": "#/$defs/DatasetOptions"}
+    several: dict[str, Any] = {"anyOf": [dataset, {"type": "array", "items": dataset}]}
+    indexed = {"$ref": "#/$defs/IndexedSet"}
+    for name in _DATA:
+        kinds = [several] if name == "training_set" else [{"type": "number"}, indexed, several]
+        described = {"description": properties[name].get("description", "")}
+        properties[name] = {"anyOf": kinds, **described}
+    method = schema["$defs"]["FinetuneOptions"]["properties"]["method"]
+    method["anyOf"][0]["enum"] += list(METHOD_SHORTHANDS)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Options of pet-finetune",
+        **schema,
+    }
+
+
+def _relaxed(schema: Any) -> Any:
+    """A schema without what only fills the screen, where a list of one may be left away."""
+    if isinstance(schema, list):
+        return [_relaxed(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    relaxed: dict[str, Any] = {}
+    for key, value in schema.items():
+        # The second: of a section, all of its defaults once more.
+        if key in ("title", "ignored") or (key == "default" and isinstance(value, dict)):
+            continue
+        if key in ("properties", "$defs"):
+            relaxed[key] = {name: _relaxed(part) for name, part in value.items()}
+        else:
+            relaxed["anyOf" if key == "oneOf" else key] = _relaxed(value)
+    if relaxed.get("type") == "array" and isinstance(relaxed.get("items"), dict):
+        one = relaxed["items"]
+        kept = {key: relaxed.pop(key) for key in ("description", "default") if key in relaxed}
+        return {"anyOf": [one, relaxed], **kept}
+    relaxed.pop("discriminator", None)
+    return relaxed
+
+
+def schema_line() -> str:
+    """The comment by which editors find the schema of an options file."""
+    return f"# yaml-language-server: $schema={SCHEMA_FILE}\n"
 
 
 def _table(heading: str, rows: list[str]) -> str:

@@ -47,6 +47,8 @@ class GradientOptions(Section):
     units of the energy and length of the same data set.
     """
 
+    short_forms = ("string", "boolean")
+
     mode: Annotated[Literal["on", "off", "auto"], OneOf()] = Field(
         default="on",
         description="`on`: must be in the file (frames without are masked), `off`: not used, "
@@ -117,6 +119,8 @@ def _sample_kind(value: Any) -> str:
 
 class TargetOptions(Section):
     """One property to learn from a data set."""
+
+    short_forms = ("string",)
 
     quantity: OptionalText = Field(
         default="energy",

@@ -115,6 +115,8 @@ class BaselineOptions(Section):
 class EarlyStopping(Section):
     """When to stop before the last epoch. In a file also just the patience."""
 
+    short_forms = ("integer",)
+
     patience: PositiveInt = Field(
         default=20, description="Stop after this many epochs without improvement."
     )
@@ -308,6 +310,8 @@ def _reduction(value: Any) -> str:
 
 class LossTerm(Section):
     """The loss of one quantity. In a file also just its type."""
+
+    short_forms = ("string",)
 
     type: Annotated[LossType, OneOf()] = Field(
         default="mse",

@@ -13,6 +13,7 @@ import torch
 from pet_finetune.backends import choose_backend, ready, use_backend
 from pet_finetune.config import DatasetOptions, Options
 from pet_finetune.config.load import LoadedOptions, parse_options
+from pet_finetune.config.reference import schema_line
 from pet_finetune.config.shorthands import expand_gradient
 from pet_finetune.config.yaml_file import to_yaml
 from pet_finetune.data.species import find_species, of_species
@@ -377,7 +378,8 @@ def write_suggestion(inspection: Inspection, path: str | Path) -> None:
             parse_options(suggestion.options)
     except PetFinetuneError as error:
         raise ConfigError(f"--write-options: {error}") from error
-    lines = ["# Suggested by pet-finetune inspect; run it with: pet-finetune train " + file.name]
+    lines = [schema_line().strip()]
+    lines += ["# Suggested by pet-finetune inspect; run it with: pet-finetune train " + file.name]
     lines += [f"# * {reason}" for reason in suggestion.reasons]
     errors = [finding.code for finding in inspection.errors]
     if asked:

@@ -15,6 +15,7 @@ from pet_finetune.adapters import trainable_report
 from pet_finetune.backends import choose_backend, use_backend
 from pet_finetune.committee.committee import Committee
 from pet_finetune.config import Options, TrainingOptions
+from pet_finetune.config.reference import schema_line
 from pet_finetune.data.files import forget_files
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.splits import Splits, load_splits, make_splits
@@ -305,7 +306,7 @@ def options_of_run(options: Options, seed: int) -> str:
     if options.finetune.read_from is not None:
         # The checkpoint says what the model is like; what stands here would only confuse.
         del plain["architecture"]["model"]
-    return OmegaConf.to_yaml(OmegaConf.create(plain))
+    return schema_line() + OmegaConf.to_yaml(OmegaConf.create(plain))
 
 
 def load_data(
