@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from pet_finetune.config.named_runs import NamedRun
 from pet_finetune.data.files import read_frames
 from pet_finetune.dynamics.md import ModelChoice, restart_md, run_md
 from pet_finetune.dynamics.settings import MDSettings
-from pet_finetune.errors import ConfigError, did_you_mean
+from pet_finetune.errors import ConfigError
 from pet_finetune.export.export import ExportOutcome, export_model, export_table
 from pet_finetune.inspection import Inspection, as_dict, render
 from pet_finetune.inspection.inspect import (
@@ -56,7 +56,7 @@ from pet_finetune.keywords import (
 )
 from pet_finetune.log import get_logger, setup_logging
 from pet_finetune.model import Potential
-from pet_finetune.pretraining import PretrainResult, PretrainSettings, pretrain_model
+from pet_finetune.pretraining import PretrainResult, pretrain_model, pretrained, settings_of
 from pet_finetune.report.write import report_or_warn, write_report
 from pet_finetune.result import FinetuneResult, result_of
 from pet_finetune.runs.folder import RunFolder
@@ -142,6 +142,7 @@ ROOMS = Rooms(
     inspect=lambda: [Preflight()],
     read=read_checked,
     report=report_or_warn,
+    start=pretrained,
 )
 
 
@@ -332,6 +333,7 @@ def pretrain(
     output: str | os.PathLike[str] | None = None,
     work: str | os.PathLike[str] | None = None,
     systems: Mapping[str, Any] | None = None,
+    device: str = "auto",
     **settings: Any,
 ) -> PretrainResult:
     """Let a foundation learn a system at a cheap level, as ``pet-finetune pretrain`` does.
@@ -343,20 +345,14 @@ def pretrain(
         work: the folder of the stages, with which the same call goes on where it was stopped;
             ``<output>.work`` without it, and none without ``output``.
         systems: how a file is read: ``format``, ``types``.
-        settings: as for :class:`~pet_finetune.pretraining.PretrainSettings`: ``teacher``, ``n``,
-            ``temperatures``, ``epochs``...
+        device: ``auto``, ``cpu`` or ``cuda``.
+        settings: the options of ``finetune.pretrain``: ``teacher``, ``n``, ``temperatures``,
+            ``epochs``...
 
     Raises:
         PetFinetuneError: bad input, or no frame that the teacher can label.
     """
-    known = [one.name for one in fields(PretrainSettings)]
-    for name in settings:
-        if name not in known:
-            raise ConfigError(
-                f"pretrain: there is no '{name}'.{did_you_mean(name, known)} There are "
-                f"{', '.join(known)}."
-            )
-    checked = PretrainSettings(**settings)
+    checked = settings_of(settings)
     if is_structures(structures):
         frames = [structures] if isinstance(structures, Atoms) else list(structures)
     else:
@@ -369,7 +365,7 @@ def pretrain(
             write_model(model, Path(start))
         place = above / "pretrained.ckpt" if output is None else Path(output)
         own = None if work is None else Path(work)
-        result = pretrain_model(start, frames, place, checked, own)
+        result = pretrain_model(start, frames, place, checked, own, device)
     return replace(result, checkpoint=None) if output is None else result
 
 

@@ -34,7 +34,7 @@ def test_what_is_wrong_is_said_before_anything_is_computed(command, here: Path) 
     answer = command(*given, "--teacher", EMT, "-o", "base.ckpt")
     assert "'base.ckpt' exists and is not overwritten" in answer.err
     answer = command(*given, "--teacher", EMT, "-n", "2", "-o", "out.ckpt")
-    assert "n is a whole number from 20, got 2" in answer.err
+    assert "n: expected an integer of at least 20, got 2" in answer.err
     answer = command("pretrain", "trian.xyz", "-c", "base.ckpt", "-o", "out.ckpt")
     assert "Did you mean 'train.xyz'?" in answer.err
     assert not Path("out.work").exists()
@@ -42,7 +42,7 @@ def test_what_is_wrong_is_said_before_anything_is_computed(command, here: Path) 
 
 def test_from_python(here: Path) -> None:
     frames = read("train.xyz", ":")
-    with pytest.raises(ConfigError, match="there is no 'techer'. Did you mean 'teacher'"):
+    with pytest.raises(ConfigError, match="techer: unknown option. Did you mean 'teacher'"):
         pf.pretrain("base.ckpt", frames, techer=EMT)
     result = pf.pretrain(
         "base.ckpt", frames, teacher=EMT, n=30, epochs=1, max_force=1e3, max_energy=1e3
@@ -50,3 +50,27 @@ def test_from_python(here: Path) -> None:
     assert result.checkpoint is None
     assert sorted(result.after["energy"])[0].startswith("energy")
     assert list(result.model.targets) == ["energy"]
+
+
+def test_with_one_train_and_kept_for_the_next(
+    command, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(here / "cache"))
+    section = "architecture.training.finetune"
+    wide = f"{{teacher: {EMT}, n: 30, epochs: 1, max_force: 1000, max_energy: 1000}}"
+    given = ("train", "options.yaml", "-c", "base.ckpt", "-r", f"{section}.pretrain={wide}")
+    first = command(*given, "-o", "one")
+    assert first.code == 0, first.err
+    (made,) = (here / "cache/pet-finetune/pretrained").glob("base-*.ckpt")
+    assert f"{made} learned from" in first.err
+    assert f"read_from: {made}" in Path("one/options.yaml").read_text()
+    second = command(*given, "-o", "two")
+    assert f"pre-trained on this system before: {made}" in second.err
+    assert "learned from" not in second.err
+
+
+def test_nothing_to_pretrain(command, here: Path) -> None:
+    section = "architecture.training.finetune"
+    answer = command("train", "options.yaml", "-r", f"{section}.pretrain={{n: 30}}")
+    assert answer.code == 1
+    assert "trains a checkpoint further before the run, but none is given" in answer.err

@@ -19,7 +19,7 @@ _SETTINGS: dict[str, tuple[type, str, str]] = {
     "n": (int, "N", "frames that the teacher labels (default: 2000)"),
     "epochs": (int, "N", "passes over them (default: 10)"),
     "batch_size": (int, "N", "structures in a batch of the training (default: 10)"),
-    "learning_rate": (float, "X", "of the training (default: that of soap)"),
+    "learning_rate": (float, "X", "of the training (default: 2e-4)"),
     "max_force": (float, "X", "drop frames with larger forces, in eV/A (default: 20)"),
     "max_energy": (
         float,

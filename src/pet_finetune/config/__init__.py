@@ -22,7 +22,15 @@ from .keeping import AnchorOptions, ReplayOptions, RetentionOptions
 from .load import LoadedOptions, load_options, parse_options
 from .model import LongRangeOptions, ModelOptions
 from .options import ArchitectureOptions, Options
-from .recipes import LabelNoise, LossStage, RotationalConsistency, Unfreeze, WeightMean, first_epoch
+from .recipes import (
+    LabelNoise,
+    LossStage,
+    PretrainOptions,
+    RotationalConsistency,
+    Unfreeze,
+    WeightMean,
+    first_epoch,
+)
 from .training import (
     BaselineOptions,
     BestModelMetric,
@@ -56,6 +64,7 @@ __all__ = [
     "LossType",
     "ModelOptions",
     "Options",
+    "PretrainOptions",
     "ReplayOptions",
     "RetentionOptions",
     "RotationalConsistency",

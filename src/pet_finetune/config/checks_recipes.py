@@ -122,6 +122,13 @@ def _check_unfreeze(options: Options) -> Iterator[Problem]:
 def check_keeping(options: Options) -> Iterator[Problem]:
     """Yield everything about keeping the foundation's knowledge that cannot be meant."""
     finetune = options.finetune
+    if finetune.pretrain is not None and finetune.read_from is None:
+        yield Problem(
+            (*_FINETUNE, "pretrain"),
+            "trains a checkpoint further before the run, but none is given. Give it with -c or "
+            "finetune.read_from, or remove the section.",
+            also=((*_FINETUNE, "read_from"),),
+        )
     replay, anchor, retention = finetune.replay, finetune.anchor, finetune.retention
     if retention.read_from is not None:
         yield from _check_data((*_FINETUNE, "retention", "read_from"), retention.read_from)

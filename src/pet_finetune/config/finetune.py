@@ -26,7 +26,7 @@ from .base import (
     real_number,
 )
 from .keeping import AnchorOptions, ReplayOptions, RetentionOptions
-from .recipes import Unfreeze
+from .recipes import PretrainOptions, Unfreeze
 
 __all__ = [
     "DEFAULT_TARGET_MODULES",
@@ -254,6 +254,12 @@ class FinetuneOptions(Section):
     )
     replay: ReplayOptions | None = Field(
         default=None, description="Train on what the foundation knows beside the user's data."
+    )
+    pretrain: PretrainOptions | None = Field(
+        default=None,
+        description="Let the model of `read_from` learn the system first: frames like the training "
+        "structures, labelled at a cheap level. Done once for the same settings, structures and "
+        "weights, and kept in the cache. Null: no.",
     )
     anchor: AnchorOptions | None = Field(
         default=None, description="Hold the weights near the foundation's: a section, or a type."

@@ -1,4 +1,4 @@
-"""Options of how training may go: averages, unfreezing, stages of the loss, noise, precision."""
+"""Options of how training may go: averages, unfreezing, stages of the loss, noise, pre-training."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ from .base import (
     Expects,
     Fraction,
     NonNegativeFloat,
+    NonNegativeInt,
     OneOf,
     OpenFraction,
     PositiveFloat,
     PositiveInt,
     Section,
     Share,
+    Text,
     TextList,
+    integer,
+    real_number,
 )
 
 __all__ = [
@@ -26,6 +30,7 @@ __all__ = [
     "LossSchedule",
     "LossStage",
     "MixedPrecision",
+    "PretrainOptions",
     "RotationalConsistency",
     "Unfreeze",
     "WeightMean",
@@ -163,3 +168,50 @@ class Unfreeze(Section):
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             return value
         return {"every": value}
+
+
+def _temperatures(value: Any) -> tuple[float, ...]:
+    """One temperature or several, K."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    if not values:
+        raise ValueError
+    return tuple(real_number(above=0.0, below=1e5)(one) for one in values)
+
+
+class PretrainOptions(Section):
+    """Continued pre-training on the user's own system, before fine-tuning."""
+
+    teacher: Text = Field(
+        default="gfn2",
+        description="Who labels the frames: `gfn2` or `gfn1` (GFN2-xTB, GFN1-xTB; the extra "
+        "`xtb`), an ASE calculator as `module:name`, or the path of a checkpoint.",
+    )
+    n: Annotated[int, Expects("an integer of at least 20", integer(20))] = Field(
+        default=2000, description="About how many frames the teacher labels."
+    )
+    temperatures: Annotated[
+        tuple[float, ...], Expects("a positive number or a list of them", _temperatures)
+    ] = Field(
+        default=(300.0, 600.0, 1000.0),
+        description="Of the molecular dynamics that explores new frames, K.",
+    )
+    epochs: PositiveInt = Field(default=10, description="Passes over the labelled frames.")
+    batch_size: PositiveInt = Field(default=10, description="Structures in a batch of them.")
+    learning_rate: PositiveFloat = Field(
+        default=2e-4, description="Highest learning rate of this training in full with `soap`."
+    )
+    max_force: PositiveFloat = Field(
+        default=20.0, description="Frames with a larger force on an atom are dropped, eV/A."
+    )
+    max_energy: PositiveFloat = Field(
+        default=1.0,
+        description="Frames so much above the structure that they began from are dropped, eV/atom.",
+    )
+    target: Text | None = Field(
+        default=None,
+        description="The energy of the foundation that is trained. Null: the only one, or "
+        "`energy`.",
+    )
+    seed: NonNegativeInt = Field(
+        default=0, description="Of dynamics, displacements, sets and training."
+    )

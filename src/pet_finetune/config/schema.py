@@ -114,9 +114,14 @@ def describe(root: type[BaseModel], location: Sequence[str | int]) -> str:
 
 
 def where_it_belongs(root: type[BaseModel], name: str) -> str:
-    """Dotted name of the one option called ``name``, or ``""`` if none or several are."""
+    """Dotted name of the option called ``name`` that stands nearest to the top.
+
+    ``""`` if none is called so, or several as near.
+    """
     found = [path for path, _ in _walk(root, "") if path.rsplit(".", 1)[-1] == name]
-    return found[0] if len(found) == 1 else ""
+    depth = min((path.count(".") for path in found), default=0)
+    nearest = [path for path in found if path.count(".") == depth]
+    return nearest[0] if len(nearest) == 1 else ""
 
 
 def _walk(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:

@@ -3,7 +3,7 @@
 Frames are explored with the foundation itself, thinned, labelled by a teacher, and trained on.
 """
 
-from .pretrain import PretrainResult, pretrain_model
-from .settings import PretrainSettings
+from .pretrain import PretrainResult, pretrain_model, pretrained
+from .settings import settings_of
 
-__all__ = ["PretrainResult", "PretrainSettings", "pretrain_model"]
+__all__ = ["PretrainResult", "pretrain_model", "pretrained", "settings_of"]

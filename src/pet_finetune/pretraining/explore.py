@@ -17,6 +17,7 @@ from ase.data import chemical_symbols, covalent_radii
 from ase.md.langevin import Langevin
 
 from pet_finetune.calculator import PETCalculator
+from pet_finetune.config import PretrainOptions
 from pet_finetune.data.structure import (
     DEFAULT_CHARGE_KEYS,
     DEFAULT_SPIN_KEYS,
@@ -25,7 +26,7 @@ from pet_finetune.data.structure import (
 from pet_finetune.inspection.subject import Entry, subject_of
 from pet_finetune.rng import Stream
 
-from .settings import DROPPED, PretrainSettings
+from .settings import DROPPED
 
 __all__ = ["NAME", "Task", "entry_of", "explore", "tasks_of"]
 
@@ -70,7 +71,7 @@ class Task:
     temperature: float = 0.0
 
 
-def tasks_of(frames: Sequence[Atoms], settings: PretrainSettings) -> list[Task]:
+def tasks_of(frames: Sequence[Atoms], settings: PretrainOptions) -> list[Task]:
     """What there is to explore, for some more frames than are wanted.
 
     Args:
@@ -99,7 +100,7 @@ def _spread(size: int, most: int) -> list[int]:
 
 
 def explore(
-    task: Task, frames: Sequence[Atoms], calculator: PETCalculator, settings: PretrainSettings
+    task: Task, frames: Sequence[Atoms], calculator: PETCalculator, settings: PretrainOptions
 ) -> list[Atoms]:
     """The frames of a task; those outside the sane region have their reason in ``info``.
 
@@ -221,7 +222,7 @@ def _contacts(atoms: Atoms) -> str | None:
 
 
 def _too_high(
-    atoms: Atoms, calculator: PETCalculator, settings: PretrainSettings, level: float
+    atoms: Atoms, calculator: PETCalculator, settings: PretrainOptions, level: float
 ) -> str | None:
     """Whether forces, or the energy above that of the start, are beyond their bounds."""
     if atoms.calc is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,18 +13,22 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
+from pet_finetune.caches import cache_folders
 from pet_finetune.calculator import PETCalculator
 from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
+from pet_finetune.config import Options, PretrainOptions
 from pet_finetune.config.load import parse_options
 from pet_finetune.data.computable import check_atoms
 from pet_finetune.data.exact import write_exact
 from pet_finetune.data.files import forget_files
+from pet_finetune.data.splits import make_splits
+from pet_finetune.data.structure import DEFAULT_CHARGE_KEYS, DEFAULT_SPIN_KEYS, Structure
 from pet_finetune.errors import DataError, PetFinetuneError, TrainingError
 from pet_finetune.files import replacing
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 from pet_finetune.model.fingerprint import weights_fingerprint
-from pet_finetune.rng import Stream
+from pet_finetune.rng import Stream, seed_everything
 from pet_finetune.runs.folder import RunFolder
 from pet_finetune.training.records import TrainOutcome
 from pet_finetune.training.resume import plain_errors
@@ -30,11 +36,11 @@ from pet_finetune.training.run import train
 from pet_finetune.training.run_files import BEST, LAST
 
 from .explore import NAME, explore, tasks_of
-from .settings import DROPPED, PretrainSettings, Work, digest
+from .settings import DROPPED, Work, digest
 from .teacher import Teacher, teacher_of
 from .thin import thinned
 
-__all__ = ["PretrainResult", "pretrain_model"]
+__all__ = ["PretrainResult", "pretrain_model", "pretrained"]
 
 _logger = get_logger(__name__)
 _PER_PIECE = 20  # frames that are labelled between two savings
@@ -69,8 +75,9 @@ def pretrain_model(
     checkpoint: str | Path,
     frames: Sequence[Atoms],
     output: str | Path,
-    settings: PretrainSettings | None = None,
+    settings: PretrainOptions | None = None,
     work: str | Path | None = None,
+    device: str = "auto",
 ) -> PretrainResult:
     """Train a foundation on frames of the user's system that a teacher labels.
 
@@ -80,20 +87,21 @@ def pretrain_model(
         checkpoint: the foundation, which is not changed.
         frames: the user's structures, Å; labels are not read.
         output: the checkpoint to write.
-        settings: see :class:`PretrainSettings`.
+        settings: as ``finetune.pretrain`` of the options.
         work: the folder of the stages; ``<output>.work`` without it.
+        device: ``auto``, ``cpu`` or ``cuda``.
 
     Raises:
         PetFinetuneError: bad input, or no frame that the teacher can label.
         KeyboardInterrupt: the training was interrupted; its state is saved.
     """
-    settings = settings or PretrainSettings()
+    settings = settings or PretrainOptions()
     output = Path(output)
     if output.exists():
         raise DataError(f"'{output}' exists and is not overwritten. Remove it, or name another.")
     if not output.absolute().parent.is_dir():
         raise DataError(f"'{output}': the folder '{output.parent}' does not exist. Make it first.")
-    teacher = teacher_of(settings.teacher, settings.device)
+    teacher = teacher_of(settings.teacher, device)
     foundation = load_checkpoint(checkpoint)
     model = foundation.model
     target = model.energy_target(settings.target)
@@ -109,24 +117,69 @@ def pretrain_model(
     with RunFolder.take(folder):
         place = Work(folder, settings, content)
         with place.stage("explore"):
-            found = _explored(place, frames, checkpoint, target, settings)
+            found = _explored(
+                place, frames, PETCalculator(checkpoint, target=target, device=device), settings
+            )
         with place.stage("label"):
             labelled = _labelled(place, found, teacher, settings)
         with place.stage("train"):
             sizes = _write_sets(folder, labelled, settings)
-            outcome = _trained(folder, checkpoint, target, settings)
+            outcome = _trained(folder, checkpoint, target, settings, device)
         return _finish(place, outcome, teacher, sizes, output)
+
+
+def pretrained(options: Options) -> Options:
+    """Options of a run whose start has learned the system first, as ``finetune.pretrain`` says.
+
+    What it gives is kept in the cache under a name made of settings, structures and weights, and
+    found there by the next run.
+
+    Args:
+        options: checked ones; they come back as they are where this is not asked for.
+
+    Raises:
+        PetFinetuneError: as :func:`pretrain_model`.
+    """
+    finetune = options.finetune
+    settings, start = finetune.pretrain, finetune.read_from
+    if settings is None or start is None:
+        return options
+    seed = seed_everything(options.seed)
+    frames = [_atoms(structure) for structure in make_splits(options, seed).train]
+    made_from = [settings.model_dump(mode="json"), digest(frames)]
+    made_from.append(weights_fingerprint(load_checkpoint(start).model))
+    key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
+    place = cache_folders()[-1] / "pretrained"
+    place.mkdir(parents=True, exist_ok=True)
+    output = place / f"{Path(start).stem}-{key}.ckpt"
+    if output.exists():
+        _logger.info("pre-trained on this system before: %s", output)
+    else:
+        pretrain_model(start, frames, output, settings, device=options.device)
+    changed = finetune.model_copy(update={"read_from": str(output), "pretrain": None})
+    training = options.training.model_copy(update={"finetune": changed})
+    architecture = options.architecture.model_copy(update={"training": training})
+    return options.model_copy(update={"architecture": architecture, "seed": seed})
+
+
+def _atoms(structure: Structure) -> Atoms:
+    """A structure as ASE has it, with its charge and spin."""
+    return Atoms(
+        structure.numbers.numpy(),
+        structure.positions.numpy(),
+        cell=structure.cell.numpy(),
+        pbc=structure.pbc.numpy(),
+        info={DEFAULT_CHARGE_KEYS[0]: structure.charge, DEFAULT_SPIN_KEYS[0]: structure.spin},
+    )
 
 
 def _explored(
     work: Work,
     frames: Sequence[Atoms],
-    checkpoint: str | Path,
-    target: str,
-    settings: PretrainSettings,
+    calculator: PETCalculator,
+    settings: PretrainOptions,
 ) -> list[Atoms]:
     """Frames of the sane region, thinned to those that are wanted."""
-    calculator = PETCalculator(checkpoint, target=target, device=settings.device)
     tasks = tasks_of(frames, settings)
     _logger.info(
         "exploring from %d structures at %s K: %d trajectories, displaced frames, close pairs",
@@ -149,7 +202,7 @@ def _explored(
 
 
 def _labelled(
-    work: Work, frames: Sequence[Atoms], teacher: Teacher, settings: PretrainSettings
+    work: Work, frames: Sequence[Atoms], teacher: Teacher, settings: PretrainOptions
 ) -> list[Atoms]:
     """The frames that the teacher could label."""
     pieces = [frames[at : at + _PER_PIECE] for at in range(0, len(frames), _PER_PIECE)]
@@ -187,9 +240,7 @@ def _kept(work: Work, stage: str, frames: Sequence[Atoms]) -> list[Atoms]:
     return [atoms for atoms in frames if DROPPED not in atoms.info]
 
 
-def _write_sets(
-    folder: Path, frames: Sequence[Atoms], settings: PretrainSettings
-) -> dict[str, int]:
+def _write_sets(folder: Path, frames: Sequence[Atoms], settings: PretrainOptions) -> dict[str, int]:
     """Files of the frames to train on, to pick the best model by, and held out; their sizes."""
     rng = np.random.default_rng([settings.seed, Stream.EXPLORATION])
     order = rng.permutation(len(frames)).tolist()
@@ -208,7 +259,7 @@ def _write_sets(
 
 
 def _trained(
-    folder: Path, checkpoint: str | Path, target: str, settings: PretrainSettings
+    folder: Path, checkpoint: str | Path, target: str, settings: PretrainOptions, device: str
 ) -> TrainOutcome:
     """Train the foundation in full, or go on with it."""
     targets = {target: {"quantity": "energy", "key": "energy", "unit": "eV"}}
@@ -228,14 +279,13 @@ def _trained(
         "num_epochs": settings.epochs,
         "optimizer": "soap",
         "checkpoint_interval": 1,
+        "learning_rate": settings.learning_rate,
         "loss": "huber",
         "finetune": {"method": "full", "retention": "off"},
     }
-    if settings.learning_rate is not None:
-        training["learning_rate"] = settings.learning_rate
     options = {
         "seed": settings.seed,
-        "device": settings.device,
+        "device": device,
         "architecture": {"training": training},
         **sets,
     }

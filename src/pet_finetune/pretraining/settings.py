@@ -5,23 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ase import Atoms
+from pydantic import ValidationError
 
+from pet_finetune.config import PretrainOptions
+from pet_finetune.config.problems import config_error, problems_of
 from pet_finetune.data.exact import write_exact
 from pet_finetune.data.files import read_frames
 from pet_finetune.data.fingerprint import structures_fingerprint
 from pet_finetune.data.structure import atoms_to_structure
-from pet_finetune.errors import ConfigError, RunError
+from pet_finetune.errors import RunError
 from pet_finetune.files import replacing, write_whole
 from pet_finetune.log import Watch
 
-__all__ = ["DROPPED", "PretrainSettings", "Work"]
+__all__ = ["DROPPED", "Work", "digest", "settings_of"]
 
 #: In the info of a frame that is not used: why.
 DROPPED = "dropped"
@@ -29,51 +31,16 @@ _RECORD = "pretrain.json"
 _Item = TypeVar("_Item")
 
 
-@dataclass(frozen=True)
-class PretrainSettings:
-    """How the frames are found, labelled and trained on.
+def settings_of(given: Mapping[str, Any]) -> PretrainOptions:
+    """Checked settings, from their names.
 
-    Attributes:
-        teacher: ``gfn2`` or ``gfn1`` (tblite), ``module:name`` of an ASE calculator, or a
-            checkpoint.
-        n: frames that the teacher labels.
-        temperatures: of the molecular dynamics, K.
-        epochs: passes over the labelled frames.
-        batch_size: structures in a batch of the training.
-        learning_rate: the highest one; None for the default of ``soap``.
-        max_force: frames with a larger force on an atom are dropped, eV/Å.
-        max_energy: so are those whose energy is higher than that of the frame they began from by
-            more than this, eV/atom.
-        target: the energy of the foundation that is trained; None for the only one, or ``energy``.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        seed: of dynamics, displacements, sets and training.
+    Raises:
+        ConfigError: one line for each that is wrong.
     """
-
-    teacher: str = "gfn2"
-    n: int = 2000
-    temperatures: tuple[float, ...] = (300.0, 600.0, 1000.0)
-    epochs: int = 10
-    batch_size: int = 10
-    learning_rate: float | None = None
-    max_force: float = 20.0
-    max_energy: float = 1.0
-    target: str | None = None
-    device: str = "auto"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        whole = {"n": (self.n, 20), "epochs": (self.epochs, 1), "batch_size": (self.batch_size, 1)}
-        for name, (value, least) in whole.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"pretrain: {name} is a whole number from {least}, got {value}.")
-        if not self.temperatures or not all(0 < t < 1e5 for t in self.temperatures):
-            raise ConfigError(
-                f"pretrain: temperatures are positive numbers in K, got {list(self.temperatures)}."
-            )
-        for name in ("max_force", "max_energy", "learning_rate"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"pretrain: {name} is a positive number, got {value}.")
+    try:
+        return PretrainOptions.model_validate(dict(given))
+    except ValidationError as error:
+        raise config_error(problems_of(error, PretrainOptions, given), "pretrain") from None
 
 
 class Work:
@@ -88,9 +55,9 @@ class Work:
         RunError: it holds the work of other settings.
     """
 
-    def __init__(self, folder: Path, settings: PretrainSettings, content: dict[str, str]) -> None:
+    def __init__(self, folder: Path, settings: PretrainOptions, content: dict[str, str]) -> None:
         self.folder = folder
-        own = {**asdict(settings), "temperatures": list(settings.temperatures), **content}
+        own = {**settings.model_dump(mode="json"), **content}
         self.record: dict[str, Any] = {"made_from": own, "seconds": {}}
         file = folder / _RECORD
         if file.exists():

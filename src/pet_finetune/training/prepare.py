@@ -81,6 +81,7 @@ class Rooms:
         read: the three sets by a seed; says all that is wrong with the files at once.
         report: writes the report of the run in a folder.
         own: whether any of these are the caller's own, which other processes cannot be given.
+        start: options of a new run with the model that it starts from made ready.
     """
 
     features: Callable[[], Sequence[Feature]] = tuple
@@ -88,6 +89,7 @@ class Rooms:
     read: Callable[[Options, int], Splits] = make_splits
     report: Callable[[Path], None] = lambda folder: None
     own: bool = False
+    start: Callable[[Options], Options] = lambda options: options
 
 
 #: Training by itself.

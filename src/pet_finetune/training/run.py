@@ -66,6 +66,12 @@ def train(
         PetFinetuneError: any bad input, with one clear message.
     """
     launch = processes.find_launch(options.training.distributed, options.training.distributed_port)
+    several = options.num_processes > 1 or (launch is not None and launch.size > 1)
+    if several and restart is None and options.finetune.pretrain is not None:
+        raise ConfigError(
+            "architecture.training.finetune.pretrain: done by one process, and several train here. "
+            "Make the checkpoint with `pet-finetune pretrain` first, and start from it with -c."
+        )
     if launch is None and options.num_processes > 1:
         if rooms.own:
             raise ConfigError(
@@ -82,6 +88,9 @@ def train(
             )
         processes.check_distinct(processes.gathered(processes.identity(device)))
         path = stack.enter_context(own_folder(folder))
+        if restart is None and options.finetune.pretrain is not None:
+            RunFiles(path).check_free(source)  # before hours are spent
+            options = rooms.start(options)
         if options.finetune.ensemble is not None and options.finetune.member is None:
             return train_ensemble(
                 train,

@@ -19,9 +19,10 @@ from models import ethanol, random_potential
 from pet_finetune import extras
 from pet_finetune.calculator import PETCalculator
 from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
+from pet_finetune.config import PretrainOptions
 from pet_finetune.data.files import read_frames
 from pet_finetune.errors import ConfigError, DataError, RunError, SpeciesError
-from pet_finetune.pretraining import PretrainResult, PretrainSettings, pretrain_model
+from pet_finetune.pretraining import PretrainResult, pretrain_model, settings_of
 from pet_finetune.pretraining.explore import NAME, Task, explore, tasks_of
 from pet_finetune.pretraining.settings import DROPPED, Work
 from pet_finetune.pretraining.teacher import Teacher, teacher_of
@@ -75,14 +76,14 @@ def moved(count: int) -> list[Atoms]:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"n": 3}, "n is a whole number from 20, got 3"),
-        ({"temperatures": ()}, "temperatures are positive"),
-        ({"max_force": -1.0}, "max_force is a positive number"),
+        ({"n": 3}, "n: expected an integer of at least 20, got 3"),
+        ({"temperatures": ()}, "temperatures: expected a positive"),
+        ({"max_force": -1.0}, "max_force: expected a positive number"),
     ],
 )
 def test_settings_that_cannot_be(given, words) -> None:
     with pytest.raises(ConfigError, match=words):
-        PretrainSettings(**given)
+        settings_of(given)
 
 
 def test_pieces_are_made_once(tmp_path: Path) -> None:
@@ -93,7 +94,7 @@ def test_pieces_are_made_once(tmp_path: Path) -> None:
         return [Atoms("H", [[item, 0, 0]], info={NAME: str(item)})]
 
     for _ in range(2):
-        work = Work(tmp_path, PretrainSettings(), {"structures": "a"})
+        work = Work(tmp_path, PretrainOptions(), {"structures": "a"})
         frames = work.pieces("some", "making", [4, 5], make)
         assert [atoms.positions[0, 0] for atoms in frames] == [4, 5]
         assert [atoms.info[NAME] for atoms in frames] == ["4", "5"]
@@ -101,13 +102,13 @@ def test_pieces_are_made_once(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
-    Work(tmp_path, PretrainSettings(n=100), {"structures": "a"})
+    Work(tmp_path, PretrainOptions(n=100), {"structures": "a"})
     with pytest.raises(RunError, match="n: 100 -> 200"):
-        Work(tmp_path, PretrainSettings(n=200), {"structures": "a"})
+        Work(tmp_path, PretrainOptions(n=200), {"structures": "a"})
 
 
 def test_time_counts_also_where_a_stage_is_stopped(tmp_path: Path) -> None:
-    work = Work(tmp_path, PretrainSettings(), {})
+    work = Work(tmp_path, PretrainOptions(), {})
     with pytest.raises(KeyboardInterrupt), work.stage("label"):
         raise KeyboardInterrupt
     found = json.loads((tmp_path / "pretrain.json").read_text())
@@ -116,7 +117,7 @@ def test_time_counts_also_where_a_stage_is_stopped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("n", [60, 200, 2000])
 def test_more_frames_are_planned_than_are_wanted(n: int) -> None:
-    tasks = tasks_of(moved(4), PretrainSettings(n=n))
+    tasks = tasks_of(moved(4), PretrainOptions(n=n))
     assert n < sum(task.count for task in tasks) < 2 * n
     assert {task.kind for task in tasks} == {"dynamics", "displaced", "pairs"}
     assert {task.temperature for task in tasks if task.kind == "dynamics"} == {300, 600, 1000}
@@ -132,7 +133,7 @@ def test_more_frames_are_planned_than_are_wanted(n: int) -> None:
     ids=lambda task: task.kind,
 )
 def test_a_task_gives_the_same_frames_again(task: Task, base: Path) -> None:
-    settings = PretrainSettings(max_force=1e3, max_energy=1e3)
+    settings = PretrainOptions(max_force=1e3, max_energy=1e3)
     one, two = (explore(task, moved(2), PETCalculator(base), settings) for _ in range(2))
     assert len(one) == (task.count or 84)
     assert len({atoms.info[NAME] for atoms in one}) == len(one)
@@ -145,14 +146,12 @@ def test_a_task_gives_the_same_frames_again(task: Task, base: Path) -> None:
 
 def test_cells_are_strained(base: Path) -> None:
     start = bulk("Si", cubic=True)
-    frames = explore(
-        Task("displaced", 0, count=3), [start], PETCalculator(base), PretrainSettings()
-    )
+    frames = explore(Task("displaced", 0, count=3), [start], PETCalculator(base), PretrainOptions())
     assert len({round(atoms.get_volume(), 3) for atoms in frames}) == 3
 
 
 def reasons(frames: list[Atoms], start: Atoms, base: Path, **settings) -> list[str]:
-    found = explore(frames, [start], PETCalculator(base), PretrainSettings(**settings))
+    found = explore(frames, [start], PETCalculator(base), PretrainOptions(**settings))
     return [atoms.info.get(DROPPED, "") for atoms in found]
 
 
@@ -251,7 +250,7 @@ def test_tight_binding() -> None:
     assert "element not known: Fr" in teacher_of("gfn2").label(Atoms("Fr"), 1.0).info[DROPPED]
 
 
-def few(**settings) -> PretrainSettings:
+def few(**settings) -> PretrainOptions:
     given = {
         "n": 30,
         "epochs": 4,
@@ -260,7 +259,7 @@ def few(**settings) -> PretrainSettings:
         "max_energy": 1e3,
         "temperatures": (300.0,),
     }
-    return PretrainSettings(**{"teacher": f"{module}:Stubborn", **given, **settings})
+    return PretrainOptions(**{"teacher": f"{module}:Stubborn", **given, **settings})
 
 
 @pytest.fixture(scope="module")
