@@ -67,10 +67,7 @@ class _Pad(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, row_of_slot, slot_of_row, empty):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(row_of_slot, slot_of_row, empty)
-        padded = rows.index_select(0, row_of_slot)
-        if len(empty):
-            padded.index_fill_(0, empty, 0.0)
-        return padded
+        return rows.index_select(0, row_of_slot).index_fill_(0, empty, 0.0)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
@@ -98,11 +95,12 @@ def permute_rows(rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
 
 def pad_rows(rows: Tensor, rectangle: Rectangle) -> Tensor:
     """Tokens [n_atoms + n_edges, ...] to [n_atoms, width, ...], zeros in empty slots."""
-    shape = [-1, rectangle.width] + list(rows.shape[1:])
+    slots = rectangle.token_of_slot
+    shape = list(slots.shape) + list(rows.shape[1:])
     if torch.jit.is_scripting():
-        room = rows.new_zeros([rectangle.token_of_slot.size(0)] + list(rows.shape[1:]))
+        room = rows.new_zeros([slots.numel()] + list(rows.shape[1:]))
         return room.index_copy(0, rectangle.slot_of_token, rows).view(shape)
-    padded: Tensor = _Pad.apply(rows, *rectangle[:3])
+    padded: Tensor = _Pad.apply(rows, slots.flatten(), *rectangle[1:])
     return padded.view(shape)
 
 
@@ -111,7 +109,7 @@ def unpad_rows(padded: Tensor, rectangle: Rectangle) -> Tensor:
     rows = padded.flatten(0, 1)
     if torch.jit.is_scripting():
         return rows.index_select(0, rectangle.slot_of_token)
-    out: Tensor = _Unpad.apply(rows, *rectangle[:3])
+    out: Tensor = _Unpad.apply(rows, rectangle.token_of_slot.flatten(), *rectangle[1:])
     return out
 
 
@@ -128,9 +126,10 @@ def pad_keys(logarithms: Tensor, layout: Layout) -> Tensor:
     """
     rectangle = layout.rectangle
     assert rectangle is not None
-    padded = pad_rows(torch.cat([logarithms.new_zeros(layout.num_atoms), logarithms]), rectangle)
+    of_centers = logarithms.new_zeros(rectangle.token_of_slot.size(0))
+    padded = pad_rows(torch.cat([of_centers, logarithms]), rectangle)
     flat = padded.flatten().index_fill(0, rectangle.empty, -torch.inf)
-    return flat.view(layout.num_atoms, 1, 1, rectangle.width)
+    return flat.view(padded.size(0), 1, 1, padded.size(1))
 
 
 def attend(qkv: Tensor, rectangle: Rectangle, bias: Tensor, heads: int, scale: float) -> Tensor:

@@ -7,7 +7,7 @@ from metatensor.torch import Labels
 from metatomic.torch import NeighborListOptions, System
 from torch import Tensor
 
-from pet_finetune.graph import keep_edges
+from pet_finetune.graph import renumbered
 
 
 class Flat(NamedTuple):
@@ -104,7 +104,8 @@ def pair_up(pairs: Tensor, num_atoms: int) -> tuple[Tensor, Tensor]:
     paired = keys[places] == opposite
     if bool(paired.all()):
         return order, places
-    kept, reverse = keep_edges(paired, places)
+    kept = torch.nonzero(paired).squeeze(-1)
+    reverse = renumbered(kept, places)
     return order[kept], reverse
 
 

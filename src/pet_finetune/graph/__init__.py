@@ -6,16 +6,17 @@ NamedTuples of tensors and functions of them, all of which TorchScript compiles 
 from __future__ import annotations
 
 from .batch import Batch, join_graphs, repeat_batch, rotate_graphs, rotate_rows
-from .neighborhood import Layout, Neighborhood, Rectangle, keep_edges, make_layout
+from .neighborhood import Edges, Layout, Neighborhood, Rectangle, make_layout, renumbered
 
 __all__ = [
     "Batch",
+    "Edges",
     "Layout",
     "Neighborhood",
     "Rectangle",
     "join_graphs",
-    "keep_edges",
     "make_layout",
+    "renumbered",
     "repeat_batch",
     "rotate_graphs",
     "rotate_rows",

@@ -3,11 +3,14 @@
 Not postponed annotations: TorchScript reads those of a NamedTuple as they are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from .neighborhood import Edges
 
 __all__ = ["Batch", "join_graphs", "repeat_batch", "rotate_graphs", "rotate_rows"]
 
@@ -28,6 +31,8 @@ class Batch(NamedTuple):
         cells: [b, 3, 3], cell vectors as rows; zero rows where not periodic.
         charges: [b] int64, total charges.
         spins: [b] int64, spin multiplicities 2S+1.
+        edges: which of the edges a network sees, where that was found beforehand. It holds for the
+            network it was made for, and for these lengths of the edges.
     """
 
     numbers: Tensor
@@ -39,6 +44,7 @@ class Batch(NamedTuple):
     cells: Tensor
     charges: Tensor
     spins: Tensor
+    edges: Edges | None = None
 
     @property
     def num_atoms(self) -> int:
@@ -97,11 +103,16 @@ class Batch(NamedTuple):
             cast = dtype if tensor.is_floating_point() else None
             return tensor.to(device=device, dtype=cast, non_blocking=non_blocking)
 
-        return Batch(*map(move, self))
+        return self.map(move)
 
     def pinned(self) -> "Batch":
         """The batch in page-locked memory, from which a GPU copies without the CPU waiting."""
-        return Batch(*(tensor.pin_memory() for tensor in self))
+        return self.map(Tensor.pin_memory)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """Every tensor replaced by what a function makes of it."""
+        mapped: Batch = tree_map_only(Tensor, function, self)
+        return mapped
 
 
 def join_graphs(graphs: Sequence[Batch]) -> Batch:
@@ -139,7 +150,7 @@ def repeat_batch(batch: Batch, count: int) -> Batch:
 
 
 def rotate_graphs(batch: Batch, rotations: Tensor) -> Batch:
-    """Rotate each structure.
+    """Rotate each structure; the edges that a network sees stay the same.
 
     Args:
         batch: the structures.

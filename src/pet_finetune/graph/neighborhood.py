@@ -5,6 +5,9 @@ layers, norms and activations work on that array and never touch padding, and so
 attention. Attention by plain torch operations needs a rectangle of [n_atoms, 1 + most neighbours]
 slots.
 
+:class:`Edges` holds all whose size depends on where the atoms are. It is made beside the network,
+so that what is left of the network is a function of tensors that tracing can follow.
+
 Not postponed annotations: TorchScript reads those of a NamedTuple as they are.
 """
 
@@ -13,37 +16,58 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Layout", "Neighborhood", "Rectangle", "keep_edges", "make_layout"]
+__all__ = ["Edges", "Layout", "Neighborhood", "Rectangle", "make_layout", "renumbered"]
 
 
 class Rectangle(NamedTuple):
     """Where each token sits in the padded rectangle that attention works on.
 
+    Its width is 1 + the largest number of neighbours.
+
     Attributes:
-        token_of_slot: [n_atoms * width], index of the flat token in each slot (0 in empty ones).
+        token_of_slot: [n_atoms, width], index of the flat token in each slot (0 in empty ones).
         slot_of_token: [n_atoms + n_edges], index of the slot that holds each flat token.
         empty: [n_empty], the slots that hold no token.
-        width: slots an atom has, 1 + the largest number of neighbours.
     """
 
     token_of_slot: Tensor
     slot_of_token: Tensor
     empty: Tensor
-    width: int
 
 
 class Layout(NamedTuple):
     """Which tokens belong to which atom.
 
     Attributes:
-        num_atoms: number of atoms; atoms without edges are allowed.
-        starts: [n_atoms + 1] int64, first edge of each atom and, last, the number of edges.
+        starts: [n_atoms + 1] int64, first edge of each atom and, last, the number of edges; atoms
+            without edges are allowed.
         rectangle: for attention by plain torch operations; None where nothing needs it.
     """
 
-    num_atoms: int
     starts: Tensor
     rectangle: Rectangle | None
+
+
+class Edges(NamedTuple):
+    """Which edges of a batch a network sees. Nothing of it has a gradient.
+
+    Attributes:
+        within: [n_within] int64, the edges of the batch that are within the largest cutoff; None
+            where all are.
+        kept: [n_edges] int64, which of those are within the adaptive cutoffs of their atoms; None
+            where cutoffs are not adaptive.
+        centers: [n_edges] int64, the centre of each edge that is left, ascending.
+        neighbors: [n_edges] int64, the neighbour of each.
+        reverse: [n_edges] int64, the index of the edge that runs the other way.
+        layout: the tokens of each atom.
+    """
+
+    within: Tensor | None
+    kept: Tensor | None
+    centers: Tensor
+    neighbors: Tensor
+    reverse: Tensor
+    layout: Layout
 
 
 class Neighborhood(NamedTuple):
@@ -77,7 +101,7 @@ def make_layout(centers: Tensor, num_atoms: int, rectangle: bool) -> Layout:
     """
     atoms = torch.arange(num_atoms + 1, device=centers.device)
     starts = torch.searchsorted(centers.contiguous(), atoms)
-    return Layout(num_atoms, starts, _rectangle(centers, starts) if rectangle else None)
+    return Layout(starts, _rectangle(centers, starts) if rectangle else None)
 
 
 def _rectangle(centers: Tensor, starts: Tensor) -> Rectangle:
@@ -93,11 +117,16 @@ def _rectangle(centers: Tensor, starts: Tensor) -> Rectangle:
     token_of_slot = torch.full((num_atoms * width,), -1, dtype=torch.int64, device=device)
     token_of_slot[slot_of_token] = torch.arange(num_atoms + num_edges, device=device)
     empty = torch.nonzero(token_of_slot < 0).squeeze(-1)
-    return Rectangle(token_of_slot.clamp_min(0), slot_of_token, empty, width)
+    return Rectangle(token_of_slot.clamp_min(0).view(num_atoms, width), slot_of_token, empty)
 
 
-def keep_edges(mask: Tensor, reverse: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices of the edges to keep and their renumbered reverse edges."""
-    kept = torch.nonzero(mask).squeeze(-1)
-    new_index = torch.cumsum(mask, 0) - 1
-    return kept, new_index[reverse[kept]]
+def renumbered(kept: Tensor, reverse: Tensor) -> Tensor:
+    """The reverse of each of some edges among themselves, [n_kept].
+
+    Args:
+        kept: [n_kept] int64, ascending; with each edge its reverse.
+        reverse: [n] int64, of all edges.
+    """
+    place = torch.empty_like(reverse)
+    place[kept] = torch.arange(kept.size(0), device=kept.device)
+    return place[reverse[kept]]

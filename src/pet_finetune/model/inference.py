@@ -34,7 +34,7 @@ def autograd_possible(model: nn.Module, batch: Batch) -> Iterator[Batch]:
     enabled = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.set_grad_enabled(enabled):
         _replace_weights(model)
-        yield Batch(*(_recordable(tensor) for tensor in batch))
+        yield batch.map(_recordable)
 
 
 def _recordable(tensor: Tensor) -> Tensor:

@@ -46,9 +46,9 @@ def property_of(
     """
     scale = scale.to(raw)
     if scale.dim() > 0:
-        scale = scale.view(len(scale), *(1,) * spec.rank, -1)
-    values = raw.view(len(raw), *(3,) * spec.rank, spec.num_subtargets) * scale
-    values = values.reshape(len(raw), *spec.shape)
+        scale = scale.view(scale.shape[0], *(1,) * spec.rank, -1)
+    values = raw.view(raw.shape[0], *(3,) * spec.rank, spec.num_subtargets) * scale
+    values = values.reshape(raw.shape[0], *spec.shape)
     if baseline is not None:
         values = values.to(torch.float64) + baseline.reshape(values.shape)
     elif spec.rank == 0:

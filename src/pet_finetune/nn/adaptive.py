@@ -30,7 +30,7 @@ def _count(
 ) -> Tensor:
     """Smoothed neighbour count at the given radii, shape [n_atoms]."""
     steps = bump_step((distances - (radii[centers] - width)) / width)
-    inside = _sum_over_neighbors(steps, centers, len(radii))
+    inside = _sum_over_neighbors(steps, centers, radii.size(0))
     return inside + wanted * (radii / largest) ** 3
 
 
@@ -44,7 +44,7 @@ def _slope(
     sine = torch.sin(angle)
     tanh = torch.tanh(torch.cos(angle) / sine)
     per_edge = (0.5 * math.pi / width) * (1.0 - tanh * tanh) / (sine * sine) * tapering
-    inside = _sum_over_neighbors(per_edge, centers, len(radii))
+    inside = _sum_over_neighbors(per_edge, centers, radii.size(0))
     return inside + 3.0 * wanted * (radii / largest) ** 2 / largest
 
 

@@ -1,16 +1,36 @@
 """Which edges of a batch count in the network, and how much."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from pet_finetune.backends import Accelerated
-from pet_finetune.graph import Batch, Neighborhood, keep_edges, make_layout
+from pet_finetune.graph import Batch, Edges, Neighborhood, make_layout, renumbered
 
 from .adaptive import grid_cutoffs, solver_cutoffs
 from .cutoff import bump_step, cosine_step
 
 # Added under the square root so that its derivative stays finite; part of the trained model.
 TINY = 1e-15
+
+
+class Near(NamedTuple):
+    """The edges within the largest cutoff.
+
+    Attributes:
+        within: [n] int64, which of the batch's they are; None for all of them.
+        vectors: [n, 3] Angstrom.
+        distances: [n] Angstrom.
+        centers: [n] int64.
+        neighbors: [n] int64.
+    """
+
+    within: Tensor | None
+    vectors: Tensor
+    distances: Tensor
+    centers: Tensor
+    neighbors: Tensor
 
 
 class NeighborhoodBuilder(Accelerated, nn.Module):
@@ -43,38 +63,78 @@ class NeighborhoodBuilder(Accelerated, nn.Module):
         self.tiny = TINY
 
     def forward(self, batch: Batch) -> Neighborhood:
-        """The neighbourhoods of a batch; longer edges are dropped."""
-        vectors, reverse = batch.edge_vectors, batch.reverse
-        centers, neighbors = batch.centers, batch.neighbors
-        distances = torch.linalg.vector_norm(vectors, dim=-1) + self.tiny
-        within = distances <= self.cutoff
-        if not bool(within.all()):
-            kept, reverse = keep_edges(within, reverse)
+        """The neighbourhoods of a batch, by its edges or, without them, those found here."""
+        near, radii = self.near(batch)
+        edges = batch.edges
+        if edges is None:
+            edges = self.choose(batch, near, radii)
+        vectors, distances = near.vectors, near.distances
+        kept = edges.kept
+        if radii is not None and kept is not None:
             vectors, distances = vectors[kept], distances[kept]
-            centers, neighbors = centers[kept], neighbors[kept]
-        num_atoms = batch.numbers.size(0)
-        if self.adaptive:
-            per_atom = self.radii(distances, centers, num_atoms)
-            # Both directions of a pair must agree on being there, hence the mean of their radii.
-            radii = (per_atom[centers] + per_atom[neighbors]) / 2.0
-            kept, reverse = keep_edges(distances <= radii, reverse)
-            vectors, distances, radii = vectors[kept], distances[kept], radii[kept]
-            centers, neighbors = centers[kept], neighbors[kept]
-            x = (distances - (radii - self.cutoff_width)) / self.cutoff_width
+            x = (distances - (radii[kept] - self.cutoff_width)) / self.cutoff_width
         else:
             x = (distances - (self.cutoff - self.cutoff_width)) / self.cutoff_width
-        rectangle = True
-        if not torch.jit.is_scripting():
-            rectangle = not self.backend.fused
         return Neighborhood(
             vectors=vectors,
             distances=torch.sqrt(torch.sum(vectors**2, dim=-1) + self.tiny),
             factors=bump_step(x) if self.bump else cosine_step(x),
-            centers=centers,
-            neighbors=neighbors,
-            reverse=reverse,
-            layout=make_layout(centers, num_atoms, rectangle),
+            centers=edges.centers,
+            neighbors=edges.neighbors,
+            reverse=edges.reverse,
+            layout=edges.layout,
         )
+
+    def with_edges(self, batch: Batch) -> Batch:
+        """A batch that holds what its vectors decide: where the network shall not look at numbers.
+
+        On a GPU that spares it some waiting for them, and a traced graph needs it.
+        """
+        with torch.no_grad():
+            near, radii = self.near(batch._replace(edges=None))
+            return batch._replace(edges=self.choose(batch, near, radii))
+
+    def near(self, batch: Batch) -> tuple[Near, Tensor | None]:
+        """The edges within the largest cutoff, and the adaptive radius of each, [n] Angstrom."""
+        within: Tensor | None = None
+        edges = batch.edges
+        vectors, centers, neighbors = batch.edge_vectors, batch.centers, batch.neighbors
+        if edges is not None:
+            within = edges.within
+        else:
+            inside = torch.linalg.vector_norm(vectors, dim=-1) + self.tiny <= self.cutoff
+            if not bool(inside.all()):
+                within = torch.nonzero(inside).squeeze(-1)
+        if within is not None:
+            vectors, centers, neighbors = vectors[within], centers[within], neighbors[within]
+        else:
+            # A tensor of its own, so that gradients are added up in one order either way, and a
+            # longer neighbour list changes no bit.
+            vectors = vectors.view(-1, 3)
+        distances = torch.linalg.vector_norm(vectors, dim=-1) + self.tiny
+        near = Near(within, vectors, distances, centers, neighbors)
+        if not self.adaptive:
+            return near, None
+        per_atom = self.radii(distances, centers, batch.numbers.size(0))
+        # Both directions of a pair must agree on being there, hence the mean of their radii.
+        return near, (per_atom[centers] + per_atom[neighbors]) / 2.0
+
+    def choose(self, batch: Batch, near: Near, radii: Tensor | None) -> Edges:
+        """Which of them count, by how long they are."""
+        reverse, centers, neighbors = batch.reverse, near.centers, near.neighbors
+        within = near.within  # TorchScript narrows the types of variables alone
+        if within is not None:
+            reverse = renumbered(within, reverse)
+        kept: Tensor | None = None
+        if radii is not None:
+            kept = torch.nonzero(near.distances <= radii).squeeze(-1)
+            reverse = renumbered(kept, reverse)
+            centers, neighbors = centers[kept], neighbors[kept]
+        rectangle = True
+        if not torch.jit.is_scripting():
+            rectangle = not self.backend.fused
+        layout = make_layout(centers, batch.numbers.size(0), rectangle)
+        return Edges(within, kept, centers, neighbors, reverse, layout)
 
     def radii(self, distances: Tensor, centers: Tensor, num_atoms: int) -> Tensor:
         """The adaptive radius of each atom, [n_atoms], Angstrom."""

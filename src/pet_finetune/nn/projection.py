@@ -81,7 +81,7 @@ _PACKED: WeakKeyDictionary[nn.Module, tuple[Tensor, int, Tensor]] = WeakKeyDicti
 def _packed(linear: nn.Linear, weight: Tensor, rounds: bool) -> Tensor | None:
     """The weight in the kernels' form, which is kept; None for one that will soon be another."""
     fixed = weight is linear.weight and not weight.requires_grad
-    if not fixed or type(weight) not in (Tensor, nn.Parameter):  # or one without numbers: a trace
+    if not fixed or type(weight) not in (Tensor, nn.Parameter):  # or of a trace, without numbers
         return None
     known = _PACKED.get(linear)
     if known is not None:
@@ -90,6 +90,8 @@ def _packed(linear: nn.Linear, weight: Tensor, rounds: bool) -> Tensor | None:
         if same and (packed.dtype == torch.bfloat16) == rounds:
             return packed
     packed = fused.pack(weight, rounds=rounds)
+    if type(packed) is not Tensor:  # of a trace
+        return packed
     _PACKED[linear] = (weight.detach(), weight._version, packed)
     return packed
 
@@ -185,7 +187,7 @@ def packed_layer(
         x: the rows that go through it, or through what comes before it.
         prologue: what is done to the rows first.
     """
-    if not backend.fused or backend.rounds or len(x) < MANY_ROWS or not _fits(linear, x):
+    if not backend.fused or backend.rounds or x.shape[0] < MANY_ROWS or not _fits(linear, x):
         return None
     linear = cast("nn.Linear", linear)
     weight = linear.weight

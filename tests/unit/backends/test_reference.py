@@ -55,14 +55,16 @@ def test_unpad_takes_them_back(counts):
     where, tokens = layout(counts)
     x = rows(tokens)
     assert torch.equal(unpad_rows(pad_rows(x, where), where), x)
-    padded = rows(len(where.token_of_slot), seed=1)
-    check_twice(lambda r: unpad_rows(r.view(-1, where.width, 2), where), padded)
+    shape = where.token_of_slot.shape
+    padded = rows(shape.numel(), seed=1)
+    check_twice(lambda r: unpad_rows(r.view(*shape, 2), where), padded)
 
 
 @LAYOUTS
 def test_pad_and_unpad_are_adjoint(counts):
     where, tokens = layout(counts)
-    x, y = rows(tokens), rows(len(where.token_of_slot), seed=1).view(-1, where.width, 2)
+    x, y = rows(tokens), rows(where.token_of_slot.numel(), seed=1)
+    y = y.view(*where.token_of_slot.shape, 2)
     left = (pad_rows(x, where) * y).sum()
     right = (x * unpad_rows(y, where)).sum()
     torch.testing.assert_close(left, right)

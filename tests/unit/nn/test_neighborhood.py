@@ -28,7 +28,7 @@ def build(positions, list_cutoff=4.0, **changes):
 
 
 def rectangle_of(hood):
-    return make_layout(hood.centers, hood.layout.num_atoms, rectangle=True).rectangle
+    return make_layout(hood.centers, len(hood.layout.starts) - 1, rectangle=True).rectangle
 
 
 LINE = [[0.0, 0, 0], [1.0, 0, 0], [2.2, 0, 0], [9.0, 0, 0]]
@@ -90,7 +90,7 @@ def test_atoms_without_neighbours_have_a_slot_of_their_own():
 def test_no_edges_at_all(adaptive):
     _, hood = build([LINE[0], LINE[3]], num_neighbors_adaptive=adaptive)
     assert hood.distances.shape == (0,)
-    assert rectangle_of(hood).width == 1
+    assert rectangle_of(hood).token_of_slot.shape[1] == 1
     tokens = torch.ones(2, 5)
     assert torch.equal(pad_rows(tokens, rectangle_of(hood)), tokens.unsqueeze(1))
 
@@ -98,6 +98,6 @@ def test_no_edges_at_all(adaptive):
 def test_full_rectangles_have_no_empty_slots():
     full = make_layout(torch.tensor([0, 0, 1, 1]), 2, rectangle=True)
     assert full.rectangle.empty.tolist() == []
-    assert full.rectangle.width == 3
+    assert full.rectangle.token_of_slot.shape[1] == 3
     assert full.starts.tolist() == [0, 2, 4]
     assert make_layout(torch.tensor([0, 0, 1]), 2, True).rectangle.empty.tolist() == [5]
