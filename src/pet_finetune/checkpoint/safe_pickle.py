@@ -11,6 +11,16 @@ about it). Everything else is refused by name before anything is done with it.
 Own machine rather than a subclass of ``pickle.Unpickler``: that one would still run
 ``__setstate__``, ``__reduce__`` results and the extension registry, and it sizes its memo from
 the file.
+
+Own machine rather than ``torch.load(weights_only=True)`` with stand-ins in
+``torch.serialization.safe_globals``: that reads every checkpoint we know, but (torch 2.13)
+
+* a dictionary key of tuples within tuples, three million bytes of them, ends the process with a
+  segmentation fault, because keys of any kind are hashed;
+* ``bytearray`` of any size is allowed: forty bytes of a file ask for all memory;
+* pickle protocols 0, 4 and 5 are not read (``torch.save(..., pickle_protocol=4)``);
+* every tensor is built, those of the optimiser and of other epochs too, and memory or the mapped
+  file is held for them, while here the chosen weights alone are read.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from pet_finetune.errors import ConfigError, PetFinetuneError, did_you_mean
 from pet_finetune.graph import Batch
 from pet_finetune.keys import TargetSpec
 from pet_finetune.nn.quantized import num_quantized
-from pet_finetune.stages import stage
+from pet_finetune.profiling import stage
 
 from .composition import Composition
 from .inference import autograd_possible

@@ -1,15 +1,14 @@
 """Where the time of training goes: a few steps of a run, timed stage by stage.
 
 The steps are those of training. First some warm up; then some are timed, with nothing else going
-on; then a few run under torch's profiler, which says which operations take the time but slows the
-small ones, so that the stages are not read from it.
+on; then a few run under torch's profiler, which says how the time is shared among the stages and
+the operations.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -17,12 +16,12 @@ from typing import Any
 
 import torch
 from torch.autograd.profiler_util import EventList
-from torch.profiler import ProfilerActivity, record_function
+from torch.profiler import ProfilerActivity
 
 from pet_finetune.backends import Arena
 from pet_finetune.data.batch import LabelledBatch
 from pet_finetune.errors import TrainingError
-from pet_finetune.stages import listening
+from pet_finetune.profiling import stage_seconds
 
 from .memory import forget_peak, peak_gpu_mib, peak_resident_mib, resident_mib
 from .metrics import Metrics, evaluate
@@ -78,8 +77,7 @@ class TrainingProfile:
         warmup_steps, steps, traced_steps: not counted, timed, under torch's profiler.
         step_seconds: of each timed step.
         stages: mean time of each stage in a step, in the order in which they begin; they add up
-            to a step. A GPU is waited for at the border of each stage, so there they may add up
-            to a little more than a step takes when nobody looks.
+            to a step. The profiler says how they share it.
         structures, atoms, edges: of a batch; edges are directed, within the cutoff.
         memory: its peaks.
         operations: the most expensive ones first.
@@ -123,48 +121,6 @@ class TrainingProfile:
             "atoms_per_second": self.atoms / self.seconds,
             "neighbors_per_atom": self.edges / self.atoms,
         }
-
-
-class StageClock:
-    """Listens to the stages and adds up how long each of them takes.
-
-    Time within a stage that lies within another counts for the inner one only.
-
-    Args:
-        synchronize: waits until the device has done all that was asked of it.
-
-    Attributes:
-        seconds: so far, by stage, in the order in which they first began.
-    """
-
-    def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
-        self.seconds: dict[str, float] = {}
-        self._synchronize = synchronize
-        self._open: list[str] = []
-        self._since = 0.0
-
-    def __call__(self, name: str) -> AbstractContextManager[None]:
-        """The context in which a stage runs."""
-        return self._run(name)
-
-    @contextmanager
-    def _run(self, name: str) -> Iterator[None]:
-        self._border()
-        self._open.append(name)
-        self.seconds.setdefault(name, 0.0)
-        try:
-            yield
-        finally:
-            self._border()
-            self._open.pop()
-
-    def _border(self) -> None:
-        """Give the time since the last border to the stage that was open."""
-        self._synchronize()
-        now = time.perf_counter()
-        if self._open:
-            self.seconds[self._open[-1]] += now - self._since
-        self._since = now
 
 
 @dataclass(frozen=True)
@@ -244,14 +200,10 @@ def profile_steps(trainer: Trainer, steps: int, trace: Path) -> TrainingProfile:
     forget_peak(device)
     running = _Steps(trainer)
     running.take(WARMUP_STEPS)
-    clock = StageClock(running.synchronize)
-    with listening(clock):
-        taken = running.take(steps)
-    stages = _mean_stages(clock, taken)
-    if device.type == "cuda":
-        taken = running.take(steps)  # without waiting for the GPU at each border
+    taken = running.take(steps)
     memory = Memory(peak_resident_mib(), before, peak_gpu_mib(device))
-    operations = _trace(running, device, trace)
+    shares, operations = _trace(running, device, trace)
+    seconds = sum(step.seconds for step in taken) / steps
     return TrainingProfile(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -260,7 +212,7 @@ def profile_steps(trainer: Trainer, steps: int, trace: Path) -> TrainingProfile:
         steps=steps,
         traced_steps=_TRACED_STEPS,
         step_seconds=[step.seconds for step in taken],
-        stages=stages,
+        stages={name: share * seconds for name, share in shares.items()},
         structures=sum(step.structures for step in taken) / steps,
         atoms=sum(step.atoms for step in taken) / steps,
         edges=sum(step.edges for step in taken) / steps,
@@ -269,13 +221,6 @@ def profile_steps(trainer: Trainer, steps: int, trace: Path) -> TrainingProfile:
         steps_per_epoch=trainer.num_steps(trainer.progress.epoch),
         validation_seconds=_validation_seconds(trainer, running),
     )
-
-
-def _mean_stages(clock: StageClock, steps: list[_Step]) -> dict[str, float]:
-    """Mean time of each stage in a step, and of the rest."""
-    total = sum(step.seconds for step in steps)
-    rest = max(0.0, total - sum(clock.seconds.values()))
-    return {name: value / len(steps) for name, value in {**clock.seconds, OTHER: rest}.items()}
 
 
 def _validation_seconds(trainer: Trainer, running: _Steps) -> float:
@@ -290,18 +235,24 @@ def _validation_seconds(trainer: Trainer, running: _Steps) -> float:
     return seconds * len(loader.structures) / sum(batch.graph.num_structures for batch in batches)
 
 
-def _trace(running: _Steps, device: torch.device, path: Path) -> list[Operation]:
-    """Take steps under torch's profiler; write the timeline, return the dearest operations."""
-    activities = [ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
-    with (
-        torch.profiler.profile(activities=activities) as profiler,
-        listening(record_function),
-    ):
-        running.take(_TRACED_STEPS)
+def _trace(
+    running: _Steps, device: torch.device, path: Path
+) -> tuple[dict[str, float], list[Operation]]:
+    """Take steps under torch's profiler and write the timeline.
+
+    Returns:
+        The share of each stage, and of the rest, in a step; and the dearest operations.
+    """
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with torch.profiler.profile(activities=activities) as profiler:
+        taken = running.take(_TRACED_STEPS)
     profiler.export_chrome_trace(str(path))
-    return _operations(profiler.key_averages(), device)
+    stages = stage_seconds(profiler.events() or (), "CUDA" if on_gpu else "CPU")
+    total = max(sum(step.seconds for step in taken), sum(stages.values()))
+    stages[OTHER] = total - sum(stages.values())
+    shares = {name: seconds / total for name, seconds in stages.items()}
+    return shares, _operations(profiler.key_averages(), device)
 
 
 def _operations(events: EventList, device: torch.device) -> list[Operation]:

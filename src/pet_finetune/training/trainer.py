@@ -28,7 +28,7 @@ from pet_finetune.errors import TrainingError
 from pet_finetune.log import Watch, get_logger
 from pet_finetune.model import Potential
 from pet_finetune.rng import Stream
-from pet_finetune.stages import each, stage
+from pet_finetune.profiling import each, stage
 
 from .feature import Feature, Step
 from .finite import check_and_clip

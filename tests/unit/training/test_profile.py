@@ -12,11 +12,10 @@ from models import random_potential
 from pet_finetune.config import TargetLoss, TrainingOptions
 from pet_finetune.data import Loader
 from pet_finetune.errors import TrainingError
-from pet_finetune.stages import listening, stage
 from pet_finetune.training import Trainer, memory
 from pet_finetune.training import profile as profile_module
 from pet_finetune.training.loss import Objective
-from pet_finetune.training.profile import OTHER, StageClock, profile_steps
+from pet_finetune.training.profile import OTHER, profile_steps
 from tiny_data import molecules, structures_of
 
 TRAIN = structures_of(molecules(7))
@@ -28,45 +27,6 @@ def make_trainer(**options):
     loader = Loader(TRAIN, model.cutoff, batch_size=3, shuffle=True, augment=True, seed=3)
     objective = Objective("energy", TargetLoss(), forces=True, stress=False, scale=1e4)
     return Trainer(model, {"energy": objective}, loader, loader.view(), settings, 1e-4)
-
-
-class Time:
-    """A clock that moves when it is told to."""
-
-    def __init__(self, monkeypatch):
-        self.now = 0.0
-        monkeypatch.setattr(profile_module.time, "perf_counter", lambda: self.now)
-
-    def passes(self, seconds):
-        self.now += seconds
-
-
-def test_the_clock_gives_each_second_to_the_innermost_stage(monkeypatch):
-    time, waits = Time(monkeypatch), []
-    clock = StageClock(lambda: waits.append(time.now))
-    time.passes(5)
-    with listening(clock):
-        for _ in range(2):
-            time.passes(100)  # between two stages
-            with stage("outer"):
-                time.passes(1)
-                with stage("inner"):
-                    time.passes(10)
-                time.passes(2)
-    assert clock.seconds == {"outer": 6.0, "inner": 20.0}
-    assert waits == [105, 106, 116, 118, 218, 219, 229, 231]
-
-
-def test_a_stage_that_fails_is_counted_and_over(monkeypatch):
-    time = Time(monkeypatch)
-    clock = StageClock()
-    with pytest.raises(ValueError), listening(clock), stage("one"):  # noqa: PT012
-        time.passes(1)
-        raise ValueError
-    time.passes(10)
-    with listening(clock), stage("two"):
-        time.passes(2)
-    assert clock.seconds == {"one": 1.0, "two": 2.0}
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +74,12 @@ def test_operations_and_timeline(profiled):
 
 
 def test_the_steps_are_those_of_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(profile_module, "_trace", lambda steps, *ignored: steps.take(2))
+
+    def trace(steps, *ignored):
+        steps.take(2)
+        return {}, []
+
+    monkeypatch.setattr(profile_module, "_trace", trace)
     trained, profiled = make_trainer(scheduler="constant"), make_trainer(scheduler="constant")
     metrics = {"energy": profile_module.Metrics("energy")}
     batches = [batch for epoch in (0, 1) for batch in trained.batches(epoch)]
@@ -128,7 +93,7 @@ def test_the_steps_are_those_of_training(tmp_path, monkeypatch):
 
 
 def test_a_step_of_several_batches_counts_them_all(tmp_path, monkeypatch):
-    monkeypatch.setattr(profile_module, "_trace", lambda *ignored: [])
+    monkeypatch.setattr(profile_module, "_trace", lambda *ignored: ({}, []))
     trainer = make_trainer(gradient_accumulation_steps=2)
     profile = profile_steps(trainer, 3, tmp_path / "trace.json")
     assert profile.steps_per_epoch == 2
