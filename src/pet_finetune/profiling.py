@@ -20,7 +20,8 @@ _UNSEEN = nullcontext()
 def stage(name: str) -> AbstractContextManager[object]:
     """What runs within this context is the stage ``name``; stages may lie within each other."""
     # Unseen, a mark would take as long as a few operations.
-    return record_function(name) if torch.autograd._profiler_enabled() else _UNSEEN
+    seen = torch._C._autograd._profiler_enabled()
+    return record_function(name) if seen else _UNSEEN
 
 
 def each(name: str, items: Iterable[T]) -> Iterator[T]:

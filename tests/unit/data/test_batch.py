@@ -118,6 +118,7 @@ def test_totals_stay_double_and_the_rest_is_cast(structures, pairs):
 def test_moves_to_a_device_whole(structures, pairs):
     batch = collate(list(zip(structures, pairs, strict=True)), torch.float32).to("meta")
     tensors = {**batch.graph._asdict(), **batch.labels}
+    assert tensors.pop("edges") is None  # nothing chose any
     assert len(tensors) == 9 + 3
     for name, tensor in tensors.items():
         assert tensor.device.type == "meta", name

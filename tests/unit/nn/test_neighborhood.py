@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from ase import Atoms
+from torch.utils._pytree import tree_flatten
 
 from pet_finetune.backends.reference import pad_rows, permute_rows, unpad_rows
 from pet_finetune.data.batch import batch_from_atoms
@@ -101,3 +102,25 @@ def test_full_rectangles_have_no_empty_slots():
     assert full.rectangle.token_of_slot.shape[1] == 3
     assert full.starts.tolist() == [0, 2, 4]
     assert make_layout(torch.tensor([0, 0, 1]), 2, True).rectangle.empty.tolist() == [5]
+
+
+def tensors_of(nested):
+    return [leaf for leaf in tree_flatten(nested)[0] if leaf is not None]
+
+
+@pytest.mark.parametrize("adaptive", [None, 4.0])
+def test_edges_chosen_beforehand_give_the_same_and_move_with_the_batch(adaptive):
+    torch.manual_seed(0)
+    atoms = Atoms("H8", positions=3 * torch.rand(8, 3).numpy())
+    batch = batch_from_atoms(atoms, 8.0)
+    builder = NeighborhoodBuilder(**{**PLAIN, "num_neighbors_adaptive": adaptive})
+    prepared = builder.with_edges(batch)
+    assert prepared.edges is not None
+    assert prepared.edges.within is not None
+    assert len(prepared.edges.centers) < batch.num_edges
+    expected, found = tensors_of(builder(batch)), tensors_of(builder(prepared))
+    for own, other in zip(found, expected, strict=True):
+        assert torch.equal(own, other)
+    moved = tensors_of(prepared.to("meta"))
+    assert {tensor.device.type for tensor in moved} == {"meta"}
+    assert len(moved) == len(tensors_of(prepared)) > 9 + 4
