@@ -27,8 +27,8 @@ from pet_finetune.data.prefetch import on_device
 from pet_finetune.errors import TrainingError
 from pet_finetune.log import Watch, get_logger
 from pet_finetune.model import Potential
-from pet_finetune.rng import Stream
 from pet_finetune.profiling import each, stage
+from pet_finetune.rng import Stream
 
 from .feature import Feature, Step
 from .finite import check_and_clip
