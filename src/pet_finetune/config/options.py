@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -68,6 +69,12 @@ def _atomic_types(value: Any) -> tuple[int, ...]:
     return tuple(sorted(set(value)))
 
 
+def _settings(value: Any) -> dict[str, Any] | None:
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError
+    return None if value is None else {str(key): item for key, item in value.items()}
+
+
 class ArchitectureOptions(Section):
     """The network and its training."""
 
@@ -131,7 +138,11 @@ class Options(Section):
         default=True, description="Evaluate the final model on all three sets after training."
     )
     print_stats: Ignored = ignored_field("what the data hold is always checked and logged.")
-    wandb: Ignored = ignored_field("metrics go to `train.csv` and the log file.")
+    wandb: Annotated[dict[str, Any] | None, Expects("settings of wandb.init", _settings)] = Field(
+        default=None,
+        description="Log to Weights & Biases too, with these arguments of `wandb.init`: `project`, "
+        "`name`, `mode: offline`, ... Needs the extra `wandb`. As in metatrain.",
+    )
 
     @model_validator(mode="before")
     @classmethod

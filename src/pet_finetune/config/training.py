@@ -96,6 +96,17 @@ FixedBaselines = Annotated[
 FixedScales = Annotated[dict[str, float], Expects("{target: positive number}", _scales)]
 
 
+_LOGS = ("csv", "tensorboard", "wandb", "trackio")
+_LOGS_WORDS = "csv, tensorboard, wandb, trackio, or a list of them"
+
+
+def _logs(value: Any) -> tuple[str, ...]:
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, (list, tuple)) or any(name not in _LOGS for name in names):
+        raise ValueError
+    return tuple(dict.fromkeys(names))
+
+
 class BaselineOptions(Section):
     """How the energy of each species, which the network need not learn, is found."""
 
@@ -260,6 +271,11 @@ class TrainingOptions(Section):
         "validation and the saved model stay float32. Null is `base_precision` throughout.",
     )
     log_interval: PositiveInt = Field(default=1, description="Epochs between two log lines.")
+    log: Annotated[tuple[str, ...], Expects(_LOGS_WORDS, _logs)] = Field(
+        default=("csv",),
+        description="Where the numbers of each epoch go: `csv` (always), `tensorboard`, `wandb` "
+        "(with the settings in `wandb`), `trackio`. The others need the extra of their name.",
+    )
     checkpoint_interval: PositiveInt = Field(
         default=10,
         description="Epochs between two saves of `last.ckpt`. metatrain's default is 100.",

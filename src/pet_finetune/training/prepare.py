@@ -33,6 +33,7 @@ from .bootstrap import of_member
 from .consistency import RotationalAgreement
 from .elements import ADVICE, check_known
 from .feature import Feature, Plan
+from .loggers import loggers
 from .loss import Objective
 from .metrics import Errors, evaluate
 from .predictions import Recorder
@@ -146,7 +147,11 @@ def prepare_run(
         seed_everything(own_seed)
     start = saved.start() if saved else start_model(options, splits)
     model = start.model.to(device=device, dtype=dtype)
-    features = [*rooms.features(), *own_features(options.training)]
+    features = [
+        *rooms.features(),
+        *own_features(options.training),
+        *(loggers(options, files) if to_finish else ()),
+    ]
     if not saved:
         foundation = foundation_of(start, options) if start.fingerprint is not None else None
         plan = Plan(options, start, foundation, splits, trained_on.train, own_seed)

@@ -63,6 +63,25 @@ TRACE = "profile_trace.json"
 _TAKEN_ALONG = (BEST, ADAPTER, TABLE, OPTIONS, SPLITS, KEPT, ABOUT, PREDICTIONS)
 
 
+def columns_of(record: EpochRecord) -> dict[str, str]:
+    """The cells of an epoch in ``train.csv``, by column."""
+    row = {
+        "epoch": str(record.epoch),
+        "learning_rate": f"{record.learning_rate:.3e}",
+        "loss": f"{record.loss:.6g}",
+        "metric": f"{record.metric:.6g}",
+        "best": str(int(record.best)),
+        "seconds": f"{record.seconds:.3f}",
+        "structures_per_second": f"{record.structures_per_second:.2f}",
+    }
+    row |= {f"train/{name}": f"{value:.6g}" for name, value in record.extra.items()}
+    for prefix, group in (("train", record.train), ("validation", record.validation)):
+        for target, metrics in group.items():
+            for name, value in metrics.as_dict().items():
+                row[f"{prefix}/{target}/{name}"] = f"{value:.6g}"
+    return row | {name: f"{value:.6g}" for name, value in record.columns.items()}
+
+
 class RunFiles:
     """Writes the files of one run; of several processes that train together, the first one does.
 
@@ -213,25 +232,7 @@ class RunFiles:
         """Add an epoch to ``train.csv``; the heading is written with the first."""
         if not self._writes:
             return
-        row: dict[str, Any] = {
-            "epoch": record.epoch,
-            "learning_rate": f"{record.learning_rate:.3e}",
-            "loss": f"{record.loss:.6g}",
-            "metric": f"{record.metric:.6g}",
-            "best": int(record.best),
-            "seconds": f"{record.seconds:.3f}",
-            "structures_per_second": f"{record.structures_per_second:.2f}",
-        }
-        row |= {f"train/{name}": f"{value:.6g}" for name, value in record.extra.items()}
-        groups = {
-            "train": record.train,
-            "validation": record.validation,
-        }
-        for prefix, group in groups.items():
-            for target, metrics in group.items():
-                for name, value in metrics.as_dict().items():
-                    row[f"{prefix}/{target}/{name}"] = f"{value:.6g}"
-        row |= {name: f"{value:.6g}" for name, value in record.columns.items()}
+        row = columns_of(record)
         path = self.folder / TABLE
         with self._explained():
             heading = _heading(path)

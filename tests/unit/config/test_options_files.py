@@ -113,7 +113,7 @@ def test_a_metatrain_file_runs_unchanged(write) -> None:
     assert (options.finetune.method, options.finetune.read_from) == ("full", "pet-mad.ckpt")
     told = "\n".join(loaded.notices)
     assert (options.training.distributed, options.training.distributed_port) == (False, 39591)
-    for name in ("num_workers", "log_mae", "wandb"):
+    for name in ("num_workers", "log_mae", "print_stats"):
         assert name in told
     assert "distributed" not in told
     assert "training_set.targets.energy.per_atom is an older spelling; today: sample_kind" in told

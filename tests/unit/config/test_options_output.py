@@ -120,7 +120,7 @@ def test_stress_and_virial_are_one_loss(key: str) -> None:
         ({"batch_size": 4, "max_atoms_per_batch": 99}, None, {}, "batch_size has no effect"),
         ({"min_atoms_per_batch": 9}, None, {}, "min_atoms_per_batch has no effect without"),
         ({"num_workers": 0}, None, {}, "without effect here: architecture.training.num_workers."),
-        (None, None, {"wandb": {"a": 1}}, "without effect here: wandb."),
+        (None, None, {"print_stats": "on"}, "without effect here: print_stats."),
         (None, None, {"device": "multi-gpu"}, "one GPU is used (device: gpu)."),
         (
             None,
@@ -199,7 +199,7 @@ def test_the_reference_lists_options_with_type_and_default() -> None:
     )
     assert "| `training_set` | section or list of sections | required |" in page
     assert '| `architecture.model.activation` | `SiLU`, `SwiGLU` | `"SwiGLU"` |' in page
-    assert "| `wandb` | " in page.split("## Accepted without effect")[1]
+    assert "| `print_stats` | " in page.split("## Accepted without effect")[1]
     assert page.count("\n## General\n") == 1
     for line in page.splitlines():
         if line.startswith("|"):
