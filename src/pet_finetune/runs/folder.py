@@ -11,7 +11,7 @@ from __future__ import annotations
 import datetime
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from pet_finetune import processes
 from pet_finetune.errors import DataError, RunError
 from pet_finetune.files import read_object
 from pet_finetune.locks import FileLock
+from pet_finetune.log import get_logger
 
 __all__ = [
     "OUTPUTS",
@@ -31,6 +32,7 @@ __all__ = [
     "undisturbed",
 ]
 
+_logger = get_logger(__name__)
 #: Where runs go that nobody named a folder for, as metatrain has it.
 OUTPUTS = Path("outputs")
 LOCK = ".lock"
@@ -175,6 +177,8 @@ def starts_of(record: Mapping[str, Any]) -> list[str]:
 def newest_run(root: Path, state: str) -> Path | None:
     """The folder of the run that was begun or gone on with last; None where there is none.
 
+    A run that was begun later and ended before it wrote its state is named in the log.
+
     Args:
         root: it and all folders below it are searched. Members of an ensemble count as one run.
         state: the file that a run needs to be gone on with.
@@ -184,8 +188,10 @@ def newest_run(root: Path, state: str) -> Path | None:
     """
     folders = dict.fromkeys(_run_of(path) for path in sorted(root.rglob(state)))
     dated = {folder: when for folder in folders if (when := _last_start(folder)) is not None}
-    if dated:
-        return max(dated, key=dated.__getitem__)
+    if dated or not folders:
+        newest = max(dated, key=dated.__getitem__) if dated else None
+        _name_dead(root, folders, dated[newest] if newest else None, state)
+        return newest
     if len(folders) > 1:
         shown = ", ".join(f"'{folder}'" for folder in itertools.islice(folders, 5))
         raise RunError(
@@ -194,6 +200,30 @@ def newest_run(root: Path, state: str) -> Path | None:
             "--restart FOLDER."
         )
     return next(iter(folders), None)
+
+
+def _name_dead(
+    root: Path,
+    alive: Collection[Path],
+    since: tuple[datetime.datetime, int] | None,
+    state: str,
+) -> None:
+    """Say which runs were begun after the one that is gone on with, and left no state."""
+    records = (path for name in _RECORDS for path in sorted(root.rglob(name)))
+    others = [folder for folder in dict.fromkeys(map(_run_of, records)) if folder not in alive]
+    later = {folder: when for folder in others if (when := _last_start(folder)) is not None}
+    dead = [folder for folder, when in later.items() if since is None or when > since]
+    if dead:
+        last = max(dead, key=later.__getitem__)
+        more = f", and {len(dead) - 1} more," if len(dead) > 1 else ""
+        _logger.warning(
+            "--restart auto: '%s'%s was begun %s and has no %s so far, so it cannot be gone on "
+            "with; see its log",
+            last,
+            more,
+            "later" if since else f"at {later[last][0]:%Y-%m-%d %H:%M} UTC",
+            state,
+        )
 
 
 def _run_of(state: Path) -> Path:

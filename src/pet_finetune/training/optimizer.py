@@ -178,16 +178,18 @@ def load_optimizer(optimizer: AnyOptimizer, state: Mapping[str, Any]) -> None:
     # Those of the parts were not saved at first.
     saved_kinds = state.get("kinds", own_kinds) if "parts" in state else None
     if saved_kinds != own_kinds:
+        then, now = (" and ".join(kinds or ["AdamW"]) for kinds in (saved_kinds, own_kinds))
         raise TrainingError(
-            "The saved run was made with another optimiser: keep architecture.training.optimizer "
-            "when going on with --restart, or start a new run with -c."
+            f"The saved run was made with another optimiser, {then}, and these options say {now}: "
+            "keep architecture.training.optimizer when going on with --restart, or start a new "
+            "run with -c."
         )
     sizes = [len(group["params"]) for group in optimizer.param_groups]
     if [len(group["params"]) for group in state["param_groups"]] != sizes:
         raise TrainingError(
-            "The saved run groups its parameters by learning rate in another way: keep "
-            "finetune.config.layer_decay and loraplus_lr_ratio when going on with --restart, or "
-            "start a new run with -c."
+            "The saved run groups its parameters in another way: keep "
+            "architecture.training.optimizer, and layer_decay and loraplus_lr_ratio of "
+            "finetune.config, when going on with --restart, or start a new run with -c."
         )
     own = [(group["weight_decay"], group[FACTOR]) for group in optimizer.param_groups]
     optimizer.load_state_dict(dict(state))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -163,3 +164,23 @@ def test_starts_are_added_to_those_before():
     assert len(first) == 1
     assert starts_of({"started": first})[0] == first[0]
     assert starts_of({"started": first})[1] > first[0]
+
+
+def test_a_later_run_that_left_no_state_is_named(tmp_path, caplog):
+    """One that was killed before its first epoch ended, say."""
+    kept = saved(tmp_path / "2026-01-01/00-00-00", ["2026-01-01T00:00:00+00:00"])
+    earlier = saved(tmp_path / "2025-12-31/00-00-00", ["2025-12-31T00:00:00+00:00"])
+    (earlier / "last.ckpt").unlink()
+    assert newest_run(tmp_path, "last.ckpt") == kept
+    assert not caplog.records
+    dead = saved(tmp_path / "2026-01-02/00-00-00", ["2026-01-02T00:00:00+00:00"])
+    (dead / "last.ckpt").unlink()
+    with caplog.at_level(logging.INFO, "pet_finetune"):
+        assert newest_run(tmp_path, "last.ckpt") == kept
+    (line,) = [r.getMessage() for r in caplog.records]
+    assert f"'{dead}' was begun later and has no last.ckpt" in line
+    (kept / "last.ckpt").unlink()
+    caplog.clear()
+    assert newest_run(tmp_path, "last.ckpt") is None
+    (line,) = [r.getMessage() for r in caplog.records]
+    assert f"'{dead}', and 2 more, was begun at 2026-01-02 00:00 UTC" in line
