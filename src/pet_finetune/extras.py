@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
 from pet_finetune.errors import PetFinetuneError
 
-__all__ = ["QUANTIZATION", "missing_extra", "plotting"]
+__all__ = ["QUANTIZATION", "drawn", "missing_extra", "plotting"]
+
+_logger = logging.getLogger(__name__)
 
 #: The library behind ``quant_bits`` and the extra of the package that installs it.
 QUANTIZATION = ("bitsandbytes", "quant")
@@ -37,3 +41,24 @@ def plotting() -> tuple[Any, Any]:
             "Plots need matplotlib: pip install 'pet-finetune[plots]'."
         ) from error
     return rc_context, Figure
+
+
+def drawn(what: str, draw: Callable[[], object]) -> bool:
+    """Draw a picture that its run can do without; whatever prevents it is a line in the log.
+
+    Args:
+        what: the picture, for the log.
+        draw: draws and writes it.
+
+    Returns:
+        Whether it is there.
+    """
+    try:
+        draw()
+    except PetFinetuneError as error:
+        _logger.info("%s: not drawn. %s", what, error)
+        return False
+    except Exception as error:  # noqa: BLE001 - hours of work must not end in a picture's error
+        _logger.warning("%s: not drawn (%s: %s)", what, type(error).__name__, error)
+        return False
+    return True

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +18,7 @@ from pet_finetune.errors import CheckpointError, DataError, did_you_mean
 __all__ = [
     "check_checkpoint",
     "check_file",
+    "check_room",
     "read_object",
     "read_table",
     "replacing",
@@ -58,6 +61,20 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
     """
     with replacing(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def check_room(folder: Path, size: int) -> None:
+    """Refuse to begin a file that the disk has no room for.
+
+    Args:
+        folder: where it would be; it must exist.
+        size: at least so many bytes.
+
+    Raises:
+        OSError: there is less.
+    """
+    if shutil.disk_usage(folder).free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
 def _sync(path: Path) -> None:

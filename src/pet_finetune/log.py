@@ -13,6 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -90,7 +91,7 @@ def setup_logging(level: int | str = "INFO", file: str | Path | None = None) -> 
     if file is not None and processes.first():
         path = Path(file)
         path.parent.mkdir(parents=True, exist_ok=True)
-        to_file = logging.FileHandler(path, encoding="utf-8")
+        to_file = _LogFile(path, encoding="utf-8")
         to_file.setFormatter(logging.Formatter(_PLAIN_FORMAT, _DATE_FORMAT))
         targets.append(to_file)
     for old in list(root.handlers):
@@ -102,6 +103,26 @@ def setup_logging(level: int | str = "INFO", file: str | Path | None = None) -> 
     root.propagate = False
     warnings.showwarning = _log_warning
     return root
+
+
+class _LogFile(logging.FileHandler):
+    """A log file that ends with one line on stderr where the disk is full."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say that the log ends, once, and why."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        if self.filter(record):
+            reason = error.strerror or error
+            print(f"The log {self.baseFilename} ends here: {reason}.", file=sys.stderr)
+            self.addFilter(lambda _: False)
+
+    def close(self) -> None:
+        """Close the file; what could not be written is lost."""
+        with suppress(OSError):
+            super().close()
 
 
 def _log_warning(

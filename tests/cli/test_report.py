@@ -72,6 +72,20 @@ def test_a_report_that_fails_does_not_fail_the_run(here, command, monkeypatch):
     assert not PAGE.exists()
 
 
+def test_a_matplotlib_that_fails_does_not_fail_the_run(here, command, monkeypatch, reported):
+    def broken(*ignored, **settings):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.undo()  # the plots are those of a user's run
+    monkeypatch.chdir(here)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", broken)
+    answer = command("train", "options.yaml", "-c", "base.ckpt", "-o", "run")
+    assert answer.code == 0, answer.err
+    assert "dimers.svg: not drawn (RuntimeError: no fonts)" in answer.err
+    assert Path("run/results.json").exists()
+    assert Path("run/dimers.csv").exists()
+
+
 def test_a_run_that_was_stopped_has_a_report_and_so_has_the_one_that_goes_on(here, command, stop):
     write_options(here / "mine.yaml", options({"num_epochs": 3}))
     stop(4)  # in the second epoch

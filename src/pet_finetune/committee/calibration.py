@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pet_finetune.data.batch import LabelledBatch
 from pet_finetune.data.prefetch import on_device
+from pet_finetune.extras import plotting
 from pet_finetune.keys import forces_key, stress_key
 
 from .committee import Committee
@@ -133,23 +134,23 @@ class Curves:
     factor: float
 
 
-def plot_calibration(path: str | Path, curves: Mapping[str, Curves]) -> bool:
-    """Observed over expected coverage, one panel a kind; whether matplotlib was there to draw it.
+def calibration_svg(curves: Mapping[str, Curves]) -> str:
+    """Observed over expected coverage, one panel a kind, as SVG.
 
     Args:
-        path: an image file, by its ending.
         curves: by kind.
+
+    Raises:
+        PetFinetuneError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
+    _, Figure = plotting()
     figure = Figure(figsize=(3.2 * len(curves), 3.3), layout="constrained")
     panels = figure.subplots(1, len(curves), squeeze=False)[0]
     for panel, (kind, curve) in zip(panels, curves.items(), strict=True):
         draw_coverage(panel, kind, curve, ("0.6", "tab:blue", "tab:orange"))
-    figure.savefig(path)
-    return True
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg")
+    return stream.getvalue()
 
 
 def draw_coverage(axes: Any, kind: str, curve: Curves, colours: tuple[str, str, str]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+import sqlite3
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
@@ -83,25 +85,22 @@ class PredictionWriter:
 
     def __enter__(self) -> PredictionWriter:
         """Open the file that becomes the final one."""
-        try:
-            with ExitStack() as opening:
-                self._partial = opening.enter_context(replacing(self.path))
-                if self._is_folder:
-                    self._partial.mkdir()
-                    self._write = self._to_arrays
-                elif self.path.suffix == _DB:
-                    from ase.db import connect  # takes a while to import
+        with self._explained(), ExitStack() as opening:
+            self._partial = opening.enter_context(replacing(self.path))
+            if self._is_folder:
+                self._partial.mkdir()
+                self._write = self._to_arrays
+            elif self.path.suffix == _DB:
+                from ase.db import connect  # takes a while to import
 
-                    database = connect(str(self._partial), type="db")
-                    self._write = lambda s, values: self._to_database(database, s, values)
-                else:
-                    stream = opening.enter_context(self._partial.open("w", encoding="utf-8"))
-                    self._write = lambda s, values: ase.io.write(
-                        stream, self._atoms(s, values), format="extxyz"
-                    )
-                self._open = opening.pop_all()
-        except OSError as error:
-            raise DataError(f"Cannot write '{self.path}': {error.strerror}.") from error
+                database = connect(str(self._partial), type="db")
+                self._write = lambda s, values: self._to_database(database, s, values)
+            else:
+                stream = opening.enter_context(self._partial.open("w", encoding="utf-8"))
+                self._write = lambda s, values: ase.io.write(
+                    stream, self._atoms(s, values), format="extxyz"
+                )
+            self._open = opening.pop_all()
         return self
 
     def add(
@@ -113,8 +112,9 @@ class PredictionWriter:
             structures: in the order of the file.
             values: for each the predictions under the names of their labels.
         """
-        for structure, own in zip(structures, values, strict=True):
-            self._write(structure, own)
+        with self._explained():
+            for structure, own in zip(structures, values, strict=True):
+                self._write(structure, own)
 
     def __exit__(
         self,
@@ -123,10 +123,27 @@ class PredictionWriter:
         where: TracebackType | None,
     ) -> None:
         """Close the file and give it its name, or remove it."""
-        if kind is None and self._is_folder:
-            np.save(self._partial / "ns.npy", len(self._sizes))
-            np.save(self._partial / "na.npy", np.cumsum([0, *self._sizes], dtype=np.int64))
-        self._open.__exit__(kind, error, where)
+        with self._explained():
+            try:
+                if kind is None and self._is_folder:
+                    np.save(self._partial / "ns.npy", len(self._sizes))
+                    np.save(self._partial / "na.npy", np.cumsum([0, *self._sizes], dtype=np.int64))
+            except OSError:
+                self._open.__exit__(*sys.exc_info())
+                raise
+            self._open.__exit__(kind, error, where)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Say of a failed write which file it was for."""
+        try:
+            yield
+        except (OSError, sqlite3.Error) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise DataError(
+                f"Cannot write '{self.path}': {reason}. Nothing is left of it. Check that its "
+                "folder is writable and has space left."
+            ) from error
 
     @property
     def _is_folder(self) -> bool:

@@ -17,6 +17,7 @@ from ase.optimize import FIRE
 from rich.table import Table
 
 from pet_finetune.errors import DynamicsError, PetFinetuneError
+from pet_finetune.extras import drawn
 from pet_finetune.log import FILE_ONLY, get_logger, setup_logging
 from pet_finetune.report.simulation import simulation_svg
 from pet_finetune.runs.folder import STARTED, own_folder, starts_of
@@ -244,12 +245,13 @@ def _go(
 
 def _draw(files: MDFiles, settings: MDSettings, atoms: int) -> None:
     """Write the plot where that can be done."""
-    try:
-        rows = files.read_rows()
-        limit = settings.stop_uncertainty
-        files.write(PLOT, simulation_svg(rows, atoms, settings.temperature, limit))
-    except PetFinetuneError as error:
-        _logger.info("the simulation is not drawn. %s", error)
+    limit = settings.stop_uncertainty
+
+    def draw() -> None:
+        svg = simulation_svg(files.read_rows(), atoms, settings.temperature, limit)
+        files.write(PLOT, svg)
+
+    drawn(PLOT, draw)
 
 
 def _explain(outcome: Outcome, settings: MDSettings, files: MDFiles) -> None:

@@ -10,7 +10,7 @@ import torch
 from metatomic.torch import AtomisticModel, ModelCapabilities, ModelMetadata, ModelOutput
 
 from pet_finetune.errors import CheckpointError
-from pet_finetune.files import replacing
+from pet_finetune.files import check_room, replacing
 from pet_finetune.keys import TargetSpec
 from pet_finetune.model import Potential
 
@@ -95,6 +95,8 @@ def write_model(
     model = AtomisticModel(module.eval(), metadata, capabilities)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # torch's writer, in C++, ends the whole process where it runs out of room.
+        check_room(path.parent, sum(t.nbytes for t in module.state_dict().values()))
         with replacing(path) as partial:
             with _no_extensions():
                 model.save(str(partial))

@@ -15,8 +15,7 @@ from ase.data import chemical_symbols, covalent_radii
 from torch import Tensor
 
 from pet_finetune.data.species import find_species
-from pet_finetune.errors import PetFinetuneError
-from pet_finetune.extras import plotting
+from pet_finetune.extras import drawn, plotting
 from pet_finetune.graph import Batch
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
@@ -337,9 +336,7 @@ def _draw(lengths: list[float], rows: list[DimerRow], files: RunFiles) -> str:
     if len(rows) > _MOST_DRAWN:
         _logger.info("dimer curves of %d pairs are not drawn: too many for a page", len(rows))
         return table
-    try:
-        files.write(f"{DIMERS}.svg", dimers_svg(lengths, rows))
-    except PetFinetuneError as error:
-        _logger.info("dimer curves are not drawn. %s", error)
-        return table
-    return f"{files.folder / DIMERS}.svg"
+    picture = f"{DIMERS}.svg"
+    if drawn(picture, lambda: files.write(picture, dimers_svg(lengths, rows))):
+        return str(files.folder / picture)
+    return table

@@ -62,7 +62,7 @@ def available() -> bool:
     """Whether figures can be drawn here: matplotlib is in the extra ``plots``."""
     try:
         import matplotlib.figure  # noqa: F401
-    except ImportError:
+    except Exception:  # noqa: BLE001 - an installation that is broken draws as little as none
         return False
     return True
 

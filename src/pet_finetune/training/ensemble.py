@@ -18,9 +18,9 @@ from pet_finetune.committee.calibration import (
     LEVELS,
     Curves,
     Deviations,
+    calibration_svg,
     collect,
     miscalibration_area,
-    plot_calibration,
 )
 from pet_finetune.committee.committee import Calibration
 from pet_finetune.committee.files import COMMITTEE_FILE, load_committee, write_committee
@@ -29,6 +29,7 @@ from pet_finetune.config.yaml_file import read_yaml
 from pet_finetune.data.splits import load_splits
 from pet_finetune.device import choose_device, dtype_of_bits
 from pet_finetune.errors import TrainingError
+from pet_finetune.extras import drawn
 from pet_finetune.log import FILE_ONLY, get_logger, setup_logging
 from pet_finetune.rng import seed_everything
 from pet_finetune.runs.folder import undisturbed
@@ -248,8 +249,7 @@ def _finish(
     if options.final_eval:
         after = evaluate_sets(files, AFTER, committee, data, wanted)
     table = _show(outcomes, after, curves)
-    if not plot_calibration(files.folder / PLOT, curves):
-        _logger.info("%s needs matplotlib: pip install 'pet-finetune[plots]'", PLOT)
+    drawn(PLOT, lambda: files.write(PLOT, calibration_svg(curves)))
     before = outcomes[0].before
     content = {
         "before": plain_errors(before),

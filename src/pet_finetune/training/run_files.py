@@ -31,7 +31,7 @@ from pet_finetune.data.splits import Splits
 from pet_finetune.device import versions
 from pet_finetune.elements import symbol_of
 from pet_finetune.errors import CheckpointError, DataError, TrainingError
-from pet_finetune.files import read_object, read_table, replacing, write_whole
+from pet_finetune.files import read_object, read_table, write_whole
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 
@@ -133,7 +133,8 @@ class RunFiles:
         except OSError as error:
             raise TrainingError(
                 f"Cannot write to the output folder '{self.folder}': {error.strerror or error}. "
-                "Choose another with -o FOLDER."
+                "Make room, or choose another with -o FOLDER; a run that has saved its state goes "
+                "on with --restart."
             ) from error
 
     def check_free(self, options_file: str | Path = "") -> None:
@@ -249,8 +250,9 @@ class RunFiles:
         """Write what the run keeps of its foundation; tensors and plain values."""
         if not self._writes:
             return
-        with self._explained(), replacing(self.folder / KEPT) as partial:
-            torch.save(content, partial)
+        stream = io.BytesIO()  # torch's own writer ends in C++ where a disk is full
+        torch.save(content, stream)
+        self.write(KEPT, stream.getvalue())
 
     def read_kept(self) -> dict[str, Any]:
         """Read what :meth:`write_kept` wrote.

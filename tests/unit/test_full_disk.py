@@ -1,0 +1,113 @@
+"""A disk that is full, a folder that is closed, a plot that fails: one message, nothing lost."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sqlite3
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ase.build import molecule
+from ase.io import write
+
+from logs import logging_as_it_was
+from pet_finetune.data.structure import atoms_to_structure
+from pet_finetune.data.writing import PredictionWriter
+from pet_finetune.errors import DataError, PetFinetuneError, TrainingError
+from pet_finetune.extras import drawn
+from pet_finetune.files import check_room, write_whole
+from pet_finetune.log import get_logger, setup_logging
+from pet_finetune.training.run_files import KEPT, TABLE, RunFiles
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def full(*ignored, **settings):
+    raise FULL
+
+
+@pytest.mark.parametrize("name", [KEPT, "run.json", "results.json", TABLE])
+def test_files_of_a_run_stay_as_they_were(tmp_path, monkeypatch, name):
+    files = RunFiles(tmp_path)
+    (tmp_path / name).write_text("epoch,loss\n1,2\n3,4\n")
+    before = (tmp_path / name).read_bytes()
+    monkeypatch.setattr(Path, "write_bytes", full)
+    actions = {
+        KEPT: lambda: files.write_kept({"a": None}),
+        "run.json": lambda: files.tell({"a": 1}),
+        TABLE: lambda: files.drop_rows_after(1),
+    }
+    with pytest.raises(TrainingError, match=f"Cannot write to.*{tmp_path}.*No space left.*restart"):
+        actions.get(name, lambda: files.write(name, "new"))()
+    assert (tmp_path / name).read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("ending", [".xyz", ".db", "/"])
+def test_predictions_that_cannot_be_written_leave_nothing(tmp_path, monkeypatch, ending):
+    write(tmp_path / "a.xyz", molecule("H2O"))
+    structure = atoms_to_structure(molecule("H2O"), source=str(tmp_path / "a.xyz"))
+    places = {
+        ".xyz": "ase.io.write",
+        ".db": "ase.db.sqlite.SQLite3Database._write",
+        "/": "numpy.save",
+    }
+    failed = sqlite3.OperationalError("database or disk is full") if ending == ".db" else FULL
+
+    def fail(*ignored, **settings):
+        raise failed
+
+    monkeypatch.setattr(places[ending], fail)
+    with (
+        pytest.raises(DataError, match=r"Cannot write '.*pred.*(No space|disk is full)"),
+        PredictionWriter(f"{tmp_path}/pred{ending}", "energy") as writer,
+    ):
+        writer.add([structure], [{"energy": np.array(-1.0)}])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.xyz"]
+
+
+def test_a_log_that_cannot_be_written_says_so_once(tmp_path, capsys, monkeypatch):
+    with logging_as_it_was():
+        setup_logging("INFO", tmp_path / "train.log")
+        (handler,) = get_logger().handlers
+        (file,) = [h for h in handler.targets if isinstance(h, logging.FileHandler)]
+        monkeypatch.setattr(file.stream, "write", full, raising=False)
+        for number in range(3):
+            get_logger().info("line %d", number)
+    printed = capsys.readouterr().err
+    assert printed.count("train.log ends here: No space left on device.") == 1
+    assert "Traceback" not in printed
+    assert "line 2" in printed  # stderr goes on
+
+
+def test_a_picture_that_fails_is_a_line_in_the_log(caplog):
+    def of_matplotlib():
+        return 1 / 0
+
+    def of_ours():
+        raise PetFinetuneError("Plots need matplotlib.")
+
+    with caplog.at_level(logging.INFO, "pet_finetune"):
+        assert drawn("fine.svg", lambda: None)
+        assert not drawn("a.svg", of_matplotlib)
+        assert not drawn("b.svg", of_ours)
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
+        ("WARNING", "a.svg: not drawn (ZeroDivisionError: division by zero)"),
+        ("INFO", "b.svg: not drawn. Plots need matplotlib."),
+    ]
+
+
+def test_what_needs_more_than_there_is_is_not_begun(tmp_path):
+    check_room(tmp_path, 1)
+    with pytest.raises(OSError, match="No space left"):
+        check_room(tmp_path, 10**18)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_is_closed(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(PermissionError):
+        write_whole(tmp_path / "a", "b")
