@@ -1,0 +1,168 @@
+"""What makes a CPU wait for a GPU, found without one; and what is made on the CPU by default.
+
+A GPU computes while the CPU is steps ahead, until the CPU asks for a number. Every operation goes
+through torch's dispatcher, and reading goes through a few methods of tensors: both are listened to.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from models import crystal, ethanol, random_potential
+from pet_finetune.backends import EAGER, using
+from pet_finetune.data import batch_from_atoms
+from trainers import make_trainer
+
+#: Operations that read a number, or whose result's shape depends on values.
+READS = {
+    "_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2",
+    "unique_consecutive", "item", "is_nonzero", "equal", "bincount",
+}  # fmt: skip
+#: Ways of a tensor to plain numbers that torch's dispatcher does not hear of on a CPU.
+METHODS = ("tolist", "cpu", "numpy", "item", "__bool__", "__int__", "__float__", "__index__")
+#: What still waits: how many edges lie within the cutoff, and how many slots the widest atom has; and
+#: where a part of a batch is rotated again. Shorten this list.
+KNOWN = {
+    "neighborhood.py:forward", "neighborhood.py:_rectangle", "neighborhood.py:keep_edges",
+    "augment.py:rotate_batch", "batch.py:first", "batch.py:rotate_graphs",
+}  # fmt: skip
+SOURCES = Path(__file__).resolve().parents[2] / "src"
+
+
+def place():
+    """The innermost line of the package that is being run."""
+    lines = [f for f in traceback.extract_stack() if str(SOURCES) in f.filename]
+    return f"{Path(lines[-1].filename).name}:{lines[-1].name}" if lines else "the test"
+
+
+class Listener(TorchDispatchMode):
+    """Counts what would make a CPU wait, by the place in the code."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, operation, types, arguments=(), named=None):
+        name = operation.__name__.partition(".")[0]
+        masks = name in ("index", "index_put", "index_put_", "_index_put_impl_") and any(
+            t is not None and t.dtype in (torch.bool, torch.uint8) for t in arguments[1]
+        )
+        if name in READS or masks:
+            self.found[place(), name] += 1
+        return operation(*arguments, **(named or {}))
+
+
+@contextmanager
+def listening(monkeypatch, model=None):
+    """What was found to wait while the context was open: places and ways, with how often."""
+    listener = Listener()
+    models = [] if model is None else [model]
+    with monkeypatch.context() as patched, listener, using(EAGER, *models):
+        for method in METHODS:
+            original = getattr(torch.Tensor, method)
+
+            def heard(self, *arguments, _method=method, _original=original, **named):
+                listener.found[place(), _method] += 1
+                return _original(self, *arguments, **named)
+
+            patched.setattr(torch.Tensor, method, heard)
+        yield listener.found
+
+
+def step(trainer, group, metrics):
+    trainer.step(iter(group), len(group), metrics)
+    trainer.progress.step += 1
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"method": "lora"},
+        {"method": "full", "gradient_checkpointing": True, "ema": 0.9},
+        {"method": "lora", "rotational_consistency": {"weight": 1.0, "fraction": 0.5}},
+        {"method": "full", "gradient_accumulation_steps": 2, "label_noise": {"energy": 0.1}},
+    ],
+    ids=["lora", "full", "consistency", "accumulation"],
+)
+def test_a_training_step_reads_one_tensor(kind, monkeypatch):
+    trainer = make_trainer(optimizer="adamw", **kind)
+    batches = list(trainer.batches(0))[:2]
+    metrics = trainer.progress.metrics(list(trainer.objectives))
+    step(trainer, batches, metrics)  # what is made once is there
+    with listening(monkeypatch, trainer.model) as found:
+        step(trainer, batches, metrics)
+    assert found.pop(("finite.py:check_and_clip", "tolist")) == 1
+    assert {where for where, _ in found} <= KNOWN
+
+
+def test_evaluation_reads_nothing_of_a_batch(monkeypatch):
+    model = random_potential().eval()
+    batch = batch_from_atoms([ethanol(), crystal()], model.cutoff, model.dtype)
+    model.predict(batch, "energy", stress=True)
+    with listening(monkeypatch, model) as found:
+        model.predict(batch, "energy", stress=True)
+    assert {where for where, _ in found} <= KNOWN
+
+
+#: Functions that make a tensor on the CPU unless they are told a device.
+MAKERS = {
+    torch.zeros, torch.ones, torch.empty, torch.full, torch.arange, torch.tensor, torch.eye,
+    torch.rand, torch.randn, torch.linspace, torch.as_tensor,
+}  # fmt: skip
+
+
+class Makers(TorchFunctionMode):
+    """Notes where a tensor with numbers in it is made without a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_function__(self, function, types, arguments=(), named=None):
+        named = named or {}
+        made_from = arguments[0] if arguments else None
+        if function in MAKERS and "device" not in named and not torch.is_tensor(made_from):
+            self.found.add(place())
+        return function(*arguments, **named)
+
+
+def test_a_step_makes_nothing_on_the_cpu_by_default():
+    trainer = make_trainer(method="full", optimizer="adamw", ema=0.9)
+    batches = list(trainer.batches(0))[:1]
+    metrics = trainer.progress.metrics(list(trainer.objectives))
+    with Makers() as makers, using(EAGER, trainer.model):
+        step(trainer, batches, metrics)
+    assert makers.found == set()
+    with Makers() as makers:
+        torch.zeros(2)
+        torch.zeros(2, device="cpu")
+    assert makers.found == {"the test"}
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: x.unique(),
+        lambda x: torch.masked_select(x, x > 0),
+        lambda x: x.tolist(),
+        lambda x: x.cpu(),
+        lambda x: bool(x.any()),
+        lambda x: float(x[0]),
+    ],
+)
+def test_what_waits_is_heard(wait, monkeypatch):
+    values = torch.tensor([0.0, 1.0, 2.0])
+    with listening(monkeypatch) as found:
+        wait(values)
+    assert found
