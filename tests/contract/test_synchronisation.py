@@ -28,7 +28,7 @@ READS = {
 }  # fmt: skip
 #: Ways of a tensor to plain numbers that torch's dispatcher does not hear of on a CPU.
 METHODS = ("tolist", "cpu", "numpy", "item", "__bool__", "__int__", "__float__", "__index__")
-#: What still waits: how many edges lie within the cutoff, and how many slots the widest atom has; and
+#: What still waits: how many edges lie within the cutoff, how many slots the widest atom has, and
 #: where a part of a batch is rotated again. Shorten this list.
 KNOWN = {
     "neighborhood.py:forward", "neighborhood.py:_rectangle", "neighborhood.py:keep_edges",

@@ -64,8 +64,9 @@ def check_data(*files: str | Path) -> None:
     Raises:
         DataError: the first of them.
     """
-    for file in files:
-        check_file(Path(file), "data file")
+    for path in map(Path, files):
+        if not (path / "ns.npy").exists() and not (path / "na.npy").exists():  # metatrain's folders
+            check_file(path, "data file")
 
 
 def check_sets(datasets: Iterable[DatasetOptions]) -> None:

@@ -25,6 +25,11 @@ from pet_finetune.data.complete import check_complete
 from pet_finetune.data.exact import restore_exact
 from pet_finetune.data.extxyz import read_extxyz
 from pet_finetune.data.lammps import LAMMPS, lammps_units, looks_like_lammps_data, with_elements
+from pet_finetune.data.metatrain_sets import (
+    identity_of_set,
+    is_metatrain_set,
+    read_metatrain_set,
+)
 from pet_finetune.data.outputs import clean_outcar, doubtful_frames, hint_of, is_cp2k
 from pet_finetune.data.symbols import as_types
 from pet_finetune.data.text import (
@@ -87,7 +92,8 @@ def read_file(
     A file that was read already and has not changed is not parsed again.
 
     Args:
-        path: the file, also compressed (.gz, .bz2, .xz).
+        path: the file, also compressed (.gz, .bz2, .xz); or a data set of metatrain's own, a folder
+            of arrays or a zip.
         format: ASE's name of the format; guessed from name and content where empty.
         types: elements by type of atom, for LAMMPS files that do not say them.
 
@@ -96,6 +102,12 @@ def read_file(
             or would be read as something else than is meant.
     """
     file = Path(path)
+    if is_metatrain_set(file):
+        key: tuple[Any, ...] = (str(path), identity_of_set(file))
+        if key not in _read:
+            _keep(key, FrameFile(read_metatrain_set(file)))
+        _read.move_to_end(key)
+        return _read[key]
     check_file(file, "data file")
     data = load_bytes(file)
     elements = as_types(types or {})
