@@ -1,7 +1,7 @@
-"""metatrain's own data sets: the folder of memory-mapped arrays, and the zip of one entry a structure.
+"""metatrain's own data sets: a folder of memory-mapped arrays, a zip with one entry a structure.
 
-Both are read with numpy alone, as frames with labels under the names that they have there: ``U0.bin`` or
-``0/U0.mts`` is the label ``U0``. All frames are in memory afterwards.
+Both are read with numpy alone, as frames with labels under the names that they have there:
+``U0.bin`` or ``0/U0.mts`` is the label ``U0``. All frames are in memory afterwards.
 """
 
 from __future__ import annotations
@@ -82,9 +82,9 @@ def _folder(path: Path) -> Iterator[Atoms]:
     atoms = int(ends[-1])
     positions = _array(path / "x.bin", (atoms, 3), "<f4", ends)
     numbers = _array(path / "a.bin", (atoms,), "<i4", ends)
-    cells = (
-        _array(path / "c.bin", (count, 3, 3), "<f4", ends) if (path / "c.bin").exists() else None
-    )
+    cells = np.zeros((count, 3, 3))
+    if (path / "c.bin").exists():
+        cells = _array(path / "c.bin", (count, 3, 3), "<f4", ends)
     labels = {
         file.stem: _label(file, count, ends)
         for file in sorted(path.glob("*.bin"))
@@ -93,7 +93,7 @@ def _folder(path: Path) -> Iterator[Atoms]:
     _warn_of_digits(path, labels, ends)
     for index in range(count):
         rows = slice(int(ends[index]), int(ends[index + 1]))
-        cell = np.zeros((3, 3)) if cells is None else np.array(cells[index], np.float64)
+        cell = np.array(cells[index], np.float64)
         frame = Atoms(np.array(numbers[rows]), np.array(positions[rows], np.float64), cell=cell,
                       pbc=cell.any(axis=1))  # fmt: skip
         for name, (values, of_atoms) in labels.items():
@@ -128,11 +128,12 @@ def _label(file: Path, count: int, ends: np.ndarray) -> tuple[np.ndarray, bool]:
         of_atoms = "force" in name or (size == 3 * atoms and "stress" not in name)
         of_atoms = of_atoms or columns not in (1, 3, 9)
     if not of_atoms and size % count:
-        shape = (atoms, 3) if "force" in name else (count, max(1, round(size / count)))
-        return _array(file, shape, "<f4", ends), of_atoms
+        wanted = (atoms, 3) if "force" in name else (count, max(1, round(size / count)))
+        return _array(file, wanted, "<f4", ends), of_atoms
     rows = atoms if of_atoms else count
     columns = size // rows
-    shape = (rows,) if columns == 1 else (rows, 3, 3) if columns == 9 else (rows, columns)
+    inner = () if columns == 1 else (3, 3) if columns == 9 else (columns,)
+    shape: tuple[int, ...] = (rows, *inner)
     return _array(file, shape, "<f4", ends), of_atoms
 
 
