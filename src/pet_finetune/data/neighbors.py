@@ -121,9 +121,15 @@ def expected_neighbors(
         cell: ``[3, 3]``, cell vectors as rows in Å.
         pbc: ``[3]`` bool.
         cutoff: in Å.
+
+    Returns:
+        The number; infinite for a flat cell, which nothing fits into.
     """
     count = len(positions)
-    heights = _heights(positions, cell, pbc)
+    try:
+        heights = _heights(positions, cell, pbc)
+    except np.linalg.LinAlgError:
+        return math.inf
     # Beyond its borders a structure has nothing: neighbours are at most what lies within them.
     inside = np.where(pbc, 2.0 * cutoff, np.minimum(2.0 * cutoff, heights + 1.0))
     part = math.pi / 6.0 if bool(pbc.all()) else 1.0

@@ -19,7 +19,15 @@ from .evidence import Evidence
 from .finding import Finding, frames_of
 from .subject import Entry, Subject
 
-__all__ = ["Answer", "ask", "baseline_shift", "check_references", "check_residuals", "units_of"]
+__all__ = [
+    "Answer",
+    "ask",
+    "baseline_shift",
+    "check_compared",
+    "check_references",
+    "check_residuals",
+    "units_of",
+]
 
 _BATCH_ATOMS, _SAME_PLACE = 256, 1e-3
 #: Pearson correlations above which a slope says something, and from which on it says it well.
@@ -59,7 +67,7 @@ def ask(
     # Atoms at one place have no direction between them, and no forces that are numbers.
     sound = [e for e in subject.entries if float(e.nearest.min()) > _SAME_PLACE]
     by_structure = {id(e.structure): e for e in sound}
-    sound = [e for e in sound if _edges(e, model.cutoff) * model.hypers.d_pet < _MOST_NUMBERS]
+    sound = [e for e in sound if not _is_too_large(e, model)]
     structures = of_species([e.structure for e in sound], species)
     # Every prefix of this order is spread over the whole set.
     order = np.argsort((np.arange(len(structures)) * 0.6180339887498949) % 1.0, kind="stable")
@@ -80,6 +88,27 @@ def ask(
             break
     model.train(training)
     return answers
+
+
+def _is_too_large(entry: Entry, model: Potential) -> bool:
+    """Whether predicting it would take more than about a GB."""
+    return _edges(entry, model.cutoff) * model.hypers.d_pet >= _MOST_NUMBERS
+
+
+def check_compared(model: Potential, subject: Subject) -> Iterator[Finding]:
+    """Frames that are too large to be compared with a foundation."""
+    large = [e for e in subject.entries if _is_too_large(e, model)]
+    if large:
+        yield Finding(
+            "note",
+            "not-compared",
+            f"{len(large)} of {len(subject.entries)} frames are not compared with the foundation: "
+            f"they are too large for a look ({max(e.size for e in large):,} atoms)",
+            frames_of(e.structure for e in large),
+            "Their labels are checked by themselves only.",
+            "Compare them with `pet-finetune eval`, on a machine with enough memory.",
+            {"count": len(large)},
+        )
 
 
 def _edges(entry: Entry, cutoff: float) -> float:

@@ -223,12 +223,17 @@ def _with_cost(
     options, training = request.options, sets["train"]
     held_out = sets.get("validation", ())
     cutoff = model.cutoff if model is not None else options.model.cutoff
+    none = Load(len(training), sum(s.num_atoms for s in training), 0.0, 0.0, 0, 0.0)
     if {"length-unit", "impossible-structure"} & {f.code for f in inspection.findings}:
         # In other lengths there are other neighbours, perhaps more than any memory holds.
-        load = Load(len(training), sum(s.num_atoms for s in training), 0.0, 0.0, 0, 0.0)
-        return replace(inspection, suggestion=_suggest(inspection, request, sets, model, load))
-    with Watch("counting neighbours"):
-        load = load_of(training, held_out, cutoff)
+        return replace(inspection, suggestion=_suggest(inspection, request, sets, model, none))
+    try:
+        with Watch("counting neighbours"):
+            load = load_of(training, held_out, cutoff)
+    except DataError as error:  # too dense for this cutoff, though not for the look
+        told = Finding("error", "impossible-structure", str(error))
+        worse = replace(inspection, findings=(told, *inspection.findings))
+        return replace(worse, suggestion=_suggest(worse, request, sets, model, none))
     first = _suggest(inspection, request, sets, model, load)
     batch = first.options["architecture"]["training"]["batch_size"]
     if not request.whole and options.training.max_atoms_per_batch is None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from pet_finetune.data.computable import check_charges
 from pet_finetune.data.species import check_species
 from pet_finetune.data.structure import Structure
@@ -18,7 +20,15 @@ from .estimate import Estimate, Load
 from .evidence import Declared, Evidence
 from .facts import Facts, facts_of
 from .finding import Finding, worst_first
-from .foundation import Answer, ask, baseline_shift, check_references, check_residuals, units_of
+from .foundation import (
+    Answer,
+    ask,
+    baseline_shift,
+    check_compared,
+    check_references,
+    check_residuals,
+    units_of,
+)
 from .geometry import (
     check_distances,
     check_extent,
@@ -95,6 +105,7 @@ class Inspection:
         return html_of(render(self))
 
 
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")  # absurd numbers are findings
 def inspect_sets(
     sets: Mapping[str, Sequence[Structure]],
     target: str | None,
@@ -126,6 +137,7 @@ def inspect_sets(
         findings += refused
         # Of a charge that it has no embedding for a model can predict nothing.
         if foundation.target is not None and all(f.code != "unknown-charges" for f in refused):
+            findings += check_compared(foundation.model, subject.without(odd))
             with Watch("predictions of the foundation"):
                 answers = ask(
                     foundation.model,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from ase.data import covalent_radii
-from scipy.sparse import csr_matrix
+from scipy.sparse import csc_matrix
 
 from pet_finetune.data.neighbors import expected_neighbors, find_pairs
 
@@ -167,10 +167,10 @@ def _evidence(
 
 def fit_pairs(entries: Sequence[Entry]) -> PairModel | None:
     """Fit the potential to the forces of frames that are spread over a file; None without any."""
-    able = [k for k, e in enumerate(entries) if e.forces is not None and e.size > 1 and _fits(e)]
+    able = [k for k, e in enumerate(entries) if e.forces is not None and e.size > 1]
     atoms = sum(entries[k].size for k in able)
     step = max(1, -(-len(able) // _FRAMES), -(-atoms // _ATOMS))
-    frames = able[::step]
+    frames = [k for k in able[::step] if _fits(entries[k])]
     chosen = [entries[k] for k in frames]
     if len(frames) < 2:
         return None
@@ -265,29 +265,28 @@ def _design(entry: Entry, kinds: dict[tuple[int, int], int]) -> _Design:
     )  # fmt: skip
     number = np.array([kinds[a, b] for a, b in zip(low.tolist(), high.tolist(), strict=True)])
     width, count = len(_CENTRES), max(kinds.values()) + 1
-    forces = np.zeros((entry.size, 3, count * width))
-    energy = np.zeros(count * width)
-    stress = np.full((3, 3, count * width), 0.0 if entry.volume > 0.0 else np.nan)
-    push = np.zeros((entry.size, 3))
+    forces = np.empty((entry.size, 3, count * width))
+    push = np.empty((entry.size, 3))
     repulsion = -np.exp(-10.0 * (length / sums - 0.95)) / sums
     for axis in range(3):
+        pulls = _sums(first * count + number, unit[:, axis], slopes, entry.size * count)
+        forces[:, axis] = pulls.reshape(entry.size, -1)
         push[:, axis] = np.bincount(first, repulsion * unit[:, axis], minlength=entry.size)
-    for kind in range(count):
-        (own,) = np.nonzero(number == kind)
-        columns = slice(kind * width, (kind + 1) * width)
-        energy[columns] = values[own].sum(axis=0) / (2.0 * entry.size)
-        for axis in range(3):
-            pulls = csr_matrix(
-                (unit[own, axis], (first[own], np.arange(len(own)))), (entry.size, len(own))
-            )
-            forces[:, axis, columns] = pulls @ slopes[own]
-        if entry.volume > 0.0:
-            arms = (unit[own, :, None] * unit[own, None, :] * length[own, None, None]).reshape(
-                -1, 9
-            )
-            both = (arms.T @ slopes[own]).reshape(3, 3, width)
-            stress[:, :, columns] = both / (2.0 * entry.volume)
+    energy = _sums(number, np.full(len(number), 0.5 / entry.size), values, count).ravel()
+    stress = np.full((3, 3, count * width), np.nan)
+    if entry.volume > 0.0:
+        arms = unit * (length / (2.0 * entry.volume))[:, None]
+        for row, column in np.ndindex(3, 3):
+            both = _sums(number, arms[:, row] * unit[:, column], slopes, count)
+            stress[row, column] = both.ravel()
     return forces.reshape(3 * entry.size, -1), energy, stress, push.ravel()
+
+
+def _sums(groups: np.ndarray, factors: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
+    """Rows of values times their factors, added up within each group, ``[count, k]``."""
+    places = np.arange(len(groups) + 1)
+    found: np.ndarray = csc_matrix((factors, groups, places), (count, len(groups))) @ values
+    return found
 
 
 def _gaussians(distances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

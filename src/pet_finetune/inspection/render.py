@@ -58,7 +58,9 @@ def render(inspection: Inspection) -> Group:
 def _compared(inspection: Inspection) -> str:
     """How the foundation compares with the labels before any training."""
     errors = inspection.errors_before
-    text = f"compared with the foundation: {inspection.compared} structures"
+    whole = sum(own.structures for own in inspection.facts.sets.values())
+    of = f" of {whole:,}" if inspection.compared < whole else ""
+    text = f"compared with the foundation: {inspection.compared:,}{of} structures"
     if "forces_mae" in errors:
         text += f", forces off by {errors['forces_mae'] * 1e3:.0f} meV/A (mean absolute error)"
     if "energy_shift" in errors:

@@ -8,15 +8,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from ase import Atoms
 
-from inspected import codes, copper, look, scaled, the
+from inspected import codes, copper, look, relabel, scaled, the
 from models import random_potential
 from pet_finetune.inspection import Foundation, inspect_sets
 from pet_finetune.inspection import energies as energies_module
 from pet_finetune.inspection import fingerprint as fingerprint_module
 from pet_finetune.inspection.estimate import _piece, estimate, load_of
 from pet_finetune.inspection.fingerprint import neighbours, within
+from pet_finetune.inspection.inspect import inspect_data, request_of_files
 from pet_finetune.inspection.subject import subject_of
+from tiny_data import write_frames
 
 
 @pytest.fixture
@@ -194,3 +197,97 @@ def test_edges_of_large_sets_are_counted_on_a_sample(monkeypatch):
     other = load_of(structures, [], 4.0)
     assert sum(looked) <= estimate_module._SAMPLE_ATOMS
     assert other.edges == pytest.approx(one.edges, rel=0.1)
+
+
+def spoiled(structure, **changed):
+    return replace(structure, **{k: torch.as_tensor(v).double() for k, v in changed.items()})
+
+
+NASTY = {
+    "two atoms at one place": lambda s: spoiled(s, positions=s.positions * 0.0),
+    "two atoms all but at one place": lambda s: spoiled(
+        s, positions=s.positions[:1] + 1e-9 * torch.arange(12.0).reshape(4, 3)
+    ),
+    "an atom far away": lambda s: spoiled(s, positions=s.positions + torch.eye(4, 3) * 1e9),
+    "positions beyond any number": lambda s: spoiled(s, positions=s.positions * 1e300),
+    "positions that are NaN": lambda s: spoiled(s, positions=s.positions * float("nan")),
+    "a cell of 1e6 A": lambda s: spoiled(s, cell=np.eye(3) * 1e6),
+    "a tiny cell": lambda s: spoiled(s, cell=np.eye(3) * 0.01),
+    "a flat cell": lambda s: spoiled(s, cell=[[2, 0, 0], [4, 0, 0], [0, 0, 5]]),
+    "a needle of a cell": lambda s: spoiled(s, cell=[[100, 0, 0], [99.999, 0.01, 0], [0, 0, 100]]),
+    "a cell of NaN": lambda s: spoiled(s, cell=np.full((3, 3), np.nan)),
+}
+
+
+@pytest.mark.parametrize("kind", NASTY)
+def test_no_check_dies_of_what_it_should_find(kind, model, monkeypatch):
+    """The frame is named by an error, with a foundation and without; the others are looked at."""
+    structures = copper(12)
+    structures[5] = NASTY[kind](structures[5])
+    for inspection in (look(structures), asked(monkeypatch, structures, model)[0]):
+        errors = [f for f in inspection.findings if f.severity == "error"]
+        assert len(errors) <= 1
+        named = [n for f in inspection.findings for frames in f.where for n in frames.numbers]
+        assert 5 in named or kind == "a needle of a cell"
+        assert not {0, 1, 2} & {n for f in errors for frames in f.where for n in frames.numbers}
+
+
+@pytest.mark.parametrize("labels", [{"forces": 1e200}, {"energy": 1e300}, {"stress": 1e200}])
+def test_absurd_labels_are_findings(labels, recwarn):
+    structures = copper(12)
+    (kind,) = labels
+    name = {"energy": "energy"}.get(kind, f"energy/{kind}")
+    structures[5] = relabel(structures[5], **{kind: structures[5].labels[name] * labels[kind]})
+    look(structures)
+    assert not [w for w in recwarn if "overflow" in str(w.message)]
+
+
+def test_what_is_too_dense_for_the_cutoff_alone_is_an_error_too(tmp_path):
+    """A single atom in a cell of 0.3 A: the look comes to an end and says so."""
+    tiny = Atoms("C", cell=np.eye(3) * 0.3, pbc=True)
+    tiny.info["energy"] = -1.0
+    file = write_frames(tmp_path / "tiny.xyz", [tiny] * 3)
+    inspection = inspect_data(request_of_files([str(file)]))
+    assert "neighbours within" in the(inspection, "impossible-structure").what
+    assert inspection.suggestion is not None
+
+
+def test_frames_that_are_too_large_for_the_foundation_are_named(monkeypatch, model):
+    from pet_finetune.inspection import foundation
+
+    monkeypatch.setattr(foundation, "_MOST_NUMBERS", 1)
+    inspection, count = asked(monkeypatch, copper(12), model)
+    found = the(inspection, "not-compared")
+    assert (found.severity, found.data["count"], count) == ("note", 12, 0)
+
+
+def counted(monkeypatch, count):
+    """How many times neighbours are sought, files fitted and pairs of frames compared."""
+    from pet_finetune.inspection import pair_model, scales, subject, work
+
+    calls = dict.fromkeys(("neighbours", "atoms fitted", "steps"), 0)
+
+    def watch(module, name, key, size):
+        plain = getattr(module, name)
+
+        def called(*args, **kwargs):
+            calls[key] += size(*args)
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, called)
+
+    for module in (pair_model, scales, subject):
+        watch(module, "find_pairs", "neighbours", lambda *args: 1)
+    watch(pair_model, "_design", "atoms fitted", lambda entry, kinds: entry.size)
+    watch(work, "_step", "steps", lambda *args: 1)
+    look(copper(count))
+    monkeypatch.undo()
+    return calls
+
+
+def test_the_look_is_linear_in_frames(monkeypatch):
+    """Counts, not seconds: each frame is looked at a fixed number of times, fits are bounded."""
+    small, large = counted(monkeypatch, 100), counted(monkeypatch, 400)
+    assert large["neighbours"] <= 4.2 * small["neighbours"]
+    assert large["steps"] <= 4.5 * small["steps"]
+    assert large["atoms fitted"] <= 120 * 4
