@@ -32,8 +32,7 @@ from pet_finetune.committee.committee import (
 )
 from pet_finetune.committee.files import Adapters
 from pet_finetune.data.computable import charge_and_spin, check_atoms
-from pet_finetune.data.contacts import Contacts
-from pet_finetune.data.moving import MovingAtoms, Origin
+from pet_finetune.data.moving import Contacts, MovingAtoms, Origin
 from pet_finetune.device import check_forked, choose_device, choose_dtype
 from pet_finetune.errors import AdapterError, ConfigError, DataError
 from pet_finetune.graph import Batch

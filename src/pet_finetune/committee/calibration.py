@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pet_finetune.data.batch import LabelledBatch
-from pet_finetune.data.prefetch import on_device
+from pet_finetune.data.loader import on_device
 from pet_finetune.extras import plotting
 from pet_finetune.keys import forces_key, stress_key
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from .augment import random_rotations, rotate_batch
 from .batch import LabelledBatch, batch_from_atoms, collate
 from .files import read_frames
-from .fingerprint import structures_fingerprint
 from .loader import Loader
 from .neighbors import NeighborList, edge_vectors, neighbor_list, structure_neighbors
 from .readers import read_structures
 from .species import check_species, find_species
 from .splits import Splits, load_splits, make_splits
-from .structure import Structure, atoms_to_structure
+from .structure import Structure, atoms_to_structure, structures_fingerprint
 
 __all__ = [
     "LabelledBatch",

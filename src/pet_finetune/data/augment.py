@@ -1,18 +1,22 @@
-"""Random rotations and inversions: how PET, which is not equivariant, learns symmetry."""
+"""Random rotations and inversions, with which PET learns symmetry; distorted structures."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pet_finetune.graph import rotate_graphs, rotate_rows
 from pet_finetune.keys import LabelKind, label_kind
+from pet_finetune.rng import Stream
 
 from .batch import LabelledBatch
+from .structure import Structure
 
-__all__ = ["random_rotations", "rotate_batch"]
+__all__ = ["distorted", "random_rotations", "rotate_batch"]
 
 
 def random_rotations(
@@ -83,3 +87,38 @@ def _rotate_components(values: Tensor, rotations: Tensor, rank: int) -> Tensor:
     if rank == 1:
         return torch.einsum("mij,mj...->mi...", rotations, values)
     return torch.einsum("mik,mjl,mkl...->mij...", rotations, rotations, values)
+
+
+def distorted(
+    structures: Sequence[Structure], copies: int, rattle: float, strain: float, seed: int
+) -> list[Structure]:
+    """Copies of each structure with every atom moved and, where periodic, the cell strained.
+
+    Labels are left behind, since they are those of the original.
+
+    Args:
+        structures: the originals; they stay as they are.
+        copies: how many of each.
+        rattle: standard deviation of each Cartesian coordinate, Å.
+        strain: standard deviation of each component of the symmetric strain of cells that are
+            periodic in all three directions.
+        seed: the same seed gives the same copies.
+    """
+    made = []
+    for number, structure in enumerate(structures):
+        for copy in range(copies):
+            rng = np.random.default_rng([seed, Stream.PERTURBED_COPIES, number, copy])
+            made.append(_distorted(structure, rattle, strain, rng))
+    return made
+
+
+def _distorted(
+    structure: Structure, rattle: float, strain: float, rng: np.random.Generator
+) -> Structure:
+    positions, cell = structure.positions, structure.cell
+    if bool(structure.pbc.all()):
+        drawn = strain * rng.normal(size=(3, 3))
+        deform = torch.from_numpy(np.eye(3) + (drawn + drawn.T) / 2)
+        positions, cell = positions @ deform, cell @ deform
+    moves = torch.from_numpy(rattle * rng.normal(size=tuple(positions.shape)))
+    return replace(structure, positions=positions + moves, cell=cell, labels={})

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import heapq
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
+from typing import Final, TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +25,16 @@ from .batch import LabelledBatch, Whole, collate_labelled, prepare
 from .neighbors import structure_neighbors
 from .structure import Structure
 
-__all__ = ["Loader", "count_packs", "deal", "pack"]
+__all__ = [
+    "Beside",
+    "Loader",
+    "count_packs",
+    "deal",
+    "number_beside",
+    "on_device",
+    "one_ahead",
+    "pack",
+]
 
 _logger = get_logger(__name__)
 
@@ -341,3 +352,100 @@ def count_packs(order: np.ndarray, num_atoms: np.ndarray, max_atoms: int, min_at
         count += ends[last - 1] - filled >= min_atoms
         first, filled = last, ends[last - 1]
     return count
+
+
+T = TypeVar("T")
+
+
+class _End:
+    """What comes after the last item."""
+
+
+_END: Final = _End()
+
+
+def on_device(
+    batches: Iterable[LabelledBatch], device: torch.device, dtype: torch.dtype
+) -> Iterator[LabelledBatch]:
+    """The same batches in the same order, moved to a device and cast.
+
+    On a GPU the CPU would otherwise cut and turn a batch while the GPU waits for it: a thread
+    does that for one batch ahead, and puts it where the GPU reads it without stopping the CPU.
+
+    Args:
+        batches: on the CPU; where they come from a generator, it must share no state with whoever
+            uses the batches (a :class:`Loader`'s draws from its own random streams).
+        device: where the batches go.
+        dtype: of their floating-point tensors.
+    """
+    if device.type != "cuda":
+        for batch in batches:
+            yield batch.to(device, dtype)
+        return
+    for batch in one_ahead(_pinned(batches, device)):
+        # Copied on the stream that computes, so nothing reads the batch before it is there.
+        yield batch.to(device, dtype, non_blocking=True)
+
+
+def _pinned(batches: Iterable[LabelledBatch], device: torch.device) -> Iterator[LabelledBatch]:
+    for batch in batches:
+        with torch.cuda.device(device):  # a new thread would wake the first GPU instead
+            pinned = batch.pinned()
+        yield pinned
+
+
+def one_ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same items in the same order; a thread makes the next one while one is used.
+
+    An error in making an item is raised where that item would have come.
+    """
+    iterator = iter(items)
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as thread:
+        coming = thread.submit(next, iterator, _END)
+        while not isinstance(item := coming.result(), _End):
+            coming = thread.submit(next, iterator, _END)
+            yield item
+
+
+def number_beside(own: int, fraction: float) -> int:
+    """How many structures make up ``fraction`` of all beside ``own`` others; at least one."""
+    return max(1, round(own * fraction / (1.0 - fraction)))
+
+
+class Beside:
+    """Draws what goes beside each batch of another loader.
+
+    The second set is gone through in a new random order again and again, so that its structures
+    occur equally often. What is drawn is a function of the seed, the epoch and the batch.
+    """
+
+    def __init__(self, loader: Loader, main: Loader, fraction: float) -> None:
+        """Prepare to draw.
+
+        Args:
+            loader: of the second set; its seed and whether it turns structures count, its batch
+                size and order do not.
+            main: the loader whose batches are accompanied.
+            fraction: part of all structures of a step that come from the second set, above 0 and
+                below 1.
+        """
+        self.loader, self.main, self.fraction = loader, main, fraction
+        self._epoch = -1
+        self._plan: list[np.ndarray] = []
+
+    def batch(self, epoch: int, batch: int) -> LabelledBatch:
+        """What goes beside one batch of the main loader; both count from 0."""
+        if epoch != self._epoch:
+            self._epoch, self._plan = epoch, self._plan_of(epoch)
+        return self.loader.collate(self._plan[batch], epoch, self.main.share)
+
+    def _plan_of(self, epoch: int) -> list[np.ndarray]:
+        sizes = [number_beside(own, self.fraction) for own in self.main.batch_sizes(epoch)]
+        return np.split(self._order(epoch, sum(sizes)), np.cumsum(sizes)[:-1])
+
+    def _order(self, epoch: int, count: int) -> np.ndarray:
+        """Members of the second set, one permutation after the other, ``[count]``."""
+        rng = np.random.default_rng([self.loader.seed, epoch, Stream.REPLAY])
+        size = len(self.loader.structures)
+        rounds: Sequence[np.ndarray] = [rng.permutation(size) for _ in range(-(-count // size))]
+        return np.concatenate(rounds)[:count]

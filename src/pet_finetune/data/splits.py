@@ -16,10 +16,9 @@ from pet_finetune.errors import DataError
 from pet_finetune.files import check_file, read_object, write_whole
 
 from .files import frame_numbers, list_frames, read_frames
-from .fingerprint import structures_fingerprint
 from .left_out import log_isolated, sets_of_isolated_atoms
 from .readers import read_structures
-from .structure import Structure
+from .structure import Structure, structures_fingerprint
 
 __all__ = ["SplitPart", "Splits", "load_splits", "make_splits"]
 

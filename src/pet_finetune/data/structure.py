@@ -1,8 +1,9 @@
-"""One atomic structure with its labels, in eV and Å, as plain tensors."""
+"""One atomic structure with its labels, in eV and Å, as plain tensors; the name of a set."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from pet_finetune.keys import LabelKind
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["Structure", "as_integer", "atoms_to_structure", "place"]
+__all__ = ["Structure", "as_integer", "atoms_to_structure", "place", "structures_fingerprint"]
 
 #: Where a total charge is looked for in ``atoms.info`` when the options name no key.
 DEFAULT_CHARGE_KEYS = ("charge", "total_charge")
@@ -184,3 +185,27 @@ def shown_value(value: Any) -> str:
     """A value of ``atoms.info`` for a message, on one line and not long."""
     text = " ".join(str(value).split())
     return repr(value) if isinstance(value, str) else text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def structures_fingerprint(structures: Iterable[Structure]) -> str:
+    """SHA-256 over elements, geometry, charge, spin and labels, in order, as 64 hex digits.
+
+    File names and frame numbers do not count: the same data under another name are the same.
+    """
+    digest = hashlib.sha256()
+    for structure in structures:
+        digest.update(
+            f"structure {structure.num_atoms} {structure.charge} {structure.spin};".encode()
+        )
+        for tensor in (structure.numbers, structure.positions, structure.cell, structure.pbc):
+            digest.update(_bytes(tensor))
+        for name in sorted(structure.labels):
+            digest.update(f"label {name};".encode())
+            digest.update(_bytes(structure.labels[name]))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    """Type, shape and content."""
+    array = tensor.detach().cpu().contiguous().numpy()
+    return f"{array.dtype.str}{array.shape};".encode() + array.tobytes()

@@ -13,9 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from pet_finetune.config import Options, TrainingOptions
-from pet_finetune.data.loader import Loader
-from pet_finetune.data.mixing import Beside, number_beside
-from pet_finetune.data.perturb import distorted
+from pet_finetune.data.augment import distorted
+from pet_finetune.data.loader import Beside, Loader, number_beside
 from pet_finetune.data.structure import Structure
 from pet_finetune.errors import ConfigError
 from pet_finetune.keys import forces_key, stress_key

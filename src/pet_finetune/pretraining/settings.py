@@ -17,8 +17,7 @@ from pet_finetune.config import PretrainOptions
 from pet_finetune.config.problems import config_error, problems_of
 from pet_finetune.data.exact import write_exact
 from pet_finetune.data.files import read_frames
-from pet_finetune.data.fingerprint import structures_fingerprint
-from pet_finetune.data.structure import atoms_to_structure
+from pet_finetune.data.structure import atoms_to_structure, structures_fingerprint
 from pet_finetune.errors import RunError
 from pet_finetune.files import replacing, write_whole
 from pet_finetune.log import Watch

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pet_finetune.data import find_species
-from pet_finetune.data.perturb import distorted
+from pet_finetune.data.augment import distorted
 from pet_finetune.data.probe import probe_structures
 from pet_finetune.data.species import of_species
 from tiny_data import crystals, molecules, structures_of
