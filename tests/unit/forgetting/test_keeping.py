@@ -164,13 +164,14 @@ def test_a_run_that_goes_on_has_what_the_run_kept(labelled, model):
     trainer = make_trainer()
     for feature in forgetting.features():
         trainer.add(feature, kept[feature.name])
-    assert {f.name: f.kept() for f in trainer.features if f.name in kept} == kept
+    features = [feature for feature in trainer.features if feature.name in kept]
+    assert {feature.name: feature.kept() for feature in features} == kept
     with torch.no_grad():
         next(iter(trainer.parameters.values())).add_(0.1)
-    losses = [f.losses(at(0)) for f in trainer.features]
+    losses = [f.losses(at(0)) for f in features]
     assert [set(found) for found in losses] == [set(), {"replay"}, {"anchor"}, set()]
     assert all(float(value.detach()) > 0 for found in losses for value in found.values())
-    retention = trainer.features[0]
+    retention = features[0]
     assert [bool(retention.validate(trainer.model, epoch)) for epoch in (1, 2, 3)] == [1, 0, 1]
     assert set(retention.errors(trainer.model)) == {"retention"}
 
