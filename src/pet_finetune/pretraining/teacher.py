@@ -16,7 +16,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import chemical_symbols
 
 from pet_finetune.calculator import PETCalculator
-from pet_finetune.data.structure import DEFAULT_CHARGE_KEYS, usual_integer
+from pet_finetune.data.structure import DEFAULT_CHARGE_KEYS, DEFAULT_SPIN_KEYS, usual_integer
 from pet_finetune.errors import ConfigError, PetFinetuneError, did_you_mean
 from pet_finetune.extras import missing_extra
 
@@ -167,8 +167,11 @@ def _tight_binding(method: str) -> Teacher:
 
     def calculator(atoms: Atoms) -> Any:
         charge, _ = usual_integer(atoms.info, DEFAULT_CHARGE_KEYS, 0)
-        odd = (int(atoms.numbers.sum()) - charge) % 2  # the lowest spin that there can be
-        return TBLite(method=method, charge=charge, multiplicity=1 + odd, verbosity=0)
+        spin, _ = usual_integer(atoms.info, DEFAULT_SPIN_KEYS, 1)
+        odd = (int(atoms.numbers.sum()) - charge) % 2
+        if spin < 1 or (spin - 1) % 2 != odd:
+            spin = 1 + odd  # the lowest that there can be
+        return TBLite(method=method, charge=charge, multiplicity=spin, verbosity=0)
 
     return Teacher(
         method,

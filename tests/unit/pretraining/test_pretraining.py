@@ -247,6 +247,9 @@ def test_tight_binding() -> None:
     assert found.get_potential_energy() == pytest.approx(-310.0, abs=10.0)
     radical = teacher_of("gfn1").label(Atoms("CH", [[0, 0, 0], [0, 0, 1.1]]), 100.0)
     assert DROPPED not in radical.info
+    one, three = (Atoms("O2", [[0, 0, 0], [0, 0, 1.2]], info={"spin": s}) for s in (1, 3))
+    singlet, triplet = (teacher_of("gfn2").label(a, 100.0) for a in (one, three))
+    assert abs(triplet.get_potential_energy() - singlet.get_potential_energy()) > 0.05
     assert "element not known: Fr" in teacher_of("gfn2").label(Atoms("Fr"), 1.0).info[DROPPED]
 
 
