@@ -46,7 +46,7 @@ def _answer(receiver, child, children):
     waited = 0
     while not receiver.poll(0.5):
         waited += any(other.exitcode for other in children)
-        if waited > 10:
+        if waited > 60:  # half seconds; the machine may be busy
             child.kill()
             return "no answer"
     try:

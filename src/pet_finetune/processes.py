@@ -61,6 +61,8 @@ ERROR_FILE = "PET_FINETUNE_ERROR_FILE"
 _logger = logging.getLogger("pet_finetune.processes")
 _BEAT, _SILENCE, _SUSPICIOUS_SILENCE = 2.0, 40.0, 12.0  # seconds
 _TO_MEET = 300.0
+#: So long the process that failed, and then the first one, have to say why.
+_TO_TELL = 1.0
 # Nothing that all processes do together takes longer; those that are gone are noticed otherwise.
 _TO_WAIT = 6 * 3600.0
 
@@ -250,7 +252,8 @@ class _Watch(threading.Thread):
     def _end(self, found: str) -> None:
         """Say what happened, once, and end this process."""
         # Its own error may be the same, and is told better.
-        if self._stopped.wait(1.0 if leader() else 4.0) or self.failing.is_set():
+        wait = _TO_TELL if leader() else 4 * _TO_TELL
+        if self._stopped.wait(wait) or self.failing.is_set():
             return
         if leader():
             _logger.error("all processes end: %s", found)
