@@ -25,9 +25,8 @@ from pet_finetune.model import Potential
 
 from .archive import TorchArchive
 from .build import build_potential
-from .merge_lora import merge_lora_layers
 from .safe_pickle import StoredTensor
-from .upgrade import NETWORK_PARTS, rename_before_8
+from .upgrade import NETWORK_PARTS, merge_lora_layers, rename_before_8
 
 __all__ = ["infer_hypers", "load_oldest_start"]
 

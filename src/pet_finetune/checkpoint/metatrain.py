@@ -16,11 +16,10 @@ from pet_finetune.units import length_to_angstrom
 
 from .archive import TorchArchive
 from .build import build_potential, model_options
-from .merge_lora import merge_lora_layers
 from .plain import plain_value
 from .safe_pickle import Inert
 from .targets import usable_targets
-from .upgrade import RawCheckpoint, upgrade
+from .upgrade import RawCheckpoint, merge_lora_layers, upgrade
 
 __all__ = ["MetatrainModel", "is_metatrain", "read_metatrain", "read_raw"]
 
