@@ -12,7 +12,6 @@ import numpy as np
 from pet_finetune.units import to_own_unit
 
 __all__ = [
-    "_QUANTITIES",
     "UNITS",
     "Declared",
     "Evidence",

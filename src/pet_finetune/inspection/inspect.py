@@ -31,10 +31,9 @@ from pet_finetune.training.start import read_start
 
 from . import Finding, Foundation, Inspection, inspect_sets
 from .candidates import NO_VIRIAL, PER_ATOM, VIRIAL
-from .estimate import Load, estimate, load_of
+from .estimate import Load, Suggestion, estimate, load_of, suggest, training_section
 from .preflight import cells_of, declared_units, energy_of
 from .reading import read_anyway, sets_left_out, target_of_file
-from .suggest import Suggestion, suggest, training_section
 
 _logger = get_logger(__name__)
 _SETS = ("train", "validation", "test")
@@ -164,10 +163,9 @@ def inspect_data(request: Request, *, device: str = "auto", seconds: float = 20.
             seconds=seconds,
             keeps_baselines=options.baseline_mode() == "keep",
         )
-    declared = {
-        file: replace(units, named=units.named and not request.whole)  # whole: nobody named any
-        for file, units in declared_units(options.datasets(), target).items()
-    }
+    declared = declared_units(options.datasets(), target)
+    if request.whole:  # nobody named any
+        declared = {file: replace(units, named=False) for file, units in declared.items()}
     known = [*request.findings, *findings, *cells_of(options)]
     inspection = inspect_sets(sets, target, declared, foundation, known)
     if not sets.get("train"):
@@ -389,11 +387,8 @@ def write_suggestion(inspection: Inspection, path: str | Path) -> None:
     errors = [finding.code for finding in inspection.errors]
     if asked:
         lines.append("# Choose one where there is a question mark: train stops until then.")
-    lines += [
-        f"# Not checked: {finding.what}"
-        for finding in inspection.findings
-        if finding.code == "units-unchecked"
-    ]
+    unchecked = [f.what for f in inspection.findings if f.code == "units-unchecked"]
+    lines += [f"# Not checked: {what}" for what in unchecked]
     if errors:
         lines.append(f"# To be mended first: {', '.join(errors)}")
     try:

@@ -14,11 +14,9 @@ from pet_finetune.errors import DataError, SpeciesError
 from pet_finetune.log import Watch, html_of
 from pet_finetune.model import Potential
 
-from .duplicates import check_duplicates
-from .energies import check_levels, check_outliers
-from .estimate import Estimate, Load
+from .energies import Facts, check_levels, check_outliers, facts_of
+from .estimate import Estimate, Load, Suggestion
 from .evidence import Declared, Evidence
-from .facts import Facts, facts_of
 from .finding import Finding, worst_first
 from .foundation import (
     Answer,
@@ -31,6 +29,7 @@ from .foundation import (
 )
 from .geometry import (
     check_distances,
+    check_duplicates,
     check_extent,
     check_lengths,
     check_loneliness,
@@ -38,7 +37,6 @@ from .geometry import (
 )
 from .labels import check_charges_used, check_completeness, check_forces, check_mechanics
 from .subject import Subject, subject_of
-from .suggest import Suggestion
 from .units import check_units, in_found_units
 from .work import near_pairs, steps
 

@@ -11,11 +11,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from .estimate import Load
-from .facts import Facts, Range, SetFacts
+from .energies import Facts, Range, SetFacts
+from .estimate import Load, duration
 from .finding import SEVERITIES, Finding
 from .inspection import Inspection
-from .suggest import duration
 
 __all__ = ["as_dict", "render"]
 

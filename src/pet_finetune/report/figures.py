@@ -10,9 +10,20 @@ import html
 import io
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pet_finetune.committee.calibration import Curves, draw_coverage
+from pet_finetune.data.predicted import Predicted
+
+from .errors import Part, residuals
+from .record import Dimers, Quantity
+
+if TYPE_CHECKING:
+    from pet_finetune.forgetting.dimers import DimerRow
 
 __all__ = ["AFTER", "BEFORE", "GRID", "INK", "MUTED", "WARN", "available", "log_ticks", "panel"]
 
@@ -162,3 +173,125 @@ def log_ticks(axis: Any, values: Iterable[float]) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
     axis.set_minor_locator(LogLocator(subs=tuple(range(1, 10))) if len(subs) < 9 else NullLocator())
     axis.set_minor_formatter(NullFormatter())
+
+
+_STYLES = {
+    "before": {"color": BEFORE, "linestyle": "--", "marker": "o", "markersize": 3},
+    "after": {"color": AFTER, "marker": "o", "markersize": 3},
+}
+
+
+def magnitude_plot(parts: Sequence[Part], name: str) -> str:
+    """Mean absolute error over the mean force of each bin."""
+
+    def draw(axes: Any) -> None:
+        for model, style in _STYLES.items():
+            if all(model in part.errors for part in parts):
+                values = [1000 * part.errors[model] for part in parts]
+                sizes = [part.size for part in parts]
+                axes.plot(sizes, values, **style)
+        axes.set_ylim(bottom=0)
+        axes.set(xlabel="reference force (eV/Å)", title="force MAE (meV/Å) by size of the force")
+
+    return panel(name, "Force error over the size of the reference force", draw)
+
+
+def sorted_plot(quantity: Quantity, errors: dict[str, np.ndarray], name: str) -> str:
+    """The error of each structure, from the smallest to the largest."""
+
+    def draw(axes: Any) -> None:
+        shown: list[float] = []
+        for model, values in errors.items():
+            ordered = quantity.factor * np.sort(values[np.isfinite(values)])
+            share = 100 * (np.arange(len(ordered)) + 1) / max(1, len(ordered))
+            style = {**_STYLES[model], "marker": ""}
+            axes.plot(share, ordered, **style)
+            shown += ordered[ordered > 0].tolist()
+        if shown:
+            axes.set_yscale("log")
+            log_ticks(axes.yaxis, shown)
+        axes.set(xlabel="structures with a smaller error (%)", xlim=(0, 101))
+        axes.set_title(f"{quantity.name} MAE of each structure ({quantity.unit})")
+
+    return panel(name, f"{quantity.name} error of each structure, sorted", draw)
+
+
+#: More pairs than these are left to the table in the folder; the ones that changed come first.
+MOST_PAIRS = 12
+_ORDER = ("lost", "gained", "kept", "absent")
+_MOST_DOTS = 1500
+
+
+def dimer_panels(dimers: Dimers) -> list[str]:
+    """A small panel for each pair; lost walls first."""
+    rows = sorted(dimers.rows, key=lambda row: _ORDER.index(row.verdict))[:MOST_PAIRS]
+    return [
+        panel(
+            f"dimer-{index}",
+            f"Energy of {row.name} over its distance: wall {row.verdict}",
+            partial(_pair, dimers=dimers, row=row),
+            width=2.7,
+            height=2.1,
+        )
+        for index, row in enumerate(rows)
+    ]
+
+
+def _pair(axes: Any, dimers: Dimers, row: DimerRow) -> None:
+    from pet_finetune.forgetting.dimers import draw_pair  # only where that room wrote curves
+
+    draw_pair(axes, dimers.distances, row, {"before": BEFORE, "after": AFTER, "wall": GRID})
+    axes.set_title(f"{row.name}: wall {row.verdict}", color=WARN if row.verdict == "lost" else INK)
+    axes.set(xlabel="distance (Å)", ylabel="energy (eV)")
+
+
+def coverage_panels(curves: Mapping[str, Curves]) -> list[str]:
+    """A panel for each kind."""
+    return [
+        panel(
+            f"coverage-{index}",
+            f"Observed over expected coverage of the {kind} uncertainty",
+            partial(draw_coverage, kind=kind, curve=curve, colours=(MUTED, BEFORE, AFTER)),
+            width=3.4,
+            height=3.2,
+        )
+        for index, (kind, curve) in enumerate(curves.items())
+    ]
+
+
+def spread_panel(predicted: Predicted, quantity: Quantity, factor: float) -> str | None:
+    """Size of the error over the calibrated uncertainty, a dot for each structure or atom."""
+    spread = predicted.models.get("after", {}).get(f"{quantity.label}~spread")
+    errors = residuals(predicted, quantity, "after")
+    if spread is None or errors is None:
+        return None
+    spread = spread.astype(np.float64)
+    if quantity.kind == "energy":
+        spread = spread / predicted.sizes
+    rows = (len(errors), -1)
+    size = np.sqrt(np.mean(errors.reshape(rows) ** 2, axis=1)) * quantity.factor
+    sure = factor * np.sqrt(np.mean(spread.reshape(rows) ** 2, axis=1)) * quantity.factor
+    known = np.isfinite(size) & (size > 0) & (sure > 0)
+    if not known.any():
+        return None
+    size, sure = size[known], sure[known]
+    if len(size) > _MOST_DOTS:
+        chosen = np.random.default_rng(0).choice(len(size), _MOST_DOTS, replace=False)
+        size, sure = size[chosen], sure[chosen]
+    return panel(
+        f"spread-{quantity.kind}",
+        f"Error over uncertainty of the {quantity.name}",
+        partial(_dots, sure=sure, size=size, quantity=quantity),
+        width=3.4,
+        height=3.2,
+    )
+
+
+def _dots(axes: Any, sure: np.ndarray, size: np.ndarray, quantity: Quantity) -> None:
+    low, high = min(sure.min(), size.min()), max(sure.max(), size.max())
+    axes.plot([low, high], [low, high], color=MUTED, linewidth=0.8)
+    axes.plot(sure, size, "o", color=AFTER, markersize=2.5, alpha=0.5, markeredgewidth=0)
+    axes.set(xscale="log", yscale="log", title=f"{quantity.name} ({quantity.unit})")
+    axes.set(xlabel="uncertainty", ylabel="error")
+    log_ticks(axes.xaxis, sure)
+    log_ticks(axes.yaxis, size)

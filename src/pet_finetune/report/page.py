@@ -20,12 +20,17 @@ from pet_finetune.data.predicted import Predicted
 from . import figures
 from .curves import forgetting_curves, learning_curves
 from .errors import Part, by_element, by_magnitude, by_structure, residuals
-from .facts import headline, provenance, trained
-from .force_sizes import magnitude_plot, sorted_plot
-from .keeping_figures import MOST_PAIRS, coverage_panels, dimer_panels, spread_panel
+from .facts import headline, provenance, recipes, trained
+from .figures import (
+    MOST_PAIRS,
+    coverage_panels,
+    dimer_panels,
+    magnitude_plot,
+    sorted_plot,
+    spread_panel,
+)
 from .parity import parity_plots
 from .record import Quantity, RunRecord
-from .usage import recipes
 from .verdict import judge, number, signed
 from .viewer import MOST_FRAMES, elements_of, frames_of, small_enough, still
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pet_finetune.dynamics import MDSettings, summarize
-from pet_finetune.report.simulation import simulation_svg
+from pet_finetune.report.curves import simulation_svg
 
 
 @pytest.mark.parametrize(
