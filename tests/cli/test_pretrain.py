@@ -58,7 +58,9 @@ def test_with_one_train_and_kept_for_the_next(
     monkeypatch.setenv("XDG_CACHE_HOME", str(here / "cache"))
     section = "architecture.training.finetune"
     wide = f"{{teacher: {EMT}, n: 30, epochs: 1, max_force: 1000, max_energy: 1000}}"
-    given = ("train", "options.yaml", "-c", "base.ckpt", "-r", f"{section}.pretrain={wide}")
+    method = ("-r", f"{section}.method=full")
+    own = ("train", "options.yaml", *method, "-r", f"{section}.pretrain={wide}")
+    given = (*own, "-c", "base.ckpt")
     first = command(*given, "-o", "one")
     assert first.code == 0, first.err
     (made,) = (here / "cache/pet-finetune/pretrained").glob("base-*.ckpt")
@@ -67,6 +69,11 @@ def test_with_one_train_and_kept_for_the_next(
     second = command(*given, "-o", "two")
     assert f"pre-trained on this system before: {made}" in second.err
     assert "learned from" not in second.err
+    made.unlink()  # a run that goes on has no need of it
+    again = command(*own, "--restart", "two", "-r", "architecture.training.num_epochs=9")
+    assert again.code == 0, again.err
+    assert "learned from" not in again.err
+    assert "finetune.pretrain" not in again.err
 
 
 def test_nothing_to_pretrain(command, here: Path) -> None:

@@ -29,8 +29,11 @@ _LOOKED_AT = tuple(_TRAINING + "finetune." + name for name in ("unfreeze", "repl
 #: Of ``training``, what a run goes on with unless the file says otherwise, since its default was
 #: another in older releases; with the value of runs that do not say.
 _OLDER_DEFAULTS = {"optimizer": "adamw", "ema": None}
-#: Change no number of the run.
-_NO_MATTER = (_TRAINING + "log_interval", _TRAINING + "checkpoint_interval")
+#: Change no number of a run that goes on; pre-training was over when it began.
+_NO_MATTER = (
+    *(_TRAINING + name for name in ("log_interval", "checkpoint_interval")),
+    _TRAINING + "finetune.pretrain",
+)
 
 
 @dataclass(frozen=True)
