@@ -38,9 +38,9 @@ from pet_finetune.errors import AdapterError, ConfigError, DataError
 from pet_finetune.graph import Batch
 from pet_finetune.model import Potential, Prediction
 from pet_finetune.model.direct import DirectTargets, NonConservative, direct_targets, predict_direct
-from pet_finetune.model.frozen import FrozenEnergy
 from pet_finetune.model.orientations import orientations as make_orientations
 from pet_finetune.model.orientations import predict_mean
+from pet_finetune.model.static_inference import StaticEnergy
 
 __all__ = ["PETCalculator"]
 
@@ -141,7 +141,7 @@ class PETCalculator(Calculator):
         self._direct = self._choose_direct()
         self._conditioned = potential.hypers.system_conditioning
         self._moving = MovingAtoms(potential.cutoff, float(skin))
-        self._frozen: FrozenEnergy | None = None
+        self._static: StaticEnergy | None = None
         self._arena = Arena()
 
     @property
@@ -232,7 +232,7 @@ class PETCalculator(Calculator):
     def _switched(self) -> None:
         """What was computed is of another model."""
         self.reset()
-        self._frozen = None
+        self._static = None
         self._target = self._choose_target()
         self._direct = self._choose_direct()
 
@@ -332,9 +332,9 @@ class PETCalculator(Calculator):
             return self._model.predict(batch, self._target, stress=stress, spread=members)
         if self._direct is not None:
             return predict_direct(self._model, batch, self._target, self._direct, stress)
-        if self._frozen is None:
-            self._frozen = FrozenEnergy(self._model, self._target)
-        prediction = self._frozen.predict(batch, stress=stress)
+        if self._static is None:
+            self._static = StaticEnergy(self._model, self._target)
+        prediction = self._static.predict(batch, stress=stress)
         if prediction is not None:
             return prediction
         return self._model.predict(batch, self._target, forces=True, stress=stress)

@@ -31,7 +31,7 @@ class AdapterConfig:
         modules_to_save: paths of modules that train whole and are kept with the adapter; None
             stands for the heads and last layers of ``target``.
         target: the energy that the adapter is for.
-        use_dora: train lengths and directions apart (:class:`~.dora.DoraLinear`).
+        use_dora: train lengths and directions apart (:class:`~.lora.DoraLinear`).
         rank_pattern, alpha_pattern: other ranks and alphas for the layers whose path ends like
             the key, or matches it as a regular expression; the first match counts.
         quant_bits: hold the frozen weights in 4 or 8 bits (:mod:`~.quantized`); None keeps them.

@@ -14,9 +14,8 @@ from pet_finetune.model import Potential
 from pet_finetune.model.fingerprint import weights_fingerprint
 
 from .config import AdapterConfig, fitted
-from .dora import DoraLinear
-from .lora import LoraLinear, is_adapter_tensor
-from .modules import replace_module
+from .lora import DoraLinear, LoraLinear, is_adapter_tensor
+from .matching import replace_module
 from .new_rows import drop_new_rows, train_new_rows
 from .prompts import add_prompts, prompts, remove_prompts
 from .quantized import quantize_base

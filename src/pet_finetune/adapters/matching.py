@@ -70,3 +70,13 @@ def _matches(name: str, pattern: str) -> bool:
         raise AdapterError(
             f"target_modules: '{pattern}' is neither a layer nor a regular expression ({error})."
         ) from error
+
+
+def replace_module(network: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module at a path of a network, in the place of the one that is there."""
+    parent_path, _, name = path.rpartition(".")
+    parent = network.get_submodule(parent_path)
+    if isinstance(parent, nn.Sequential):
+        parent[int(name)] = module
+    else:
+        setattr(parent, name, module)

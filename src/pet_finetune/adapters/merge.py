@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from pet_finetune.model import Potential
-from pet_finetune.nn.prompt import Prompt
+from pet_finetune.nn.attention import Prompt
 from pet_finetune.nn.quantized import QuantizedLinear
 
 from .inject import adapter_state
 from .lora import LoraLinear
-from .modules import replace_module
+from .matching import replace_module
 from .new_rows import merge_new_rows
 from .prompts import prompts
 

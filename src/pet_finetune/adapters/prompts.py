@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 from pet_finetune.errors import AdapterError
 from pet_finetune.model import Potential
-from pet_finetune.nn.attention import Attention
-from pet_finetune.nn.prompt import Prompt
+from pet_finetune.nn.attention import Attention, Prompt
 
 
 def _attentions(model: Potential) -> Iterator[tuple[str, Attention]]:

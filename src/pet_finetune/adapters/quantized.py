@@ -14,7 +14,7 @@ from pet_finetune.nn.quantized import QuantizedLinear, held_bytes, quantize
 
 from .config import AdapterConfig
 from .lora import LoraLinear
-from .modules import replace_module
+from .matching import replace_module
 
 # Layers narrower than this on a side hold next to nothing, and the one that reads the geometry
 # (4 numbers an edge) is among them.

@@ -16,7 +16,7 @@ from .operators import PROLOGUES
 __all__ = [
     "CannotRecord",
     "Instructions",
-    "Listing",
+    "Recorder",
     "Part",
     "Row",
     "Rows",
@@ -97,8 +97,10 @@ class Instructions(NamedTuple):
 
 
 @dataclass
-class Listing:
-    """A list under way; every width is a multiple of :func:`~.fused.lanes`.
+class Recorder:
+    """Writes down a network, instruction by instruction.
+
+    Every width is a multiple of :func:`~.fused.lanes`.
 
     Args:
         dtype: of all numbers.

@@ -5,7 +5,8 @@ held once, and multiplied once with the rows of all of them; a linear layer that
 members holds one weight for each, its adapter merged, and multiplies each member's rows with its
 own. That costs the products of the members evaluated one by one and no more, while all else
 (neighbour lists, launches of operations, reading of weights) is done once. The GNN layers before
-the first one in which members differ see the structures once, see :mod:`pet_finetune.model.fork`.
+the first one in which members differ see the structures once, see
+:mod:`pet_finetune.model.shared_layers`.
 
 Low-rank updates beside one product with the base's weight would take less memory and more
 arithmetic: r (in + out) for each row beside in * out, an eighth more at rank 8 and width 128.
@@ -27,9 +28,9 @@ from pet_finetune.config import ModelOptions
 from pet_finetune.errors import AdapterError
 from pet_finetune.graph import Batch, repeat_batch
 from pet_finetune.model import Potential, Prediction
-from pet_finetune.model.fork import Fork, Tokens
 from pet_finetune.model.inference import autograd_possible
 from pet_finetune.model.prediction import forces_of, stress_of
+from pet_finetune.model.shared_layers import SharedLayers, Tokens
 from pet_finetune.nn.grouped import Rows
 
 from .members import differing_layers, gather, join, restore
@@ -193,12 +194,12 @@ class Committee(nn.Module):
         shared = None
         if self.one_pass:
             at_once = self._members_at_once(batch)
-            with self._shared(batch, together=not spread) as fork:
+            with self._shared(batch, together=not spread) as layers:
                 parts = [
                     self._predict_joined(batch, slice(start, start + at_once), forces, stress)
                     for start in range(0, self.size, at_once)
                 ]
-                shared = None if fork is None else fork.gradient()
+                shared = None if layers is None else layers.gradient()
             members = _map(lambda *values: torch.cat(values), *parts)
         else:
             models = [part for part in self.parts if isinstance(part, Potential)]
@@ -211,26 +212,26 @@ class Committee(nn.Module):
         return CommitteePrediction(**vars(mean), members=members, calibration=self.calibration)
 
     @contextmanager
-    def _shared(self, batch: Batch, together: bool) -> Iterator[Fork | None]:
+    def _shared(self, batch: Batch, together: bool) -> Iterator[SharedLayers | None]:
         """Meanwhile the layers that the members share are computed once, if there are such.
 
         Args:
             batch: the structures.
-            together: as for :meth:`Fork.sharing`.
+            together: as for :meth:`SharedLayers.sharing`.
         """
         network = self._first.network
-        fork = network.fork
+        layers = network.shared_layers
         enough = together or batch.num_edges * self.size >= _limit(_FEWEST_EDGES, batch)
-        if fork is None or not enough:
+        if layers is None or not enough:
             yield None
             return
 
         def run(batch: Batch, memory: int) -> Tokens:
-            hood = network.neighborhood(batch)
-            return network.advance(batch, hood, stop=fork.layers, memory=memory)
+            neighborhood = network.neighborhood(batch)
+            return network.advance(batch, neighborhood, stop=layers.count, memory=memory)
 
-        with fork.sharing(batch, run, together):
-            yield fork
+        with layers.sharing(batch, run, together):
+            yield layers
 
     def _members_at_once(self, batch: Batch) -> int:
         """So many that the features of all edges together stay within bounds."""

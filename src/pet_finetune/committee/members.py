@@ -9,13 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pet_finetune.adapters.modules import replace_module
+from pet_finetune.adapters.matching import replace_module
 from pet_finetune.errors import AdapterError
 from pet_finetune.model import Potential
-from pet_finetune.model.composition import Composition
-from pet_finetune.model.fork import Fork
+from pet_finetune.model.composition import Composition, Scale
 from pet_finetune.model.pet import HEAD_GROUPS
-from pet_finetune.model.scale import Scale
+from pet_finetune.model.shared_layers import SharedLayers
 from pet_finetune.nn.attention import Attention
 from pet_finetune.nn.block import Block
 from pet_finetune.nn.grouped import GroupedLinear, Rows
@@ -90,7 +89,7 @@ def differing_layers(first: Potential, members: Sequence[Member]) -> list[str] |
     return None
 
 
-def fork_before(first: Potential, paths: Sequence[str]) -> Fork | None:
+def shared_before(first: Potential, paths: Sequence[str]) -> SharedLayers | None:
     """The GNN layers before the first one with one of these paths; None where that is the first."""
     network = first.network
     layers = len(network.gnn_layers)
@@ -100,7 +99,7 @@ def fork_before(first: Potential, paths: Sequence[str]) -> Fork | None:
             layers = min(layers, int(number))
         elif group not in HEAD_GROUPS:  # of the structure as a whole, wanted by every layer
             return None
-    return Fork(layers) if layers else None
+    return SharedLayers(layers) if layers else None
 
 
 def join(first: Potential, members: Sequence[Member], paths: Sequence[str], rows: Rows) -> None:
@@ -113,7 +112,7 @@ def join(first: Potential, members: Sequence[Member], paths: Sequence[str], rows
         rows: the batch under way.
     """
     of_all_tokens = _layers_of_all_tokens(first)
-    first.network.fork = fork_before(first, paths)
+    first.network.shared_layers = shared_before(first, paths)
     for path in paths:
         layer = first.network.get_submodule(path)
         assert isinstance(layer, nn.Linear)

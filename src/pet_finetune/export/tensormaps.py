@@ -26,7 +26,7 @@ from pet_finetune.errors import ConfigError, did_you_mean
 from pet_finetune.graph import Batch, Neighborhood
 from pet_finetune.keys import TargetSpec, base_name
 from pet_finetune.model import Potential, Prediction
-from pet_finetune.nn.heads import sum_over_edges
+from pet_finetune.nn.gnn_layer import sum_over_edges
 
 __all__ = ["output_names", "tensor_maps"]
 

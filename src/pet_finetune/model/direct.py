@@ -18,8 +18,7 @@ from pet_finetune.graph import Batch
 from pet_finetune.keys import DIRECT_FORCES, DIRECT_STRESS, TargetSpec
 
 from .potential import Potential
-from .prediction import Prediction
-from .properties import Property
+from .prediction import Prediction, Property
 
 #: Which of forces and stress are predicted directly: both, one of them, or neither.
 NonConservative = bool | Literal["forces", "stress"]

@@ -12,22 +12,20 @@ from torch import Tensor, nn
 
 from pet_finetune.backends import Accelerated, default_backend, use_backend
 from pet_finetune.backends.fused import permute
-from pet_finetune.backends.instructions import CannotRecord, Listing, Part, Rows
+from pet_finetune.backends.instructions import CannotRecord, Part, Recorder, Rows
 from pet_finetune.backends.reference import permute_rows
 from pet_finetune.graph import Batch, Neighborhood
 from pet_finetune.keys import TargetSpec
 from pet_finetune.nn.attention import weigh_keys
 from pet_finetune.nn.block import Block
-from pet_finetune.nn.conditioning import SystemConditioning
-from pet_finetune.nn.embedding import table_of
-from pet_finetune.nn.gnn_layer import GNNLayer
-from pet_finetune.nn.heads import make_head, sum_over_edges
+from pet_finetune.nn.embedding import SystemConditioning, table_of
+from pet_finetune.nn.gnn_layer import GNNLayer, make_head, sum_over_edges
 from pet_finetune.nn.neighborhood import NeighborhoodBuilder
 from pet_finetune.nn.projection import Chain, Memory, as_row, record_chain, weights_of
 from pet_finetune.nn.recompute import recomputed
 from pet_finetune.nn.rowwise import LayerNorm, Prologue, SiLU
 
-from .fork import Fork, Tokens
+from .shared_layers import SharedLayers, Tokens
 from .species_rows import pick_rows, species_table
 
 if TYPE_CHECKING:
@@ -76,7 +74,7 @@ class PET(Accelerated, nn.Module):
         #: Whether training computes parts of the network again instead of keeping their results.
         self.recompute = False
         #: Of a committee, the layers that its members share.
-        self.fork: Fork | None = None
+        self.shared_layers: SharedLayers | None = None
         self.feedforward = options.featurizer_type == "feedforward"
         mixers = options.num_gnn_layers if self.feedforward else 0
         double = 2 * options.d_pet
@@ -174,15 +172,15 @@ class PET(Accelerated, nn.Module):
         self.species_to_species_index = index
 
     def features(
-        self, batch: Batch, hood: Neighborhood, memory: int = 0
+        self, batch: Batch, neighborhood: Neighborhood, memory: int = 0
     ) -> list[tuple[Tensor, Tensor]]:
         """Centre and edge features, [n_atoms, d_node] and [n_edges, d_pet], per read-out."""
         shared: Tokens | None = None
         start = 0
         if not torch.jit.is_scripting():
-            if self.fork is not None and self.fork.active:
-                shared, start = self.fork.tokens(batch, memory), self.fork.layers
-        tokens = self.advance(batch, hood, shared, start, memory=memory)
+            if self.shared_layers is not None and self.shared_layers.active:
+                shared, start = self.shared_layers.tokens(batch, memory), self.shared_layers.count
+        tokens = self.advance(batch, neighborhood, shared, start, memory=memory)
         if self.feedforward:
             return [(tokens.nodes, tokens.messages)]
         return tokens.readouts
@@ -190,7 +188,7 @@ class PET(Accelerated, nn.Module):
     def advance(
         self,
         batch: Batch,
-        hood: Neighborhood,
+        neighborhood: Neighborhood,
         tokens: Tokens | None = None,
         start: int = 0,
         stop: int = 1000,
@@ -200,15 +198,15 @@ class PET(Accelerated, nn.Module):
 
         Args:
             batch: the structures.
-            hood: their neighbourhoods.
+            neighborhood: their neighbourhoods.
             tokens: what arrives at the first of these layers; None at the very first.
             start: number of the first layer.
             stop: number of the layer to stop before.
             memory: one of :class:`~pet_finetune.nn.projection.Memory`.
         """
         species = self.species_to_species_index[batch.numbers]
-        neighbor_species = species[hood.neighbors]
-        bias = weigh_keys(hood.factors, hood.layout)
+        neighbor_species = species[neighborhood.neighbors]
+        bias = weigh_keys(neighborhood.factors, neighborhood.layout)
         if tokens is None:
             nodes, messages = self.node_embedders[0](species), self.edge_embedder(neighbor_species)
             readouts: list[tuple[Tensor, Tensor]] = []
@@ -218,9 +216,11 @@ class PET(Accelerated, nn.Module):
             mixers = zip(self.gnn_layers, self.combination_norms, self.combination_mlps)  # noqa: B905
             for index, (layer, norm, mlp) in enumerate(mixers):
                 if start <= index < stop:
-                    nodes, edges = layer(nodes, messages, neighbor_species, hood, bias, memory)
+                    nodes, edges = layer(
+                        nodes, messages, neighbor_species, neighborhood, bias, memory
+                    )
                     nodes = self.conditioned(nodes, batch)
-                    back = self.turned(edges, hood)
+                    back = self.of_reverse(edges, neighborhood)
                     if torch.jit.is_scripting():
                         both = torch.cat([edges, back], dim=-1)
                         messages = mlp(both, norm.op(), messages + edges)  # type: ignore[operator]
@@ -231,18 +231,20 @@ class PET(Accelerated, nn.Module):
             for index, (layer, embedder) in enumerate(layers):
                 if start <= index < stop:
                     nodes = embedder(species)
-                    nodes, edges = layer(nodes, messages, neighbor_species, hood, bias, memory)
+                    nodes, edges = layer(
+                        nodes, messages, neighbor_species, neighborhood, bias, memory
+                    )
                     nodes = self.conditioned(nodes, batch)
-                    messages = 0.5 * (messages + self.turned(edges, hood))
+                    messages = 0.5 * (messages + self.of_reverse(edges, neighborhood))
                     readouts.append((nodes, edges))
         return Tokens(nodes, messages, readouts)
 
-    def turned(self, edges: Tensor, hood: Neighborhood) -> Tensor:
-        """What runs along each edge the other way, [n_edges, d_pet]."""
+    def of_reverse(self, edges: Tensor, neighborhood: Neighborhood) -> Tensor:
+        """The tokens of the reverse of each edge, [n_edges, d_pet]."""
         if not torch.jit.is_scripting():
             if self.backend.fused:
-                return permute(edges, hood.reverse, hood.reverse)
-        return permute_rows(edges, hood.reverse, hood.reverse)
+                return permute(edges, neighborhood.reverse, neighborhood.reverse)
+        return permute_rows(edges, neighborhood.reverse, neighborhood.reverse)
 
     def conditioned(self, nodes: Tensor, batch: Batch) -> Tensor:
         """The centre tokens with what charge and spin add to them, [n_atoms, d_node]."""
@@ -262,9 +264,9 @@ class PET(Accelerated, nn.Module):
             predicts: a promise that what comes back is differentiated once at most, and by the
                 edge vectors alone. It then takes less memory.
         """
-        hood = self.neighborhood(batch)
+        neighborhood = self.neighborhood(batch)
         memory = self.memory(predicts)
-        readouts = self.features(batch, hood, memory)
+        readouts = self.features(batch, neighborhood, memory)
         num_atoms = batch.numbers.size(0)
         outputs: dict[str, Tensor] = {}
         for name, node_heads, edge_heads, node_last, edge_last in zip(  # noqa: B905
@@ -290,7 +292,7 @@ class PET(Accelerated, nn.Module):
                         on_nodes = _head(node_head, node_layers, on_nodes, memory)
                         on_edges = _head(edge_head, edge_layers, on_edges, memory)
                     parts.append(on_nodes)
-                    parts.append(sum_over_edges(on_edges, hood, num_atoms))
+                    parts.append(sum_over_edges(on_edges, neighborhood, num_atoms))
                 outputs[name] = torch.stack(parts).sum(0)
         return outputs
 
@@ -303,7 +305,7 @@ class PET(Accelerated, nn.Module):
                 return int(Memory.RECOMPUTE)
         return 0
 
-    def record(self, to: Listing, target: str) -> None:
+    def record(self, to: Recorder, target: str) -> None:
         """:meth:`forward` as instructions for one output of each atom, given the neighbourhoods."""
         options = self.options
         nodes = self._looked_up(to, Part.ATOMS, self.node_embedders[0])
@@ -328,14 +330,14 @@ class PET(Accelerated, nn.Module):
         if self.feedforward:
             self._record_read_out(to, target, 0, nodes, messages)
 
-    def _looked_up(self, to: Listing, part: Part, embedding: nn.Module) -> Rows:
+    def _looked_up(self, to: Recorder, part: Part, embedding: nn.Module) -> Rows:
         table = table_of(embedding)
         rows = to.buffer(part, table.shape[1])
         to.look_up(rows, 0, table)
         return rows
 
     def _record_read_out(
-        self, to: Listing, target: str, index: int, nodes: Rows, edges: Rows
+        self, to: Recorder, target: str, index: int, nodes: Rows, edges: Rows
     ) -> None:
         node_heads, edge_heads, node_last, edge_last = self.head_modules(target).values()
         for x, heads, last in ((nodes, node_heads, node_last), (edges, edge_heads, edge_last)):

@@ -4,7 +4,7 @@
     F = -dE/dr (eV/Angstrom),  stress = dE/dstrain / V (eV/Angstrom^3, ASE's sign)
 
 Both derivatives come from one gradient, with respect to the edge vectors: the energy depends on
-positions and cell through them alone. Targets that are no energies: see :mod:`.properties`.
+positions and cell through them alone. Targets that are no energies: see :mod:`.prediction`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,10 @@ from pet_finetune.keys import TargetSpec
 from pet_finetune.nn.quantized import num_quantized
 from pet_finetune.profiling import stage
 
-from .composition import Composition
+from .composition import Composition, Scale
 from .inference import autograd_possible
 from .pet import HEAD_GROUPS, PET
-from .prediction import Prediction, forces_of, stress_of
-from .properties import Property, property_of
-from .scale import Scale
+from .prediction import Prediction, Property, forces_of, property_of, stress_of
 from .species_rows import sources_of, with_more, without
 from .zbl import ZBL, covalent_radii
 

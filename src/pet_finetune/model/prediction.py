@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pet_finetune.backends.reference import permute_rows
 from pet_finetune.graph import Batch
+from pet_finetune.keys import TargetSpec
 
 
 @dataclass(frozen=True)
@@ -43,3 +44,53 @@ def stress_of(batch: Batch, gradient: Tensor) -> Tensor:
     volumes = batch.volumes.view(-1, 1, 1)
     inverse = torch.where(volumes > 0, 1.0 / volumes.clamp_min(1e-30), 0.0)
     return 0.5 * (virial + virial.transpose(1, 2)) * inverse
+
+
+@dataclass(frozen=True)
+class Property:
+    """What a potential says of a target that is no energy.
+
+    Attributes:
+        spec: the target.
+        values: [n_atoms, ...] or [n_structures, ...] with ``spec.shape`` behind, in ``spec.unit``;
+            scalars in float64, vectors and tensors in the network's dtype.
+    """
+
+    spec: TargetSpec
+    values: Tensor
+
+
+def property_of(
+    batch: Batch, spec: TargetSpec, raw: Tensor, scale: Tensor, baseline: Tensor | None
+) -> Property:
+    """Make a prediction of the network's output.
+
+    Args:
+        batch: what it was computed for.
+        spec: the target.
+        raw: [n_atoms, num_outputs], Cartesian axes first, as metatrain orders them.
+        scale: factor of each atom and subtarget, [n_atoms, num_subtargets], or one for all.
+        baseline: [n_atoms] or [n_atoms, num_subtargets] float64, in ``spec.unit``; None for none.
+    """
+    scale = scale.to(raw)
+    if scale.dim() > 0:
+        scale = scale.view(scale.shape[0], *(1,) * spec.rank, -1)
+    values = raw.view(raw.shape[0], *(3,) * spec.rank, spec.num_subtargets) * scale
+    values = values.reshape(raw.shape[0], *spec.shape)
+    if baseline is not None:
+        values = values.to(torch.float64) + baseline.reshape(values.shape)
+    elif spec.rank == 0:
+        values = values.to(torch.float64)
+    if not spec.per_atom:
+        values = values.new_zeros(batch.num_structures, *spec.shape).index_add(
+            0, batch.structure_index, values
+        )
+    return Property(spec, _over_volume(batch, values) if spec.per_volume else values)
+
+
+def _over_volume(batch: Batch, values: Tensor) -> Tensor:
+    """Symmetric part over the volume, [n_structures, 3, 3, ...]; zero without a volume."""
+    volumes = batch.volumes.to(values)
+    inverse = torch.where(volumes > 0, 1.0 / volumes.clamp_min(1e-30), 0.0)
+    symmetric = 0.5 * (values + values.transpose(1, 2))
+    return symmetric * inverse.view(-1, *(1,) * (values.dim() - 1))

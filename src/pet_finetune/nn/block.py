@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pet_finetune.backends import Accelerated, RowOp, apply_rows
-from pet_finetune.backends.instructions import Listing, Part, Rows
+from pet_finetune.backends.instructions import Part, Recorder, Rows
 from pet_finetune.graph import Layout
 
 from .attention import Attention
@@ -45,7 +45,7 @@ class FeedForward(Accelerated, nn.Module):
         out: Tensor = x + self.w_out(self.activation(hidden))
         return out
 
-    def record(self, to: Listing, x: Rows, norm: RowOp | None = None) -> Rows:
+    def record(self, to: Recorder, x: Rows, norm: RowOp | None = None) -> Rows:
         """:meth:`forward` as instructions."""
         hidden = record_linear(to, self.w_in, x, norm)
         return record_linear(to, self.w_out, hidden, self.activation.op(), residual=x)
@@ -119,7 +119,7 @@ class Block(nn.Module):
         # trained models were made so.
         return new_centers, new_edges
 
-    def record(self, to: Listing, nodes: Rows, edges: Rows) -> tuple[Rows, Rows]:
+    def record(self, to: Recorder, nodes: Rows, edges: Rows) -> tuple[Rows, Rows]:
         """:meth:`forward` as instructions."""
         tokens = to.buffer(Part.ALL, edges.width)
         if self.wide_center:

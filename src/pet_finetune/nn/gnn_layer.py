@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from pet_finetune.backends.instructions import CannotRecord, Listing, Part, Rows
+from pet_finetune.backends.instructions import CannotRecord, Part, Recorder, Rows
 from pet_finetune.graph import Layout, Neighborhood
 
 from .block import Block
@@ -81,7 +81,7 @@ class GNNLayer(nn.Module):
         nodes: Tensor,
         messages: Tensor,
         neighbor_species: Tensor,
-        hood: Neighborhood,
+        neighborhood: Neighborhood,
         bias: Tensor,
         memory: int = 0,
     ) -> tuple[Tensor, Tensor]:
@@ -91,22 +91,22 @@ class GNNLayer(nn.Module):
             nodes: [n_atoms, d_node].
             messages: [n_edges, d_pet], what arrives along each edge.
             neighbor_species: [n_edges] species indices.
-            hood: the batch's neighbourhoods.
+            neighborhood: the batch's neighbourhoods.
             bias: from :func:`~.attention.weigh_keys`.
             memory: one of :class:`~.projection.Memory`.
         """
-        edges = self.make_edges(hood, messages, neighbor_species, memory)
-        out: tuple[Tensor, Tensor] = self.trans(nodes, edges, hood.layout, bias, memory)
+        edges = self.make_edges(neighborhood, messages, neighbor_species, memory)
+        out: tuple[Tensor, Tensor] = self.trans(nodes, edges, neighborhood.layout, bias, memory)
         return out
 
     def make_edges(
-        self, hood: Neighborhood, messages: Tensor, neighbor_species: Tensor, memory: int
+        self, neighborhood: Neighborhood, messages: Tensor, neighbor_species: Tensor, memory: int
     ) -> Tensor:
         """The edge tokens before the blocks, [n_edges, d_pet]."""
         if not torch.jit.is_scripting():
             if memory == Memory.RECOMPUTE:
-                return self._edges_again(hood, messages, neighbor_species)
-        geometry = torch.cat([hood.vectors, hood.distances.unsqueeze(-1)], dim=-1)
+                return self._edges_again(neighborhood, messages, neighbor_species)
+        geometry = torch.cat([neighborhood.vectors, neighborhood.distances.unsqueeze(-1)], dim=-1)
         parts = [self.edge_embedder(geometry)]
         if self.neighbor_embedder is not None:
             parts.append(self.neighbor_embedder(neighbor_species))
@@ -115,17 +115,19 @@ class GNNLayer(nn.Module):
         return out
 
     def _edges_again(
-        self, hood: Neighborhood, messages: Tensor, neighbor_species: Tensor
+        self, neighborhood: Neighborhood, messages: Tensor, neighbor_species: Tensor
     ) -> Tensor:
         def run(vectors: Tensor, distances: Tensor, messages: Tensor) -> tuple[Tensor, ...]:
-            own = hood._replace(vectors=vectors, distances=distances)
+            own = neighborhood._replace(vectors=vectors, distances=distances)
             return (self.make_edges(own, messages, neighbor_species, Memory.KEEP),)
 
         modules = (self.edge_embedder, self.neighbor_embedder, self.compress)
-        (edges,) = recomputed(run, (hood.vectors, hood.distances, messages), modules)
+        (edges,) = recomputed(
+            run, (neighborhood.vectors, neighborhood.distances, messages), modules
+        )
         return edges
 
-    def record(self, to: Listing, nodes: Rows, messages: Rows) -> tuple[Rows, Rows]:
+    def record(self, to: Recorder, nodes: Rows, messages: Rows) -> tuple[Rows, Rows]:
         """:meth:`forward` as instructions."""
         width = messages.width
         weight, bias = weights_of(self.edge_embedder)
@@ -141,3 +143,16 @@ class GNNLayer(nn.Module):
         for block in self.trans.layers:
             nodes, edges = cast("Block", block).record(to, nodes, edges)
         return nodes, edges
+
+
+def make_head(width: int, d_head: int) -> Chain:
+    """Linear-SiLU-Linear-SiLU from ``width`` to ``d_head``."""
+    return Chain(nn.Linear(width, d_head), SiLU(), nn.Linear(d_head, d_head), SiLU())
+
+
+def sum_over_edges(values: Tensor, neighborhood: Neighborhood, num_atoms: int) -> Tensor:
+    """Cutoff-weighted sum of [n_edges, k] over the edges of each atom, [n_atoms, k]."""
+    weighted = values * neighborhood.factors.unsqueeze(-1)
+    return weighted.new_zeros([num_atoms, values.size(-1)]).index_add(
+        0, neighborhood.centers, weighted
+    )

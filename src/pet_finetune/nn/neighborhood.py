@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from pet_finetune.backends import Accelerated
 from pet_finetune.graph import Batch, Edges, Neighborhood, make_layout, renumbered
 
-from .adaptive import grid_cutoffs, solver_cutoffs
-from .cutoff import bump_step, cosine_step
+from .cutoff import bump_step, cosine_step, grid_cutoffs, solver_cutoffs
 
 # Added under the square root so that its derivative stays finite; part of the trained model.
 TINY = 1e-15

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pet_finetune.backends import Accelerated, Backend, RowOp, apply_rows, fused
 from pet_finetune.backends.fused import MANY_ROWS, PackedLayer, settings
-from pet_finetune.backends.instructions import CannotRecord, Listing, Row, Rows
+from pet_finetune.backends.instructions import CannotRecord, Recorder, Row, Rows
 
 from .grouped import GroupedLinear
 from .rowwise import Prologue
@@ -265,7 +265,7 @@ class Chain(Accelerated, nn.Sequential):
 
 
 def record_chain(
-    to: Listing,
+    to: Recorder,
     layers: nn.Module,
     x: Rows,
     norm: RowOp | None = None,
@@ -285,7 +285,7 @@ def record_chain(
 
 
 def record_linear(
-    to: Listing,
+    to: Recorder,
     linear: nn.Module,
     x: Rows,
     before: RowOp | None = None,
@@ -297,7 +297,7 @@ def record_linear(
     return to.project(x, weight, bias, as_row(before, to), residual, out)
 
 
-def as_row(op: RowOp | None, to: Listing) -> Row:
+def as_row(op: RowOp | None, to: Recorder) -> Row:
     """An operation on rows as instructions have it."""
     return Row(**settings(op, to.dtype))
 

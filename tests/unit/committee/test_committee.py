@@ -129,7 +129,7 @@ def test_layers_before_the_first_difference_are_shared(hypers, layer, both_ways,
     monkeypatch.setitem(committee._FEWEST_EDGES, "cpu", 0)
     base = random_potential(**hypers)
     models = members_from(base, layer)
-    assert Committee(copy.deepcopy(models), "energy")._first.network.fork.layers == layer
+    assert Committee(copy.deepcopy(models), "energy")._first.network.shared_layers.layers == layer
     assert_says_what_its_members_say(models, list(all_structures().values()), 1e-12)
     assert_says_what_its_members_say(models, [lone_atom()], 1e-12)
 
@@ -152,7 +152,7 @@ def test_shared_layers_are_computed_once(edges, both_ways, monkeypatch):
         alone = [1, {1: 1, 140: 2, 1000: 3}[edges]]
         assert rows[:2] == [count * batch.num_atoms for count in alone]
         assert sum(rows) == 4 * rows[0]
-    assert not joint._first.network.fork.active  # nothing of the structures is kept
+    assert not joint._first.network.shared_layers.active  # nothing of the structures is kept
     rows.clear()
     monkeypatch.setitem(committee._FEWEST_EDGES, "cpu", 10_000)
     joint.predict(batch, "energy")
@@ -170,9 +170,9 @@ def test_the_mean_alone_goes_back_through_shared_layers_once(
     joint = Committee(models, "energy")
     expected = joint.predict(batch, "energy", stress=True)
     seen = []
-    fork = joint._first.network.fork
-    through = fork._through
-    monkeypatch.setattr(fork, "_through", lambda grads: seen.append(1) or through(grads))
+    shared = joint._first.network.shared_layers
+    through = shared._through
+    monkeypatch.setattr(shared, "_through", lambda grads: seen.append(1) or through(grads))
     found = joint.predict(batch, "energy", stress=True, spread=False)
     assert len(seen) == 1
     for name in QUANTITIES:
@@ -194,8 +194,8 @@ def test_the_mean_alone_goes_back_through_shared_layers_once(
 )
 def test_where_members_part(targets, layers):
     joint = Committee(members_of(random_potential(), target_modules=targets), "energy")
-    fork = joint._first.network.fork
-    assert (None if fork is None else fork.layers) == layers
+    shared = joint._first.network.shared_layers
+    assert (None if shared is None else shared.count) == layers
 
 
 def test_what_no_member_adapts_is_held_once():

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pet_finetune.nn.adaptive import grid_cutoffs, solver_cutoffs
-from pet_finetune.nn.cutoff import bump_step
+from pet_finetune.nn.cutoff import bump_step, grid_cutoffs, solver_cutoffs
 
 LARGEST, WIDTH = 5.0, 1.0
 

@@ -11,8 +11,8 @@ from pet_finetune.backends import default_backend, use_backend
 from pet_finetune.graph import Neighborhood, make_layout
 from pet_finetune.nn.attention import weigh_keys
 from pet_finetune.nn.block import NORMALIZATIONS, Block, FeedForward
-from pet_finetune.nn.conditioning import SystemConditioning
-from pet_finetune.nn.heads import make_head, sum_over_edges
+from pet_finetune.nn.embedding import SystemConditioning
+from pet_finetune.nn.gnn_layer import make_head, sum_over_edges
 
 D_PET, D_FF = 6, 10
 
@@ -83,11 +83,11 @@ def test_edges_are_summed_with_their_factors():
     centers = torch.tensor([0, 0, 2])
     factors = torch.tensor([1.0, 0.5, 0.25])
     empty = torch.zeros(3)
-    hood = Neighborhood(
+    neighborhood = Neighborhood(
         empty, empty, factors, centers, centers, centers, make_layout(centers, 3, False)
     )
     values = torch.tensor([[1.0, 2.0], [4.0, 6.0], [8.0, 0.0]])
-    assert sum_over_edges(values, hood, 3).tolist() == [[3.0, 5.0], [0.0, 0.0], [2.0, 0.0]]
+    assert sum_over_edges(values, neighborhood, 3).tolist() == [[3.0, 5.0], [0.0, 0.0], [2.0, 0.0]]
 
 
 def test_heads_map_to_their_width():

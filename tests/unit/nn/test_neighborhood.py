@@ -28,36 +28,38 @@ def build(positions, list_cutoff=4.0, **changes):
     return batch, NeighborhoodBuilder(**{**PLAIN, **changes})(batch)
 
 
-def rectangle_of(hood):
-    return make_layout(hood.centers, len(hood.layout.starts) - 1, rectangle=True).rectangle
+def rectangle_of(neighborhood):
+    return make_layout(
+        neighborhood.centers, len(neighborhood.layout.starts) - 1, rectangle=True
+    ).rectangle
 
 
 LINE = [[0.0, 0, 0], [1.0, 0, 0], [2.2, 0, 0], [9.0, 0, 0]]
 
 
-def pairs(hood):
-    return list(zip(hood.centers.tolist(), hood.neighbors.tolist(), strict=True))
+def pairs(neighborhood):
+    return list(zip(neighborhood.centers.tolist(), neighborhood.neighbors.tolist(), strict=True))
 
 
 def test_edges_beyond_the_cutoff_are_dropped():
-    batch, hood = build([*LINE[:3], [3.6, 0, 0]])
+    batch, neighborhood = build([*LINE[:3], [3.6, 0, 0]])
     assert batch.num_edges == 12
-    assert pairs(hood) == [(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1), (2, 3), (3, 2)]
-    assert (hood.distances <= 2.5).all()
+    assert pairs(neighborhood) == [(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1), (2, 3), (3, 2)]
+    assert (neighborhood.distances <= 2.5).all()
 
 
 def test_reverse_edges_are_renumbered():
-    _, hood = build([*LINE[:3], [3.6, 0, 0]])
-    assert torch.equal(hood.centers[hood.reverse], hood.neighbors)
-    assert torch.equal(hood.vectors[hood.reverse], -hood.vectors)
-    tokens = torch.arange(len(hood.centers)).unsqueeze(1)
-    back = permute_rows(tokens, hood.reverse, hood.reverse)
-    assert torch.equal(permute_rows(back, hood.reverse, hood.reverse), tokens)
+    _, neighborhood = build([*LINE[:3], [3.6, 0, 0]])
+    assert torch.equal(neighborhood.centers[neighborhood.reverse], neighborhood.neighbors)
+    assert torch.equal(neighborhood.vectors[neighborhood.reverse], -neighborhood.vectors)
+    tokens = torch.arange(len(neighborhood.centers)).unsqueeze(1)
+    back = permute_rows(tokens, neighborhood.reverse, neighborhood.reverse)
+    assert torch.equal(permute_rows(back, neighborhood.reverse, neighborhood.reverse), tokens)
 
 
 def test_factors_taper_off():
-    _, hood = build(LINE)
-    factors = dict(zip(pairs(hood), hood.factors.tolist(), strict=True))
+    _, neighborhood = build(LINE)
+    factors = dict(zip(pairs(neighborhood), neighborhood.factors.tolist(), strict=True))
     assert factors[(0, 1)] == 1.0
     assert 0.0 < factors[(0, 2)] < 1.0
     assert factors[(0, 2)] == factors[(2, 0)]
@@ -66,34 +68,34 @@ def test_factors_taper_off():
 @pytest.mark.parametrize("method", ["solver", "grid"])
 def test_both_directions_of_a_pair_share_the_adaptive_radius(method):
     torch.manual_seed(0)
-    _, hood = build(
+    _, neighborhood = build(
         (3 * torch.rand(8, 3)).tolist(),
         cutoff=4.0,
         num_neighbors_adaptive=2.0,
         adaptive_method=method,
     )
-    assert set(pairs(hood)) == {(j, i) for i, j in pairs(hood)}
-    torch.testing.assert_close(hood.factors, hood.factors[hood.reverse])
-    assert 0 < len(hood.centers) < 8 * 7
+    assert set(pairs(neighborhood)) == {(j, i) for i, j in pairs(neighborhood)}
+    torch.testing.assert_close(neighborhood.factors, neighborhood.factors[neighborhood.reverse])
+    assert 0 < len(neighborhood.centers) < 8 * 7
 
 
 def test_atoms_without_neighbours_have_a_slot_of_their_own():
-    _, hood = build(LINE)
-    tokens = torch.arange(4.0 + len(hood.centers)).unsqueeze(1)
-    padded = pad_rows(tokens, rectangle_of(hood))
+    _, neighborhood = build(LINE)
+    tokens = torch.arange(4.0 + len(neighborhood.centers)).unsqueeze(1)
+    padded = pad_rows(tokens, rectangle_of(neighborhood))
     assert padded.shape == (4, 3, 1)
     assert padded[3].flatten().tolist() == [3.0, 0.0, 0.0]
     assert padded[0].flatten().tolist() == [0.0, 4.0, 5.0]
-    assert torch.equal(unpad_rows(padded, rectangle_of(hood)), tokens)
+    assert torch.equal(unpad_rows(padded, rectangle_of(neighborhood)), tokens)
 
 
 @pytest.mark.parametrize("adaptive", [None, 4.0])
 def test_no_edges_at_all(adaptive):
-    _, hood = build([LINE[0], LINE[3]], num_neighbors_adaptive=adaptive)
-    assert hood.distances.shape == (0,)
-    assert rectangle_of(hood).token_of_slot.shape[1] == 1
+    _, neighborhood = build([LINE[0], LINE[3]], num_neighbors_adaptive=adaptive)
+    assert neighborhood.distances.shape == (0,)
+    assert rectangle_of(neighborhood).token_of_slot.shape[1] == 1
     tokens = torch.ones(2, 5)
-    assert torch.equal(pad_rows(tokens, rectangle_of(hood)), tokens.unsqueeze(1))
+    assert torch.equal(pad_rows(tokens, rectangle_of(neighborhood)), tokens.unsqueeze(1))
 
 
 def test_full_rectangles_have_no_empty_slots():

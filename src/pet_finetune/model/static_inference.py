@@ -12,7 +12,7 @@ from pet_finetune.backends.fused import weigh_edges
 from pet_finetune.backends.instructions import (
     CannotRecord,
     Instructions,
-    Listing,
+    Recorder,
     frozen_network,
 )
 from pet_finetune.graph import Batch
@@ -34,15 +34,15 @@ Run = Callable[[list[Tensor], tuple[Tensor, ...]], list[Tensor]]
 @torch.no_grad()
 def record_network(network: PET, target: str) -> Instructions | None:
     """The instructions for one output of each atom, or None where there are none for a part."""
-    listing = Listing(network.edge_embedder.weight.dtype)
+    recorder = Recorder(network.edge_embedder.weight.dtype)
     try:
-        network.record(listing, target)
+        network.record(recorder, target)
     except (CannotRecord, ValueError):  # a part of another kind, or of another width
         return None
-    return listing.finish()
+    return recorder.finish()
 
 
-class FrozenEnergy:
+class StaticEnergy:
     """One energy of a potential that does not train, with its derivatives.
 
     What it needs of the weights is prepared once and again when they have changed. A potential
@@ -136,11 +136,13 @@ class FrozenEnergy:
         """The same, with the repulsion of atoms [n_atoms], for cutoffs of any kind."""
         with torch.enable_grad():
             batch = batch._replace(edge_vectors=batch.edge_vectors.detach().requires_grad_())
-            hood = self._potential.network.neighborhood(batch)
-            logarithms = weigh_keys(hood.factors, hood.layout)
+            neighborhood = self._potential.network.neighborhood(batch)
+            logarithms = weigh_keys(neighborhood.factors, neighborhood.layout)
             repulsion = self._potential._repulsion(batch)
-        edges = [hood.vectors, hood.distances, logarithms, hood.factors]
-        raw, *found = run(edges, (hood.centers, hood.neighbors, hood.reverse))
+        edges = [neighborhood.vectors, neighborhood.distances, logarithms, neighborhood.factors]
+        raw, *found = run(
+            edges, (neighborhood.centers, neighborhood.neighbors, neighborhood.reverse)
+        )
         if repulsion is not None:
             edges, found = [*edges, repulsion], [*found, torch.ones_like(repulsion)]
         (gradient,) = torch.autograd.grad(edges, batch.edge_vectors, found, materialize_grads=True)

@@ -15,8 +15,8 @@ from pet_finetune.backends import EAGER, FUSED_BFLOAT16, use_backend, using
 from pet_finetune.data.batch import batch_from_atoms
 from pet_finetune.graph import Batch
 from pet_finetune.model import Potential
-from pet_finetune.model import frozen as module
-from pet_finetune.model.frozen import FrozenEnergy
+from pet_finetune.model import static_inference as module
+from pet_finetune.model.static_inference import StaticEnergy
 
 WIDE = {"d_pet": 32, "d_node": 48, "d_head": 16, "d_feedforward": 32, "num_heads": 2}
 VARIANTS = {
@@ -46,7 +46,7 @@ def assert_same(model: Potential, structures: list[Atoms], margin: float = 0.0) 
     """The margin is that of a neighbour list with a skin: edges beyond the cutoff are left out."""
     model = model.eval().requires_grad_(False)
     batch = batch_from_atoms(structures, model.cutoff + margin, model.dtype)
-    found = FrozenEnergy(model, "energy").predict(batch, stress=True)
+    found = StaticEnergy(model, "energy").predict(batch, stress=True)
     assert found is not None
     with using(EAGER, model):
         wanted = model.predict(batch, forces=True, stress=True)
@@ -68,13 +68,13 @@ def test_every_kind_of_network_is_the_same(hypers, dtype):
 
 
 def test_a_fault_is_found(monkeypatch):
-    predict = FrozenEnergy.predict
+    predict = StaticEnergy.predict
 
-    def a_little_more(self: FrozenEnergy, batch: Batch, **options):
+    def a_little_more(self: StaticEnergy, batch: Batch, **options):
         found = predict(self, batch, **options)
         return replace(found, forces=found.forces * (1 + 1e-9))
 
-    monkeypatch.setattr(FrozenEnergy, "predict", a_little_more)
+    monkeypatch.setattr(StaticEnergy, "predict", a_little_more)
     with pytest.raises(AssertionError):
         assert_same(random_potential(**WIDE), [ethanol()])
 
@@ -101,7 +101,7 @@ def test_adapters_are_part_of_it_or_left_to_the_modules(config):
     model = trained_adapter(random_potential(**WIDE), **config)
     model = model.eval().requires_grad_(False)
     batch = batch_from_atoms(ethanol(), model.cutoff, model.dtype)
-    found = FrozenEnergy(model, "energy").predict(batch)
+    found = StaticEnergy(model, "energy").predict(batch)
     if "num_prompts" in config:
         assert found is None
         return
@@ -111,7 +111,7 @@ def test_adapters_are_part_of_it_or_left_to_the_modules(config):
 
 def test_weights_that_change_are_read_again():
     model = random_potential(**WIDE).eval().requires_grad_(False)
-    frozen = FrozenEnergy(model, "energy")
+    frozen = StaticEnergy(model, "energy")
     batch = batch_from_atoms(ethanol(), model.cutoff, torch.float64)
     before = frozen.predict(batch).energy
     with torch.no_grad():
@@ -130,7 +130,7 @@ def test_what_is_left_to_the_modules(what, monkeypatch):
     batch = batch_from_atoms(ethanol(), model.cutoff, torch.float32)
     if what == "many":
         monkeypatch.setattr(module, "MOST_ROWS", 8)
-    frozen = FrozenEnergy(model, "energy")
+    frozen = StaticEnergy(model, "energy")
     if what == "off":
         with using(EAGER, model):
             assert frozen.predict(batch) is None
@@ -143,14 +143,14 @@ def test_what_is_left_to_the_modules(what, monkeypatch):
 
 def test_a_calculator_uses_it_and_says_the_same(monkeypatch):
     calls = []
-    predict = FrozenEnergy.predict
+    predict = StaticEnergy.predict
 
-    def counted(self: FrozenEnergy, batch: Batch, **options):
+    def counted(self: StaticEnergy, batch: Batch, **options):
         found = predict(self, batch, **options)
         calls.append(found is not None)
         return found
 
-    monkeypatch.setattr(FrozenEnergy, "predict", counted)
+    monkeypatch.setattr(StaticEnergy, "predict", counted)
     model = random_potential(**WIDE)
     calc = PETCalculator(model, device="cpu")
     atoms = ethanol()

@@ -39,15 +39,15 @@ class Tokens(NamedTuple):
         return Tokens(nodes, messages, list(zip(rest[::2], rest[1::2], strict=True)))
 
 
-class Fork:
-    """Where the members part.
+class SharedLayers:
+    """The first layers of a committee, which its members share.
 
     Args:
-        layers: how many GNN layers they share, one at least.
+        count: how many GNN layers they share, one at least.
     """
 
-    def __init__(self, layers: int) -> None:
-        self.layers = layers
+    def __init__(self, count: int) -> None:
+        self.count = count
         self._run: Callable[[int], tuple[Tensor, list[Tensor]]] | None = None
         self._num_atoms = 0
         self._made: tuple[Tensor, list[Tensor]] | None = None
@@ -62,8 +62,8 @@ class Fork:
         Args:
             batch: the structures once.
             run: the shared layers, of a batch and a kind of memory.
-            together: whether the members' gradients stop at the fork, to go the rest of the way
-                as their sum, in :meth:`gradient`.
+            together: whether the members' gradients stop behind these layers, to go the rest of
+                the way as their sum, in :meth:`gradient`.
         """
 
         def compute(memory: int) -> tuple[Tensor, list[Tensor]]:
@@ -135,14 +135,14 @@ class _Copies(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, vectors: Tensor, fork: Fork, count: int, memory: int
+        ctx: Any, vectors: Tensor, layers: SharedLayers, count: int, memory: int
     ) -> tuple[Tensor, ...]:
-        ctx.fork, ctx.count = fork, count
+        ctx.layers, ctx.count = layers, count
         with torch.set_grad_enabled(ctx.needs_input_grad[0]):
-            _, tensors = fork.computed(memory)
+            _, tensors = layers.computed(memory)
         return tuple(tensor.detach().repeat(count, 1) for tensor in tensors)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
-        return ctx.fork.back(gradients, ctx.count), None, None, None
+        return ctx.layers.back(gradients, ctx.count), None, None, None
