@@ -129,7 +129,7 @@ def test_layers_before_the_first_difference_are_shared(hypers, layer, both_ways,
     monkeypatch.setitem(committee._FEWEST_EDGES, "cpu", 0)
     base = random_potential(**hypers)
     models = members_from(base, layer)
-    assert Committee(copy.deepcopy(models), "energy")._first.network.shared_layers.layers == layer
+    assert Committee(copy.deepcopy(models), "energy")._first.network.shared_layers.count == layer
     assert_says_what_its_members_say(models, list(all_structures().values()), 1e-12)
     assert_says_what_its_members_say(models, [lone_atom()], 1e-12)
 
