@@ -92,14 +92,14 @@ def test_frames_with_other_keys_are_not_compared():
 
 def test_the_first_file_is_fitted_once(monkeypatch):
     fitted = []
-    plain = energies_module.element_fit
+    plain = energies_module._levels_of
     monkeypatch.setattr(
-        energies_module, "element_fit", lambda entries: fitted.append(1) or plain(entries)
+        energies_module, "_levels_of", lambda *args: fitted.append(args[0]) or plain(*args)
     )
     structures = copper(40)
     files = [replace(s, source=f"{k // 4}.xyz") for k, s in enumerate(structures)]
     assert "mixed-levels" not in codes(look(files))
-    assert len(fitted) == 1
+    assert fitted == ["0.xyz"]
 
 
 @pytest.fixture(scope="module")
