@@ -152,6 +152,25 @@ class TestEstimate:
 class TestSuggestion:
     """Options that the loader accepts, for any amount of data."""
 
+    @pytest.mark.parametrize(
+        ("structures", "forces", "batch", "metric"),
+        [
+            (10, "on", 5, "forces_mae"),
+            (10, "off", 5, "mae_prod"),
+            (4, "on", 2, "forces_mae"),
+            (50, "on", 5, "mae_prod"),
+            (200, "on", 10, "mae_prod"),
+        ],
+    )
+    def test_few_structures_are_batched_and_judged_by_forces(
+        self, structures, forces, batch, metric
+    ):
+        target = {"key": "energy", "unit": "eV", "forces": "off" if forces == "off" else {}}
+        load = Load(structures, 9 * structures, 1e3, 8.0, 30, 0.0)
+        made = suggest(training_section(["a.xyz"], target), load, checkpoint="b", parameters=10**6)
+        training = parse_options(made.options).options.training
+        assert (training.batch_size, training.best_model_metric) == (batch, metric)
+
     @pytest.mark.parametrize("structures", [5, 30, 152, 5000])
     @pytest.mark.parametrize("parameters", [0, 1_650_000, 100_000_000])
     @pytest.mark.parametrize("atoms", [3, 200])
