@@ -38,7 +38,7 @@ __all__ = [
 _STEPS, _FEWEST_EPOCHS, _MOST_EPOCHS = 3000, 20, 200
 _LARGEST_BATCH, _ATOMS_OF_BATCH = 16, 1500
 #: SOAP's gradients need a mean, if the set has as many: ten frames of ethanol end at 45 meV/A with
-#: batches of one and 2,000 updates, at 32 with five and 400.
+#: batches of one and 2,000 updates, at 34 with five and 400.
 _SMALLEST_BATCH = 5
 #: Drawn validation structures below which energies, one number each, are right by chance too often.
 _FEW_VALIDATED = 5
