@@ -62,6 +62,12 @@ def _unused_settings(options: Options, raw: Mapping[str, Any]) -> Iterator[str]:
         yield (
             "architecture.training.min_atoms_per_batch has no effect without max_atoms_per_batch."
         )
+    full = options.finetune.method == "full" and training.optimizer == "soap"
+    if full and training.batch_size == 1 and "optimizer" not in given:
+        yield (
+            "architecture.training.batch_size is 1: in full, with so small batches, the default "
+            "optimizer soap did worse than adamw. Give batches of 5 or more, or optimizer: adamw."
+        )
     architecture = raw.get("architecture")
     model = architecture.get("model") if isinstance(architecture, Mapping) else None
     if options.finetune.read_from is not None and model:

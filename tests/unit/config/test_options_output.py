@@ -118,6 +118,7 @@ def test_stress_and_virial_are_one_loss(key: str) -> None:
     ("training", "checkpoint", "raw", "notice"),
     [
         ({"batch_size": 4, "max_atoms_per_batch": 99}, None, {}, "batch_size has no effect"),
+        ({"batch_size": 1, "finetune": {"method": "full"}}, "a.ckpt", {}, "soap did worse"),
         ({"min_atoms_per_batch": 9}, None, {}, "min_atoms_per_batch has no effect without"),
         ({"num_workers": 0}, None, {}, "without effect here: architecture.training.num_workers."),
         (None, None, {"print_stats": "on"}, "without effect here: print_stats."),
