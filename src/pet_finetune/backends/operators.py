@@ -160,12 +160,21 @@ def _if_wanted(*pairs: tuple[bool, Tensor]) -> list[Tensor]:
     return [torch.empty_like(tensor) if wanted else _none(tensor) for wanted, tensor in pairs]
 
 
+@cache
+def _panel_width(dtype: torch.dtype) -> int:
+    """Columns of a whole panel, read off one whose rows are 0, 1, 2..."""
+    counts = torch.arange(64, dtype=dtype).unsqueeze(1).expand(64, 16)
+    panels: Tensor = torch.ops.pet_finetune.pack(counts.contiguous())[0]
+    return 1 + int((panels[1:] == 0).nonzero()[0])
+
+
 def unpacked(packed: Tensor, in_features: int) -> Tensor:
     """The weight [out, in] that :func:`~.fused.pack` put in the processor's form.
 
-    Its panels are of two vectors of columns (the last may be of one), each [in, columns].
+    Its panels are of two of the processor's vectors of columns (the last may be of one), each
+    [in, columns].
     """
-    numbers, wide = packed[0], 2 * 64 // packed.dtype.itemsize
+    numbers, wide = packed[0], _panel_width(packed.dtype)
     out_features = len(numbers) // in_features
     widths = [min(wide, out_features - start) for start in range(0, out_features, wide)]
     panels = numbers.split([in_features * width for width in widths])
