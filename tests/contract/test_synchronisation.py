@@ -31,7 +31,7 @@ METHODS = ("tolist", "cpu", "numpy", "item", "__bool__", "__int__", "__float__",
 #: What still waits: how many edges lie within the cutoff, how many slots the widest atom has, and
 #: where a part of a batch is rotated again. Shorten this list.
 KNOWN = {
-    "neighborhood.py:forward", "neighborhood.py:_rectangle", "neighborhood.py:keep_edges",
+    "neighborhood.py:near", "neighborhood.py:_rectangle", "neighborhood.py:keep_edges",
     "augment.py:rotate_batch", "batch.py:first", "batch.py:rotate_graphs",
 }  # fmt: skip
 SOURCES = Path(__file__).resolve().parents[2] / "src"
