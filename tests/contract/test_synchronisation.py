@@ -16,6 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import pet_finetune
 from models import crystal, ethanol, random_potential
 from pet_finetune.backends import EAGER, using
 from pet_finetune.data import batch_from_atoms
@@ -34,7 +35,7 @@ KNOWN = {
     "neighborhood.py:near", "neighborhood.py:_rectangle", "neighborhood.py:keep_edges",
     "augment.py:rotate_batch", "batch.py:first", "batch.py:rotate_graphs",
 }  # fmt: skip
-SOURCES = Path(__file__).resolve().parents[2] / "src"
+SOURCES = Path(pet_finetune.__file__).parent
 
 
 def place():
