@@ -172,6 +172,16 @@ class Options(Section):
         """Short for ``architecture.training.finetune``."""
         return self.architecture.training.finetune
 
+    def with_training(self, **changes: Any) -> Options:
+        """A copy with other values in ``architecture.training``; they are not checked again."""
+        training = self.training.model_copy(update=changes)
+        architecture = self.architecture.model_copy(update={"training": training})
+        return self.model_copy(update={"architecture": architecture})
+
+    def with_finetune(self, **changes: Any) -> Options:
+        """The same for ``architecture.training.finetune``."""
+        return self.with_training(finetune=self.finetune.model_copy(update=changes))
+
     @property
     def is_finetuning(self) -> bool:
         """Whether training starts from existing weights rather than from scratch."""

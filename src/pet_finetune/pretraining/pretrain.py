@@ -156,10 +156,8 @@ def pretrained(options: Options) -> Options:
         _logger.info("pre-trained on this system before: %s", output)
     else:
         pretrain_model(start, frames, output, settings, device=options.device)
-    changed = finetune.model_copy(update={"read_from": str(output), "pretrain": None})
-    training = options.training.model_copy(update={"finetune": changed})
-    architecture = options.architecture.model_copy(update={"training": training})
-    return options.model_copy(update={"architecture": architecture, "seed": seed})
+    changed = options.with_finetune(read_from=str(output), pretrain=None)
+    return changed.model_copy(update={"seed": seed})
 
 
 def _atoms(structure: Structure) -> Atoms:

@@ -19,7 +19,7 @@ from pet_finetune.data.exact import write_exact
 from pet_finetune.data.files import read_frames
 from pet_finetune.data.structure import atoms_to_structure, structures_fingerprint
 from pet_finetune.errors import RunError
-from pet_finetune.files import replacing, write_whole
+from pet_finetune.files import read_object, replacing, write_whole
 from pet_finetune.log import Watch
 
 __all__ = ["DROPPED", "Work", "digest", "settings_of"]
@@ -52,6 +52,7 @@ class Work:
 
     Raises:
         RunError: it holds the work of other settings.
+        DataError: its record is damaged.
     """
 
     def __init__(self, folder: Path, settings: PretrainOptions, content: dict[str, str]) -> None:
@@ -60,7 +61,7 @@ class Work:
         self.record: dict[str, Any] = {"made_from": own, "seconds": {}}
         file = folder / _RECORD
         if file.exists():
-            found = json.loads(file.read_text(encoding="utf-8"))
+            found = read_object(file)
             made_from = found.get("made_from", {})
             changed = [name for name in own if made_from.get(name) != own[name]]
             if changed:

@@ -90,9 +90,7 @@ def with_defaults_of(options: Options, before: Mapping[str, Any]) -> Options:
         for name, default in _OLDER_DEFAULTS.items()
         if name not in training.model_fields_set
     }
-    training = training.model_copy(update=left_out)
-    architecture = options.architecture.model_copy(update={"training": training})
-    return options.model_copy(update={"architecture": architecture})
+    return options.with_training(**left_out)
 
 
 def _below(name: str, sections: tuple[str, ...]) -> bool:

@@ -36,7 +36,4 @@ def of_member(options: Options, splits: Splits, seed: int) -> tuple[int, Splits]
 
 def options_of_member(options: Options, member: int, seed: int) -> Options:
     """The options of an ensemble, to train one member of it."""
-    finetune = options.finetune.model_copy(update={"member": member})
-    training = options.training.model_copy(update={"finetune": finetune})
-    architecture = options.architecture.model_copy(update={"training": training})
-    return options.model_copy(update={"architecture": architecture, "seed": seed})
+    return options.with_finetune(member=member).model_copy(update={"seed": seed})

@@ -107,6 +107,12 @@ def test_a_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
         Work(tmp_path, PretrainOptions(n=200), {"structures": "a"})
 
 
+def test_a_damaged_record_is_named(tmp_path: Path) -> None:
+    (tmp_path / "pretrain.json").write_text("{")
+    with pytest.raises(DataError, match=r"pretrain\.json' is damaged"):
+        Work(tmp_path, PretrainOptions(), {})
+
+
 def test_time_counts_also_where_a_stage_is_stopped(tmp_path: Path) -> None:
     work = Work(tmp_path, PretrainOptions(), {})
     with pytest.raises(KeyboardInterrupt), work.stage("label"):
