@@ -1,12 +1,13 @@
 """Conversion of the units found in data files to the package's own: eV and angstrom.
 
-Factors are those of ``ase.units`` (CODATA 2014), written out so that reading options does not
-import ASE; a test holds the two together.
+Factors are those of ``ase.units`` (CODATA 2014).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+
+from ase import units
 
 from pet_finetune.errors import UnitError, did_you_mean
 
@@ -23,15 +24,7 @@ __all__ = [
     "to_own_unit",
 ]
 
-_BOHR = 0.5291772105638411
-_HARTREE = 27.211386024367243
-_RYDBERG = 13.605693012183622
-_JOULE = 6.241509125883258e18
-_MOLE = 6.022140857e23
-_KCAL_PER_MOL = 4184.0 * _JOULE / _MOLE
-_KJ_PER_MOL = 1000.0 * _JOULE / _MOLE
-_INVERSE_CM = 0.0001239841973964072
-_KELVIN = 8.617330337217213e-05
+_KJ_PER_MOL = units.kJ / units.mol
 
 #: Accepted spellings of a length (case-insensitive) and their size in angstrom.
 LENGTH_UNITS: Mapping[str, float] = {
@@ -41,8 +34,8 @@ LENGTH_UNITS: Mapping[str, float] = {
     "Å": 1.0,
     "ångström": 1.0,
     "ångstrom": 1.0,
-    "bohr": _BOHR,
-    "a0": _BOHR,
+    "bohr": units.Bohr,
+    "a0": units.Bohr,
     "nm": 10.0,
     "nanometer": 10.0,
     "pm": 0.01,
@@ -61,33 +54,31 @@ ENERGY_UNITS: Mapping[str, float] = {
     "electronvolt": 1.0,
     "meV": 1.0e-3,
     "keV": 1.0e3,
-    "Hartree": _HARTREE,
-    "Ha": _HARTREE,
-    "Eh": _HARTREE,
-    "mHartree": _HARTREE * 1.0e-3,
-    "mHa": _HARTREE * 1.0e-3,
-    "Rydberg": _RYDBERG,
-    "Ry": _RYDBERG,
-    "kcal/mol": _KCAL_PER_MOL,
+    "Hartree": units.Hartree,
+    "Ha": units.Hartree,
+    "Eh": units.Hartree,
+    "mHartree": units.Hartree * 1.0e-3,
+    "mHa": units.Hartree * 1.0e-3,
+    "Rydberg": units.Rydberg,
+    "Ry": units.Rydberg,
+    "kcal/mol": units.kcal / units.mol,
     "kJ/mol": _KJ_PER_MOL,
     "J/mol": _KJ_PER_MOL * 1.0e-3,
-    "J": _JOULE,
-    "joule": _JOULE,
-    "K": _KELVIN,
-    "kelvin": _KELVIN,
-    "cm^-1": _INVERSE_CM,
-    "1/cm": _INVERSE_CM,
+    "J": units.J,
+    "joule": units.J,
+    "K": units.kB,
+    "kelvin": units.kB,
+    "cm^-1": units.invcm,
+    "1/cm": units.invcm,
 }
-
-_PASCAL = _JOULE * 1.0e-30
 
 #: Accepted spellings of a pressure (case-insensitive) and their size in eV/Å³, beside an energy
 #: over a cubed length.
 PRESSURE_UNITS: Mapping[str, float] = {
-    "GPa": _PASCAL * 1.0e9,
-    "kbar": _PASCAL * 1.0e8,
-    "bar": _PASCAL * 1.0e5,
-    "Pa": _PASCAL,
+    "GPa": units.GPa,
+    "kbar": units.Pascal * 1.0e8,
+    "bar": units.Pascal * 1.0e5,
+    "Pa": units.Pascal,
 }
 
 

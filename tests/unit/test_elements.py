@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from ase.data import chemical_symbols, covalent_radii
+from ase.data import chemical_symbols
 
 from pet_finetune.elements import (
-    COVALENT_RADII,
     atomic_number,
     nearest_element,
     period_and_group,
@@ -82,7 +81,3 @@ def test_places_in_the_table(symbol, place):
 )
 def test_the_nearest_element(new, known, nearest):
     assert symbol_of(nearest_element(atomic_number(new), known)) == nearest
-
-
-def test_covalent_radii_are_ases():
-    assert list(COVALENT_RADII) == pytest.approx(list(covalent_radii), abs=1e-12)

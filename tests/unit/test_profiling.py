@@ -1,13 +1,15 @@
-"""Stages are marks in torch's profile; their times add up."""
+"""Stages are marks in torch's profile, and their times add up; memory is seen."""
 
 from __future__ import annotations
 
+import mmap
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from pet_finetune import profiling
 from pet_finetune.profiling import each, stage, stage_seconds
 
 
@@ -58,3 +60,24 @@ def test_making_an_item_is_a_stage_whose_errors_come_out():
     assert list(each("make", range(3))) == [0, 1, 2]
     with pytest.raises(ValueError, match="broken"):
         list(each("make", broken()))
+
+
+def test_memory_is_seen():
+    if profiling.resident_mib() is None:
+        pytest.skip("this system does not say")
+    cpu = torch.device("cpu")
+    profiling.forget_peak(cpu)
+    before = profiling.resident_mib()
+    # Pages straight from the system: a tensor may get some that the process has held all along.
+    with mmap.mmap(-1, 64 * 2**20) as held:
+        held.write(bytes(64 * 2**20))
+        assert profiling.resident_mib() > before + 60
+    assert profiling.peak_resident_mib() > before + 60
+    assert profiling.peak_gpu_mib(cpu) is None
+
+
+def test_a_system_that_does_not_say(tmp_path, monkeypatch):
+    monkeypatch.setattr(profiling, "_PROCESS", tmp_path / "nowhere")
+    profiling.forget_peak(torch.device("cpu"))
+    assert profiling.resident_mib() is None
+    assert profiling.peak_resident_mib() is None or profiling.peak_resident_mib() > 10

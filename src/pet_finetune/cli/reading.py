@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pet_finetune.elements import atomic_number, symbol_of
 from pet_finetune.files import check_checkpoint, check_file
 
 if TYPE_CHECKING:  # pydantic takes longer to import than --help may take
@@ -35,6 +34,8 @@ def systems_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _types(text: str) -> dict[int, str]:
+    from pet_finetune.elements import atomic_number, symbol_of
+
     types = {}
     for part in text.replace(",", " ").split():
         number, equals, name = part.partition("=")

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from .feature import Feature, TrainingRun
-from .schedule import averages_weights
+from .optimizer import averages_weights
 
 
 class WeightAverage:

@@ -13,13 +13,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pet_finetune.config import LossStage, LossTerm, TargetLoss, TrainingOptions
+from pet_finetune.config import LossStage, LossTerm, TargetLoss, TrainingOptions, first_epoch
 from pet_finetune.data.batch import LabelledBatch
 from pet_finetune.keys import forces_key, stress_key
 from pet_finetune.model import Prediction, Property
 
 from .metrics import counted
-from .schedule import loss_stage
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,16 @@ class Objective:
             "stress": stress.model_copy(update={"weight": stress.weight * stage.stress}),
         }
         return replace(self, loss=self.loss.model_copy(update=weights))
+
+
+def loss_stage(options: TrainingOptions, epoch: int) -> LossStage | None:
+    """The stage of ``loss_schedule`` that an epoch, from 0, belongs to; None before the first."""
+    begun = [
+        stage
+        for stage in options.loss_schedule
+        if first_epoch(stage.start, options.num_epochs) <= epoch
+    ]
+    return begun[-1] if begun else None
 
 
 def derivatives(objectives: Mapping[str, Objective]) -> dict[str, tuple[bool, bool]]:

@@ -1,14 +1,15 @@
-"""The optimiser: which parameters decay, and which learn faster or slower than others."""
+"""The optimiser: what decays, what learns faster, how the rate goes over a run, and clipping."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from pet_finetune.config import TrainingOptions
+from pet_finetune.config import TrainingOptions, first_epoch
 from pet_finetune.errors import TrainingError
 from pet_finetune.model.depth import depth_of
 from pet_finetune.model.pet import PET
@@ -195,3 +196,91 @@ def load_optimizer(optimizer: AnyOptimizer, state: Mapping[str, Any]) -> None:
     optimizer.load_state_dict(dict(state))
     for group, (decay, factor) in zip(optimizer.param_groups, own, strict=True):
         group["weight_decay"], group[FACTOR] = decay, factor
+
+
+def learning_rate_factor(step: int, total: int, warmup_fraction: float, scheduler: str) -> float:
+    """Factor on the highest learning rate at a step: linear warm-up, then cosine or constant.
+
+    Args:
+        step: number of steps taken before this one, from 0.
+        total: steps in the whole run.
+        warmup_fraction: part of the run that warms up.
+        scheduler: ``cosine`` or ``constant``.
+    """
+    warmup = int(warmup_fraction * total)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if scheduler == "constant":
+        return 1.0
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def averages_weights(options: TrainingOptions, epoch: int) -> bool:
+    """Whether the weights of an epoch, from 0, go into the mean of ``swa``."""
+    swa = options.swa
+    return swa is not None and epoch >= first_epoch(swa.start, options.num_epochs)
+
+
+def rate_at(options: TrainingOptions, highest: float, epoch: int, step: int, total: int) -> float:
+    """The learning rate of a step.
+
+    Args:
+        options: scheduler, warm-up, and the constant rate of ``swa`` where it has one.
+        highest: of the run.
+        epoch: from 0.
+        step: as for :func:`learning_rate_factor`.
+        total: likewise.
+    """
+    swa = options.swa
+    if swa is not None and swa.learning_rate is not None and averages_weights(options, epoch):
+        return swa.learning_rate
+    return highest * learning_rate_factor(step, total, options.warmup_fraction, options.scheduler)
+
+
+def check_and_clip(
+    parameters: Iterable[nn.Parameter],
+    max_norm: float | None,
+    losses: Tensor,
+    where: Sequence[str],
+    epoch: int,
+    batch: int,
+) -> list[float]:
+    """Clip the gradient of an update, once it and the losses are known to be finite.
+
+    Args:
+        parameters: with their gradients.
+        max_norm: the longest gradient; None leaves it.
+        losses: [batches of the update, kinds of loss].
+        where: the structures of each batch.
+        epoch: from 0.
+        batch: the first one, from 0.
+
+    Returns:
+        The sum of each kind of loss over the batches.
+
+    Raises:
+        TrainingError: a loss or the gradient is not a number.
+    """
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
+    # All at once: reading a number makes the CPU wait until the GPU has done all before it.
+    *values, length = torch.cat([losses.flatten(), norm.to(losses).view(1)]).tolist()
+    rows = [values[i : i + losses.shape[1]] for i in range(0, len(values), losses.shape[1])]
+    for index, row in enumerate(rows):
+        if not all(map(math.isfinite, row)):
+            place = f"batch {batch + index + 1}: {where[index]}"
+            raise TrainingError(_not_finite("loss", epoch, place))
+    if not math.isfinite(length):
+        last = batch + len(rows)
+        batches = f"batch {last}" if len(rows) == 1 else f"batches {batch + 1} to {last}"
+        place = f"{batches}: {'; '.join(where)}"
+        raise TrainingError(_not_finite("gradient of the loss", epoch, place))
+    return [sum(column) for column in zip(*rows, strict=True)]
+
+
+def _not_finite(what: str, epoch: int, place: str) -> str:
+    return (
+        f"The {what} is not a finite number in epoch {epoch + 1}, {place}. Look at the labels and "
+        "the closest distances of these structures; if they are sound, lower learning_rate. The "
+        "state of the last save is untouched."
+    )

@@ -21,9 +21,14 @@ from torch.profiler import ProfilerActivity
 from pet_finetune.backends import Arena
 from pet_finetune.data.batch import LabelledBatch
 from pet_finetune.errors import TrainingError
-from pet_finetune.profiling import stage_seconds
+from pet_finetune.profiling import (
+    forget_peak,
+    peak_gpu_mib,
+    peak_resident_mib,
+    resident_mib,
+    stage_seconds,
+)
 
-from .memory import forget_peak, peak_gpu_mib, peak_resident_mib, resident_mib
 from .metrics import Metrics, evaluate
 from .trainer import Trainer
 

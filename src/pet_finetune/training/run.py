@@ -19,12 +19,12 @@ from pet_finetune.device import choose_device
 from pet_finetune.errors import ConfigError, PetFinetuneError
 from pet_finetune.files import size_text
 from pet_finetune.log import FILE_ONLY, get_logger, setup_logging
+from pet_finetune.profiling import peak_gpu_mib, peak_resident_mib
 from pet_finetune.runs.folder import STARTED, RunFolder, own_folder, starts_of
 
 from .ensemble import train_ensemble
 from .feature import Feature, TrainingRun
 from .launch import start_processes
-from .memory import peak_gpu_mib, peak_resident_mib
 from .metrics import Errors
 from .prepare import AFTER, BEFORE, NO_ROOMS, Rooms, Run, evaluate_sets, prepare_run, primary_set
 from .progress import RunDisplay

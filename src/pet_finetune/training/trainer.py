@@ -30,16 +30,14 @@ from pet_finetune.profiling import each, stage
 from pet_finetune.rng import Stream
 
 from .feature import Feature, Step
-from .finite import check_and_clip
 from .interrupt import InterruptGuard
 from .labels import add_label_noise
 from .loss import Objective, batch_loss, derivatives, objectives_at
 from .metrics import Metrics, evaluate
-from .optimizer import load_optimizer, make_optimizer, set_learning_rate
+from .optimizer import check_and_clip, load_optimizer, make_optimizer, rate_at, set_learning_rate
 from .precision import mixed, precision_errors
 from .records import EpochRecord, StepProgress, StepResult, TrainingResult
 from .resume import Progress
-from .schedule import rate_at
 from .selection import best_metric, best_window, mean_loss
 from .together import add_gradients, same_tensors, total
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import ase.data
 import pytest
 import torch
 
@@ -69,3 +70,7 @@ def test_gradient_is_that_of_the_energy():
 def test_reach_is_twice_the_largest_radius():
     zbl = ZBL(SPECIES, covalent_radii(SPECIES))
     assert zbl.cutoff == pytest.approx(outer_radius(14, 14))
+
+
+def test_covalent_radii_are_ases():
+    assert covalent_radii(range(1, 119)).tolist() == pytest.approx(ase.data.covalent_radii[1:])

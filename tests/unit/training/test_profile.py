@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import mmap
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from models import random_potential
 from pet_finetune.config import TargetLoss, TrainingOptions
 from pet_finetune.data import Loader
 from pet_finetune.errors import TrainingError
-from pet_finetune.training import Trainer, memory
+from pet_finetune.training import Trainer
 from pet_finetune.training import profile as profile_module
 from pet_finetune.training.loss import Objective
 from pet_finetune.training.profile import OTHER, profile_steps
@@ -106,24 +105,3 @@ def test_a_step_of_several_batches_counts_them_all(tmp_path, monkeypatch):
 def test_no_steps_are_refused(tmp_path, steps):
     with pytest.raises(TrainingError, match=f"--profile {steps}: at least 1 step"):
         profile_steps(make_trainer(), steps, tmp_path / "trace.json")
-
-
-def test_memory_is_seen():
-    if memory.resident_mib() is None:
-        pytest.skip("this system does not say")
-    cpu = torch.device("cpu")
-    memory.forget_peak(cpu)
-    before = memory.resident_mib()
-    # Pages straight from the system: a tensor may get some that the process has held all along.
-    with mmap.mmap(-1, 64 * 2**20) as held:
-        held.write(bytes(64 * 2**20))
-        assert memory.resident_mib() > before + 60
-    assert memory.peak_resident_mib() > before + 60
-    assert memory.peak_gpu_mib(cpu) is None
-
-
-def test_a_system_that_does_not_say(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "_PROCESS", tmp_path / "nowhere")
-    memory.forget_peak(torch.device("cpu"))
-    assert memory.resident_mib() is None
-    assert memory.peak_resident_mib() is None or memory.peak_resident_mib() > 10

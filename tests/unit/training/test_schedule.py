@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from pet_finetune.training.schedule import learning_rate_factor
+from pet_finetune.training.optimizer import learning_rate_factor
 
 
 def factors(total, warmup, scheduler="cosine"):
