@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from metatomic.torch import AtomisticModel, ModelCapabilities, ModelMetadata, ModelOutput
@@ -95,14 +97,13 @@ def write_model(
     model = AtomisticModel(module.eval(), metadata, capabilities)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # torch's writer, in C++, ends the whole process where it runs out of room.
         check_room(path.parent, sum(t.nbytes for t in module.state_dict().values()))
         with replacing(path) as partial:
-            with _no_extensions():
+            with _no_extensions(), _written_by_python():
                 model.save(str(partial))
             if check is not None:
                 check(partial)
-    except (OSError, RuntimeError) as error:  # of torch, where the disk is full
+    except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error).split("\n", 1)[0]
         raise CheckpointError(
             f"{path}: the model cannot be written ({reason}). An earlier file of "
@@ -136,3 +137,24 @@ def _no_extensions() -> Iterator[None]:
         yield
     finally:
         loaded.update(hidden)
+
+
+@contextlib.contextmanager
+def _written_by_python() -> Iterator[None]:
+    """Let torch make TorchScript files in memory, and Python write them.
+
+    torch's own writer, in C++, ends the whole process where a write fails (a full disk, a quota,
+    a limit of file sizes), and metatomic gives it nothing but a path.
+    """
+    save = torch.jit.save
+
+    def through_memory(module: Any, file: str, _extra_files: dict[str, str] | None = None) -> None:
+        content = io.BytesIO()
+        save(module, content, _extra_files)
+        Path(file).write_bytes(content.getbuffer())
+
+    torch.jit.save = through_memory  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.jit.save = save

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import resource
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -76,6 +77,20 @@ def test_an_interrupted_export_leaves_the_old_file(
     wanted = CheckpointError if isinstance(error, OSError) else KeyboardInterrupt
     with pytest.raises(wanted):
         write_model(path, [random_potential()], OUTPUTS, "model")
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_a_write_that_fails_on_the_way_is_an_error_of_ours(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(b"old")
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:  # torch's own writer would end the process here
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+        with pytest.raises(CheckpointError, match=r"cannot be written \(File too large\)"):
+            write_model(path, [random_potential()], OUTPUTS, "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.pt"]
 
