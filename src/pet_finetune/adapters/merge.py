@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pet_finetune.model import Potential
-from pet_finetune.nn.attention import Prompt
+from pet_finetune.nn.attention import PromptTokens
 from pet_finetune.nn.quantized import QuantizedLinear
 
 from .inject import adapter_state
@@ -52,7 +52,7 @@ def adapters_disabled(model: Potential) -> Iterator[None]:
     """
     state = adapter_state(model)
     target = state.config.target
-    layers: list[LoraLinear | Prompt] = [layer for _, layer in lora_layers(model)]
+    layers: list[LoraLinear | PromptTokens] = [layer for _, layer in lora_layers(model)]
     if state.config.num_prompts:
         layers += prompts(model).values()
     before = [layer.enabled for layer in layers]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from pet_finetune.errors import AdapterError
 from pet_finetune.model import Potential
-from pet_finetune.nn.attention import Attention, Prompt
+from pet_finetune.nn.attention import Attention, PromptTokens
 
 
 def _attentions(model: Potential) -> Iterator[tuple[str, Attention]]:
@@ -15,7 +15,7 @@ def _attentions(model: Potential) -> Iterator[tuple[str, Attention]]:
             yield path, module
 
 
-def prompts(model: Potential) -> dict[str, Prompt]:
+def prompts(model: Potential) -> dict[str, PromptTokens]:
     """The prompts of a model by their path in the network."""
     found = ((f"{path}.prompt", attention.prompt) for path, attention in _attentions(model))
     return {path: prompt for path, prompt in found if prompt is not None}
@@ -35,7 +35,7 @@ def add_prompts(model: Potential, length: int) -> None:
         )
     for _, attention in _attentions(model):
         width, heads = attention.output_linear.in_features, attention.num_heads
-        prompt = Prompt(length, width, heads).to(device=model.device, dtype=model.dtype)
+        prompt = PromptTokens(length, width, heads).to(device=model.device, dtype=model.dtype)
         attention.prompt = prompt.train(attention.training)
     _set_number(model, length)
 

@@ -31,7 +31,7 @@ from pet_finetune.model import Potential, Prediction
 from pet_finetune.model.inference import autograd_possible
 from pet_finetune.model.prediction import forces_of, stress_of
 from pet_finetune.model.shared_layers import SharedLayers, Tokens
-from pet_finetune.nn.grouped import Rows
+from pet_finetune.nn.grouped import MemberRows
 
 from .members import differing_layers, gather, join, restore
 
@@ -108,7 +108,7 @@ class Committee(nn.Module):
         self.target = first.energy_target(target)
         self.size = len(members)
         self.calibration = calibration or Calibration()
-        self._rows = Rows()
+        self._rows = MemberRows()
         paths = differing_layers(first, members)
         self.one_pass = paths is not None
         if paths is None:

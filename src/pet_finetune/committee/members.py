@@ -17,7 +17,7 @@ from pet_finetune.model.pet import HEAD_GROUPS
 from pet_finetune.model.shared_layers import SharedLayers
 from pet_finetune.nn.attention import Attention
 from pet_finetune.nn.block import Block
-from pet_finetune.nn.grouped import GroupedLinear, Rows
+from pet_finetune.nn.grouped import GroupedLinear, MemberRows
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,9 @@ def shared_before(first: Potential, paths: Sequence[str]) -> SharedLayers | None
     return SharedLayers(layers) if layers else None
 
 
-def join(first: Potential, members: Sequence[Member], paths: Sequence[str], rows: Rows) -> None:
+def join(
+    first: Potential, members: Sequence[Member], paths: Sequence[str], rows: MemberRows
+) -> None:
     """Make of the first model one that computes all members, given the structures of each.
 
     Args:
@@ -143,7 +145,7 @@ class _Baselines(Composition):
 
     weights: Tensor
 
-    def __init__(self, species: Sequence[int], weights: Tensor, rows: Rows) -> None:
+    def __init__(self, species: Sequence[int], weights: Tensor, rows: MemberRows) -> None:
         super().__init__(species)
         self.register_buffer("weights", weights)
         self._rows = rows
@@ -160,7 +162,7 @@ class _Scales(Scale):
 
     factors: Tensor
 
-    def __init__(self, factors: Tensor, rows: Rows) -> None:
+    def __init__(self, factors: Tensor, rows: MemberRows) -> None:
         super().__init__()
         self.register_buffer("factors", factors)
         self._rows = rows

@@ -92,32 +92,32 @@ def parse_options(
     rewriting = rewrite(copy.deepcopy(dict(raw)))
     apply_start(rewriting, start, require_start=require_start)
     problems = list(rewriting.problems)
-    plain = rewriting.raw
+    tree = rewriting.raw
     options: Options | None = None
     blamed = [problem.path for problem in problems]
     try:
-        options = Options.model_validate(plain)
+        options = Options.model_validate(tree)
     except ValidationError as error:
-        found = problems_of(error, Options, plain)
+        found = problems_of(error, Options, tree)
         problems += found
-        options, plain, removed = _without_wrong(plain, found)
+        options, tree, removed = _without_wrong(tree, found)
         blamed += removed
     if options is not None:
         if not require_start and not options.is_finetuning:
             blamed.append(_START)  # where the run started is known to the run, not to the options
         problems += [
             problem
-            for problem in check(options, plain)
+            for problem in check(options, tree)
             if not any(problem.rests_on(path) for path in blamed)
         ]
     if problems or options is None:
         raise config_error(problems, source)
-    lines = (*rewriting.notices, *notices(options, plain))
+    lines = (*rewriting.notices, *notices(options, tree))
     return LoadedOptions(options, lines, copy.deepcopy(dict(raw)))
 
 
 def _without_wrong(
-    plain: dict[str, Any], found: list[Problem]
+    tree: dict[str, Any], found: list[Problem]
 ) -> tuple[Options | None, dict[str, Any], list[Path]]:
     """Options without the wrong ones, to look for contradictions among the others.
 
@@ -126,7 +126,7 @@ def _without_wrong(
         values alone are taken out; if that is not enough, whole data sets.
     """
     for whole_sets in (False, True):
-        rest = copy.deepcopy(plain)
+        rest = copy.deepcopy(tree)
         removed: list[Path] = []
         for problem in found:
             path = problem.path
@@ -139,21 +139,21 @@ def _without_wrong(
             return Options.model_validate(rest), rest, removed
         except ValidationError:
             continue
-    return None, plain, []
+    return None, tree, []
 
 
-def _remove(plain: dict[str, Any], path: Path) -> Path:
+def _remove(tree: dict[str, Any], path: Path) -> Path:
     """Delete the option at ``path``; if it is not there, the section it is missing from."""
-    node: Any = plain
+    node: Any = tree
     for depth, key in enumerate(path[:-1]):
         try:
             node = node[key]
         except (KeyError, IndexError, TypeError):
-            return _remove(plain, path[:depth])
+            return _remove(tree, path[:depth])
     if not path or not isinstance(node, dict):
         return path
     if path[-1] not in node:
-        return _remove(plain, path[:-1]) if len(path) > 1 else path
+        return _remove(tree, path[:-1]) if len(path) > 1 else path
     if len(path) > 1 and path[-2] == "targets":
         node[path[-1]] = {}  # other options may name the target
     else:

@@ -233,11 +233,11 @@ class Options(Section):
         Reading the result back gives the same run; the learning rate is written out, and
         metatrain's options that have no effect here are left out.
         """
-        plain: dict[str, Any] = to_plain(self)
-        training = plain["architecture"]["training"]
+        tree: dict[str, Any] = to_plain(self)
+        training = tree["architecture"]["training"]
         training["learning_rate"] = self.learning_rate()
         config = training["finetune"]["config"]
         training["finetune"]["config"] = {
             key: config[key] for key in config if key in METHOD_KEYS[self.finetune.method]
         }
-        return plain
+        return tree

@@ -35,10 +35,10 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
         ConfigError: if the file cannot be read, is no YAML (with the line), is no section of
             options, or an override or interpolation does not work.
     """
-    plain = read_yaml_document(path, overrides)
-    if isinstance(plain, list):
+    tree = read_yaml_document(path, overrides)
+    if isinstance(tree, list):
         raise ConfigError(f"{path}: expected options such as `training_set: ...`, got a list.")
-    return plain
+    return tree
 
 
 def read_yaml_document(
@@ -54,21 +54,21 @@ def read_yaml_document(
         listed = "".join(f"\n  {problem}" for problem in problems)
         raise ConfigError(f"Overrides (-r):{listed}", problems)
     try:
-        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         where = f"{error.full_key}: " if error.full_key else ""
         raise ConfigError(f"{path}: {where}{_first_line(error)}.") from None
-    if isinstance(plain, list):
-        return plain
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    if isinstance(tree, list):
+        return tree
+    assert isinstance(tree, dict)
+    return {str(key): value for key, value in tree.items()}
 
 
-def to_yaml(plain: dict[str, Any]) -> str:
+def to_yaml(tree: dict[str, Any]) -> str:
     """Plain values as the text of a YAML file."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_yaml(OmegaConf.create(plain))
+    return OmegaConf.to_yaml(OmegaConf.create(tree))
 
 
 def _load(path: str | Path) -> DictConfig | ListConfig:
@@ -124,9 +124,9 @@ def parse_override(text: str) -> tuple[str, Any]:
     problem = _override(holder, f"value={value}" if equals and key.strip() else text)
     if problem:
         raise ConfigError(f"Overrides (-r): {problem}", [problem])
-    plain = OmegaConf.to_container(holder)
-    assert isinstance(plain, dict)
-    return key.strip(), plain["value"]
+    tree = OmegaConf.to_container(holder)
+    assert isinstance(tree, dict)
+    return key.strip(), tree["value"]
 
 
 def _override(config: DictConfig | ListConfig, text: str) -> str | None:

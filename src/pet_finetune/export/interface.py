@@ -19,7 +19,7 @@ from .systems import flatten, integer_input, selected_rows
 from .targets import PlainTarget, Wanted, committee_outputs
 
 
-class Member(nn.Module):
+class ExportedMember(nn.Module):
     """The network of a potential, and what makes targets of its outputs.
 
     Args:
@@ -71,7 +71,7 @@ class ExportedPotential(nn.Module):
         for potential in potentials:
             for other in potential.targets.keys() - outputs.values():
                 potential.remove_target(other)
-        self.members = nn.ModuleList(Member(potential, outputs) for potential in potentials)
+        self.members = nn.ModuleList(ExportedMember(potential, outputs) for potential in potentials)
         # Of energies, by the name of the output; empty without a committee.
         self.spreads = {}
         self.ensembles = {}

@@ -265,14 +265,14 @@ def _features(
 ) -> Iterator[tuple[str, _Rows]]:
     """Outputs of parts of the network."""
     network = model.network
-    hood = network.neighborhood(batch)
+    neighborhood = network.neighborhood(batch)
     layers: list[tuple[Tensor, Tensor]] = []
     hooks = [
         layer.register_forward_hook(lambda _module, _given, out: layers.append(out))
         for layer in network.gnn_layers
     ]
     try:
-        readouts = network.features(batch, hood)
+        readouts = network.features(batch, neighborhood)
     finally:
         for hook in hooks:
             hook.remove()
@@ -281,14 +281,14 @@ def _features(
         if name.startswith(_FEATURE):
             values, of_edges = _part(network, name.removeprefix(_FEATURE), layers, readouts)
             if of_edges and pairs is None:
-                pairs = _pairs(batch, hood, structures, atoms)
+                pairs = _pairs(batch, neighborhood, structures, atoms)
             if of_edges:
                 assert pairs is not None
                 yield name, _Rows(values, _PAIR, pairs, "_")
             else:
                 yield name, _Rows(values, _ATOM, atoms, "_")
             continue
-        values = _read_out(model, name, hood, readouts, batch.num_atoms)
+        values = _read_out(model, name, neighborhood, readouts, batch.num_atoms)
         if kind == "system":
             zeros = values.new_zeros(batch.num_structures, values.shape[1])
             values = zeros.index_add(0, batch.structure_index, values)
@@ -316,7 +316,7 @@ def _part(
 def _read_out(
     model: Potential,
     name: str,
-    hood: Neighborhood,
+    neighborhood: Neighborhood,
     readouts: Sequence[tuple[Tensor, Tensor]],
     num_atoms: int,
 ) -> Tensor:
@@ -325,19 +325,19 @@ def _read_out(
     if name == "feature":
         nodes = [nodes for nodes, _ in readouts]
         return torch.cat(
-            nodes + [sum_over_edges(edges, hood, num_atoms) for _, edges in readouts], dim=1
+            nodes + [sum_over_edges(edges, neighborhood, num_atoms) for _, edges in readouts], dim=1
         )
     target = next(target for target in model.targets if _last_layer(target) == name)
     parts: list[Tensor] = []
     for index, (nodes_in, edges_in) in enumerate(readouts):
         parts.append(network.node_heads[target][index](nodes_in))
         on_edges = network.edge_heads[target][index](edges_in)
-        parts.append(sum_over_edges(on_edges, hood, num_atoms))
+        parts.append(sum_over_edges(on_edges, neighborhood, num_atoms))
     return torch.cat(parts, dim=1)
 
 
 def _pairs(
-    batch: Batch, hood: Neighborhood, structures: Sequence[Structure], atoms: Tensor
+    batch: Batch, neighborhood: Neighborhood, structures: Sequence[Structure], atoms: Tensor
 ) -> Tensor:
     """The labels of the edges, [n_edges, 6].
 
@@ -345,12 +345,14 @@ def _pairs(
     """
     positions = torch.cat([s.positions for s in structures]).to(atoms.device)
     bounds = [0, *batch.atoms_per_structure.cumsum(0).tolist()]
-    shifts = torch.zeros(len(hood.centers), 3, dtype=torch.int64, device=atoms.device)
-    across = hood.vectors.double() - (positions[hood.neighbors] - positions[hood.centers])
+    shifts = torch.zeros(len(neighborhood.centers), 3, dtype=torch.int64, device=atoms.device)
+    across = neighborhood.vectors.double() - (
+        positions[neighborhood.neighbors] - positions[neighborhood.centers]
+    )
     for structure, (low, high) in zip(structures, pairwise(bounds), strict=True):
         if bool(structure.pbc.any()):
-            inside = (hood.centers >= low) & (hood.centers < high)
+            inside = (neighborhood.centers >= low) & (neighborhood.centers < high)
             inverse = torch.linalg.pinv(structure.cell.double()).to(atoms.device)
             shifts[inside] = (across[inside] @ inverse).round().long()
-    first, second = atoms[hood.centers], atoms[hood.neighbors]
+    first, second = atoms[neighborhood.centers], atoms[neighborhood.neighbors]
     return torch.cat([first, second[:, 1:], shifts], dim=1)

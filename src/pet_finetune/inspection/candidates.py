@@ -12,7 +12,7 @@ from .evidence import Evidence, Reading
 from .pair_model import PairModel
 from .scales import evidence_of
 from .subject import Entry
-from .work import Step, steps
+from .work import FrameStep, steps
 
 __all__ = [
     "FORMS",
@@ -123,7 +123,7 @@ def is_sure(quantity: str, candidates: Sequence[Candidate], best: Candidate) -> 
 
 def forms_of(
     entries: Sequence[Entry],
-    path: Sequence[Step],
+    path: Sequence[FrameStep],
     pairs: Sequence[tuple[int, int]],
     model: PairModel | None,
     evidence: Sequence[Evidence],

@@ -13,7 +13,7 @@ from pet_finetune.elements import symbol_of
 
 from .finding import Finding, Frames, frames_of
 from .subject import Entry, Subject
-from .work import Step
+from .work import FrameStep
 
 __all__ = [
     "Facts",
@@ -187,7 +187,7 @@ def _split_levels(file: str, entries: Sequence[Entry]) -> Iterator[Finding]:
         )
 
 
-def check_outliers(subject: Subject, steps: Mapping[str, Sequence[Step]]) -> Iterator[Finding]:
+def check_outliers(subject: Subject, steps: Mapping[str, Sequence[FrameStep]]) -> Iterator[Finding]:
     """Frames whose energy their neighbours, or all of the same composition, do not believe."""
     found: dict[int, tuple[float, Entry]] = {}
     for file, entries in subject.files.items():
@@ -211,7 +211,7 @@ def check_outliers(subject: Subject, steps: Mapping[str, Sequence[Step]]) -> Ite
     )
 
 
-def _against_neighbours(entries: Sequence[Entry], steps: Sequence[Step]) -> dict[int, float]:
+def _against_neighbours(entries: Sequence[Entry], steps: Sequence[FrameStep]) -> dict[int, float]:
     """Energies beside those that neighbouring frames and the work to them let expect, eV an atom.
 
     Only what is beyond the spread of all frames, and beyond what the work itself is unsure of.

@@ -13,7 +13,7 @@ from .energies import compositions
 from .evidence import Evidence, log_ratio
 from .pair_model import PairModel
 from .subject import Entry
-from .work import Step
+from .work import FrameStep
 
 __all__ = ["evidence_of"]
 
@@ -49,7 +49,7 @@ _STEPS, _FEWEST_STEPS = 120, 8
 
 def evidence_of(
     entries: Sequence[Entry],
-    steps: Sequence[Step],
+    steps: Sequence[FrameStep],
     pairs: PairModel | None = None,
     about: Collection[str] = ("energy", "force", "stress"),
 ) -> list[Evidence]:
@@ -98,7 +98,7 @@ def _number(value: float) -> str:
     return f"{value:.3g}" if size < 1000 else f"{value:.0f}"
 
 
-def _work(steps: Sequence[Step]) -> Evidence | None:
+def _work(steps: Sequence[FrameStep]) -> Evidence | None:
     """Energies against the work of the forces, where the cell hardly changes."""
     usable = [s for s in steps if s.displacement > 1e-4 and s.strain < 2e-3]
     chosen = sorted(usable, key=lambda step: step.displacement)[:_STEPS]
@@ -107,7 +107,7 @@ def _work(steps: Sequence[Step]) -> Evidence | None:
     return _compare(energies, works, "force", "forces")
 
 
-def _pressing(steps: Sequence[Step]) -> Evidence | None:
+def _pressing(steps: Sequence[FrameStep]) -> Evidence | None:
     """Energies against the work of the stress, where the atoms hardly move within the cell."""
     usable = [
         s
@@ -228,7 +228,7 @@ def _largest_forces(entries: Sequence[Entry]) -> Evidence | None:
     return Evidence({"force": -1.0}, log, 0.3, text, one_sided=True)
 
 
-def _bulk_modulus(steps: Sequence[Step]) -> Evidence | None:
+def _bulk_modulus(steps: Sequence[FrameStep]) -> Evidence | None:
     """How much the pressure changes with the volume, which it cannot do the other way round."""
     usable = [s for s in steps if abs(s.swelling) > 2e-3 and s.pressure == s.pressure]
     usable = [s for s in usable if s.displacement < 0.1]

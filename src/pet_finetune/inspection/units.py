@@ -24,7 +24,7 @@ from .finding import Finding, Frames
 from .pair_model import fit_pairs
 from .scales import evidence_of
 from .subject import Entry, Subject
-from .work import Step
+from .work import FrameStep
 
 __all__ = ["check_units", "in_found_units"]
 
@@ -34,7 +34,7 @@ _MOST_NAMED = 4
 
 def check_units(
     subject: Subject,
-    paths: Mapping[str, Sequence[Step]],
+    paths: Mapping[str, Sequence[FrameStep]],
     declared: Mapping[str, Declared],
     more: Mapping[str, Sequence[Evidence]],
     odd: Collection[str] = (),

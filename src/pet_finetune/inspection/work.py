@@ -16,7 +16,7 @@ import numpy as np
 from .fingerprint import neighbours
 from .subject import Entry
 
-__all__ = ["Step", "near_pairs", "steps"]
+__all__ = ["FrameStep", "near_pairs", "steps"]
 
 _NEIGHBOURS = 3
 #: Pairs of one file, and atoms in them, that are looked at; each costs the same.
@@ -28,7 +28,7 @@ _STRAINED = 0.1
 
 
 @dataclass(frozen=True)
-class Step:
+class FrameStep:
     """From one frame to a neighbouring one.
 
     Attributes:
@@ -82,7 +82,7 @@ def near_pairs(entries: Sequence[Entry]) -> list[tuple[int, int]]:
     return pairs
 
 
-def steps(entries: Sequence[Entry], pairs: Sequence[tuple[int, int]]) -> list[Step]:
+def steps(entries: Sequence[Entry], pairs: Sequence[tuple[int, int]]) -> list[FrameStep]:
     """Steps between frames, as far as they are near enough and still have their labels.
 
     Args:
@@ -99,7 +99,7 @@ def steps(entries: Sequence[Entry], pairs: Sequence[tuple[int, int]]) -> list[St
     return made
 
 
-def _step(one: Entry, two: Entry, first: int, second: int) -> Step | None:
+def _step(one: Entry, two: Entry, first: int, second: int) -> FrameStep | None:
     """The step between two frames, None where they lie too far apart."""
     moved = _crystal(one, two) if one.pbc.all() else _molecule(one, two)
     if moved is None:
@@ -122,7 +122,7 @@ def _step(one: Entry, two: Entry, first: int, second: int) -> Step | None:
         volume = (one.volume + two.volume) / 2
         pressing = float(((one.stress + turned) / 2 * strain).sum()) * volume
         pressure = float(np.trace(two.stress) - np.trace(one.stress)) / 3
-    return Step(
+    return FrameStep(
         one=first,
         two=second,
         atoms=one.size,

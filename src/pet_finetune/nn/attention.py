@@ -48,7 +48,7 @@ class Attention(Accelerated, nn.Module):
         self.output_linear = nn.Linear(width, width)
         self.num_heads = num_heads
         self.scale = 1.0 / ((width // num_heads) ** 0.5 * temperature)
-        self.prompt = Prompt(num_prompts, width, num_heads) if num_prompts else None
+        self.prompt = PromptTokens(num_prompts, width, num_heads) if num_prompts else None
 
     def forward(
         self,
@@ -110,7 +110,7 @@ class Attention(Accelerated, nn.Module):
         return to.attend(qkv, self.num_heads, self.scale)
 
 
-class Prompt(nn.Module):
+class PromptTokens(nn.Module):
     """The prompt of one attention layer, with a gate a head that starts at zero.
 
     The prompt has a softmax of its own, and the gate multiplies what it yields: with the gates at

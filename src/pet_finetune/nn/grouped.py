@@ -16,7 +16,7 @@ from pet_finetune.backends import RowOp, fused
 
 
 @dataclass
-class Rows:
+class MemberRows:
     """What the grouped layers of a network know of the batch under way.
 
     Attributes:
@@ -42,7 +42,7 @@ class GroupedLinear(nn.Module):
     bias: Tensor | None
 
     def __init__(
-        self, weights: Tensor, biases: Tensor | None, rows: Rows, all_tokens: bool
+        self, weights: Tensor, biases: Tensor | None, rows: MemberRows, all_tokens: bool
     ) -> None:
         super().__init__()
         self.rows, self.all_tokens = rows, all_tokens

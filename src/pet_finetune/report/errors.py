@@ -97,7 +97,7 @@ def ratio_interval(
 
 
 @dataclass(frozen=True)
-class Part:
+class AtomGroup:
     """Errors of a part of all atoms.
 
     Attributes:
@@ -113,14 +113,14 @@ class Part:
     errors: dict[str, float]
 
 
-def by_element(predicted: Predicted, quantity: Quantity) -> list[Part]:
+def by_element(predicted: Predicted, quantity: Quantity) -> list[AtomGroup]:
     """Force errors of each element, by atomic number."""
     numbers = np.unique(predicted.numbers)
     masks = {chemical_symbols[number]: predicted.numbers == number for number in numbers}
     return _parts(predicted, quantity, masks)
 
 
-def by_magnitude(predicted: Predicted, quantity: Quantity) -> list[Part]:
+def by_magnitude(predicted: Predicted, quantity: Quantity) -> list[AtomGroup]:
     """Force errors in bins of the length of the reference force, each with as many atoms."""
     sizes = np.linalg.norm(predicted.labels[quantity.label], axis=1)
     known = sizes[np.isfinite(sizes)]
@@ -136,7 +136,9 @@ def by_magnitude(predicted: Predicted, quantity: Quantity) -> list[Part]:
     return _parts(predicted, quantity, masks)
 
 
-def _parts(predicted: Predicted, quantity: Quantity, masks: dict[str, np.ndarray]) -> list[Part]:
+def _parts(
+    predicted: Predicted, quantity: Quantity, masks: dict[str, np.ndarray]
+) -> list[AtomGroup]:
     """Errors of the atoms that each mask chooses."""
     sizes = np.linalg.norm(predicted.labels[quantity.label], axis=1)
     errors = {
@@ -145,7 +147,7 @@ def _parts(predicted: Predicted, quantity: Quantity, masks: dict[str, np.ndarray
         if (found := residuals(predicted, quantity, model)) is not None
     }
     return [
-        Part(
+        AtomGroup(
             name,
             int(mask.sum()),
             mean_known(sizes[mask]),

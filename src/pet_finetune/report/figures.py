@@ -19,7 +19,7 @@ import numpy as np
 from pet_finetune.committee.calibration import Curves, draw_coverage
 from pet_finetune.data.predicted import Predicted
 
-from .errors import Part, residuals
+from .errors import AtomGroup, residuals
 from .record import Dimers, Quantity
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ _STYLES = {
 }
 
 
-def magnitude_plot(parts: Sequence[Part], name: str) -> str:
+def magnitude_plot(parts: Sequence[AtomGroup], name: str) -> str:
     """Mean absolute error over the mean force of each bin."""
 
     def draw(axes: Any) -> None:

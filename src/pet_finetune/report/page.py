@@ -19,7 +19,7 @@ from pet_finetune.data.predicted import Predicted
 
 from . import figures
 from .curves import forgetting_curves, learning_curves
-from .errors import Part, by_element, by_magnitude, by_structure, residuals
+from .errors import AtomGroup, by_element, by_magnitude, by_structure, residuals
 from .facts import headline, provenance, recipes, trained
 from .figures import (
     MOST_PAIRS,
@@ -135,7 +135,7 @@ def _places(run: RunRecord, quantity: Quantity, drawn: bool) -> dict[str, Any]:
     }
 
 
-def _part(part: Part, worst: float) -> dict[str, Any]:
+def _part(part: AtomGroup, worst: float) -> dict[str, Any]:
     """A row of a table; bars are in percent of the worst."""
     return {
         "name": part.name,

@@ -21,7 +21,7 @@ from pet_finetune.model import Potential, Prediction, Property
 SPREAD = "~spread"
 
 
-class Recorder:
+class PredictionRecorder:
     """Gathers what a model says of the batches of a loader, in the order of its structures.
 
     Args:
@@ -102,7 +102,10 @@ def split_predictions(
 
 
 def with_model(
-    predicted: Predicted | None, recorder: Recorder, name: str, model: Potential | Committee
+    predicted: Predicted | None,
+    recorder: PredictionRecorder,
+    name: str,
+    model: Potential | Committee,
 ) -> Predicted:
     """Predictions of one more model.
 

@@ -36,7 +36,7 @@ from .feature import Feature, Plan
 from .loggers import loggers
 from .loss import Objective
 from .metrics import Errors, evaluate
-from .predictions import Recorder
+from .predictions import PredictionRecorder
 from .resume import RunState, SavedRun, plain_errors, take_files
 from .run_files import OPTIONS, SPLITS, RunFiles, about_run, provenance_of
 from .selection import check_metric
@@ -404,7 +404,7 @@ def evaluate_sets(
         features: of the run; they add the errors on sets of their own.
     """
     shown = primary_set(data.sets)
-    recorder = Recorder(data.sets[shown], shown)
+    recorder = PredictionRecorder(data.sets[shown], shown)
     errors = {
         set_name: evaluate(model, loader, wanted, recorder.add if set_name == shown else None)
         for set_name, loader in data.sets.items()

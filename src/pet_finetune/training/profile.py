@@ -59,7 +59,7 @@ class Operation:
 
 
 @dataclass(frozen=True)
-class Memory:
+class PeakMemory:
     """Peaks over the warm-up and the timed steps, MiB; None where the system does not say.
 
     Attributes:
@@ -101,7 +101,7 @@ class TrainingProfile:
     structures: float
     atoms: float
     edges: float
-    memory: Memory
+    memory: PeakMemory
     operations: list[Operation]
     steps_per_epoch: int
     validation_seconds: float
@@ -206,7 +206,7 @@ def profile_steps(trainer: Trainer, steps: int, trace: Path) -> TrainingProfile:
     running = _Steps(trainer)
     running.take(WARMUP_STEPS)
     taken = running.take(steps)
-    memory = Memory(peak_resident_mib(), before, peak_gpu_mib(device))
+    memory = PeakMemory(peak_resident_mib(), before, peak_gpu_mib(device))
     shares, operations = _trace(running, device, trace)
     seconds = sum(step.seconds for step in taken) / steps
     return TrainingProfile(

@@ -37,7 +37,7 @@ from pet_finetune.model import Potential
 
 from .baselines import BaselineTable
 from .metrics import shown_unit
-from .predictions import Recorder, with_model
+from .predictions import PredictionRecorder, with_model
 from .records import EpochRecord
 from .start import Start
 
@@ -217,7 +217,9 @@ class RunFiles:
             return read_object(self.folder / ABOUT)
         return {}
 
-    def keep_predictions(self, recorder: Recorder, name: str, model: Potential | Committee) -> None:
+    def keep_predictions(
+        self, recorder: PredictionRecorder, name: str, model: Potential | Committee
+    ) -> None:
         """Write what a model, ``before`` or ``after``, says of a set beside what others say."""
         if not self._writes:
             return

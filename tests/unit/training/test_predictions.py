@@ -10,7 +10,7 @@ from models import random_potential
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.predicted import Predicted
 from pet_finetune.training.metrics import evaluate
-from pet_finetune.training.predictions import Recorder, with_model
+from pet_finetune.training.predictions import PredictionRecorder, with_model
 from tiny_data import molecules, structures_of
 
 FRAMES = molecules(5, names=("CH3OH", "H2O", "CH4"))
@@ -19,7 +19,7 @@ WANTED = {"energy": (True, False)}
 
 def recorded(structures, model, **cut):
     loader = Loader(structures, model.cutoff, dtype=torch.float64, **cut)
-    recorder = Recorder(loader, "test")
+    recorder = PredictionRecorder(loader, "test")
     errors = evaluate(model, loader, WANTED, recorder.add)
     return recorder, errors["energy"]
 
