@@ -159,10 +159,26 @@ def check_file(file: Path, what: str) -> None:
         DataError: nothing is there, or a folder.
     """
     if file.is_dir():
-        raise DataError(f"The {what} {str(file)!r} is a folder; give a file that ASE reads.")
+        deepmd = (
+            " It is a data set of DeePMD-kit; in Python, dpdata converts it: dpdata.LabeledSystem("
+            f"{str(file)!r}, fmt='deepmd/npy' or 'deepmd/raw').to('ase/structure'), then "
+            "ase.io.write('data.xyz', ...)."
+            if (file / "type.raw").exists()
+            else ""
+        )
+        raise DataError(
+            f"The {what} {str(file)!r} is a folder; give a file that ASE reads.{deepmd}"
+        )
     if file.is_file():
         return
     folder = file.parent
+    if file.is_symlink():
+        raise DataError(f"The {what} {str(file)!r} is a link to nothing ({os.readlink(file)!r}).")
+    if file.exists():
+        raise DataError(
+            f"The {what} {str(file)!r} is no regular file (a pipe or a device), and files are read "
+            "more than once. Write its content to a file first."
+        )
     near = ""
     if folder.is_dir():
         near = did_you_mean(file.name, (entry.name for entry in folder.iterdir()))

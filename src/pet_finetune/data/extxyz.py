@@ -17,6 +17,7 @@ import numpy as np
 from ase.data import atomic_masses
 from ase.io.extxyz import key_val_str_to_dict, read_xyz
 
+from pet_finetune.data.outputs import is_cp2k_comment, wrong_in_cp2k
 from pet_finetune.data.symbols import SymbolLayout, element_of, is_dummy
 from pet_finetune.data.text import NamedText, as_number, cell_in_words
 from pet_finetune.errors import DataError
@@ -165,6 +166,11 @@ class _Reader:
             raise
         except Exception as error:  # noqa: BLE001  ASE raises whatever it meets
             atoms = self._second_try(error, [comment, *rows, *vectors], count)
+        if not self.frame and is_cp2k_comment(comment) and not atoms.pbc.any():
+            wrong = "" if _NO_CELL.search(comment) else wrong_in_cp2k(self.source, atoms)
+            if wrong:
+                self._fail(self.start + 1, wrong)
+            self.notes["are of CP2K, whose E is in Hartree, and taken as molecules in no cell"] = 1
         for index, mass in masses.items():
             if "masses" not in atoms.arrays:
                 atoms.set_masses(atomic_masses[atoms.numbers])
@@ -298,7 +304,7 @@ class _Reader:
 
     def _refuse_cell(self, comment: str) -> None:
         """Stop where the comment holds a cell that would be lost."""
-        if re.search(r"(?i)\bpbc\s*=\s*[\"'\[{]?\s*f\w*[\s,]+f\w*[\s,]+f", comment):
+        if _NO_CELL.search(comment):
             return
         cell = cell_in_words(comment)
         if self.plain and not cell and "Lattice" in comment:
@@ -317,7 +323,11 @@ class _Reader:
         """The comment as ASE reads it, with matrices in the forms that have one meaning."""
         if self.plain:
             return {}
-        return dict(key_val_str_to_dict(_MATRIX.sub(self._matrix, comment)))
+        found = dict(key_val_str_to_dict(_MATRIX.sub(self._matrix, comment)))
+        for key, value in found.items():
+            if isinstance(value, str) and _FORTRAN_REAL.fullmatch(value):
+                found[key] = as_number(value)
+        return found
 
     def _matrix(self, found: re.Match[str]) -> str:
         """Nine numbers for the key, where its value says them."""
@@ -375,6 +385,9 @@ class _Reader:
 
 
 _FORTRAN = re.compile(r"(?<![A-Za-z])(\d*\.?\d+)[dD]([-+]?\d+)(?![A-Za-z])")
+_FORTRAN_REAL = re.compile(r"[-+]?(?:\d+\.\d*|\.\d+)[dD][-+]?\d{1,3}")
+# The comment says that the frame is a molecule.
+_NO_CELL = re.compile(r"(?i)\bpbc\s*=\s*[\"'\[{]?\s*f\w*[\s,]+f\w*[\s,]+f")
 _EXPONENT = str.maketrans("dD", "ee")
 
 

@@ -21,6 +21,7 @@ import ase.io
 import numpy as np
 from ase.io.formats import UnknownFileTypeError, filetype, ioformats
 
+from pet_finetune.data.atom_names import NAMING, with_named_elements
 from pet_finetune.data.complete import check_complete
 from pet_finetune.data.exact import restore_exact
 from pet_finetune.data.extxyz import read_extxyz
@@ -41,6 +42,7 @@ from pet_finetune.data.text import (
     load_bytes,
     to_text,
     unpacked_name,
+    what_else,
 )
 from pet_finetune.errors import DataError, did_you_mean
 from pet_finetune.files import check_file
@@ -141,6 +143,9 @@ def _parse(
     if not data.strip():
         raise DataError(f"{source} is empty: it holds no structures.")
     text = "" if is_binary(data) else to_text(data, source)
+    other = "" if is_metatrain_set(file) or file.suffix == ".npz" else what_else(data, text)
+    if other:
+        raise DataError(f"{source} {other}.")
     kind = _named_format(format, source) if format else _guess(file, source, data, text)
     if kind == "vasp-out":
         text = clean_outcar(text, source)
@@ -155,6 +160,8 @@ def _parse(
         raise DataError(f"{source} holds no structures ASE can find.{hint_of(text)}")
     if kind in LAMMPS:
         with_elements(kind, text, frames, types, source)
+    if kind in NAMING:
+        with_named_elements(kind, text, frames, source)
     check_complete(kind, data, text, len(frames), source)
     _check_frames(kind, text, frames, source)
     return FrameFile(frames, doubtful_frames(kind, text, frames))
@@ -199,16 +206,24 @@ def _guess(file: Path, source: str, data: bytes, text: str) -> str:
     raise DataError(
         f"ASE cannot read {source}: neither name nor content says which format it is. Say it: "
         "`format: ...` beside `read_from` of the systems, or --format on the command line (`ase "
-        "info --formats` lists the names). Extended xyz (.xyz, .extxyz) always works."
+        "info --formats` lists the names). Extended xyz (.xyz, .extxyz) always works; dpdata makes "
+        "it of outputs that ASE does not know (ABACUS, SIESTA, OpenMX, PWmat, DeePMD-kit...)."
     )
 
 
 def _unreadable(error: Exception, kind: str, source: str, text: str, given: bool) -> DataError:
+    if isinstance(error, ModuleNotFoundError):
+        return DataError(
+            f"{source} is of the format {kind!r}, which ASE reads with the package {error.name}. "
+            f"Install it (pip install {error.name}), or convert the file to extended xyz."
+        )
     reason = str(error).strip() or "no reason given"
     how = "as the options say" if given else "guessed from name and content; `format` names it"
     more = ""
     if kind == "lammps-data":
         more = " The line `Atoms # full` of a data file names the style of its columns."
+    elif kind == "vasp-out":
+        more = " The vasprun.xml of the same calculation holds the same and is read as well."
     return DataError(
         f"ASE cannot read {source} ({type(error).__name__}: {reason}).{hint_of(text)} It was taken "
         f"for the format {kind!r} ({how}).{more} Extended xyz (.xyz, .extxyz) always works."
@@ -269,9 +284,8 @@ def _with_ase(
             stream = NamedText(part.decode("latin-1"), name)
         yield from ase.io.iread(stream, ":", format=kind, **options)
         return
-    if unpacked_name(file) == file.name and (
-        isinstance(part, bytes) or part.encode(errors="ignore") == data
-    ):
+    as_it_is = isinstance(part, bytes) or part.encode(errors="ignore") == data
+    if as_it_is and unpacked_name(file) == file.name and file.stat().st_size == len(data):
         yield from _from_path(kind, file, options)
         return
     with tempfile.TemporaryDirectory() as folder:  # unpacked, or with plain text

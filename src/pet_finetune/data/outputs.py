@@ -11,10 +11,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from ase.neighborlist import natural_cutoffs, neighbor_list
 from ase.units import Hartree
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 
 from pet_finetune.errors import DataError
 from pet_finetune.log import get_logger
@@ -22,7 +26,14 @@ from pet_finetune.log import get_logger
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["clean_outcar", "doubtful_frames", "hint_of", "is_cp2k"]
+__all__ = [
+    "clean_outcar",
+    "doubtful_frames",
+    "hint_of",
+    "is_cp2k",
+    "is_cp2k_comment",
+    "wrong_in_cp2k",
+]
 
 _logger = get_logger(__name__)
 
@@ -89,6 +100,42 @@ def is_cp2k(text: str) -> bool:
     return "CP2K|" in text[:20000]
 
 
+def is_cp2k_comment(comment: str) -> bool:
+    """Whether the comment of an XYZ frame is that of CP2K's trajectories."""
+    return re.match(r"\s*i\s*=\s*\d+,\s*time\s*=\s*[-\d.]+", comment) is not None
+
+
+def wrong_in_cp2k(source: str, atoms: Atoms) -> str:
+    """Why a trajectory of CP2K is no set of molecules, with what to do; empty if it may be one.
+
+    Its files of positions, velocities and forces look alike, and none of them says a cell.
+
+    Args:
+        source: the file.
+        atoms: its first frame.
+    """
+    moving = re.search(r"(?i)(?:^|[-_.])(frc|force|vel)", Path(source).name)
+    if moving is None and _is_one_molecule(atoms):
+        return ""
+    what = (
+        "forces or velocities stand in it in place of positions, as its name says"
+        if moving
+        else "it says no cell, and several molecules or a solid would be in vacuum"
+    )
+    return (
+        f"this is a trajectory of CP2K: {what}. dpdata (cp2k/aimd_output) makes extended xyz of "
+        'it, with Lattice (or write pbc="F F F" if there is no cell), energies (Hartree in these '
+        "files) and forces"
+    )
+
+
+def _is_one_molecule(atoms: Atoms) -> bool:
+    """Whether all atoms hang together by bonds."""
+    i, j = neighbor_list("ij", atoms, natural_cutoffs(atoms, mult=1.25))
+    bonds = coo_matrix((np.ones(len(i)), (i, j)), (len(atoms), len(atoms)))
+    return len(atoms) < 2 or int(connected_components(bonds, directed=False)[0]) == 1
+
+
 def hint_of(text: str) -> str:
     """For a message about an output that cannot be read: that its SCF failed, or nothing."""
     found = _FAILED.search(text)
@@ -116,7 +163,17 @@ def doubtful_frames(kind: str, text: str, frames: Sequence[Atoms]) -> dict[int, 
         if kind == "vasp-out":
             found |= dict(_full_cycles(text))
         found |= _failures(kind, text, frames)
+    if kind in _CODES:
+        found |= dict(_unfinished(frames))
     return found
+
+
+def _unfinished(frames: Sequence[Atoms]) -> Iterator[tuple[int, str]]:
+    """Structures without an energy beside others with one: the run ended before it came."""
+    ready = [atoms.calc is not None and "energy" in atoms.calc.results for atoms in frames]
+    for number, done in enumerate(ready):
+        if not done and any(ready):
+            yield number, "there is no energy for this structure, as where a run was stopped"
 
 
 def _failures(kind: str, text: str, frames: Sequence[Atoms]) -> dict[int, str]:

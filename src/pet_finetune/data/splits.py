@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from pet_finetune.config.dataset import DatasetOptions, IndexedSet
 from pet_finetune.config.options import Options
+from pet_finetune.config.target import GradientOptions
 from pet_finetune.errors import DataError
 from pet_finetune.files import check_file, read_object, write_whole
 
@@ -102,17 +103,21 @@ def make_splits(options: Options, seed: int) -> Splits:
     chosen = {"validation": options.validation_set, "test": options.test_set}
     indexed = {name: _named_frames(options, name) for name in chosen}
     scratch = not options.is_finetuning
-    pools = [_read_pool(dataset, indexed, scratch) for dataset in options.training_set]
+    # Isolated atoms in a file of their own are not trained on, so no forces are asked of them.
+    isolated = sets_of_isolated_atoms(options.training_set)
+    pools = {
+        number: _read_pool(dataset, indexed, scratch)
+        for number, dataset in enumerate(options.training_set)
+        if number not in isolated
+    }
     members: dict[str, list[_Members]] = {name: [] for name in _SETS}
     for name, frames in indexed.items():
         if frames:
             members[name].append(_Members("training_set", 0, pools[0].take(frames)))
     fractions = {name: choice for name, choice in chosen.items() if isinstance(choice, float)}
-    isolated = sets_of_isolated_atoms(options.training_set)
-    for number, pool in enumerate(pools):
-        if number in isolated:
-            _log_isolated(pool, options.training_set[number], scratch)
-            continue
+    for number in isolated:
+        _log_isolated(options.training_set[number], scratch)
+    for number, pool in pools.items():
         rng = np.random.default_rng([seed, number])
         for name, frames in _draw(pool, fractions, rng).items():
             members[name].append(_Members("training_set", number, pool.take(frames)))
@@ -121,11 +126,10 @@ def make_splits(options: Options, seed: int) -> Splits:
         datasets = choice if isinstance(choice, tuple) else ()
         isolated = sets_of_isolated_atoms(datasets)
         for number, dataset in enumerate(datasets):
-            own = read_structures(dataset)
             if number in isolated:
-                log_isolated(dataset.systems.read_from, range(len(own)), len(own), None)
+                _log_isolated(dataset, offer_baselines=False)
                 continue
-            members[name].append(_Members(f"{name}_set", number, own))
+            members[name].append(_Members(f"{name}_set", number, read_structures(dataset)))
     return _assemble(members)
 
 
@@ -219,18 +223,23 @@ def _named_frames(options: Options, name: str) -> list[int]:
     return frame_numbers(choice.indices, None, options.training_set[0].systems.read_from)
 
 
-def _log_isolated(pool: _Pool, dataset: DatasetOptions, offer_baselines: bool) -> None:
+def _log_isolated(dataset: DatasetOptions, offer_baselines: bool) -> None:
     """Say that a file of nothing but isolated atoms is left out."""
-    atoms = pool.structures.values()
-    energies = {
-        name: {
-            int(s.numbers[0]): round(float(s.labels[name]), 6) for s in atoms if name in s.labels
-        }
-        for name, target in dataset.targets.items()
-        if target.is_energy
-    }
-    offer = {name: values for name, values in energies.items() if values}
-    log_isolated(pool.source, list(pool.structures), len(atoms), offer if offer_baselines else None)
+    systems = dataset.systems
+    count = len(read_frames(systems.read_from, systems.format, systems.types))
+    off = dict.fromkeys(("forces", "stress", "virial"), GradientOptions(mode="off"))
+    offers = {}
+    for name, target in dataset.targets.items():
+        if not target.is_energy or not offer_baselines:
+            continue
+        energies = {name: target.model_copy(update=off)}
+        try:
+            atoms = read_structures(dataset.model_copy(update={"targets": energies}))
+        except DataError:  # without energies there is nothing to offer
+            continue
+        known = [s for s in atoms if name in s.labels]
+        offers[name] = {int(s.numbers[0]): round(float(s.labels[name]), 6) for s in known}
+    log_isolated(systems.read_from, range(count), count, offers or None)
 
 
 def _read_pool(

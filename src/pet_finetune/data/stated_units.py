@@ -172,4 +172,5 @@ def _spelled(unit: str, kind: str) -> str:
         return _STYLES["atomic"].get(kind, unit)
     if folded in ("kb", "kbar") and kind == "stress":
         return "kbar"
+    unit = re.sub(r"(?i)^(?:au|a\.u\.)(?=/)", "Hartree", unit)
     return re.sub(r"(?i)\bang(?:s|str|stroms?|stroem)?\b", "A", unit).replace("**", "^")

@@ -16,6 +16,10 @@ __all__ = ["SymbolLayout", "as_types", "element_of", "is_dummy"]
 # Masses in u of what chemists give a letter of its own (AME2020).
 _HYDROGEN = {"D": 2.01410177812, "T": 3.01604928199}
 _DUMMIES = frozenset({"X", "Xx", "Du", "Bq", "Gh", "Lp", "Vac", "Va", "Q"})
+# A basis without a nucleus: H: in ORCA, H-Bq in Gaussian, bqH in NWChem, Gh(H) and @H in Psi4.
+_GHOST = re.compile(
+    r"(?i)(?:@|gh\(|bq|ghost).*|[a-z]{1,2}(?::|\(?[-_.]?(?:bq|ghost)\)?|[-_.]gh)\d*$"
+)
 _LABEL = re.compile(r"([A-Za-z]{1,2})(?:[0-9]+[+-]?|[+-][0-9]*|[_.:-].*)'*$")
 _ISOTOPE = re.compile(r"([0-9]{1,3})([A-Za-z]{1,2})$")
 
@@ -63,8 +67,9 @@ def element_of(label: str) -> tuple[str, float | None] | None:
 
 
 def is_dummy(label: str) -> bool:
-    """Whether a label stands for a place without an atom."""
-    return label.rstrip("0123456789").capitalize() in _DUMMIES or label == "0"
+    """Whether a label stands for a place without an atom, a ghost atom included."""
+    plain = label.rstrip("0123456789").capitalize()
+    return plain in _DUMMIES or label == "0" or _GHOST.match(label) is not None
 
 
 def as_types(given: Mapping[int, str]) -> dict[int, str]:

@@ -29,15 +29,38 @@ __all__ = [
     "load_bytes",
     "to_text",
     "unpacked_name",
+    "what_else",
 ]
 
 _logger = get_logger(__name__)
 
-_UNPACK: Mapping[str, Callable[[bytes], bytes]] = {
-    ".gz": gzip.decompress,
-    ".bz2": bz2.decompress,
-    ".xz": lzma.decompress,
+_PACKED = (".gz", ".bz2", ".xz")
+#: What packed files begin with.
+_UNPACK: Mapping[bytes, Callable[[bytes], bytes]] = {
+    b"\x1f\x8b": gzip.decompress,
+    b"BZh": bz2.decompress,
+    b"\xfd7zXZ\0": lzma.decompress,
 }
+#: The same of what is not unpacked here, and what it is.
+_ARCHIVES = (
+    (b"\x28\xb5\x2f\xfd", 0, "is packed by Zstandard; unpack it first: unzstd"),
+    (b"7z\xbc\xaf\x27\x1c", 0, "is an archive of 7-Zip; unpack it first: 7z x"),
+    (b"Rar!", 0, "is a RAR archive; unpack it first: unrar x"),
+    (b"\x04\x22\x4d\x18", 0, "is packed by LZ4; unpack it first: unlz4"),
+    (b"PK\x03\x04", 0, "is a zip archive; unpack it first: unzip"),
+    (b"ustar", 257, "is a tar archive; unpack it first: tar -xf"),
+)
+#: What stands in place of data that never came, and what to do.
+_NO_DATA = (
+    (
+        re.compile(r"version https://git-lfs"),
+        "is a pointer of Git LFS, not the data itself: fetch it with `git lfs pull`",
+    ),
+    (
+        re.compile(r"(?i)\s*(?:<\?xml[^>]*>\s*)?<(?:!doctype )?html"),
+        "is a web page, not data: an error or a login was saved under its name. Download it again",
+    ),
+)
 # UTF-32 first: its mark begins with that of UTF-16.
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -101,11 +124,27 @@ class NamedBytes(io.BytesIO):
 
 def unpacked_name(file: Path) -> str:
     """The name of a file without the ending of its compression."""
-    return file.stem if file.suffix.lower() in _UNPACK else file.name
+    return file.stem if file.suffix.lower() in _PACKED else file.name
+
+
+def what_else(data: bytes, text: str) -> str:
+    """What a file is that is no data, as the end of a sentence with what to do; else empty.
+
+    Args:
+        data: its content, unpacked.
+        text: the same as text; empty where it is binary.
+    """
+    for mark, place, words in _ARCHIVES:
+        if data[place : place + len(mark)] == mark:
+            return f"{words} FILE, then give what is in it"
+    for pattern, words in _NO_DATA:
+        if pattern.match(text):
+            return words
+    return ""
 
 
 def load_bytes(file: Path) -> bytes:
-    """The whole content of a file, unpacked in one go where it is compressed.
+    """The whole content of a file, unpacked in one go where it is compressed, whatever its name.
 
     ASE seeks in compressed files, and every step back unpacks from the start: hours for what
     takes a second.
@@ -117,15 +156,15 @@ def load_bytes(file: Path) -> bytes:
         data = file.read_bytes()
     except OSError as error:
         raise DataError(f"Cannot read '{file}': {error.strerror}.") from error
-    unpack = _UNPACK.get(file.suffix.lower())
+    unpack = next((how for mark, how in _UNPACK.items() if data.startswith(mark)), None)
     if unpack is None:
-        return data
+        return data  # also under a name that ends with .gz: browsers unpack what they download
     try:
         return unpack(data)
     except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
         raise DataError(
-            f"{file} cannot be unpacked ({error}): it is damaged, cut off, or not compressed as "
-            "its ending says. Copy it again, or unpack it yourself to see what is left."
+            f"{file} cannot be unpacked ({error}): it is damaged or cut off. Copy it again, or "
+            "unpack it yourself to see what is left."
         ) from error
 
 

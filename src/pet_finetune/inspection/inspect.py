@@ -32,8 +32,9 @@ from pet_finetune.training.start import read_start
 from . import Finding, Foundation, Inspection, inspect_sets
 from .candidates import NO_VIRIAL, PER_ATOM, VIRIAL
 from .estimate import Load, Suggestion, estimate, load_of, suggest, training_section
+from .names import target_of_file
 from .preflight import cells_of, declared_units, energy_of
-from .reading import read_anyway, sets_left_out, target_of_file
+from .reading import read_anyway, sets_left_out
 
 _logger = get_logger(__name__)
 _SETS = ("train", "validation", "test")

@@ -2,186 +2,29 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pet_finetune.config import DatasetOptions
 from pet_finetune.data.files import frame_numbers, read_file, read_frames
-from pet_finetune.data.labels import Shape, find_value, to_forces, to_scalar, to_stress
+from pet_finetune.data.labels import find_value
 from pet_finetune.data.left_out import isolated_frames, sets_of_isolated_atoms
 from pet_finetune.data.readers import read_structures
 from pet_finetune.data.structure import Structure
 from pet_finetune.errors import DataError
 
 from .finding import Finding, Frames
+from .names import fits
 
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["check_cells", "read_anyway", "sets_left_out", "target_of_file"]
+__all__ = ["check_cells", "read_anyway", "sets_left_out"]
 
 _SAMPLE = 100
-#: Words in a name, without that of the label itself, which say that it is another quantity.
-_OTHER = re.compile(
-    r"per_?a|_pa(_|$)|/|norm|form|hull|above|decomp|band|gap|bind|bond|free|atomi[sz]|cohes|coh(_|$)"
-    r"|interact|adsor|ads(_|$)|disp|d3|vdw|zero|zpe|zpve|kin|therm|corr|xc|exch|coul|hartree_|elec"
-    r"|nuc|ewald|fermi|homo|lumo|ioni[sz]|affin|strain|defect|surf|migrat|barrier|activ|react|relat"
-    r"|shift|offset|ref_?atom|isolated|baseline|std|var|unc|err|resid|diff|delta|weight|mask|unit"
-    r"|pred|mean|_id(_|$)|internal|enthal|entrop|gibbs|pot_?ham|solv|embed|vib|rot|trans"
-)
-_SHAPES: Mapping[str, Shape] = {
-    "energy": to_scalar,
-    "forces": to_forces,
-    "stress": to_stress,
-    "virial": to_stress,
-}
-
-
-def target_of_file(
-    path: str | Path, format: str = "", types: Mapping[int, str] | None = None
-) -> tuple[dict[str, Any], list[Finding]]:
-    """The section of an energy target that fits the names in a file.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
-    frames = read_frames(path, format, types)
-    keys: dict[str, str | None] = {}
-    findings: list[Finding] = []
-    passed: list[str] = []
-    for kind in _SHAPES:
-        own, others = _find_keys(frames, kind, keys.get("energy") or "")
-        keys[kind] = own[0] if own else None
-        if kind == "energy":
-            passed = others
-        if len(own) > 1:
-            findings.append(_several(str(path), kind, own))
-    if keys["energy"] is None:
-        names = ", ".join(_names(frames[0])) or "nothing but the structure"
-        if passed:
-            names += f" (of which {', '.join(passed)} is no total energy by its name)"
-        findings.append(
-            Finding(
-                "warning" if keys["forces"] else "error",
-                "no-energy",
-                f"no frame has an energy; there is: {names}",
-                (Frames(str(path)),),
-                "Forces alone can be learned; the offset of the energies stays the foundation's."
-                if keys["forces"]
-                else "Nothing can be learned without one.",
-                "If there is one, name it with targets.energy.key in an options file.",
-            )
-        )
-    for kind, key in keys.items():
-        if key is not None and key != kind and not any(_asks(f, kind) for f in findings):
-            but = (
-                f" ({', '.join(passed)} is no total energy)" if kind == "energy" and passed else ""
-            )
-            findings.append(
-                Finding(
-                    "note",
-                    "other-key",
-                    f"there is no '{kind}', but '{key}', which is taken for it{but}",
-                    (Frames(str(path)),),
-                    "Options that do not name it would not find it.",
-                    f"Set {'key' if kind == 'energy' else kind + '.key'}: {key} for the target.",
-                    {"kind": kind, "key": key},
-                )
-            )
-    section: dict[str, Any] = {"key": keys["energy"] or "energy", "unit": "eV"}
-    for kind in ("forces", "stress", "virial"):
-        if keys[kind] is not None and not (kind == "virial" and keys["stress"] is not None):
-            section[kind] = {"key": keys[kind], "mode": "auto"}
-        else:
-            section[kind] = "off"
-    return section, findings
-
-
-def _asks(finding: Finding, kind: str) -> bool:
-    return finding.code == "several-labels" and (finding.data or {}).get("kind") == kind
-
-
-def _several(file: str, kind: str, keys: Sequence[str]) -> Finding:
-    """The question which of several names is meant."""
-    option = "key" if kind == "energy" else f"{kind}.key"
-    return Finding(
-        "error",
-        "several-labels",
-        f"there is no '{kind}', but {', '.join(repr(key) for key in keys)}, whose values differ; "
-        f"'{keys[0]}' is looked at here",
-        (Frames(file),),
-        "Which of them is the label only you know.",
-        f"Choose one as {option} of the target in an options file.",
-        {"kind": kind, "keys": list(keys)},
-    )
-
-
-def _find_keys(frames: list[Atoms], kind: str, energy: str = "") -> tuple[list[str], list[str]]:
-    """Names that a label may have: its own one, else all that contain it and fit.
-
-    Of several that go with the name of the energy (``REF_forces`` with ``REF_energy``) that one,
-    and of names with the same values the first.
-
-    Returns:
-        The candidates, and names that were passed over because they say something else.
-    """
-    if any(find_value(atoms, kind) is not None for atoms in frames):
-        return [kind], []
-    stem = kind.rstrip("s")
-    found: list[str] = []
-    passed: list[str] = []
-    for atoms in (frames[0], frames[-1]):
-        for name in _names(atoms):
-            if stem not in name.casefold() or not _fits(atoms, name, _SHAPES[kind]):
-                continue
-            words = name.casefold().replace(stem, " ").replace("-", "_")
-            (passed if _OTHER.search(words) else found).append(name)
-    found, passed = list(dict.fromkeys(found)), list(dict.fromkeys(passed))
-    partner = [
-        name
-        for name in found
-        if energy
-        and name.rstrip("s")
-        == energy.replace("energy", stem)
-        .replace("Energy", stem.capitalize())
-        .replace("ENERGY", stem.upper())
-    ]
-    if partner:
-        return partner[:1], passed
-    distinct: list[str] = []
-    for name in found:
-        if not any(_same_values(frames, name, other) for other in distinct):
-            distinct.append(name)
-    return distinct, passed
-
-
-def _same_values(frames: Sequence[Atoms], one: str, two: str) -> bool:
-    """Whether two names hold the same numbers, in the first and the last frame."""
-    for atoms in (frames[0], frames[-1]):
-        values = [find_value(atoms, name) for name in (one, two)]
-        if any(value is None for value in values):
-            return False
-        if not np.array_equal(np.asarray(values[0]), np.asarray(values[1])):
-            return False
-    return True
-
-
-def _names(atoms: Atoms) -> list[str]:
-    results = getattr(atoms.calc, "results", {})
-    arrays = [name for name in atoms.arrays if name not in ("numbers", "positions")]
-    return list(dict.fromkeys([*map(str, atoms.info), *arrays, *results]))
-
-
-def _fits(atoms: Atoms, name: str, shape: Shape) -> bool:
-    try:
-        shape(np.asarray(find_value(atoms, name), dtype=np.float64), len(atoms))
-    except (TypeError, ValueError):
-        return False
-    return True
 
 
 def read_anyway(dataset: DatasetOptions) -> tuple[list[Structure], list[Finding]]:
@@ -298,7 +141,9 @@ def _broken(atoms: Atoms, dataset: DatasetOptions) -> str:
                 if kind == "energy" and not _has_derivative(atoms, wanted):
                     return "missing-energy"
                 continue
-            if not _fits(atoms, key, _SHAPES[kind]):
+            if isinstance(raw, str):
+                return "no-number"
+            if not fits(atoms, key, kind):
                 return "wrong-shape"
             if not np.isfinite(np.asarray(raw, dtype=float)).all():
                 return f"not-finite-{kind}"
@@ -316,6 +161,10 @@ _WORDS = {
     "missing-energy": (
         "have no energy, forces or stress",
         "Remove them, or write the energy under the same name as in the others.",
+    ),
+    "no-number": (
+        "have text where a label should be a number",
+        "Write numbers; stars are one that did not fit into its columns in Fortran.",
     ),
     "wrong-shape": (
         "have labels of another shape than their atoms ask for",

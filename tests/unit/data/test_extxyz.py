@@ -258,7 +258,7 @@ def test_packed_files(tmp_path, ending, pack):
     file.write_bytes(pack((WATER + "\n" + WATER).encode()))
     assert len(read_frames(file)) == 2
     file.write_bytes(pack(WATER.encode() * 50)[:-20])
-    with pytest.raises(DataError, match="damaged, cut off"):
+    with pytest.raises(DataError, match="damaged or cut off"):
         read_frames(file)
 
 
@@ -275,3 +275,59 @@ def test_the_same_as_ase_where_ase_is_right(tmp_path):
         assert atoms.pbc.tolist() == own.pbc.tolist()
         assert own.info["name"] == "a b"
         assert own.info["values"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("ghost", ["H:", "H-Bq", "H_ghost", "H(Bq)", "@H", "Gh(H)", "bqH", "Bq1"])
+def test_a_ghost_atom_is_no_atom(ghost):
+    assert element_of(ghost) is None
+    assert "dummy atom" in refused(WATER.replace("H 0.960", f"{ghost} 0.960"))
+
+
+def test_exponents_of_fortran_in_the_comment():
+    (atoms,) = read(WATER.replace("-1.5", "-0.15D+01 tag=12D34 note=1.5Dx"))
+    assert atoms.get_potential_energy() == -1.5
+    assert atoms.info == {"tag": "12D34", "note": "1.5Dx"}
+
+
+CP2K = "3\n i = 0, time = 0.5, E = -17.2\nO 0 0 0\nH 0.96 0 0\nH 0 0.96 0\n"
+
+
+def test_trajectories_of_cp2k_lose_no_cell(caplog):
+    with caplog.at_level("INFO"):
+        (atoms,) = read(CP2K)
+    assert not atoms.pbc.any()
+    assert "Hartree" in caplog.text
+    two = CP2K.replace("3\n", "6\n", 1) + "O 9 0 0\nH 9.96 0 0\nH 9 0.96 0\n"
+    assert "no cell" in refused(two)
+    assert len(read(two.replace("-17.2", '-17.2 pbc="F F F"'))[0]) == 6
+    assert read(two.replace("-17.2", '-17.2 Lattice="9 0 0 0 9 0 0 0 9"'))[0].pbc.all()
+    with pytest.raises(DataError, match="forces or velocities"):
+        read_extxyz(CP2K, "run/WATER-frc-1.xyz")
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_packed_files_under_another_name(tmp_path, pack):
+    (tmp_path / "w.xyz").write_bytes(pack(WATER.encode()))
+    assert len(read_frames(tmp_path / "w.xyz")) == 1
+    (tmp_path / "w.xyz.gz").write_bytes(WATER.encode())  # a browser has unpacked it
+    assert len(read_frames(tmp_path / "w.xyz.gz")) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\x28\xb5\x2f\xfd" + bytes(9), "Zstandard"),
+        (bytes(257) + b"ustar" + bytes(250), "tar -xf"),
+        (b"PK\x03\x04" + bytes(99), "zip archive"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (b"<!DOCTYPE html>\n<html><title>404</title></html>", "a web page"),
+    ],
+)
+def test_what_is_no_data_says_what_it_is(tmp_path, content, words):
+    (tmp_path / "w.xyz").write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        read_frames(tmp_path / "w.xyz")
+    if words == "tar -xf":
+        (tmp_path / "w.tar.gz").write_bytes(gzip.compress(content))
+        with pytest.raises(DataError, match=words):
+            read_frames(tmp_path / "w.tar.gz")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 
 import pytest
 from ase.build import bulk, molecule
@@ -111,3 +112,17 @@ def test_missing_index_file(tmp_path):
 def test_long_lists_of_frames_are_cut():
     assert list_frames([4]) == "frame 4"
     assert list_frames(list(range(12))) == "frames 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more"
+
+
+def test_paths_that_are_no_files(tmp_path):
+    (tmp_path / "link.xyz").symlink_to("nowhere.xyz")
+    os.mkfifo(tmp_path / "pipe.xyz")
+    (tmp_path / "deepmd").mkdir()
+    (tmp_path / "deepmd" / "type.raw").write_text("0 1")
+    for name, words in (
+        ("link.xyz", "a link to nothing .'nowhere.xyz'"),
+        ("pipe.xyz", "a pipe or a device"),
+        ("deepmd", "DeePMD-kit.*dpdata"),
+    ):
+        with pytest.raises(DataError, match=words):
+            read_frames(tmp_path / name)

@@ -171,9 +171,9 @@ def test_a_name_that_no_frame_has_is_refused_with_the_way_to_forces_alone(tmp_pa
         read(tmp_path / "set.xyz", key="U0")
 
 
-def sets(*files, systems=None, start=None, **more):
+def sets(*files, systems=None, start=None, forces="auto", **more):
     def section(file):
-        targets = {"energy": {"quantity": "energy"}}
+        targets = {"energy": {"quantity": "energy", "forces": {"mode": forces}}}
         return {"systems": {"read_from": str(file), **(systems or {})}, "targets": targets}
 
     content = {"training_set": [section(file) for file in files], **more}
@@ -196,6 +196,16 @@ def test_a_file_of_isolated_atoms_beside_one_of_molecules_is_left_out(two_files,
     assert [len(s.numbers) for s in splits.validation] == [3]
     assert "all of 2 frames are isolated atoms" in caplog.text
     assert "atomic_baseline: {'energy': {1: -1.0, 8: -1.0}}" in caplog.text
+
+
+@pytest.mark.parametrize("start", [None, "base.ckpt"])
+def test_no_forces_are_asked_of_isolated_atoms_that_are_left_out(two_files, start, caplog):
+    with caplog.at_level(logging.INFO, "pet_finetune"):
+        splits = sets(*two_files, start=start, forces="on", validation_set=0.25)
+    assert [len(s.numbers) for s in splits.train] == [3] * 3
+    assert ("atomic_baseline" in caplog.text) == (start is None)
+    write(two_files[0], [alone(z) for z in "HO"])  # no energies either: nothing to offer
+    assert len(sets(*two_files, start=start, forces="on", validation_set=0.25).train) == 3
 
 
 def test_a_run_that_starts_from_a_model_is_offered_no_baselines(atoms_and_water, two_files, caplog):

@@ -279,3 +279,12 @@ def test_energies_without_van_der_waals_terms_go():
     line += "    w/o vdW =   -1.1"
     assert clean_outcar(line, "OUTCAR").split()[-1] == "-3.1"
     assert clean_outcar(line, "OUTCAR").split()[6] == "-3.1"
+
+
+def test_a_structure_without_an_energy_at_the_end_of_a_run_is_doubtful():
+    frames = [molecule("H2O") for _ in range(3)]
+    for atoms in frames[:2]:
+        atoms.calc = SinglePointCalculator(atoms, energy=-1.0)
+    assert list(doubtful_frames("gaussian-out", "x", frames)) == [2]
+    assert doubtful_frames("extxyz", "x", frames) == {}
+    assert doubtful_frames("gaussian-out", "x", frames[2:]) == {}

@@ -9,12 +9,8 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 from pet_finetune.config.load import parse_options
 from pet_finetune.errors import DataError
-from pet_finetune.inspection.reading import (
-    check_cells,
-    read_anyway,
-    sets_left_out,
-    target_of_file,
-)
+from pet_finetune.inspection.names import target_of_file
+from pet_finetune.inspection.reading import check_cells, read_anyway, sets_left_out
 from tiny_data import crystals, data_section, molecules, write_frames
 
 
@@ -149,6 +145,45 @@ def test_the_same_energy_under_two_names_is_no_question(tmp_path):
     section, findings = target_of_file(path)
     assert section["key"] == "dft_energy"
     assert [f.code for f in findings] == ["other-key"]
+
+
+def test_other_totals_beside_the_energy_are_named(tmp_path):
+    names = {"energy": 1.0, "REF_energy": 1.1, "same_energy": 1.0, "energy_per_atom": 0.3}
+    path = write_frames(tmp_path / "a.xyz", named(names, forces=("forces",)))
+    section, (finding,) = target_of_file(path)
+    assert section["key"] == "energy"
+    assert (finding.code, finding.severity) == ("other-labels", "warning")
+    assert finding.data == {"kind": "energy", "keys": ["REF_energy"]}
+
+
+@pytest.mark.parametrize(("gap", "found"), [(1.0, ["free-energy"]), (1e-4, [])])
+def test_a_free_energy_that_differs_is_noted(tmp_path, gap, found):
+    frames = molecules(2)
+    for k in range(2):
+        spoil(frames, k, free_energy=frames[k].calc.results["energy"] - gap)
+    path = write_frames(tmp_path / "a.xyz", frames)
+    assert [f.code for f in target_of_file(path)[1]] == found
+
+
+@pytest.mark.parametrize("names", [("gradient",), ("fx", "fy", "fz")])
+def test_columns_that_may_be_forces_are_named(tmp_path, names):
+    frames = named({"energy": 1.0})
+    for atoms in frames:
+        for name in names:
+            values = np.random.default_rng(0).random((len(atoms), 3))
+            atoms.arrays[name] = values if len(names) == 1 else values[:, 0]
+        atoms.arrays["magmoms"] = np.ones((len(atoms), 3))
+        atoms.arrays["charge"] = np.ones(len(atoms))
+    section, (finding,) = target_of_file(write_frames(tmp_path / "a.xyz", frames))
+    assert section["forces"] == "off"
+    assert (finding.code, finding.data) == ("other-columns", {"columns": list(names)})
+
+
+def test_stars_in_place_of_a_number_are_called_text(tmp_path):
+    frames = named({"energy": 1.0})
+    frames[1].info["energy"] = "*****"
+    _, findings = read_anyway(dataset(write_frames(tmp_path / "a.xyz", frames)))
+    assert [(f.code, f.where[0].numbers) for f in findings] == [("no-number", (1,))]
 
 
 def test_a_file_of_isolated_atoms_beside_others_is_noted_and_left_out(tmp_path):
