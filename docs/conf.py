@@ -33,6 +33,8 @@ napoleon_use_ivar = True
 
 html_theme = "furo"
 html_title = f"pet-finetune {version}"
+html_static_path = ["_static"]
+html_css_files = ["terminal.css"]
 
 
 def _write_options_reference() -> None:

@@ -10,7 +10,7 @@ import traceback
 
 import torch
 
-from pet_finetune import processes
+from pet_finetune import launchers, processes
 
 
 def free_port():
@@ -28,7 +28,7 @@ def together(count, function, *arguments, joins=True):
     pipes, children = [], []
     for rank in range(count):
         receiver, sender = context.Pipe(duplex=False)
-        launch = processes.Launch(rank, count, rank, "127.0.0.1", port, "torchrun")
+        launch = launchers.Launch(rank, count, rank, "127.0.0.1", port, "torchrun")
         child = context.Process(target=_run, args=(launch, sender, function, arguments, joins))
         child.start()
         sender.close()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from pet_finetune import processes
+from pet_finetune import launchers
 from pet_finetune.cli import main
 
 if __name__ == "__main__":
-    processes.quiet()
+    launchers.quiet()
     sys.exit(main())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pet_finetune import processes
+from pet_finetune import launchers, processes
 from pet_finetune.data import Loader
 from pet_finetune.data.loader import deal
 from pet_finetune.device import choose_device
@@ -27,11 +27,11 @@ SLURM = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1",
 
 
 def test_what_torchrun_says_is_heeded():
-    found = processes.find_launch(environment=TORCHRUN)
-    assert found == processes.Launch(5, 8, 1, "n0", 29500, "torchrun")
-    assert processes.find_launch(environment={**TORCHRUN, **SLURM}) == found
-    assert processes.find_launch(False, environment=TORCHRUN) is None
-    assert processes.find_launch(environment={**TORCHRUN, "WORLD_SIZE": "1"}) is None
+    found = launchers.find_launch(environment=TORCHRUN)
+    assert found == launchers.Launch(5, 8, 1, "n0", 29500, "torchrun")
+    assert launchers.find_launch(environment={**TORCHRUN, **SLURM}) == found
+    assert launchers.find_launch(False, environment=TORCHRUN) is None
+    assert launchers.find_launch(environment={**TORCHRUN, "WORLD_SIZE": "1"}) is None
 
 
 @pytest.mark.parametrize(
@@ -41,18 +41,18 @@ def test_what_torchrun_says_is_heeded():
 )  # fmt: skip
 def test_what_srun_says_is_heeded(hosts, first):
     environment = {**SLURM, "SLURM_JOB_NODELIST": hosts}
-    found = processes.find_launch(None, 1234, environment)
-    assert found == processes.Launch(5, 8, 1, first, 1234, "srun")
+    found = launchers.find_launch(None, 1234, environment)
+    assert found == launchers.Launch(5, 8, 1, first, 1234, "srun")
 
 
 def test_the_script_of_a_slurm_job_is_one_process():
     environment = {k: v for k, v in SLURM.items() if k != "SLURM_STEP_NUM_TASKS"}
-    assert processes.find_launch(environment=environment) is None
+    assert launchers.find_launch(environment=environment) is None
 
 
 def test_wanted_processes_that_nobody_started_are_refused():
     with pytest.raises(ConfigError, match=r"distributed: true, but neither torchrun nor srun"):
-        processes.find_launch(True, environment={})
+        launchers.find_launch(True, environment={})
 
 
 def test_two_processes_on_one_gpu_are_refused():

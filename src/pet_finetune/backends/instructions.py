@@ -163,14 +163,13 @@ class Recorder:
         out: Rows,
         column: int = 0,
         *,
-        turned: bool = False,
+        reversed_edges: bool = False,
         add: bool = False,
         factor: float = 1.0,
     ) -> Rows:
         """``factor * x``, or of the reversed edges, to columns of ``out``; put there or added."""
-        self._add(
-            _Op.TAKE, x, out, None, x.width, 0, int(turned), -1, column, int(add), number=factor
-        )
+        back = int(reversed_edges)
+        self._add(_Op.TAKE, x, out, None, x.width, 0, back, -1, column, int(add), number=factor)
         return out
 
     def embed(self, out: Rows, column: int, weight: Tensor, bias: Tensor) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from pet_finetune import processes
+from pet_finetune import launchers, processes
 from pet_finetune.errors import PetFinetuneError
 
 
 def main() -> int:
     """Train as the job says. Whoever started the processes shows an error."""
-    processes.quiet()
+    launchers.quiet()
     from pet_finetune.api import train_as_told
 
     try:

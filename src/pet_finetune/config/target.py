@@ -90,7 +90,7 @@ class CartesianType(Section):
 
 
 class TargetType(Section):
-    """How a target turns with the structure, when it is no scalar."""
+    """How a target rotates with the structure, when it is no scalar."""
 
     cartesian: CartesianType = Field(description="A vector or tensor in x, y, z components.")
 

@@ -71,7 +71,7 @@ class Loader:
             min_atoms_per_batch: with ``max_atoms_per_batch``, leave out batches with fewer atoms
                 (for that epoch).
             shuffle: draw a new order each epoch.
-            augment: turn (and maybe invert) each structure at random each epoch.
+            augment: rotate (and maybe invert) each structure at random each epoch.
             seed: seed of order and rotations, at least 0.
             dtype: float dtype of the batches.
 
@@ -369,7 +369,7 @@ def on_device(
 ) -> Iterator[LabelledBatch]:
     """The same batches in the same order, moved to a device and cast.
 
-    On a GPU the CPU would otherwise cut and turn a batch while the GPU waits for it: a thread
+    On a GPU the CPU would otherwise cut and rotate a batch while the GPU waits for it: a thread
     does that for one batch ahead, and puts it where the GPU reads it without stopping the CPU.
 
     Args:
@@ -423,7 +423,7 @@ class Beside:
         """Prepare to draw.
 
         Args:
-            loader: of the second set; its seed and whether it turns structures count, its batch
+            loader: of the second set; its seed and whether it rotates structures count, its batch
                 size and order do not.
             main: the loader whose batches are accompanied.
             fraction: part of all structures of a step that come from the second set, above 0 and

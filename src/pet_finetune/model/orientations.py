@@ -88,7 +88,7 @@ def copies(batch: Batch, rotations: Tensor) -> Batch:
 def predict_mean(
     batch: Batch, rotations: Tensor, predict: Callable[[Batch], AnyPrediction]
 ) -> AnyPrediction:
-    """What is predicted in several orientations, turned back, as a mean.
+    """What is predicted in several orientations, rotated back, as a mean.
 
     Args:
         batch: the structures.
@@ -108,8 +108,8 @@ def _mean(parts: Sequence[AnyPrediction], chunks: Sequence[Tensor]) -> AnyPredic
         if isinstance(first, Prediction):
             values[name] = _mean(each, chunks)
         elif isinstance(first, Tensor):
-            turned = zip(each, chunks, strict=True)
-            back = [_turned_back(name, value, some) for value, some in turned]
+            rotated = zip(each, chunks, strict=True)
+            back = [_turned_back(name, value, some) for value, some in rotated]
             axis = _AXES[name] - 1
             values[name] = torch.cat(back, axis).mean(axis)
     return replace(parts[0], **values)

@@ -318,14 +318,14 @@ class PET(Accelerated, nn.Module):
                 nodes = to.condition(nodes)
             if self.feedforward:
                 both = to.take(edges, to.buffer(Part.EDGES, 2 * options.d_pet))
-                to.take(edges, both, options.d_pet, turned=True)
+                to.take(edges, both, options.d_pet, reversed_edges=True)
                 total = to.take(messages, to.buffer(Part.EDGES, options.d_pet))
                 to.take(edges, total, add=True)
                 norm = cast("LayerNorm", self.combination_norms[index]).op()
                 messages = record_chain(to, self.combination_mlps[index], both, norm, total)
             else:
                 mixed = to.take(messages, to.buffer(Part.EDGES, options.d_pet), factor=0.5)
-                messages = to.take(edges, mixed, turned=True, add=True, factor=0.5)
+                messages = to.take(edges, mixed, reversed_edges=True, add=True, factor=0.5)
                 self._record_read_out(to, target, index, nodes, edges)
         if self.feedforward:
             self._record_read_out(to, target, 0, nodes, messages)

@@ -1,7 +1,7 @@
 """What predictions change by when a structure is rotated, as a loss.
 
-PET learns from rotated structures that energies do not change and forces turn along (Pozdnyakov and
-Ceriotti, arXiv:2305.19302). What is left of the difference between orientations is noise in MD
+PET learns from rotated structures that energies do not change and forces rotate along (Pozdnyakov
+and Ceriotti, arXiv:2305.19302). What is left of the difference between orientations is noise in MD
 (Langer, Pozdnyakov and Ceriotti, arXiv:2406.17747), and can be asked for directly.
 """
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from pet_finetune import processes
+from pet_finetune import launchers, processes
 from pet_finetune.config import Options
 from pet_finetune.config.named_runs import NamedRun
 from pet_finetune.config.yaml_file import read_yaml
@@ -95,7 +95,7 @@ def train_named(
     """
     check_files(runs)
     options = runs[0].loaded.options
-    launch = processes.find_launch(options.training.distributed, options.training.distributed_port)
+    launch = launchers.find_launch(options.training.distributed, options.training.distributed_port)
     device = choose_device(options.device, None if launch is None else launch.local_rank)
     with processes.joined(launch, device):
         setup_logging()

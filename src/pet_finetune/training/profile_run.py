@@ -25,7 +25,7 @@ _LONGEST_NAME = 48
 
 # What a user would look for, or could change, to make a stage shorter.
 _STAGES = {
-    "batch": "cut, turn and move the batch (batch_size)",
+    "batch": "cut, rotate and move the batch (batch_size)",
     "energies": "the network, forwards (size of the model, cutoff)",
     "derivatives": "forces and stress, by autograd (which of them is asked for)",
     "replay": "structures that the foundation knows (finetune.replay)",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from pet_finetune import processes
+from pet_finetune import launchers, processes
 from pet_finetune.checkpoint import load_checkpoint
 from pet_finetune.config import Options
 from pet_finetune.device import choose_device
@@ -65,7 +65,7 @@ def train(
     Raises:
         PetFinetuneError: any bad input, with one clear message.
     """
-    launch = processes.find_launch(options.training.distributed, options.training.distributed_port)
+    launch = launchers.find_launch(options.training.distributed, options.training.distributed_port)
     several = options.num_processes > 1 or (launch is not None and launch.size > 1)
     if several and restart is None and options.finetune.pretrain is not None:
         raise ConfigError(
