@@ -13,10 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pet_finetune.errors import CheckpointError, DataError, did_you_mean
+from pet_finetune.errors import DataError, did_you_mean
 
 __all__ = [
-    "check_checkpoint",
     "check_file",
     "check_room",
     "read_object",
@@ -185,28 +184,3 @@ def check_file(file: Path, what: str) -> None:
     absolute = "" if file.is_absolute() else f" (looked in {folder.resolve()})"
     missing = "" if folder.is_dir() else " The folder does not exist either."
     raise DataError(f"The {what} {str(file)!r} does not exist{absolute}.{missing}{near}")
-
-
-def check_checkpoint(path: Path) -> None:
-    """Refuse a path that is no file of a model, with the checkpoints beside it.
-
-    Args:
-        path: the path.
-
-    Raises:
-        CheckpointError: nothing is there, or a folder.
-    """
-    if path.is_dir():
-        if (path / "adapter_config.json").exists():
-            raise CheckpointError(
-                f"{path}: this is an adapter folder, and a checkpoint file is needed here. Give "
-                "the base checkpoint, and this folder as the adapter."
-            )
-        raise CheckpointError(
-            f"{path}: this is a folder, and a checkpoint file is needed here, e.g. "
-            f"{path / 'best_model.ckpt'}."
-        )
-    if not path.exists():
-        near = sorted(p.name for p in path.parent.glob("*.ckpt"))[:5]
-        there = f" Checkpoints in that folder: {', '.join(near)}." if near else ""
-        raise CheckpointError(f"{path}: no such checkpoint file.{there}")

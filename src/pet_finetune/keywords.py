@@ -312,11 +312,11 @@ def is_structures(given: Any) -> bool:
     return all(isinstance(one, Atoms) for one in given)
 
 
-def as_model(model: Model) -> str | Path | Potential:
+def as_model(model: Model) -> str | Potential:
     """A model as one that is evaluated."""
     if isinstance(model, AdaptedPotential):
         return model.potential
-    return model if isinstance(model, Potential) else Path(model)
+    return model if isinstance(model, Potential) else os.fspath(model)
 
 
 def checkpoint_of(model: Model, spare: Path) -> str:

@@ -22,6 +22,10 @@ test_set: 0.0
 """
 
 
+#: An address where nobody answers.
+_NOBODY = "http://127.0.0.1:9/model.ckpt"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -37,6 +41,20 @@ test_set: 0.0
         ("md here.ckpt nowhere.xyz", "'nowhere.xyz' does not exist"),
         ("info nowhere.ckpt", "nowhere.ckpt: no such checkpoint"),
         ("export nowhere.ckpt", "nowhere.ckpt: no such checkpoint"),
+        (f"train here.yaml -c {_NOBODY}", "cannot be fetched from 127.0.0.1:9"),
+        (
+            f"train here.yaml -r architecture.training.finetune.read_from={_NOBODY}",
+            "cannot be fetched from 127.0.0.1:9",
+        ),
+        (f"eval {_NOBODY} here.xyz", "cannot be fetched from 127.0.0.1:9"),
+        (f"eval here.yaml -c {_NOBODY}", "cannot be fetched from 127.0.0.1:9"),
+        (f"inspect here.xyz -c {_NOBODY}", "cannot be fetched from 127.0.0.1:9"),
+        (f"md {_NOBODY} here.xyz", "cannot be fetched from 127.0.0.1:9"),
+        (f"info {_NOBODY}", "cannot be fetched from 127.0.0.1:9"),
+        (f"export {_NOBODY}", "cannot be fetched from 127.0.0.1:9"),
+        (f"pretrain here.xyz -c {_NOBODY} -o new.ckpt", "cannot be fetched from 127.0.0.1:9"),
+        (f"adapter check here -c {_NOBODY}", "cannot be fetched from 127.0.0.1:9"),
+        (f"adapter merge here -c {_NOBODY} -o new", "cannot be fetched from 127.0.0.1:9"),
     ],
 )
 def test_a_misspelt_path_costs_no_import_of_torch(tmp_path, arguments, words):

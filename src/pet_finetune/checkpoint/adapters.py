@@ -100,7 +100,7 @@ def merge_adapter(directory: str | Path, checkpoint: str | Path, output: str | P
     base = load_checkpoint(checkpoint)
     install(base.model, adapter)
     provenance = {
-        "parent": Path(checkpoint).stem,
+        "parent": base.path.stem,
         "parent_fingerprint": adapter.fingerprint,
         "parent_provenance": base.provenance,
         "adapter": str(directory),

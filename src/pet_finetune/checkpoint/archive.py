@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from pet_finetune.errors import CheckpointError, damage_explained
-from pet_finetune.files import check_checkpoint
+from pet_finetune.hub import find_model
 
 from .safe_pickle import Inert, StoredTensor, read_pickle
 
@@ -40,13 +40,13 @@ class TorchArchive:
     """A file written by ``torch.save``; use as a context manager."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Open ``path`` and check that it is such an archive; nothing is unpickled yet.
+        """Open the file of a path or an address and check it; nothing is unpickled yet.
 
         Raises:
             CheckpointError: if the file is missing, a folder, unreadable, damaged or of another
                 kind; the message says which.
         """
-        self.path = Path(path)
+        self.path = find_model(path)
         self._zip = _open_zip(self.path)
         try:
             with damage_explained(self.damaged):
@@ -172,7 +172,6 @@ class TorchArchive:
 
 
 def _open_zip(path: Path) -> zipfile.ZipFile:
-    check_checkpoint(path)
     try:
         with path.open("rb") as file:
             start = file.read(64)

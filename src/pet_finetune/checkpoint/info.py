@@ -30,7 +30,7 @@ def describe_checkpoint(path: str | Path) -> tuple[Table, ...]:
     """
     checkpoint = load_checkpoint(path)
     model = checkpoint.model
-    size = Path(path).stat().st_size
+    size = checkpoint.path.stat().st_size
     main = Table(title=str(path), title_justify="left", show_header=False)
     main.add_column(style="bold")
     main.add_column(overflow="fold")

@@ -58,15 +58,15 @@ def load_checkpoint(path: str | os.PathLike[str], *, keep_adapter: bool = False)
     Nothing in the file is executed, and metatrain need not be installed.
 
     Args:
-        path: the file.
+        path: the file, or its address or name (:func:`~pet_finetune.hub.find_model`).
         keep_adapter: when the file is of an interrupted LoRA run, leave its adapter unmerged in
             order to train it further; otherwise it is merged into the weights.
 
     Raises:
         CheckpointError: with one line saying what the file is instead, or what is wrong.
     """
-    path = Path(path)
     with TorchArchive(path) as archive, damage_explained(archive.damaged):
+        path = archive.path
         content = archive.content()
         if is_native(content):
             native = read_native(archive, content, keep_adapter)
@@ -98,8 +98,9 @@ def load(path: str | os.PathLike[str]) -> AdaptedPotential:
     Raises:
         CheckpointError: as :func:`load_checkpoint`.
     """
-    adapted = AdaptedPotential(load_checkpoint(path).model)
-    adapted.source = Path(path)
+    checkpoint = load_checkpoint(path)
+    adapted = AdaptedPotential(checkpoint.model)
+    adapted.source = checkpoint.path
     return adapted
 
 

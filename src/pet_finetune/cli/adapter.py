@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .reading import check_models
+
 _EXAMPLES = """\
 examples:
   pet-finetune adapter info run/adapter
@@ -70,6 +72,7 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    check_models(arguments.checkpoint)
     from pet_finetune.api import check_adapters
 
     findings = check_adapters(arguments.folder, arguments.checkpoint)
@@ -79,6 +82,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
+    check_models(arguments.checkpoint)
     from pet_finetune.api import merge_adapter
 
     print(merge_adapter(arguments.folder, arguments.checkpoint, arguments.output))
@@ -86,6 +90,7 @@ def _merge(arguments: argparse.Namespace) -> int:
 
 
 def _combine(arguments: argparse.Namespace) -> int:
+    check_models(arguments.checkpoint)
     from pet_finetune.api import combine_adapters
 
     folder = combine_adapters(

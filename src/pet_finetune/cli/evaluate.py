@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pet_finetune.errors import ConfigError
 
 from . import named
-from .reading import add_reading_arguments, check_data, check_models, check_sets, systems_of
+from .reading import MODEL, add_reading_arguments, check_data, check_models, check_sets, systems_of
 
 if TYPE_CHECKING:
     from pet_finetune.api import EvaluationSettings, LabelNames
@@ -53,7 +53,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "files", nargs="*", help="with a model: files of structures, or one options file"
     )
-    parser.add_argument("-c", "--checkpoint", help="with an options file: the model")
+    parser.add_argument("-c", "--checkpoint", help=f"with an options file: the model, {MODEL}")
     parser.add_argument("--adapter", help="folder of an adapter of this model")
     parser.add_argument(
         "--target",

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from .reading import check_models
+from .reading import MODEL, check_models
 
 _EXAMPLES = """\
 examples:
@@ -26,7 +25,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checkpoint", help="ours or metatrain's")
+    parser.add_argument("checkpoint", help=MODEL)
     parser.add_argument(
         "-o",
         "--output",
@@ -65,7 +64,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Carry the command out."""
-    check_models(arguments.checkpoint)
+    (source,) = check_models(arguments.checkpoint)
     from pet_finetune.api import export_model, export_table, show
     from pet_finetune.log import setup_logging
 
@@ -73,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     ending = "_metatrain.ckpt" if arguments.format == "metatrain" else ".pt"
     outcome = export_model(
         arguments.checkpoint,
-        arguments.output or f"{Path(arguments.checkpoint).stem}{ending}",
+        arguments.output or f"{source.stem}{ending}",
         format=arguments.format,
         adapter=arguments.adapter,
         target=arguments.target,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from .reading import check_models
+from .reading import MODEL, check_models
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -15,7 +15,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="what is inside a checkpoint",
         description="Sizes, species, targets, cutoff, baselines and provenance of a checkpoint.",
     )
-    parser.add_argument("checkpoint", nargs="+", help="ours or metatrain's")
+    parser.add_argument("checkpoint", nargs="+", help=MODEL)
     parser.add_argument("--json", action="store_true", help="all of it, as JSON, a list of files")
     parser.set_defaults(run=run)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pet_finetune.errors import ConfigError
 
-from .reading import add_reading_arguments, check_data, check_models, check_sets, systems_of
+from .reading import MODEL, add_reading_arguments, check_data, check_models, check_sets, systems_of
 
 _EXAMPLES = """\
 examples:
@@ -37,7 +37,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="files of structures (the training data), and at most one options file (.yaml), "
         "which says how they are read and alone names the sets",
     )
-    parser.add_argument("-c", "--checkpoint", help="the foundation to compare with")
+    parser.add_argument("-c", "--checkpoint", help=f"the foundation to compare with: {MODEL}")
     parser.add_argument(
         "-r", "--override", action="append", default=[], metavar="KEY=VALUE",
         help="with an options file: change an option; may be repeated",

@@ -8,7 +8,7 @@ from typing import Any
 
 from pet_finetune.errors import ConfigError, DynamicsError
 
-from .reading import add_reading_arguments, check_data, check_models, systems_of
+from .reading import MODEL, add_reading_arguments, check_data, check_models, systems_of
 
 _STATE = "state.npz"
 _EXAMPLES = """\
@@ -65,7 +65,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checkpoint", nargs="?", help="ours or metatrain's")
+    parser.add_argument("checkpoint", nargs="?", help=MODEL)
     parser.add_argument("structure", nargs="?", help="any file ASE reads")
     parser.add_argument(
         "--adapter", action="append", default=[], metavar="DIR",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .reading import add_reading_arguments, check_data, check_models, systems_of
+from .reading import MODEL, add_reading_arguments, check_data, check_models, systems_of
 
 _EXAMPLES = """\
 examples:
@@ -41,7 +41,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("structures", help="any file ASE reads; its labels are not used")
-    parser.add_argument("-c", "--checkpoint", required=True, help="the foundation")
+    parser.add_argument("-c", "--checkpoint", required=True, help=f"the foundation: {MODEL}")
     parser.add_argument("-o", "--output", required=True, help="the checkpoint to write")
     parser.add_argument(
         "--teacher", metavar="NAME",

@@ -7,12 +7,22 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pet_finetune.files import check_checkpoint, check_file
+from pet_finetune.files import check_file
 
 if TYPE_CHECKING:  # pydantic takes longer to import than --help may take
     from pet_finetune.config.dataset import DatasetOptions
 
-__all__ = ["add_reading_arguments", "check_data", "check_models", "check_sets", "systems_of"]
+__all__ = [
+    "MODEL",
+    "add_reading_arguments",
+    "check_data",
+    "check_models",
+    "check_sets",
+    "systems_of",
+]
+
+#: How a model is given, for help texts.
+MODEL = "a file of ours or metatrain's, an address (https://, hf://) or a name such as pet-mad-s"
 
 
 def add_reading_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
@@ -48,15 +58,18 @@ def _types(text: str) -> dict[int, str]:
     return types
 
 
-def check_models(*checkpoints: str | Path | None) -> None:
-    """Refuse checkpoints that are not there.
+def check_models(*checkpoints: str | Path | None) -> list[Path]:
+    """The files of checkpoints, which are fetched where they are given by address or name.
 
     Raises:
-        CheckpointError: the first of them.
+        CheckpointError: one is not there.
     """
-    for checkpoint in checkpoints:
-        if checkpoint is not None:
-            check_checkpoint(Path(checkpoint))
+    from pet_finetune.hub import find_model
+    from pet_finetune.log import get_logger, setup_logging
+
+    if not get_logger().handlers:
+        setup_logging()  # of what is fetched
+    return [find_model(checkpoint) for checkpoint in checkpoints if checkpoint is not None]
 
 
 def check_data(*files: str | Path) -> None:

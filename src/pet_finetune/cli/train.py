@@ -9,7 +9,7 @@ from pathlib import Path
 from pet_finetune.errors import ConfigError, TrainingError
 
 from . import named
-from .reading import check_models, check_sets
+from .reading import MODEL, check_models, check_sets
 
 _LAST = "last.ckpt"
 _EXAMPLES = """\
@@ -33,9 +33,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("options", nargs="?", help="the options file, YAML")
-    parser.add_argument(
-        "-c", "--checkpoint", help="start a new run from the weights of this checkpoint"
-    )
+    parser.add_argument("-c", "--checkpoint", help=f"start a new run from these weights: {MODEL}")
     parser.add_argument(
         "--restart",
         metavar="auto|PATH",

@@ -233,7 +233,8 @@ class FinetuneOptions(Section):
     )
     read_from: Text | None = Field(
         default=None,
-        description="Checkpoint to start from. Null trains from scratch. `-c` sets it too.",
+        description="Checkpoint to start from: a path, an address (`https://`, `hf://`) or a name "
+        "such as `pet-mad-s`. Null trains from scratch. `-c` sets it too.",
     )
     config: FinetuneConfig = Field(default=FinetuneConfig(), description="Settings of the method.")
     inherit_heads: dict[Text, Text] = Field(

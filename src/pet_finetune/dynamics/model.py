@@ -8,6 +8,7 @@ from typing import Any
 
 from pet_finetune.calculator import PETCalculator
 from pet_finetune.committee.files import COMMITTEE_FILE
+from pet_finetune.hub import find_model
 
 __all__ = ["ModelChoice"]
 
@@ -64,6 +65,6 @@ class ModelChoice:
         """The same, to be found from any folder."""
         return replace(
             self,
-            checkpoint=str(Path(self.checkpoint).resolve()),
+            checkpoint=str(find_model(self.checkpoint).resolve()),
             adapters=tuple(str(Path(folder).resolve()) for folder in self.adapters),
         )

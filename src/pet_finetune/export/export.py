@@ -22,6 +22,7 @@ from pet_finetune.data.structure import Structure
 from pet_finetune.device import choose_dtype
 from pet_finetune.errors import ConfigError
 from pet_finetune.files import size_text
+from pet_finetune.hub import find_model
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 from pet_finetune.version import __version__
@@ -97,8 +98,9 @@ def export_model(
     """
     wanted = choose_dtype(dtype)
     format = _format(format, Path(output))
-    path = _output(Path(output), Path(checkpoint))
-    opened = load_checkpoint(checkpoint)
+    source = find_model(checkpoint)
+    path = _output(Path(output), source)
+    opened = load_checkpoint(source)
     potentials, of_adapter, calibration = _merged(opened.model, adapter)
     for potential in potentials if wanted is not None else ():
         potential.to(wanted)

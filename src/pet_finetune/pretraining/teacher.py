@@ -19,6 +19,7 @@ from pet_finetune.calculator import PETCalculator
 from pet_finetune.data.structure import DEFAULT_CHARGE_KEYS, DEFAULT_SPIN_KEYS, usual_integer
 from pet_finetune.errors import ConfigError, PetFinetuneError, did_you_mean
 from pet_finetune.extras import missing_extra
+from pet_finetune.hub import find_model, is_address
 
 from .explore import NAME, bare
 from .settings import DROPPED
@@ -136,7 +137,8 @@ def teacher_of(text: str, device: str = "auto") -> Teacher:
     """The teacher of a name.
 
     Args:
-        text: ``gfn2``, ``gfn1``, ``module:name``, or the path of a checkpoint.
+        text: ``gfn2``, ``gfn1``, ``module:name``, or the path, address or name of a
+            checkpoint.
         device: of a checkpoint.
 
     Raises:
@@ -145,10 +147,11 @@ def teacher_of(text: str, device: str = "auto") -> Teacher:
     """
     if text in TIGHT_BINDING:
         return _tight_binding(TIGHT_BINDING[text])
-    if Path(text).is_file():
-        calculator = PETCalculator(text, device=device)
+    if Path(text).is_file() or is_address(text):
+        path = find_model(text)
+        calculator = PETCalculator(path, device=device)
         known = set(calculator.model.species)
-        return Teacher(Path(text).name, lambda atoms: calculator, lambda asked: asked - known)
+        return Teacher(path.name, lambda atoms: calculator, lambda asked: asked - known)
     module, colon, name = text.partition(":")
     if colon and module and name:
         return _by_path(text, module, name)

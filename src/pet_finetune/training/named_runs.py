@@ -19,6 +19,7 @@ from pet_finetune.config.yaml_file import read_yaml
 from pet_finetune.device import choose_device
 from pet_finetune.errors import ConfigError, DataError, PetFinetuneError, did_you_mean
 from pet_finetune.files import read_object, read_table, size_text
+from pet_finetune.hub import is_address
 from pet_finetune.log import get_logger, setup_logging
 from pet_finetune.runs.changes import changed_options
 from pet_finetune.runs.folder import RunFolder, own_folder
@@ -190,7 +191,7 @@ def check_files(runs: Sequence[NamedRun]) -> None:
     problems = []
     for run in runs:
         for setting, path in _files(run.loaded.options):
-            if not Path(path).exists():
+            if not Path(path).exists() and not (setting == "base_model" and is_address(path)):
                 near = [entry.name for entry in Path(path).parent.glob("*")]
                 problems.append(
                     f"run '{run.name}': {setting}: '{path}' does not exist."

@@ -85,7 +85,7 @@ def read_start(options: Options) -> tuple[Potential, str, dict[str, Any]]:
     finetune, legacy = options.finetune, options.finetune.legacy_start
     if finetune.read_from is not None:
         checkpoint = load_checkpoint(finetune.read_from)
-        return checkpoint.model, Path(finetune.read_from).stem, checkpoint.provenance
+        return checkpoint.model, checkpoint.path.stem, checkpoint.provenance
     assert legacy is not None, "training from scratch starts from no model"
     model = load_oldest_start(
         legacy.model, legacy.all_species, legacy.self_contributions, options.model
