@@ -17,6 +17,7 @@ __all__ = [
     "label_kind",
     "output_name",
     "stress_key",
+    "weights_key",
 ]
 
 #: Names under which metatrain's models predict forces without a derivative, the newer one first.
@@ -150,10 +151,17 @@ def stress_key(target: str) -> str:
     return f"{target}/stress"
 
 
+def weights_key(label: str) -> str:
+    """Name of the weights of a label in the loss: one for each of its rows."""
+    return f"{label}/weights"
+
+
 def label_kind(label: str, kinds: Mapping[str, LabelKind]) -> LabelKind:
     """What a label is: as ``kinds`` says, else by its name, else a number for each structure."""
     if label in kinds:
         return kinds[label]
+    if label.endswith(weights_key("")):
+        return LabelKind(label_kind(label.removesuffix(weights_key("")), kinds).per_atom)
     if label.endswith(forces_key("")):
         return LabelKind(per_atom=True, rank=1)
     return LabelKind(rank=2) if label.endswith(stress_key("")) else LabelKind()

@@ -66,6 +66,11 @@ class GradientOptions(Section):
         description="Unit in the file, for instance `Hartree/Bohr` or `GPa`; empty means the unit "
         "of the energy over that of the length (of a stress: of the volume; of a virial: alone).",
     )
+    weight_key: OptionalText = Field(
+        default="",
+        description="Name in the file of weights in the loss, beside that of the target: one for "
+        "each structure, of forces also one for each atom. Empty: all count alike.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -158,6 +163,12 @@ class TargetOptions(Section):
     )
     num_subtargets: PositiveInt = Field(
         default=1, description="Number of scalars, vectors or tensors that make up a value."
+    )
+    weight_key: OptionalText = Field(
+        default="",
+        description="Name in the file of the weights that structures have in the loss, for "
+        "instance `config_weight`; those of forces and stress too. A structure without one counts "
+        "1. Empty: all count alike.",
     )
     description: OptionalText = Field(
         default="", description="Free text kept in the checkpoint, e.g. the level of theory."

@@ -10,10 +10,13 @@ from ase import Atoms
 from ase.data import chemical_symbols
 
 from pet_finetune.errors import DataError, SpeciesError
+from pet_finetune.log import get_logger
 
-from .structure import DEFAULT_CHARGE_KEYS, DEFAULT_SPIN_KEYS, Structure, usual_integer
+from .structure import DEFAULT_CHARGE_KEYS, DEFAULT_SPIN_KEYS, Structure, place, usual_integer
 
-__all__ = ["charge_and_spin", "check_atoms", "check_charges"]
+__all__ = ["charge_and_spin", "check_atoms", "check_charges", "log_odd_charges"]
+
+_logger = get_logger(__name__)
 
 
 def check_atoms(atoms: Atoms, species: Sequence[int]) -> None:
@@ -108,3 +111,18 @@ def check_charges(structures: Sequence[Structure], max_charge: int, max_spin: in
                 "are outside). Remove these structures; a model trained from scratch takes its "
                 "limits from max_charge and max_spin_multiplicity in architecture.model."
             )
+
+
+def log_odd_charges(structures: Sequence[Structure]) -> None:
+    """Say once which frames hold something else than an integer as charge or spin."""
+    odd = [structure for structure in structures if structure.odd]
+    if odd:
+        _logger.info(
+            "%s: charge or spin of %d of %d frames is not an integer (%s: %s), and not taken as "
+            "the one of the structure",
+            odd[0].source,
+            len(odd),
+            len(structures),
+            place(odd[0].index),
+            odd[0].odd,
+        )

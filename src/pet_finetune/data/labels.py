@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,12 +14,21 @@ from pet_finetune.errors import DataError, did_you_mean
 from pet_finetune.keys import TargetSpec
 
 from .files import list_frames
-from .structure import place
+from .structure import as_integer, place
 
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["Column", "Shape", "find_value", "shape_of", "to_forces", "to_scalar", "to_stress"]
+__all__ = [
+    "Column",
+    "Shape",
+    "find_value",
+    "shape_of",
+    "to_forces",
+    "to_scalar",
+    "to_stress",
+    "weights_of",
+]
 
 #: Makes an array of the expected shape of the raw one, given the number of atoms; raises
 #: ValueError with the shapes that are allowed.
@@ -57,6 +66,13 @@ def to_stress(raw: np.ndarray, num_atoms: int) -> np.ndarray:
         raise ValueError("(3, 3), (9,) or in Voigt order xx yy zz yz xz xy (6,)")
     matrix = raw.reshape(3, 3)
     return (matrix + matrix.T) / 2
+
+
+def _to_weights(raw: np.ndarray, num_atoms: int) -> np.ndarray:
+    """Weights in the loss: one number for the structure, or one for each atom."""
+    if raw.shape not in ((), (1,), (num_atoms,), (num_atoms, 1)):
+        raise ValueError(f"one number for the structure, or one for each atom, ({num_atoms},)")
+    return raw.reshape(num_atoms if raw.size == num_atoms else ())
 
 
 def shape_of(spec: TargetSpec) -> Shape:
@@ -155,6 +171,30 @@ class Column:
             )
         return values
 
+    def integers(self) -> list[int]:
+        """Whole numbers, such as charges, of the chosen frames.
+
+        Raises:
+            DataError: a frame has none, or something else.
+        """
+        integers = []
+        absent = []
+        for index in self.chosen:
+            raw = find_value(self.frames[index], self.key)
+            integer = None if raw is None else as_integer(raw)
+            if raw is None:
+                absent.append(index)
+            elif integer is None:
+                raise DataError(
+                    f"{place(index, self.source)}: the {self.what} ({self.key!r}) must be an "
+                    f"integer, found {raw!r}."
+                )
+            else:
+                integers.append(integer)
+        if absent:
+            raise self.missing(absent[0], len(absent))
+        return integers
+
     def missing(self, index: int, count: int) -> DataError:
         """The error for a frame that lacks the value.
 
@@ -212,3 +252,42 @@ def _names(atoms: Atoms) -> list[str]:
     arrays = [name for name in atoms.arrays if name not in _STRUCTURE_ARRAYS]
     results = [name for name, value in _results(atoms).items() if value is not None]
     return list(dict.fromkeys([*map(str, atoms.info), *arrays, *results]))
+
+
+def weights_of(
+    columns: Sequence[Column], values: Sequence[Tensor | None], per_atom: bool
+) -> list[Tensor | None]:
+    """Weights in the loss of the values of one label, float64.
+
+    Args:
+        columns: whose numbers are multiplied; a frame that lacks one counts 1.
+        values: of the chosen frames, None where a frame lacks the label.
+        per_atom: whether a value has a row for each atom: then so have the weights.
+
+    Returns:
+        For each frame with a value, weights of its rows, ``[n]``, or of the structure, ``[]``.
+
+    Raises:
+        DataError: no frame has the weights, or one is negative, or one for each atom where the
+            label has none.
+    """
+    weights: list[Tensor | None] = [
+        None if v is None else torch.ones(len(v) if per_atom else (), dtype=torch.float64)
+        for v in values
+    ]
+    for column in columns:
+        column = replace(column, shape=_to_weights)
+        found = column.read()
+        if all(weight is None for weight in found):
+            raise column.missing(column.chosen[0], len(column.chosen))
+        for k, (index, weight) in enumerate(zip(column.chosen, found, strict=True)):
+            own = weights[k]
+            if own is None or weight is None:
+                continue
+            where = f"{place(index, column.source)}: the {column.what} ({column.key!r})"
+            if (weight < 0).any():
+                raise DataError(f"{where} must not be negative, found {float(weight.min()):g}.")
+            if not per_atom and weight.numel() > 1:
+                raise DataError(f"{where} must be one number for the structure, not for each atom.")
+            weights[k] = own * (weight if per_atom else weight.reshape(()))
+    return weights

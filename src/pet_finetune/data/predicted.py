@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pet_finetune.errors import DataError, damage_explained
-from pet_finetune.keys import label_kind
+from pet_finetune.keys import label_kind, weights_key
 
 from .structure import Structure, place
 
@@ -137,7 +137,8 @@ class Predicted:
 def _labels(structures: Sequence[Structure]) -> dict[str, np.ndarray]:
     """Labels one after the other, NaN where a structure lacks one that others have."""
     labels = {}
-    for name in dict.fromkeys(name for s in structures for name in s.labels):
+    names = dict.fromkeys(name for s in structures for name in s.labels)
+    for name in (name for name in names if not name.endswith(weights_key(""))):
         known = next(s for s in structures if name in s.labels)
         kind = label_kind(name, known.kinds)
         shape = known.labels[name].shape[1:] if kind.per_atom else known.labels[name].shape

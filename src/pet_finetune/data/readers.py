@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from pet_finetune.config.dataset import DatasetOptions, ExtraDataOptions
+from pet_finetune.config.dataset import DatasetOptions, ExtraName
 from pet_finetune.config.target import GRADIENT_QUANTITIES, GradientOptions, TargetOptions
 from pet_finetune.errors import DataError
-from pet_finetune.keys import TargetSpec, forces_key, stress_key
+from pet_finetune.keys import TargetSpec, forces_key, stress_key, weights_key
 from pet_finetune.log import Watch, get_logger
 from pet_finetune.units import length_to_angstrom, to_own_unit
 
+from .computable import log_odd_charges
 from .files import frame_numbers, read_file
-from .labels import Column, Shape, find_value, shape_of, to_forces, to_scalar, to_stress
+from .labels import Column, Shape, find_value, shape_of, to_forces, to_scalar, to_stress, weights_of
 from .left_out import isolated_frames, log_isolated, without_unconverged
 from .stated_units import StatedUnits
-from .structure import Structure, as_integer, atoms_to_structure, place
+from .structure import Structure, atoms_to_structure
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -29,6 +30,8 @@ __all__ = ["read_structures"]
 _logger = get_logger(__name__)
 #: What files of forces alone lack, and options need not name.
 _USUAL = "energy"
+#: MACE's name of the weights of structures.
+_USUAL_WEIGHT = "config_weight"
 
 
 def read_structures(options: DatasetOptions, *, offer_baselines: bool = False) -> list[Structure]:
@@ -55,15 +58,14 @@ def read_structures(options: DatasetOptions, *, offer_baselines: bool = False) -
     _log_isolated(reading, offer_baselines)
     labels: list[dict[str, Tensor]] = [{} for _ in reading.chosen]
     for name, target in options.targets.items():
-        for label, values in _read_target(reading, name, target).items():
+        read = _read_target(reading, name, target)
+        for label, values in (read | _read_weights(reading, name, target, read)).items():
             for of_structure, value in zip(labels, values, strict=True):
                 if value is not None:
                     of_structure[label] = value
     specs = {name: target.spec(name) for name, target in options.targets.items()}
     kinds = {name: spec.label_kind for name, spec in specs.items() if not spec.is_energy}
-    charges = _read_integers(reading, options.extra_data.get("charge"), "charge")
-    multiplicity = options.extra_data.get("spin_multiplicity")
-    spins = _read_integers(reading, multiplicity, "spin_multiplicity")
+    charges, spins = _read_integers(reading, "charge"), _read_integers(reading, "spin_multiplicity")
     structures = []
     with Watch(f"converting {reading.source}", "frames", len(reading.chosen)) as watch:
         for position, index in enumerate(reading.chosen):
@@ -80,7 +82,7 @@ def read_structures(options: DatasetOptions, *, offer_baselines: bool = False) -
                 )
             )
             watch.step()
-    _log_odd_charges(structures)
+    log_odd_charges(structures)
     return structures
 
 
@@ -155,7 +157,7 @@ class _Reading:
 
 def _read_target(
     reading: _Reading, name: str, target: TargetOptions
-) -> Mapping[str, Sequence[Tensor | None]]:
+) -> dict[str, Sequence[Tensor | None]]:
     """All labels of one target, by label name, one value or None for each chosen frame."""
     _check_name(name)
     if not target.is_energy:
@@ -182,6 +184,44 @@ def _read_target(
     ]
     _check_energies(reading, column, labels)
     return labels
+
+
+def _read_weights(
+    reading: _Reading,
+    name: str,
+    target: TargetOptions,
+    labels: Mapping[str, Sequence[Tensor | None]],
+) -> dict[str, Sequence[Tensor | None]]:
+    """The weights that the options name for a target's labels, by the name of the weights.
+
+    Those of a target are those of its structures, and so of their forces and stress too.
+    """
+    stress = target.stress if target.stress.wanted else target.virial
+    own = {forces_key(name): target.forces, stress_key(name): stress}
+    weights: dict[str, Sequence[Tensor | None]] = {}
+    infos = (reading.frames[index].info for index in reading.chosen)
+    if not target.weight_key and any(info.get(_USUAL_WEIGHT, 1.0) != 1.0 for info in infos):
+        _logger.info(
+            "%s: %r is not used; `weight_key: %s` in the target takes it for the weights of "
+            "structures in the loss",
+            reading.source,
+            _USUAL_WEIGHT,
+            _USUAL_WEIGHT,
+        )
+    for label, values in labels.items():
+        options = own.get(label)
+        named = [(target.weight_key, target.read_from)]
+        if options is not None:
+            named.append((options.weight_key, options.read_from or target.read_from))
+        columns = [
+            reading.column(f"weights of {label!r}", source, key, to_scalar)
+            for key, source in named
+            if key
+        ]
+        if columns:
+            per_atom = target.per_atom or label == forces_key(name)
+            weights[weights_key(label)] = weights_of(columns, values, per_atom)
+    return weights
 
 
 def _check_energies(
@@ -346,51 +386,19 @@ def _log_isolated(reading: _Reading, offer_baselines: bool) -> None:
     log_isolated(reading.source, reading.isolated, total, offers)
 
 
-def _log_odd_charges(structures: Sequence[Structure]) -> None:
-    """Say once which frames hold something else than an integer as charge or spin."""
-    odd = [structure for structure in structures if structure.odd]
-    if odd:
-        _logger.info(
-            "%s: charge or spin of %d of %d frames is not an integer (%s: %s), and not taken as "
-            "the one of the structure",
-            odd[0].source,
-            len(odd),
-            len(structures),
-            place(odd[0].index),
-            odd[0].odd,
-        )
-
-
-def _check_name(name: str) -> None:
-    """Refuse names that are kept for the labels of an energy."""
-    if name.endswith((forces_key(""), stress_key(""))):
-        raise DataError(
-            f"Target {name!r}: the endings '/forces' and '/stress' are kept for the labels of an "
-            "energy. Choose another name."
-        )
-
-
-def _read_integers(
-    reading: _Reading, options: ExtraDataOptions | None, name: str
-) -> list[int | None]:
+def _read_integers(reading: _Reading, name: ExtraName) -> Sequence[int | None]:
     """Charges or multiplicities from a named place; None lets the usual names decide."""
+    options = reading.options.extra_data.get(name)
     if options is None:
         return [None] * len(reading.chosen)
     what = name.replace("_", " ")
-    column = reading.column(what, options.read_from, options.key or name, to_scalar)
-    integers: list[int | None] = []
-    absent = []
-    for index in reading.chosen:
-        raw = find_value(column.frames[index], column.key)
-        integer = None if raw is None else as_integer(raw)
-        if raw is None:
-            absent.append(index)
-        elif integer is None:
-            raise DataError(
-                f"{place(index, column.source)}: the {what} ({column.key!r}) must be an integer, "
-                f"found {raw!r}."
-            )
-        integers.append(integer)
-    if absent:
-        raise column.missing(absent[0], len(absent))
-    return integers
+    return reading.column(what, options.read_from, options.key or name, to_scalar).integers()
+
+
+def _check_name(name: str) -> None:
+    """Refuse names that are kept for the labels of an energy, and for weights."""
+    if name.endswith((forces_key(""), stress_key(""), weights_key(""))):
+        raise DataError(
+            f"Target {name!r}: the endings '/forces', '/stress' and '/weights' are kept for the "
+            "labels of an energy and their weights. Choose another name."
+        )

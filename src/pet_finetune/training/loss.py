@@ -2,7 +2,8 @@
 
 Errors are divided by the target's scale, so that weights mean the same for any set of data, and
 stress errors count as a virial per atom (stress x volume / atoms, eV), which has the size of the
-energies and forces. Labels that a structure lacks are left out of the mean.
+energies and forces. Labels that a structure lacks are left out of the mean. Where the data have
+weights (``weight_key``), each term is multiplied with that of its structure or atom.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from pet_finetune.config import LossStage, LossTerm, TargetLoss, TrainingOptions, first_epoch
 from pet_finetune.data.batch import LabelledBatch
-from pet_finetune.keys import forces_key, stress_key
+from pet_finetune.keys import forces_key, stress_key, weights_key
 from pet_finetune.model import Prediction, Property
 
 from .metrics import counted
@@ -99,7 +100,12 @@ def _mean_of_known(
     """
     errors = torch.where(known, errors, torch.zeros_like(errors))
     count = torch.as_tensor(batch.num_known(name)).clamp_min(1)
-    return _values(errors, term).sum() / count
+    values = _values(errors, term)
+    weights = batch.labels.get(weights_key(name))
+    if weights is not None:
+        rows = weights.nan_to_num(1.0).to(values)  # structures of a set without weights
+        values = values * rows.view(-1, *(1,) * (values.dim() - 1))
+    return values.sum() / count
 
 
 def batch_loss(

@@ -442,3 +442,49 @@ def test_real_sets_agree_with_ase(shared_dir, name, count, labels):
     if "energy/stress" in labels:
         stress = atoms.get_stress(voigt=False)
         np.testing.assert_allclose(structures[7].labels["energy/stress"], stress, atol=1e-15)
+
+
+def weighted(tmp_path, *of_atoms):
+    """Three crystals with weights; the last one has none of its own."""
+    frames = crystals()
+    for k, atoms in enumerate(frames):
+        atoms.calc = SinglePointCalculator(
+            atoms, energy=-1.0, forces=np.ones((2, 3)), stress=np.eye(3)
+        )
+        atoms.arrays["of_atoms"] = np.array([of_atoms or (1.0, 0.25)]).reshape(2)
+        if k < 2:
+            atoms.info["config_weight"] = 1.0 + k
+    write(tmp_path / "weighted.xyz", frames, format="extxyz")
+    return tmp_path / "weighted.xyz"
+
+
+def test_weights_of_structures_count_for_their_forces_and_stress(tmp_path):
+    path = weighted(tmp_path)
+    target = {"weight_key": "config_weight", "forces": {"weight_key": "of_atoms"}, "stress": "on"}
+    found = read_structures(options(path, {"energy": target}))
+    assert [float(s.labels["energy/weights"]) for s in found] == [1.0, 2.0, 1.0]
+    assert [s.labels["energy/forces/weights"].tolist() for s in found] == [
+        [1.0, 0.25], [2.0, 0.5], [1.0, 0.25],
+    ]  # fmt: skip
+    assert [float(s.labels["energy/stress/weights"]) for s in found] == [1.0, 2.0, 1.0]
+
+
+def test_weights_that_are_not_used_are_told_of(tmp_path, log):
+    log.set_level(logging.INFO, logger="pet_finetune")
+    found = read_structures(options(weighted(tmp_path), {"energy": {"forces": "on"}}))
+    assert not any(name.endswith("weights") for name in found[0].labels)
+    assert "`weight_key: config_weight`" in log.text
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ({"weight_key": "of_atoms"}, "one number for the structure"),
+        ({"weight_key": "confg_weight"}, "'confg_weight'.*Did you mean 'config_weight'"),
+        ({"forces": {"weight_key": "of_atoms"}}, "must not be negative, found -1"),
+    ],
+)
+def test_weights_that_mean_nothing_are_refused(tmp_path, target, message):
+    path = weighted(tmp_path, -1.0, 1.0) if "forces" in target else weighted(tmp_path)
+    with pytest.raises(DataError, match=message):
+        read_structures(options(path, {"energy": {"forces": "on", **target}}))

@@ -162,3 +162,22 @@ def test_a_prediction_that_is_nan_is_not_hidden(batch):
     forces[0, 0] = math.nan
     broken = Prediction(prediction.energy, prediction.atom_energies, forces, prediction.stress)
     assert math.isnan(loss_of(batch, broken, TargetLoss()))
+
+
+def test_weights_of_structures_and_atoms_multiply_their_terms(batch):
+    prediction, (energies, forces, _) = prediction_of(batch)
+    of_structures = torch.tensor([2.0, math.nan, 0.5], dtype=torch.float64)  # NaN: a set without
+    of_atoms = torch.linspace(0.0, 2.0, len(forces), dtype=torch.float64)
+    names = ("energy/weights", "energy/forces/weights", "energy/stress/weights")
+    given = dict(zip(names, (of_structures, of_atoms, of_structures), strict=True))
+    weighted = replace(batch, labels={**batch.labels, **given})
+    loss = TargetLoss(weight=1.0, forces=OFF, stress=OFF)
+    expected = np.mean([2.0, 1.0, 0.5] * (energies / ATOMS / SCALE) ** 2)
+    assert loss_of(weighted, prediction, loss) == pytest.approx(expected)
+    assert loss_of(batch, prediction, loss) != pytest.approx(expected)
+    loss = TargetLoss(weight=0.0, forces=LossTerm(weight=1.0), stress=OFF)
+    expected = np.mean(of_atoms.numpy()[:, None] * (forces / SCALE) ** 2)
+    assert loss_of(weighted, prediction, loss) == pytest.approx(expected)
+    loss = TargetLoss(weight=0.0, forces=OFF, stress=LossTerm(weight=1.0))
+    silicon = 0.5 * loss_of(batch, prediction, loss)
+    assert loss_of(weighted, prediction, loss) == pytest.approx(silicon)
