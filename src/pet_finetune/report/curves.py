@@ -13,7 +13,8 @@ import numpy as np
 
 from pet_finetune.extras import plotting
 
-from .figures import AFTER, BEFORE, MUTED, WARN, available, log_ticks, panel
+from . import figures
+from .figures import AFTER, BEFORE, MUTED, WARN, log_ticks, panel
 from .record import Epochs, Quantity, RunRecord
 
 __all__ = ["simulation_svg"]
@@ -167,7 +168,7 @@ def forgetting_curves(run: RunRecord) -> list[str]:
 
 def curves_html(run: RunRecord) -> str:
     """The learning curves of a run by themselves, for a notebook; empty without matplotlib."""
-    if not available():
+    if not figures.available():
         return ""
     css = resources.files(__package__).joinpath("page.css").read_text(encoding="utf-8")
     colours = css[css.index("{") + 1 : css.index("}")].strip()  # those of a light ground
