@@ -31,6 +31,7 @@ from pet_finetune.committee.committee import (
     to_numpy,
 )
 from pet_finetune.committee.files import Adapters
+from pet_finetune.committee.last_layer import fresh, with_uncertainty
 from pet_finetune.data.computable import charge_and_spin, check_atoms
 from pet_finetune.data.moving import Contacts, MovingAtoms, Origin
 from pet_finetune.device import check_forked, choose_device, choose_dtype
@@ -38,6 +39,7 @@ from pet_finetune.errors import AdapterError, ConfigError, DataError
 from pet_finetune.graph import Batch
 from pet_finetune.model import Potential, Prediction
 from pet_finetune.model.direct import DirectTargets, NonConservative, direct_targets, predict_direct
+from pet_finetune.model.last_layer import LastLayer
 from pet_finetune.model.orientations import orientations as make_orientations
 from pet_finetune.model.orientations import predict_mean
 from pet_finetune.model.static_inference import StaticEnergy
@@ -63,10 +65,13 @@ class PETCalculator(Calculator):
         adapters: several adapter folders, or the folder of a run with ``finetune.ensemble``: a
             committee. All properties are its mean, and there are those of
             :data:`COMMITTEE_PROPERTIES`.
-        spread: of a committee: ``"always"`` computes what each member says with everything else;
-            ``"on_demand"`` leaves forces and stress of the members until one of them, or their
-            uncertainty, is asked for, which then takes an evaluation of its own. That is faster
-            where the members share their first layers; where they do not, they are there anyway.
+        spread: when an uncertainty is computed. ``"always"`` computes what each member says with
+            everything else; ``"on_demand"`` leaves forces and stress of the members until one of
+            them, or their uncertainty, is asked for, which then takes an evaluation of its own.
+            That is faster where the members share their first layers; where they do not, they are
+            there anyway. Of a last layer (LLPR), ``"on_demand"`` leaves the energy's uncertainty
+            too. None is ``"always"`` for a committee, and for a last layer the energy's
+            uncertainty with everything else and its members' forces and stress on demand.
         target: the energy to use. Without it: the adapter's, else the only one there is, else
             ``energy``.
         non_conservative: True for forces and stress from the model's direct heads
@@ -97,7 +102,7 @@ class PETCalculator(Calculator):
         *,
         adapter: str | os.PathLike[str] | None = None,
         adapters: Adapters | None = None,
-        spread: Literal["always", "on_demand", "asked"] = "always",
+        spread: Literal["always", "on_demand", "asked"] | None = None,
         target: str | None = None,
         non_conservative: NonConservative = False,
         device: str | torch.device = "auto",
@@ -119,16 +124,15 @@ class PETCalculator(Calculator):
         if spread == "asked":
             warnings.warn('spread="asked" is now "on_demand"', DeprecationWarning, stacklevel=2)
             spread = "on_demand"
-        if spread not in ("always", "on_demand"):
+        if spread not in (None, "always", "on_demand"):
             raise ConfigError(f"spread: '{spread}' is not one of always, on_demand.")
-        self._spread_on_demand = spread == "on_demand"
+        self._spread = spread
         self._wanted_target = target
         self._wanted_direct: NonConservative = non_conservative
         self._adapted: AdaptedPotential | None = None
         potential: Potential | Committee
         if adapters is not None:
             potential = open_committee(model, adapters)
-            self.implemented_properties = [*self.implemented_properties, *COMMITTEE_PROPERTIES]
         else:
             self._adapted = open_adapted(model, adapter)
             potential = self._adapted.potential
@@ -139,6 +143,7 @@ class PETCalculator(Calculator):
         self._model = potential.eval().requires_grad_(False)
         self._target = self._choose_target()
         self._direct = self._choose_direct()
+        self._last_layer = self._choose_last_layer()
         self._conditioned = potential.hypers.system_conditioning
         self._moving = MovingAtoms(potential.cutoff, float(skin))
         self._static: StaticEnergy | None = None
@@ -235,6 +240,7 @@ class PETCalculator(Calculator):
         self._static = None
         self._target = self._choose_target()
         self._direct = self._choose_direct()
+        self._last_layer = self._choose_last_layer()
 
     def _choose_target(self) -> str:
         of_adapter = None if self._adapted is None else self._adapted.target
@@ -251,6 +257,46 @@ class PETCalculator(Calculator):
                 "direct heads were trained with its energy."
             )
         return direct_targets(self._model.targets, self._target, self._wanted_direct)
+
+    def _choose_last_layer(self) -> LastLayer | None:
+        """The uncertainty of the target's last layer; also what properties there are with it."""
+        layer, more = None, list(COMMITTEE_PROPERTIES)
+        if isinstance(self._model, Potential):
+            layer = fresh(self._model).get(self._target)
+            if layer is None:
+                more = []
+            elif not layer.num_members:
+                more = ["energy_uncertainty"]
+            elif self._direct is not None:  # members differ in the energy alone
+                more = ["energy_uncertainty", "energy_ensemble"]
+        self.implemented_properties = [*type(self).implemented_properties, *more]
+        return layer
+
+    def get_property(
+        self, name: str, atoms: Atoms | None = None, allow_calculation: bool = True
+    ) -> Any:
+        """ASE's; says of an uncertainty that there is not why.
+
+        Raises:
+            PropertyNotImplementedError: the model has no such property.
+        """
+        if name in COMMITTEE_PROPERTIES and name not in self.implemented_properties:
+            raise PropertyNotImplementedError(f"{name}: {self._why_not()}")
+        return super().get_property(name, atoms, allow_calculation)
+
+    def _why_not(self) -> str:
+        if self._last_layer is None:
+            return (
+                f"the model has no uncertainty of '{self._target}'. Committees of adapters have "
+                "one, and models with a last-layer uncertainty (LLPR; finetune.llpr: true) while "
+                "their weights are those that it was made for."
+            )
+        if self._last_layer.num_members:
+            return "members of a last layer differ in derivatives of the energy, not direct heads."
+        return (
+            "this last-layer uncertainty (LLPR) has no ensemble, so it is of energies alone. "
+            "finetune.llpr: {num_ensemble_members: 16} makes one."
+        )
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """What changed since the last calculation; counts charge and spin where they matter."""
@@ -305,9 +351,9 @@ class PETCalculator(Calculator):
         self.reset()  # nothing of the last structure is left should this one be refused
         check_forked(self._device)
         check_atoms(atoms, self._model.species)
-        members = not self._spread_on_demand or not OF_MEMBERS.isdisjoint(properties or ())
+        asked = frozenset(properties or ())
         with self._arena.reused():
-            prediction = self._predict_mean(self._batch(atoms), periodic, members)
+            prediction = self._predict_mean(self._batch(atoms), periodic, asked)
         super().calculate(atoms, properties, system_changes)
         assert prediction.forces is not None
         energy = float(prediction.energy[0])
@@ -322,21 +368,40 @@ class PETCalculator(Calculator):
         if isinstance(prediction, CommitteePrediction):
             self.results.update(committee_results(prediction))
 
-    def _predict_mean(self, batch: Batch, stress: bool, members: bool) -> Prediction:
+    def _predict_mean(self, batch: Batch, stress: bool, asked: frozenset[str]) -> Prediction:
         if len(self._rotations) == 1:
-            return self._predict(batch, stress, members)
-        return predict_mean(batch, self._rotations, lambda b: self._predict(b, stress, members))
+            return self._predict(batch, stress, asked)
+        return predict_mean(batch, self._rotations, lambda b: self._predict(b, stress, asked))
 
-    def _predict(self, batch: Batch, stress: bool, members: bool) -> Prediction:
+    def _predict(self, batch: Batch, stress: bool, asked: frozenset[str]) -> Prediction:
+        members = not OF_MEMBERS.isdisjoint(asked) or self._spread == "always"
         if isinstance(self._model, Committee):
+            members = members or self._spread is None
             return self._model.predict(batch, self._target, stress=stress, spread=members)
+        layer = self._last_layer
+        if self._spread == "on_demand" and asked.isdisjoint(COMMITTEE_PROPERTIES):
+            layer = None
+        prediction = self._without_spread(batch, stress, layer is not None)
+        if layer is None:
+            return prediction
+        members = members and self._direct is None
+        return with_uncertainty(self._model, batch, prediction, self._target, layer, members)
+
+    def _without_spread(self, batch: Batch, stress: bool, features: bool) -> Prediction:
+        assert isinstance(self._model, Potential)
         if self._direct is not None:
-            return predict_direct(self._model, batch, self._target, self._direct, stress)
+            return predict_direct(self._model, batch, self._target, self._direct, stress, features)
+        if features:
+            wanted = {self._target: (True, stress)}
+            found = self._model.predict_targets(batch, wanted, features_of=[self._target])
+            prediction = found[self._target]
+            assert isinstance(prediction, Prediction)
+            return prediction
         if self._static is None:
             self._static = StaticEnergy(self._model, self._target)
-        prediction = self._static.predict(batch, stress=stress)
-        if prediction is not None:
-            return prediction
+        known = self._static.predict(batch, stress=stress)
+        if known is not None:
+            return known
         return self._model.predict(batch, self._target, forces=True, stress=stress)
 
     def _batch(self, atoms: Atoms) -> Batch:

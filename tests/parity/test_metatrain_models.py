@@ -188,22 +188,3 @@ def test_charges_matter():
     named = [structures(charged)["ethanol"] for charged in (False, True)]
     plain, charged = reference(oracle, named, torch.float64).energies
     assert abs(plain - charged) > 1e-3
-
-
-def test_a_model_with_an_uncertainty_around_it_is_the_model(tmp_path: Path) -> None:
-    """As PET-MAD is published: metatrain's LLPR, with an ensemble, around a PET."""
-    from metatrain.llpr import LLPRUncertaintyModel
-    from metatrain.utils.architectures import get_default_hypers
-
-    pet = random_model(0)
-    options = {**get_default_hypers("llpr")["model"], "num_ensemble_members": {"energy": 3}}
-    wrapper = LLPRUncertaintyModel(options, pet.dataset_info)
-    wrapper.set_wrapped_model(pet)
-    content = wrapper.get_checkpoint()
-    content |= {"trainer_ckpt_version": 1, "train_hypers": {}, "best_metric": None}
-    torch.save(content, tmp_path / "wrapped.ckpt")
-    wrapped = load_checkpoint(tmp_path / "wrapped.ckpt")
-    plain = load_checkpoint(save(pet, tmp_path / "plain.ckpt"))
-    assert any("the model is used without it" in notice for notice in wrapped.notices)
-    for name, weight in plain.model.state_dict().items():
-        assert torch.equal(weight, wrapped.model.state_dict()[name]), name

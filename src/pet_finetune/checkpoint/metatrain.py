@@ -16,6 +16,7 @@ from pet_finetune.units import length_to_angstrom
 
 from .archive import TorchArchive
 from .build import build_potential, model_options
+from .llpr import LLPR, read_llpr
 from .plain import plain_value
 from .safe_pickle import Inert
 from .targets import usable_targets
@@ -24,7 +25,7 @@ from .upgrade import RawCheckpoint, merge_lora_layers, upgrade
 __all__ = ["MetatrainModel", "is_metatrain", "read_metatrain", "read_raw"]
 
 #: Architectures of metatrain that wrap another model: where it is, and what they add to it.
-_WRAPPERS = {"llpr": ("wrapped_model_checkpoint", "an uncertainty estimate")}
+_WRAPPERS = {LLPR: ("wrapped_model_checkpoint", "an uncertainty estimate")}
 
 _BACKEND = "backend."
 #: Parts of a state dict that say nothing the rest does not, or nothing about predictions.
@@ -61,7 +62,7 @@ def read_metatrain(archive: TorchArchive, content: Mapping[str, Any]) -> Metatra
     """
     where = str(archive.path)
     notices: list[str] = []
-    content = _unwrapped(content, where, notices)
+    wrapper, content = content, _unwrapped(content, where)
     written = _version(content, where)
     raw = upgrade(read_raw(archive, content, notices), where)
     info = _dataset_info(content, where)
@@ -88,6 +89,9 @@ def read_metatrain(archive: TorchArchive, content: Mapping[str, Any]) -> Metatra
         where=where,
     )
     _check_species_table(model, network, where)
+    if wrapper is not content:
+        factors = {stored.spec.name: stored.factor for stored in targets}
+        read_llpr(archive, wrapper, model, factors, notices)
     return MetatrainModel(model, _provenance(content, written), tuple(notices))
 
 
@@ -121,7 +125,7 @@ def read_raw(
     )
 
 
-def _unwrapped(content: Mapping[str, Any], where: str, notices: list[str]) -> Mapping[str, Any]:
+def _unwrapped(content: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """The model inside a wrapper, as metatrain takes it to fine-tune."""
     name = content.get("architecture_name")
     if name not in _WRAPPERS:
@@ -133,9 +137,6 @@ def _unwrapped(content: Mapping[str, Any], where: str, notices: list[str]) -> Ma
             f"{where}: this checkpoint is of '{name}', {addition} around another model, and holds "
             "no such model. Use the checkpoint it was made from."
         )
-    notices.append(
-        f"The file is of '{name}', {addition} around a model: the model is used without it."
-    )
     return inside
 
 

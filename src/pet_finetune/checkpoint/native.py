@@ -14,6 +14,8 @@ Opens with ``torch.load(path, weights_only=True)`` anywhere. Layout, version 1:
 ``scale``       for each target one number, in the target's unit
 ``relative``    of some properties, factors beside it, ``[n_species, num_subtargets]`` float64
 ``radii``       ZBL's covalent radii ``[n_species]``, Å, or None
+``uncertainty`` for targets that have one, the parts of its
+                :class:`~pet_finetune.model.last_layer.LastLayer`; absent in older files
 ``provenance``  where the weights come from: parent, options, data, versions
 ``adapter``     None, or the unmerged adapter of a run that can be resumed
 ``training``    None, or the optimiser and the rest of such a run
@@ -39,10 +41,12 @@ from pet_finetune.adapters.lora import is_adapter_tensor
 from pet_finetune.adapters.new_rows import grown_tables, merge_new_rows
 from pet_finetune.adapters.prompts import remove_prompts
 from pet_finetune.adapters.quantized import quantize_base
+from pet_finetune.committee.last_layer import fresh
 from pet_finetune.errors import CheckpointError, PetFinetuneError
 from pet_finetune.files import replacing
 from pet_finetune.keys import TargetSpec
 from pet_finetune.model import Potential
+from pet_finetune.model.last_layer import LastLayer
 from pet_finetune.nn.quantized import QUANTIZED_PART, dense_state
 
 from .archive import TorchArchive
@@ -132,6 +136,13 @@ def save_checkpoint(
             if (factors := model.scale.relative(name)) is not None
         },
         "radii": None if model.zbl is None else stored_tensor(model.zbl.covalent_radii),
+        "uncertainty": {
+            target: {
+                **{name: stored_tensor(values) for name, values in layer.named_buffers()},
+                "fingerprint": layer.fingerprint,
+            }
+            for target, layer in ({} if keep_adapter else fresh(model)).items()
+        },
         "provenance": plain_value(provenance or {}, "provenance", error),
         "adapter": adapter,
         "training": plain_value(training, "training", error, keep=(Tensor,)),
@@ -179,7 +190,7 @@ def _model(content: Mapping[str, Any], where: str) -> Potential:
         TargetSpec(**{name: value for name, value in spec.items() if name in known})
         for spec in content["targets"].values()
     ]
-    return build_potential(
+    model = build_potential(
         model_options(content["hypers"], where),
         content["species"],
         targets,
@@ -190,6 +201,9 @@ def _model(content: Mapping[str, Any], where: str) -> Potential:
         radii=content["radii"],
         where=where,
     )
+    for target, parts in content.get("uncertainty", {}).items():
+        model.set_uncertainty(target, LastLayer(**parts))
+    return model
 
 
 def _adapter_content(model: Potential) -> dict[str, Any]:

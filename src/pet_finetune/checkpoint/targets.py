@@ -32,6 +32,8 @@ class StoredTarget:
     scale: float
     #: ``[n_species, num_subtargets]`` float64, factors beside ``scale``; None where all are 1.
     relative: Tensor | None = None
+    #: The target's unit in the file, in ours.
+    factor: float = 1.0
 
 
 class _Unusable(Exception):
@@ -107,6 +109,7 @@ def _convert(
         composition=None if composition is None else composition * factor,
         scale=scale * factor,
         relative=relative,
+        factor=factor,
     )
 
 

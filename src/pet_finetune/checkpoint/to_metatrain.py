@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pet_finetune.committee.last_layer import fresh
 from pet_finetune.errors import CheckpointError
 from pet_finetune.keys import TargetSpec, base_name, direct_quantity, output_name
 from pet_finetune.model import Potential
 from pet_finetune.model.pet import HEAD_GROUPS
 
+from .llpr import wrapped_content
 from .native import save_content, stored_tensor
 from .upgrade import NEWEST_VERSION
 
@@ -116,6 +118,9 @@ def save_metatrain(
         "best_metric": None,
         "best_optimizer_state_dict": None,
     }
+    layers = fresh(model)
+    if layers:
+        content = wrapped_content(content, layers, targets, model.dtype)
     checked = None if check is None else lambda written: check(written, targets)
     save_content(path, content, pickle_module=_PICKLE, check=checked)
     return MetatrainFile(path, targets, tuple(notices))

@@ -68,6 +68,10 @@ class CommitteePrediction(Prediction):
     members: Prediction = field(kw_only=True)
     calibration: Calibration = field(kw_only=True)
 
+    def knows(self, kind: str) -> bool:
+        """Whether there is an uncertainty of ``energy``, ``forces`` or ``stress``."""
+        return getattr(self.members, kind) is not None
+
     def spread(self, kind: str) -> Tensor:
         """Standard deviation of each number over the members, a sample (n - 1).
 
@@ -293,10 +297,9 @@ OF_MEMBERS = frozenset(COMMITTEE_PROPERTIES) - {"energy_uncertainty", "energy_en
 def committee_results(prediction: CommitteePrediction) -> dict[str, Any]:
     """What :data:`COMMITTEE_PROPERTIES` names, for the one structure of a prediction."""
     members = prediction.members
-    results = {
-        "energy_uncertainty": float(prediction.uncertainty("energy")[0]),
-        "energy_ensemble": to_numpy(members.energy[:, 0]),
-    }
+    results: dict[str, Any] = {"energy_uncertainty": float(prediction.uncertainty("energy")[0])}
+    if len(members.energy):  # a last layer has an uncertainty without members, too
+        results["energy_ensemble"] = to_numpy(members.energy[:, 0])
     if members.forces is not None:
         # Of an atom, the root mean square over the components: the error to expect of each.
         forces = prediction.uncertainty("forces").square().mean(-1).sqrt()

@@ -65,7 +65,12 @@ def direct_targets(
 
 
 def predict_direct(
-    model: Potential, batch: Batch, energy: str, direct: DirectTargets, stress: bool
+    model: Potential,
+    batch: Batch,
+    energy: str,
+    direct: DirectTargets,
+    stress: bool,
+    features: bool = False,
 ) -> Prediction:
     """An energy with forces and stress, direct where they are to be.
 
@@ -78,13 +83,14 @@ def predict_direct(
         energy: which energy.
         direct: from :func:`direct_targets`.
         stress: whether a stress is wanted.
+        features: whether those of the energy come back too.
     """
     wanted = {energy: (direct.forces is None, stress and direct.stress is None)}
     if direct.forces is not None:
         wanted[direct.forces] = (False, False)
     if direct.stress is not None and stress:
         wanted[direct.stress] = (False, False)
-    found = model.predict_targets(batch, wanted)
+    found = model.predict_targets(batch, wanted, features_of=[energy] if features else [])
     prediction = found[energy]
     assert isinstance(prediction, Prediction)
     if direct.forces is not None:

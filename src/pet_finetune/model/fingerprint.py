@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
+from .pet import HEAD_GROUPS
 from .potential import Potential
 
 
@@ -18,14 +19,36 @@ def weights_fingerprint(model: Potential) -> str:
     Weights count as float32, so that a model opened in float64 keeps its name. Baselines and
     scales do not count: refitting them leaves the network what it was.
     """
-    digest = hashlib.sha256()
-    digest.update(repr(model.species).encode())
-    for name, value in sorted(model.network.state_dict().items()):
+    digest = hashlib.sha256(repr(model.species).encode())
+    _add(digest, model.network.state_dict().items())
+    return digest.hexdigest()
+
+
+def target_fingerprints(model: Potential, targets: Iterable[str]) -> dict[str, str]:
+    """For each target, SHA-256 of what its predictions depend on, as above.
+
+    The heads of other targets do not count.
+    """
+    body: list[tuple[str, torch.Tensor]] = []
+    heads: list[tuple[str, torch.Tensor]] = []
+    for name, value in model.network.state_dict().items():
+        (heads if name.startswith(HEAD_GROUPS) else body).append((name, value))
+    digest = hashlib.sha256(repr(model.species).encode())
+    _add(digest, body)
+    found = {}
+    for target in targets:
+        own = digest.copy()
+        _add(own, [(name, value) for name, value in heads if name.split(".")[1] == target])
+        found[target] = own.hexdigest()
+    return found
+
+
+def _add(digest: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    for name, value in sorted(weights, key=lambda named: named[0]):
         if value.is_floating_point():
             digest.update(name.encode())
             data = value.detach().to("cpu", torch.float32).contiguous()
             digest.update(data.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def content_digest(tensors: Mapping[str, torch.Tensor], values: Any) -> str:

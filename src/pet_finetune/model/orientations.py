@@ -33,7 +33,9 @@ ORIENTATIONS = (1, 2, 4, 12, 24)
 _MOST_ATOMS = 2000
 
 #: Where each quantity has its structures or atoms, from the end.
-_AXES = {"energy": -1, "atom_energies": -1, "forces": -2, "stress": -3}
+_AXES = {
+    "energy": -1, "atom_energies": -1, "forces": -2, "stress": -3, "features": -2, "sums": -2,
+}  # fmt: skip
 
 AnyPrediction = TypeVar("AnyPrediction", bound=Prediction)
 

@@ -5,7 +5,7 @@ taking that prefix off.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final, Optional, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 
 #: The parts of the network that belong to single targets.
 HEAD_GROUPS = ("node_heads", "edge_heads", "node_last_layers", "edge_last_layers")
+
+
+def features_key(target: str) -> str:
+    """Under which name :meth:`PET.forward` returns what the last layer of a target sees."""
+    return target + " (features)"
 
 
 class PET(Accelerated, nn.Module):
@@ -136,6 +141,11 @@ class PET(Accelerated, nn.Module):
                 for _ in range(self.num_readouts)
             )
         use_backend(self, self.chosen)
+
+    @property
+    def last_layer_width(self) -> int:
+        """How many numbers of each atom the last layer of a target sees."""
+        return 2 * self.options.d_head * self.num_readouts
 
     def head_modules(self, target: str) -> dict[str, nn.ModuleList]:
         """The four modules that belong to one target, by their path in the network."""
@@ -254,7 +264,11 @@ class PET(Accelerated, nn.Module):
         return nodes
 
     def forward(
-        self, batch: Batch, targets: list[str], predicts: bool = False
+        self,
+        batch: Batch,
+        targets: list[str],
+        predicts: bool = False,
+        features_of: Optional[list[str]] = None,  # noqa: UP045
     ) -> dict[str, Tensor]:
         """Raw per-atom outputs, [n_atoms, num_outputs] a target: unscaled, without baseline.
 
@@ -263,6 +277,9 @@ class PET(Accelerated, nn.Module):
             targets: which outputs.
             predicts: a promise that what comes back is differentiated once at most, and by the
                 edge vectors alone. It then takes less memory.
+            features_of: targets, of those, for which what the last layer sees comes back too, under
+                :func:`features_key`, [n_atoms, last_layer_width]: for each read-out the node's and
+                the sum over its edges, in metatrain's order.
         """
         neighborhood = self.neighborhood(batch)
         memory = self.memory(predicts)
@@ -278,12 +295,17 @@ class PET(Accelerated, nn.Module):
         ):
             if name in targets:
                 parts: list[Tensor] = []
+                seen: list[Tensor] = []
+                wanted = features_of is not None and name in features_of
                 for index, (node_head, edge_head, node_layers, edge_layers) in enumerate(
                     zip(node_heads, edge_heads, node_last, edge_last)  # noqa: B905
                 ):
                     on_nodes, on_edges = readouts[index]
-                    if torch.jit.is_scripting():
+                    if torch.jit.is_scripting() or wanted:
                         on_nodes, on_edges = node_head(on_nodes), edge_head(on_edges)
+                        if wanted:
+                            seen.append(on_nodes)
+                            seen.append(sum_over_edges(on_edges, neighborhood, num_atoms))
                         for layer in node_layers.values():
                             on_nodes = layer(on_nodes)
                         for layer in edge_layers.values():
@@ -294,6 +316,8 @@ class PET(Accelerated, nn.Module):
                     parts.append(on_nodes)
                     parts.append(sum_over_edges(on_edges, neighborhood, num_atoms))
                 outputs[name] = torch.stack(parts).sum(0)
+                if wanted:
+                    outputs[features_key(name)] = torch.cat(seen, dim=1)
         return outputs
 
     def memory(self, predicts: bool) -> int:

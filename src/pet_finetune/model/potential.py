@@ -9,7 +9,8 @@ positions and cell through them alone. Targets that are no energies: see :mod:`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +24,8 @@ from pet_finetune.profiling import stage
 
 from .composition import Composition, Scale
 from .inference import autograd_possible
-from .pet import HEAD_GROUPS, PET
+from .last_layer import LastLayer
+from .pet import HEAD_GROUPS, PET, features_key
 from .prediction import Prediction, Property, forces_of, property_of, stress_of
 from .species_rows import sources_of, with_more, without
 from .zbl import ZBL, covalent_radii
@@ -54,6 +56,9 @@ class Potential(nn.Module):
         self.zbl = ZBL(self.species, covalent_radii(self.species)) if hypers.zbl else None
         #: What :func:`pet_finetune.adapters.inject` put in, if anything.
         self.adapter: object | None = None
+        #: Last-layer uncertainties by target. They hold for the weights of their fingerprint: ask
+        #: :func:`pet_finetune.committee.last_layer.fresh`.
+        self.uncertainties = nn.ModuleDict()
         for target in targets:
             self.add_target(target)
 
@@ -98,11 +103,24 @@ class Potential(nn.Module):
         """Forget a target and its heads."""
         self.target(name)
         del self.targets[name]
+        if name in self.uncertainties:
+            del self.uncertainties[name]
         for group in HEAD_GROUPS:
             del getattr(self.network, group)[name]
         self.composition._buffers.pop(f"weights_{name}", None)
         self.scale._buffers.pop(f"factor_{name}", None)
         self.scale.set_relative(name, None)
+
+    def set_uncertainty(self, target: str, layer: LastLayer) -> None:
+        """Give a target an uncertainty.
+
+        Raises:
+            ValueError: it is of another number of features than the target's last layer sees.
+        """
+        width = self.network.last_layer_width
+        if layer.width != width:
+            raise ValueError(f"it is of {layer.width} features, and the last layer sees {width}")
+        self.uncertainties[self.target(target).name] = layer.to(self.device)
 
     def add_species(
         self, numbers: Iterable[int], like: Mapping[int, int] | None = None
@@ -267,6 +285,7 @@ class Potential(nn.Module):
         wanted: Mapping[str, tuple[bool, bool]],
         *,
         create_graph: bool = False,
+        features_of: Collection[str] = (),
     ) -> dict[str, Prediction | Property]:
         """Any targets from one pass through the network's body.
 
@@ -275,12 +294,17 @@ class Potential(nn.Module):
             wanted: for each target, whether forces and stress are to be derived from it; targets
                 that are no energies have none.
             create_graph: as for :meth:`predict`.
+            features_of: those whose predictions bring along what the last layer sees, as numbers.
         """
         with autograd_possible(self, batch) as recordable:
-            return self._predict_targets(recordable, wanted, create_graph)
+            return self._predict_targets(recordable, wanted, create_graph, features_of)
 
     def _predict_targets(
-        self, batch: Batch, wanted: Mapping[str, tuple[bool, bool]], create_graph: bool
+        self,
+        batch: Batch,
+        wanted: Mapping[str, tuple[bool, bool]],
+        create_graph: bool,
+        features_of: Collection[str],
     ) -> dict[str, Prediction | Property]:
         energies = {n: both for n, both in wanted.items() if self.target(n).is_energy}
         derive = any(forces or stress for forces, stress in energies.values())
@@ -289,7 +313,7 @@ class Potential(nn.Module):
         with torch.set_grad_enabled(derive or torch.is_grad_enabled()):
             vectors = batch.edge_vectors.detach().requires_grad_(derive)
             batch = batch._replace(edge_vectors=vectors)
-            outputs = self.network(batch, list(wanted), predicts)
+            outputs = self.network(batch, list(wanted), predicts, list(features_of) or None)
             repulsion = self._repulsion(batch)
             keep = create_graph or not derive
             results: dict[str, Prediction | Property] = {
@@ -314,6 +338,9 @@ class Potential(nn.Module):
                 if derive and not create_graph:
                     learned = learned.detach()  # its graph went with the derivative
                 results[name] = self._prediction(batch, name, learned, gradient, forces, stress)
+        for name in features_of:
+            seen = outputs[features_key(name)].detach()
+            results[name] = replace(results[name], features=seen)
         return {name: results[name] for name in wanted}
 
     def _property(

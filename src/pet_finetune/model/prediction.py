@@ -21,12 +21,14 @@ class Prediction:
         atom_energies: [n_atoms] float64, eV; they sum to ``energy``.
         forces: [n_atoms, 3], eV/Angstrom, or None.
         stress: [n_structures, 3, 3], eV/Angstrom^3, symmetric, zero without a 3D cell; or None.
+        features: what the last layer sees, [n_atoms, last_layer_width], where it is asked for.
     """
 
     energy: Tensor
     atom_energies: Tensor
     forces: Tensor | None = None
     stress: Tensor | None = None
+    features: Tensor | None = None
 
 
 def forces_of(batch: Batch, gradient: Tensor) -> Tensor:
@@ -54,10 +56,12 @@ class Property:
         spec: the target.
         values: [n_atoms, ...] or [n_structures, ...] with ``spec.shape`` behind, in ``spec.unit``;
             scalars in float64, vectors and tensors in the network's dtype.
+        features: as in :class:`Prediction`.
     """
 
     spec: TargetSpec
     values: Tensor
+    features: Tensor | None = None
 
 
 def property_of(

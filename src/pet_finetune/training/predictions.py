@@ -49,7 +49,7 @@ class PredictionRecorder:
                 if values is None:
                     continue
                 self._keep(key, values, per_atom)
-                if isinstance(prediction, CommitteePrediction):
+                if isinstance(prediction, CommitteePrediction) and prediction.knows(kind):
                     self._keep(key + SPREAD, prediction.spread(kind), per_atom)
 
     def _keep(self, name: str, values: Tensor, per_atom: bool) -> None:

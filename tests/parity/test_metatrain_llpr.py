@@ -1,0 +1,206 @@
+"""metatrain's LLPR against ours: reading, predicting, writing back, over the models' grid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ase
+import numpy as np
+import pytest
+import torch
+from ase.calculators.calculator import PropertyNotImplementedError
+
+from pet_finetune import PETCalculator
+from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
+from pet_finetune.checkpoint.llpr import uncertainty_name
+from pet_finetune.committee.last_layer import fresh
+from pet_finetune.errors import CheckpointError
+
+pytest.importorskip("metatrain", reason="metatrain comes with the test extra")
+from metatomic.torch import ModelOutput
+from metatrain.llpr import LLPRUncertaintyModel
+from metatrain_models import _system, random_model, save, structures
+from test_metatrain_models import ROWS, hypers_of
+from test_metatrain_targets import TARGETS
+
+NAMES = ("ethanol", "strained crystal", "surface and lone atom", "isolated atom")
+
+
+def wrapped(pet: Any, members: dict[str, int] | None = None) -> LLPRUncertaintyModel:
+    """An LLPR with random covariances around a PET, as if it had been calibrated."""
+    made = LLPRUncertaintyModel({"num_ensemble_members": members or {}}, pet.dataset_info)
+    made.set_wrapped_model(pet)
+    made.to(torch.float64)
+    for index, name in enumerate(pet.dataset_info.targets):
+        features = torch.randn(300, made.ll_feat_size, dtype=torch.float64)
+        made._get_covariance(uncertainty_name(name))[:] = features.T @ features
+        made._get_multiplier(uncertainty_name(name))[:] = 1.5 + index
+    made.compute_cholesky_decomposition(None)
+    made.generate_ensemble()
+    return made.eval()
+
+
+def save_llpr(model: LLPRUncertaintyModel, path: Path, **changes: Any) -> Path:
+    """Write a checkpoint as metatrain's trainer of LLPR does."""
+    content = model.get_checkpoint()
+    content |= {"trainer_ckpt_version": 1, "train_hypers": {}, "best_metric": None}
+    torch.save({**content, **changes}, path)
+    return path
+
+
+def theirs(
+    model: LLPRUncertaintyModel, atoms: ase.Atoms, target: str = "energy", kind: str = "system"
+) -> dict[str, np.ndarray]:
+    """What metatrain says: the uncertainty and, where there is one, the ensemble."""
+    name = uncertainty_name(target)
+    ensemble = name.replace("_uncertainty", "_ensemble")
+    outputs = {name: ModelOutput(sample_kind=kind)}
+    gradients = ["positions", "strain"] if kind == "system" else []
+    if ensemble in model.capabilities.outputs:
+        outputs[ensemble] = ModelOutput(sample_kind=kind, explicit_gradients=gradients)
+    system = _system(atoms, model.model, torch.float64)
+    found = {key: value.block() for key, value in model([system], outputs).items()}
+    result = {"uncertainty": found[name].values.detach().numpy()}
+    if ensemble in found:
+        result["ensemble"] = found[ensemble].values.detach().numpy()
+        if gradients:
+            slopes = found[ensemble].gradient("positions").values.detach().numpy()
+            result["forces"] = -np.moveaxis(slopes, 2, 0)
+            strain = found[ensemble].gradient("strain").values.detach().numpy()[0]
+            result["strain"] = np.moveaxis(strain, 2, 0)
+    return result
+
+
+@pytest.mark.parametrize("row", range(len(ROWS)))
+def test_uncertainties_are_metatrains(row: int, tmp_path: Path) -> None:
+    hypers, targets = hypers_of(ROWS[row])
+    oracle = wrapped(random_model(row, targets, **hypers), dict.fromkeys(targets, 3))
+    path = save_llpr(oracle, tmp_path / "wrapped.ckpt")
+    frames = structures(charged=hypers["system_conditioning"])
+    for target in targets:
+        calculator = PETCalculator(path, target=target, device="cpu", spread="always")
+        for name in NAMES:
+            atoms = frames[name].copy()
+            expected = theirs(oracle, atoms, target)
+            atoms.calc = calculator
+            atoms.get_potential_energy()
+            found = calculator.results
+            sure = expected["uncertainty"].item()
+            assert sure > 1e-3
+            assert found["energy_uncertainty"] == pytest.approx(sure, rel=1e-9), name
+            each = expected["ensemble"][0]
+            np.testing.assert_allclose(found["energy_ensemble"], each, rtol=1e-10)
+            assert each.std() > 1e-3
+            np.testing.assert_allclose(found["forces_ensemble"], expected["forces"], atol=1e-8)
+            spread = np.sqrt((expected["forces"].std(0, ddof=1) ** 2).mean(-1))
+            np.testing.assert_allclose(found["forces_uncertainty"], spread, atol=1e-8)
+            if atoms.pbc.all():
+                strain = expected["strain"]
+                stress = (strain + strain.transpose(0, 2, 1)) / (2 * atoms.get_volume())
+                voigt = stress[:, [0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
+                np.testing.assert_allclose(found["stress_ensemble"], voigt, atol=1e-9)
+
+
+def test_of_every_target(tmp_path: Path) -> None:
+    """Direct heads, vectors, properties of atoms: calibrated as metatrain's, and kept."""
+    pet = random_model(3, others=TARGETS)
+    oracle = wrapped(pet, {"energy": 2})
+    model = load_checkpoint(save_llpr(oracle, tmp_path / "wrapped.ckpt")).model
+    assert set(fresh(model)) == set(model.targets)
+    again = load_checkpoint(save_checkpoint(tmp_path / "ours.ckpt", model)).model
+    for name, layer in fresh(again).items():
+        for part, values in model.uncertainties[name].named_buffers():
+            assert torch.equal(values, layer.get_buffer(part)), (name, part)
+    direct = PETCalculator(
+        tmp_path / "ours.ckpt", device="cpu", non_conservative="forces", spread="always"
+    )
+    atoms = structures()["ethanol"]
+    atoms.calc = direct
+    expected = theirs(oracle, atoms)["uncertainty"].item()
+    assert direct.get_property("energy_uncertainty", atoms) == pytest.approx(expected, rel=1e-9)
+    with pytest.raises(PropertyNotImplementedError, match="not direct heads"):
+        direct.get_property("forces_uncertainty", atoms)
+
+
+def test_a_unit_of_the_file_is_that_of_its_uncertainty(tmp_path: Path) -> None:
+    oracle = wrapped(random_model(0, unit="kcal/mol"), {"energy": 3})
+    calculator = PETCalculator(save_llpr(oracle, tmp_path / "wrapped.ckpt"), device="cpu")
+    atoms = structures()["water"]
+    expected = theirs(oracle, atoms)
+    factor = ase.units.kcal / ase.units.mol
+    found = calculator.get_property("energy_uncertainty", atoms)
+    assert found == pytest.approx(factor * expected["uncertainty"].item(), rel=1e-7)
+    each = calculator.results["energy_ensemble"]
+    np.testing.assert_allclose(each, factor * expected["ensemble"][0], rtol=1e-7)
+
+
+def old_state(model: LLPRUncertaintyModel, version: int) -> dict[str, Any]:
+    """The state as formats 1 to 3 have it."""
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith("model.")}
+    for name in [name for name in state if name.startswith("cholesky_")]:
+        lower = state.pop(name)
+        state[name.replace("cholesky_", "inv_covariance_")] = torch.cholesky_inverse(lower)
+    if version < 3:
+        weights = state.pop("llpr_ensemble_layers.energy.weight")
+        state["energy_ensemble_weights"] = weights.T.contiguous()
+    return state
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_older_formats(version: int, tmp_path: Path) -> None:
+    oracle = wrapped(random_model(0), {"energy": 3})
+    state = old_state(oracle, version)
+    parts = {"state_dict": state} if version < 3 else {"model_state_dict": state}
+    content = {**oracle.get_checkpoint(), **parts, "model_ckpt_version": version}
+    for name in ("best_model_state_dict", *(("model_state_dict",) if version < 3 else ())):
+        content.pop(name)
+    torch.save(content, tmp_path / "old.ckpt")
+    calculator = PETCalculator(tmp_path / "old.ckpt", device="cpu", spread="always")
+    atoms = structures()["water"]
+    atoms.calc = calculator
+    atoms.get_potential_energy()
+    expected = theirs(oracle, atoms)
+    found = calculator.results
+    assert found["energy_uncertainty"] == pytest.approx(expected["uncertainty"].item(), rel=1e-9)
+    np.testing.assert_allclose(found["energy_ensemble"], expected["ensemble"][0], rtol=1e-10)
+
+
+def test_one_that_was_never_calibrated_is_left_out(tmp_path: Path) -> None:
+    pet = random_model(0)
+    fallow = LLPRUncertaintyModel({"num_ensemble_members": {"energy": 3}}, pet.dataset_info)
+    fallow.set_wrapped_model(pet)
+    opened = load_checkpoint(save_llpr(fallow, tmp_path / "wrapped.ckpt"))
+    plain = load_checkpoint(save(pet, tmp_path / "plain.ckpt"))
+    assert any("the model is used without it" in notice for notice in opened.notices)
+    assert not opened.model.uncertainties
+    for name, weight in plain.model.state_dict().items():
+        assert torch.equal(weight, opened.model.state_dict()[name]), name
+
+
+def test_what_does_not_fit(tmp_path: Path) -> None:
+    oracle = wrapped(random_model(0), {"energy": 3})
+    good = {k: v for k, v in oracle.state_dict().items() if not k.startswith("model.")}
+
+    def opened(**changes: Any) -> Any:
+        state = {**good, **changes}
+        state = {k: v for k, v in state.items() if v is not None}
+        path = save_llpr(oracle, tmp_path / "m.ckpt", best_model_state_dict=state)
+        return load_checkpoint(path)
+
+    ensemble = {"llpr_ensemble_layers.energy.weight": torch.ones(3, 5)}
+    strange = opened(**ensemble)
+    assert any("the shape (3, 5) and not members x 16" in notice for notice in strange.notices)
+    assert strange.model.uncertainties["energy"].num_members == 0
+    other = opened(**{"multiplier_mtt::aux::gap_uncertainty": torch.ones(1)})
+    assert any("no such target is used" in notice for notice in other.notices)
+    wrong = {
+        "multiplier_energy_uncertainty": torch.ones(2),
+        "covariance_energy_uncertainty": torch.eye(7),
+        "cholesky_energy_uncertainty": -good["cholesky_energy_uncertainty"],
+    }
+    for name, value in wrong.items():
+        with pytest.raises(CheckpointError, match="the uncertainty of 'energy'"):
+            opened(**{name: value})
+    with pytest.raises(CheckpointError, match="formats 1 to 4 are known"):
+        load_checkpoint(save_llpr(oracle, tmp_path / "new.ckpt", model_ckpt_version=5))
