@@ -15,6 +15,8 @@ from pet_finetune.adapters import AdapterConfig, inject, merged_copy
 from pet_finetune.config import ModelOptions
 from pet_finetune.keys import TargetSpec
 from pet_finetune.model import Potential
+from pet_finetune.model.fingerprint import target_fingerprints
+from pet_finetune.model.last_layer import LastLayer, cholesky_of
 
 SPECIES = (1, 6, 8, 14)
 SMALL: dict[str, Any] = {
@@ -114,6 +116,20 @@ def property_potential(seed: int = 0, **hypers: Any) -> Potential:
             factors = 0.5 + torch.rand(len(SPECIES), spec.num_subtargets, dtype=torch.float64)
             model.scale.set_relative(spec.name, factors)
     return model.eval()
+
+
+def with_last_layer(model: Potential, target: str = "energy", members: int = 3) -> Potential:
+    """Give a model a random last-layer uncertainty (LLPR), in place."""
+    width = model.network.last_layer_width
+    draw = torch.Generator().manual_seed(7)
+    features = torch.randn(5 * width, width, generator=draw, dtype=torch.float64)
+    covariance = features.T @ features
+    weights = torch.randn(members, width, generator=draw, dtype=torch.float64)
+    fingerprint = target_fingerprints(model, [target])[target]
+    model.set_uncertainty(
+        target, LastLayer(covariance, cholesky_of(covariance), 1.7, weights, fingerprint)
+    )
+    return model
 
 
 def trained_adapter(model: Potential, seed: int = 1, **config: Any) -> Potential:

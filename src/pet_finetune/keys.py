@@ -17,6 +17,7 @@ __all__ = [
     "label_kind",
     "output_name",
     "stress_key",
+    "uncertainty_key",
     "weights_key",
 ]
 
@@ -154,6 +155,11 @@ def stress_key(target: str) -> str:
 def weights_key(label: str) -> str:
     """Name of the weights of a label in the loss: one for each of its rows."""
     return f"{label}/weights"
+
+
+def uncertainty_key(target: str) -> str:
+    """Name under which predictions hold the uncertainty of energy ``target``, eV."""
+    return f"{target}_uncertainty"
 
 
 def label_kind(label: str, kinds: Mapping[str, LabelKind]) -> LabelKind:

@@ -16,10 +16,13 @@ from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
 from pet_finetune.checkpoint.llpr import uncertainty_name
 from pet_finetune.committee.last_layer import fresh
 from pet_finetune.errors import CheckpointError
+from pet_finetune.export.export import export_model
+from pet_finetune.units import to_own_unit
 
 pytest.importorskip("metatrain", reason="metatrain comes with the test extra")
 from metatomic.torch import ModelOutput
 from metatrain.llpr import LLPRUncertaintyModel
+from metatrain.utils.io import load_model, model_from_checkpoint
 from metatrain_models import _system, random_model, save, structures
 from test_metatrain_models import ROWS, hypers_of
 from test_metatrain_targets import TARGETS
@@ -164,6 +167,40 @@ def test_older_formats(version: int, tmp_path: Path) -> None:
     found = calculator.results
     assert found["energy_uncertainty"] == pytest.approx(expected["uncertainty"].item(), rel=1e-9)
     np.testing.assert_allclose(found["energy_ensemble"], expected["ensemble"][0], rtol=1e-10)
+
+
+@pytest.mark.parametrize("members", [0, 3])
+def test_it_goes_back_to_metatrain(members: int, tmp_path: Path) -> None:
+    """Round trips change no uncertainty, for metatrain and for us, of any target."""
+    sizes = dict.fromkeys(("energy", "mtt::other_level"), members) if members else {}
+    pet = random_model(5, ("energy", "mtt::other_level"), others=TARGETS)
+    oracle = wrapped(pet, sizes)
+    first = load_checkpoint(save_llpr(oracle, tmp_path / "theirs.ckpt")).model
+    path = tmp_path / "back.ckpt"
+    written = export_model(save_checkpoint(tmp_path / "ours.ckpt", first), path)
+    assert written.format == "metatrain"
+    back = load_model(path)
+    assert isinstance(back, LLPRUncertaintyModel)
+    back.eval()
+    atoms = structures()["strained crystal"]
+    for target in pet.dataset_info.targets:
+        kind = pet.dataset_info.targets[target].sample_kind
+        new = next(new for new, old in written.outputs.items() if old == target)
+        before, after = theirs(oracle, atoms, target, kind), theirs(back, atoms, new, kind)
+        assert before.keys() == after.keys()
+        # It is in the unit that pet-finetune has.
+        unit = pet.dataset_info.targets[target].unit
+        factor = to_own_unit(first.target(target).quantity, unit)
+        for name, values in before.items():
+            np.testing.assert_allclose(after[name], factor * values, rtol=1e-12, atol=1e-12)
+    again = load_checkpoint(path).model
+    for name, layer in fresh(again).items():
+        old = first.uncertainties[name if name in first.uncertainties else name[5:]]
+        for part, values in old.named_buffers():
+            assert torch.equal(values, layer.get_buffer(part)), (name, part)
+    back.export()
+    trained = model_from_checkpoint(torch.load(path, weights_only=False), "finetune")
+    assert isinstance(trained, type(pet))
 
 
 def test_one_that_was_never_calibrated_is_left_out(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models import ethanol, random_potential, trained_adapter
+from models import ethanol, random_potential, trained_adapter, with_last_layer
 from pet_finetune.adapters import load_adapter, save_adapter
 from pet_finetune.adapters.files import CONFIG_FILE, WEIGHTS_FILE, read_metadata
 from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
@@ -59,7 +59,8 @@ def of_checkpoint(path: Path) -> torch.Tensor:
     model = opened.model
     beside = {name: model.composition.get(name) for name in model.targets}
     scales = {name: model.scale.get(name) for name in model.targets}
-    return numbers([dict(model.network.state_dict()), beside, scales, opened.training or {}])
+    sure = dict(model.uncertainties.named_buffers())
+    return numbers([dict(model.network.state_dict()), beside, scales, sure, opened.training or {}])
 
 
 def of_adapter(folder: Path) -> torch.Tensor:
@@ -85,6 +86,10 @@ class Kind:
 
 def ours(folder: Path) -> Path:
     return save_checkpoint(folder / "model.ckpt", random_potential(), provenance={"parent": "x"})
+
+
+def uncertain(folder: Path) -> Path:
+    return save_checkpoint(folder / "sure.ckpt", with_last_layer(random_potential()))
 
 
 def resumable(folder: Path) -> Path:
@@ -127,6 +132,7 @@ def committee(folder: Path) -> Path:
 
 KINDS = {
     "ours": Kind(ours, of_checkpoint),
+    "uncertainty": Kind(uncertain, of_checkpoint),
     "last.ckpt": Kind(resumable, of_checkpoint),
     "metatrain": Kind(of_metatrain, of_checkpoint),
     "adapter weights": Kind(adapter, of_adapter, WEIGHTS_FILE),

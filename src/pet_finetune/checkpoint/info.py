@@ -11,8 +11,10 @@ from ase.data import chemical_symbols
 from rich.markup import escape
 from rich.table import Table
 
+from pet_finetune.committee.last_layer import fresh
 from pet_finetune.config import ModelOptions
 from pet_finetune.files import size_text
+from pet_finetune.model import Potential
 
 from . import load_checkpoint, weights_fingerprint
 
@@ -44,6 +46,11 @@ def describe_checkpoint(path: str | Path) -> tuple[Table, ...]:
         "network": _changed(hypers),
         "fingerprint": weights_fingerprint(model),
     }
+    if model.uncertainties:
+        rows["uncertainty"] = "; ".join(
+            f"{target} (last layer, {facts['members'] or 'no'} members)"
+            for target, facts in _uncertainties(model).items()
+        )
     for name, value in rows.items():
         main.add_row(name, value)
     targets = Table(title="targets", title_justify="left")
@@ -53,6 +60,14 @@ def describe_checkpoint(path: str | Path) -> tuple[Table, ...]:
         scale = f"{float(model.scale.get(spec.name)):.6g}"
         targets.add_row(spec.name, spec.form, spec.quantity, spec.unit, scale, spec.description)
     return main, targets, _baselines(checkpoint.model), _family(checkpoint.provenance)
+
+
+def _uncertainties(model: Potential) -> dict[str, dict[str, Any]]:
+    """What last-layer uncertainties (LLPR) there are, by target."""
+    return {
+        target: {"kind": "llpr", "factor": float(layer.multiplier), "members": layer.num_members}
+        for target, layer in fresh(model).items()
+    }
 
 
 def _changed(hypers: ModelOptions) -> str:
@@ -158,5 +173,6 @@ def checkpoint_facts(path: str | Path) -> dict[str, Any]:
         "targets": {name: asdict(spec) for name, spec in model.targets.items()},
         "scale": {name: float(model.scale.get(name)) for name in model.targets},
         "baselines": {name: model.composition.get(name).tolist() for name in model.targets},
+        "uncertainties": _uncertainties(model),
         "provenance": checkpoint.provenance,
     }

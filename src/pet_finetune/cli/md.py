@@ -30,7 +30,8 @@ _SETTINGS: dict[str, tuple[type, str, str]] = {
     "stop_uncertainty": (
         float,
         "X",
-        "with a committee: stop when the force on an atom is uncertain by more than X eV/A",
+        "with a committee or a last-layer ensemble (LLPR): stop when the force on an atom is "
+        "uncertain by more than X eV/A",
     ),
     "max_temperature": (
         float,

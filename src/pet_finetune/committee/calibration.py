@@ -18,7 +18,7 @@ from pet_finetune.data.loader import on_device
 from pet_finetune.extras import plotting
 from pet_finetune.keys import forces_key, stress_key
 
-from .committee import Committee
+from .committee import Committee, CommitteePrediction
 
 #: Confidence levels of a coverage curve, those of the uncertainty toolbox.
 LEVELS = np.linspace(0.0, 1.0, 100)
@@ -53,14 +53,18 @@ class Deviations:
         variance = float(np.mean(self.spreads**2))
         return math.sqrt(float(np.mean(self.errors**2)) / variance) if variance > 0.0 else 1.0
 
+    def within(self, widths: float) -> float:
+        """Which part of the errors is at most so many uncertainties large."""
+        return float(np.mean(np.abs(self.errors) <= widths * self.spreads))
+
     def coverage(self) -> np.ndarray:
         """Which part of the errors lies within the central interval of each of :data:`LEVELS`.
 
         Intervals are those of a normal distribution around the mean, [n_levels].
         """
-        normal, sizes = NormalDist(), np.abs(self.errors)
+        normal = NormalDist()
         widths = [normal.inv_cdf(0.5 + 0.5 * level) for level in LEVELS[:-1].tolist()]
-        inside = [float(np.mean(sizes <= width * self.spreads)) for width in widths]
+        inside = [self.within(width) for width in widths]
         return np.array([*inside, 1.0])  # the last interval is endless
 
 
@@ -79,35 +83,57 @@ def miscalibration_area(observed: np.ndarray, expected: np.ndarray = LEVELS) -> 
     return float(np.sum(0.5 * steps * np.where(crossing, triangles, sizes)))
 
 
+class Comparison:
+    """Errors beside spreads, gathered batch by batch."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}
+
+    def add(self, batch: LabelledBatch, predictions: Mapping[str, object]) -> None:
+        """Compare with the labels what predictions of committees and last layers say.
+
+        Args:
+            batch: with labels.
+            predictions: by target; those without a spread are passed over.
+        """
+        atoms = batch.graph.atoms_per_structure
+        for name, prediction in predictions.items():
+            if not isinstance(prediction, CommitteePrediction):
+                continue
+            keys = {"energy": name, "forces": forces_key(name), "stress": stress_key(name)}
+            for kind, key in keys.items():
+                label, mean = batch.labels.get(key), getattr(prediction, kind)
+                if label is None or mean is None or not prediction.knows(kind):
+                    continue
+                error, spread = mean - label, prediction.spread(kind)
+                if kind == "energy":
+                    error, spread = error / atoms, spread / atoms
+                known = ~label.isnan()
+                self._found.setdefault((name, kind), []).append((error[known], spread[known]))
+
+    def of(self, target: str) -> dict[str, Deviations]:
+        """What was found for a target, by kind: energies per atom, components of the others."""
+        return {
+            kind: Deviations(*(_numpy(torch.cat(values)) for values in zip(*parts, strict=True)))
+            for (name, kind), parts in self._found.items()
+            if name == target and any(len(errors) for errors, _ in parts)
+        }
+
+
 def collect(
     committee: Committee, batches: Iterable[LabelledBatch], wanted: Mapping[str, tuple[bool, bool]]
 ) -> dict[str, Deviations]:
-    """Errors and spreads on labelled batches, by kind: energies per atom, components of the others.
+    """Errors and spreads of a committee on labelled batches, by kind.
 
     Args:
         committee: whose calibration is not applied.
         batches: any device and dtype; moved to the committee's.
         wanted: for its target, whether forces and stress are compared.
     """
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    name = committee.target
-    keys = {"energy": name, "forces": forces_key(name), "stress": stress_key(name)}
+    comparison = Comparison()
     for batch in on_device(batches, committee.device, committee.dtype):
-        prediction = committee.predict_many(batch.graph, wanted)[name]
-        atoms = batch.graph.atoms_per_structure
-        for kind, key in keys.items():
-            label, mean = batch.labels.get(key), getattr(prediction, kind)
-            if label is None or mean is None:
-                continue
-            error, spread = mean - label, prediction.spread(kind)
-            if kind == "energy":
-                error, spread = error / atoms, spread / atoms
-            known = ~label.isnan()
-            found.setdefault(kind, []).append((error[known], spread[known]))
-    return {
-        kind: Deviations(*(_numpy(torch.cat(values)) for values in zip(*parts, strict=True)))
-        for kind, parts in found.items()
-    }
+        comparison.add(batch, committee.predict_many(batch.graph, wanted))
+    return comparison.of(committee.target)
 
 
 def _numpy(values: Tensor) -> np.ndarray:

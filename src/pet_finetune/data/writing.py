@@ -20,7 +20,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from pet_finetune.config.dataset import SystemsOptions
 from pet_finetune.errors import DataError
 from pet_finetune.files import replacing
-from pet_finetune.keys import LabelKind, forces_key, label_kind, stress_key
+from pet_finetune.keys import LabelKind, forces_key, label_kind, stress_key, uncertainty_key
 
 from .files import read_frames
 from .structure import Structure
@@ -49,8 +49,9 @@ class PredictionWriter:
 
     * ``.xyz``, ``.extxyz`` and ``.db`` (ASE's database): the frames as they were read, with what
       stands in them, and the predictions of the ``main`` energy as ASE's results ``energy``,
-      ``forces`` and ``stress``. Other targets stand under their names (without ``mtt::``), their
-      derivatives as ``<name>_forces`` and ``<name>_stress``.
+      ``forces`` and ``stress``, and ``energy_uncertainty`` where the model has one. Other targets
+      stand under their names (without ``mtt::``), their derivatives as ``<name>_forces`` and
+      ``<name>_stress``.
     * a folder (a path that ends in ``/``): metatrain's memory-mapped arrays, ``<target>.bin``,
       ``<target>_forces.bin`` and ``<target>_stress.bin`` in float32.
     """
@@ -187,6 +188,8 @@ class PredictionWriter:
                 return kind
             if key and target != label:
                 return f"{_short(target)}_{kind}"
+        if self.main is not None and label == uncertainty_key(self.main):
+            return uncertainty_key("energy")
         return _short(label)
 
     def _to_database(

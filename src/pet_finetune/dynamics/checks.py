@@ -42,11 +42,6 @@ def check_start(
         ConfigError: with a line for each problem.
     """
     problems = settings.problems()
-    if settings.stop_uncertainty is not None and not model.is_committee:
-        problems.append(
-            "--stop-uncertainty: one model has no uncertainty. Give several --adapter, or the "
-            "folder of a run with finetune.ensemble."
-        )
     atoms = calculator = None
     try:
         atoms = read_frame(structure, index, format, types)
@@ -54,9 +49,17 @@ def check_start(
     except PetFinetuneError as error:
         problems.append(str(error))
     try:
-        calculator = model.open()
+        calculator = model.open(settings.stop_uncertainty is not None)
     except PetFinetuneError as error:
         problems.append(str(error))
+    offered = () if calculator is None else calculator.implemented_properties
+    sure = model.is_committee or "forces_uncertainty" in offered
+    if settings.stop_uncertainty is not None and not sure:
+        problems.append(
+            "--stop-uncertainty: one model has no uncertainty. Give several --adapter, the folder "
+            "of a run with finetune.ensemble, or a model with members of its last layer "
+            "(finetune.llpr)."
+        )
     if atoms is not None and calculator is not None:
         problems += _of_both(atoms, structure, calculator, settings, not problems)
     if problems:

@@ -179,6 +179,7 @@ class MDFiles:
         results = {} if atoms.calc is None else atoms.calc.results
         if "forces_uncertainty" in results:
             out.arrays["forces_uncertainty"] = np.array(results["forces_uncertainty"])
+        if "energy_uncertainty" in results:
             out.info["energy_uncertainty"] = results["energy_uncertainty"]
         kept = {name: results[name] for name in ("energy", "forces", "stress") if name in results}
         out.calc = SinglePointCalculator(out, **kept)

@@ -136,7 +136,7 @@ def _go_on(files: MDFiles, model: Mapping[str, Any], steps: int | None) -> MDRes
         )
     kept_model = {**kept["model"], "adapters": tuple(kept["model"]["adapters"])}
     chosen = ModelChoice(**{**kept_model, **model})
-    atoms.calc = chosen.open()
+    atoms.calc = chosen.open(settings.stop_uncertainty is not None)
     files.write_start(atoms, _record(chosen, settings, kept))
     _logger.info("going on from step %d of %d in %s", done, settings.steps, files.folder)
     return _go(atoms, settings, files, np.random.default_rng(settings.seed), state)

@@ -28,7 +28,7 @@ class Measurement:
         temperature: K, of the degrees of freedom there are.
         volume: A^3, of a structure that is periodic in three directions.
         pressure: GPa, with that of the motion.
-        energy_uncertainty: eV, of a committee.
+        energy_uncertainty: eV, of a committee or a last layer (LLPR).
         forces_uncertainty: that of the atom with the largest, eV/A.
     """
 

@@ -36,12 +36,16 @@ class ModelChoice:
 
     @property
     def is_committee(self) -> bool:
-        """Whether an uncertainty comes with every step."""
+        """Whether it is a committee of adapters."""
         one = len(self.adapters) == 1 and (Path(self.adapters[0]) / COMMITTEE_FILE).exists()
         return one or len(self.adapters) > 1
 
-    def open(self) -> PETCalculator:
+    def open(self, spread_of_forces: bool = False) -> PETCalculator:
         """The calculator.
+
+        Args:
+            spread_of_forces: whether the forces of the members of a last layer are derived at every
+                step, as those of a committee are anyhow.
 
         Raises:
             PetFinetuneError: checkpoint, adapters, target, device or precision are wrong.
@@ -58,6 +62,7 @@ class ModelChoice:
             device=self.device,
             dtype=self.dtype,
             orientations=self.orientations,
+            spread="always" if spread_of_forces else None,
             **which,
         )
 

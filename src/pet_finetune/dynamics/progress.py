@@ -72,6 +72,9 @@ class MDDisplay:
             parts.append(f"{row.volume:.0f} A^3, {row.pressure:.2f} GPa")
         if row.forces_uncertainty is not None:
             parts.append(f"uncertainty {1000.0 * row.forces_uncertainty:.0f} meV/A")
+        elif row.energy_uncertainty is not None:
+            sure = 1000.0 * row.energy_uncertainty / self._atoms
+            parts.append(f"uncertainty {sure:.1f} meV/atom")
         rate = (row.step - self._done) / max(now - self._began, 1e-9)
         parts.append(f"{rate:.1f} steps/s")
         return " | ".join(parts)

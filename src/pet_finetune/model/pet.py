@@ -89,6 +89,8 @@ class PET(Accelerated, nn.Module):
             for _ in range(mixers)
         )
         self.num_readouts = 1 if self.feedforward else options.num_gnn_layers
+        #: How many numbers of each atom the last layer of a target sees.
+        self.last_layer_width = 2 * options.d_head * self.num_readouts
         self.node_embedders = nn.ModuleList(
             nn.Embedding(len(species), options.d_node) for _ in range(self.num_readouts)
         )
@@ -141,11 +143,6 @@ class PET(Accelerated, nn.Module):
                 for _ in range(self.num_readouts)
             )
         use_backend(self, self.chosen)
-
-    @property
-    def last_layer_width(self) -> int:
-        """How many numbers of each atom the last layer of a target sees."""
-        return 2 * self.options.d_head * self.num_readouts
 
     def head_modules(self, target: str) -> dict[str, nn.ModuleList]:
         """The four modules that belong to one target, by their path in the network."""

@@ -14,6 +14,7 @@ import torch
 
 from pet_finetune.backends import choose_backend, use_backend
 from pet_finetune.checkpoint import open_potential
+from pet_finetune.committee.calibration import Comparison, Deviations, miscalibration_area
 from pet_finetune.config import DatasetOptions, Options, SystemsOptions
 from pet_finetune.config.load import parse_options
 from pet_finetune.data.batch import LabelledBatch
@@ -49,12 +50,15 @@ class EvaluationResult:
         predictions: for each structure of a set the values by the names of their labels, in eV
             and Å, where they are kept.
         tensormaps: for each set the tensor maps that were asked for, by their names.
+        uncertainties: for each set and energy whose model has an uncertainty, the errors beside it,
+            eV/atom.
     """
 
     errors: dict[str, dict[str, Metrics]]
     spreads: dict[str, dict[str, Spread]] = field(default_factory=dict)
     predictions: dict[str, list[dict[str, np.ndarray]]] = field(default_factory=dict)
     tensormaps: dict[str, dict[str, Any]] = field(default_factory=dict)
+    uncertainties: dict[str, dict[str, Deviations]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -358,7 +362,11 @@ def _evaluate(
         if path is not None and (several or len(sets) > 1):
             path = numbered(path, (marks or {}).get(name, name))
         kept = result.predictions.setdefault(name, []) if how.keep else None
-        errors[name] = _errors(model, loader, targets, path, chosen.systems, kept)
+        comparison = Comparison()
+        errors[name] = _errors(model, loader, targets, path, chosen.systems, kept, comparison)
+        found = {t: comparison.of(t)["energy"] for t in targets if "energy" in comparison.of(t)}
+        if found:
+            result.uncertainties[name] = found
         if how.tensormaps is not None:
             from pet_finetune.export.tensormaps import tensor_maps
 
@@ -373,6 +381,8 @@ def _evaluate(
         if any(metrics.kinds for metrics in errors[name].values()):
             title = f"{name} ({len(structures)} structures)"
             show(error_table({"": {"error": errors[name]}}, title=title))
+        for target, deviations in found.items():
+            _logger.info("%s", _uncertainty_text(target, deviations))
         for target, spread in spreads.get(name, {}).items():
             text = _spread_text(how.rotations, target, spread, errors[name][target])
             _logger.info("%s", text)
@@ -385,13 +395,14 @@ def _errors(
     targets: Sequence[str],
     path: str | None,
     systems: Mapping[str, SystemsOptions],
-    kept: list[dict[str, np.ndarray]] | None = None,
+    kept: list[dict[str, np.ndarray]] | None,
+    comparison: Comparison,
 ) -> dict[str, Metrics]:
     """Errors on one set; predictions go to a file where there is a path, and into ``kept``."""
     labels = loader.label_names
     if path is None and kept is None:
         wanted = {t: (forces_key(t) in labels, stress_key(t) in labels) for t in targets}
-        return evaluate(model, loader, wanted)
+        return evaluate(model, loader, wanted, comparison.add)
     periodic = any(bool(structure.pbc.all()) for structure in loader.structures)
     wanted = {
         t: (True, periodic) if model.targets[t].is_energy else (False, False) for t in targets
@@ -406,6 +417,7 @@ def _errors(
             writer = stack.enter_context(PredictionWriter(path, main, kinds=kinds, systems=systems))
 
         def keep(batch: LabelledBatch, predictions: Mapping[str, Prediction | Property]) -> None:
+            comparison.add(batch, predictions)
             values = split_predictions(batch.graph, predictions)
             if kept is not None:
                 kept.extend(values)
@@ -416,6 +428,18 @@ def _errors(
     if path is not None:
         _logger.info("predictions of %d structures: %s", len(loader.structures), path)
     return metrics
+
+
+def _uncertainty_text(target: str, found: Deviations) -> str:
+    """How well an uncertainty fits the errors, in a line."""
+    sure, wrong = (1000.0 * float(np.sqrt(np.mean(v**2))) for v in (found.spreads, found.errors))
+    inside = [100.0 * found.within(widths) for widths in (1.0, 2.0)]
+    return (
+        f"uncertainty of '{target}': {sure:.2f} meV/atom beside errors of {wrong:.2f} (root mean "
+        f"squares); {inside[0]:.0f} and {inside[1]:.0f} % of the errors lie within one and two of "
+        "it (68 and 95 % would where they are normal); miscalibration area "
+        f"{miscalibration_area(found.coverage()):.3f}"
+    )
 
 
 def _spread_text(rotations: int, target: str, spread: Spread, errors: Metrics) -> str:

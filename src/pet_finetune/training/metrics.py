@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pet_finetune import processes
 from pet_finetune.committee.committee import Committee
+from pet_finetune.committee.last_layer import fresh, predict_uncertain
 from pet_finetune.data.batch import LabelledBatch
 from pet_finetune.data.loader import Loader, on_device
 from pet_finetune.keys import TargetSpec, forces_key, stress_key
@@ -153,14 +154,17 @@ def evaluate(
     deals = False
     if isinstance(batches, Loader) and keep is None:
         batches, deals = batches.dealt(processes.rank(), processes.size()), True
+    layers = {} if isinstance(model, Committee) else fresh(model)
     training = model.training
     model.eval()
     with Watch("predictions", "structures") as watch:
         try:
             for batch in on_device(batches, model.device, model.dtype):
-                # A committee is of an energy and has no other targets.
-                ask = model.predict_many if isinstance(model, Committee) else model.predict_targets
-                predictions = ask(batch.graph, wanted)
+                predictions: Mapping[str, Prediction | Property]
+                if isinstance(model, Committee):  # of an energy, and has no other targets
+                    predictions = model.predict_many(batch.graph, wanted)
+                else:
+                    predictions = predict_uncertain(model, batch.graph, wanted, layers)
                 for name, prediction in predictions.items():
                     metrics[name].update(batch, prediction)
                 if keep is not None:

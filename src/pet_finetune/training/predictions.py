@@ -14,7 +14,7 @@ from pet_finetune.data.batch import LabelledBatch
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.predicted import Predicted
 from pet_finetune.graph import Batch
-from pet_finetune.keys import forces_key, stress_key
+from pet_finetune.keys import forces_key, stress_key, uncertainty_key
 from pet_finetune.model import Potential, Prediction, Property
 
 #: What follows a label's name where the number is a spread over the members of a committee.
@@ -93,6 +93,8 @@ def split_predictions(
             put(target, prediction.values, prediction.spec.per_atom)
             continue
         put(target, prediction.energy, False)
+        if isinstance(prediction, CommitteePrediction):
+            put(uncertainty_key(target), prediction.uncertainty("energy"), False)
         if prediction.forces is not None:
             put(forces_key(target), prediction.forces, True)
         if prediction.stress is not None:

@@ -118,6 +118,13 @@ def _extend(
 ) -> Start:
     """Give a model that was read the targets of the options and the elements of the data."""
     fingerprint = weights_fingerprint(model)
+    if model.uncertainties:
+        model.uncertainties.clear()
+        _logger.info(
+            "the last-layer uncertainty (LLPR) of '%s' does not hold for new weights and is left "
+            "out; finetune.llpr: true makes one for them",
+            name,
+        )
     new_species = add_new_elements(model, options, splits)
     fresh, inherited = add_targets(model, specs, options.finetune.inherit_heads)
     return Start(model, name, fingerprint, provenance, fresh, inherited, new_species)
