@@ -5,18 +5,24 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import resource
 import sqlite3
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from ase.build import molecule
 from ase.io import write
 
 from logs import logging_as_it_was
+from pet_finetune.checkpoint.native import save_content
+from pet_finetune.data import read_frames
+from pet_finetune.data.exact import write_exact
 from pet_finetune.data.structure import atoms_to_structure
 from pet_finetune.data.writing import PredictionWriter
-from pet_finetune.errors import DataError, PetFinetuneError, TrainingError
+from pet_finetune.errors import CheckpointError, DataError, PetFinetuneError, TrainingError
 from pet_finetune.extras import drawn
 from pet_finetune.files import check_room, write_whole
 from pet_finetune.log import get_logger, setup_logging
@@ -106,8 +112,45 @@ def test_what_needs_more_than_there_is_is_not_begun(tmp_path):
         check_room(tmp_path, 10**18)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_is_closed(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(PermissionError):
-        write_whole(tmp_path / "a", "b")
+@pytest.mark.parametrize("closed", ["closed", "file"])
+def test_a_folder_that_is_closed(tmp_path, closed, monkeypatch):
+    (tmp_path / "file").write_text("")  # root may write everywhere, but not below a file
+
+    def refuse(*ignored, **settings):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    if closed == "closed":
+        monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    with pytest.raises((PermissionError, NotADirectoryError)):
+        write_whole(tmp_path / closed / "a", "b")
+    with pytest.raises(DataError, match=r"Cannot write '.*a.db': (Permission denied|Not a dir)"):
+        write_exact(tmp_path / closed / "a.db", [molecule("H2O")])
+    with pytest.raises(
+        CheckpointError, match=r"cannot be written \((Permission denied|File ex|Not)"
+    ):
+        save_content(tmp_path / closed / "a.ckpt", {"a": 1})
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["file"]
+
+
+def test_a_database_that_fills_the_disk_stays_as_it_was(tmp_path, monkeypatch):
+    write_exact(tmp_path / "a.db", [molecule("H2O")])
+
+    def fail(*ignored, **settings):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr("ase.db.sqlite.SQLite3Database._write", fail)
+    with pytest.raises(DataError, match=r"Cannot write '.*a.db': database or disk is full"):
+        write_exact(tmp_path / "a.db", [molecule("NH3")] * 2)
+    assert [str(atoms.symbols) for atoms in read_frames(tmp_path / "a.db")] == ["OH2"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.db"]
+
+
+def test_torch_says_of_a_full_disk_what_is_wrong(tmp_path):
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, hard))
+        with pytest.raises(CheckpointError, match=r"no space is left|File too large"):
+            save_content(tmp_path / "a.ckpt", {"a": torch.zeros(5_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert not list(tmp_path.iterdir())

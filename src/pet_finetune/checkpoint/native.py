@@ -324,6 +324,8 @@ def save_content(
                 check(partial)
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error).split("\n", 1)[0]
+        if "inline_container" in reason:  # how torch says that a part was not written
+            reason = "no space is left, or files may not be so large"
         raise CheckpointError(
             f"{path}: the checkpoint cannot be written ({reason}). An earlier file of this name "
             "is as it was. Check that the folder exists, is writable and has space left."

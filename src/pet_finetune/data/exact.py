@@ -6,6 +6,7 @@ has no place for (``info``, ``arrays`` and results of any name) stands in its da
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ase.calculators.calculator import compare_atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from pet_finetune.errors import DataError
+from pet_finetune.files import replacing
 from pet_finetune.log import get_logger
 
 __all__ = ["restore_exact", "write_exact"]
@@ -36,7 +38,8 @@ def write_exact(path: str | Path, frames: Sequence[Atoms]) -> None:
         frames: in order. Results of their calculators are written, nothing is computed.
 
     Raises:
-        DataError: there are none, one is no ``Atoms``, or its results are of another structure.
+        DataError: there are none, one is no ``Atoms``, its results are of another structure, or
+            the file cannot be written; one that was there is then as it was.
     """
     contents = []
     left_out: set[str] = set()
@@ -56,11 +59,17 @@ def write_exact(path: str | Path, frames: Sequence[Atoms]) -> None:
         raise DataError("The list of structures is empty.")
     if left_out:
         _logger.info("Not numbers or text, and left out: %s", ", ".join(sorted(left_out)))
-    Path(path).unlink(missing_ok=True)
-    with ase.db.connect(str(path), type="db") as rows:
-        for atoms, content in zip(frames, contents, strict=True):
-            bare = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell.array, pbc=atoms.pbc)
-            rows.write(bare, data={_KEY: content})
+    try:
+        with replacing(path) as partial, ase.db.connect(str(partial), type="db") as rows:
+            for atoms, content in zip(frames, contents, strict=True):
+                bare = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell.array, pbc=atoms.pbc)
+                rows.write(bare, data={_KEY: content})
+    except (OSError, sqlite3.Error) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DataError(
+            f"Cannot write '{path}': {reason}. Check that its folder is writable and has space "
+            "left; what was finished before stands."
+        ) from error
 
 
 def restore_exact(atoms: Atoms) -> bool:

@@ -24,8 +24,11 @@ from ase.data import atomic_masses
 from ase.io.jsonio import decode, encode
 
 from pet_finetune.errors import DataError
+from pet_finetune.log import get_logger
 
 __all__ = ["carried", "from_ase", "plain_constraints", "to_traj"]
+
+_logger = get_logger(__name__)
 
 #: Key of ``info`` with the constraints that a column of extended XYZ cannot say.
 CONSTRAINTS = "constraints"
@@ -34,13 +37,15 @@ _BESIDE = "pet_finetune_beside"
 
 #: Columns of masses, as programs call them.
 _MASSES = ("masses", "mass", "atomic_masses", "atomic_mass")
+#: Columns of velocities, in Å/fs, Å/ps or units of ASE, as the program has it.
+_VELOCITIES = ("velo", "vel", "velocity", "velocities")
 #: Times the mass of the element: hydrogens are made heavy, no atom is a hundred times heavier.
 _HEAVIEST, _LIGHTEST = 100.0, 0.02
 
 #: Names of what was computed for one geometry, and is wrong beside another.
 _LABEL = re.compile(
     r"energ|force|stress|virial|gradient|hessian|dipole|quadrupole|polari[sz]ab|uncertaint"
-    r"|pressure|band_?gap|^d?(e|f|u|e0|etot|e_tot|epot|toten|homo|lumo)$",
+    r"|pressure|band_?gap|^velo?(cit(y|ies))?$|^d?(e|f|u|e0|etot|e_tot|epot|toten|homo|lumo)$",
     re.IGNORECASE,
 )
 #: Arrays of ASE that are written anyway, and results that its reader takes out of columns.
@@ -180,6 +185,14 @@ def from_ase(atoms: Atoms, where: str) -> Atoms:
             atoms.set_array(name, np.asarray(array))
         atoms.set_celldisp(beside["celldisp"])
     _read_masses(atoms, where)
+    moving = [n for n in atoms.arrays if n.lower() in _VELOCITIES and "momenta" not in atoms.arrays]
+    if moving:
+        _logger.warning(
+            "%s: the column '%s' does not say its unit and is not read. Write velocities as "
+            "momenta (in ASE: atoms.set_velocities), or let them be drawn",
+            where,
+            moving[0],
+        )
     if CONSTRAINTS in atoms.info:
         stored = atoms.info.pop(CONSTRAINTS)
         try:

@@ -41,6 +41,8 @@ _FEWEST = 8
 #: Force on an atom over the sum of exp(-10 (d - 0.95)) / R along its pairs, d being a distance in
 #: sums R of covalent radii, eV. Between 0.5 and 8 in 16 published sets of solids and hot water.
 _REPULSION, _REPULSION_SIGMA = 2.2, 0.85
+#: Elements without bonds, whose covalent radii say nothing of where atoms meet.
+_NOBLE = (2, 10, 18, 36, 54, 86)
 #: Energies and stresses over those of the model: 0.5 to 7 and 0.6 to 2 in the same sets.
 _ENERGY, _ENERGY_SIGMA = 1.6, 0.75
 _STRESS, _STRESS_SIGMA = 1.1, 0.75
@@ -268,6 +270,8 @@ def _design(entry: Entry, kinds: dict[tuple[int, int], int]) -> _Design:
     forces = np.empty((entry.size, 3, count * width))
     push = np.empty((entry.size, 3))
     repulsion = -np.exp(-10.0 * (length / sums - 0.95)) / sums
+    noble = np.isin(entry.numbers, _NOBLE)
+    repulsion[noble[first] | noble[second]] = 0.0
     for axis in range(3):
         pulls = _sums(first * count + number, unit[:, axis], slopes, entry.size * count)
         forces[:, axis] = pulls.reshape(entry.size, -1)

@@ -24,7 +24,6 @@ from pet_finetune.data.files import forget_files
 from pet_finetune.data.splits import make_splits
 from pet_finetune.data.structure import DEFAULT_CHARGE_KEYS, DEFAULT_SPIN_KEYS, Structure
 from pet_finetune.errors import DataError, PetFinetuneError, TrainingError
-from pet_finetune.files import replacing
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 from pet_finetune.model.fingerprint import weights_fingerprint
@@ -251,8 +250,7 @@ def _write_sets(folder: Path, frames: Sequence[Atoms], settings: PretrainOptions
     for name, members in sets.items():
         file = folder / f"{name}.db"
         if not file.exists():
-            with replacing(file) as partial:
-                write_exact(partial, [frames[one] for one in sorted(members)])
+            write_exact(file, [frames[one] for one in sorted(members)])
     return {name: len(members) for name, members in sets.items()}
 
 

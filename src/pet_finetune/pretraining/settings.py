@@ -19,7 +19,7 @@ from pet_finetune.data.exact import write_exact
 from pet_finetune.data.files import read_frames
 from pet_finetune.data.structure import atoms_to_structure, structures_fingerprint
 from pet_finetune.errors import RunError
-from pet_finetune.files import read_object, replacing, write_whole
+from pet_finetune.files import read_object, write_whole
 from pet_finetune.log import Watch
 
 __all__ = ["DROPPED", "Work", "digest", "settings_of"]
@@ -112,9 +112,7 @@ class Work:
             for number, item in enumerate(items):
                 file = place / f"{number:05d}.db"
                 if not file.exists():
-                    made = make(item)
-                    with replacing(file) as partial:
-                        write_exact(partial, made)
+                    write_exact(file, make(item))
                 frames += read_frames(file)
                 watch.step()
         return frames

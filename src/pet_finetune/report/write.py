@@ -31,7 +31,8 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
 
     Args:
         folder: of the run, finished or not, of one model or of an ensemble.
-        output: where the page goes; ``report.html`` in the folder without it.
+        output: where the page goes, a file, or a folder for ``report.html`` in it; without it the
+            run's own folder.
 
     Returns:
         The file.
@@ -40,7 +41,8 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
         DataError: the folder holds no run.
         TrainingError: the file cannot be written.
     """
-    path = Path(output) if output is not None else Path(folder) / REPORT
+    path = Path(folder if output is None else output)
+    path = path / REPORT if path.is_dir() or output is None else path
     page = _page(Path(folder)).encode(errors="replace")  # a damaged file may hold half a character
     RunFiles(path.parent).write(path.name, page)
     return path

@@ -188,6 +188,15 @@ def test_masses_that_no_atom_has_are_refused(tmp_path: Path, mass: str) -> None:
         from_ase(ase.io.read(path), str(path))
 
 
+def test_velocities_in_a_column_of_unknown_unit_are_no_silent_part_of_frames(caplog) -> None:
+    atoms = ethanol()
+    atoms.set_array("velo", np.ones((9, 3)))
+    assert "velo" in from_ase(atoms, "a.xyz").arrays
+    assert "'velo' does not say its unit" in caplog.text
+    out, left = carried(atoms)
+    assert ("velo" in out.arrays, left) == (False, ["velo"])
+
+
 def test_constraints_of_single_coordinates_are_gathered() -> None:
     atoms = crystal()
     mask = [True, False, False]

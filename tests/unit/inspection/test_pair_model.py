@@ -7,8 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from ase.build import bulk
+from ase.calculators.lj import LennardJones
 
 from inspected import copper, relabel
+from pet_finetune.data.structure import atoms_to_structure
 from pet_finetune.inspection import pair_model
 from pet_finetune.inspection.pair_model import fit_pairs
 from pet_finetune.inspection.subject import subject_of
@@ -54,6 +57,27 @@ def test_the_repulsion_of_copper_is_usual(entries):
     assert model.agreement > 0.9
     assert 0.5 < size < 8.0
     assert correlation > 0.5
+
+
+def test_noble_gases_say_nothing_of_the_usual_repulsion():
+    """They meet at their van der Waals radii: 127 eV at the covalent ones, in sound units."""
+    rng, entries = np.random.default_rng(0), []
+    for k in range(12):
+        argon = bulk("Ar", cubic=True, a=5.3) * (2, 2, 2)
+        argon.positions += rng.normal(0, 0.15, argon.positions.shape)
+        argon.calc = LennardJones(sigma=3.4, epsilon=0.0104, rc=8.5)
+        labels = {
+            "energy": torch.tensor(argon.get_potential_energy(), dtype=torch.float64),
+            "energy/forces": torch.from_numpy(argon.get_forces()),
+            "energy/stress": torch.from_numpy(argon.get_stress(voigt=False)),
+        }
+        entries += entries_of([atoms_to_structure(argon, k, labels=labels)])
+    model = fit_pairs(entries)
+    assert model.agreement > 0.9
+    assert model.repulsion == (0.0, 0.0)
+    texts = " ".join(piece.text for piece in model.evidence(entries))
+    assert "repulsion" not in texts
+    assert "pair potential" in texts
 
 
 def test_a_model_that_contradicts_itself_says_nothing_of_signs(entries):
