@@ -33,7 +33,8 @@ from pet_finetune.data.files import read_frames
 from pet_finetune.dynamics.md import ModelChoice, restart_md, run_md
 from pet_finetune.dynamics.settings import MDSettings
 from pet_finetune.errors import ConfigError
-from pet_finetune.export.export import ExportOutcome, export_model, export_table
+from pet_finetune.export.export import ExportOutcome, check_output, export_model, export_table
+from pet_finetune.hub import find_model
 from pet_finetune.inspection import Inspection, as_dict, render
 from pet_finetune.inspection.inspect import (
     Request,
@@ -54,6 +55,7 @@ from pet_finetune.keywords import (
     is_structures,
     write_model,
 )
+from pet_finetune.launchers import find_launch
 from pet_finetune.log import get_logger, setup_logging
 from pet_finetune.model import Potential
 from pet_finetune.pretraining import PretrainResult, pretrain_model, pretrained, settings_of
@@ -74,7 +76,7 @@ from pet_finetune.training.named_runs import evaluate_named
 from pet_finetune.training.prepare import Rooms
 from pet_finetune.training.profile import TrainingProfile
 from pet_finetune.training.records import TrainOutcome
-from pet_finetune.training.run_files import RunFiles
+from pet_finetune.training.run_files import BEST, RunFiles
 from pet_finetune.training.tables import show
 
 __all__ = [
@@ -146,9 +148,56 @@ ROOMS = Rooms(
 )
 
 
-def train(options: Options, folder: str | Path | None = None, **settings: Any) -> TrainOutcome:
-    """Train as the options say; see :func:`pet_finetune.training.run.train`."""
-    return run.train(options, folder, rooms=ROOMS, **settings)
+def train(
+    options: Options,
+    folder: str | Path | None = None,
+    *,
+    output: Path | None = None,
+    **settings: Any,
+) -> TrainOutcome:
+    """Train as the options say; see :func:`pet_finetune.training.run.train`.
+
+    Args:
+        options: checked ones.
+        folder: of the run.
+        output: a file to export the model to at the end, as :func:`export` does: ``model.pt``, or
+            ``model.ckpt`` for metatrain.
+        settings: more arguments of that function.
+
+    Raises:
+        PetFinetuneError: any bad input; of ``output`` before the run starts.
+    """
+    if output is not None:
+        _check_export(options, output)
+    outcome = run.train(options, folder, rooms=ROOMS, **settings)
+    launch = find_launch(options.training.distributed, options.training.distributed_port)
+    if output is not None and outcome.result.finished and (launch is None or launch.rank == 0):
+        together = _is_committee(options)
+        source = options.finetune.read_from if together else outcome.folder / BEST
+        written = export_model(source or "", output, adapter=outcome.folder if together else None)
+        show(export_table(written))
+    return outcome
+
+
+def _is_committee(options: Options) -> bool:
+    """Whether a run gives several adapters of one base."""
+    return options.finetune.ensemble is not None and options.finetune.member is None
+
+
+def _check_export(options: Options, output: Path) -> None:
+    """Refuse the file of an export that cannot be made of what a run will give.
+
+    Raises:
+        ConfigError: with what to do instead.
+    """
+    start = options.finetune.read_from
+    check_output(output, Path() if start is None else find_model(start))
+    if output.suffix == ".ckpt" and (_is_committee(options) or options.finetune.method == "prompt"):
+        what = "committee" if _is_committee(options) else "prompts"
+        raise ConfigError(
+            f"-o: '{output}' would be a checkpoint of metatrain, whose PET has no {what}. Name a "
+            f"metatomic file, e.g. {output.with_suffix('.pt')}, or the folder of the run."
+        )
 
 
 def train_as_told(job: Path) -> TrainOutcome:

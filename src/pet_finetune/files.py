@@ -18,6 +18,7 @@ from pet_finetune.errors import DataError, did_you_mean
 __all__ = [
     "check_file",
     "check_room",
+    "check_writable",
     "read_object",
     "read_table",
     "replacing",
@@ -74,6 +75,23 @@ def check_room(folder: Path, size: int) -> None:
     """
     if shutil.disk_usage(folder).free < size:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a file that cannot be written, before work is spent on what would be in it.
+
+    Args:
+        path: the file; folders above it may be missing.
+
+    Raises:
+        OSError: it is a folder, or there can be no file of this name.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    above = next(place for place in path.absolute().parents if place.exists())
+    code = errno.EACCES if above.is_dir() else errno.ENOTDIR
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise OSError(code, os.strerror(code), str(above))
 
 
 def _sync(path: Path) -> None:

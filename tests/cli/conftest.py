@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import pet_finetune.api  # noqa: F401 - all is imported before a test changes a part of it
 from logs import logging_as_it_was
 from models import random_potential
 from pet_finetune.checkpoint import save_checkpoint

@@ -75,7 +75,7 @@ def test_a_committee(command, here: Path) -> None:
         (["base.ckpt", "--dtype", "float16"], "dtype: 'float16' is not one of float32, float64."),
         (["base.ckpt", "-o", "base.ckpt"], "'base.ckpt' is the checkpoint itself"),
         (["base.ckpt", "-o", "."], "'.' is a folder. Name the file, e.g. model.pt."),
-        (["base.ckpt", "-o", "train.xyz/model.pt"], "the model cannot be written (File exists)"),
+        (["base.ckpt", "-o", "train.xyz/model.pt"], "-o: 'train.xyz/model.pt' cannot be written"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

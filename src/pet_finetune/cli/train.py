@@ -15,12 +15,15 @@ _LAST = "last.ckpt"
 _EXAMPLES = """\
 examples:
   pet-finetune train options.yaml -c best_model.ckpt     start from a checkpoint's weights
+  pet-finetune train options.yaml -o model.pt            and export the model at the end
   pet-finetune train options.yaml --restart auto         go on with the newest run
   pet-finetune train options.yaml -r architecture.training.num_epochs=50
   pet-finetune train options.yaml --profile              a few steps only: where the time goes
   pet-finetune train --config finetune_configs.json --run-name ethanol_r8_dora
 """
 _PROFILED_STEPS = 10
+#: What -o ends with where it is the exported model, as in `mtt train -o model.pt`.
+_MODELS = {".pt", ".ckpt"}
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -53,7 +56,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--output",
         type=Path,
         help="folder of the run (default: outputs/DATE/TIME), or with --config the folder above "
-        f"those of the runs (default: {named.ROOT})",
+        f"those of the runs (default: {named.ROOT}); or a file to export the model to at the end: "
+        "model.pt for engines, model.ckpt for metatrain",
     )
     parser.add_argument(
         "--profile",
@@ -107,21 +111,24 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.profile is not None:
         # Torch reads it when it is imported; its profiler would write its own notes to stderr.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    restart, notice = find_restart(arguments.restart, arguments.output)
+    given_folder, output = _folder_or_model(arguments.output)
+    if output is not None and arguments.profile is not None:
+        raise TrainingError(f"--profile makes no model, so '{output}' has no place: leave -o out.")
+    restart, notice = find_restart(arguments.restart, given_folder)
     loaded = load_options(
         arguments.options,
         arguments.override,
         arguments.checkpoint,
         require_start=restart is None,
     )
-    standing = arguments.output or Path()
+    standing = given_folder or Path()
     standing = next(path for path in (standing, *standing.absolute().parents) if path.exists())
     if standing.is_dir():  # else the run says first that it cannot write there
         check_sets(loaded.options.datasets())
         check_models(loaded.options.finetune.read_from)
     finetune = loaded.options.finetune
     whole = finetune.ensemble is not None and finetune.member is None
-    folder = arguments.output or (_run_of(restart, whole) if restart else None)
+    folder = given_folder or (_run_of(restart, whole) if restart else None)
 
     from pet_finetune.api import profile, train
 
@@ -137,12 +144,20 @@ def run(arguments: argparse.Namespace) -> int:
     outcome = train(
         loaded.options,
         folder,
+        output=output,
         restart=restart,
         notices=[*notice, *loaded.notices],
         source=arguments.options,
         check=not arguments.no_check,
     )
     return 0 if outcome.result.finished else 130
+
+
+def _folder_or_model(output: Path | None) -> tuple[Path | None, Path | None]:
+    """The folder of the run that -o names, or the file of the exported model."""
+    if output is not None and output.suffix in _MODELS and not output.is_dir():
+        return None, output
+    return output, None
 
 
 def _run_of(restart: Path, ensemble: bool) -> Path:
@@ -153,6 +168,12 @@ def _run_of(restart: Path, ensemble: bool) -> Path:
 
 def _named(arguments: argparse.Namespace) -> int:
     """Train runs that a file names, or show what they are."""
+    _, model = _folder_or_model(arguments.output)
+    if model is not None:
+        raise ConfigError(
+            f"-o: with --config it is the folder above those of the runs, but '{model}' is a file. "
+            "Each run has its best_model.ckpt; `pet-finetune export` writes it for engines."
+        )
     runs = named.read_runs(arguments, str(arguments.output or named.ROOT))
     if arguments.show_options:
         from pet_finetune.config.reference import schema_line

@@ -21,7 +21,7 @@ from pet_finetune.data.probe import probe_structures
 from pet_finetune.data.structure import Structure
 from pet_finetune.device import choose_dtype
 from pet_finetune.errors import ConfigError
-from pet_finetune.files import size_text
+from pet_finetune.files import check_writable, size_text
 from pet_finetune.hub import find_model
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
@@ -99,7 +99,7 @@ def export_model(
     wanted = choose_dtype(dtype)
     format = _format(format, Path(output))
     source = find_model(checkpoint)
-    path = _output(Path(output), source)
+    path = check_output(output, source)
     opened = load_checkpoint(source)
     potentials, of_adapter, calibration = _merged(opened.model, adapter)
     for potential in potentials if wanted is not None else ():
@@ -255,10 +255,26 @@ def _format(wanted: str | None, output: Path) -> str:
     return wanted
 
 
-def _output(path: Path, checkpoint: Path) -> Path:
-    """Where to write, if that is possible and nothing to be sorry for."""
+def check_output(output: str | os.PathLike[str], checkpoint: Path) -> Path:
+    """Where to write, if that is possible and nothing to be sorry for.
+
+    Args:
+        output: the file.
+        checkpoint: what is exported, or what the training of it starts from.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    path = Path(output)
     if path.is_dir():
         raise ConfigError(f"-o: '{path}' is a folder. Name the file, e.g. {path / 'model.pt'}.")
+    try:
+        check_writable(path)
+    except OSError as error:
+        raise ConfigError(
+            f"-o: '{path}' cannot be written ({error.filename}: {error.strerror}). Choose another "
+            "place."
+        ) from error
     if path.exists() and checkpoint.exists() and path.samefile(checkpoint):
         raise ConfigError(
             f"-o: '{path}' is the checkpoint itself, which the exported model would replace. "
