@@ -31,6 +31,7 @@ from pet_finetune.config import Options
 from pet_finetune.config.named_runs import NamedRun
 from pet_finetune.data.files import read_frames
 from pet_finetune.dynamics.md import ModelChoice, restart_md, run_md
+from pet_finetune.dynamics.relax import RelaxSettings, relax_structures
 from pet_finetune.dynamics.settings import MDSettings
 from pet_finetune.errors import ConfigError
 from pet_finetune.export.export import ExportOutcome, check_output, export_model, export_table
@@ -90,6 +91,7 @@ __all__ = [
     "ModelChoice",
     "PretrainResult",
     "ROOMS",
+    "RelaxSettings",
     "Request",
     "TrainOutcome",
     "as_dict",
@@ -112,6 +114,7 @@ __all__ = [
     "merge_adapter",
     "pretrain",
     "profile",
+    "relax_structures",
     "render",
     "request_of_files",
     "request_of_options",

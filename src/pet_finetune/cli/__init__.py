@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pet_finetune.errors import PetFinetuneError
 from pet_finetune.version import __version__
 
-from . import adapter, evaluate, export, info, inspect, md, options, pretrain, report, train
+from . import adapter, evaluate, export, info, inspect, md, options, pretrain, relax, report, train
 
-_COMMANDS = (inspect, pretrain, train, evaluate, info, md, adapter, report, export, options)
+_COMMANDS = (inspect, pretrain, train, evaluate, info, md, relax, adapter, report, export, options)
 
 
 def make_parser() -> argparse.ArgumentParser:

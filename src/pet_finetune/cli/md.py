@@ -8,7 +8,16 @@ from typing import Any
 
 from pet_finetune.errors import ConfigError, DynamicsError
 
-from .reading import MODEL, add_reading_arguments, check_data, check_models, systems_of
+from .reading import (
+    MODEL,
+    OF_MODEL,
+    add_model_arguments,
+    add_reading_arguments,
+    check_data,
+    check_models,
+    model_of,
+    systems_of,
+)
 
 _STATE = "state.npz"
 _EXAMPLES = """\
@@ -53,7 +62,6 @@ _SETTINGS: dict[str, tuple[type, str, str]] = {
     ),
     "barostat_time": (float, "FS", "of npt, in fs (default: 1000)"),
 }
-_OF_MODEL = ("target", "device", "dtype", "orientations")
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -68,11 +76,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("checkpoint", nargs="?", help=MODEL)
     parser.add_argument("structure", nargs="?", help="any file ASE reads")
-    parser.add_argument(
-        "--adapter", action="append", default=[], metavar="DIR",
-        help="adapter of this checkpoint; several, or the folder of a run with finetune.ensemble, "
-        "are a committee, whose uncertainty goes into the log",
-    )  # fmt: skip
     parser.add_argument("--index", type=int, help="frame of the file, from 0 (default: the last)")
     add_reading_arguments(parser)
     parser.add_argument(
@@ -96,13 +99,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--new-velocities", dest="velocities", action="store_const", const="new",
         help="draw them even where the file has some",
     )  # fmt: skip
-    parser.add_argument("--target", help="which energy, where the model has several")
-    parser.add_argument("--device", help="auto, cpu or cuda (default: auto)")
-    parser.add_argument("--dtype", help="float32 or float64 (default: the model's)")
-    parser.add_argument(
-        "--orientations", type=int, metavar="N",
-        help="forces as a mean over 2, 4, 12 or 24 orientations, for N times the time (default: 1)",
-    )  # fmt: skip
+    add_model_arguments(parser, "whose uncertainty goes into the log")
     parser.set_defaults(run=run)
 
 
@@ -110,10 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Carry the command out."""
     given = {name: getattr(arguments, name) for name in (*_SETTINGS, "velocities")}
     given = {name: value for name, value in given.items() if value is not None}
-    model = {name: getattr(arguments, name) for name in _OF_MODEL}
-    model = {name: value for name, value in model.items() if value is not None}
-    if arguments.adapter:
-        model["adapters"] = tuple(arguments.adapter)
+    model = model_of(arguments)
     start = arguments.checkpoint is not None and arguments.structure is not None
     found = None
     if arguments.restart == "auto":
@@ -152,7 +146,7 @@ def _restart(
     steps = given.pop("steps", None)
     unused = [f"--{name.replace('_', '-')}" for name in given if name != "velocities"]
     # What makes other forces of the same weights would not go on with the run either.
-    unused += [f"--{name}" for name in _OF_MODEL if name in model and name != "device"]
+    unused += [f"--{name}" for name in OF_MODEL if name in model and name != "device"]
     unused += ["--keep-velocities or --new-velocities"] if "velocities" in given else []
     unused += ["the structure"] if arguments.structure is not None else []
     unused += ["--index"] if arguments.index is not None else []

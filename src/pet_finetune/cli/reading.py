@@ -14,15 +14,52 @@ if TYPE_CHECKING:  # pydantic takes longer to import than --help may take
 
 __all__ = [
     "MODEL",
+    "OF_MODEL",
+    "add_model_arguments",
     "add_reading_arguments",
     "check_data",
     "check_models",
     "check_sets",
+    "model_of",
     "systems_of",
 ]
 
 #: How a model is given, for help texts.
 MODEL = "a file of ours or metatrain's, an address (https://, hf://) or a name such as pet-mad-s"
+
+
+#: What can be said of a model that moves atoms, beside its adapters.
+OF_MODEL = ("target", "device", "dtype", "orientations")
+
+
+def add_model_arguments(
+    parser: argparse.ArgumentParser | argparse._ArgumentGroup, of_committee: str
+) -> None:
+    """Add ``--adapter`` and :data:`OF_MODEL`.
+
+    Args:
+        parser: of a command that moves atoms.
+        of_committee: what becomes of the uncertainty of several adapters.
+    """
+    parser.add_argument(
+        "--adapter", action="append", default=[], metavar="DIR",
+        help="adapter of this checkpoint; several, or the folder of a run with finetune.ensemble, "
+        f"are a committee, {of_committee}",
+    )  # fmt: skip
+    parser.add_argument("--target", help="which energy, where the model has several")
+    parser.add_argument("--device", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument("--dtype", help="float32 or float64 (default: the model's)")
+    parser.add_argument(
+        "--orientations", type=int, metavar="N",
+        help="forces as a mean over 2, 4, 12 or 24 orientations, for N times the time (default: 1)",
+    )  # fmt: skip
+
+
+def model_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the arguments say, as attributes of ``ModelChoice``."""
+    given = {name: getattr(arguments, name) for name in OF_MODEL}
+    given["adapters"] = tuple(arguments.adapter) or None
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def add_reading_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:

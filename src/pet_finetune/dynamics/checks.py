@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ase import Atoms
@@ -88,7 +88,27 @@ def read_frame(
             len(frames),
             len(frames) - 1,
         )
-    chosen = -1 if index is None else index
+    return _frame(frames, -1 if index is None else index, structure)
+
+
+def read_all(
+    structures: str | Path,
+    index: int | None,
+    format: str = "",
+    types: Mapping[int, str] | None = None,
+) -> list[tuple[int, Atoms]]:
+    """The frames of a file with their numbers, or the one that is named.
+
+    Raises:
+        DataError: as :func:`read_frame`.
+    """
+    frames = read_frames(structures, format, types)
+    wanted = range(len(frames)) if index is None else [index]
+    return [(number, _frame(frames, number, structures)) for number in wanted]
+
+
+def _frame(frames: Sequence[Atoms], chosen: int, structure: str | Path) -> Atoms:
+    """A copy in Å of one of the frames of a file, with what ASE's readers leave aside."""
     if not -len(frames) <= chosen < len(frames):
         raise DataError(
             f"--index: {structure} has no frame {chosen}. It has frames 0 to {len(frames) - 1}; "
