@@ -1,18 +1,28 @@
-"""Whether a file was read whole: what it claims to hold against what was found in it."""
+"""Whether a file was read whole, and nothing invented: what it holds against what was read."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pet_finetune.data.text import CELL_WORDS
 from pet_finetune.errors import DataError
 from pet_finetune.log import get_logger
 
-__all__ = ["check_complete"]
+if TYPE_CHECKING:
+    from ase import Atoms
+
+__all__ = ["check_complete", "check_frames"]
 
 _logger = get_logger(__name__)
 
+# Formats whose readers know no cell, though files may hold one.
+_WITHOUT_CELL = frozenset(
+    {"turbomole", "nwchem-in", "mol", "sdf", "gromos", "gaussian-in", "proteindatabank"}
+)
 #: Lines that begin a frame, by format: as many frames are in the file.
 _BEGINNINGS = {
     "vasp-out": re.compile(r"FREE ENERGIE OF THE ION-ELECTRON SYSTEM"),
@@ -22,6 +32,10 @@ _BEGINNINGS = {
     "cif": re.compile(r"^\s*_atom_site_(?:label|type_symbol)\s*$(?:(?!^\s*data_)[\s\S])*", re.M),
     "vasp-xml": re.compile(r"<calculation>"),
 }
+_WHOLE = re.compile(r"\s*\d+(?:\s+\d+)*\s*(?:!.*)?")
+_POSITION = re.compile(
+    r"\s*[-+]?\d*\.\d+(?:[eE][-+]?\d+)?(?:\s+[-+]?\d*\.?\d+(?:[eE][-+]?\d+)?){2}"
+)
 _IONIC_STEP = re.compile(r"Iteration +(\d+)\( *\d+\)")
 
 
@@ -42,6 +56,8 @@ def check_complete(kind: str, data: bytes, text: str, count: int, source: str) -
         _check_ulm(data, source)
     elif kind == "db" and data.startswith(b"SQLite format 3\0"):
         _check_sqlite(data, source)
+    elif kind == "vasp":
+        _check_poscar(text, count, source)
     elif kind == "vasp-xdatcar":
         _check_last_line(text, source)
     beginning = _BEGINNINGS.get(kind)
@@ -92,6 +108,21 @@ def _check_sqlite(data: bytes, source: str) -> None:
         raise _cut(source, f"it has {len(data)} bytes of the {pages * size} that it says")
 
 
+def _check_poscar(text: str, count: int, source: str) -> None:
+    """Positions right behind the last atom are of more atoms than the numbers say."""
+    lines = text.split("\n")
+    numbers = next((k for k in (5, 6) if k < len(lines) and _WHOLE.fullmatch(lines[k])), None)
+    if numbers is None or count != 1:
+        return
+    atoms = sum(map(int, lines[numbers].split()))
+    first = numbers + 2 + (lines[numbers + 1].strip()[:1] in tuple("sS"))
+    if first + atoms < len(lines) and _POSITION.match(lines[first + atoms]):
+        raise DataError(
+            f"{source} says on line {numbers + 1} that it has {atoms} atoms, and line "
+            f"{first + atoms + 1} holds another position. Correct the numbers, or remove it."
+        )
+
+
 def _check_last_line(text: str, source: str) -> None:
     """In tables of fixed width a last line without its end may be half a number."""
     lines = text.splitlines()
@@ -106,3 +137,59 @@ def _cut(source: str, what: str) -> DataError:
         f"{source} is damaged or cut off: {what}. Copy it again, or write its whole frames to "
         "extended xyz."
     )
+
+
+def check_frames(kind: str, text: str, frames: Sequence[Atoms], source: str) -> None:
+    """Frames against the text: no atom invented, no cell lost.
+
+    Args:
+        kind: ASE's name of the format.
+        text: of the file.
+        frames: as ASE read them.
+        source: the file, for messages.
+
+    Raises:
+        DataError: with the frame.
+    """
+    for number, atoms in enumerate(frames):
+        where = f"frame {number} of {source}"
+        dummies = np.flatnonzero(atoms.numbers < 1)
+        if len(dummies):
+            raise DataError(
+                f"{where}: {len(dummies)} of {len(atoms)} atoms, the first is atom {dummies[0]}, "
+                "are dummies without an element (X), which no potential can be asked about. "
+                "Remove them, or write their elements."
+            )
+        _check_occupancies(atoms, where)
+    bare = kind in _WITHOUT_CELL and not any(a.pbc.any() or a.cell.any() for a in frames)
+    found = CELL_WORDS.search(text[:20_000]) if bare else None
+    if found is not None:
+        raise DataError(
+            f"{source} seems to hold a cell ({' '.join(found[0].split())[:60]!r}), which is lost "
+            f"in reading the format {kind!r}: the structure would be a molecule in vacuum. "
+            "Convert it to extended xyz with a Lattice, or remove the cell if it is one."
+        )
+
+
+def _check_occupancies(atoms: Atoms, where: str) -> None:
+    """Refuse sites that are shared or partly empty: one atom would be taken for all of them."""
+    sites = atoms.info.pop("occupancy", None)
+    partial = []
+    if isinstance(sites, Mapping):
+        for number, shares in sites.items():
+            values = [float(share) for share in shares.values()]
+            if len(values) > 1 or any(value < 0.999 for value in values):
+                shown = ", ".join(f"{name} {float(share):g}" for name, share in shares.items())
+                partial.append(f"site {number}: {shown}")
+    column = atoms.arrays.get("occupancy")
+    if column is not None and np.issubdtype(np.asarray(column).dtype, np.number):
+        some = np.flatnonzero((column > 0) & (column < 0.999))
+        partial += [f"atom {k}: {column[k]:g}" for k in some]
+    if partial:
+        more = f" and {len(partial) - 3} more" if len(partial) > 3 else ""
+        raise DataError(
+            f"{where} has partly occupied sites ({'; '.join(partial[:3])}{more}). Such a structure "
+            "is an average, not an arrangement of atoms: reading it would invent one. Make an "
+            "ordered structure of it first (pymatgen's OrderDisorderedStructureTransformation, "
+            "icet or supercell do that)."
+        )

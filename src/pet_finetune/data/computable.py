@@ -8,15 +8,32 @@ from collections.abc import Sequence
 import numpy as np
 from ase import Atoms
 from ase.data import chemical_symbols
+from ase.neighborlist import natural_cutoffs, neighbor_list
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 
 from pet_finetune.errors import DataError, SpeciesError
 from pet_finetune.log import get_logger
 
 from .structure import DEFAULT_CHARGE_KEYS, DEFAULT_SPIN_KEYS, Structure, place, usual_integer
 
-__all__ = ["charge_and_spin", "check_atoms", "check_charges", "log_odd_charges"]
+__all__ = [
+    "MISSING_CELL",
+    "charge_and_spin",
+    "check_atoms",
+    "check_charges",
+    "log_odd_charges",
+    "misses_a_cell",
+    "molecules_in",
+]
 
 _logger = get_logger(__name__)
+
+#: What :func:`misses_a_cell` found, in words.
+MISSING_CELL = "separate molecules fill a box as a liquid or crystal does, and there is no cell"
+#: So many molecules, and atoms per cubic Angstrom of the box around them, are no gas and no cluster
+#: (a round drop of water fills half of its box, to 0.05).
+_MANY, _DENSE = 12, 0.065
 
 
 def check_atoms(atoms: Atoms, species: Sequence[int]) -> None:
@@ -50,6 +67,29 @@ def check_atoms(atoms: Atoms, species: Sequence[int]) -> None:
         found = ", ".join(f"{chemical_symbols[z]} (Z={z}, {n} atoms)" for z, n in unknown.items())
         known = " ".join(chemical_symbols[z] for z in species)
         raise SpeciesError(f"The model does not know {found}. It knows: {known}.")
+
+
+def molecules_in(atoms: Atoms) -> int:
+    """How many pieces a structure has between which there is no bond, by covalent radii."""
+    if len(atoms) < 2:
+        return len(atoms)
+    i, j = neighbor_list("ij", atoms, natural_cutoffs(atoms, mult=1.25))
+    bonds = coo_matrix((np.ones(len(i)), (i, j)), (len(atoms), len(atoms)))
+    return int(connected_components(bonds, directed=False)[0])
+
+
+def misses_a_cell(atoms: Atoms) -> int:
+    """How many molecules fill a box of which nothing is said; 0 where a cell is not missed.
+
+    Files of many programs hold positions alone: a liquid would be a drop in vacuum.
+    """
+    if atoms.cell.any() or len(atoms) < _MANY or not np.isfinite(atoms.positions).all():
+        return 0
+    box = np.prod(np.ptp(atoms.positions, axis=0) + 2.0)  # with half of the gaps around
+    if len(atoms) < _DENSE * box:
+        return 0
+    count = molecules_in(atoms)
+    return count if count >= _MANY else 0
 
 
 def charge_and_spin(atoms: Atoms, max_charge: int, max_spin: int) -> tuple[int, int]:

@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import ase.db
 import ase.io
-import numpy as np
 from ase.io.formats import UnknownFileTypeError, filetype, ioformats
 
 from pet_finetune.data.atom_names import NAMING, with_named_elements
-from pet_finetune.data.complete import check_complete
+from pet_finetune.data.complete import check_complete, check_frames
 from pet_finetune.data.exact import restore_exact
 from pet_finetune.data.extxyz import read_extxyz
 from pet_finetune.data.lammps import LAMMPS, lammps_units, looks_like_lammps_data, with_elements
@@ -34,7 +33,6 @@ from pet_finetune.data.metatrain_sets import (
 from pet_finetune.data.outputs import clean_outcar, doubtful_frames, hint_of, is_cp2k
 from pet_finetune.data.symbols import as_types
 from pet_finetune.data.text import (
-    CELL_WORDS,
     NamedBytes,
     NamedText,
     arrays_of,
@@ -57,10 +55,6 @@ _SHOWN = 10
 # Files that were read stay in memory up to so many frames and atoms, so that a look at the names of
 # labels and the reading of them is one parse.
 _KEPT_FRAMES, _KEPT_ATOMS = 20_000, 1_000_000
-# Formats whose readers know no cell, though files may hold one.
-_WITHOUT_CELL = frozenset(
-    {"turbomole", "nwchem-in", "mol", "sdf", "gromos", "gaussian-in", "proteindatabank"}
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +157,7 @@ def _parse(
     if kind in NAMING:
         with_named_elements(kind, text, frames, source)
     check_complete(kind, data, text, len(frames), source)
-    _check_frames(kind, text, frames, source)
+    check_frames(kind, text, frames, source)
     return FrameFile(frames, doubtful_frames(kind, text, frames))
 
 
@@ -222,6 +216,8 @@ def _unreadable(error: Exception, kind: str, source: str, text: str, given: bool
     more = ""
     if kind == "lammps-data":
         more = " The line `Atoms # full` of a data file names the style of its columns."
+    elif kind == "lammps-dump-text" and "ITEM: BOX BOUNDS\n" in text:
+        more = " `ITEM: BOX BOUNDS` has to say how the box ends: `ITEM: BOX BOUNDS pp pp pp`."
     elif kind == "vasp-out":
         more = " The vasprun.xml of the same calculation holds the same and is read as well."
     return DataError(
@@ -298,13 +294,23 @@ def _from_path(kind: str, file: Path, options: Mapping[str, Any]) -> Iterator[At
     """Frames of a format that ASE reads by the name of the file only."""
     if kind in ("db", "json"):
         with ase.db.connect(str(file), type=kind) as rows:
+            units = _units_of_schnet(rows.metadata)
             for row in rows.select():
                 atoms = row.toatoms(add_additional_information=True)
                 if not restore_exact(atoms):
                     _flatten(atoms)
+                    atoms.info |= units
                 yield atoms
         return
     yield from ase.io.iread(str(file), ":", format=kind, do_not_split_by_at_sign=True, **options)
+
+
+def _units_of_schnet(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Units in the metadata of a database of SchNetPack, as extended XYZ says them."""
+    units = metadata.get("_property_unit_dict")
+    stated = dict(units) if isinstance(units, Mapping) else {}
+    stated["length"] = metadata.get("_distance_unit")
+    return {f"{name}-unit": str(unit) for name, unit in stated.items() if unit}
 
 
 def _records(kind: str, text: str) -> Iterator[str]:
@@ -349,56 +355,6 @@ def _flatten(atoms: Atoms) -> None:
             del atoms.info[place]
             for key, value in values.items():
                 atoms.info.setdefault(key, value)
-
-
-def _check_frames(kind: str, text: str, frames: list[Atoms], source: str) -> None:
-    """Frames against the text: no atom invented, no cell lost.
-
-    Raises:
-        DataError: with the frame.
-    """
-    for number, atoms in enumerate(frames):
-        where = f"frame {number} of {source}"
-        dummies = np.flatnonzero(atoms.numbers < 1)
-        if len(dummies):
-            raise DataError(
-                f"{where}: {len(dummies)} of {len(atoms)} atoms, the first is atom {dummies[0]}, "
-                "are dummies without an element (X), which no potential can be asked about. "
-                "Remove them, or write their elements."
-            )
-        _check_occupancies(atoms, where)
-    bare = kind in _WITHOUT_CELL and not any(a.pbc.any() or a.cell.any() for a in frames)
-    found = CELL_WORDS.search(text[:20_000]) if bare else None
-    if found is not None:
-        raise DataError(
-            f"{source} seems to hold a cell ({' '.join(found[0].split())[:60]!r}), which is lost "
-            f"in reading the format {kind!r}: the structure would be a molecule in vacuum. "
-            "Convert it to extended xyz with a Lattice, or remove the cell if it is one."
-        )
-
-
-def _check_occupancies(atoms: Atoms, where: str) -> None:
-    """Refuse sites that are shared or partly empty: one atom would be taken for all of them."""
-    sites = atoms.info.pop("occupancy", None)
-    partial = []
-    if isinstance(sites, Mapping):
-        for number, shares in sites.items():
-            values = [float(share) for share in shares.values()]
-            if len(values) > 1 or any(value < 0.999 for value in values):
-                shown = ", ".join(f"{name} {float(share):g}" for name, share in shares.items())
-                partial.append(f"site {number}: {shown}")
-    column = atoms.arrays.get("occupancy")
-    if column is not None and np.issubdtype(np.asarray(column).dtype, np.number):
-        some = np.flatnonzero((column > 0) & (column < 0.999))
-        partial += [f"atom {k}: {column[k]:g}" for k in some]
-    if partial:
-        more = f" and {len(partial) - 3} more" if len(partial) > 3 else ""
-        raise DataError(
-            f"{where} has partly occupied sites ({'; '.join(partial[:3])}{more}). Such a structure "
-            "is an average, not an arrangement of atoms: reading it would invent one. Make an "
-            "ordered structure of it first (pymatgen's OrderDisorderedStructureTransformation, "
-            "icet or supercell do that)."
-        )
 
 
 def frame_numbers(given: tuple[int, ...] | str, count: int | None, source: str) -> list[int]:

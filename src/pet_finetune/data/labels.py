@@ -223,16 +223,19 @@ class Column:
 
     def _fits(self, atoms: Atoms, name: str) -> bool:
         """Whether a value has numbers of the right shape."""
+        value = np.asarray(find_value(atoms, name))
         try:
-            self.shape(np.asarray(find_value(atoms, name), dtype=np.float64), len(atoms))
+            self.shape(value.astype(np.float64), len(atoms))
         except (TypeError, ValueError):
             return False
-        return True
+        return value.dtype != bool
 
     def _shaped(self, raw: Any, index: int) -> np.ndarray:
         """A raw value as an array of the right shape."""
         where = f"{place(index, self.source)}: the {self.what} ({self.key!r})"
         try:
+            if np.asarray(raw).dtype == bool:  # a word of a comment stands for true in ASE
+                raise TypeError
             array = np.asarray(raw, dtype=np.float64)
         except (TypeError, ValueError):
             raise DataError(f"{where} must be numbers, found {raw!r}.") from None

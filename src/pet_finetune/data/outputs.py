@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from ase.neighborlist import natural_cutoffs, neighbor_list
 from ase.units import Hartree
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
+from pet_finetune.data.computable import molecules_in
 from pet_finetune.errors import DataError
 from pet_finetune.log import get_logger
 
@@ -115,7 +113,7 @@ def wrong_in_cp2k(source: str, atoms: Atoms) -> str:
         atoms: its first frame.
     """
     moving = re.search(r"(?i)(?:^|[-_.])(frc|force|vel)", Path(source).name)
-    if moving is None and _is_one_molecule(atoms):
+    if moving is None and molecules_in(atoms) == 1:
         return ""
     what = (
         "forces or velocities stand in it in place of positions, as its name says"
@@ -127,13 +125,6 @@ def wrong_in_cp2k(source: str, atoms: Atoms) -> str:
         'it, with Lattice (or write pbc="F F F" if there is no cell), energies (Hartree in these '
         "files) and forces"
     )
-
-
-def _is_one_molecule(atoms: Atoms) -> bool:
-    """Whether all atoms hang together by bonds."""
-    i, j = neighbor_list("ij", atoms, natural_cutoffs(atoms, mult=1.25))
-    bonds = coo_matrix((np.ones(len(i)), (i, j)), (len(atoms), len(atoms)))
-    return len(atoms) < 2 or int(connected_components(bonds, directed=False)[0]) == 1
 
 
 def hint_of(text: str) -> str:

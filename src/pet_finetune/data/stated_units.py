@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -145,8 +146,8 @@ class StatedUnits:
                 found = name, unit
             elif not stem and found is None:
                 folded = "".join(unit.split()).casefold()
-                style = _STYLES.get(_STYLE_NAMES.get(folded, folded))
-                if style is None:
+                style = _STYLES.get(_STYLE_NAMES.get(folded, folded), _of_one_kind(unit))
+                if not style:
                     self._unknown(name, unit)
                 elif kind in style:
                     found = name, style[kind]
@@ -163,6 +164,15 @@ class StatedUnits:
                 unit,
                 ", ".join(_STYLES),
             )
+
+
+def _of_one_kind(unit: str) -> Mapping[str, str]:
+    """The quantity of a unit that stands alone: ``bohr`` is of lengths, ``kJ/mol`` of energies."""
+    for kind in ("length", "energy"):
+        with suppress(UnitError):
+            to_own_unit(_NAMES[kind][0], _spelled(unit, kind))
+            return {kind: unit}
+    return {}
 
 
 def _spelled(unit: str, kind: str) -> str:

@@ -9,7 +9,7 @@ from ase import Atoms
 
 from pet_finetune.calculator import PETCalculator
 from pet_finetune.config.problems import config_error
-from pet_finetune.data.computable import check_atoms
+from pet_finetune.data.computable import MISSING_CELL, check_atoms, misses_a_cell
 from pet_finetune.data.files import read_frames
 from pet_finetune.data.stated_units import StatedUnits
 from pet_finetune.errors import DataError, PetFinetuneError
@@ -120,6 +120,14 @@ def _frame(frames: Sequence[Atoms], chosen: int, structure: str | Path) -> Atoms
     )
     atoms.set_cell(atoms.cell * factor)
     atoms.positions *= factor
+    if count := misses_a_cell(atoms):
+        _logger.warning(
+            "%s: %d %s: they are simulated as a drop in vacuum. If they are periodic, write "
+            'Lattice="..." into the file',
+            structure,
+            count,
+            MISSING_CELL,
+        )
     return from_ase(atoms, f"frame {chosen} of {structure}" if len(frames) > 1 else str(structure))
 
 

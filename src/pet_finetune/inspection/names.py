@@ -133,6 +133,17 @@ def _beside(
             "For MD, key: free_energy of the target is consistent with the forces.",
             {"gap": gap},
         )
+    if keys["stress"] and keys["virial"] and not _agree(frames, keys["stress"], keys["virial"]):
+        yield Finding(
+            "warning",
+            "other-labels",
+            f"'{keys['stress']}' and '{keys['virial']}' contradict each other: a virial is the "
+            f"negative of stress times volume; '{keys['stress']}' is taken",
+            (Frames(file),),
+            "One of them has another unit or another sign.",
+            "Find out which is right; `stress: off` and `virial: {key: ...}` take the other.",
+            {"kind": "stress", "keys": [keys["virial"]]},
+        )
     if keys["forces"] is None and keys["energy"] is not None:
         columns = [name for name in frames[0].arrays if _like_forces(frames[0], name)]
         if columns:
@@ -147,6 +158,18 @@ def _beside(
                 "gradient, with the sign changed), or name it: targets.energy.forces.key.",
                 {"columns": columns},
             )
+
+
+def _agree(frames: Sequence[Atoms], stress: str, virial: str) -> bool:
+    """Whether a virial is that of the stress, in the first and the last frame with both."""
+    for atoms in (frames[0], frames[-1]):
+        values = [find_value(atoms, name) for name in (stress, virial)]
+        if any(value is None for value in values) or atoms.cell.rank != 3:
+            continue
+        one, two = (to_stress(np.asarray(v, dtype=np.float64), len(atoms)) for v in values)
+        if not np.allclose(-one * atoms.cell.volume, two, rtol=0.01, atol=1e-3 * np.abs(two).max()):
+            return False
+    return True
 
 
 def _free_gap(atoms: Atoms) -> float:
@@ -263,8 +286,9 @@ def fits(atoms: Atoms, name: str, kind: str) -> bool:
         name: of the value in it.
         kind: energy, forces, stress or virial.
     """
+    value = np.asarray(find_value(atoms, name))
     try:
-        _SHAPES[kind](np.asarray(find_value(atoms, name), dtype=np.float64), len(atoms))
+        _SHAPES[kind](value.astype(np.float64), len(atoms))
     except (TypeError, ValueError):
         return False
-    return True
+    return value.dtype != bool  # a word of a comment stands for true in ASE

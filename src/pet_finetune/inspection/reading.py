@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pet_finetune.config import DatasetOptions
+from pet_finetune.data.computable import MISSING_CELL, misses_a_cell
 from pet_finetune.data.files import frame_numbers, read_file, read_frames
 from pet_finetune.data.labels import find_value
 from pet_finetune.data.left_out import isolated_frames, sets_of_isolated_atoms
@@ -215,4 +216,15 @@ def check_cells(
             "a stress is not used.",
             'Write pbc="T T T" into the file if they are periodic; else remove the cell.',
             {"count": len(odd)},
+        )
+    count = misses_a_cell(frames[0]) if frames else 0
+    if count:
+        yield Finding(
+            "warning",
+            "cell-missing",
+            f"{count} {MISSING_CELL}",
+            (Frames(str(path), (0,)),),
+            "Taken as a drop in vacuum, a liquid or crystal is another system.",
+            'Write Lattice="ax ay az bx by bz cx cy cz" into the comments if they are periodic.',
+            {"molecules": count},
         )

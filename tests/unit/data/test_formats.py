@@ -294,3 +294,83 @@ def test_units_that_contradict_the_options_are_refused(tmp_path):
     (tmp_path / "x.xyz").write_text("1\nenergy=1 energy-unit=eV/atom\nAr 0 0 0\n")
     with pytest.raises(DataError, match="no unit of the energy"):
         read_structures(DatasetOptions.model_validate(options))
+
+
+POSCAR = """\
+silica
+1.0
+5 0 0
+0 5 0
+0 0 5
+Si O
+1 {count}
+{flags}Direct
+0.0 0.0 0.0{three}
+0.3 0.0 0.0{three}
+0.0 0.3 0.0{three}
+{rest}"""
+
+
+@pytest.mark.parametrize("flags", ["", "Selective dynamics\n"])
+def test_a_poscar_holds_no_more_atoms_than_it_says(tmp_path, flags):
+    three = " T F T" if flags else ""
+    velocities = "\n0.1 0.0 0.0\n0.0 0.0 0.0\n0.0 0.0 0.0\n"
+    for rest in ("", velocities):
+        text = POSCAR.format(count=2, flags=flags, three=three, rest=rest)
+        (tmp_path / "POSCAR").write_text(text)
+        assert len(read_frames(tmp_path / "POSCAR")[0]) == 3
+    (tmp_path / "POSCAR").write_text(POSCAR.format(count=1, flags=flags, three=three, rest=""))
+    with pytest.raises(DataError, match=r"line 7 that it has 2 atoms, and line 1[12] holds"):
+        read_frames(tmp_path / "POSCAR")
+
+
+@pytest.mark.parametrize(
+    ("unit", "length", "energy"), [("bohr", 0.529177, 1.0), ("kcal/mol", 1.0, 0.0433641)]
+)
+def test_a_unit_without_a_quantity_is_of_its_own(tmp_path, unit, length, energy):
+    text = f'1\nunits={unit} energy=1.0 pbc="F F F"\nO 1.0 0 0\n'
+    (tmp_path / "a.xyz").write_text(text)
+    options = {"systems": {"read_from": str(tmp_path / "a.xyz")}, "targets": {"energy": {}}}
+    (structure,) = read_structures(DatasetOptions.model_validate(options))
+    assert float(structure.positions[0, 0]) == pytest.approx(length, abs=1e-5)
+    assert float(structure.labels["energy"]) == pytest.approx(energy, abs=1e-5)
+
+
+def test_units_of_a_database_of_schnetpack_are_used(tmp_path, caplog):
+    with ase.db.connect(tmp_path / "a.db") as rows:
+        rows.metadata = {
+            "_distance_unit": "Bohr",
+            "_property_unit_dict": {"energy": "kcal/mol", "forces": "kcal/mol/Ang"},
+        }
+        rows.write(molecule("H2O"), data={"energy": [23.06055], "forces": np.ones((3, 3))})
+    target = {"energy": {"key": "energy", "forces": {"key": "forces"}}}
+    options = DatasetOptions.model_validate(
+        {"systems": {"read_from": str(tmp_path / "a.db")}, "targets": target}
+    )
+    (structure,) = read_structures(options)
+    assert float(structure.labels["energy"]) == pytest.approx(1.0, abs=1e-5)
+    assert float(structure.labels["energy/forces"][0, 0]) == pytest.approx(1 / 23.06055, abs=1e-5)
+    expected = molecule("H2O").positions * 0.529177
+    assert np.allclose(structure.positions, expected, atol=1e-4)
+    assert "energy-unit=kcal/mol" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("BEGIN_CFG\n Size\n 1\n", "MLIP"),
+        (" 1.0 Version\n**************\n", "ML_AB"),
+        ('{"@module": "pymatgen.core.structure", "lattice": {}}', "to_ase_atoms"),
+    ],
+)
+def test_files_of_others_that_no_reader_knows_are_named(tmp_path, content, words):
+    (tmp_path / "data.cfg").write_text(content)
+    with pytest.raises(DataError, match=words):
+        read_frames(tmp_path / "data.cfg")
+
+
+def test_a_box_without_its_bounds_is_named(tmp_path):
+    text = DUMP.replace("BOUNDS pp pp pp", "BOUNDS").replace("type", "element")
+    (tmp_path / "a.dump").write_text(text.replace("1 1 0.0", "1 O 0.0").replace("2 2 1.0", "2 H 1"))
+    with pytest.raises(DataError, match="BOX BOUNDS pp pp pp"):
+        read_frames(tmp_path / "a.dump")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from ase import Atoms
+from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from pet_finetune.config.load import parse_options
+from pet_finetune.data.readers import read_structures
 from pet_finetune.errors import DataError
 from pet_finetune.inspection.names import target_of_file
 from pet_finetune.inspection.reading import check_cells, read_anyway, sets_left_out
@@ -154,6 +156,38 @@ def test_other_totals_beside_the_energy_are_named(tmp_path):
     assert section["key"] == "energy"
     assert (finding.code, finding.severity) == ("other-labels", "warning")
     assert finding.data == {"kind": "energy", "keys": ["REF_energy"]}
+
+
+@pytest.mark.parametrize(("factor", "found"), [(-1.0, []), (1.0, ["other-labels"])])
+def test_a_virial_that_contradicts_the_stress_is_named(tmp_path, factor, found):
+    frames = crystals(3)
+    for atoms in frames:
+        results = atoms.calc.results
+        atoms.info["virial"] = factor * atoms.get_stress(voigt=False) * atoms.cell.volume
+        atoms.calc = SinglePointCalculator(atoms, **results)
+    section, findings = target_of_file(write_frames(tmp_path / "a.xyz", frames))
+    assert [f.code for f in findings] == found
+    assert section["virial"] == "off"
+
+
+def test_words_of_a_comment_are_no_energies(tmp_path):
+    (tmp_path / "a.xyz").write_text("1\n energy: -5.07 gnorm: 0.01 xtb: 6.6.0\nO 0 0 0\n")
+    _, (finding,) = target_of_file(tmp_path / "a.xyz")
+    assert finding.code == "no-energy"
+    with pytest.raises(DataError, match="must be numbers, found True"):
+        read_structures(dataset(tmp_path / "a.xyz", key="energy:"))
+
+
+def test_molecules_that_fill_a_box_without_a_cell_are_named(tmp_path):
+    water = molecule("H2O", cell=[3.1] * 3) * (3, 3, 3)
+    water.set_cell(None)
+    (finding,) = check_cells(write_frames(tmp_path / "a.xyz", [water]))
+    assert (finding.code, finding.data) == ("cell-missing", {"molecules": 27})
+    gas = molecule("H2O", cell=[4.5] * 3) * (3, 3, 3)
+    gas.set_cell(None)
+    protein = molecule("C6H6")
+    assert not list(check_cells(write_frames(tmp_path / "b.xyz", [gas])))
+    assert not list(check_cells(write_frames(tmp_path / "c.xyz", [protein])))
 
 
 @pytest.mark.parametrize(("gap", "found"), [(1.0, ["free-energy"]), (1e-4, [])])
