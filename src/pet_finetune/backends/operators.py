@@ -143,7 +143,7 @@ def _projection_double_backward(
     return [
         torch.empty_like(grad),
         torch.empty_like(x) if prologue else _none(x),
-        *_if_wanted((dense, weight), (low_rank, a), (low_rank, b), (norms, norm_weight)),
+        *_if_wanted((dense, weight), (low_rank, a), (low_rank, _turned(b)), (norms, norm_weight)),
     ]
 
 
@@ -152,8 +152,13 @@ def _projection_parameters(
     rounds: bool, of_x: bool, dense: bool, low_rank: bool, norms: bool,
 ) -> list[Tensor]:  # fmt: skip
     weight, _, _, norm_weight, norm_bias, a, b = layer
-    wanted = ((of_x or norms, x), (dense, weight), (low_rank, a), (low_rank, b))
+    wanted = ((of_x or norms, x), (dense, weight), (low_rank, a), (low_rank, _turned(b)))
     return _if_wanted(*wanted, (norms, norm_weight), (norms, norm_bias))
+
+
+def _turned(b: Tensor) -> Tensor:
+    """Like ``b``, in the order in which the kernels' gradient of it lies in memory: by columns."""
+    return b.new_empty(b.shape[::-1]).t()
 
 
 def _if_wanted(*pairs: tuple[bool, Tensor]) -> list[Tensor]:

@@ -67,7 +67,9 @@ class _Pad(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, row_of_slot, slot_of_row, empty):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(row_of_slot, slot_of_row, empty)
-        return rows.index_select(0, row_of_slot).index_fill_(0, empty, 0.0)
+        # A mask, which a compiler makes part of whatever reads the rectangle next.
+        mask = empty.view([-1] + [1] * (rows.dim() - 1))
+        return rows.index_select(0, row_of_slot).masked_fill(mask, 0.0)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
@@ -128,7 +130,7 @@ def pad_keys(logarithms: Tensor, layout: Layout) -> Tensor:
     assert rectangle is not None
     of_centers = logarithms.new_zeros(rectangle.token_of_slot.size(0))
     padded = pad_rows(torch.cat([of_centers, logarithms]), rectangle)
-    flat = padded.flatten().index_fill(0, rectangle.empty, -torch.inf)
+    flat = padded.flatten().masked_fill(rectangle.empty, -torch.inf)
     return flat.view(padded.size(0), 1, 1, padded.size(1))
 
 

@@ -44,6 +44,7 @@ __all__ = [
 ENERGY_WEIGHT = 10.0
 
 BestModelMetric = Literal["mae_prod", "rmse_prod", "loss", "energy_mae", "forces_mae"]
+Compile = Literal["auto", "on", "off"]
 BaselineMode = Literal["auto", "refit", "fit", "keep", "values"]
 
 
@@ -269,6 +270,12 @@ class TrainingOptions(Section):
         default=None,
         description="`bf16-mixed`: matrix products of training in bfloat16, for GPUs; weights, "
         "validation and the saved model stay float32. Null is `base_precision` throughout.",
+    )
+    compile: Annotated[Compile, OneOf()] = Field(
+        default="auto",
+        description="`on`: each training step is one graph that torch's compiler made, once for a "
+        "model on a machine, in a minute or two; `off`: never; `auto`: on a GPU where the run is "
+        "long enough for it to pay.",
     )
     log_interval: PositiveInt = Field(default=1, description="Epochs between two log lines.")
     log: Annotated[tuple[str, ...], Expects(_LOGS_WORDS, _logs)] = Field(

@@ -71,8 +71,8 @@ class Batch(NamedTuple):
     @property
     def volumes(self) -> Tensor:
         """Cell volumes in Å³, [b]; 0 where not periodic in all three directions."""
-        determinants: Tensor = torch.linalg.det(self.cells)
-        return determinants.abs()
+        first, second, third = self.cells.unbind(1)  # not det(), which takes a dozen operations
+        return (torch.linalg.cross(first, second) * third).sum(-1).abs()
 
     def first(self, count: int) -> "Batch":
         """The first structures alone."""

@@ -27,7 +27,7 @@ class Rectangle(NamedTuple):
     Attributes:
         token_of_slot: [n_atoms, width], index of the flat token in each slot (0 in empty ones).
         slot_of_token: [n_atoms + n_edges], index of the slot that holds each flat token.
-        empty: [n_empty], the slots that hold no token.
+        empty: [n_atoms * width] bool, whether a slot holds no token.
     """
 
     token_of_slot: Tensor
@@ -116,8 +116,8 @@ def _rectangle(centers: Tensor, starts: Tensor) -> Rectangle:
     slot_of_token = torch.cat([atoms * width, edge_slots])
     token_of_slot = torch.full((num_atoms * width,), -1, dtype=torch.int64, device=device)
     token_of_slot[slot_of_token] = torch.arange(num_atoms + num_edges, device=device)
-    empty = torch.nonzero(token_of_slot < 0).squeeze(-1)
-    return Rectangle(token_of_slot.clamp_min(0).view(num_atoms, width), slot_of_token, empty)
+    slots = token_of_slot.clamp_min(0).view(num_atoms, width)
+    return Rectangle(slots, slot_of_token, token_of_slot < 0)
 
 
 def renumbered(kept: Tensor, reverse: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ weights (``weight_key``), each term is multiplied with that of its structure or 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pet_finetune.config import LossStage, LossTerm, TargetLoss, TrainingOptions, first_epoch
 from pet_finetune.data.batch import LabelledBatch
+from pet_finetune.graph import Batch
 from pet_finetune.keys import forces_key, stress_key, weights_key
 from pet_finetune.model import Prediction, Property
 
@@ -40,7 +41,7 @@ class Objective:
     loss: TargetLoss
     forces: bool
     stress: bool
-    scale: float
+    scale: float | Tensor
     per_atom: bool = True
     energy: bool = True
 
@@ -90,22 +91,75 @@ def _values(errors: Tensor, term: LossTerm) -> Tensor:
     )
 
 
-def _mean_of_known(
-    batch: LabelledBatch, name: str, errors: Tensor, known: Tensor, term: LossTerm
-) -> Tensor:
-    """Mean of the loss over the labels that exist; zero where none does.
+@dataclass(frozen=True)
+class Part:
+    """One term of the loss of a batch: a mean over the labels of one name.
 
-    The mean is over the whole batch where other processes have a part of it: the sum of what all
-    of them compute is the loss of the batch, however it is dealt out.
+    Attributes:
+        label: the name of the labels.
+        objective: what is asked of their target.
+        term: the type of the loss.
+        weight: of the term.
     """
-    errors = torch.where(known, errors, torch.zeros_like(errors))
-    count = torch.as_tensor(batch.num_known(name)).clamp_min(1)
-    values = _values(errors, term)
-    weights = batch.labels.get(weights_key(name))
+
+    label: str
+    objective: Objective
+    term: LossTerm
+    weight: float
+
+
+def loss_parts(labels: Iterable[str], objectives: Mapping[str, Objective]) -> list[Part]:
+    """The terms of the loss of a batch that has labels of these names."""
+    parts, known = [], set(labels)
+    for name, objective in objectives.items():
+        loss = objective.loss
+        wanted: list[tuple[str, bool, LossTerm]] = [
+            (name, True, loss),
+            (forces_key(name), objective.forces, loss.forces_term()),
+            (stress_key(name), objective.stress, loss.stress_term()),
+        ]
+        parts += [
+            Part(label, objective, term, term.weight)
+            for label, asked, term in wanted
+            if asked and label in known
+        ]
+    return parts
+
+
+def sum_of_known(
+    part: Part,
+    graph: Batch,
+    labels: Mapping[str, Tensor],
+    predictions: Mapping[str, Prediction | Property],
+) -> Tensor:
+    """The sum of the losses of one term over the labels that exist, a scalar.
+
+    Args:
+        part: the term.
+        graph: the structures.
+        labels: of them, with their weights; NaN where a structure lacks one.
+        predictions: with the derivatives that the objectives ask for.
+    """
+    objective, label = part.objective, labels[part.label]
+    prediction, atoms = predictions[objective.target], graph.atoms_per_structure
+    if isinstance(prediction, Property):
+        errors = counted(prediction.spec, prediction.values - label, atoms, graph.volumes)
+    elif part.label == objective.target:
+        errors = prediction.energy - label
+        errors = errors / atoms if objective.per_atom else errors
+    elif part.label == forces_key(objective.target):
+        assert prediction.forces is not None
+        errors = prediction.forces - label
+    else:
+        assert prediction.stress is not None
+        errors = (prediction.stress - label) * (graph.volumes / atoms).view(-1, 1, 1)
+    errors = torch.where(label.isnan(), torch.zeros_like(errors), errors / objective.scale)
+    values = _values(errors, part.term)
+    weights = labels.get(weights_key(part.label))
     if weights is not None:
         rows = weights.nan_to_num(1.0).to(values)  # structures of a set without weights
         values = values * rows.view(-1, *(1,) * (values.dim() - 1))
-    return values.sum() / count
+    return values.sum()
 
 
 def batch_loss(
@@ -115,6 +169,9 @@ def batch_loss(
 ) -> Tensor:
     """The weighted sum of all terms, a scalar.
 
+    Each is a mean over the labels of the whole batch where other processes have a part of it: the
+    sum of what all of them compute is the loss of the batch, however it is dealt out.
+
     Args:
         batch: with labels, NaN where a structure lacks one; the part of a batch gives its part of
             the loss.
@@ -122,49 +179,8 @@ def batch_loss(
         objectives: by target.
     """
     total = batch.graph.edge_vectors.new_zeros((), dtype=torch.float64)
-    for name, objective in objectives.items():
-        prediction = predictions[name]
-        if isinstance(prediction, Property):
-            total = total + _property_loss(batch, prediction, objective)
-        else:
-            total = total + _target_loss(batch, prediction, objective)
-    return total
-
-
-def _property_loss(batch: LabelledBatch, prediction: Property, objective: Objective) -> Tensor:
-    label, loss = batch.labels.get(objective.target), objective.loss
-    if label is None or loss.weight == 0:
-        return prediction.values.new_zeros(())
-    atoms, volumes = batch.graph.atoms_per_structure, batch.graph.volumes
-    errors = counted(prediction.spec, prediction.values - label, atoms, volumes)
-    return loss.weight * _mean_of_known(
-        batch, objective.target, errors / objective.scale, ~label.isnan(), loss
-    )
-
-
-def _target_loss(batch: LabelledBatch, prediction: Prediction, objective: Objective) -> Tensor:
-    name, loss = objective.target, objective.loss
-    atoms = batch.graph.atoms_per_structure
-    total = prediction.energy.new_zeros(())
-    label = batch.labels.get(name)
-    if label is not None and loss.weight > 0:
-        errors = (prediction.energy - label) / objective.scale
-        if objective.per_atom:
-            errors = errors / atoms
-        total = total + loss.weight * _mean_of_known(batch, name, errors, ~label.isnan(), loss)
-    key = forces_key(name)
-    label = batch.labels.get(key)
-    if label is not None and objective.forces:
-        assert prediction.forces is not None
-        term = loss.forces_term()
-        errors = (prediction.forces - label) / objective.scale
-        total = total + term.weight * _mean_of_known(batch, key, errors, ~label.isnan(), term)
-    key = stress_key(name)
-    label = batch.labels.get(key)
-    if label is not None and objective.stress:
-        assert prediction.stress is not None
-        term = loss.stress_term()
-        volume_per_atom = (batch.graph.volumes / atoms).view(-1, 1, 1)
-        errors = (prediction.stress - label) * volume_per_atom / objective.scale
-        total = total + term.weight * _mean_of_known(batch, key, errors, ~label.isnan(), term)
+    for part in loss_parts(batch.labels, objectives):
+        count = torch.as_tensor(batch.num_known(part.label)).clamp_min(1)
+        known = sum_of_known(part, batch.graph, batch.labels, predictions)
+        total = total + part.weight * (known / count)
     return total

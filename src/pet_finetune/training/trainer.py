@@ -25,10 +25,11 @@ from pet_finetune.data.batch import LabelledBatch
 from pet_finetune.data.loader import Loader, on_device
 from pet_finetune.errors import TrainingError
 from pet_finetune.log import Watch, get_logger
-from pet_finetune.model import Potential
+from pet_finetune.model import Potential, Prediction, Property
 from pet_finetune.profiling import each, stage
 from pet_finetune.rng import Stream
 
+from .compiled_step import CompiledStep, compiles
 from .feature import Feature, Step
 from .interrupt import InterruptGuard
 from .labels import add_label_noise
@@ -257,15 +258,8 @@ class Trainer:
             metrics: the errors are added to them.
         """
         epoch = self.progress.epoch
-        with stage("energies"), self._precision():  # the potential marks the derivatives within
-            predictions = self.model.predict_targets(batch.graph, self.wanted, create_graph=True)
-        with stage("loss"):
-            objectives = objectives_at(self.objectives, self.options, epoch)
-            loss = batch_loss(self._noisy(batch, index), predictions, objectives)
-        with stage("backward"):
-            # Named inputs: the edge vectors ask for gradients too, and nobody reads theirs.
-            (loss / size).backward(inputs=parameters)
-        losses = {_LOSS: loss.detach()}
+        loss, predictions = self._gradient_of_loss(batch, index, size, parameters)
+        losses = {_LOSS: loss}
         step = Step(epoch, index, batch, predictions)
         # One after the other, so that the memory of one graph is enough for all.
         for feature in self.features:
@@ -285,6 +279,35 @@ class Trainer:
                 metrics[name].update(batch, prediction)
         losses[_LOSS] = torch.stack(list(losses.values())).sum()
         return losses
+
+    def _gradient_of_loss(
+        self, batch: LabelledBatch, index: int, size: int, parameters: list[nn.Parameter]
+    ) -> tuple[Tensor, Mapping[str, Prediction | Property]]:
+        """The loss of a batch and its predictions; arguments as above."""
+        objectives = objectives_at(self.objectives, self.options, self.progress.epoch)
+        noisy = self._noisy(batch, index)
+        if self._compiled is not None:
+            with stage("compiled step"):
+                found = self._compiled(noisy, objectives, parameters)
+                if found is not None:
+                    _add(parameters, found.gradients, size)
+                    return found.loss, found.predictions
+        with stage("energies"), self._precision():  # the potential marks the derivatives within
+            predictions = self.model.predict_targets(batch.graph, self.wanted, create_graph=True)
+        with stage("loss"):
+            loss = batch_loss(noisy, predictions, objectives)
+        with stage("backward"):
+            # Named inputs: the edge vectors ask for gradients too, and nobody reads theirs.
+            (loss / size).backward(inputs=parameters)
+        return loss.detach(), predictions
+
+    @cached_property
+    def _compiled(self) -> CompiledStep | None:
+        """Computes steps as compiled graphs, where the options have it so."""
+        batches = self.total_steps * self.options.gradient_accumulation_steps
+        if not compiles(self.options, self.model, batches):
+            return None
+        return CompiledStep(self.model, self.wanted, self.options.precision)
 
     def _precision(self) -> AbstractContextManager[object]:
         return mixed(self.options.precision, self.model)
@@ -400,6 +423,16 @@ class Trainer:
         seed = (self.training.seed, self.progress.step, processes.rank())
         sequence = np.random.SeedSequence([*seed, Stream.PROCESS])
         torch.manual_seed(int(sequence.generate_state(1)[0]))
+
+
+def _add(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None], size: int) -> None:
+    """Add the gradients of one of so many batches to those of the parameters."""
+    with torch.no_grad():
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is None:
+                continue
+            part = gradient if size == 1 else gradient / size
+            parameter.grad = part if parameter.grad is None else parameter.grad.add_(part)
 
 
 def _feature_states(state: Mapping[str, Any]) -> Mapping[str, Any]:

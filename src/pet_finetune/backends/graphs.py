@@ -1,0 +1,189 @@
+"""A function of tensors as one compiled graph, for inputs of any sizes, kept on disk.
+
+The function is followed once, with sizes left open, down to torch's plain operations, whatever
+derivatives it takes among them (``make_fx``); Inductor makes that into a library for the CPU or
+kernels for a GPU. The result is a file in our cache, which the next process loads in a second
+or two without following anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pet_finetune.caches import cache_folders
+from pet_finetune.errors import PetFinetuneError
+from pet_finetune.files import replacing
+from pet_finetune.locks import FileLock
+from pet_finetune.log import get_logger
+
+__all__ = ["CannotCompile", "Graph", "compiled_graph", "followed", "is_compiled"]
+
+#: Tensors to tensors.
+Graph = Callable[..., Sequence[Tensor]]
+
+_LOG = get_logger(__name__)
+_PACKAGE = Path(__file__).parents[1]
+#: What decides which operations a function of the network consists of.
+_SOURCES = ("adapters", "backends", "graph", "model", "nn", "training")
+_INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
+
+
+class CannotCompile(PetFinetuneError):
+    """There is no compiled graph; the message, which goes on after a colon, says why."""
+
+
+def is_compiled(key: str, device: torch.device) -> bool:
+    """Whether :func:`compiled_graph` would find a file."""
+    return _path(key, device).exists()
+
+
+def compiled_graph(
+    key: str,
+    device: torch.device,
+    function: Graph,
+    inputs: Sequence[Tensor],
+    free: Sequence[Sequence[int]],
+) -> Graph:
+    """The function, compiled: from the cache, or for the cache.
+
+    Args:
+        key: what the function is made of, other than the code of this package.
+        device: of the inputs.
+        function: as for :func:`followed`.
+        inputs: as for :func:`followed`.
+        free: as for :func:`followed`.
+
+    Returns:
+        The graph, to be called without gradients.
+
+    Raises:
+        CannotCompile: there is no compiler, or it or something before it failed.
+    """
+    path = _path(key, device)
+    _choose_folder(path.parent)
+    if not path.exists():
+        _check_compiler(device)
+    try:
+        if path.exists():
+            return _loaded(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_suffix(".lock"))
+        lock.wait()  # for another process that compiles the same
+        try:
+            return _loaded(path) if path.exists() else _compiled(path, function, inputs, free)
+        finally:
+            lock.release()
+    except Exception as error:  # a compiler has more ways to fail than can be listed
+        _LOG.debug("compiling failed", exc_info=True)
+        # A file that is damaged, or that another build of torch made, shall not stay in the way.
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        raise CannotCompile(_first_line(error)) from error
+
+
+def followed(
+    function: Graph, inputs: Sequence[Tensor], free: Sequence[Sequence[int]]
+) -> tuple[torch.fx.GraphModule, list[Tensor]]:
+    """The function as a graph of torch's operations, with stand-ins for its inputs.
+
+    Args:
+        function: of tensors, to a list of tensors; what it reads beside them stays as it is now.
+        inputs: examples, of which sizes alone count: those of free axes are 2 at least, and equal
+            where the function may rely on that.
+        free: of each input, the axes that may have other sizes.
+    """
+    # Slow to import, and needed by nobody else.
+    from torch._dispatch.python import enable_python_dispatcher
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import (
+        DimDynamic,
+        ShapeEnv,
+        StatelessSymbolicContext,
+    )
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+
+    def stand_in(tensor: Tensor, axes: Sequence[int]) -> Tensor:
+        kinds = [DimDynamic.DUCK if a in axes else DimDynamic.STATIC for a in range(tensor.dim())]
+        context: Any = StatelessSymbolicContext(dynamic_sizes=kinds)
+        return mode.from_tensor(tensor.detach(), symbolic_context=context)
+
+    fakes = [stand_in(tensor, axes) for tensor, axes in zip(inputs, free, strict=True)]
+    with enable_python_dispatcher(), mode:
+        return make_fx(function)(*fakes), fakes
+
+
+def _compiled(
+    path: Path, function: Graph, inputs: Sequence[Tensor], free: Sequence[Sequence[int]]
+) -> Graph:
+    from torch._inductor import standalone_compile
+    from torch._inductor.async_compile import shutdown_compile_workers
+
+    started = time.perf_counter()
+    graph, fakes = followed(function, inputs, free)
+    try:
+        with torch.no_grad():
+            compiled = standalone_compile(graph, [*fakes], donate_graph_module=True)
+    finally:
+        shutdown_compile_workers()  # of a pool that would wait for more until this process ends
+    with replacing(path) as new:
+        compiled.save(path=str(new), format="binary")
+    _LOG.info("compiled in %.0f s", time.perf_counter() - started)
+    return compiled
+
+
+def _loaded(path: Path) -> Graph:
+    from torch._inductor.standalone_compile import CompiledArtifact
+
+    loaded: Graph = CompiledArtifact.load(path=str(path), format="binary")
+    return loaded
+
+
+def _check_compiler(device: torch.device) -> None:
+    compiler = os.environ.get("CXX", "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise CannotCompile(f"there is no C++ compiler '{compiler}' (the package g++, or set CXX)")
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next(filter(None, lines), type(error).__name__)
+
+
+def _choose_folder(folder: Path) -> None:
+    """Have Inductor keep its files with ours, where they outlive the temporary folder."""
+    os.environ.setdefault(_INDUCTOR, str(folder / "inductor"))
+
+
+def _path(key: str, device: torch.device) -> Path:
+    """One file for each function, code of this package, torch and processor or GPU."""
+    digest = hashlib.sha256("\n".join([key, _surroundings(device)]).encode()).hexdigest()[:24]
+    paths = [folder / "graphs" / f"{digest}.graph" for folder in cache_folders()]
+    return next((path for path in paths if path.exists()), paths[-1])
+
+
+@cache
+def _surroundings(device: torch.device) -> str:
+    """What a compiled graph fits beside its key."""
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    else:
+        where = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    digest = hashlib.sha256()
+    for folder in _SOURCES:
+        for source in sorted((_PACKAGE / folder).rglob("*.py")):
+            digest.update(source.read_bytes())
+    return f"{torch.__version__} {device.type} {where} {digest.hexdigest()}"

@@ -1,0 +1,438 @@
+"""A training step as one compiled graph: predictions, loss and gradients of a batch.
+
+What the sizes of tensors depend on, which edges count, is found beside the graph. One graph then
+does for batches of all sizes; another one is needed where other labels are known or other
+parameters train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from pet_finetune.backends import EAGER, using
+from pet_finetune.backends.graphs import CannotCompile, Graph, compiled_graph, is_compiled
+from pet_finetune.config import TrainingOptions
+from pet_finetune.data.batch import LabelledBatch
+from pet_finetune.graph import Batch, Edges, Layout, Rectangle
+from pet_finetune.keys import LabelKind, label_kind
+from pet_finetune.log import get_logger
+from pet_finetune.model import Potential, Prediction, Property
+from pet_finetune.nn.quantized import num_quantized
+
+from .loss import Objective, Part, loss_parts, sum_of_known
+from .precision import mixed
+
+__all__ = ["CompiledStep", "Gradients", "compiles"]
+
+_LOG = get_logger(__name__)
+#: On a GPU, `auto` compiles where a run has so many batches: some two minutes of compiling are a
+#: small part of it then.
+MANY_BATCHES = 5000
+#: How far compiled gradients may be from plain ones, relative to their length.
+_TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3}
+_TOLERANCE_MIXED = 0.1
+
+
+def compiles(options: TrainingOptions, model: Potential, num_batches: int) -> bool:
+    """Whether training uses compiled steps, which a line in the log explains.
+
+    Args:
+        options: of the training.
+        model: with what trains chosen.
+        num_batches: of the whole run.
+    """
+    if options.compile == "off":
+        return False
+    reason = _obstacle(options, model)
+    if reason is None and options.compile == "auto":
+        if model.device.type == "cpu":
+            return False  # the kernels are faster: benchmarks/README.md, "Compiled steps"
+        if num_batches < MANY_BATCHES:
+            reason = f"a run of {num_batches} batches is over before compiling pays"
+    if reason is not None:
+        _LOG.info("compile: %s: steps are not compiled: %s", options.compile, reason)
+        return False
+    _LOG.info("compile: %s: training steps are compiled", options.compile)
+    return True
+
+
+def _obstacle(options: TrainingOptions, model: Potential) -> str | None:
+    """What a compiled step cannot do, or None."""
+    if options.gradient_checkpointing:
+        return "gradient_checkpointing computes parts again, which a compiled graph decides itself"
+    if num_quantized(model.network):
+        return "the base's weights are quantised"
+    if any(getattr(module, "dropout", 0.0) for module in model.network.modules()):
+        return "dropout draws other numbers in each step"
+    return None
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What a step computes of a batch.
+
+    Attributes:
+        loss: a float64 scalar.
+        predictions: by target.
+        gradients: of the loss by each parameter; None where the loss does not depend on it.
+    """
+
+    loss: Tensor
+    predictions: dict[str, Prediction | Property]
+    gradients: list[Tensor | None]
+
+
+@dataclass(frozen=True)
+class _Form:
+    """All of a step but numbers: what one graph is for.
+
+    Attributes:
+        trained: names of the parameters that train, of the potential.
+        structure: how the batch's tensors go together.
+        leaves: which of its leaves are tensors.
+        single: whether the batch is of one structure.
+        labels: names of the labels, in order.
+        parts: terms of the loss, their weights aside.
+    """
+
+    trained: tuple[str, ...]
+    structure: TreeSpec
+    leaves: tuple[bool, ...]
+    single: bool
+    labels: tuple[str, ...]
+    parts: tuple[Part, ...]
+
+    def key(self) -> str:
+        """The same for the same form in another process."""
+        return repr((self.trained, self.leaves, self.single, self.labels, self.parts))
+
+
+@dataclass
+class _Known:
+    """The graph of a form, and which parameters it has gradients of."""
+
+    graph: Graph
+    depends: list[bool]
+
+
+class CompiledStep:
+    """Computes predictions, loss and gradients by compiled graphs.
+
+    The first batch of each graph is computed without it, too: should the gradients differ by more
+    than rounding explains, or should compiling fail, a warning says so and nothing is compiled from
+    then on.
+
+    Args:
+        model: what trains.
+        wanted: whether forces and stress are computed, for each target.
+        precision: ``architecture.training.precision``.
+    """
+
+    def __init__(
+        self, model: Potential, wanted: Mapping[str, tuple[bool, bool]], precision: str | None
+    ) -> None:
+        self._model, self._wanted, self._precision = model, dict(wanted), precision
+        self._state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self._known: dict[str, _Known] = {}
+        self._failed = False
+
+    def __call__(
+        self,
+        batch: LabelledBatch,
+        objectives: Mapping[str, Objective],
+        parameters: Sequence[Tensor],
+    ) -> Gradients | None:
+        """Compute a batch; None where it has to be computed without a graph.
+
+        That is where compiling failed, and for structures without any edges.
+
+        Args:
+            batch: on the model's device.
+            objectives: with the weights of now.
+            parameters: of the model, those that gradients are wanted of.
+        """
+        if self._failed:
+            return None
+        with using(EAGER, self._model):
+            graph = self._model.network.neighborhood.with_edges(batch.graph)
+            assert graph.edges is not None
+            if not len(graph.edges.centers):
+                return None
+            form, values = self._form(graph, batch, objectives, parameters)
+            key = form.key()
+            try:
+                if key not in self._known:
+                    self._known[key] = self._first(form, values, graph, batch)
+                known = self._known[key]
+            except CannotCompile as error:
+                _LOG.warning("training steps are computed without compiling: %s", error)
+                self._failed = True
+                return None
+        with torch.no_grad():
+            loss, *rest = known.graph(*values)
+        predictions, found = self._taken_apart(rest)
+        left = iter(found)
+        gradients = [next(left) if depends else None for depends in known.depends]
+        return Gradients(loss, predictions, gradients)
+
+    def _form(
+        self,
+        graph: Batch,
+        batch: LabelledBatch,
+        objectives: Mapping[str, Objective],
+        parameters: Sequence[Tensor],
+    ) -> tuple[_Form, list[Tensor]]:
+        """The form of a step, and the numbers that go into its graph."""
+        wanted = {id(parameter) for parameter in parameters}
+        trained = tuple(name for name, value in self._state.items() if id(value) in wanted)
+        leaves, structure = tree_flatten(graph)
+        labels = sorted(batch.labels)
+        parts = loss_parts(labels, objectives)
+        counts = [batch.num_known(part.label) for part in parts]
+        numbers = _numbers(parts, counts, graph.cells.device)
+        form = _Form(
+            trained,
+            structure,
+            tuple(leaf is not None for leaf in leaves),
+            graph.num_structures == 1,
+            tuple(labels),
+            tuple(_bare(part) for part in parts),
+        )
+        tensors = [leaf for leaf in leaves if leaf is not None]
+        given = [batch.labels[name] for name in labels]
+        return form, [*self._values(), *tensors, *given, numbers]
+
+    def _values(self) -> list[Tensor]:
+        return [value.detach() for value in self._state.values()]
+
+    def _function(self, form: _Form) -> Callable[..., list[Tensor | None]]:
+        """The step as a function of tensors; a gradient may be None."""
+        names, trained = list(self._state), set(form.trained)
+        module = _Predicts(self._model)
+
+        def step(*values: Tensor) -> list[Tensor | None]:
+            *others, numbers = values
+            factors, scales = numbers.unbind(0)
+            weights, others = others[: len(names)], others[len(names) :]
+            # The parameters that train, as leaves of this calculation.
+            weights = [
+                value.detach().requires_grad_() if name in trained else value
+                for name, value in zip(names, weights, strict=True)
+            ]
+            taken = iter(others)
+            leaves = [next(taken) if there else None for there in form.leaves]
+            graph: Batch = tree_unflatten(leaves, form.structure)
+            labels = dict(zip(form.labels, taken, strict=True))
+            state = {f"model.{name}": w for name, w in zip(names, weights, strict=True)}
+            with torch.enable_grad(), mixed(self._precision, self._model):
+                predictions = functional_call(module, state, (graph, self._wanted))
+            with torch.enable_grad():
+                parts = [_scaled(p, s) for p, s in zip(form.parts, scales, strict=True)]
+                sums = [sum_of_known(part, graph, labels, predictions) for part in parts]
+                loss = (torch.stack([s.to(factors) for s in sums]) * factors).sum()
+            inputs = [w for name, w in zip(names, weights, strict=True) if name in trained]
+            gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
+            return [loss.detach(), *_tensors_of(predictions), *gradients]
+
+        return step
+
+    def _taken_apart(
+        self, tensors: Sequence[Tensor]
+    ) -> tuple[dict[str, Prediction | Property], list[Tensor]]:
+        """Predictions of :func:`_tensors_of`, and what comes after them."""
+        left = iter(tensors)
+        predictions: dict[str, Prediction | Property] = {}
+        for name, (forces, stress) in self._wanted.items():
+            spec = self._model.target(name)
+            if not spec.is_energy:
+                predictions[name] = Property(spec, next(left))
+                continue
+            energy, atoms = next(left), next(left)
+            own_forces = next(left) if forces else None
+            predictions[name] = Prediction(
+                energy, atoms, own_forces, next(left) if stress else None
+            )
+        return predictions, list(left)
+
+    def _first(
+        self, form: _Form, values: list[Tensor], graph: Batch, batch: LabelledBatch
+    ) -> _Known:
+        """Compile a graph and compare it with the function that it is made of."""
+        function = self._function(form)
+        expected = list(function(*values))
+        depends = [gradient is not None for gradient in expected[-len(form.trained) :]]
+
+        def filled(*values: Tensor) -> list[Tensor]:
+            return [value for value in function(*values) if value is not None]
+
+        examples, free = self._examples(form, values, graph, batch)
+        key = f"{self._description()}\n{form.key()}"
+        device = self._model.device
+        if not is_compiled(key, device):
+            # A warning, because that is shown also where nobody set up logging.
+            _LOG.warning("Compiling the training step, once for this model: a minute or two.")
+        compiled = compiled_graph(key, device, filled, examples, free)
+        with torch.no_grad():
+            try:
+                found = list(compiled(*values))
+            except RuntimeError as failure:
+                raise CannotCompile(f"the compiled step failed ({failure})") from failure
+        count = sum(depends)
+        error = _distance(found[-count:], [g for g in expected if g is not None][-count:])
+        rounds = _TOLERANCES[self._model.dtype] if self._precision is None else _TOLERANCE_MIXED
+        if error > rounds:
+            raise CannotCompile(f"compiled gradients differ by {error:.1e} of their length")
+        _LOG.info("compiled step: gradients of a first batch differ by %.1e of their length", error)
+        return _Known(compiled, depends)
+
+    def _examples(
+        self, form: _Form, values: list[Tensor], graph: Batch, batch: LabelledBatch
+    ) -> tuple[list[Tensor], list[Sequence[int]]]:
+        """Inputs for following the function, and which of their axes are free."""
+        sizes = _Sizes(structures=1 if form.single else 5)
+        leaves = [leaf for leaf in tree_flatten(sizes.batch(graph))[0] if leaf is not None]
+        labels = [sizes.label(batch.labels[n], label_kind(n, batch.kinds)) for n in form.labels]
+        weights = values[: len(self._state)]
+        free: list[Sequence[int]] = [()] * len(weights)
+        width = sizes.width
+        for tensor in (*leaves, *labels):
+            rows = () if tensor.shape[0] == 1 else (0,)
+            wide = tensor.dim() == 2 and tensor.shape[1] == width
+            free.append((*rows, 1) if wide else rows)
+        return [*weights, *leaves, *labels, values[-1]], [*free, ()]
+
+    def _description(self) -> str:
+        """What the network is, and the parts around it."""
+        tensors = [(name, tuple(t.shape), t.dtype) for name, t in self._state.items()]
+        model = self._model
+        facts = (
+            model.hypers,
+            model.targets,
+            self._wanted,
+            self._precision,
+            model.network.recompute,
+        )
+        return f"{model}\n{facts}\n{tensors}\n{torch.are_deterministic_algorithms_enabled()}"
+
+
+class _Predicts(nn.Module):
+    """A potential, whose weights can be given for a call."""
+
+    def __init__(self, model: Potential) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, graph: Batch, wanted: Mapping[str, tuple[bool, bool]]
+    ) -> dict[str, Prediction | Property]:
+        return self.model.predict_targets(graph, wanted, create_graph=True)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Different sizes for different things, so that none is taken for another."""
+
+    structures: int
+    atoms: int = 11
+    listed: int = 101
+    within: int = 89
+    kept: int = 71
+    width: int = 17
+
+    def batch(self, graph: Batch) -> Batch:
+        """A batch of the same form with these sizes, and zeros in it."""
+        edges = graph.edges
+        assert edges is not None
+        within, kept = edges.within, edges.kept
+        count = self.listed if within is None else self.within
+        count = count if kept is None else self.kept
+        rectangle = edges.layout.rectangle
+        if rectangle is not None:
+            slots = self.atoms * self.width
+            rectangle = Rectangle(
+                rectangle.token_of_slot.new_zeros(self.atoms, self.width),
+                rectangle.slot_of_token.new_zeros(self.atoms + count),
+                rectangle.empty.new_zeros(slots),
+            )
+        starts = edges.layout.starts.new_zeros(self.atoms + 1)
+        own = Edges(
+            within=None if within is None else within.new_zeros(self.within),
+            kept=None if kept is None else kept.new_zeros(self.kept),
+            centers=edges.centers.new_zeros(count),
+            neighbors=edges.neighbors.new_zeros(count),
+            reverse=edges.reverse.new_zeros(count),
+            layout=Layout(starts, rectangle),
+        )
+        rows = {
+            "numbers": self.atoms,
+            "edge_vectors": self.listed,
+            "centers": self.listed,
+            "neighbors": self.listed,
+            "reverse": self.listed,
+            "structure_index": self.atoms,
+            "cells": self.structures,
+            "charges": self.structures,
+            "spins": self.structures,
+        }
+        fields = {name: self._rows(getattr(graph, name), count) for name, count in rows.items()}
+        return Batch(**fields, edges=own)
+
+    def label(self, label: Tensor, kind: LabelKind) -> Tensor:
+        """The same of a label."""
+        return self._rows(label, self.atoms if kind.per_atom else self.structures)
+
+    def _rows(self, tensor: Tensor, count: int) -> Tensor:
+        return tensor.new_zeros(count, *tensor.shape[1:])
+
+
+def _bare(part: Part) -> Part:
+    """The term without weights and scale, which may be others in another run or epoch."""
+    loss = part.objective.loss
+    terms = {
+        "forces": loss.forces_term().model_copy(update={"weight": 0.0}),
+        "stress": loss.stress_term().model_copy(update={"weight": 0.0}),
+    }
+    objective = replace(
+        part.objective, scale=1.0, loss=loss.model_copy(update={"weight": 0.0, **terms})
+    )
+    term = part.term.model_copy(update={"weight": 0.0})
+    return replace(part, objective=objective, term=term, weight=0.0)
+
+
+def _scaled(part: Part, scale: Tensor) -> Part:
+    return replace(part, objective=replace(part.objective, scale=scale))
+
+
+def _numbers(parts: Sequence[Part], counts: Sequence[Tensor | int], device: torch.device) -> Tensor:
+    """What the sum of each term is multiplied with, and its scale: [2, n_parts] float64."""
+    given = [[part.weight for part in parts], [part.objective.scale for part in parts]]
+    numbers = torch.tensor(given, dtype=torch.float64).to(device, non_blocking=True)
+    known = torch.stack([torch.as_tensor(count, device=device) for count in counts])
+    return torch.stack([numbers[0] / known.clamp_min(1), numbers[1]])
+
+
+def _tensors_of(predictions: Mapping[str, Prediction | Property]) -> list[Tensor]:
+    """All tensors of predictions, without their graph."""
+    tensors: list[Tensor | None] = []
+    for found in predictions.values():
+        if isinstance(found, Property):
+            tensors.append(found.values)
+        else:
+            tensors += [found.energy, found.atom_energies, found.forces, found.stress]
+    return [tensor.detach() for tensor in tensors if tensor is not None]
+
+
+def _distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """How far gradients are from others, relative to these; 0 where those are no numbers."""
+    pairs = list(zip(found, expected, strict=True))
+    apart = torch.stack([(one - other).double().square().sum() for one, other in pairs]).sum()
+    length = torch.stack([other.double().square().sum() for other in expected]).sum()
+    if not bool(length.isfinite()):
+        return 0.0  # the loss is at fault, and the step will say so
+    return float((apart / length.clamp_min(1e-300)).sqrt())

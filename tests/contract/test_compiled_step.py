@@ -1,0 +1,294 @@
+"""Compiled training steps have the gradients of plain ones, whatever trains and is asked for."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from models import PROPERTIES, crystal, ethanol, lone_atom, random_potential, slab, trained_adapter
+from pet_finetune.adapters import freeze
+from pet_finetune.backends import graphs
+from pet_finetune.config import TargetLoss
+from pet_finetune.data import LabelledBatch, collate, structure_neighbors
+from pet_finetune.data.structure import atoms_to_structure
+from pet_finetune.training import compiled_step
+from pet_finetune.training.compiled_step import CompiledStep
+from pet_finetune.training.loss import Objective, batch_loss
+from trainers import curve, make_trainer, watch
+
+HEADS = ["node_heads", "edge_heads", "node_last_layers", "edge_last_layers"]
+SLOW = pytest.mark.slow
+ONE = {"num_gnn_layers": 1}
+#: Of each kind: how the model is made, what trains, and whether stress and other targets are
+#: asked for.
+KINDS = {
+    "lora": ({}, {}, True, False),
+    "targets": (ONE, {"use_dora": True}, True, True),
+    "full": (ONE, None, True, False),
+    "heads": (ONE, "heads", True, False),
+    "adaptive": ({"num_neighbors_adaptive": 4.0, "zbl": True}, {}, True, False),
+    "first": (
+        {"featurizer_type": "residual", "transformer_type": "PostLN", "activation": "SiLU",
+         "normalization": "LayerNorm", "cutoff_function": "Cosine", "d_node": 8},
+        None, False, False,
+    ),
+    "conditioned": ({"system_conditioning": True, **ONE}, {}, False, False),
+}  # fmt: skip
+OF_KINDS = pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[] if k in ("lora", "targets") else SLOW) for k in KINDS]
+)
+FIRST = [ethanol(), crystal()]
+OTHERS = [[crystal(), ethanol(), slab(), lone_atom()], [slab(), ethanol()]]
+
+
+def model_and_objectives(kind):
+    hypers, method, stress, others = KINDS[kind]
+    model = random_potential(**hypers)
+    objectives = {"energy": Objective("energy", TargetLoss(weight=2.0), True, stress, 0.7)}
+    if others:
+        for spec in (PROPERTIES[0], PROPERTIES[2], PROPERTIES[4]):
+            model.add_target(spec)
+            objectives[spec.name] = Objective(
+                spec.name, TargetLoss(type="huber", delta=0.3), False, False, 0.4, energy=False
+            )
+        model.double()
+    if method == "heads":
+        freeze(model, HEADS)
+    elif method is not None:
+        trained_adapter(model, **method)
+        for name, parameter in model.network.named_parameters():
+            if others and name.startswith(tuple(HEADS)):
+                parameter.requires_grad_()
+    return model.train(), objectives
+
+
+def batch_of(model, frames) -> LabelledBatch:
+    """With labels by chance, one of them unknown."""
+    generator = torch.Generator().manual_seed(len(frames))
+    structures = [atoms_to_structure(atoms, i) for i, atoms in enumerate(frames)]
+    batch = collate([(s, structure_neighbors(s, model.cutoff)) for s in structures], torch.float64)
+    graph, labels, kinds = batch.graph, {}, {}
+    for name, spec in model.targets.items():
+        rows = graph.num_atoms if spec.per_atom else graph.num_structures
+        shapes = {name: (rows, *spec.shape)}
+        if spec.is_energy:
+            shapes[f"{name}/forces"] = (graph.num_atoms, 3)
+            shapes[f"{name}/stress"] = (graph.num_structures, 3, 3)
+        else:
+            kinds[name] = spec.label_kind
+        for label, shape in shapes.items():
+            labels[label] = torch.randn(shape, generator=generator, dtype=torch.float64)
+            labels[label][0] = torch.nan
+    return replace(batch, labels=labels, kinds=kinds)
+
+
+def plain(model, batch, objectives, parameters):
+    wanted = {name: (o.forces, o.stress) for name, o in objectives.items()}
+    predictions = model.predict_targets(batch.graph, wanted, create_graph=True)
+    loss = batch_loss(batch, predictions, objectives)
+    return loss, predictions, torch.autograd.grad(loss, parameters, allow_unused=True)
+
+
+def check(kind, step, model, objectives, frames):
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    batch = batch_of(model, frames)
+    found = step(batch, objectives, parameters)
+    loss, predictions, gradients = plain(model, batch, objectives, parameters)
+    assert found is not None
+    torch.testing.assert_close(found.loss, loss.detach())
+    torch.testing.assert_close(
+        found.predictions["energy"].forces, predictions["energy"].forces.detach()
+    )
+    assert found.predictions.keys() == predictions.keys()
+    used = 0
+    for own, other in zip(found.gradients, gradients, strict=True):
+        assert (own is None) == (other is None)
+        if own is not None:
+            torch.testing.assert_close(own, other, rtol=1e-7, atol=1e-9)
+            used += 1
+    assert used > 3
+
+
+def step_of(model, objectives):
+    wanted = {name: (o.forces, o.stress) for name, o in objectives.items()}
+    return CompiledStep(model, wanted, None)
+
+
+@pytest.fixture
+def followed_only(monkeypatch):
+    """The graphs as Inductor is given them, computed operation by operation."""
+    made = []
+
+    def graph(key, device, function, inputs, free):
+        made.append(key)
+        return graphs.followed(function, inputs, free)[0]
+
+    monkeypatch.setattr(compiled_step, "compiled_graph", graph)
+    return made
+
+
+@OF_KINDS
+def test_one_graph_has_the_gradients_of_batches_of_all_sizes(kind, followed_only):
+    model, objectives = model_and_objectives(kind)
+    step = step_of(model, objectives)
+    for frames in (FIRST, *OTHERS):
+        check(kind, step, model, objectives, frames)
+    assert len(followed_only) == 1
+
+
+def test_weights_and_scales_of_the_loss_need_no_other_graph(followed_only):
+    model, objectives = model_and_objectives("heads")
+    step = step_of(model, objectives)
+    check("heads", step, model, objectives, FIRST)
+    objectives = {"energy": Objective("energy", TargetLoss(weight=0.1), True, True, 3.0)}
+    check("heads", step, model, objectives, FIRST)
+    assert len(followed_only) == 1
+    with torch.no_grad():
+        for parameter in model.network.parameters():
+            parameter.mul_(1.1)
+    check("heads", step, model, objectives, FIRST)
+    assert len(followed_only) == 1
+
+
+def test_one_structure_and_what_trains_later_have_graphs_of_their_own(followed_only):
+    model, objectives = model_and_objectives("heads")
+    step = step_of(model, objectives)
+    for frames in ([ethanol()], [crystal()], FIRST):
+        check("heads", step, model, objectives, frames)
+    assert len(followed_only) == 2
+    model.requires_grad_(True)
+    check("full", step, model, objectives, FIRST)
+    assert len(set(followed_only)) == 3
+
+
+def test_structures_without_edges_are_left_to_others(followed_only):
+    model, objectives = model_and_objectives("heads")
+    step = step_of(model, objectives)
+    assert step(batch_of(model, [lone_atom()]), objectives, list(model.parameters())) is None
+    assert not followed_only
+
+
+def records_of(trainer):
+    records = []
+    watch(trainer, epoch=records.append)
+    trainer.fit()
+    return records
+
+
+@SLOW
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_accumulation_steps": 2, "rotational_consistency": 1.0}]
+)
+def test_a_compiled_run_is_the_run(options, followed_only):
+    own, other = (make_trainer("lora", compile=c, **options) for c in ("on", "off"))
+    one, two = records_of(own), records_of(other)
+    assert len(followed_only) >= 1
+    for mine, theirs in zip(curve(one), curve(two), strict=True):
+        assert mine[2] == pytest.approx(theirs[2], rel=1e-3)
+    for name, parameter in own.parameters.items():
+        torch.testing.assert_close(parameter, other.parameters[name], rtol=2e-2, atol=2e-4)
+
+
+def test_wrong_gradients_are_noticed(followed_only, monkeypatch, caplog):
+    model, objectives = model_and_objectives("heads")
+
+    def wrong(key, device, function, inputs, free):
+        graph = graphs.followed(function, inputs, free)[0]
+        return lambda *values: [1.001 * out for out in graph(*values)]
+
+    monkeypatch.setattr(compiled_step, "compiled_graph", wrong)
+    step = step_of(model, objectives)
+    with caplog.at_level(logging.WARNING):
+        assert step(batch_of(model, FIRST), objectives, list(model.parameters())) is None
+    assert "compiled gradients differ by 1.0e-03" in caplog.text
+    assert step(batch_of(model, FIRST), objectives, list(model.parameters())) is None
+
+
+@pytest.mark.parametrize(
+    ("setting", "method", "options", "said"),
+    [
+        ("on", "lora", {}, "training steps are compiled"),
+        ("on", "full", {"gradient_checkpointing": True}, "steps are not compiled: gradient_check"),
+        ("on", "dropout", {}, "steps are not compiled: dropout"),
+        ("auto", "lora", {}, None),
+        ("off", "lora", {}, None),
+    ],
+)
+def test_one_line_says_what_was_decided(setting, method, options, said, followed_only, caplog):
+    dropping = method == "dropout"
+    trainer = make_trainer(
+        "lora" if dropping else method,
+        {"dropout": 0.1} if dropping else None,
+        compile=setting,
+        **options,
+    )
+    with caplog.at_level(logging.INFO):
+        trainer.fit()
+    lines = [r.message for r in caplog.records if r.message.startswith("compile:")]
+    assert len(lines) == (said is not None)
+    assert said is None or said in lines[0]
+    assert bool(followed_only) == (said is not None and "not" not in said)
+
+
+FAILING = """
+import logging, sys
+sys.path.insert(0, {tests!r})
+logging.basicConfig(level=logging.WARNING, stream=sys.stdout)
+from trainers import make_trainer
+trainer = make_trainer("lora", compile="on")
+print(trainer.fit().finished)
+"""
+
+
+def run(repository, monkeypatch, tmp_path, compiler):
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PET_FINETUNE_KERNELS", "off")
+    script = FAILING.format(tests=str(repository / "tests"))
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout
+
+
+@SLOW
+@pytest.mark.parametrize(
+    ("compiler", "said"),
+    [("no-such-compiler", "there is no C++ compiler 'no-such-compiler'"), ("false", "")],
+)
+def test_a_run_goes_on_where_compiling_fails(compiler, said, repository, monkeypatch, tmp_path):
+    out = run(repository, monkeypatch, tmp_path, compiler)
+    assert f"training steps are computed without compiling: {said}" in out
+    assert out.splitlines()[-1] == "True"
+    assert not list(tmp_path.rglob("*.graph"))
+
+
+@SLOW
+@pytest.mark.parametrize("kind", ["lora", "targets"])
+def test_inductor_gives_the_same_gradients_and_keeps_them(kind, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setattr(graphs, "_compiled", count_calls(made := [], graphs._compiled))
+    for _ in range(2):  # the second time from the file
+        model, objectives = model_and_objectives(kind)
+        step = step_of(model, objectives)
+        for frames in (FIRST, *OTHERS):
+            check(kind, step, model, objectives, frames)
+        assert len(made) == 1
+    (kept,) = tmp_path.rglob("*.graph")
+    kept.write_bytes(kept.read_bytes()[:1000])  # cut off
+    step = step_of(model, objectives)
+    assert step(batch_of(model, FIRST), objectives, list(model.parameters())) is None
+    assert not kept.exists()
+
+
+def count_calls(made, function):
+    def counted(*arguments):
+        made.append(arguments)
+        return function(*arguments)
+
+    return counted
