@@ -84,6 +84,8 @@ def batch_of(model, frames) -> LabelledBatch:
         for label, shape in shapes.items():
             labels[label] = torch.randn(shape, generator=generator, dtype=torch.float64)
             labels[label][0] = torch.nan
+            if label == "energy/forces":
+                labels[f"{label}/weights"] = torch.rand(graph.num_atoms).double()
     return replace(batch, labels=labels, kinds=kinds)
 
 

@@ -100,7 +100,7 @@ def test_a_training_step_reads_one_tensor(kind, monkeypatch):
     step(trainer, batches, metrics)  # what is made once is there
     with listening(monkeypatch, trainer.model) as found:
         step(trainer, batches, metrics)
-    assert found.pop(("finite.py:check_and_clip", "tolist")) == 1
+    assert found.pop(("optimizer.py:check_and_clip", "tolist")) == 1
     assert {where for where, _ in found} <= KNOWN
 
 
