@@ -7,9 +7,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from ase.data import chemical_symbols
 
-from models import random_potential
+from models import SMALL, random_potential
 from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
+from pet_finetune.config import ModelOptions
+from pet_finetune.keys import TargetSpec
+from pet_finetune.model import Potential
 from pet_finetune.model.fingerprint import weights_fingerprint
 from tiny_data import crystals, molecules, options, write_frames, write_options
 
@@ -126,6 +131,18 @@ def test_info_of_a_bare_model(here, command):
     answer = command("info", "base.ckpt")
     assert "not recorded in the file" in answer.out
     assert "can be resumed" not in answer.out
+
+
+def test_info_of_a_universal_model_has_its_elements_side_by_side(here, command):
+    options = ModelOptions.model_validate(SMALL)
+    model = Potential(options, range(1, 90), [TargetSpec("energy")])
+    model.composition.set("energy", torch.arange(1.0, 90.0, dtype=torch.float64))
+    save_checkpoint("universal.ckpt", model)
+    table = command("info", "universal.ckpt").out.partition("baseline per species")[2]
+    table = table.partition("family tree")[0]
+    for number in range(1, 90):
+        assert re.search(rf"\b{chemical_symbols[number]} *│ *{number}\.0000 ", table), number
+    assert len(table.splitlines()) < 40
 
 
 def test_info_of_a_long_line_of_ancestors_fits_a_screen(here, command, monkeypatch):

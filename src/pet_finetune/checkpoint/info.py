@@ -20,6 +20,8 @@ from . import load_checkpoint, weights_fingerprint
 
 #: A screen of 40 lines has room for as many trainings with a note, in lines of 80 characters.
 _GENERATIONS, _WIDTH = 12, 78
+#: Of the table of baselines: so many rows and, where there are more elements, columns.
+_ROWS, _COLUMNS = 24, 6
 
 _SHOWN_BY_ITSELF = {"cutoff", "cutoff_function", "cutoff_width"}
 
@@ -84,20 +86,28 @@ def _changed(hypers: ModelOptions) -> str:
 
 
 def _baselines(model: Any) -> Table:
+    """The energies of the elements; those of a universal model side by side."""
     table = Table(title="baseline per species", title_justify="left")
-    table.add_column("element")
+    headings = ["element"]
     scalars = [spec for spec in model.targets.values() if spec.rank == 0]
     for spec in scalars:
         unit = f" ({spec.unit})" if spec.unit else ""
         for index in range(spec.num_subtargets):
             number = f" [{index}]" if spec.num_subtargets > 1 else ""
-            table.add_column(f"{spec.name}{number}{unit}", justify="right")
+            headings.append(f"{spec.name}{number}{unit}")
+    cells = []
     for index, number in enumerate(model.species):
-        values: list[str] = []
+        values = [chemical_symbols[number]]
         for spec in scalars:
             row = model.composition.get(spec.name)[index].reshape(-1).expand(spec.num_subtargets)
             values += [f"{value:.4f}" for value in row.tolist()]
-        table.add_row(chemical_symbols[number], *values)
+        cells.append(values)
+    aside = max(1, min(-(-len(cells) // _ROWS), _COLUMNS // len(headings)))
+    rows = -(-len(cells) // aside)
+    for heading in headings * aside:
+        table.add_column(heading, justify="left" if heading == headings[0] else "right")
+    for first in range(rows):
+        table.add_row(*(value for some in cells[first::rows] for value in some))
     return table
 
 
