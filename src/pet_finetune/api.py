@@ -60,6 +60,7 @@ from pet_finetune.launchers import find_launch
 from pet_finetune.log import get_logger, setup_logging
 from pet_finetune.model import Potential
 from pet_finetune.pretraining import PretrainResult, pretrain_model, pretrained, settings_of
+from pet_finetune.report.watch import ReportServer
 from pet_finetune.report.write import report_or_warn, write_report
 from pet_finetune.result import FinetuneResult, result_of
 from pet_finetune.runs.folder import RunFolder
@@ -92,6 +93,7 @@ __all__ = [
     "PretrainResult",
     "ROOMS",
     "RelaxSettings",
+    "ReportServer",
     "Request",
     "TrainOutcome",
     "as_dict",

@@ -9,9 +9,35 @@ from collections.abc import Sequence
 from pet_finetune.errors import PetFinetuneError
 from pet_finetune.version import __version__
 
-from . import adapter, evaluate, export, info, inspect, md, options, pretrain, relax, report, train
+from . import (
+    adapter,
+    evaluate,
+    export,
+    info,
+    inspect,
+    md,
+    options,
+    pretrain,
+    relax,
+    report,
+    train,
+    watch,
+)
 
-_COMMANDS = (inspect, pretrain, train, evaluate, info, md, relax, adapter, report, export, options)
+_COMMANDS = (
+    inspect,
+    pretrain,
+    train,
+    watch,
+    evaluate,
+    info,
+    md,
+    relax,
+    adapter,
+    report,
+    export,
+    options,
+)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -18,6 +18,7 @@ from pet_finetune.data.predicted import Predicted
 from pet_finetune.errors import ConfigError, DataError, PetFinetuneError
 from pet_finetune.files import read_object, read_table
 from pet_finetune.log import get_logger
+from pet_finetune.runs.folder import works_elsewhere
 from pet_finetune.training.run_files import (
     ABOUT,
     ADAPTER,
@@ -71,7 +72,7 @@ def read_run(folder: Path, leave_out: Collection[str] = ()) -> RunRecord:
     curves = read(_curves, folder / f"{DIMERS}.csv") or {}
     return RunRecord(
         folder=str(folder),
-        status="finished" if results else "interrupted",
+        status="finished" if results else "running" if is_running(folder) else "interrupted",
         options=read(_options, folder / OPTIONS) or {},
         options_text=read(_text, folder / OPTIONS) or "",
         start=about,
@@ -85,6 +86,11 @@ def read_run(folder: Path, leave_out: Collection[str] = ()) -> RunRecord:
         committee=_committee(results, folder),
         files=_files(folder),
     )
+
+
+def is_running(folder: Path) -> bool:
+    """Whether another process works in the folder of a run, or in that of a member of it."""
+    return any(works_elsewhere(path) for path in (folder, *folder.glob("member_*")))
 
 
 def _text(path: Path) -> str:

@@ -194,7 +194,10 @@ def _place(run: RunRecord) -> str:
     """How far a run came that is not finished."""
     epochs = max((len(rows) for rows in run.epochs), default=0)
     wanted = run.training.get("num_epochs")
-    return f"Not finished: stopped after epoch {epochs}" + (f" of {wanted}" if wanted else "")
+    how = (
+        "Under way, after epoch" if run.status == "running" else "Not finished: stopped after epoch"
+    )
+    return f"{how} {epochs}" + (f" of {wanted}" if wanted else "")
 
 
 def _unfinished(run: RunRecord, what: str) -> str:

@@ -43,12 +43,14 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
     """
     path = Path(folder if output is None else output)
     path = path / REPORT if path.is_dir() or output is None else path
-    page = _page(Path(folder)).encode(errors="replace")  # a damaged file may hold half a character
+    page = page_of(Path(folder)).encode(
+        errors="replace"
+    )  # a damaged file may hold half a character
     RunFiles(path.parent).write(path.name, page)
     return path
 
 
-def _page(folder: Path) -> str:
+def page_of(folder: Path) -> str:
     """The page of a run, without what a damaged file of it says.
 
     The files are plain JSON and tables, which anyone can change: what they hold is used as it

@@ -19,7 +19,7 @@ from typing import Any
 from pet_finetune import processes
 from pet_finetune.errors import DataError, RunError
 from pet_finetune.files import read_object
-from pet_finetune.locks import FileLock
+from pet_finetune.locks import FileLock, Holder
 from pet_finetune.log import get_logger
 
 __all__ = [
@@ -147,6 +147,18 @@ def undisturbed(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def works_elsewhere(folder: Path) -> bool:
+    """Whether a process other than this one works in a folder."""
+    lock = FileLock(folder / LOCK)
+    try:
+        free = not lock.path.exists() or lock.acquire()
+    except OSError:
+        return False
+    lock.release()
+    me, other = Holder.me(), lock.holder
+    return not free and (other is None or (other.host, other.pid) != (me.host, me.pid))
 
 
 def _in_use(folder: Path, lock: FileLock) -> RunError:

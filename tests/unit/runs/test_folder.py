@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from pet_finetune.errors import RunError
-from pet_finetune.runs.folder import RunFolder, newest_run, own_folder, starts_of
+from pet_finetune.runs.folder import RunFolder, newest_run, own_folder, starts_of, works_elsewhere
 
 #: Claims a folder as soon as it may, with a clock that stands, and keeps it until it is killed.
 _CLAIM = """
@@ -91,6 +91,17 @@ def test_a_folder_that_is_claimed_stays_so_within_and_is_free_after(tmp_path):
             pass
     with own_folder(str(tmp_path / "a")) as path:
         assert path.is_dir()
+
+
+def test_another_process_in_a_folder_is_seen(claims, tmp_path):
+    folder = tmp_path / "run"
+    assert not works_elsewhere(folder)
+    with own_folder(folder):
+        assert not works_elsewhere(folder)  # this one
+    said, _ = claims(1, folder)
+    assert said == [str(folder)]
+    assert works_elsewhere(folder)
+    assert works_elsewhere(folder)  # asking takes nothing away
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

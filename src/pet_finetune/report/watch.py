@@ -1,0 +1,95 @@
+"""The report of a run while it goes on: a page that this computer alone can open."""
+
+from __future__ import annotations
+
+import html
+import threading
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from pet_finetune.errors import PetFinetuneError
+from pet_finetune.training.run_files import LOG, RESULTS, TABLE
+
+from .reading import is_running
+from .write import page_of
+
+__all__ = ["ReportServer"]
+
+_HOST = "127.0.0.1"
+_HEAD = '<meta charset="utf-8">'
+
+
+class ReportServer(ThreadingHTTPServer):
+    """Serves the page of a run on ``127.0.0.1`` and makes it anew when the run has written.
+
+    Args:
+        folder: of the run; it may be yet to be made.
+        port: where to listen; 0 for any that is free.
+        every: seconds after which the browser asks again while the run goes on.
+
+    Attributes:
+        address: of the page.
+
+    Raises:
+        OSError: the port is taken.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, folder: str | Path, port: int = 0, every: int = 5) -> None:
+        super().__init__((_HOST, port), _Handler)
+        self._folder, self._every = Path(folder), every
+        self._making = threading.Lock()
+        self._made: tuple[object, str] = (None, "")
+        self.address = f"http://{_HOST}:{self.server_address[1]}/"
+
+    def page(self) -> str:
+        """The page as the files are now; with a refresh while the run is not at its end."""
+        with self._making:
+            state = self._state()
+            if self._made[0] != state or state is None:
+                self._made = state, self._page()
+            return self._made[1]
+
+    def _state(self) -> object:
+        """What changes when the page does; None where there is nothing to show yet."""
+        files = [f for name in (TABLE, RESULTS, LOG) for f in sorted(self._folder.rglob(name))]
+        try:
+            times = [(file, file.stat().st_mtime_ns) for file in files]
+        except OSError:  # replaced this moment
+            return None
+        return (times, is_running(self._folder)) if times else None
+
+    def _page(self) -> str:
+        try:
+            page = page_of(self._folder)
+        except PetFinetuneError as error:  # not begun yet
+            page = f"<!doctype html>\n<head>\n{_HEAD}\n</head>\n<p>{html.escape(str(error))}</p>\n"
+        if (self._folder / RESULTS).exists():
+            return page
+        refresh = f'<meta http-equiv="refresh" content="{self._every}">'
+        return page.replace(_HEAD, f"{_HEAD}\n{refresh}", 1)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: ReportServer
+
+    def do_GET(self) -> None:
+        """Answer with the page; a name that is not this computer's is refused."""
+        # A page of the web could otherwise point a name of its own here and read the report.
+        if self.headers.get("Host", "").rpartition(":")[0] not in (_HOST, "localhost"):
+            self.send_error(HTTPStatus.FORBIDDEN)
+        elif self.path != "/":
+            self.send_error(HTTPStatus.NOT_FOUND)
+        else:
+            content = self.server.page().encode(errors="replace")
+            self.send_response(HTTPStatus.OK)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("Cache-Control", "no-store")
+            self.end_headers()
+            self.wfile.write(content)
+
+    def log_message(self, format: str, *values: object) -> None:
+        """Say nothing: a browser asks every few seconds."""
