@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import ase
+import ase.io
 import numpy as np
 import pytest
 import torch
@@ -15,15 +16,22 @@ from pet_finetune import PETCalculator
 from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
 from pet_finetune.checkpoint.llpr import uncertainty_name
 from pet_finetune.committee.last_layer import fresh
+from pet_finetune.committee.last_layer_fit import fit_last_layers
+from pet_finetune.config.recipes import LastLayerOptions
+from pet_finetune.data.loader import Loader
+from pet_finetune.data.structure import atoms_to_structure
 from pet_finetune.errors import CheckpointError
 from pet_finetune.export.export import export_model
+from pet_finetune.model import Potential
 from pet_finetune.units import to_own_unit
 
 pytest.importorskip("metatrain", reason="metatrain comes with the test extra")
 from metatomic.torch import ModelOutput
 from metatrain.llpr import LLPRUncertaintyModel
+from metatrain.utils.data import get_dataset
 from metatrain.utils.io import load_model, model_from_checkpoint
 from metatrain_models import _system, random_model, save, structures
+from omegaconf import OmegaConf
 from test_metatrain_models import ROWS, hypers_of
 from test_metatrain_targets import TARGETS
 
@@ -241,3 +249,111 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
             opened(**{name: value})
     with pytest.raises(CheckpointError, match="formats 1 to 4 are known"):
         load_checkpoint(save_llpr(oracle, tmp_path / "new.ckpt", model_ckpt_version=5))
+
+
+#: Beside the energy.
+OTHERS = {name: TARGETS[name] for name in ("mtt::gap", "mtt::charges", "mtt::dipole")}
+
+
+def labelled(seed: int, count: int) -> list[ase.Atoms]:
+    """Structures with values of all targets drawn at random."""
+    rng = np.random.default_rng(seed)
+    made = []
+    named = list(structures().values())
+    for number in range(count):
+        atoms = named[number % len(named)].copy()
+        atoms.rattle(0.05, seed=number + 100 * seed)
+        atoms.info |= {"my_energy": rng.normal(scale=20.0), "my_gap": rng.normal()}
+        atoms.info["my_dipole"] = rng.normal(size=3)
+        atoms.arrays["my_charges"] = rng.normal(size=len(atoms))
+        made.append(atoms)
+    return made
+
+
+def their_set(pet: Any, frames: list[ase.Atoms], path: Path) -> Any:
+    """Structures as metatrain reads them."""
+    ase.io.write(path, frames, format="extxyz")
+    usual = {
+        "quantity": "",
+        "unit": "",
+        "sample_kind": "system",
+        "type": "scalar",
+        "num_subtargets": 1,
+        "forces": False,
+        "stress": False,
+        "virial": False,
+        "read_from": str(path),
+        "reader": "ase",
+        "description": "",
+    }
+    targets = {
+        name: {**usual, "key": f"my_{name.removeprefix('mtt::')}", **OTHERS.get(name, {})}
+        for name in pet.dataset_info.targets
+    }
+    targets["energy"] |= {"quantity": "energy", "unit": "eV"}
+    systems = {"read_from": str(path), "reader": "ase"}
+    options = OmegaConf.create({"systems": systems, "targets": targets})
+    return get_dataset(options)[0]
+
+
+def our_set(model: Potential, frames: list[ase.Atoms]) -> Loader:
+    """The same as batches of ours."""
+    made = []
+    for atoms in frames:
+        labels = {f"mtt::{name}": atoms.info[f"my_{name}"] for name in ("gap", "dipole")}
+        labels |= {"energy": atoms.info["my_energy"], "mtt::charges": atoms.arrays["my_charges"]}
+        tensors = {n: torch.as_tensor(v, dtype=torch.float64) for n, v in labels.items()}
+        kinds = {name: spec.label_kind for name, spec in model.targets.items()}
+        made.append(atoms_to_structure(atoms, labels=tensors, kinds=kinds))
+    return Loader(made, model.cutoff, batch_size=5, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("regularizer", [1e-3, None])
+@pytest.mark.parametrize("method", ["absolute_residuals", "squared_residuals", "crps"])
+def test_recalibration_is_metatrains(
+    method: str, regularizer: float | None, tmp_path: Path
+) -> None:
+    """Covariance, decomposition and factor of each kind of target."""
+    pet = random_model(1, others=OTHERS)
+    model = load_checkpoint(save(pet, tmp_path / "plain.ckpt")).model
+    training, validation = labelled(1, 33), labelled(2, 11)
+    oracle = LLPRUncertaintyModel({"num_ensemble_members": {}}, pet.dataset_info)
+    oracle.set_wrapped_model(pet)
+    oracle.to(torch.float64)
+    oracle.compute_covariance([their_set(pet, training, tmp_path / "t.xyz")], 5, False)
+    oracle.compute_cholesky_decomposition(regularizer)
+    oracle.calibrate([their_set(pet, validation, tmp_path / "v.xyz")], 5, False, method)
+    options = LastLayerOptions(regularizer=regularizer, calibration_method=method)
+    # As they are in the files, where positions have eight digits.
+    loaders = [our_set(model, ase.io.read(tmp_path / f"{n}.xyz", ":")) for n in "tv"]
+    found = fit_last_layers(model, *loaders, list(model.targets), options)
+    assert set(found) == {"energy", *OTHERS}
+    # Without a regularizer ours begins at the rounding of the features, not at 1e-20.
+    close = {"rtol": 1e-8 if regularizer else 1e-4, "atol": 1e-8}
+    for target, fitted in found.items():
+        name, layer = uncertainty_name(target), fitted.layer
+        torch.testing.assert_close(layer.covariance, oracle._get_covariance(name))
+        torch.testing.assert_close(layer.cholesky, oracle._get_cholesky(name), **close)
+        multiplier = oracle._get_multiplier(name).reshape(())
+        torch.testing.assert_close(layer.multiplier, multiplier, **close)
+        assert multiplier != 1.0
+        model.set_uncertainty(target, layer)
+    atoms = structures()["ethanol"]
+    sure = PETCalculator(model, device="cpu").get_property("energy_uncertainty", atoms)
+    assert sure == pytest.approx(theirs(oracle, atoms)["uncertainty"].item(), rel=close["rtol"])
+
+
+def test_members_are_drawn_around_the_last_layer_as_metatrain_draws_them(tmp_path: Path) -> None:
+    """Their mean is the model's last layer, and their spread the uncertainty."""
+    pet = random_model(1, others=OTHERS)
+    model = load_checkpoint(save(pet, tmp_path / "plain.ckpt")).model
+    frames = labelled(1, 33)
+    loader = our_set(model, frames)
+    options = LastLayerOptions(num_ensemble_members=20000)
+    layer = fit_last_layers(model, loader, loader, ["energy"], options)["energy"].layer
+    names = pet.last_layer_parameter_names["energy"]
+    own = torch.cat([pet.state_dict()[name] for name in names], dim=1)[0]
+    probe = torch.eye(layer.width, dtype=torch.float64)
+    spread = layer(probe)
+    torch.testing.assert_close(layer.deviations(probe).std(1), spread, rtol=0.05, atol=0.0)
+    assert ((layer.members.mean(0) - own).abs() < 5 * spread / 20000**0.5).all()

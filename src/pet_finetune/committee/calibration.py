@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Any
 
@@ -158,6 +158,20 @@ class Curves:
     area_before: float
     area_after: float
     factor: float
+
+    @classmethod
+    def of(cls, found: Deviations, factor: float) -> Curves:
+        """Of errors beside spreads, which a factor makes uncertainties."""
+        before, after = found.coverage(), found.scaled(factor).coverage()
+        areas = miscalibration_area(before), miscalibration_area(after)
+        return cls(LEVELS, before, after, *areas, factor)
+
+    def plain(self) -> dict[str, Any]:
+        """As numbers and lists, for JSON."""
+        return {
+            key: value if isinstance(value, float) else value.tolist()
+            for key, value in asdict(self).items()
+        }
 
 
 def calibration_svg(curves: Mapping[str, Curves]) -> str:

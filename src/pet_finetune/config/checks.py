@@ -117,6 +117,13 @@ def _check_ensemble(options: Options) -> Iterator[Problem]:
                 also=(path,),
             )
         return
+    if finetune.llpr is not None:
+        yield Problem(
+            (*_FINETUNE, "llpr"),
+            "a committee has an uncertainty already, the spread of its members. Choose one of the "
+            "two.",
+            also=(path,),
+        )
     if size < 2:
         yield Problem(
             path,

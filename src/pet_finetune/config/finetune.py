@@ -26,7 +26,7 @@ from .base import (
     real_number,
 )
 from .keeping import AnchorOptions, ReplayOptions, RetentionOptions
-from .recipes import PretrainOptions, Unfreeze
+from .recipes import LastLayerOptions, PretrainOptions, Unfreeze
 
 __all__ = [
     "DEFAULT_TARGET_MODULES",
@@ -290,12 +290,21 @@ class FinetuneOptions(Section):
         "run of its own (a job of an array, say). Null: all of them, one after the other.",
     )
 
+    llpr: LastLayerOptions | None = Field(
+        default=None,
+        description="Give the trained model an uncertainty from its last layer (metatrain's LLPR): "
+        "`true`, or a section. It is made from the training set and calibrated on the validation "
+        "set. Null: none; that of the starting model does not hold for other weights.",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _empty_sections(cls, value: Any) -> Any:
         """A section with nothing under its name arrives as null."""
         if not isinstance(value, Mapping):
             return value
+        if isinstance(value.get("llpr"), bool):
+            value = {**value, "llpr": {} if value["llpr"] else None}
         sections = ("config", "inherit_heads", "retention")
         return {k: v for k, v in value.items() if v is not None or k not in sections}
 

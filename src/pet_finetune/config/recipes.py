@@ -27,6 +27,7 @@ from .base import (
 
 __all__ = [
     "LabelNoise",
+    "LastLayerOptions",
     "LossSchedule",
     "LossStage",
     "MixedPrecision",
@@ -41,6 +42,31 @@ __all__ = [
 _TINY = 1e-9
 
 MixedPrecision = Annotated[Literal["bf16-mixed"], OneOf()]
+
+
+class LastLayerOptions(Section):
+    """An uncertainty from the last layer (metatrain's LLPR). In a file also `true` or `false`."""
+
+    short_forms = ("boolean",)
+
+    regularizer: PositiveFloat | None = Field(
+        default=None,
+        description="Added to the diagonal of the features' covariance. Null: the smallest power "
+        "of ten, from the rounding of the features on, with which it can be decomposed.",
+    )
+    calibration_method: Annotated[
+        Literal["absolute_residuals", "squared_residuals", "crps"], OneOf()
+    ] = Field(
+        default="absolute_residuals",
+        description="How the factor is found on the validation set: from the mean of |error| / "
+        "uncertainty, from that of its square, or by the smallest continuous ranked probability "
+        "score.",
+    )
+    num_ensemble_members: NonNegativeInt = Field(
+        default=16,
+        description="Last layers that are drawn for each energy: their spread is an uncertainty of "
+        "forces and stress too. 0: none.",
+    )
 
 
 def first_epoch(start: float, num_epochs: int) -> int:

@@ -60,7 +60,7 @@ class LastLayer(FixedBuffers):
         given = {
             "covariance": (covariance, (width, width)),
             "cholesky": (cholesky, (width, width)),
-            "multiplier": (torch.as_tensor(multiplier), ()),
+            "multiplier": (torch.as_tensor(multiplier, dtype=torch.float64), ()),
             "members": (members, (*members.shape[:1], width)),
         }
         for name, (values, shape) in given.items():

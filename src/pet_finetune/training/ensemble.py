@@ -6,22 +6,14 @@ import json
 import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
 from pet_finetune import processes
 from pet_finetune.backends import choose_backend, use_backend
-from pet_finetune.committee.calibration import (
-    LEVELS,
-    Curves,
-    Deviations,
-    calibration_svg,
-    collect,
-    miscalibration_area,
-)
+from pet_finetune.committee.calibration import Curves, calibration_svg, collect
 from pet_finetune.committee.committee import Calibration
 from pet_finetune.committee.files import COMMITTEE_FILE, load_committee, write_committee
 from pet_finetune.config import Options
@@ -241,7 +233,7 @@ def _finish(
     if not splits.validation:
         _logger.warning("the spread is calibrated on the training set, which makes it too small")
     deviations = collect(committee, data.validation.view(), wanted)
-    curves = {kind: _curves(found) for kind, found in deviations.items()}
+    curves = {kind: Curves.of(found, found.factor) for kind, found in deviations.items()}
     calibration = Calibration(**{kind: curve.factor for kind, curve in curves.items()})
     write_committee(files.folder, names, calibration)
     _take_predictions(member_folder(files.folder, 0), files.folder)
@@ -255,7 +247,7 @@ def _finish(
         "before": plain_errors(before),
         "after": plain_errors(after),
         "members": [plain_errors(outcome.after) for outcome in outcomes],
-        "calibration": {kind: _plain_curves(curve) for kind, curve in curves.items()},
+        "calibration": {kind: curve.plain() for kind, curve in curves.items()},
     }
     files.write(RESULTS, json.dumps(content, indent=2) + "\n")
     _logger.info("committee: %s", files.folder / COMMITTEE_FILE)
@@ -266,19 +258,6 @@ def _take_predictions(member: Path, folder: Path) -> None:
     """Copy what the starting model says; predictions of a committee are put beside it."""
     if (member / PREDICTIONS).exists():
         shutil.copy2(member / PREDICTIONS, folder / PREDICTIONS)
-
-
-def _curves(found: Deviations) -> Curves:
-    before, after = found.coverage(), found.scaled(found.factor).coverage()
-    areas = miscalibration_area(before), miscalibration_area(after)
-    return Curves(LEVELS, before, after, *areas, found.factor)
-
-
-def _plain_curves(curves: Curves) -> dict[str, Any]:
-    return {
-        key: value if isinstance(value, float) else value.tolist()
-        for key, value in asdict(curves).items()
-    }
 
 
 def _show(outcomes: Sequence[TrainOutcome], after: Errors, curves: Mapping[str, Curves]) -> Table:

@@ -3,8 +3,8 @@
 A feature overrides the hooks that it needs and leaves the others as they are. In a new run they
 are called in this order: :meth:`Feature.check` before anything of the model is changed,
 :meth:`Feature.start` when the model stands, the hooks of steps and epochs, :meth:`Feature.close`
-when the loop ends for whatever reason, :meth:`Feature.finish` when the run is complete. A run that
-goes on skips ``check``.
+when the loop ends for whatever reason, :meth:`Feature.complete` and :meth:`Feature.finish` when the
+run is complete. A run that goes on skips ``check``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from pet_finetune.checkpoint import Checkpoint
 from pet_finetune.committee.committee import Committee
 from pet_finetune.config import Options, TrainingOptions
 from pet_finetune.data.batch import LabelledBatch
@@ -79,6 +80,7 @@ class TrainingRun(Protocol):
         objectives: what is asked of each target.
         parameters: what trains at some time of the run, by path in the network.
         training: batches of the training set.
+        validation: batches of the validation set; of the training set where there is none.
     """
 
     model: Potential
@@ -86,6 +88,7 @@ class TrainingRun(Protocol):
     objectives: dict[str, Objective]
     parameters: dict[str, nn.Parameter]
     training: Loader
+    validation: Loader
 
     def state(self) -> dict[str, Any]:
         """All that the rest of the run depends on."""
@@ -172,6 +175,18 @@ class Feature:
 
     def close(self) -> None:
         """Called once when the loop ends: finished, interrupted, or by an error."""
+
+    def complete(self, best: Checkpoint, files: RunFiles) -> Mapping[str, Any]:
+        """Add to the best model of a finished run, before it is evaluated.
+
+        Args:
+            best: as it was read from its file; what a feature adds to the model, it writes too.
+            files: of the run.
+
+        Returns:
+            What goes into ``results.json``.
+        """
+        return {}
 
     def errors(self, model: Potential | Committee) -> Mapping[str, dict[str, Metrics]]:
         """Errors of a model on sets of the feature's own, by the set's name and target."""

@@ -33,6 +33,7 @@ from .bootstrap import of_member
 from .consistency import RotationalAgreement
 from .elements import ADVICE, check_known
 from .feature import Feature, Plan
+from .llpr import LastLayerUncertainty
 from .loggers import loggers
 from .loss import Objective
 from .metrics import Errors, evaluate
@@ -106,6 +107,8 @@ def own_features(options: TrainingOptions) -> list[Feature]:
         features.append(RotationalAgreement())
     if options.ema is not None or options.swa is not None:
         features.append(Averaging())
+    if options.finetune.llpr is not None:
+        features.append(LastLayerUncertainty(options.finetune.llpr))
     return features
 
 

@@ -191,10 +191,15 @@ def _finish(run: Run, result: TrainingResult) -> TrainOutcome:
     after: Errors = {}
     found: dict[str, Any] = {}
     table: Table | None = None
-    if run.options.final_eval:
-        model = run.trainer.model
+    completing = [f for f in features if type(f).complete is not Feature.complete]
+    if run.options.final_eval or completing:
         processes.barrier()  # the first one has written it
-        best = load_checkpoint(files.best).model.to(device=model.device, dtype=model.dtype)
+        checkpoint = load_checkpoint(files.best)
+        model = run.trainer.model
+        best = checkpoint.model.to(device=model.device, dtype=model.dtype)
+        for feature in completing:
+            found |= feature.complete(checkpoint, files)
+    if run.options.final_eval:
         after = evaluate_sets(files, AFTER, best, run.data, run.trainer.wanted, features)
         table = _results_table(run, after)
         _logger.info("results\n%s", show(table), extra=FILE_ONLY)

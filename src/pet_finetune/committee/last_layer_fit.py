@@ -1,0 +1,222 @@
+"""Making a last-layer uncertainty (LLPR) for a trained model, as metatrain does.
+
+Formulas of metatrain 2026.4.1, which the parity tests hold these against. Sums are in float64
+whatever the precision of the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pet_finetune.config.recipes import LastLayerOptions
+from pet_finetune.data.batch import LabelledBatch
+from pet_finetune.data.loader import on_device
+from pet_finetune.errors import TrainingError
+from pet_finetune.graph import Batch
+from pet_finetune.keys import TargetSpec
+from pet_finetune.log import Watch
+from pet_finetune.model import Potential, Prediction, Property
+from pet_finetune.model.fingerprint import target_fingerprints
+from pet_finetune.model.last_layer import LastLayer, cholesky_of
+
+from .calibration import Curves, Deviations
+
+__all__ = ["Fitted", "fit_last_layers"]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """An uncertainty that was made.
+
+    Attributes:
+        layer: for the weights that the model has.
+        curves: of an energy, its coverage on the validation set without and with the factor; None
+            for other targets.
+    """
+
+    layer: LastLayer
+    curves: Curves | None = None
+
+
+@torch.no_grad()
+def fit_last_layers(
+    model: Potential,
+    training: Iterable[LabelledBatch],
+    validation: Iterable[LabelledBatch],
+    targets: Sequence[str],
+    options: LastLayerOptions,
+    seed: int = 0,
+) -> dict[str, Fitted]:
+    """Uncertainties of targets, calibrated.
+
+    Args:
+        model: in evaluation mode; not changed.
+        training: batches of the structures that it was trained on.
+        validation: batches of others, with labels.
+        targets: those to make an uncertainty for; one that the validation set has no label of is
+            left out.
+        options: how.
+        seed: of the members' weights.
+
+    Raises:
+        TrainingError: features or errors that no uncertainty can be made from.
+    """
+    covariances = _covariances(model, training, targets)
+    fingerprints = target_fingerprints(model, targets)
+    smallest = torch.finfo(model.dtype).eps
+    bare: dict[str, LastLayer] = {}
+    for target, covariance in covariances.items():
+        typical = float(covariance.diagonal().mean())
+        try:
+            factor = cholesky_of(covariance, options.regularizer, smallest * typical)
+        except ValueError as error:
+            raise TrainingError(
+                f"finetune.llpr: no uncertainty of '{target}' can be made: {error}. Choose another "
+                "regularizer, or null."
+            ) from error
+        bare[target] = LastLayer(covariance, factor, 1.0, None, fingerprints[target])
+    found: dict[str, Fitted] = {}
+    for target, (errors, sizes, atoms) in _residuals(model, validation, bare).items():
+        multiplier = _multiplier(errors, sizes, options.calibration_method, target)
+        layer, curves, members = bare[target], None, None
+        if model.target(target).is_energy:
+            members = _members(model, target, layer, multiplier, options, seed)
+            per_atom = Deviations((errors / atoms).numpy(), (sizes / atoms).numpy())
+            curves = Curves.of(per_atom, multiplier)
+        parts = layer.covariance, layer.cholesky, multiplier, members, layer.fingerprint
+        found[target] = Fitted(LastLayer(*parts).to(model.device), curves)
+    return found
+
+
+def _features(batch: Batch, spec: TargetSpec, found: Prediction | Property) -> Tensor:
+    """What the last layer sees of each row of a target, [n_rows, k] float64."""
+    assert found.features is not None
+    features = found.features.double()
+    if spec.per_atom:
+        return features
+    sums = features.new_zeros(batch.num_structures, features.shape[1])
+    return sums.index_add(0, batch.structure_index, features)
+
+
+def _covariances(
+    model: Potential, training: Iterable[LabelledBatch], targets: Sequence[str]
+) -> dict[str, Tensor]:
+    """Sums of f f^T, [k, k], with the features of structures divided by their numbers of atoms."""
+    width = model.network.last_layer_width
+    zeros = torch.zeros(width, width, dtype=torch.float64, device=model.device)
+    sums = {target: zeros.clone() for target in targets}
+    wanted = dict.fromkeys(targets, (False, False))
+    with Watch("features of the training set", "structures") as watch:
+        for batch in on_device(training, model.device, model.dtype):
+            found = model.predict_targets(batch.graph, wanted, features_of=targets)
+            for target in targets:
+                spec = model.target(target)
+                rows = _features(batch.graph, spec, found[target])
+                if not spec.per_atom:
+                    rows = rows / batch.graph.atoms_per_structure.unsqueeze(1)
+                sums[target] += rows.T @ rows
+            watch.step(batch.graph.num_structures)
+    return sums
+
+
+def _residuals(
+    model: Potential, validation: Iterable[LabelledBatch], layers: dict[str, LastLayer]
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Errors, uncertainties without a factor, and atoms of the rows of each target, all [n]."""
+    parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    wanted = dict.fromkeys(layers, (False, False))
+    with Watch("calibration of the uncertainty", "structures") as watch:
+        for batch in on_device(validation, model.device, model.dtype):
+            graph = batch.graph
+            found = model.predict_targets(graph, wanted, features_of=list(layers))
+            for target, layer in layers.items():
+                label, said, spec = batch.labels.get(target), found[target], model.target(target)
+                if label is None:
+                    continue
+                values = said.energy if isinstance(said, Prediction) else said.values
+                error = (values - label.to(values)).double()
+                size = layer.to(model.device)(_features(graph, spec, said))
+                atoms = torch.ones_like(size) if spec.per_atom else graph.atoms_per_structure
+                # Every number of a row has the row's uncertainty.
+                error = error.reshape(len(size), -1)
+                rows = [v.unsqueeze(1).expand_as(error) for v in (size, atoms.to(size))]
+                known = ~error.isnan()
+                parts.setdefault(target, []).append(
+                    tuple(v[known].cpu() for v in (error, *rows))  # type: ignore[arg-type]
+                )
+            watch.step(graph.num_structures)
+    joined = {t: tuple(torch.cat(v) for v in zip(*p, strict=True)) for t, p in parts.items()}
+    return {t: (v[0], v[1], v[2]) for t, v in joined.items() if len(v[0])}
+
+
+def _multiplier(errors: Tensor, sizes: Tensor, method: str, target: str) -> float:
+    """The factor between uncertainties without one and errors, both [n]."""
+    if not bool((sizes > 0).all()):
+        raise TrainingError(
+            f"finetune.llpr: some structures have no features of '{target}', so their uncertainty "
+            "would be zero. Leave llpr out."
+        )
+    ratios = (errors / sizes).numpy()
+    if method == "absolute_residuals":  # of a normal distribution
+        return float(np.abs(ratios).mean() * math.sqrt(math.pi / 2.0))
+    if method == "squared_residuals":
+        return float(np.sqrt(np.square(ratios).mean()))
+    return _smallest_score(ratios, sizes.numpy())
+
+
+def _smallest_score(ratios: np.ndarray, sizes: np.ndarray) -> float:
+    """The factor with the smallest continuous ranked probability score of normal distributions.
+
+    The derivative of the mean score by the factor a has the sign of the sum of
+    ``size * (1/sqrt(pi) - 2 phi(ratio / a))`` with the other sign, and that falls with a: from
+    above zero where the distributions are narrow to below it where they are wide.
+    """
+    from scipy.optimize import brentq  # type: ignore[import-untyped,unused-ignore]
+
+    def slope(logarithm: float) -> float:
+        scaled = ratios * math.exp(-logarithm)
+        density = np.exp(-0.5 * np.minimum(scaled**2, 1400.0)) / math.sqrt(2.0 * math.pi)
+        return float(np.sum(sizes * (1.0 / math.sqrt(math.pi) - 2.0 * density)))
+
+    largest = float(np.abs(ratios).max())
+    if largest == 0.0:
+        return 0.0
+    # At ten times the largest ratio all are wide; the other end is where most are narrow.
+    high = math.log(10.0 * largest)
+    low = high
+    while slope(low) <= 0.0:
+        low -= 2.0
+        if low < high - 200.0:
+            return 0.0  # most errors are zero
+    return math.exp(float(brentq(slope, low, high, xtol=1e-13)))
+
+
+def _members(
+    model: Potential,
+    target: str,
+    layer: LastLayer,
+    multiplier: float,
+    options: LastLayerOptions,
+    seed: int,
+) -> Tensor | None:
+    """Weights of last layers drawn around the model's own, [n_members, k]; None for none."""
+    if not options.num_ensemble_members:
+        return None
+    groups = (model.network.node_last_layers, model.network.edge_last_layers)
+    pairs = zip(*(group[target] for group in groups), strict=True)
+    weights = [
+        next(iter(part.children())).get_parameter("weight").double().cpu()
+        for pair in pairs
+        for part in pair
+    ]
+    draw = torch.Generator().manual_seed(seed)
+    shape = (layer.width, options.num_ensemble_members)
+    noise = torch.randn(shape, generator=draw, dtype=torch.float64)
+    moves = torch.linalg.solve_triangular(layer.cholesky.cpu().T, noise, upper=True)
+    return torch.cat(weights, dim=1) + multiplier * moves.T
