@@ -65,6 +65,27 @@ def write_frames(path: Path, frames: list[Atoms]) -> Path:
     return path
 
 
+def write_folder(path: Path, frames: list[Atoms], energies: str = "energy") -> Path:
+    """Write a memory-mapped folder as metatrain's documentation says."""
+    path.mkdir()
+    sizes = [len(frame) for frame in frames]
+    np.save(path / "ns.npy", np.array(len(frames)))
+    np.save(path / "na.npy", np.cumsum([0, *sizes]))
+    parts = {
+        "x": np.concatenate([f.positions for f in frames]),
+        "c": np.stack([f.cell.array for f in frames]),
+        energies: np.array([f.calc.results["energy"] for f in frames])[:, None] + 1000.0,
+        "forces": np.concatenate([f.calc.results["forces"] for f in frames])[..., None],
+    }
+    for name, values in parts.items():
+        values.astype("<f4").tofile(path / f"{name}.bin")
+    np.concatenate([f.numbers for f in frames]).astype("<i4").tofile(path / "a.bin")
+    if all("stress" in f.calc.results for f in frames):
+        stress = np.stack([f.get_stress(voigt=False) for f in frames])
+        stress.astype("<f4").tofile(path / "stress.bin")
+    return path
+
+
 def data_section(path: str, **target: Any) -> dict[str, Any]:
     """Options of a data set in a file."""
     return {

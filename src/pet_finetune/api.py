@@ -410,7 +410,7 @@ def pretrain(
     if is_structures(structures):
         frames = [structures] if isinstance(structures, Atoms) else list(structures)
     else:
-        frames = read_frames(structures, **(systems or {}))
+        frames = list(read_frames(structures, **(systems or {})))
     with ExitStack() as stack:
         above = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pet-finetune-")))
         stack.callback(setup_logging)  # the log file of the training is closed before it goes

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import Final, TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +18,16 @@ from pet_finetune.errors import DataError
 from pet_finetune.graph import Batch, join_graphs
 from pet_finetune.keys import LabelKind, label_kind
 
-__all__ = ["LabelledBatch", "Whole", "batch_from_atoms", "collate", "collate_labelled", "prepare"]
+__all__ = [
+    "LabelledBatch",
+    "Whole",
+    "batch_from_atoms",
+    "collate",
+    "collate_labelled",
+    "on_device",
+    "one_ahead",
+    "prepare",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,3 +240,56 @@ def _label_or_nan(item: LabelledBatch, name: str, items: Sequence[LabelledBatch]
     per_atom = label_kind(name, other.kinds).per_atom
     rows = item.graph.num_atoms if per_atom else item.graph.num_structures
     return known.new_full((rows, *known.shape[1:]), float("nan"))
+
+
+T = TypeVar("T")
+
+
+class _End:
+    """What comes after the last item."""
+
+
+_END: Final = _End()
+
+
+def on_device(
+    batches: Iterable[LabelledBatch], device: torch.device, dtype: torch.dtype
+) -> Iterator[LabelledBatch]:
+    """The same batches in the same order, moved to a device and cast.
+
+    On a GPU the CPU would otherwise cut and rotate a batch while the GPU waits for it: a thread
+    does that for one batch ahead, and puts it where the GPU reads it without stopping the CPU.
+
+    Args:
+        batches: on the CPU; where they come from a generator, it must share no state with whoever
+            uses the batches (a :class:`~.loader.Loader`'s draws from its own random streams).
+        device: where the batches go.
+        dtype: of their floating-point tensors.
+    """
+    if device.type != "cuda":
+        for batch in batches:
+            yield batch.to(device, dtype)
+        return
+    for batch in one_ahead(_pinned(batches, device)):
+        # Copied on the stream that computes, so nothing reads the batch before it is there.
+        yield batch.to(device, dtype, non_blocking=True)
+
+
+def _pinned(batches: Iterable[LabelledBatch], device: torch.device) -> Iterator[LabelledBatch]:
+    for batch in batches:
+        with torch.cuda.device(device):  # a new thread would wake the first GPU instead
+            pinned = batch.pinned()
+        yield pinned
+
+
+def one_ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same items in the same order; a thread makes the next one while one is used.
+
+    An error in making an item is raised where that item would have come.
+    """
+    iterator = iter(items)
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as thread:
+        coming = thread.submit(next, iterator, _END)
+        while not isinstance(item := coming.result(), _End):
+            coming = thread.submit(next, iterator, _END)
+            yield item

@@ -11,7 +11,7 @@ import re
 import tempfile
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from pet_finetune.data.exact import restore_exact
 from pet_finetune.data.extxyz import read_extxyz
 from pet_finetune.data.lammps import LAMMPS, lammps_units, looks_like_lammps_data, with_elements
 from pet_finetune.data.metatrain_sets import (
+    Folder,
     identity_of_set,
     is_metatrain_set,
     read_metatrain_set,
@@ -62,11 +63,11 @@ class FrameFile:
     """The frames of one file. They are shared by all who read it: copy before changing one.
 
     Attributes:
-        frames: as ASE keeps them.
+        frames: as ASE keeps them; a list, or a :class:`~.metatrain_sets.Folder` on disk.
         doubtful: frames whose labels are no converged results of the calculation, and why.
     """
 
-    frames: list[Atoms]
+    frames: Sequence[Atoms]
     doubtful: Mapping[int, str] = field(default_factory=dict)
 
 
@@ -75,7 +76,7 @@ _read: OrderedDict[tuple[Any, ...], FrameFile] = OrderedDict()
 
 def read_frames(
     path: str | Path, format: str = "", types: Mapping[int, str] | None = None
-) -> list[Atoms]:
+) -> Sequence[Atoms]:
     """The structures of a file; see :func:`read_file`."""
     return read_file(path, format, types).frames
 
@@ -123,8 +124,9 @@ def _keep(key: tuple[Any, ...], content: FrameFile) -> None:
     """Remember a file, and forget the oldest ones where that is too much."""
     _read[key] = content
     while len(_read) > 1:
-        frames = [len(one.frames) for one in _read.values()]
-        atoms = sum(len(atoms) for one in _read.values() for atoms in one.frames)
+        kept = [one.frames for one in _read.values() if not isinstance(one.frames, Folder)]
+        frames = [len(one) for one in kept]
+        atoms = sum(len(atoms) for one in kept for atoms in one)
         if sum(frames) <= _KEPT_FRAMES and atoms <= _KEPT_ATOMS:
             return
         _read.popitem(last=False)

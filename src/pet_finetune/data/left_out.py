@@ -11,6 +11,7 @@ from pet_finetune.errors import DataError
 from pet_finetune.log import get_logger
 
 from .files import list_frames, read_frames
+from .metatrain_sets import Folder
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -32,9 +33,13 @@ def isolated_frames(frames: Sequence[Atoms]) -> list[int]:
     atom is alone: not periodic, or in a cell larger than 8 Angstrom in every direction. Where no
     frame has more than one atom, the atoms are what the set is about, and none is recognised.
     """
-    if not any(len(atoms) > 1 for atoms in frames):
+    if isinstance(frames, Folder):
+        sizes = frames.num_atoms
+    else:
+        sizes = np.array([len(atoms) for atoms in frames])
+    if not (sizes > 1).any():
         return []
-    return [k for k, atoms in enumerate(frames) if len(atoms) == 1 and _is_alone(atoms)]
+    return [k for k in np.flatnonzero(sizes == 1).tolist() if _is_alone(frames[k])]
 
 
 def sets_of_isolated_atoms(datasets: Sequence[DatasetOptions]) -> list[int]:

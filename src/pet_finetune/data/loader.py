@@ -3,44 +3,37 @@
 from __future__ import annotations
 
 import copy
-import heapq
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Final, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pet_finetune.errors import DataError
-from pet_finetune.keys import label_kind
+from pet_finetune.keys import LabelKind, label_kind
 from pet_finetune.log import Watch, get_logger
 from pet_finetune.rng import Stream
 
 from .augment import random_rotations, rotate_batch
 from .batch import LabelledBatch, Whole, collate_labelled, prepare
 from .neighbors import structure_neighbors
+from .on_disk import SAMPLE, OnDisk, label_names
+from .order import count_packs, deal, in_blocks, pack
+from .stored import ABSENT, WHOLE
 from .structure import Structure
 
-__all__ = [
-    "Beside",
-    "Loader",
-    "count_packs",
-    "deal",
-    "number_beside",
-    "on_device",
-    "one_ahead",
-    "pack",
-]
+__all__ = ["Loader"]
 
 _logger = get_logger(__name__)
 
 
 class Loader:
-    """Cuts structures into batches; neighbour lists are computed once, here.
+    """Cuts structures into batches.
+
+    Neighbour lists are computed once, here; of sets that stay on disk, as each batch is made, and
+    such a set is shuffled as :func:`~.order.in_blocks` says.
 
     What an epoch yields is a function of ``(seed, epoch)`` alone, so a run resumed at any batch
     sees what it would have seen. Every structure occurs exactly once an epoch (unless
@@ -82,14 +75,20 @@ class Loader:
             raise DataError("There are no structures to load: the set is empty.")
         _check_sizes(batch_size, max_atoms_per_batch, seed)
         #: The structures, in the order given.
-        self.structures = tuple(structures)
-        self._num_atoms = np.array([s.num_atoms for s in structures], dtype=np.int64)
-        self._prepared = []
-        with Watch("neighbours of the structures", "structures", len(structures)) as watch:
-            for structure in structures:
-                neighbors = structure_neighbors(structure, cutoff)
-                self._prepared.append(prepare(structure, neighbors, dtype))
-                watch.step()
+        self.structures: Sequence[Structure] = structures
+        self._prepared: _OnTheFly | list[LabelledBatch]
+        if isinstance(structures, OnDisk):
+            self._num_atoms = structures.num_atoms
+            self._prepared = _OnTheFly(structures, cutoff, dtype)
+        else:
+            self.structures = tuple(structures)
+            self._num_atoms = np.array([s.num_atoms for s in structures], dtype=np.int64)
+            self._prepared = []
+            with Watch("neighbours of the structures", "structures", len(structures)) as watch:
+                for structure in structures:
+                    neighbors = structure_neighbors(structure, cutoff)
+                    self._prepared.append(prepare(structure, neighbors, dtype))
+                    watch.step()
         self.cutoff = float(cutoff)
         self.dtype = dtype
         self.batch_size = batch_size
@@ -100,6 +99,7 @@ class Loader:
         self.seed = seed
         #: Which process of how many this loader makes batches for, and which batches it makes.
         self._share, self._dealt = (0, 1), (0, 1)
+        self._turned: tuple[int, Tensor] | None = None
         largest = int(self._num_atoms.max())
         if max_atoms_per_batch is not None and largest > max_atoms_per_batch:
             _logger.warning(
@@ -152,6 +152,23 @@ class Loader:
         other._dealt = (rank, size)
         return other
 
+    def sampled(self, what: str = "") -> Loader:
+        """A view of a part of the structures where a large set is on disk; else itself.
+
+        Args:
+            what: what looks at the part, for the log.
+        """
+        if not isinstance(self.structures, OnDisk) or len(self.structures) <= SAMPLE:
+            return self
+        other = self.view()
+        other.structures = part = self.structures.sample(SAMPLE, self.seed)
+        other._num_atoms = part.num_atoms
+        other._prepared = _OnTheFly(part, self.cutoff, self.dtype)
+        other._turned = None
+        if what:
+            _logger.info("%s: from %d of %d structures", what, len(part), len(self.structures))
+        return other
+
     @property
     def share(self) -> tuple[int, int]:
         """Which process of how many has its parts of the batches here."""
@@ -160,7 +177,7 @@ class Loader:
     @property
     def label_names(self) -> tuple[str, ...]:
         """All labels that at least one structure has, sorted."""
-        return tuple(sorted({name for s in self.structures for name in s.labels}))
+        return tuple(sorted(label_names(self.structures)))
 
     def num_batches(self, epoch: int = 0) -> int:
         """Number of batches of an epoch; differs between epochs only when packing by atoms."""
@@ -215,7 +232,7 @@ class Loader:
         rank, size = share
         positions = np.arange(len(members))
         if size > 1:
-            positions = deal(self._work[members], size)[rank]
+            positions = deal(self._work(members), size)[rank]
         own = members[positions]
         if len(own):
             batch = collate_labelled([self._prepared[member] for member in own.tolist()])
@@ -226,21 +243,57 @@ class Loader:
 
     def _whole(self, members: np.ndarray, positions: np.ndarray) -> Whole:
         """What a part of a batch has to know of all of it."""
+        if isinstance(self.structures, OnDisk):
+            frames, sources = self.structures.places(members)
+            known = {
+                name: numbers for name in self.structures.label_names
+                if (numbers := self._numbers_on_disk(self.structures, name, members)).any()
+            }  # fmt: skip
+            return Whole(positions, self._num_atoms[members], known, frames, sources)
         all_of_it = [self._prepared[member] for member in members.tolist()]
         names = dict.fromkeys(name for one in all_of_it for name in one.labels)
-        known = {name: [_num_known(one, name, self.augment) for one in all_of_it] for name in names}
+        counts = {
+            name: [
+                0 if name not in one.labels
+                else _num_known(one.labels[name], label_kind(name, one.kinds), self.augment)
+                for one in all_of_it
+            ]
+            for name in names
+        }  # fmt: skip
         return Whole(
             positions,
             self._num_atoms[members],
-            {name: np.array(numbers) for name, numbers in known.items()},
+            {name: np.array(numbers) for name, numbers in counts.items()},
             tuple(frame for one in all_of_it for frame in one.frames),
             tuple(source for one in all_of_it for source in one.sources),
         )
 
+    def _numbers_on_disk(self, structures: OnDisk, name: str, members: np.ndarray) -> np.ndarray:
+        """Known numbers of a label in each of some structures; few have to be read for it."""
+        states = structures.label_states(name)[members]
+        numbers = np.zeros(len(members), dtype=np.int64)
+        for at in np.flatnonzero(states != ABSENT).tolist():
+            if states[at] == WHOLE:
+                rows = self._num_atoms[members[at]] if structures.row_of(name)[0] else 1
+                numbers[at] = rows * structures.row_of(name)[1]
+                continue
+            one = structures[int(members[at])]
+            kind = label_kind(name, one.kinds)
+            value = one.labels[name]
+            value = value if kind.per_atom else value.unsqueeze(0)
+            numbers[at] = _num_known(value, kind, self.augment)
+        return numbers
+
+    def _work(self, members: np.ndarray) -> np.ndarray:
+        """Edges and atoms of structures: how long they take; on disk only atoms are known."""
+        atoms = self._num_atoms[members]
+        return atoms if isinstance(self._prepared, _OnTheFly) else atoms + self._edges[members]
+
     @cached_property
-    def _work(self) -> np.ndarray:
-        """Edges and atoms of each structure: how long it takes, in some unit."""
-        return self._num_atoms + np.array([one.graph.num_edges for one in self._prepared])
+    def _edges(self) -> np.ndarray:
+        """Edges of each structure."""
+        assert isinstance(self._prepared, list)
+        return np.array([one.graph.num_edges for one in self._prepared])
 
     def batch_sizes(self, epoch: int = 0) -> list[int]:
         """Number of structures in each batch of an epoch."""
@@ -260,50 +313,41 @@ class Loader:
 
     def _order(self, epoch: int) -> np.ndarray:
         """All structures in the order of an epoch."""
-        order = np.arange(len(self.structures))
-        if self.shuffle:
-            order = np.random.default_rng([self.seed, epoch, Stream.ORDER]).permutation(order)
-        return order
+        count = len(self.structures)
+        if not self.shuffle:
+            return np.arange(count)
+        rng = np.random.default_rng([self.seed, epoch, Stream.ORDER])
+        return (
+            in_blocks(count, rng) if isinstance(self.structures, OnDisk) else rng.permutation(count)
+        )
 
     def _rotations(self, epoch: int) -> Tensor:
         """One rotation per structure, whatever batch it falls into; ``[len(structures), 3, 3]``."""
-        sequence = np.random.SeedSequence([self.seed, epoch, Stream.ROTATIONS])
-        generator = torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
-        return random_rotations(len(self.structures), generator, self.dtype)
+        if self._turned is None or self._turned[0] != epoch:
+            sequence = np.random.SeedSequence([self.seed, epoch, Stream.ROTATIONS])
+            generator = torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
+            self._turned = epoch, random_rotations(len(self.structures), generator, self.dtype)
+        return self._turned[1]
 
 
-def _num_known(batch: LabelledBatch, name: str, rotated: bool) -> int:
+class _OnTheFly:
+    """Batches of one structure each, read and prepared when they are asked for."""
+
+    def __init__(self, structures: OnDisk, cutoff: float, dtype: torch.dtype) -> None:
+        self._structures, self._cutoff, self._dtype = structures, cutoff, dtype
+
+    def __getitem__(self, member: int) -> LabelledBatch:
+        structure = self._structures[member]
+        return prepare(structure, structure_neighbors(structure, self._cutoff), self._dtype)
+
+
+def _num_known(label: Tensor, kind: LabelKind, rotated: bool) -> int:
     """Known numbers of a label: of rotated vectors and tensors, those that are known whole."""
-    label = batch.labels.get(name)
-    if label is None:
-        return 0
     known = ~label.isnan()
     if rotated:
-        for axis in range(1, 1 + label_kind(name, batch.kinds).rank):
+        for axis in range(1, 1 + kind.rank):
             known = known.all(axis, keepdim=True).expand_as(known)
     return int(known.sum())
-
-
-def deal(work: np.ndarray, size: int) -> list[np.ndarray]:
-    """Deal structures out to processes so that all have about as much to do.
-
-    The largest goes first, always to whoever has least: within 4/3 of the best that there is (R. L.
-    Graham, SIAM J. Appl. Math. 17, 416 (1969)).
-
-    Args:
-        work: of each structure, above 0.
-        size: how many processes there are.
-
-    Returns:
-        Positions in ``work`` for each process, ascending; empty for some if there are too few.
-    """
-    heap = [(0, process) for process in range(size)]
-    hands: list[list[int]] = [[] for _ in range(size)]
-    for position in np.argsort(-work, kind="stable").tolist():
-        held, process = heapq.heappop(heap)
-        hands[process].append(position)
-        heapq.heappush(heap, (held + int(work[position]), process))
-    return [np.array(sorted(hand), dtype=np.int64) for hand in hands]
 
 
 def _check_sizes(batch_size: int | None, max_atoms_per_batch: int | None, seed: int) -> None:
@@ -316,136 +360,3 @@ def _check_sizes(batch_size: int | None, max_atoms_per_batch: int | None, seed: 
             raise DataError(f"{name} must be at least 1, found {value}.")
     if seed < 0:
         raise DataError(f"The seed must be at least 0, found {seed}.")
-
-
-def pack(
-    order: np.ndarray, num_atoms: np.ndarray, max_atoms: int, min_atoms: int = 0
-) -> list[np.ndarray]:
-    """Cut an order of structures into runs of at most ``max_atoms`` atoms.
-
-    Args:
-        order: indices of structures, in the order they are to be used.
-        num_atoms: number of atoms of each structure (indexed by ``order``'s values).
-        max_atoms: atoms that a batch may hold; a larger structure makes a batch of its own.
-        min_atoms: batches with fewer atoms are left out.
-
-    Returns:
-        consecutive pieces of ``order``.
-    """
-    cuts, filled = [], 0
-    for position, count in enumerate(num_atoms[order].tolist()):
-        if filled and filled + count > max_atoms:
-            cuts.append(position)
-            filled = 0
-        filled += count
-    pieces = np.split(order, cuts)
-    return [piece for piece in pieces if int(num_atoms[piece].sum()) >= min_atoms]
-
-
-def count_packs(order: np.ndarray, num_atoms: np.ndarray, max_atoms: int, min_atoms: int) -> int:
-    """How many pieces :func:`pack` makes, without making them; a few steps a piece."""
-    ends = np.cumsum(num_atoms[order]).tolist()
-    count = first = filled = 0
-    while first < len(ends):
-        # A structure that is too large is a piece of its own.
-        last = max(first + 1, bisect_right(ends, filled + max_atoms, first))
-        count += ends[last - 1] - filled >= min_atoms
-        first, filled = last, ends[last - 1]
-    return count
-
-
-T = TypeVar("T")
-
-
-class _End:
-    """What comes after the last item."""
-
-
-_END: Final = _End()
-
-
-def on_device(
-    batches: Iterable[LabelledBatch], device: torch.device, dtype: torch.dtype
-) -> Iterator[LabelledBatch]:
-    """The same batches in the same order, moved to a device and cast.
-
-    On a GPU the CPU would otherwise cut and rotate a batch while the GPU waits for it: a thread
-    does that for one batch ahead, and puts it where the GPU reads it without stopping the CPU.
-
-    Args:
-        batches: on the CPU; where they come from a generator, it must share no state with whoever
-            uses the batches (a :class:`Loader`'s draws from its own random streams).
-        device: where the batches go.
-        dtype: of their floating-point tensors.
-    """
-    if device.type != "cuda":
-        for batch in batches:
-            yield batch.to(device, dtype)
-        return
-    for batch in one_ahead(_pinned(batches, device)):
-        # Copied on the stream that computes, so nothing reads the batch before it is there.
-        yield batch.to(device, dtype, non_blocking=True)
-
-
-def _pinned(batches: Iterable[LabelledBatch], device: torch.device) -> Iterator[LabelledBatch]:
-    for batch in batches:
-        with torch.cuda.device(device):  # a new thread would wake the first GPU instead
-            pinned = batch.pinned()
-        yield pinned
-
-
-def one_ahead(items: Iterable[T]) -> Iterator[T]:
-    """The same items in the same order; a thread makes the next one while one is used.
-
-    An error in making an item is raised where that item would have come.
-    """
-    iterator = iter(items)
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as thread:
-        coming = thread.submit(next, iterator, _END)
-        while not isinstance(item := coming.result(), _End):
-            coming = thread.submit(next, iterator, _END)
-            yield item
-
-
-def number_beside(own: int, fraction: float) -> int:
-    """How many structures make up ``fraction`` of all beside ``own`` others; at least one."""
-    return max(1, round(own * fraction / (1.0 - fraction)))
-
-
-class Beside:
-    """Draws what goes beside each batch of another loader.
-
-    The second set is gone through in a new random order again and again, so that its structures
-    occur equally often. What is drawn is a function of the seed, the epoch and the batch.
-    """
-
-    def __init__(self, loader: Loader, main: Loader, fraction: float) -> None:
-        """Prepare to draw.
-
-        Args:
-            loader: of the second set; its seed and whether it rotates structures count, its batch
-                size and order do not.
-            main: the loader whose batches are accompanied.
-            fraction: part of all structures of a step that come from the second set, above 0 and
-                below 1.
-        """
-        self.loader, self.main, self.fraction = loader, main, fraction
-        self._epoch = -1
-        self._plan: list[np.ndarray] = []
-
-    def batch(self, epoch: int, batch: int) -> LabelledBatch:
-        """What goes beside one batch of the main loader; both count from 0."""
-        if epoch != self._epoch:
-            self._epoch, self._plan = epoch, self._plan_of(epoch)
-        return self.loader.collate(self._plan[batch], epoch, self.main.share)
-
-    def _plan_of(self, epoch: int) -> list[np.ndarray]:
-        sizes = [number_beside(own, self.fraction) for own in self.main.batch_sizes(epoch)]
-        return np.split(self._order(epoch, sum(sizes)), np.cumsum(sizes)[:-1])
-
-    def _order(self, epoch: int, count: int) -> np.ndarray:
-        """Members of the second set, one permutation after the other, ``[count]``."""
-        rng = np.random.default_rng([self.loader.seed, epoch, Stream.REPLAY])
-        size = len(self.loader.structures)
-        rounds: Sequence[np.ndarray] = [rng.permutation(size) for _ in range(-(-count // size))]
-        return np.concatenate(rounds)[:count]

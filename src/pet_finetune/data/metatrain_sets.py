@@ -1,29 +1,48 @@
 """metatrain's own data sets: a folder of memory-mapped arrays, a zip with one entry a structure.
 
 Both are read with numpy alone, as frames with labels under the names that they have there:
-``U0.bin`` or ``0/U0.mts`` is the label ``U0``. All frames are in memory afterwards.
+``U0.bin`` or ``0/U0.mts`` is the label ``U0``. The frames of a large folder stay on disk.
 """
 
 from __future__ import annotations
 
 import io
+import mmap
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 from pet_finetune.errors import DataError, damage_explained
+from pet_finetune.files import read_object
 from pet_finetune.log import Watch, get_logger
 
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["identity_of_set", "is_metatrain_set", "read_metatrain_set"]
+__all__ = [
+    "ABOUT",
+    "VERSION",
+    "Folder",
+    "Values",
+    "identity_of_set",
+    "is_large",
+    "is_metatrain_set",
+    "read_about",
+    "read_metatrain_set",
+    "zip_frames",
+]
 
 _logger = get_logger(__name__)
 _INDEX = ("ns.npy", "na.npy")
+#: What ``pet-finetune convert`` says of a folder beside metatrain's files, and its version.
+ABOUT, VERSION = "pet-finetune.json", 1
+#: Structures, and a twentieth of the atoms, that a set may have to be kept in memory, where its
+#: neighbour lists are too: about 1 GB.
+MOST_IN_MEMORY = 50_000
 _GEOMETRY = ("x", "a", "c", "momenta", "masses")
 #: A float32 energy has 24 binary digits; eV an atom that its steps may have.
 _DIGITS, _STEP = 2.0**-24, 1e-4
@@ -43,114 +62,226 @@ def identity_of_set(path: Path) -> str:
     return str([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
 
 
-def read_metatrain_set(path: Path) -> list[Atoms]:
+def read_metatrain_set(path: Path) -> Sequence[Atoms]:
     """The frames of a set, with labels in ``info`` (of structures) and ``arrays`` (of atoms).
 
     Args:
         path: the folder or the zip.
 
+    Returns:
+        A list, or of a large folder the :class:`Folder`, whose frames stay on disk.
+
     Raises:
         DataError: something is missing, cut off, or of a shape that fits nothing.
     """
-    frames = _folder(path) if path.is_dir() else _zip(path)
+    folder = Folder(path) if path.is_dir() else None
+    if folder is not None and is_large(len(folder), int(folder.ends[-1])):
+        return folder
     with Watch(f"reading {path}", "frames") as watch:
         found = []
-        for frame in frames:
+        for frame in zip_frames(path) if folder is None else folder:
             found.append(frame)
             watch.step()
-    if not found:
-        raise DataError(f"{path} is empty: it holds no structures.")
     return found
+
+
+def is_large(structures: int, atoms: int = 0) -> bool:
+    """Whether a set stays on disk."""
+    return structures > MOST_IN_MEMORY or atoms > 20 * MOST_IN_MEMORY
 
 
 # The folder -------------------------------------------------------------------------------------
 
 
-def _folder(path: Path) -> Iterator[Atoms]:
-    from ase import Atoms
+@dataclass(frozen=True)
+class Values:
+    """The values of one name in a folder.
 
-    for name in (*_INDEX, "x.bin", "a.bin"):
-        if not (path / name).is_file():
-            raise DataError(f"{path} misses '{name}', without which a memory-mapped set is none.")
-    with damage_explained(lambda met: DataError(f"{path} cannot be read: {met}.")):
-        count, ends = int(np.load(path / "ns.npy")), np.load(path / "na.npy").astype(np.int64)
-    if len(ends) != count + 1 or ends[0] != 0 or (np.diff(ends) < 1).any():
+    Attributes:
+        array: ``[n, ...]``, a row for each structure or each atom; read from disk where indexed.
+        of_atoms: which of the two.
+    """
+
+    array: np.ndarray
+    of_atoms: bool
+
+
+class Folder(Sequence["Atoms"]):
+    """A memory-mapped folder: frames that are read from disk when they are asked for.
+
+    Attributes:
+        path: of the folder.
+        source: what messages call it, the path unless another file was packed into it.
+        ends: atoms before each structure, and all of them, ``[n + 1]``.
+        numbers: atomic numbers, ``[atoms]``.
+        positions: ``[atoms, 3]``.
+        cells: ``[n, 3, 3]``; None where there are none.
+        labels: the values of each name.
+        notes: texts that all frames have in ``info``, such as units.
+
+    Raises:
+        DataError: something is missing, cut off, or of a shape that fits nothing.
+    """
+
+    def __init__(self, path: Path, source: str = "") -> None:
+        for name in (*_INDEX, "x.bin", "a.bin"):
+            if not (path / name).is_file():
+                raise DataError(
+                    f"{path} misses '{name}', without which a memory-mapped set is none."
+                )
+        with damage_explained(lambda met: DataError(f"{path} cannot be read: {met}.")):
+            count, ends = int(np.load(path / "ns.npy")), np.load(path / "na.npy").astype(np.int64)
+        if len(ends) != count + 1 or ends[0] != 0 or (np.diff(ends) < 1).any():
+            raise DataError(
+                f"{path}: na.npy has to count the atoms before each of the {count} structures, and "
+                f"all of them, upwards from 0; it has {len(ends)} numbers."
+            )
+        if not count:
+            raise DataError(f"{path} is empty: it holds no structures.")
+        self.path, self.source, self.ends = path, source or str(path), ends
+        about = read_about(path)
+        self.notes: dict[str, str] = about.get("notes", {})
+        shapes: dict[str, Any] = about.get("labels", {})
+        self._maps: list[np.memmap] = []
+        atoms = int(ends[-1])
+        self.positions = self._mapped(path / "x.bin", (atoms, 3), "<f4")
+        self.numbers = self._mapped(path / "a.bin", (atoms,), "<i4")
+        self.cells = None
+        if (path / "c.bin").exists():
+            self.cells = self._mapped(path / "c.bin", (count, 3, 3), "<f4")
+        self.labels = {
+            file.stem: self._label(file, shapes.get(file.stem))
+            for file in sorted(path.glob("*.bin"))
+            if file.stem not in _GEOMETRY
+        }
+        self._warn_of_digits()
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Atoms: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Atoms]: ...
+    def __getitem__(self, index: int | slice) -> Atoms | list[Atoms]:
+        """The frame with a number, or several."""
+        if isinstance(index, slice):
+            return [self._frame(number) for number in range(*index.indices(len(self)))]
+        return self._frame(range(len(self))[index])
+
+    @property
+    def num_atoms(self) -> np.ndarray:
+        """Atoms of each structure, ``[n]`` int64."""
+        return np.diff(self.ends)
+
+    def rows(self, index: int) -> slice:
+        """The atoms of a structure."""
+        return slice(int(self.ends[index]), int(self.ends[index + 1]))
+
+    def release(self) -> None:
+        """Let the pages that were read go: they count as memory of the process until then."""
+        for array in self._maps:
+            if hasattr(mmap, "MADV_DONTNEED"):
+                array._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+
+    def _frame(self, index: int) -> Atoms:
+        from ase import Atoms
+
+        rows = self.rows(index)
+        cell = np.zeros((3, 3)) if self.cells is None else np.array(self.cells[index], np.float64)
+        frame = Atoms(np.array(self.numbers[rows]), np.array(self.positions[rows], np.float64),
+                      cell=cell, pbc=cell.any(axis=1))  # fmt: skip
+        for name, values in self.labels.items():
+            chosen = values.array[rows if values.of_atoms else index]
+            _put(frame, name, np.array(chosen, np.float64), values.of_atoms)
+        frame.info.update(self.notes)
+        return frame
+
+    def _mapped(self, file: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        """A memory-mapped array; one that is shorter is cut off."""
+        wanted, there = int(np.prod(shape)) * np.dtype(dtype).itemsize, file.stat().st_size
+        if there != wanted:
+            last = ""
+            if there < wanted:
+                # Of atoms or of structures: how many structures are whole.
+                rows = there // max(1, wanted // shape[0])
+                of_atoms = shape[0] == self.ends[-1]
+                whole = np.searchsorted(self.ends, rows, "right") - 1 if of_atoms else rows
+                last = f" The last whole structure is number {int(whole) - 1}, counted from 0."
+            raise DataError(
+                f"{file} has {there} bytes, and {wanted} belong to {len(self)} structures with "
+                f"{int(self.ends[-1])} atoms: it is cut off, or of another set.{last} Copy it "
+                "again."
+            )
+        return self._kept(np.memmap(file, dtype, "r", shape=shape))
+
+    def _kept(self, array: np.memmap) -> np.ndarray:
+        self._maps.append(array)
+        return array.view(np.ndarray)
+
+    def _label(self, file: Path, shape: Mapping[str, Any] | None) -> Values:
+        """The values of a label; more digits of numbers of structures stand beside them."""
+        if shape is not None:
+            of_atoms, inner = bool(shape["of_atoms"]), tuple(shape["shape"])
+        else:
+            of_atoms, inner = self._guessed(file)
+        rows = int(self.ends[-1]) if of_atoms else len(self)
+        array = self._mapped(file, (rows, *inner), "<f4")
+        exact = file.with_suffix(".npy")
+        if exact.exists():
+            with damage_explained(lambda met: DataError(f"{exact} cannot be read: {met}.")):
+                whole = np.load(exact, mmap_mode="r")
+            if whole.shape != array.shape:
+                raise DataError(f"{exact} has the shape {whole.shape}; {array.shape} is expected.")
+            array = self._kept(whole)
+        return Values(array, of_atoms)
+
+    def _guessed(self, file: Path) -> tuple[bool, tuple[int, ...]]:
+        """Whether a label is of atoms, and the shape of a row, from its size and its name."""
+        size, atoms, count = file.stat().st_size // 4, int(self.ends[-1]), len(self)
+        name = file.stem.lower()
+        of_atoms = size % atoms == 0
+        if of_atoms and size % count == 0:  # both would do
+            columns = size // count
+            of_atoms = "force" in name or (size == 3 * atoms and "stress" not in name)
+            of_atoms = of_atoms or columns not in (1, 3, 9)
+        if not of_atoms and size % count:
+            return ("force" in name), ((3,) if "force" in name else (max(1, round(size / count)),))
+        columns = size // (atoms if of_atoms else count)
+        return of_atoms, () if columns == 1 else (3, 3) if columns == 9 else (columns,)
+
+    def _warn_of_digits(self) -> None:
+        """Say of energies that they are stored with too few digits."""
+        for name, values in self.labels.items():
+            array = values.array
+            if values.of_atoms or array.ndim != 1 or array.dtype != np.float32:
+                continue
+            step = float(np.nanmax(np.abs(array) / self.num_atoms, initial=0.0)) * _DIGITS
+            if step > _STEP:
+                _logger.warning(
+                    "%s: '%s' is stored with 32 bits, in steps of %.2g for each atom: subtract the "
+                    "energies of the atoms before a set is written, write it with `pet-finetune "
+                    "convert`, or keep extended xyz",
+                    self.source, name, step,
+                )  # fmt: skip
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """What ``pet-finetune convert`` says of a folder that it wrote; nothing of those of others.
+
+    Raises:
+        DataError: another version wrote it.
+    """
+    file = path / ABOUT
+    if not file.exists():
+        return {}
+    about = read_object(file)
+    if about.get("version") != VERSION:
         raise DataError(
-            f"{path}: na.npy has to count the atoms before each of the {count} structures, and all "
-            f"of them, upwards from 0; it has {len(ends)} numbers."
+            f"{path} was written by another version of pet-finetune (its sets have version "
+            f"{about.get('version')}, this one reads {VERSION}). Convert the data again."
         )
-    atoms = int(ends[-1])
-    positions = _array(path / "x.bin", (atoms, 3), "<f4", ends)
-    numbers = _array(path / "a.bin", (atoms,), "<i4", ends)
-    cells = np.zeros((count, 3, 3))
-    if (path / "c.bin").exists():
-        cells = _array(path / "c.bin", (count, 3, 3), "<f4", ends)
-    labels = {
-        file.stem: _label(file, count, ends)
-        for file in sorted(path.glob("*.bin"))
-        if file.stem not in _GEOMETRY
-    }
-    _warn_of_digits(path, labels, ends)
-    for index in range(count):
-        rows = slice(int(ends[index]), int(ends[index + 1]))
-        cell = np.array(cells[index], np.float64)
-        frame = Atoms(np.array(numbers[rows]), np.array(positions[rows], np.float64), cell=cell,
-                      pbc=cell.any(axis=1))  # fmt: skip
-        for name, (values, of_atoms) in labels.items():
-            _put(frame, name, np.array(values[rows if of_atoms else index], np.float64), of_atoms)
-        yield frame
-
-
-def _array(file: Path, shape: tuple[int, ...], dtype: str, ends: np.ndarray) -> np.ndarray:
-    """A memory-mapped array; one that is shorter is cut off."""
-    wanted, there = int(np.prod(shape)) * np.dtype(dtype).itemsize, file.stat().st_size
-    if there != wanted:
-        last = ""
-        if there < wanted:
-            # Of atoms or of structures: how many structures are whole.
-            rows = there // max(1, wanted // shape[0])
-            whole = np.searchsorted(ends, rows, "right") - 1 if shape[0] == ends[-1] else rows
-            last = f" The last whole structure is number {int(whole) - 1}, counted from 0."
-        raise DataError(
-            f"{file} has {there} bytes, and {wanted} belong to {len(ends) - 1} structures with "
-            f"{int(ends[-1])} atoms: it is cut off, or of another set.{last} Copy it again."
-        )
-    return np.memmap(file, dtype, "r", shape=shape) if wanted else np.zeros(shape, dtype)
-
-
-def _label(file: Path, count: int, ends: np.ndarray) -> tuple[np.ndarray, bool]:
-    """The values of a label, [n, ...], and whether they are of atoms."""
-    size, atoms = file.stat().st_size // 4, int(ends[-1])
-    name = file.stem.lower()
-    of_atoms = size % atoms == 0
-    if of_atoms and size % count == 0:  # both would do
-        columns = size // count
-        of_atoms = "force" in name or (size == 3 * atoms and "stress" not in name)
-        of_atoms = of_atoms or columns not in (1, 3, 9)
-    if not of_atoms and size % count:
-        wanted = (atoms, 3) if "force" in name else (count, max(1, round(size / count)))
-        return _array(file, wanted, "<f4", ends), of_atoms
-    rows = atoms if of_atoms else count
-    columns = size // rows
-    inner = () if columns == 1 else (3, 3) if columns == 9 else (columns,)
-    shape: tuple[int, ...] = (rows, *inner)
-    return _array(file, shape, "<f4", ends), of_atoms
-
-
-def _warn_of_digits(
-    path: Path, labels: dict[str, tuple[np.ndarray, bool]], ends: np.ndarray
-) -> None:
-    """Say of energies that they are stored with too few digits."""
-    for name, (values, of_atoms) in labels.items():
-        if of_atoms or values.ndim != 1:
-            continue
-        step = float((np.abs(values) / np.diff(ends)).max()) * _DIGITS
-        if step > _STEP:
-            _logger.warning(
-                "%s: '%s' is stored with 32 bits, in steps of %.2g for each atom: subtract the "
-                "energies of the atoms before a set is written, or keep extended xyz",
-                path, name, step,
-            )  # fmt: skip
+    return about
 
 
 def _put(frame: Atoms, name: str, values: np.ndarray, of_atoms: bool) -> None:
@@ -166,7 +297,8 @@ def _put(frame: Atoms, name: str, values: np.ndarray, of_atoms: bool) -> None:
 # The zip ----------------------------------------------------------------------------------------
 
 
-def _zip(path: Path) -> Iterator[Atoms]:
+def zip_frames(path: Path) -> Iterator[Atoms]:
+    """The frames of a zip, one after the other."""
     try:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:

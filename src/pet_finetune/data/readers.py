@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
+import numpy as np
 from torch import Tensor
 
 from pet_finetune.config.dataset import DatasetOptions, ExtraName
-from pet_finetune.config.target import GRADIENT_QUANTITIES, GradientOptions, TargetOptions
+from pet_finetune.config.target import TargetOptions
 from pet_finetune.errors import DataError
 from pet_finetune.keys import TargetSpec, forces_key, stress_key, weights_key
 from pet_finetune.log import Watch, get_logger
-from pet_finetune.units import length_to_angstrom, to_own_unit
 
 from .computable import log_odd_charges
-from .files import frame_numbers, read_file
-from .labels import Column, Shape, find_value, shape_of, to_forces, to_scalar, to_stress, weights_of
-from .left_out import isolated_frames, log_isolated, without_unconverged
-from .stated_units import StatedUnits
+from .labels import Column, find_value, to_scalar, weights_of
+from .left_out import log_isolated
+from .metatrain_sets import Folder
+from .on_disk import OnDisk
+from .reading import Reading, energy_column, gradient_of, log_partial, property_column
+from .stored import stored_set
 from .structure import Structure, atoms_to_structure
-
-if TYPE_CHECKING:
-    from ase import Atoms
 
 __all__ = ["read_structures"]
 
@@ -34,8 +32,10 @@ _USUAL = "energy"
 _USUAL_WEIGHT = "config_weight"
 
 
-def read_structures(options: DatasetOptions, *, offer_baselines: bool = False) -> list[Structure]:
-    """Read the structures of one data set.
+def read_structures(
+    options: DatasetOptions, *, offer_baselines: bool = False
+) -> Sequence[Structure]:
+    """Read the structures of one data set; those of a large one stay on disk.
 
     Energies are converted from the target's unit, positions from the systems' length unit, and
     forces, stress and virial from the units these two make; a unit that the file itself states for
@@ -54,8 +54,17 @@ def read_structures(options: DatasetOptions, *, offer_baselines: bool = False) -
             or required label that is not in the file, and a target that no frame has.
         UnitError: an unknown unit.
     """
-    reading = _Reading(options)
+    reading = Reading(options)
     _log_isolated(reading, offer_baselines)
+    if isinstance(reading.frames, Folder):
+        stored = stored_set(reading, reading.frames, _in_memory)
+        return OnDisk.of(stored, np.array(reading.chosen))
+    return _in_memory(reading)
+
+
+def _in_memory(reading: Reading) -> list[Structure]:
+    """The chosen frames with their labels."""
+    options = reading.options
     labels: list[dict[str, Tensor]] = [{} for _ in reading.chosen]
     for name, target in options.targets.items():
         read = _read_target(reading, name, target)
@@ -86,98 +95,23 @@ def read_structures(options: DatasetOptions, *, offer_baselines: bool = False) -
     return structures
 
 
-@dataclass
-class _Reading:
-    """The files of one data set, each read once, and the frames that are wanted."""
-
-    options: DatasetOptions
-    files: dict[str, list[Atoms]] = field(default_factory=dict)
-    units: dict[str, StatedUnits] = field(default_factory=dict)
-    source: str = ""
-    frames: list[Atoms] = field(default_factory=list)
-    chosen: list[int] = field(default_factory=list)
-    #: The frames of isolated atoms that are left out.
-    isolated: list[int] = field(default_factory=list)
-    #: Å per unit of length that the options name, and per unit of the positions in the file.
-    declared_length: float = 1.0
-    length: float = 1.0
-
-    def __post_init__(self) -> None:
-        systems = self.options.systems
-        self.source = systems.read_from
-        content = read_file(self.source, systems.format, systems.types)
-        self.frames = self.files[self.source] = content.frames
-        self.declared_length = length_to_angstrom(systems.length_unit)
-        self.length = self.stated(self.source).factor(
-            "length",
-            "positions",
-            self.declared_length,
-            systems.length_unit,
-            default=self.declared_length == 1.0,
-        )
-        count = len(self.frames)
-        given = self.options.indices
-        chosen = list(range(count)) if given is None else frame_numbers(given, count, self.source)
-        chosen = without_unconverged(chosen, content.doubtful, self.source, systems.unconverged)
-        # Without labels there is nothing that they could spoil: all frames are predicted.
-        leave_out = systems.isolated_atoms == "leave_out" and bool(self.options.targets)
-        alone = set(isolated_frames(self.frames) if leave_out else ())
-        self.isolated = [index for index in chosen if index in alone]
-        self.chosen = [index for index in chosen if index not in alone]
-        if not self.chosen:  # a set of nothing else is meant as it is
-            self.chosen, self.isolated = chosen, []
-
-    def stated(self, source: str) -> StatedUnits:
-        """The units that a file that was read states."""
-        if source not in self.units:
-            self.units[source] = StatedUnits.of(self.files[source], source)
-        return self.units[source]
-
-    def column(self, what: str, source: str, key: str, shape: Shape) -> Column:
-        """The values of a name; ``source`` may be another file with the same frames."""
-        source = source or self.source
-        if source not in self.files:
-            self.files[source] = read_file(source).frames
-            if len(self.files[source]) != len(self.frames):
-                raise DataError(
-                    f"The {what} come from {source}, which has {len(self.files[source])} frames, "
-                    f"but {self.source} with the structures has {len(self.frames)}. They must "
-                    "hold the same frames in the same order."
-                )
-        return Column(what, source, key, self.files[source], self.chosen, shape)
-
-    def volumes(self) -> list[float]:
-        """Volumes of the chosen frames in Å³, 0 where not periodic in all three directions."""
-        chosen = (self.frames[index] for index in self.chosen)
-        return [
-            float(abs(atoms.cell.volume)) * self.length**3 if atoms.pbc.all() else 0.0
-            for atoms in chosen
-        ]
-
-
 def _read_target(
-    reading: _Reading, name: str, target: TargetOptions
+    reading: Reading, name: str, target: TargetOptions
 ) -> dict[str, Sequence[Tensor | None]]:
     """All labels of one target, by label name, one value or None for each chosen frame."""
     _check_name(name)
     if not target.is_energy:
         return {name: _read_property(reading, target.spec(name), target)}
-    what = f"values of target {name!r}"
-    column = reading.column(what, target.read_from, target.key or name, to_scalar)
-    factor = reading.stated(column.source).factor(
-        "energy", column.key, target.factor, target.unit, default=target.factor == 1.0
-    )
+    column, factor = energy_column(reading, name, target)
     values = column.read(factor, nan_is_missing=True)
     labels: dict[str, Sequence[Tensor | None]] = {name: values}
-    forces = _Gradient(reading, "forces", name, target.forces, target.read_from, to_forces)
     length = reading.length
+    forces = gradient_of(reading, "forces", name, target)
     labels[forces_key(name)] = forces.read(factor / length)
-    stress = _Gradient(reading, "stress", name, target.stress, target.read_from, to_stress)
-    virial = _Gradient(reading, "virial", name, target.virial, target.read_from, to_stress)
     volumes = reading.volumes()
     periodic = [volume > 0 for volume in volumes]
-    stresses = stress.read(factor / length**3, periodic)
-    virials = virial.read(factor, periodic)
+    stresses = gradient_of(reading, "stress", name, target).read(factor / length**3, periodic)
+    virials = gradient_of(reading, "virial", name, target).read(factor, periodic)
     labels[stress_key(name)] = [
         -w / volume if s is None and w is not None else s
         for s, w, volume in zip(stresses, virials, volumes, strict=True)
@@ -187,7 +121,7 @@ def _read_target(
 
 
 def _read_weights(
-    reading: _Reading,
+    reading: Reading,
     name: str,
     target: TargetOptions,
     labels: Mapping[str, Sequence[Tensor | None]],
@@ -225,7 +159,7 @@ def _read_weights(
 
 
 def _check_energies(
-    reading: _Reading, column: Column, labels: Mapping[str, Sequence[Tensor | None]]
+    reading: Reading, column: Column, labels: Mapping[str, Sequence[Tensor | None]]
 ) -> None:
     """Let frames go without an energy that have forces or a stress, and say so.
 
@@ -266,12 +200,11 @@ def _check_energies(
 
 
 def _read_property(
-    reading: _Reading, spec: TargetSpec, target: TargetOptions
+    reading: Reading, spec: TargetSpec, target: TargetOptions
 ) -> list[Tensor | None]:
     """Values of a target that is no energy; None in frames that lack it."""
-    what = f"values of target {spec.name!r}"
-    key = target.key or spec.name
-    column = reading.column(what, target.read_from, key, shape_of(spec))
+    column = property_column(reading, spec, target)
+    what, key = column.what, column.key
     first = column.frames[reading.chosen[0]]
     if not spec.per_atom and key in first.arrays and key not in first.info:
         raise DataError(
@@ -286,87 +219,18 @@ def _read_property(
             raise _not_periodic(reading, what)
         raise column.missing(reading.chosen[0], len(values))
     if found < len(values):
-        _log_partial(column, found)
+        log_partial(column, found)
     return values
 
 
-def _not_periodic(reading: _Reading, what: str) -> DataError:
+def _not_periodic(reading: Reading, what: str) -> DataError:
     return DataError(
         f"The {what} are asked for, but no frame of {reading.source} is periodic in all three "
         "directions (pbc and a cell), so that none has a volume. Leave the target out."
     )
 
 
-def _log_partial(column: Column, found: int) -> None:
-    _logger.info(
-        "%s: %d of %d frames have the %s; it is left out of the loss for the others.",
-        column.source,
-        found,
-        len(column.chosen),
-        column.what,
-    )
-
-
-@dataclass(frozen=True)
-class _Gradient:
-    """Forces, stress or virial of an energy."""
-
-    reading: _Reading
-    kind: str
-    target: str
-    options: GradientOptions
-    source: str
-    shape: Shape
-
-    def read(self, factor: float, usable: Sequence[bool] | None = None) -> list[Tensor | None]:
-        """Values of the chosen frames; None where missing or not ``usable``.
-
-        Args:
-            factor: of the units of energy and length, for options without a unit.
-            usable: for each frame whether its value counts; None for all.
-        """
-        if not self.options.wanted:
-            return [None] * len(self.reading.chosen)
-        what = f"{self.kind} of target {self.target!r}"
-        source = self.options.read_from or self.source
-        column = self.reading.column(what, source, self.options.key or self.kind, self.shape)
-        unit = self.options.unit
-        if unit:
-            factor = to_own_unit(GRADIENT_QUANTITIES[self.kind], unit)
-        factor = self.reading.stated(column.source).factor(
-            self.kind, column.key, factor, unit or "the units of energy and length", not unit
-        )
-        values = column.read(factor, usable)
-        count, found = len(values), sum(value is not None for value in values)
-        if found == 0:
-            self._none_found(column, usable)
-        elif found < count:
-            _log_partial(column, found)
-        return values
-
-    def _none_found(self, column: Column, usable: Sequence[bool] | None) -> None:
-        """Raise when the label was asked for, warn when it seems to have another name."""
-        first = self.reading.chosen[0]
-        if self.options.required:
-            if usable is not None and not any(usable):
-                raise DataError(
-                    f"The {column.what} is asked for, but no frame of {self.reading.source} is "
-                    "periodic in all three directions (pbc and a cell). Set it to `off`."
-                )
-            raise column.missing(first, len(self.reading.chosen))
-        suggestion = column.suggestion(first)
-        if suggestion and (usable is None or any(usable)):
-            _logger.warning(
-                "%s has no %r, so nothing is learned of the %s.%s Then write `%s: {key: ...}`.",
-                column.source,
-                column.key,
-                column.what,
-                suggestion,
-                self.kind,
-            )
-
-
-def _log_isolated(reading: _Reading, offer_baselines: bool) -> None:
+def _log_isolated(reading: Reading, offer_baselines: bool) -> None:
     """Name the isolated atoms that are left out, and their energies where these are offered."""
     if not reading.isolated:
         return
@@ -386,7 +250,7 @@ def _log_isolated(reading: _Reading, offer_baselines: bool) -> None:
     log_isolated(reading.source, reading.isolated, total, offers)
 
 
-def _read_integers(reading: _Reading, name: ExtraName) -> Sequence[int | None]:
+def _read_integers(reading: Reading, name: ExtraName) -> Sequence[int | None]:
     """Charges or multiplicities from a named place; None lets the usual names decide."""
     options = reading.options.extra_data.get(name)
     if options is None:

@@ -10,6 +10,7 @@ from ase.data import chemical_symbols
 
 from pet_finetune.errors import SpeciesError
 
+from .on_disk import OnDisk
 from .structure import Structure
 
 __all__ = ["check_species", "find_species", "of_species"]
@@ -19,6 +20,8 @@ _FRAMES_SHOWN = 5
 
 def find_species(structures: Sequence[Structure]) -> tuple[int, ...]:
     """Atomic numbers that occur, ascending."""
+    if isinstance(structures, OnDisk):
+        return structures.species
     return tuple(sorted({z for s in structures for z in np.unique(s.numbers.numpy()).tolist()}))
 
 
@@ -43,6 +46,8 @@ def check_species(
             first frames.
     """
     known = set(species)
+    if isinstance(structures, OnDisk):
+        structures = structures.with_species(set(structures.species) - known)
     atoms: dict[int, int] = {}
     frames: dict[int, list[str]] = {}
     for structure in structures:

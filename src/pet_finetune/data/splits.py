@@ -18,6 +18,7 @@ from pet_finetune.files import check_file, read_object, write_whole
 
 from .files import frame_numbers, list_frames, read_frames
 from .left_out import log_isolated, sets_of_isolated_atoms
+from .on_disk import OnDisk, joined
 from .readers import read_structures
 from .structure import Structure, structures_fingerprint
 
@@ -148,12 +149,13 @@ def load_splits(path: str | Path, options: Options) -> Splits:
     for of_set in sets.values():
         for part in of_set.parts:
             wanted.setdefault((part.section, part.number), []).extend(part.frames)
-    read = {}
+    read: dict[tuple[str, int], _Pool] = {}
     for key, frames in wanted.items():
         dataset = _dataset(options, *key, path).model_copy(update={"indices": tuple(frames)})
         try:
-            read[key] = {structure.index: structure for structure in read_structures(dataset)}
-            gone = sorted(set(frames) - set(read[key]))
+            structures = read_structures(dataset)
+            read[key] = _Pool(dataset.systems.read_from, structures, [])
+            gone = sorted(set(frames) - set(_frames(structures)))
             if gone:
                 raise DataError(
                     f"{list_frames(gone)} of {dataset.systems.read_from}, which were trained on, "
@@ -166,7 +168,7 @@ def load_splits(path: str | Path, options: Options) -> Splits:
     for name, of_set in sets.items():
         for part in of_set.parts:
             key = (part.section, part.number)
-            members[name].append(_Members(*key, [read[key][frame] for frame in part.frames]))
+            members[name].append(_Members(*key, read[key].take(part.frames)))
     splits = _assemble(members)
     for name, of_set in sets.items():
         if structures_fingerprint(getattr(splits, name)) != of_set.fingerprint:
@@ -184,11 +186,11 @@ class _Members:
 
     section: str
     number: int
-    structures: list[Structure]
+    structures: Sequence[Structure]
 
     def part(self) -> SplitPart:
         """The same as it is saved."""
-        frames = tuple(structure.index for structure in self.structures)
+        frames = _frames(self.structures)
         return SplitPart(self.section, self.number, self.structures[0].source, frames)
 
 
@@ -197,17 +199,27 @@ class _Pool:
     """The structures of one training data set, and the frames no set has taken yet."""
 
     source: str
-    structures: dict[int, Structure]
+    structures: Sequence[Structure]
     left: list[int]
 
-    def take(self, frames: Sequence[int]) -> list[Structure]:
+    def take(self, frames: Sequence[int]) -> Sequence[Structure]:
         """Remove frames from the pool and return their structures.
 
         Frames that reading left out (failed calculations) are in no set.
         """
         gone = set(frames)
         self.left = [frame for frame in self.left if frame not in gone]
-        return [self.structures[frame] for frame in frames if frame in self.structures]
+        if isinstance(self.structures, OnDisk):
+            return self.structures.with_frames(frames)
+        by_frame = {structure.index: structure for structure in self.structures}
+        return [by_frame[frame] for frame in frames if frame in by_frame]
+
+
+def _frames(structures: Sequence[Structure]) -> tuple[int, ...]:
+    """The numbers of frames of one data set."""
+    if isinstance(structures, OnDisk):
+        return structures.frames
+    return tuple(structure.index for structure in structures)
 
 
 def _named_frames(options: Options, name: str) -> list[int]:
@@ -254,16 +266,16 @@ def _read_pool(
         systems = dataset.systems
         count = len(read_frames(source, systems.format, systems.types))
         frame_numbers(tuple(named) or (0,), count, source)
-        left = [structure.index for structure in structures]
+        left = list(_frames(structures))
     else:
         left = frame_numbers(dataset.indices, None, source)
         for name, frames in indexed.items():
             _refuse_overlap(source, "training_set", left, f"{name}_set", frames)
         everything = dataset.model_copy(update={"indices": (*left, *named)})
         structures = read_structures(everything, offer_baselines=offer_baselines)
-        there = {structure.index for structure in structures}
+        there = set(_frames(structures))
         left = [frame for frame in left if frame in there]
-    return _Pool(source, {structure.index: structure for structure in structures}, left)
+    return _Pool(source, structures, left)
 
 
 def _refuse_overlap(
@@ -304,7 +316,7 @@ def _draw(
 
 def _assemble(members: Mapping[str, list[_Members]]) -> Splits:
     """Join the data sets of each set."""
-    sets = {name: [s for m in members[name] for s in m.structures] for name in _SETS}
+    sets = {name: joined([m.structures for m in members[name]]) for name in _SETS}
     parts = {name: tuple(m.part() for m in members[name] if m.structures) for name in _SETS}
     return Splits(**sets, parts=parts)
 

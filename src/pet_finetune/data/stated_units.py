@@ -17,6 +17,8 @@ from pet_finetune.errors import DataError, UnitError
 from pet_finetune.log import get_logger
 from pet_finetune.units import to_own_unit
 
+from .metatrain_sets import Folder
+
 if TYPE_CHECKING:
     from ase import Atoms
 
@@ -79,7 +81,8 @@ class StatedUnits:
             DataError: frames that state different units.
         """
         values: dict[str, str] = {}
-        for number, atoms in enumerate(frames):
+        # The texts of a folder are those of all its frames.
+        for number, atoms in enumerate(frames[:1] if isinstance(frames, Folder) else frames):
             for key, value in atoms.info.items():
                 if not isinstance(value, str) or not _KEY.match(str(key)):
                     continue

@@ -17,7 +17,14 @@ from pet_finetune.keys import LabelKind
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["Structure", "as_integer", "atoms_to_structure", "place", "structures_fingerprint"]
+__all__ = [
+    "Structure",
+    "as_integer",
+    "atoms_to_structure",
+    "check_geometry",
+    "place",
+    "structures_fingerprint",
+]
 
 #: Where a total charge is looked for in ``atoms.info`` when the options name no key.
 DEFAULT_CHARGE_KEYS = ("charge", "total_charge")
@@ -113,7 +120,7 @@ def atoms_to_structure(
     positions = np.array(atoms.positions, dtype=np.float64) * length_factor
     pbc = np.array(atoms.pbc, dtype=bool)
     cell = np.where(pbc[:, None], np.asarray(atoms.cell, dtype=np.float64) * length_factor, 0.0)
-    _check_geometry(numbers, positions, cell, pbc, where)
+    check_geometry(numbers, positions, cell, pbc, where)
     odd = []
     if charge is None:
         charge, unclear = usual_integer(atoms.info, DEFAULT_CHARGE_KEYS, 0)
@@ -136,10 +143,21 @@ def atoms_to_structure(
     )
 
 
-def _check_geometry(
+def check_geometry(
     numbers: np.ndarray, positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray, where: str
 ) -> None:
-    """Refuse geometries that no neighbour list can be computed for."""
+    """Refuse geometries that no neighbour list can be computed for.
+
+    Args:
+        numbers: atomic numbers, ``[n]``.
+        positions: ``[n, 3]`` in Å.
+        cell: ``[3, 3]``, cell vectors as rows in Å.
+        pbc: ``[3]`` bool.
+        where: the structure, for messages.
+
+    Raises:
+        DataError: says what is wrong with it.
+    """
     if numbers.size == 0:
         raise DataError(f"{where} has no atoms. Remove it from the file.")
     if numbers.min() < 1:
@@ -190,8 +208,13 @@ def shown_value(value: Any) -> str:
 def structures_fingerprint(structures: Iterable[Structure]) -> str:
     """SHA-256 over elements, geometry, charge, spin and labels, in order, as 64 hex digits.
 
-    File names and frame numbers do not count: the same data under another name are the same.
+    File names and frame numbers do not count: the same data under another name are the same. A set
+    on disk has a way of its own.
     """
+    own = getattr(structures, "fingerprint", None)
+    if own is not None:
+        found: str = own()
+        return found
     digest = hashlib.sha256()
     for structure in structures:
         digest.update(

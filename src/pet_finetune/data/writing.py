@@ -79,7 +79,7 @@ class PredictionWriter:
         self.path = check_prediction_path(path)
         self.main, self.kinds, self.systems = main, dict(kinds or {}), dict(systems or {})
         self._partial: Path
-        self._frames: dict[str, list[Atoms]] = {}
+        self._frames: dict[str, Sequence[Atoms]] = {}
         self._write: Callable[[Structure, Mapping[str, np.ndarray]], None]
         self._sizes: list[int] = []
         self._arrays: dict[str, IO[bytes]] = {}

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from pet_finetune.config import Options, TrainingOptions
 from pet_finetune.data.augment import distorted
-from pet_finetune.data.loader import Beside, Loader, number_beside
+from pet_finetune.data.loader import Loader
+from pet_finetune.data.mixing import Beside, number_beside
+from pet_finetune.data.on_disk import sampled
 from pet_finetune.data.structure import Structure
 from pet_finetune.errors import ConfigError
 from pet_finetune.keys import forces_key, stress_key
@@ -147,7 +149,11 @@ class ReplayFeature(Feature):
         self._structures = read_unlabelled(replay.structures, plan, "replay")
         if TRAINING in replay.structures:
             self._structures += distorted(
-                plan.training, replay.copies, replay.rattle, replay.strain, plan.seed
+                sampled(plan.training, "replay"),
+                replay.copies,
+                replay.rattle,
+                replay.strain,
+                plan.seed,
             )
 
     @property

@@ -10,6 +10,7 @@ import numpy as np
 
 from pet_finetune.config import DatasetOptions
 from pet_finetune.data.files import read_frames
+from pet_finetune.data.on_disk import sampled
 from pet_finetune.data.probe import PROBE, probe_structures
 from pet_finetune.data.readers import read_structures
 from pet_finetune.data.structure import Structure, atoms_to_structure
@@ -38,7 +39,7 @@ def read_labelled(data: DatasetOptions, model: Potential) -> list[Structure]:
         DataError: the file is missing or lacks labels.
         SpeciesError: elements that the model does not know.
     """
-    structures = read_structures(data)
+    structures = list(sampled(read_structures(data), data.systems.read_from))
     check_known(structures, model)
     return structures
 
@@ -58,7 +59,7 @@ def read_unlabelled(names: Sequence[str], plan: Plan, section: str) -> list[Stru
     structures: list[Structure] = []
     for name in names:
         if name == TRAINING:
-            structures += plan.training
+            structures += sampled(plan.training, section)
         elif name == PROBE:
             structures += probe_structures(known_foundation(plan).species)
         else:

@@ -16,6 +16,7 @@ from pet_finetune.config.load import LoadedOptions, parse_options
 from pet_finetune.config.reference import schema_line
 from pet_finetune.config.shorthands import expand_gradient
 from pet_finetune.config.yaml_file import to_yaml
+from pet_finetune.data.on_disk import sampled
 from pet_finetune.data.species import find_species, of_species
 from pet_finetune.data.splits import make_splits
 from pet_finetune.data.structure import Structure
@@ -183,7 +184,7 @@ def _read(request: Request) -> tuple[dict[str, Sequence[Structure]], list[Findin
         except DataError as error:
             failed = Finding("error", "unreadable", str(error))
         else:
-            return {name: getattr(splits, name) for name in _SETS}, []
+            return {name: _looked_at(getattr(splits, name), name) for name in _SETS}, []
     sets: dict[str, Sequence[Structure]] = {}
     findings: list[Finding] = []
     for name, chosen in zip(
@@ -200,6 +201,10 @@ def _read(request: Request) -> tuple[dict[str, Sequence[Structure]], list[Findin
     if not request.whole and not findings:
         findings.append(failed)
     return sets, findings
+
+
+def _looked_at(structures: Sequence[Structure], name: str) -> Sequence[Structure]:
+    return sampled(structures, f"the look at {name}")
 
 
 def _energy_target(model: Potential, target: str | None) -> str | None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from pet_finetune.data.files import read_frames
 from pet_finetune.data.labels import Shape, find_value, to_forces, to_scalar, to_stress
+from pet_finetune.data.on_disk import spread
 
 from .finding import Finding, Frames
 
@@ -47,7 +48,7 @@ def target_of_file(
     Raises:
         DataError: the file cannot be read.
     """
-    frames = read_frames(path, format, types)
+    frames = spread(read_frames(path, format, types))
     keys: dict[str, str | None] = {}
     findings: list[Finding] = []
     passed: list[str] = []
@@ -213,7 +214,7 @@ def _several(file: str, kind: str, keys: Sequence[str]) -> Finding:
     )
 
 
-def _find_keys(frames: list[Atoms], kind: str, energy: str = "") -> tuple[list[str], list[str]]:
+def _find_keys(frames: Sequence[Atoms], kind: str, energy: str = "") -> tuple[list[str], list[str]]:
     """Names that a label may have: its own one, else all that contain it and fit.
 
     Of several that go with the name of the energy (``REF_forces`` with ``REF_energy``) that one,

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from pet_finetune.config import DatasetOptions, Options
 from pet_finetune.config.target import TargetOptions
+from pet_finetune.data.on_disk import sampled
 from pet_finetune.data.splits import Splits, make_splits
 from pet_finetune.errors import DataError, PetFinetuneError, SpeciesError
 from pet_finetune.log import get_logger
@@ -82,7 +83,10 @@ class Preflight(Feature):
             DataError: what would break the run, all of it.
         """
         options, splits, start = plan.options, plan.splits, plan.start
-        sets = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+        sets = {
+            name: sampled(getattr(splits, name), f"the look at the {name} set")
+            for name in ("train", "validation", "test")
+        }
         target = energy_of(options)
         known = tuple(z for z in start.model.species if z not in start.new_species)
         foundation = Foundation(

@@ -13,6 +13,7 @@ from pet_finetune.data.computable import MISSING_CELL, misses_a_cell
 from pet_finetune.data.files import frame_numbers, read_file, read_frames
 from pet_finetune.data.labels import find_value
 from pet_finetune.data.left_out import isolated_frames, sets_of_isolated_atoms
+from pet_finetune.data.on_disk import sampled, spread
 from pet_finetune.data.readers import read_structures
 from pet_finetune.data.structure import Structure
 from pet_finetune.errors import DataError
@@ -28,11 +29,16 @@ __all__ = ["check_cells", "read_anyway", "sets_left_out"]
 _SAMPLE = 100
 
 
-def read_anyway(dataset: DatasetOptions) -> tuple[list[Structure], list[Finding]]:
-    """The structures of a data set that can be read, and findings about the others."""
+def read_anyway(dataset: DatasetOptions) -> tuple[Sequence[Structure], list[Finding]]:
+    """The structures of a data set that can be read, and findings about the others.
+
+    Of a large set on disk a part stands for all.
+    """
     dataset, told = _without_failed(dataset)
     try:
-        return read_structures(dataset), [*told, *_isolated(dataset)]
+        structures = read_structures(dataset)
+        part = sampled(structures, f"the look at {dataset.systems.read_from}")
+        return part, [*told, *_isolated(dataset)]
     except DataError as error:
         reason = str(error)
     source = dataset.systems.read_from
@@ -41,7 +47,7 @@ def read_anyway(dataset: DatasetOptions) -> tuple[list[Structure], list[Finding]
         frames = read_frames(source, dataset.systems.format, dataset.systems.types)
         chosen = dataset.indices
         numbers = (
-            list(range(len(frames)))
+            spread(range(len(frames)))
             if chosen is None
             else frame_numbers(chosen, len(frames), source)
         )

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from pet_finetune.config import Options
+from pet_finetune.data.on_disk import taken
 from pet_finetune.data.splits import Splits
 from pet_finetune.rng import MemberStream
 
@@ -31,7 +32,7 @@ def of_member(options: Options, splits: Splits, seed: int) -> tuple[int, Splits]
         return own, splits
     rng = np.random.default_rng([seed, member, MemberStream.BOOTSTRAP])
     drawn = np.sort(rng.integers(len(splits.train), size=len(splits.train)))
-    return own, replace(splits, train=[splits.train[index] for index in drawn.tolist()])
+    return own, replace(splits, train=taken(splits.train, drawn))
 
 
 def options_of_member(options: Options, member: int, seed: int) -> Options:

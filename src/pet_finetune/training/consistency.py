@@ -18,8 +18,7 @@ from torch import Tensor
 
 from pet_finetune.config import RotationalConsistency, TrainingOptions
 from pet_finetune.data.augment import random_rotations, rotate_batch
-from pet_finetune.data.batch import LabelledBatch
-from pet_finetune.data.loader import on_device
+from pet_finetune.data.batch import LabelledBatch, on_device
 from pet_finetune.graph import Batch, rotate_graphs
 from pet_finetune.keys import forces_key, label_kind, stress_key
 from pet_finetune.model import Potential, Prediction, Property

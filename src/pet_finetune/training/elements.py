@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from pet_finetune.config import Options
 from pet_finetune.data.computable import check_charges
+from pet_finetune.data.on_disk import joined
 from pet_finetune.data.species import check_species, find_species
 from pet_finetune.data.splits import Splits
 from pet_finetune.data.structure import Structure
@@ -38,7 +39,7 @@ def add_new_elements(model: Potential, options: Options, splits: Splits) -> dict
     chosen = options.finetune.new_elements
     if chosen is None:
         return {}
-    everything = find_species([*splits.train, *splits.validation, *splits.test])
+    everything = find_species(joined([splits.train, splits.validation, splits.test]))
     unknown = [number for number in everything if number not in model.species]
     if isinstance(chosen, Mapping):
         sources = _named_sources(chosen, model, unknown)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pet_finetune.config import LabelNoise
-from pet_finetune.data.batch import LabelledBatch
-from pet_finetune.data.loader import Loader, on_device
+from pet_finetune.data.batch import LabelledBatch, on_device
+from pet_finetune.data.loader import Loader
 from pet_finetune.data.structure import Structure
 from pet_finetune.graph import Batch
 from pet_finetune.keys import forces_key, stress_key

@@ -11,8 +11,8 @@ from torch import Tensor
 from pet_finetune import processes
 from pet_finetune.committee.committee import Committee
 from pet_finetune.committee.last_layer import fresh, predict_uncertain
-from pet_finetune.data.batch import LabelledBatch
-from pet_finetune.data.loader import Loader, on_device
+from pet_finetune.data.batch import LabelledBatch, on_device
+from pet_finetune.data.loader import Loader
 from pet_finetune.keys import TargetSpec, forces_key, stress_key
 from pet_finetune.log import Watch
 from pet_finetune.model import Potential, Prediction, Property

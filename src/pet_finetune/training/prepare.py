@@ -18,6 +18,7 @@ from pet_finetune.config import Options, TrainingOptions
 from pet_finetune.config.reference import schema_line
 from pet_finetune.data.files import forget_files
 from pet_finetune.data.loader import Loader
+from pet_finetune.data.on_disk import joined, label_names
 from pet_finetune.data.splits import Splits, load_splits, make_splits
 from pet_finetune.data.structure import Structure
 from pet_finetune.device import dtype_of_bits
@@ -214,14 +215,14 @@ def _splits(
 def _check_metric(options: Options, splits: Splits) -> None:
     """Make sure, as soon as the labels are read, that the best model can be told by them."""
     energies = [name for name, spec in options.target_specs().items() if spec.is_energy]
-    labels = {name for s in splits.validation or splits.train for name in s.labels}
+    labels = label_names(splits.validation or splits.train)
     wanted = wanted_derivatives(options, splits.train)
     check_metric(options.training.best_model_metric, labels, wanted, energies)
 
 
 def _check_structures(options: Options, splits: Splits, model: Potential) -> None:
     """Make sure that the model can compute all structures."""
-    structures = [*splits.train, *splits.validation, *splits.test]
+    structures = joined([splits.train, splits.validation, splits.test])
     check_known(structures, model, ADVICE if options.is_finetuning else "")
 
 
@@ -229,11 +230,12 @@ def _begin(
     options: Options, start: Start, data: RunData, heads: Sequence[str]
 ) -> list[BaselineTable]:
     """Choose what trains in a new run, set its baselines and log them."""
-    with rounding_told(options, start.model, data.train):
+    training = data.train.sampled("baselines, scales and errors of the training set")
+    with rounding_told(options, start.model, training):
         choose_trainable(start, options, heads)
     targets = list(options.target_specs())
     tables = prepare_baselines(
-        options, start.model, data.train, targets, start.fresh, start.new_species
+        options, start.model, training, targets, start.fresh, start.new_species
     )
     for table in tables:
         if table.rows:
@@ -362,7 +364,7 @@ def wanted_derivatives(
     options: Options, training: Sequence[Structure]
 ) -> dict[str, tuple[bool, bool]]:
     """For each target, whether its forces and its stress are learned."""
-    labels = {name for structure in training for name in structure.labels}
+    labels = label_names(training)
     wanted = {}
     for name in options.target_specs():
         loss = options.training.loss_for(name)
@@ -407,10 +409,11 @@ def evaluate_sets(
         features: of the run; they add the errors on sets of their own.
     """
     shown = primary_set(data.sets)
-    recorder = PredictionRecorder(data.sets[shown], shown)
+    sets = {set_name: loader.sampled() for set_name, loader in data.sets.items()}
+    recorder = PredictionRecorder(sets[shown], shown)
     errors = {
         set_name: evaluate(model, loader, wanted, recorder.add if set_name == shown else None)
-        for set_name, loader in data.sets.items()
+        for set_name, loader in sets.items()
     }
     files.keep_predictions(recorder, name, model)
     for feature in features:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Mapping
 
 from pet_finetune import processes
 from pet_finetune.config import TrainingOptions
-from pet_finetune.data.loader import Loader, on_device
+from pet_finetune.data.batch import on_device
+from pet_finetune.data.loader import Loader
 from pet_finetune.errors import TrainingError
 from pet_finetune.keys import forces_key
 from pet_finetune.model import Potential

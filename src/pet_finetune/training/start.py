@@ -19,6 +19,7 @@ from pet_finetune.checkpoint import load_checkpoint, load_oldest_start
 from pet_finetune.config import Options
 from pet_finetune.config.finetune import METHOD_KEYS
 from pet_finetune.data.loader import Loader
+from pet_finetune.data.on_disk import joined
 from pet_finetune.data.species import find_species
 from pet_finetune.data.splits import Splits
 from pet_finetune.errors import ConfigError, did_you_mean
@@ -67,7 +68,7 @@ def start_model(options: Options, splits: Splits) -> Start:
     if options.is_finetuning:
         model, name, provenance = read_start(options)
         return _extend(model, name, provenance, options, specs, splits)
-    structures = [*splits.train, *splits.validation, *splits.test]
+    structures = joined([splits.train, splits.validation, splits.test])
     species = options.architecture.atomic_types or find_species(structures)
     model = Potential(options.model, species, specs.values())
     _logger.info(

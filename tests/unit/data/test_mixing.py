@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pet_finetune.data import Loader
-from pet_finetune.data.loader import Beside, number_beside
+from pet_finetune.data.mixing import Beside, number_beside
 from tiny_data import molecules, structures_of
 
 MAIN, SECOND = structures_of(molecules(10)), structures_of(molecules(7, seed=1))

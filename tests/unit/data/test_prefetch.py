@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from pet_finetune.data import Loader
-from pet_finetune.data.batch import LabelledBatch
-from pet_finetune.data.loader import on_device, one_ahead
+from pet_finetune.data.batch import LabelledBatch, on_device, one_ahead
 from tiny_data import molecules, structures_of
 
 
