@@ -39,7 +39,7 @@ __all__ = [
 _logger = get_logger(__name__)
 _INDEX = ("ns.npy", "na.npy")
 #: What ``pet-finetune convert`` says of a folder beside metatrain's files, and its version.
-ABOUT, VERSION = "pet-finetune.json", 1
+ABOUT, VERSION = "converted.json", 1
 #: Structures, and a twentieth of the atoms, that a set may have to be kept in memory, where its
 #: neighbour lists are too: about 1 GB.
 MOST_IN_MEMORY = 50_000
