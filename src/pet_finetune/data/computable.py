@@ -15,7 +15,6 @@ from scipy.sparse.csgraph import connected_components
 from pet_finetune.errors import DataError, SpeciesError
 from pet_finetune.log import get_logger
 
-from .on_disk import OnDisk
 from .structure import DEFAULT_CHARGE_KEYS, DEFAULT_SPIN_KEYS, Structure, place, usual_integer
 
 __all__ = [
@@ -133,8 +132,6 @@ def check_charges(structures: Sequence[Structure], max_charge: int, max_spin: in
         DataError: names the first such structure and how many there are; also of structures with
             something else than a whole number in the place of one of the two.
     """
-    if isinstance(structures, OnDisk):
-        structures = structures.one_of_each_condition()
     odd = [structure for structure in structures if structure.odd]
     if odd:
         raise DataError(

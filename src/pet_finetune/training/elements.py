@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from pet_finetune.config import Options
 from pet_finetune.data.computable import check_charges
-from pet_finetune.data.on_disk import joined
+from pet_finetune.data.on_disk import OnDisk, joined
 from pet_finetune.data.species import check_species, find_species
 from pet_finetune.data.splits import Splits
 from pet_finetune.data.structure import Structure
@@ -108,4 +108,6 @@ def check_known(structures: Sequence[Structure], model: Potential, advice: str =
     """
     check_species(structures, model.species, advice)
     if model.hypers.system_conditioning:
+        if isinstance(structures, OnDisk):
+            structures = structures.one_of_each_condition()
         check_charges(structures, model.hypers.max_charge, model.hypers.max_spin_multiplicity)
