@@ -22,7 +22,8 @@ from pet_finetune.errors import CheckpointError, PetFinetuneError, did_you_mean
 from pet_finetune.extras import missing_extra
 from pet_finetune.files import check_room, replacing, size_text
 from pet_finetune.locks import FileLock
-from pet_finetune.log import Watch, get_logger
+from pet_finetune.log import get_logger
+from pet_finetune.progress import Watch
 from pet_finetune.version import __version__
 
 __all__ = ["SHIPPED", "UPET_MODELS", "find_model", "is_address"]

@@ -7,39 +7,31 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import re
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from . import processes
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
-    from rich.progress import Progress, TextColumn
 
 __all__ = [
     "FILE_ONLY",
-    "REDRAWS_PER_SECOND",
-    "Watch",
     "get_logger",
     "html_of",
-    "progress_bar",
+    "last_line",
     "setup_logging",
     "stderr_console",
 ]
-
-#: The eye needs no more, drawing takes time from the steps, and numbers to show from a GPU's queue.
-REDRAWS_PER_SECOND = 4
 
 #: As ``extra`` of a message: it goes to the log file but not to stderr, because the user is shown
 #: it in another way.
@@ -139,6 +131,19 @@ def _log_warning(
 
 
 @dataclass
+class LastLine:
+    """When the latest line of the log was written, in seconds of ``time.monotonic``."""
+
+    #: To stderr, and anywhere.
+    shown: float = -math.inf
+    any: float = -math.inf
+
+
+#: The one of this process.
+last_line = LastLine()
+
+
+@dataclass
 class _Repeats:
     """How often one message came."""
 
@@ -202,6 +207,9 @@ class _Folding(logging.Handler):
             repeats.held, repeats.latest = 0, None
 
     def _hand_on(self, record: logging.LogRecord) -> None:
+        last_line.any = now = time.monotonic()
+        if not getattr(record, "file_only", False):
+            last_line.shown = now
         for target in self.targets:
             target.handle(record)
 
@@ -224,104 +232,6 @@ def html_of(content: RenderableType, width: int = 110) -> str:
     return console.export_html(
         inline_styles=True, code_format=f'<pre style="{style}">{{code}}</pre>'
     )
-
-
-def _in_notebook() -> bool:
-    """Whether rich can draw a bar in a notebook: under Jupyter, with ipywidgets."""
-    if "ipykernel" not in sys.modules:
-        return False
-    return stderr_console().is_jupyter and find_spec("ipywidgets") is not None
-
-
-def progress_bar(before: TextColumn, *after: TextColumn) -> Progress | None:
-    """A bar between texts, with the time that is left; None where stderr can show none."""
-    if not processes.leader() or (not sys.stderr.isatty() and not _in_notebook()):
-        return None
-    from rich.progress import BarColumn, Progress, TimeRemainingColumn
-
-    return Progress(
-        before,
-        BarColumn(bar_width=None),
-        *after,
-        TimeRemainingColumn(),
-        console=stderr_console(),
-        transient=True,
-        refresh_per_second=REDRAWS_PER_SECOND,
-    )
-
-
-class Watch:
-    """Says that something goes on: a bar on a terminal, a line each minute in a log.
-
-    What is done within two seconds shows nothing. The thread that made it calls :meth:`step`;
-    another one draws, so that a call that takes long is seen too. It draws nothing where another
-    bar is drawn already.
-
-    Args:
-        what: what is done, e.g. ``reading train.xyz``.
-        unit: what is counted, e.g. ``frames``.
-        total: how many there are, where that is known.
-    """
-
-    _WAIT, _LINE = 2.0, 60.0  # seconds
-
-    def __init__(self, what: str, unit: str = "", total: int | None = None) -> None:
-        self._what, self._unit, self._total = what, unit, total
-        self._done = 0
-        self._stopped = threading.Event()
-        self._began = time.monotonic()
-        self._thread = threading.Thread(target=self._show, daemon=True)
-
-    def __enter__(self) -> Watch:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stopped.set()
-        self._thread.join()
-
-    def step(self, count: int = 1) -> None:
-        """So many more are done."""
-        self._done += count
-
-    def _words(self) -> str:
-        if not self._unit:
-            return ""
-        of = "" if self._total is None else f" of {self._total:,}"
-        return f"{self._done:,}{of} {self._unit}"
-
-    def _show(self) -> None:
-        if not sys.stderr.isatty() or not processes.leader():
-            while not self._stopped.wait(self._LINE):
-                seconds = time.monotonic() - self._began
-                words = [self._what, self._words(), f"for {seconds:.0f} s"]
-                get_logger().info("%s", ", ".join(word for word in words if word))
-            return
-        if not self._stopped.wait(self._WAIT):
-            self._draw()
-
-    def _draw(self) -> None:
-        from rich.errors import LiveError
-        from rich.progress import TextColumn
-
-        words = TextColumn("{task.fields[words]}")
-        bar = progress_bar(TextColumn("{task.description}"), words)
-        assert bar is not None
-        try:
-            bar.start()
-        except LiveError:  # another one is drawn
-            return
-        task = bar.add_task(self._what, total=self._total, words="")
-        try:
-            while not self._stopped.wait(1 / REDRAWS_PER_SECOND):
-                bar.update(task, completed=self._done, words=self._words())
-        finally:
-            bar.stop()
 
 
 def _stream_handler() -> logging.Handler:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import logging
-import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from logs import logging_as_it_was
-from pet_finetune.log import Watch, get_logger, setup_logging
+from pet_finetune.log import get_logger, setup_logging
 
 
 @pytest.fixture(autouse=True)
@@ -139,18 +138,3 @@ def test_warnings_of_python_are_lines_of_the_log_and_counted(
     assert len(said) == 3
     assert said[0].startswith("UserWarning: frame 0 is odd (")
     assert said[1].startswith("4 more warnings like this: UserWarning: frame 4 is odd")
-
-
-def test_what_takes_long_is_said_in_the_log(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    setup_logging()
-    with Watch("reading quick.xyz", "frames"):
-        pass
-    monkeypatch.setattr(Watch, "_LINE", 0.01)
-    with Watch("reading big.xyz", "frames", 5000) as watch:
-        watch.step(1234)
-        time.sleep(0.2)
-    text = capsys.readouterr().err
-    assert "quick.xyz" not in text
-    assert "reading big.xyz, 1,234 of 5,000 frames, for" in text

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from pet_finetune.errors import PetFinetuneError
+from pet_finetune.progress import Watch
 from pet_finetune.version import __version__
 
 from . import (
@@ -54,7 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
         choices=("bash", "zsh"),
         help="print what makes the shell complete commands and options",
     )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
     for command in _COMMANDS:
         command.add_parser(commands)
     return parser
@@ -92,7 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status (0 done, 1 bad input, 130 interrupted)."""
     parsed = make_parser().parse_args(arguments)
     try:
-        status: int = parsed.run(parsed)
+        with Watch(lambda: _doing(parsed.command)):
+            status: int = parsed.run(parsed)
     except PetFinetuneError as error:
         if parsed.debug:
             raise
@@ -120,6 +122,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 1
     return status
+
+
+def _doing(command: str) -> str:
+    """What is shown of a command where nothing inside it is."""
+    # Importing torch and what stands on it takes seconds.
+    loaded = hasattr(sys.modules.get("pet_finetune.api"), "train")
+    return f"pet-finetune {command}" if loaded else "loading torch"
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
+from pet_finetune.progress import clear
+
 from .reading import MODEL, check_models
 
 
@@ -29,6 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     setup_logging()
     if arguments.json:
         facts = [checkpoint_facts(path) for path in arguments.checkpoint]
+        clear()
         print(json.dumps(facts, indent=2, default=str))
         return 0
     for path in arguments.checkpoint:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from pet_finetune.errors import ConfigError
+from pet_finetune.progress import clear
 
 from .reading import MODEL, add_reading_arguments, check_data, check_models, check_sets, systems_of
 
@@ -130,6 +131,7 @@ def _print(inspection: object, as_json: bool) -> None:
     from pet_finetune.api import Inspection, as_dict, render
 
     assert isinstance(inspection, Inspection)
+    clear()
     if as_json:
         print(json.dumps(as_dict(inspection), indent=2))
         return

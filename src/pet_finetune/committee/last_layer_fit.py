@@ -20,10 +20,10 @@ from pet_finetune.data.loader import on_device
 from pet_finetune.errors import TrainingError
 from pet_finetune.graph import Batch
 from pet_finetune.keys import TargetSpec
-from pet_finetune.log import Watch
 from pet_finetune.model import Potential, Prediction, Property
 from pet_finetune.model.fingerprint import target_fingerprints
 from pet_finetune.model.last_layer import LastLayer, cholesky_of
+from pet_finetune.progress import Watch
 
 from .calibration import Curves, Deviations
 

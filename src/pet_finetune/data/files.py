@@ -45,7 +45,7 @@ from pet_finetune.data.text import (
 )
 from pet_finetune.errors import DataError, did_you_mean
 from pet_finetune.files import check_file
-from pet_finetune.log import Watch
+from pet_finetune.progress import Watch
 
 if TYPE_CHECKING:
     from ase import Atoms

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pet_finetune.errors import DataError
 from pet_finetune.keys import LabelKind, label_kind
-from pet_finetune.log import Watch, get_logger
+from pet_finetune.log import get_logger
+from pet_finetune.progress import Watch
 from pet_finetune.rng import Stream
 
 from .augment import random_rotations, rotate_batch

@@ -18,7 +18,8 @@ import numpy as np
 
 from pet_finetune.errors import DataError, damage_explained
 from pet_finetune.files import read_object
-from pet_finetune.log import Watch, get_logger
+from pet_finetune.log import get_logger
+from pet_finetune.progress import Watch
 
 if TYPE_CHECKING:
     from ase import Atoms

@@ -12,7 +12,8 @@ from pet_finetune.config.dataset import DatasetOptions, ExtraName
 from pet_finetune.config.target import TargetOptions
 from pet_finetune.errors import DataError
 from pet_finetune.keys import TargetSpec, forces_key, stress_key, weights_key
-from pet_finetune.log import Watch, get_logger
+from pet_finetune.log import get_logger
+from pet_finetune.progress import Watch
 
 from .computable import log_odd_charges
 from .labels import Column, find_value, to_scalar, weights_of

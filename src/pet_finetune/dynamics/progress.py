@@ -7,7 +7,8 @@ from types import TracebackType
 
 from rich.progress import TextColumn
 
-from pet_finetune.log import REDRAWS_PER_SECOND, get_logger, progress_bar
+from pet_finetune.log import get_logger
+from pet_finetune.progress import REDRAWS_PER_SECOND, progress_bar, start_bar, stop_bar
 
 from .measure import Measurement
 
@@ -37,7 +38,7 @@ class MDDisplay:
 
     def __enter__(self) -> MDDisplay:
         if self._bar is not None:
-            self._bar.start()
+            start_bar(self._bar)
             self._task = self._bar.add_task("md", total=self._steps, completed=self._done, words="")
         return self
 
@@ -48,7 +49,7 @@ class MDDisplay:
         trace: TracebackType | None,
     ) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            stop_bar(self._bar)
 
     def step(self, row: Measurement) -> None:
         """Show a step, unless one was shown only just now."""

@@ -22,7 +22,8 @@ from pet_finetune.config.problems import config_error
 from pet_finetune.data.computable import check_atoms
 from pet_finetune.errors import DataError, PetFinetuneError, did_you_mean
 from pet_finetune.files import replacing
-from pet_finetune.log import Watch, get_logger
+from pet_finetune.log import get_logger
+from pet_finetune.progress import Watch
 from pet_finetune.training.interrupt import InterruptGuard
 from pet_finetune.training.tables import show
 

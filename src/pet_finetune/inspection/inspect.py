@@ -25,8 +25,9 @@ from pet_finetune.elements import symbol_of
 from pet_finetune.errors import ConfigError, DataError, PetFinetuneError
 from pet_finetune.files import write_whole
 from pet_finetune.keys import forces_key, stress_key
-from pet_finetune.log import Watch, get_logger
+from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
+from pet_finetune.progress import Watch
 from pet_finetune.training.elements import ADVICE
 from pet_finetune.training.start import read_start
 

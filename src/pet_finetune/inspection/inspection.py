@@ -11,8 +11,9 @@ from pet_finetune.data.computable import check_charges
 from pet_finetune.data.species import check_species
 from pet_finetune.data.structure import Structure
 from pet_finetune.errors import DataError, SpeciesError
-from pet_finetune.log import Watch, html_of
+from pet_finetune.log import html_of
 from pet_finetune.model import Potential
+from pet_finetune.progress import Watch
 
 from .energies import Facts, check_levels, check_outliers, facts_of
 from .estimate import Estimate, Load, Suggestion

@@ -20,7 +20,7 @@ from pet_finetune.data.files import read_frames
 from pet_finetune.data.structure import atoms_to_structure, structures_fingerprint
 from pet_finetune.errors import RunError
 from pet_finetune.files import read_object, write_whole
-from pet_finetune.log import Watch
+from pet_finetune.progress import Watch
 
 __all__ = ["DROPPED", "Work", "digest", "settings_of"]
 

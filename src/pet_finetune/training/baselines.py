@@ -18,8 +18,9 @@ from pet_finetune.data.structure import Structure
 from pet_finetune.errors import TrainingError
 from pet_finetune.graph import Batch
 from pet_finetune.keys import TargetSpec, forces_key
-from pet_finetune.log import Watch, get_logger
+from pet_finetune.log import get_logger
 from pet_finetune.model import Potential, fit_composition
+from pet_finetune.progress import Watch
 
 from .metrics import counted
 

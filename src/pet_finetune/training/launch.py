@@ -24,6 +24,7 @@ from pet_finetune.config import Options
 from pet_finetune.config.load import parse_options
 from pet_finetune.config.yaml_file import read_yaml
 from pet_finetune.errors import TrainingError
+from pet_finetune.progress import handed_over
 from pet_finetune.runs.folder import RunFolder, own_folder
 
 from .records import TrainingResult, TrainOutcome
@@ -122,7 +123,8 @@ def _run(count: int, job: Path) -> str:
         run_id=job.parent.name,
     )
     try:
-        elastic_launch(config, sys.executable)("-m", "pet_finetune.cli.worker", str(job))
+        with handed_over():
+            elastic_launch(config, sys.executable)("-m", "pet_finetune.cli.worker", str(job))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode >= 0:

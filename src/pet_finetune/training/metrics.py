@@ -14,8 +14,8 @@ from pet_finetune.committee.last_layer import fresh, predict_uncertain
 from pet_finetune.data.batch import LabelledBatch, on_device
 from pet_finetune.data.loader import Loader
 from pet_finetune.keys import TargetSpec, forces_key, stress_key
-from pet_finetune.log import Watch
 from pet_finetune.model import Potential, Prediction, Property
+from pet_finetune.progress import Watch
 
 #: Factor and unit in which each kind of error of an energy is shown.
 SHOWN = {

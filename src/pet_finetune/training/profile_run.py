@@ -13,6 +13,7 @@ from pet_finetune.config import Options
 from pet_finetune.device import choose_device, versions
 from pet_finetune.errors import PetFinetuneError
 from pet_finetune.log import FILE_ONLY, get_logger, setup_logging
+from pet_finetune.progress import clear
 from pet_finetune.runs.folder import RunFolder, own_folder
 
 from .prepare import NO_ROOMS, Rooms, prepare_run
@@ -103,6 +104,7 @@ def _tell(table: Table, notes: Sequence[str]) -> None:
     """Print a table with notes below, and put both into the log file."""
     text = "\n".join(notes)
     shown = show(table)
+    clear()
     print(text, end="\n\n")
     _logger.info("profile\n%s\n%s", shown, text, extra=FILE_ONLY)
 

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 
 from rich.progress import TaskID, TextColumn
 
-from pet_finetune.log import FILE_ONLY, REDRAWS_PER_SECOND, get_logger, progress_bar
+from pet_finetune.log import FILE_ONLY, get_logger
+from pet_finetune.progress import REDRAWS_PER_SECOND, progress_bar, start_bar, stop_bar
 
 from .feature import Feature
 from .metrics import Metrics
@@ -63,7 +64,7 @@ class RunDisplay(Feature):
     def _begin(self) -> None:
         """Show the bar; not before the first step, so that what is logged before stays whole."""
         if self._bar is not None and self._task is None:
-            self._bar.start()
+            start_bar(self._bar)
             self._task = self._bar.add_task(
                 "train", epoch=1, epochs=self._num_epochs, loss=math.nan, forces="-", rate=0.0
             )
@@ -71,7 +72,7 @@ class RunDisplay(Feature):
     def close(self) -> None:
         """Leave the terminal as it was."""
         if self._bar is not None:
-            self._bar.stop()
+            stop_bar(self._bar)
 
     def step_ended(self, progress: StepProgress) -> None:
         """Move the bar, unless it has only just been moved, and write a line each minute."""

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from pet_finetune import processes
 from pet_finetune.committee.calibration import Curves
+from pet_finetune.progress import clear
 from pet_finetune.training.baselines import BaselineTable
 from pet_finetune.training.metrics import Metrics
 
@@ -113,6 +114,7 @@ def calibration_table(curves: Mapping[str, Curves]) -> Table:
 def show(table: Table) -> str:
     """Print a table to standard output, once of several processes; return it as plain text."""
     if processes.leader():
+        clear()
         console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110)
         console.print(table)
     return _text(table)

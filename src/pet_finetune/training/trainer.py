@@ -24,9 +24,10 @@ from pet_finetune.config import TrainingOptions
 from pet_finetune.data.batch import LabelledBatch, on_device
 from pet_finetune.data.loader import Loader
 from pet_finetune.errors import TrainingError
-from pet_finetune.log import Watch, get_logger
+from pet_finetune.log import get_logger
 from pet_finetune.model import Potential, Prediction, Property
 from pet_finetune.profiling import each, stage
+from pet_finetune.progress import Watch
 from pet_finetune.rng import Stream
 
 from .compiled_step import CompiledStep, compiles

@@ -1,0 +1,287 @@
+"""Showing that something goes on: a bar on a terminal, a line each minute in a log.
+
+Whatever may take long is done while a :class:`Watch` is open. All open ones share one place on the
+terminal, in which the innermost is seen; a bar of its own kind (:func:`start_bar`) takes that place
+while it is drawn.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from importlib.util import find_spec
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from . import processes
+from .log import FILE_ONLY, get_logger, last_line, stderr_console
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TextColumn
+
+__all__ = [
+    "REDRAWS_PER_SECOND",
+    "Watch",
+    "clear",
+    "handed_over",
+    "progress_bar",
+    "start_bar",
+    "stop_bar",
+]
+
+#: The eye needs no more, drawing takes time from the steps, and numbers to show from a GPU's queue.
+REDRAWS_PER_SECOND = 4
+#: Seconds without a sign after which a bar is drawn, and a line is written.
+_SILENCE, _LINE = 1.0, 60.0
+
+
+def _in_notebook() -> bool:
+    """Whether rich can draw a bar in a notebook: under Jupyter, with ipywidgets."""
+    if "ipykernel" not in sys.modules:
+        return False
+    return stderr_console().is_jupyter and find_spec("ipywidgets") is not None
+
+
+def _draws() -> bool:
+    """Whether this process shows bars on stderr."""
+    # Of several that a launcher started, before they have met, each takes itself for the leader.
+    leads = processes.leader() and os.environ.get("RANK", "0") == "0"
+    return leads and (sys.stderr.isatty() or _in_notebook())
+
+
+def progress_bar(before: TextColumn, *after: TextColumn) -> Progress | None:
+    """A bar between texts, with the time that is left; None where stderr can show none."""
+    if not _draws():
+        return None
+    from rich.progress import BarColumn, Progress, TimeRemainingColumn
+
+    return Progress(
+        before,
+        BarColumn(bar_width=None),
+        *after,
+        TimeRemainingColumn(),
+        console=stderr_console(),
+        transient=True,
+        refresh_per_second=REDRAWS_PER_SECOND,
+        # What is printed goes above the bar, unless it goes elsewhere.
+        redirect_stdout=sys.stdout.isatty(),
+    )
+
+
+class Watch:
+    """Something that may take long, shown while it is open.
+
+    It is shown once nothing has been said for a second; what is done before shows nothing.
+
+    Args:
+        what: what is done, e.g. ``reading train.xyz``; a function of no arguments where that
+            changes.
+        unit: what is counted, e.g. ``frames``.
+        total: how many there are, where that is known.
+    """
+
+    def __init__(
+        self, what: str | Callable[[], str], unit: str = "", total: int | None = None
+    ) -> None:
+        self._what, self._unit, self.total = what, unit, total
+        self.done = 0
+        self._began = time.monotonic()
+
+    def __enter__(self) -> Watch:
+        self._began = time.monotonic()
+        _screen.open(self)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        _screen.close(self)
+
+    def step(self, count: int = 1) -> None:
+        """So many more are done."""
+        self.done += count
+
+    @property
+    def what(self) -> str:
+        """What is done."""
+        return self._what if isinstance(self._what, str) else self._what()
+
+    @property
+    def counts(self) -> str:
+        """How many are done; empty where nothing is counted."""
+        if not self._unit:
+            return ""
+        of = "" if self.total is None else f" of {self.total:,}"
+        return f"{self.done:,}{of} {self._unit}"
+
+    @property
+    def seconds(self) -> float:
+        """Since it was opened."""
+        return time.monotonic() - self._began
+
+
+class _Screen:
+    """Shows the innermost open watch, from a thread of its own.
+
+    So a call that takes long is seen too.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._open: list[Watch] = []
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._bar: Progress | None = None
+        #: Bars that are drawn in place of watches, and how often the terminal was given away.
+        self._others: set[Progress] = set()
+        self._hidden = 0
+        #: When the last sign was given, and when the last watch of a row of them was closed.
+        self._signed = self._left = -math.inf
+        #: When a row of watches began, and when a line was written of it.
+        self._since = self._wrote = -math.inf
+
+    def open(self, watch: Watch) -> None:
+        """Show a watch in place of those that are open."""
+        with self._lock:
+            self._open.append(watch)
+            if len(self._open) > 1:
+                return
+            now = time.monotonic()
+            if now - self._left > _SILENCE:  # else the silence before goes on
+                self._since = now
+            self._ended = threading.Event()
+            self._thread = threading.Thread(
+                target=self._run, args=(self._ended,), name="progress", daemon=True
+            )
+            self._thread.start()
+
+    def close(self, watch: Watch) -> None:
+        """Show it no more."""
+        with self._lock:
+            if watch in self._open:  # not where this process was forked since
+                self._open.remove(watch)
+            if self._open or self._thread is None:
+                return
+            self._left = time.monotonic()
+            self._ended.set()
+            thread, self._thread = self._thread, None
+            self.clear()
+        thread.join()
+
+    def clear(self) -> None:
+        """Take away what is drawn."""
+        with self._lock:
+            bar, self._bar = self._bar, None
+            if bar is not None:
+                bar.stop()
+
+    def start(self, bar: Progress) -> None:
+        """Draw another bar."""
+        with self._lock:
+            self.clear()
+            self._others.add(bar)
+        bar.start()
+
+    def stop(self, bar: Progress) -> None:
+        """Draw it no more; nothing happens where it is not drawn."""
+        bar.stop()
+        with self._lock:
+            self._others.discard(bar)
+            self._signed = time.monotonic()
+
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Show nothing while the context is open."""
+        with self._lock:
+            self.clear()
+            self._hidden += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._hidden -= 1
+                self._signed = time.monotonic()
+
+    def _run(self, ended: threading.Event) -> None:
+        while not ended.wait(1 / REDRAWS_PER_SECOND):
+            with self._lock:
+                if not ended.is_set():
+                    self._look(time.monotonic())
+
+    def _look(self, now: float) -> None:
+        """Draw, or write a line, where it is time to."""
+        if self._hidden:
+            return
+        watch = self._open[-1]
+        draws = _draws()
+        if draws and not self._others:
+            said = max(self._signed, self._since, last_line.shown)
+            if self._bar is not None or now - said >= _SILENCE:
+                self._draw(watch)
+        if now - max(self._wrote, self._since, last_line.any) >= _LINE:
+            words = [watch.what, watch.counts, f"for {watch.seconds:.0f} s"]
+            extra = FILE_ONLY if draws else None
+            self._wrote = now  # also where no log is kept
+            get_logger().info("%s", ", ".join(word for word in words if word), extra=extra)
+
+    def _draw(self, watch: Watch) -> None:
+        from rich.errors import LiveError
+        from rich.progress import TextColumn
+
+        if self._bar is None:
+            words = TextColumn("{task.fields[words]}")
+            bar = progress_bar(TextColumn("{task.description}"), words)
+            assert bar is not None
+            try:
+                bar.start()
+            except LiveError:  # the caller draws something
+                return
+            self._bar, self._task = bar, bar.add_task("", total=None, words="")
+            self._drawn: Watch | None = None
+        if self._drawn is not watch:
+            self._drawn = watch
+            self._bar.reset(self._task, total=watch.total)
+        self._signed = time.monotonic()
+        shown = watch.counts or f"{watch.seconds:.0f} s"
+        self._bar.update(self._task, description=watch.what, completed=watch.done, words=shown)
+
+
+_screen = _Screen()
+
+
+def _forget() -> None:
+    """In a process that was forked there is no thread, and nothing of it is drawn."""
+    global _screen
+    _screen = _Screen()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+def clear() -> None:
+    """Take what watches draw from the terminal, before something is printed."""
+    _screen.clear()
+
+
+def start_bar(bar: Progress) -> None:
+    """Draw a bar of :func:`progress_bar`, in place of what watches draw."""
+    _screen.start(bar)
+
+
+def stop_bar(bar: Progress) -> None:
+    """Draw it no more; nothing happens where it is not drawn."""
+    _screen.stop(bar)
+
+
+def handed_over() -> AbstractContextManager[None]:
+    """Leave the terminal to other processes while the context is open."""
+    return _screen.hidden()
