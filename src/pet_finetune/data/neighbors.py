@@ -140,6 +140,8 @@ def expected_neighbors(
 
 def _heights(positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray) -> np.ndarray:
     """Distances between the faces of the cell, and how far the atoms reach where there is none."""
+    if not pbc.any():
+        return np.ptp(positions, axis=0) if len(positions) else np.zeros(3)
     box = _whole_cell(cell, pbc)
     volume = abs(float(np.linalg.det(box)))
     faces = np.linalg.norm(np.cross(np.roll(box, -1, axis=0), np.roll(box, -2, axis=0)), axis=1)
@@ -150,10 +152,9 @@ def _heights(positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray) -> np.nda
 
 def _whole_cell(cell: np.ndarray, pbc: np.ndarray) -> np.ndarray:
     """The cell with unit vectors at right angles to the periodic ones in place of the others."""
-    box: np.ndarray = np.where(pbc[:, None], cell, 0.0)
-    if not pbc.all():
-        directions = np.linalg.svd(box)[2][int(pbc.sum()) :]
-        box[~pbc] = directions if pbc.any() else np.eye(3)
+    box: np.ndarray = np.where(pbc[:, None], cell, 0.0 if pbc.any() else np.eye(3))
+    if pbc.any() and not pbc.all():
+        box[~pbc] = np.linalg.svd(box)[2][int(pbc.sum()) :]
     return box
 
 
@@ -163,6 +164,8 @@ def _check_extent(positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray, name
     if len(wrong):
         raise DataError(f"{name}the position of atom {wrong[0]} is NaN or infinite.")
     periodic = cell[pbc]
+    if not len(periodic) and np.abs(positions).max(initial=0.0) < _FARTHEST / 2:
+        return  # nothing can be too far: most molecules need no closer look
     if not np.isfinite(periodic).all() or np.linalg.matrix_rank(periodic) < len(periodic):
         raise DataError(
             f"{name}the cell vectors of its periodic directions are zero, linearly dependent or "
