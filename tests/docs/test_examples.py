@@ -30,6 +30,19 @@ def test_nve_example_keeps_the_energy_and_draws_it(repository: Path, tmp_path: P
     assert plot.stat().st_size > 1000
 
 
+def test_vibrations_of_ethanol(repository: Path) -> None:
+    command = [sys.executable, "examples/vibrations.py", "checkpoints/pet-xtb-s.ckpt", "ethanol"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    line, zero_point = done.stdout.splitlines()[-2:]
+    found = [float(value) for value in line.partition(":")[2].split()]
+    assert len(found) == 3 * 9 - 6
+    assert found[0] > 0  # a minimum
+    assert 3400 < found[-1] < 4000  # the O-H stretch; GFN2-xTB has it near 3550
+    assert all(2700 < value < 3300 for value in found[-6:-1])  # five C-H stretches
+    assert 1.9 < float(zero_point.split()[-2]) < 2.3
+
+
 def test_the_named_runs_of_the_example_train(repository: Path, tmp_path: Path) -> None:
     file = "examples/finetune_configs.json"
     short = ["num_epochs=1", "batch_size=30", "dataset_path=datasets/molecules_pbe0_val.xyz"]
