@@ -132,6 +132,14 @@ class Loader:
         other._share = other._dealt = (0, 1)
         return other
 
+    @property
+    def atoms_per_batch(self) -> int:
+        """About how many atoms a batch has."""
+        if self.max_atoms_per_batch is not None:
+            return self.max_atoms_per_batch
+        assert self.batch_size is not None
+        return int(self._num_atoms.mean() * self.batch_size)
+
     def shared(self, rank: int, size: int) -> Loader:
         """The same batches, of each of which this process has a part.
 
@@ -153,21 +161,30 @@ class Loader:
         other._dealt = (rank, size)
         return other
 
-    def sampled(self, what: str = "") -> Loader:
+    def sampled(self, what: str = "", most: int | None = None) -> Loader:
         """A view of a part of the structures where a large set is on disk; else itself.
 
         Args:
             what: what looks at the part, for the log.
+            most: as many structures are enough, also of a set in memory.
         """
-        if not isinstance(self.structures, OnDisk) or len(self.structures) <= SAMPLE:
+        on_disk = isinstance(self.structures, OnDisk)
+        count = min(most or len(self.structures), SAMPLE if on_disk else len(self.structures))
+        if len(self.structures) <= count:
             return self
         other = self.view()
-        other.structures = part = self.structures.sample(SAMPLE, self.seed)
-        other._num_atoms = part.num_atoms
-        other._prepared = _OnTheFly(part, self.cutoff, self.dtype)
+        if isinstance(self.structures, OnDisk):
+            other.structures = part = self.structures.sample(count, self.seed)
+            other._num_atoms = part.num_atoms
+            other._prepared = _OnTheFly(part, self.cutoff, self.dtype)
+        else:
+            chosen = np.linspace(0, len(self.structures) - 1, count).round().astype(np.int64)
+            other.structures = [self.structures[k] for k in chosen]
+            other._num_atoms = self._num_atoms[chosen]
+            other._prepared = [self._prepared[k] for k in chosen]
         other._turned = None
         if what:
-            _logger.info("%s: from %d of %d structures", what, len(part), len(self.structures))
+            _logger.info("%s: from %d of %d structures", what, count, len(self.structures))
         return other
 
     @property
@@ -188,12 +205,6 @@ class Loader:
         return count_packs(
             self._order(epoch), self._num_atoms, self.max_atoms_per_batch, self.min_atoms_per_batch
         )
-
-    @property
-    def same_every_epoch(self) -> bool:
-        """Whether each epoch has as many batches as the others."""
-        alike = int(self._num_atoms.min()) == int(self._num_atoms.max())
-        return self.max_atoms_per_batch is None or not self.shuffle or alike
 
     def __len__(self) -> int:
         """Number of batches of epoch 0."""

@@ -198,11 +198,12 @@ def load_optimizer(optimizer: AnyOptimizer, state: Mapping[str, Any]) -> None:
         group["weight_decay"], group[FACTOR] = decay, factor
 
 
-def learning_rate_factor(step: int, total: int, warmup_fraction: float, scheduler: str) -> float:
+def learning_rate_factor(step: float, total: int, warmup_fraction: float, scheduler: str) -> float:
     """Factor on the highest learning rate at a step: linear warm-up, then cosine or constant.
 
     Args:
-        step: number of steps taken before this one, from 0.
+        step: number of steps taken before this one, from 0; a fraction where epochs differ in
+            length.
         total: steps in the whole run.
         warmup_fraction: part of the run that warms up.
         scheduler: ``cosine`` or ``constant``.
@@ -222,7 +223,7 @@ def averages_weights(options: TrainingOptions, epoch: int) -> bool:
     return swa is not None and epoch >= first_epoch(swa.start, options.num_epochs)
 
 
-def rate_at(options: TrainingOptions, highest: float, epoch: int, step: int, total: int) -> float:
+def rate_at(options: TrainingOptions, highest: float, epoch: int, step: float, total: int) -> float:
     """The learning rate of a step.
 
     Args:

@@ -51,6 +51,9 @@ _logger = get_logger(__name__)
 #: How results and predictions call the starting model and the finished one.
 BEFORE, AFTER = "before", "after"
 _LARGEST_BATCH = 64  # structures, for validation and evaluation
+#: Structures of a large training set on which errors before and after training are taken: they are
+#: known to a few percent by then, and the rest would only delay the first step.
+_ENOUGH = 2000
 
 
 @dataclass(frozen=True)
@@ -400,6 +403,8 @@ def evaluate_sets(
 ) -> Errors:
     """Errors of a model on every set; what it says of the one that says most is kept.
 
+    Those of a training set with more structures than say anything new are of a part of it.
+
     Args:
         files: of the run.
         name: what the model is called there, ``BEFORE`` or ``AFTER``.
@@ -410,6 +415,9 @@ def evaluate_sets(
     """
     shown = primary_set(data.sets)
     sets = {set_name: loader.sampled() for set_name, loader in data.sets.items()}
+    if shown != "train":
+        what = "errors on the training set" if name == BEFORE else ""
+        sets["train"] = data.sets["train"].sampled(what, _ENOUGH)
     recorder = PredictionRecorder(sets[shown], shown)
     errors = {
         set_name: evaluate(model, loader, wanted, recorder.add if set_name == shown else None)

@@ -85,6 +85,7 @@ class Trainer:
         self.optimizer = make_optimizer(model.network, self.parameters, options, learning_rate)
         model.network.recompute = options.gradient_checkpointing
         self.progress = Progress()
+        self._counted = (-1, 0)  # an epoch, and its updates
         self._guard = InterruptGuard()
         if not any(self.num_steps(epoch) for epoch in range(options.num_epochs)):
             raise TrainingError(
@@ -186,14 +187,26 @@ class Trainer:
 
     @cached_property
     def total_steps(self) -> int:
-        """Updates in the whole run, counted when the first one needs it."""
-        if self.training.same_every_epoch:
-            return self.options.num_epochs * self.num_steps(0)
-        return sum(self.num_steps(epoch) for epoch in range(self.options.num_epochs))
+        """Updates in the whole run, if each epoch has as many as the first."""
+        return self.options.num_epochs * max(1, self.num_steps(0))
+
+    def _scheduled_step(self) -> float:
+        """How many of :attr:`total_steps` are done.
+
+        Where epochs differ in length, each is the same part of the schedule, so that none has to
+        be cut into batches before its time.
+        """
+        epoch, batches = self.progress.epoch, self.progress.batch
+        each = self.total_steps // self.options.num_epochs
+        done = batches // self.options.gradient_accumulation_steps
+        return epoch * each + done * each / max(1, self.num_steps(epoch))
 
     def num_steps(self, epoch: int) -> int:
         """Updates in an epoch."""
-        return -(-self.training.num_batches(epoch) // self.options.gradient_accumulation_steps)
+        if self._counted[0] != epoch:  # each step of it asks
+            size = self.options.gradient_accumulation_steps
+            self._counted = (epoch, -(-self.training.num_batches(epoch) // size))
+        return self._counted[1]
 
     def batches(self, epoch: int, start_batch: int = 0) -> Iterator[LabelledBatch]:
         """The batches of an epoch, on the model's device and in its dtype."""
@@ -214,7 +227,7 @@ class Trainer:
             TrainingError: the loss or its gradient is not a number; nothing was updated.
         """
         progress, options = self.progress, self.options
-        place = (progress.epoch, progress.step, self.total_steps)
+        place = (progress.epoch, self._scheduled_step(), self.total_steps)
         set_learning_rate(self.optimizer, rate_at(options, self.learning_rate, *place))
         for feature in self.features:
             feature.before_step(progress.epoch)

@@ -142,6 +142,16 @@ def test_view_shares_the_prepared_structures(structures):
     assert view.structures == loader.structures
 
 
+def test_a_sample_is_spread_over_all_and_in_order(structures):
+    loader = Loader(structures, 4.0, batch_size=2, shuffle=True, augment=True, seed=1)
+    part = loader.sampled(most=3)
+    assert list(chain(*frames(part))) == [0, 5, 10]
+    assert_same(part, Loader([structures[k] for k in (0, 5, 10)], 4.0, batch_size=2))
+    assert loader.sampled(most=len(NAMES)) is loader
+    assert loader.sampled() is loader
+    assert len(loader.structures) == len(NAMES)
+
+
 def test_dtype_and_label_names(structures):
     loader = Loader(structures, 4.0, batch_size=3, augment=True, dtype=torch.float64)
     assert all(batch.graph.edge_vectors.dtype == torch.float64 for batch in loader)

@@ -289,6 +289,45 @@ def test_options_that_leave_nothing_to_do_are_refused():
         Trainer(trainer.model, trainer.objectives, loader, loader, options, 1e-3)
 
 
+def _packed(num_epochs, **more):
+    """A trainer whose epochs differ in length."""
+    trainer = make_trainer()
+    loader = Loader(TRAIN, 3.5, max_atoms_per_batch=8, shuffle=True, seed=2)
+    options = TrainingOptions(max_atoms_per_batch=8, num_epochs=num_epochs, **more)
+    return Trainer(trainer.model, trainer.objectives, loader, trainer.validation, options, 1e-3)
+
+
+def test_no_epoch_is_planned_before_its_time(monkeypatch):
+    planned = []
+    plain = Loader._order
+    monkeypatch.setattr(Loader, "_order", lambda own, k: planned.append(k) or plain(own, k))
+    trainer = _packed(1000, warmup_fraction=0.1, scheduler="cosine")
+    seen = []
+    watch(trainer, step=lambda *ignored: seen.append(set(planned)))
+    interrupt_after(trainer, trainer.num_steps(0) + 1)
+    trainer.fit()
+    assert seen[0] == {0}
+    assert seen[-1] == {0, 1}
+    assert len(planned) < 10
+
+
+def test_epochs_that_differ_in_length_are_equal_parts_of_the_schedule():
+    trainer = _packed(8)
+    lengths = [trainer.num_steps(epoch) for epoch in range(8)]
+    assert len(set(lengths)) > 1, "they are to differ"
+    places = []
+    for epoch, length in enumerate(lengths):
+        for batch in range(length):
+            trainer.progress.epoch, trainer.progress.batch = epoch, batch
+            places.append(trainer._scheduled_step() / trainer.total_steps)
+            assert places[-1] == pytest.approx((epoch + batch / length) / 8)
+    assert places == sorted(places)
+    assert places[0] == 0.0
+    even = make_trainer(num_epochs=3)
+    even.progress.epoch, even.progress.batch = 2, 1
+    assert even._scheduled_step() == 2 * even.num_steps(0) + 1
+
+
 def test_gradients_are_clipped_and_biases_do_not_decay():
     trainer = make_trainer(grad_clip_norm=1e-9, weight_decay=0.5, num_epochs=1)
     groups = trainer.optimizer.param_groups
