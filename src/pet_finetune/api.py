@@ -19,7 +19,6 @@ from typing import Any
 
 from ase import Atoms
 
-from pet_finetune.adapters import AdaptedPotential
 from pet_finetune.checkpoint.adapters import (
     check_adapters,
     combine_adapters,
@@ -34,8 +33,12 @@ from pet_finetune.dynamics.md import ModelChoice, restart_md, run_md
 from pet_finetune.dynamics.relax import RelaxSettings, relax_structures
 from pet_finetune.dynamics.settings import MDSettings
 from pet_finetune.errors import ConfigError
-from pet_finetune.export.export import ExportOutcome, check_output, export_model, export_table
-from pet_finetune.hub import find_model
+from pet_finetune.export.export import (
+    ExportOutcome,
+    check_output_of_run,
+    export_model,
+    export_table,
+)
 from pet_finetune.inspection import Inspection, as_dict, render
 from pet_finetune.inspection.inspect import (
     Request,
@@ -54,11 +57,9 @@ from pet_finetune.keywords import (
     as_model,
     checkpoint_of,
     is_structures,
-    write_model,
 )
 from pet_finetune.launchers import find_launch
 from pet_finetune.log import get_logger, setup_logging
-from pet_finetune.model import Potential
 from pet_finetune.pretraining import PretrainResult, pretrain_model, pretrained, settings_of
 from pet_finetune.report.watch import ReportServer
 from pet_finetune.report.write import report_or_warn, write_report
@@ -173,36 +174,15 @@ def train(
         PetFinetuneError: any bad input; of ``output`` before the run starts.
     """
     if output is not None:
-        _check_export(options, output)
+        check_output_of_run(options, output)
     outcome = run.train(options, folder, rooms=ROOMS, **settings)
     launch = find_launch(options.training.distributed, options.training.distributed_port)
     if output is not None and outcome.result.finished and (launch is None or launch.rank == 0):
-        together = _is_committee(options)
+        together = options.is_committee
         source = options.finetune.read_from if together else outcome.folder / BEST
         written = export_model(source or "", output, adapter=outcome.folder if together else None)
         show(export_table(written))
     return outcome
-
-
-def _is_committee(options: Options) -> bool:
-    """Whether a run gives several adapters of one base."""
-    return options.finetune.ensemble is not None and options.finetune.member is None
-
-
-def _check_export(options: Options, output: Path) -> None:
-    """Refuse the file of an export that cannot be made of what a run will give.
-
-    Raises:
-        ConfigError: with what to do instead.
-    """
-    start = options.finetune.read_from
-    check_output(output, Path() if start is None else find_model(start))
-    if output.suffix == ".ckpt" and (_is_committee(options) or options.finetune.method == "prompt"):
-        what = "committee" if _is_committee(options) else "prompts"
-        raise ConfigError(
-            f"-o: '{output}' would be a checkpoint of metatrain, whose PET has no {what}. Name a "
-            f"metatomic file, e.g. {output.with_suffix('.pt')}, or the folder of the run."
-        )
 
 
 def train_as_told(job: Path) -> TrainOutcome:
@@ -280,12 +260,13 @@ def finetune(
         arguments.method(method)
         arguments.features([one for one in features if not isinstance(one, Feature)])
         arguments.options(options)
-        start = None if model is None else checkpoint_of(model, own.path / _FOUNDATION)
+        spare = own.path / _FOUNDATION
+        start = None if model is None else checkpoint_of(model, spare, write=False)
         loaded = arguments.parse(start, "finetune")
         if folder is None and loaded.options.finetune.ensemble is not None:
             raise ConfigError("finetune: the members of an ensemble need a folder: folder=...")
-        if isinstance(model, (Potential, AdaptedPotential)):
-            write_model(model, Path(start or ""))
+        if model is not None:  # after the options were found to be right
+            checkpoint_of(model, spare)
         outcome = run.train(
             loaded.options,
             own,
@@ -372,8 +353,6 @@ def inspect(
         start = None
         if model is not None:
             start = checkpoint_of(model, Path(above, _FOUNDATION))
-            if isinstance(model, (Potential, AdaptedPotential)):
-                write_model(model, Path(start))
         given = {"structures": structures, "validation": validation, "test": test}
         sets = [stack.enter_context(as_files(some, name))[0] for name, some in given.items()]
         request = request_of_files(sets[0], start, sets[1], sets[2], systems=systems)
@@ -415,8 +394,6 @@ def pretrain(
         above = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pet-finetune-")))
         stack.callback(setup_logging)  # the log file of the training is closed before it goes
         start = checkpoint_of(model, above / _FOUNDATION)
-        if isinstance(model, (Potential, AdaptedPotential)):
-            write_model(model, Path(start))
         place = above / "pretrained.ckpt" if output is None else Path(output)
         own = None if work is None else Path(work)
         result = pretrain_model(start, frames, place, checked, own, device)
@@ -435,6 +412,4 @@ def export(model: Model, output: str | os.PathLike[str], **settings: Any) -> Exp
     with tempfile.TemporaryDirectory(prefix="pet-finetune-") as above:
         # The file says what it was made from: a name, which a temporary one should not be.
         start = checkpoint_of(model, Path(above, f"{Path(output).stem}.ckpt"))
-        if isinstance(model, (Potential, AdaptedPotential)):
-            write_model(model, Path(start))
         return export_model(start, output, **settings)

@@ -54,7 +54,6 @@ __all__ = [
     "as_model",
     "checkpoint_of",
     "is_structures",
-    "write_model",
 ]
 
 #: A checkpoint, or a model that was loaded.
@@ -319,8 +318,14 @@ def as_model(model: Model) -> str | Potential:
     return model if isinstance(model, Potential) else os.fspath(model)
 
 
-def checkpoint_of(model: Model, spare: Path) -> str:
-    """The file that a model is read from: its own where it is still that model, or ``spare``."""
+def checkpoint_of(model: Model, spare: Path, *, write: bool = True) -> str:
+    """The file that a model is read from: its own where it is still that model, or ``spare``.
+
+    Args:
+        model: a checkpoint or a loaded model.
+        spare: where one is written that lives in memory only.
+        write: whether that is done.
+    """
     if isinstance(model, (str, os.PathLike)):
         return os.fspath(model)
     if isinstance(model, AdaptedPotential) and model.source is not None:
@@ -330,16 +335,9 @@ def checkpoint_of(model: Model, spare: Path) -> str:
         )  # fmt: skip
         if unchanged:
             return os.fspath(model.source)
+    if write:
+        save_checkpoint(spare, model.potential if isinstance(model, AdaptedPotential) else model)
     return os.fspath(spare.absolute())
-
-
-def write_model(model: Potential | AdaptedPotential, path: Path) -> None:
-    """Write a model that lives in memory only."""
-    if isinstance(model, AdaptedPotential):
-        if model.source is not None and path == model.source:
-            return
-        model = model.potential
-    save_checkpoint(path, model)
 
 
 @contextmanager

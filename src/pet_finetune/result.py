@@ -94,7 +94,7 @@ def result_of(outcome: TrainOutcome, options: Options, folder: Path | None) -> F
     errors = {"before": plain_errors(outcome.before), "after": plain_errors(outcome.after)}
     record = read_run(place)
     adapter = None
-    if options.finetune.ensemble is not None and options.finetune.member is None:
+    if options.is_committee:
         if not outcome.result.finished:
             raise ConfigError(f"finetune: interrupted; the members so far are in '{place}'.")
         base = options.finetune.read_from or ""

@@ -126,8 +126,7 @@ def run(arguments: argparse.Namespace) -> int:
     if standing.is_dir():  # else the run says first that it cannot write there
         check_sets(loaded.options.datasets())
         check_models(loaded.options.finetune.read_from)
-    finetune = loaded.options.finetune
-    whole = finetune.ensemble is not None and finetune.member is None
+    whole = loaded.options.is_committee
     folder = given_folder or (_run_of(restart, whole) if restart else None)
 
     from pet_finetune.api import profile, train

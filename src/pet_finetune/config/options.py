@@ -188,6 +188,11 @@ class Options(Section):
         return self.finetune.starts_from_model
 
     @property
+    def is_committee(self) -> bool:
+        """Whether the run gives several adapters of one base: an ensemble, not one member of it."""
+        return self.finetune.ensemble is not None and self.finetune.member is None
+
+    @property
     def num_processes(self) -> int:
         """How many processes ``device`` asks for; 1 where it names a device."""
         return int(self.device) if self.device.isdigit() else 1

@@ -17,6 +17,7 @@ from rich.table import Table
 from pet_finetune.adapters import active_adapter, load_adapter, merged_copy
 from pet_finetune.checkpoint import Checkpoint, load_checkpoint, weights_fingerprint
 from pet_finetune.committee.files import COMMITTEE_FILE, Adapters, committee_members
+from pet_finetune.config import Options
 from pet_finetune.data.probe import probe_structures
 from pet_finetune.data.structure import Structure
 from pet_finetune.device import choose_dtype
@@ -281,6 +282,22 @@ def check_output(output: str | os.PathLike[str], checkpoint: Path) -> Path:
             "Choose another name with -o: it holds what the exported one does not."
         )
     return path
+
+
+def check_output_of_run(options: Options, output: Path) -> None:
+    """Refuse the file of an export that cannot be made of what a run will give.
+
+    Raises:
+        ConfigError: with what to do instead.
+    """
+    start = options.finetune.read_from
+    check_output(output, Path() if start is None else find_model(start))
+    if output.suffix == ".ckpt" and (options.is_committee or options.finetune.method == "prompt"):
+        what = "committee" if options.is_committee else "prompts"
+        raise ConfigError(
+            f"-o: '{output}' would be a checkpoint of metatrain, whose PET has no {what}. Name a "
+            f"metatomic file, e.g. {output.with_suffix('.pt')}, or the folder of the run."
+        )
 
 
 def _merged(

@@ -91,7 +91,7 @@ def train(
         if restart is None and options.finetune.pretrain is not None:
             RunFiles(path).check_free(source)  # before hours are spent
             options = rooms.start(options)
-        if options.finetune.ensemble is not None and options.finetune.member is None:
+        if options.is_committee:
             return train_ensemble(
                 train,
                 options,
