@@ -40,6 +40,7 @@ from pet_finetune.data.text import (
     is_binary,
     load_bytes,
     to_text,
+    unpacked,
     unpacked_name,
     what_else,
 )
@@ -55,7 +56,7 @@ __all__ = ["FrameFile", "forget_files", "frame_numbers", "list_frames", "read_fi
 _SHOWN = 10
 # Files that were read stay in memory up to so many frames and atoms, so that a look at the names of
 # labels and the reading of them is one parse.
-_KEPT_FRAMES, _KEPT_ATOMS = 20_000, 1_000_000
+_KEPT_FRAMES, _KEPT_ATOMS = 50_000, 2_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +111,7 @@ def read_file(
     elements = as_types(types or {})
     key = (str(path), format, tuple(sorted(elements.items())), hashlib.blake2b(data).digest())
     if key not in _read:
-        _keep(key, _parse(file, str(path), data, format, elements))
+        _keep(key, _parse(file, str(path), unpacked(data, file), format, elements))
     _read.move_to_end(key)
     return _read[key]
 

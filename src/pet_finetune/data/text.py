@@ -28,6 +28,7 @@ __all__ = [
     "is_binary",
     "load_bytes",
     "to_text",
+    "unpacked",
     "unpacked_name",
     "what_else",
 ]
@@ -159,18 +160,26 @@ def what_else(data: bytes, text: str) -> str:
 
 
 def load_bytes(file: Path) -> bytes:
-    """The whole content of a file, unpacked in one go where it is compressed, whatever its name.
+    """The whole content of a file, as it is.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise DataError(f"Cannot read '{file}': {error.strerror}.") from error
+
+
+def unpacked(data: bytes, file: Path) -> bytes:
+    """The content of a file, unpacked in one go where it is compressed, whatever its name.
 
     ASE seeks in compressed files, and every step back unpacks from the start: hours for what
     takes a second.
 
     Raises:
-        DataError: the file cannot be read or unpacked.
+        DataError: it cannot be unpacked.
     """
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise DataError(f"Cannot read '{file}': {error.strerror}.") from error
     unpack = next((how for mark, how in _UNPACK.items() if data.startswith(mark)), None)
     if unpack is None:
         return data  # also under a name that ends with .gz: browsers unpack what they download
