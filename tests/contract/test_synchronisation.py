@@ -9,6 +9,7 @@ from __future__ import annotations
 import traceback
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pet_finetune
 from models import crystal, ethanol, random_potential
+from pet_finetune import PETCalculator
 from pet_finetune.backends import EAGER, using
 from pet_finetune.data import batch_from_atoms
 from trainers import make_trainer
@@ -96,12 +98,15 @@ def step(trainer, group, metrics):
 def test_a_training_step_reads_one_tensor(kind, monkeypatch):
     trainer = make_trainer(optimizer="adamw", **kind)
     batches = list(trainer.batches(0))[:2]
-    metrics = trainer.progress.metrics(list(trainer.objectives))
-    step(trainer, batches, metrics)  # what is made once is there
+    with using(EAGER, trainer.model):  # as the loader's thread does for a GPU
+        ready = trainer.model.network.neighborhood.with_edges
+        batches = [replace(batch, graph=ready(batch.graph)) for batch in batches]
+        metrics = trainer.progress.metrics(list(trainer.objectives))
+        step(trainer, batches, metrics)  # what is made once is there
     with listening(monkeypatch, trainer.model) as found:
         step(trainer, batches, metrics)
     assert found.pop(("optimizer.py:check_and_clip", "tolist")) == 1
-    assert {where for where, _ in found} <= KNOWN
+    assert {where for where, _ in found} <= (KNOWN if "rotational_consistency" in kind else set())
 
 
 def test_evaluation_reads_nothing_of_a_batch(monkeypatch):
@@ -111,6 +116,21 @@ def test_evaluation_reads_nothing_of_a_batch(monkeypatch):
     with listening(monkeypatch, model) as found:
         model.predict(batch, "energy", stress=True)
     assert {where for where, _ in found} <= KNOWN
+
+
+def test_a_step_of_md_reads_its_results_alone(monkeypatch):
+    """Between two builds of the neighbour list, beside what the edges within the cutoff cost."""
+    atoms = crystal()
+    atoms.calc = PETCalculator(random_potential(), device="cpu")
+    for position in (0.0, 0.01):
+        atoms.positions[0, 0] += position
+        with listening(monkeypatch, atoms.calc.model) as found:
+            atoms.get_forces()
+    results = {"calculator.py:calculate", "committee.py:to_numpy"}
+    assert {where for where, _ in found} <= KNOWN | results | {
+        "moving.py:_holds"
+    }  # of positions that are on the CPU
+    assert sum(found[where, "__float__"] for where in results) == 1
 
 
 #: Functions that make a tensor on the CPU unless they are told a device.

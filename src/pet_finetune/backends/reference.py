@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from pet_finetune.graph import Layout, Rectangle
 
-__all__ = ["RowOp", "apply_rows", "attend", "pad_keys", "pad_rows", "permute_rows", "unpad_rows"]
+__all__ = [
+    "RowOp",
+    "apply_rows",
+    "attend",
+    "attend_once",
+    "pad_keys",
+    "pad_rows",
+    "permute_rows",
+    "unpad_rows",
+]
 
 
 class RowOp(NamedTuple):
@@ -150,11 +159,56 @@ def attend(qkv: Tensor, rectangle: Rectangle, bias: Tensor, heads: int, scale: f
     Returns:
         [n_atoms + n_edges, width].
     """
+    queries, keys, values = _by_heads(qkv, rectangle, heads)
+    scores = torch.matmul(queries * scale, keys.transpose(-2, -1)) + bias
+    mixed = torch.matmul(scores.softmax(dim=-1), values)
+    return unpad_rows(mixed.transpose(1, 2).flatten(2), rectangle)
+
+
+def attend_once(
+    qkv: Tensor,
+    rectangle: Rectangle,
+    bias: Tensor,
+    heads: int,
+    scale: float,
+    most_atoms: int = 65535,
+) -> Tensor:
+    """:func:`attend` by torch's fused attention, which can be differentiated once.
+
+    A mask that depends on positions would rule out its fastest kernels. So what is added to the
+    scores of a key is one more column of the keys, with ones in the queries.
+
+    Args:
+        qkv: as for :func:`attend`.
+        rectangle: as for :func:`attend`.
+        bias: as for :func:`attend`.
+        heads: as for :func:`attend`.
+        scale: as for :func:`attend`.
+        most_atoms: in one call; on a GPU the derivative fails beyond.
+    """
+    queries, keys, values = _by_heads(qkv, rectangle, heads)
+    width = values.size(3)
+    more = 8 - width % 8  # columns, the first of them for the bias: kernels take multiples of 8
+    # Empty slots have minus infinity, which would make NaN of the zeros in their rows.
+    column = (bias.clamp_min(-1e4) / scale).transpose(2, 3).expand(-1, heads, -1, 1)
+    room = [queries.size(0), heads, queries.size(2), more - 1]
+    zeros, ones = queries.new_zeros(room), torch.ones_like(queries[..., :1])
+    queries = torch.cat([queries, ones, zeros], dim=-1)
+    keys = torch.cat([keys, column, zeros], dim=-1)
+    values = nn.functional.pad(values, [0, more])
+    parts: list[Tensor] = []
+    for q, k, v in zip(  # noqa: B905 - TorchScript knows no strict
+        queries.split(most_atoms), keys.split(most_atoms), values.split(most_atoms)
+    ):
+        parts.append(nn.functional.scaled_dot_product_attention(q, k, v, scale=scale))
+    mixed = torch.cat(parts)[..., :width]
+    return unpad_rows(mixed.transpose(1, 2).flatten(2), rectangle)
+
+
+def _by_heads(qkv: Tensor, rectangle: Rectangle, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, [n_atoms, heads, slots, width of a head] each."""
     padded = pad_rows(qkv, rectangle)
     atoms, slots, width = padded.shape
     # Written out: -1 for the last would be ambiguous where there are no atoms.
     split = padded.view(atoms, slots, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4)
-    queries, keys, values = split.unbind(0)
-    scores = torch.matmul(queries * scale, keys.transpose(-2, -1)) + bias
-    mixed = torch.matmul(scores.softmax(dim=-1), values)
-    return unpad_rows(mixed.transpose(1, 2).flatten(2), rectangle)
+    return split[0], split[1], split[2]

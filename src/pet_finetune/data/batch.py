@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Final, TypeVar
@@ -253,7 +253,10 @@ _END: Final = _End()
 
 
 def on_device(
-    batches: Iterable[LabelledBatch], device: torch.device, dtype: torch.dtype
+    batches: Iterable[LabelledBatch],
+    device: torch.device,
+    dtype: torch.dtype,
+    ready: Callable[[Batch], Batch] | None = None,
 ) -> Iterator[LabelledBatch]:
     """The same batches in the same order, moved to a device and cast.
 
@@ -265,18 +268,28 @@ def on_device(
             uses the batches (a :class:`~.loader.Loader`'s draws from its own random streams).
         device: where the batches go.
         dtype: of their floating-point tensors.
+        ready: adds what a GPU would have to wait for, such as the edges that a network sees; that
+            thread does it, too.
     """
     if device.type != "cuda":
         for batch in batches:
             yield batch.to(device, dtype)
         return
-    for batch in one_ahead(_pinned(batches, device)):
+    for batch in one_ahead(_pinned(batches, device, dtype, ready)):
         # Copied on the stream that computes, so nothing reads the batch before it is there.
         yield batch.to(device, dtype, non_blocking=True)
 
 
-def _pinned(batches: Iterable[LabelledBatch], device: torch.device) -> Iterator[LabelledBatch]:
+def _pinned(
+    batches: Iterable[LabelledBatch],
+    device: torch.device,
+    dtype: torch.dtype,
+    ready: Callable[[Batch], Batch] | None,
+) -> Iterator[LabelledBatch]:
     for batch in batches:
+        if ready is not None:  # of the lengths that the network will see
+            batch = batch.to(dtype=dtype)
+            batch = replace(batch, graph=ready(batch.graph))
         with torch.cuda.device(device):  # a new thread would wake the first GPU instead
             pinned = batch.pinned()
         yield pinned

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from pet_finetune.backends import Accelerated, RowOp, apply_rows, fused
 from pet_finetune.backends.instructions import CannotRecord, Recorder, Rows
-from pet_finetune.backends.reference import attend, pad_keys
+from pet_finetune.backends.reference import attend, attend_once, pad_keys
 from pet_finetune.graph import Layout
 
 from .projection import Memory, packed_layer, project, record_linear
@@ -76,7 +76,14 @@ class Attention(Accelerated, nn.Module):
         rectangle = layout.rectangle
         assert rectangle is not None
         qkv = self.input_linear(tokens if norm is None else apply_rows(tokens, norm))
-        mixed = attend(qkv, rectangle, bias, self.num_heads, self.scale)
+        # What is exported predicts. On a CPU the plain form is the faster one.
+        once = qkv.is_cuda and qkv.dtype == bias.dtype
+        if not torch.jit.is_scripting():
+            once = once and memory == Memory.INPUTS_ONLY
+        if once:
+            mixed = attend_once(qkv, rectangle, bias, self.num_heads, self.scale)
+        else:
+            mixed = attend(qkv, rectangle, bias, self.num_heads, self.scale)
         if self.prompt is not None:  # two conditions, for TorchScript compiles both parts of `and`
             if self.prompt.enabled:
                 of_prompt = self.input_linear(self.prompt.adaption_prompt)

@@ -160,7 +160,9 @@ class CompiledStep:
         if self._failed:
             return None
         with using(EAGER, self._model):
-            graph = self._model.network.neighborhood.with_edges(batch.graph)
+            graph = batch.graph
+            if graph.edges is None:
+                graph = self._model.network.neighborhood.with_edges(graph)
             assert graph.edges is not None
             if not len(graph.edges.centers):
                 return None

@@ -211,7 +211,8 @@ class Trainer:
     def batches(self, epoch: int, start_batch: int = 0) -> Iterator[LabelledBatch]:
         """The batches of an epoch, on the model's device and in its dtype."""
         made = self.training.epoch(epoch, start_batch=start_batch)
-        return each("batch", on_device(made, self.model.device, self.model.dtype))
+        ready = self.model.network.neighborhood.with_edges
+        return each("batch", on_device(made, self.model.device, self.model.dtype, ready))
 
     def step(
         self, group: Iterable[LabelledBatch], size: int, metrics: Mapping[str, Metrics]

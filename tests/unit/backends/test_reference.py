@@ -5,8 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pet_finetune.backends.reference import pad_rows, permute_rows, unpad_rows
-from pet_finetune.graph import make_layout
+from pet_finetune.backends.reference import (
+    attend,
+    attend_once,
+    pad_keys,
+    pad_rows,
+    permute_rows,
+    unpad_rows,
+)
+from pet_finetune.graph import Layout, make_layout
 
 
 def rows(count, seed=0, width=2):
@@ -68,3 +75,31 @@ def test_pad_and_unpad_are_adjoint(counts):
     left = (pad_rows(x, where) * y).sum()
     right = (x * unpad_rows(y, where)).sum()
     torch.testing.assert_close(left, right)
+
+
+HEADS, HEAD = 2, 5
+
+
+def attention_of(function, counts, dtype, *more):
+    """What attention gives, and its derivatives by tokens and by logarithms of cutoff factors."""
+    where, tokens = layout(counts)
+    generator = torch.Generator().manual_seed(2)
+    qkv = torch.randn(tokens, 3 * HEADS * HEAD, generator=generator, dtype=dtype)
+    logarithms = torch.rand(sum(counts), generator=generator, dtype=dtype).log()
+    logarithms[:1] = -34.5  # of an edge that is about to vanish
+    inputs = qkv.requires_grad_(), logarithms.requires_grad_()
+    bias = pad_keys(logarithms, Layout(torch.empty(0), where))
+    out = function(qkv, where, bias, HEADS, 0.4, *more)
+    cotangent = torch.randn(out.shape, generator=generator, dtype=dtype)
+    return out, *torch.autograd.grad((out * cotangent).sum(), inputs, allow_unused=True)
+
+
+@pytest.mark.parametrize("counts", [[2, 0, 3], [2, 2], [7, 1, 1, 4]], ids=str)
+@pytest.mark.parametrize("scripted", [False, True])
+def test_fused_attention_is_the_plain_one(counts, scripted):
+    once = torch.jit.script(attend_once) if scripted else attend_once
+    for dtype, near in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        found, expected = attention_of(once, counts, dtype, 2), attention_of(attend, counts, dtype)
+        for own, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(own, other, rtol=near, atol=near)
+        assert float(expected[2].abs().max()) > 1e-3

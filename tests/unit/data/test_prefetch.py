@@ -88,7 +88,9 @@ def test_the_way_to_a_gpu_yields_the_same_batches(loader, monkeypatch):
     pinned, moved = [], []
     to = LabelledBatch.to
 
-    def move(self, device, dtype, *, non_blocking=False):
+    def move(self, device=None, dtype=None, *, non_blocking=False):
+        if device is None:  # cast before the edges are chosen
+            return to(self, None, dtype)
         moved.append((device.type, non_blocking))
         return to(self, "cpu", dtype)
 
@@ -98,9 +100,11 @@ def test_the_way_to_a_gpu_yields_the_same_batches(loader, monkeypatch):
     device = torch.device("cuda", 0)
     assert_same(on_device(loader.epoch(2), device, torch.float32), loader.epoch(2))
     assert moved == [("cuda", True)] * 4
+    ready = on_device(loader.epoch(2), device, torch.float32, lambda graph: graph._replace(edges=2))
+    assert [batch.graph.edges for batch in ready] == [2] * 4
     one = next(loader.epoch(2))
     there = sum(part is not None for part in one.graph)
-    assert len(pinned) == 4 * (there + len(one.labels))
+    assert len(pinned) == 2 * 4 * (there + len(one.labels))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
