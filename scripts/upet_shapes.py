@@ -17,6 +17,7 @@ import copy
 import inspect
 import json
 import os
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -204,7 +205,8 @@ def take(name: str, folder: Path) -> dict[str, str]:
     """Run each command with a model; a row of the table."""
     shape, facts = SHAPES[name], json.loads((folder / f"{name}.json").read_text())
     work = folder / name
-    work.mkdir(exist_ok=True)
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
     checkpoint, data = folder / f"{name}.ckpt", work / "data.xyz"
     frames = structures(shape)
     write(data, frames, format="extxyz")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,17 @@ def test_real_data_of_the_pre_training_kind(here, train):
     answer = train(new_target(finetune(method="full", replay=replay)), "-c", "base.ckpt")
     assert "replay: 6 structures of old.xyz for 'energy'" in answer.err
     assert float(epochs("run")[0]["train/replay"]) > 0
+
+
+def test_of_large_pools_the_most_different_structures_are_taken(here, train):
+    keep = {
+        "replay": {"structures": ["training", "probe"], "copies": 3, "max_structures": 7},
+        "retention": {"max_structures": 2},
+    }
+    answer = train(finetune({"num_epochs": 1}, method="full", **keep), "-c", "base.ckpt")
+    assert re.search(r"replay: 7 of \d\d structures, the most different ones", answer.err)
+    assert "replay: 7 structures (training, probe) labelled by the starting model" in answer.err
+    assert "forgetting: 'energy' of 2 structures (probe) compared" in answer.err
 
 
 def test_replay_and_anchor_reduce_forgetting(here, train, reported):

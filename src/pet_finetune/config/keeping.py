@@ -39,6 +39,11 @@ class RetentionOptions(Section):
         "one target, which is one of the foundation's. Null: the foundation's own predictions on "
         "the probe set that ships.",
     )
+    max_structures: PositiveInt | None = Field(
+        default=None,
+        description="At most so many of them: the most different ones (farthest points). Null: "
+        "all.",
+    )
     every: PositiveInt | None = Field(
         default=None,
         description="Epochs between two rows of `train.csv` with these errors. Null: some twenty "
@@ -85,6 +90,11 @@ class ReplayOptions(Section):
         default=0.03,
         description="Standard deviation of each component of the strain of distorted copies that "
         "are periodic in all three directions.",
+    )
+    max_structures: PositiveInt | None = Field(
+        default=None,
+        description="At most so many of all these: the most different ones (farthest points). "
+        "Null: all.",
     )
     fraction: OpenFraction = Field(
         default=0.25,

@@ -30,6 +30,7 @@ from pet_finetune.training.start import FoundationEnergies, named_energy
 from .structures import (
     TRAINING,
     as_plain,
+    chosen,
     from_plain,
     known_foundation,
     read_labelled,
@@ -144,17 +145,18 @@ class ReplayFeature(Feature):
         self._plan = plan
         self._head = choose_head(plan.options, plan.foundation)
         if replay.read_from is not None:
-            self._structures = read_labelled(replay.read_from, plan.start.model)
-            return
-        self._structures = read_unlabelled(replay.structures, plan, "replay")
-        if TRAINING in replay.structures:
-            self._structures += distorted(
-                sampled(plan.training, "replay"),
-                replay.copies,
-                replay.rattle,
-                replay.strain,
-                plan.seed,
-            )
+            structures = read_labelled(replay.read_from, plan.start.model)
+        else:
+            structures = read_unlabelled(replay.structures, plan, "replay")
+            if TRAINING in replay.structures:
+                structures += distorted(
+                    sampled(plan.training, "replay"),
+                    replay.copies,
+                    replay.rattle,
+                    replay.strain,
+                    plan.seed,
+                )
+        self._structures = chosen(structures, replay.max_structures, "replay")
 
     @property
     def heads(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -20,7 +20,7 @@ from pet_finetune.training.records import Measured
 from pet_finetune.training.start import FoundationEnergies, named_energy
 
 from .replay import choose_head
-from .structures import as_plain, from_plain, known_foundation, read_labelled
+from .structures import as_plain, chosen, from_plain, known_foundation, read_labelled
 
 _logger = get_logger(__name__)
 
@@ -128,6 +128,7 @@ class RetentionReport(Feature):
                     "no forgetting report: no structure of the probe set has none but the model's "
                     "elements; give labelled ones in finetune.retention.read_from"
                 )
+        self._structures = chosen(self._structures, options.max_structures, "retention")
 
     def start(self, trainer: TrainingRun, kept: Mapping[str, Any] | None) -> None:
         """Label the structures, or take them as they were kept."""

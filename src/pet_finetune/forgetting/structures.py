@@ -15,12 +15,16 @@ from pet_finetune.data.probe import PROBE, probe_structures
 from pet_finetune.data.readers import read_structures
 from pet_finetune.data.structure import Structure, atoms_to_structure
 from pet_finetune.errors import DataError
+from pet_finetune.inspection.thin import most_different
+from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
+from pet_finetune.progress import Watch
 from pet_finetune.rng import Stream
 from pet_finetune.training.elements import check_known
 from pet_finetune.training.feature import Plan
 from pet_finetune.training.start import FoundationEnergies
 
+_logger = get_logger(__name__)
 #: The name that stands for the run's own training set.
 TRAINING = "training"
 # An independent random stream of a run's seed.
@@ -75,6 +79,24 @@ def read_unlabelled(names: Sequence[str], plan: Plan, section: str) -> list[Stru
             "has none but the model's elements. Name `training` or a file instead."
         )
     return structures
+
+
+def chosen(structures: list[Structure], most: int | None, section: str) -> list[Structure]:
+    """At most so many of the structures, the most different ones; None for all.
+
+    Args:
+        structures: a pool.
+        most: how many.
+        section: of ``architecture.training.finetune`` that asks, for the log.
+    """
+    if most is None or len(structures) <= most:
+        return structures
+    with Watch(f"{section}: choosing {most} of {len(structures)} structures"):
+        kept = most_different(structures, most)
+    _logger.info(
+        "%s: %d of %d structures, the most different ones", section, len(kept), len(structures)
+    )
+    return kept
 
 
 def sample(structures: list[Structure], most: int, seed: int) -> list[Structure]:

@@ -22,8 +22,14 @@ from pet_finetune.data.computable import check_atoms
 from pet_finetune.data.exact import write_exact
 from pet_finetune.data.files import forget_files
 from pet_finetune.data.splits import make_splits
-from pet_finetune.data.structure import DEFAULT_CHARGE_KEYS, DEFAULT_SPIN_KEYS, Structure
+from pet_finetune.data.structure import (
+    DEFAULT_CHARGE_KEYS,
+    DEFAULT_SPIN_KEYS,
+    Structure,
+    atoms_to_structure,
+)
 from pet_finetune.errors import DataError, PetFinetuneError, TrainingError
+from pet_finetune.inspection.thin import most_different
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 from pet_finetune.model.fingerprint import weights_fingerprint
@@ -37,7 +43,6 @@ from pet_finetune.training.run_files import BEST, LAST
 from .explore import NAME, explore, tasks_of
 from .settings import DROPPED, Work, digest
 from .teacher import Teacher, teacher_of
-from .thin import thinned
 
 __all__ = ["PretrainResult", "pretrain_model", "pretrained"]
 
@@ -193,7 +198,8 @@ def _explored(
             "No frame stayed in the sane region: the foundation does not hold this system "
             "together. Lower the temperatures, or raise max_force and max_energy."
         )
-    chosen = thinned(kept, settings.n)
+    structures = [atoms_to_structure(atoms, i) for i, atoms in enumerate(kept)]
+    chosen = [kept[one.index] for one in most_different(structures, settings.n)]
     _logger.info("explored %d frames, of which %d are labelled", len(kept), len(chosen))
     return chosen
 

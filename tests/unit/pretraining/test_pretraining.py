@@ -26,7 +26,6 @@ from pet_finetune.pretraining import PretrainResult, pretrain_model, settings_of
 from pet_finetune.pretraining.explore import NAME, Task, explore, tasks_of
 from pet_finetune.pretraining.settings import DROPPED, Work
 from pet_finetune.pretraining.teacher import Teacher, teacher_of
-from pet_finetune.pretraining.thin import farthest, thinned
 
 #: For import by path.
 module = __name__
@@ -175,22 +174,6 @@ def test_what_leaves_the_sane_region_is_named(base: Path) -> None:
 def test_dynamics_ends_where_it_breaks(base: Path) -> None:
     task = Task("dynamics", 0, count=5, temperature=300.0)
     assert reasons(task, ethanol(), base, max_force=1e-6) == ["force too large"]
-
-
-def test_farthest_points_are_the_corners() -> None:
-    near = np.random.default_rng(0).normal(size=(50, 2)) * 0.01
-    corners = np.array([[5.0, 0], [0, 5.0], [-5.0, -5.0]])
-    chosen = farthest(np.vstack([near, corners]), 4)
-    assert {50, 51, 52} < set(chosen)
-    assert len(set(chosen)) == 4
-
-
-def test_thinning_keeps_a_part_of_each_composition() -> None:
-    pairs = [Atoms("HC", [[0, 0, 0], [0, 0, 1 + 0.1 * k]]) for k in range(10)]
-    frames = [*moved(20), *pairs]
-    kept = thinned(frames, 15)
-    assert [len(atoms) for atoms in kept] == [9] * 10 + [2] * 5
-    assert thinned(frames, 30) == frames
 
 
 def test_a_teacher_that_is_none() -> None:
