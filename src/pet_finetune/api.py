@@ -28,6 +28,7 @@ from pet_finetune.checkpoint.adapters import (
 from pet_finetune.checkpoint.info import checkpoint_facts, describe_checkpoint
 from pet_finetune.config import Options
 from pet_finetune.config.named_runs import NamedRun
+from pet_finetune.data.convert import convert
 from pet_finetune.data.files import read_frames
 from pet_finetune.dynamics.md import ModelChoice, restart_md, run_md
 from pet_finetune.dynamics.relax import RelaxSettings, relax_structures
@@ -101,6 +102,7 @@ __all__ = [
     "check_adapters",
     "checkpoint_facts",
     "combine_adapters",
+    "convert",
     "describe_adapter",
     "describe_checkpoint",
     "evaluate",

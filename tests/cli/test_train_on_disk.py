@@ -100,3 +100,15 @@ def test_two_processes_give_the_run_of_one(stored, train):
     assert together(2, of_launcher, *arguments, joins=False) == [0, 0]
     for name, value in trained("run").items():
         torch.testing.assert_close(value, trained("one")[name], rtol=1e-3, atol=1e-5)
+
+
+def test_convert_and_train(here, command, train, monkeypatch):
+    answer = command("convert", "train.xyz", "set")
+    assert answer.code == 0, answer.err
+    assert "set holds 10 structures with energy, forces" in answer.err
+    assert "is there already" in command("convert", "train.xyz", "set").err
+    monkeypatch.setattr(metatrain_sets, "MOST_IN_MEMORY", 3)
+    assert train(content(), "-c", "base.ckpt").code == 0
+    answer = command("convert", "absent.xyz", "other")
+    assert answer.code == 1
+    assert "absent.xyz" in answer.err

@@ -12,6 +12,7 @@ from pet_finetune.version import __version__
 
 from . import (
     adapter,
+    convert,
     evaluate,
     export,
     info,
@@ -37,6 +38,7 @@ _COMMANDS = (
     adapter,
     report,
     export,
+    convert,
     options,
 )
 

@@ -15,7 +15,7 @@ from pet_finetune.log import get_logger
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["check_complete", "check_frames"]
+__all__ = ["check_complete", "check_sqlite", "check_frames"]
 
 _logger = get_logger(__name__)
 
@@ -55,7 +55,7 @@ def check_complete(kind: str, data: bytes, text: str, count: int, source: str) -
     if kind == "traj" and data.startswith(b"- of Ulm"):
         _check_ulm(data, source)
     elif kind == "db" and data.startswith(b"SQLite format 3\0"):
-        _check_sqlite(data, source)
+        check_sqlite(data[:100], len(data), source)
     elif kind == "vasp":
         _check_poscar(text, count, source)
     elif kind == "vasp-xdatcar":
@@ -99,13 +99,22 @@ def _check_ulm(data: bytes, source: str) -> None:
         raise _cut(source, f"{len(data) - end} bytes stand behind the last of {items} frames")
 
 
-def _check_sqlite(data: bytes, source: str) -> None:
-    """The head of a SQLite file says how many pages there are, and their size."""
+def check_sqlite(data: bytes, there: int, source: str) -> None:
+    """The head of a SQLite file says how many pages there are, and their size.
+
+    Args:
+        data: the first 100 bytes.
+        there: bytes of the file.
+        source: the file, for messages.
+
+    Raises:
+        DataError: it is cut off.
+    """
     size = int.from_bytes(data[16:18], "big")
     size = 65536 if size == 1 else size
     pages = int.from_bytes(data[28:32], "big")
-    if pages * size > len(data) and data[24:28] == data[92:96]:  # else the count is out of date
-        raise _cut(source, f"it has {len(data)} bytes of the {pages * size} that it says")
+    if pages * size > there and data[24:28] == data[92:96]:  # else the count is out of date
+        raise _cut(source, f"it has {there} bytes of the {pages * size} that it says")
 
 
 def _check_poscar(text: str, count: int, source: str) -> None:

@@ -46,6 +46,7 @@ def read_extxyz(
     *,
     plain: bool = False,
     step: Callable[[], None] = lambda: None,
+    before: tuple[int, int] = (0, 0),
 ) -> list[Atoms]:
     """All frames of an XYZ file, plain or extended.
 
@@ -58,12 +59,14 @@ def read_extxyz(
         types: elements by number, where the first column holds types of atoms.
         plain: whether the comment is only a comment.
         step: called after each frame.
+        before: frames and lines of the file before this text, where it is a part.
 
     Raises:
         DataError: names frame and line of what cannot be read, or would be read as something
             else than is meant.
     """
     reader = _Reader(text.split("\n"), source, dict(types or {}), plain, text.endswith("\n"))
+    reader.frame, reader.before = before
     frames = []
     for atoms in reader.frames():
         frames.append(atoms)
@@ -86,8 +89,15 @@ class _Reader:
     numeric: set[int] = field(default_factory=set)
     symbolic: bool = False
     frame: int = 0
+    #: Lines of the file before these.
+    before: int = 0
     #: Index of the line with the frame's number of atoms.
     start: int = 0
+
+    @property
+    def shown(self) -> int:
+        """The line of the file on which the frame begins, as editors count."""
+        return self.start + 1 + self.before
 
     def frames(self) -> Iterator[Atoms]:
         """Each frame in turn."""
@@ -127,7 +137,7 @@ class _Reader:
             return int(word)
         if not self.frame:
             self._fail(line, f"a number of atoms is expected, found {_shown(word)}")
-        before = f"frame {self.frame - 1}, which begins on line {self.start + 1}"
+        before = f"frame {self.frame - 1}, which begins on line {self.shown}"
         if len(word.split()) >= 4:
             self._fail(
                 line,
@@ -151,8 +161,8 @@ class _Reader:
             there = sum(bool(row.strip()) for row in rows)
             raise DataError(
                 f"{self.source}: the last frame, {self.frame}, which begins on line "
-                f"{self.start + 1}, is cut off: it says it has {count} atoms, and {there} are "
-                f"there. Remove it (the lines from {self.start + 1} on), or write the file again."
+                f"{self.shown}, is cut off: it says it has {count} atoms, and {there} are "
+                f"there. Remove it (the lines from {self.shown} on), or write the file again."
             )
         rows = self._checked(rows, layout, first)
         self._cut_in_a_number(rows, end)
@@ -186,7 +196,7 @@ class _Reader:
                 hint = ""
                 if row.strip().isdecimal() or not row.strip():
                     hint = (
-                        f" The number of atoms on line {self.start + 1} is probably too large, or "
+                        f" The number of atoms on line {self.shown} is probably too large, or "
                         "atoms are missing."
                     )
                 self._fail(
@@ -213,8 +223,8 @@ class _Reader:
         ):
             raise DataError(
                 f"{self.source}: the last frame, {self.frame}, which begins on line "
-                f"{self.start + 1}, is cut off: the file ends within a row, {_shown(rows[-1])}. "
-                f"Remove it (the lines from {self.start + 1} on), or write the file again."
+                f"{self.shown}, is cut off: the file ends within a row, {_shown(rows[-1])}. "
+                f"Remove it (the lines from {self.shown} on), or write the file again."
             )
 
     def _with_elements(
@@ -381,7 +391,9 @@ class _Reader:
 
     def _fail(self, line: int, what: str) -> NoReturn:
         end = "" if what.endswith((".", "!")) else "."
-        raise DataError(f"{self.source}, line {line + 1} (frame {self.frame}): {what}{end}")
+        raise DataError(
+            f"{self.source}, line {line + 1 + self.before} (frame {self.frame}): {what}{end}"
+        )
 
 
 _FORTRAN = re.compile(r"(?<![A-Za-z])(\d*\.?\d+)[dD]([-+]?\d+)(?![A-Za-z])")

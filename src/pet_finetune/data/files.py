@@ -16,13 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ase.db
 import ase.io
 from ase.io.formats import UnknownFileTypeError, filetype, ioformats
 
 from pet_finetune.data.atom_names import NAMING, with_named_elements
 from pet_finetune.data.complete import check_complete, check_frames
-from pet_finetune.data.exact import restore_exact
+from pet_finetune.data.databases import is_database, is_lmdb, rows_of
 from pet_finetune.data.extxyz import read_extxyz
 from pet_finetune.data.lammps import LAMMPS, lammps_units, looks_like_lammps_data, with_elements
 from pet_finetune.data.metatrain_sets import (
@@ -32,6 +31,7 @@ from pet_finetune.data.metatrain_sets import (
     read_metatrain_set,
 )
 from pet_finetune.data.outputs import clean_outcar, doubtful_frames, hint_of, is_cp2k
+from pet_finetune.data.packing import packed
 from pet_finetune.data.symbols import as_types
 from pet_finetune.data.text import (
     NamedBytes,
@@ -100,12 +100,13 @@ def read_file(
             or would be read as something else than is meant.
     """
     file = Path(path)
-    if is_metatrain_set(file):
+    if is_metatrain_set(file) or is_database(file):
         key: tuple[Any, ...] = (str(path), identity_of_set(file))
-        if key not in _read:
-            _keep(key, FrameFile(read_metatrain_set(file)))
-        _read.move_to_end(key)
-        return _read[key]
+        if key not in _read and (frames := _read_set(file)) is not None:
+            _keep(key, FrameFile(frames))
+        if key in _read:
+            _read.move_to_end(key)
+            return _read[key]
     check_file(file, "data file")
     data = load_bytes(file)
     elements = as_types(types or {})
@@ -114,6 +115,14 @@ def read_file(
         _keep(key, _parse(file, str(path), unpacked(data, file), format, elements))
     _read.move_to_end(key)
     return _read[key]
+
+
+def _read_set(file: Path) -> Sequence[Atoms] | None:
+    """A set of metatrain's, or a large database; a small SQLite is read as other files are."""
+    large = packed(file)
+    if large is not None or is_metatrain_set(file):
+        return read_metatrain_set(file) if large is None else large
+    return [atoms for _, atoms in rows_of(file)] if is_lmdb(file) else None
 
 
 def forget_files() -> None:
@@ -296,24 +305,9 @@ def _with_ase(
 def _from_path(kind: str, file: Path, options: Mapping[str, Any]) -> Iterator[Atoms]:
     """Frames of a format that ASE reads by the name of the file only."""
     if kind in ("db", "json"):
-        with ase.db.connect(str(file), type=kind) as rows:
-            units = _units_of_schnet(rows.metadata)
-            for row in rows.select():
-                atoms = row.toatoms(add_additional_information=True)
-                if not restore_exact(atoms):
-                    _flatten(atoms)
-                    atoms.info |= units
-                yield atoms
+        yield from (atoms for _, atoms in rows_of(file, kind=kind))
         return
     yield from ase.io.iread(str(file), ":", format=kind, do_not_split_by_at_sign=True, **options)
-
-
-def _units_of_schnet(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """Units in the metadata of a database of SchNetPack, as extended XYZ says them."""
-    units = metadata.get("_property_unit_dict")
-    stated = dict(units) if isinstance(units, Mapping) else {}
-    stated["length"] = metadata.get("_distance_unit")
-    return {f"{name}-unit": str(unit) for name, unit in stated.items() if unit}
 
 
 def _records(kind: str, text: str) -> Iterator[str]:
@@ -348,16 +342,6 @@ def _begins_poscar(lines: list[str], line: int) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _flatten(atoms: Atoms) -> None:
-    """Bring the columns and data of a row of an ASE database where labels are looked for."""
-    for place in ("key_value_pairs", "data"):
-        values = atoms.info.get(place)
-        if isinstance(values, Mapping):
-            del atoms.info[place]
-            for key, value in values.items():
-                atoms.info.setdefault(key, value)
 
 
 def frame_numbers(given: tuple[int, ...] | str, count: int | None, source: str) -> list[int]:

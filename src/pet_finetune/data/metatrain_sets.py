@@ -34,6 +34,7 @@ __all__ = [
     "is_metatrain_set",
     "read_about",
     "read_metatrain_set",
+    "zip_count",
     "zip_frames",
 ]
 
@@ -80,7 +81,7 @@ def read_metatrain_set(path: Path) -> Sequence[Atoms]:
         return folder
     with Watch(f"reading {path}", "frames") as watch:
         found = []
-        for frame in zip_frames(path) if folder is None else folder:
+        for frame in (frame for _, frame in zip_frames(path)) if folder is None else folder:
             found.append(frame)
             watch.step()
     return found
@@ -298,13 +299,22 @@ def _put(frame: Atoms, name: str, values: np.ndarray, of_atoms: bool) -> None:
 # The zip ----------------------------------------------------------------------------------------
 
 
-def zip_frames(path: Path) -> Iterator[Atoms]:
-    """The frames of a zip, one after the other."""
+def zip_count(path: Path) -> int:
+    """How many structures a zip holds."""
+    with _opened(path) as archive:
+        return sum(name.endswith("/system.mta") for name in archive.namelist())
+
+
+def _opened(path: Path) -> zipfile.ZipFile:
     try:
-        archive = zipfile.ZipFile(path)
+        return zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
         raise DataError(f"{path} is damaged or cut off: {error}. Copy it again.") from None
-    with archive:
+
+
+def zip_frames(path: Path, first: int = 0) -> Iterator[tuple[int, Atoms]]:
+    """The frames of a zip from a number on, each with the number of the next."""
+    with _opened(path) as archive:
         fields: dict[int, list[str]] = {}
         for name in archive.namelist():
             entry, _, field = name.partition("/")
@@ -315,14 +325,14 @@ def zip_frames(path: Path) -> Iterator[Atoms]:
                 f"{path} is no data set of metatrain's: it needs the entries 0/system.mta, "
                 "1/system.mta... without a gap. For another archive, unpack it."
             )
-        for index in range(len(fields)):
+        for index in range(first, len(fields)):
             with damage_explained(
                 lambda met, index=index: DataError(  # type: ignore[misc]
                     f"{path}, structure {index} cannot be read: {met}. Copy the file again."
                 )
             ):
                 frame = _entry(archive, index, sorted(fields[index]))
-            yield frame
+            yield index + 1, frame
 
 
 def _entry(archive: zipfile.ZipFile, index: int, fields: list[str]) -> Atoms:

@@ -22,7 +22,7 @@ from .metatrain_sets import Folder
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["StatedUnits"]
+__all__ = ["StatedUnits", "is_statement"]
 
 _logger = get_logger(__name__)
 
@@ -58,6 +58,11 @@ _STYLES: Mapping[str, Mapping[str, str]] = {
     },
 }  # fmt: skip
 _STYLE_NAMES = {"au": "atomic", "a.u.": "atomic", "hartree": "atomic", "atomicunits": "atomic"}
+
+
+def is_statement(name: str) -> bool:
+    """Whether a text under this name says in which units a file is."""
+    return _KEY.match(name) is not None
 
 
 @dataclass

@@ -1,0 +1,192 @@
+"""Databases of ASE, one row after the other: SQLite (``.db``), and LMDB as fairchem has it."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ase.db
+import numpy as np
+from ase.calculators.calculator import all_properties
+from ase.db.row import AtomsRow
+from ase.io.jsonio import decode
+
+from pet_finetune.errors import DataError, damage_explained
+from pet_finetune.extras import missing_extra
+
+from .complete import check_sqlite
+from .exact import restore_exact
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+__all__ = ["count_rows", "is_database", "is_lmdb", "rows_of"]
+
+_SQLITE = b"SQLite format 3\0"
+_LMDB = (".aselmdb", ".lmdb")
+
+
+def is_lmdb(path: Path) -> bool:
+    """Whether a file is a database of ASE in the format LMDB, by its name."""
+    return path.suffix.lower() in _LMDB and path.is_file()
+
+
+def is_database(path: Path) -> bool:
+    """Whether a file is a database whose rows can be read one after the other."""
+    if is_lmdb(path):
+        return True
+    if path.suffix != ".db" or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_SQLITE)) == _SQLITE
+
+
+def count_rows(path: Path) -> int:
+    """How many rows a database has.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if not is_lmdb(path):
+        with (
+            damage_explained(lambda met: DataError(f"{path} cannot be read: {met}.")),
+            ase.db.connect(str(path), type="db") as rows,
+        ):
+            return int(rows.count())
+    with _Lmdb(path) as rows:
+        return len(rows.ids())
+
+
+def rows_of(path: Path, after: int = 0, kind: str = "db") -> Iterator[tuple[int, Atoms]]:
+    """The frames of a database with the numbers of their rows.
+
+    Args:
+        path: the file.
+        after: the number of the last row that is left out.
+        kind: ASE's name of the format, of a file that is no LMDB.
+
+    Raises:
+        DataError: it is damaged or cut off; names the row.
+    """
+    if is_lmdb(path):
+        with _Lmdb(path) as database:
+            for number in database.ids():
+                if number > after:
+                    yield number, _frame(database.row(number), {})
+        return
+    if kind == "db":
+        with path.open("rb") as file:
+            check_sqlite(file.read(100), path.stat().st_size, str(path))
+    with ase.db.connect(str(path), type=kind) as rows:
+        units, last = _units_of_schnet(rows.metadata), after
+        found = iter(rows.select(f"id>{after}" if after else None))
+        while True:
+            with damage_explained(
+                lambda met, last=last: DataError(  # type: ignore[misc]
+                    f"{path} cannot be read after row {last}: {met}. Copy it again."
+                )
+            ):
+                row = next(found, None)
+                if row is None:
+                    return
+                frame = _frame(row, units)
+            last = int(row.id)
+            yield last, frame
+
+
+def _frame(row: AtomsRow, units: Mapping[str, str]) -> Atoms:
+    atoms = row.toatoms(add_additional_information=True)
+    if not restore_exact(atoms):
+        _flatten(atoms)
+        atoms.info |= units
+    return atoms
+
+
+def _units_of_schnet(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Units in the metadata of a database of SchNetPack, as extended XYZ says them."""
+    units = metadata.get("_property_unit_dict")
+    stated = dict(units) if isinstance(units, Mapping) else {}
+    stated["length"] = metadata.get("_distance_unit")
+    return {f"{name}-unit": str(unit) for name, unit in stated.items() if unit}
+
+
+def _flatten(atoms: Atoms) -> None:
+    """Bring the columns and data of a row of an ASE database where labels are looked for."""
+    for place in ("key_value_pairs", "data"):
+        values = atoms.info.get(place)
+        if isinstance(values, Mapping):
+            del atoms.info[place]
+            for key, value in values.items():
+                atoms.info.setdefault(key, value)
+
+
+class _Lmdb:
+    """An LMDB of ASE's rows, as ``ase-db-backends`` writes it, open for reading.
+
+    The keys are numbers of rows; ``nextid`` and ``deleted_ids`` say which there are. Each value is
+    JSON, compressed with zlib.
+    """
+
+    def __init__(self, path: Path) -> None:
+        missing = missing_extra("lmdb", "lmdb")
+        if missing:
+            raise DataError(f"{path} {missing}")
+        self._path = path
+
+    def __enter__(self) -> _Lmdb:
+        import lmdb
+
+        try:
+            self._file = lmdb.open(str(self._path), subdir=False, readonly=True, lock=False)
+        except lmdb.Error as error:
+            raise DataError(f"{self._path} is no LMDB, or is cut off: {error}.") from error
+        # Beyond its end a mapped file would end the process.
+        wanted = (self._file.info()["last_pgno"] + 1) * self._file.stat()["psize"]
+        if wanted > self._path.stat().st_size:
+            self._file.close()
+            there = self._path.stat().st_size
+            raise DataError(
+                f"{self._path} is cut off: it has {there} bytes of the {wanted} that it says. Copy "
+                "it again."
+            )
+        self._read = self._file.begin()
+        return self
+
+    def __exit__(self, *ignored: object) -> None:
+        self._read.abort()
+        self._file.close()
+
+    def ids(self) -> list[int]:
+        """Numbers of the rows, ascending."""
+        following = self._value("nextid")
+        if not isinstance(following, int):
+            raise DataError(
+                f"{self._path} is no database of ASE's (it has no 'nextid'). The older LMDB files "
+                "of OCP hold pickles, which may run any code when they are read: convert them with "
+                "fairchem, or write extended xyz."
+            )
+        deleted = set(self._value("deleted_ids") or ())
+        return [number for number in range(1, following) if number not in deleted]
+
+    def row(self, number: int) -> AtomsRow:
+        """The row with a number."""
+        found = self._value(str(number))
+        if not isinstance(found, dict):
+            raise DataError(
+                f"{self._path} is cut off or damaged: row {number} is missing. Copy it again."
+            )
+        for key in all_properties:
+            if isinstance(found.get(key), list):
+                found[key] = np.array(found[key])
+        return AtomsRow({"unique_id": str(number), **found, "id": number})
+
+    def _value(self, key: str) -> Any:
+        raw = self._read.get(key.encode("ascii"))
+        if raw is None:
+            return None
+        try:
+            return decode(zlib.decompress(raw).decode("utf-8"))
+        except (zlib.error, ValueError):
+            return None

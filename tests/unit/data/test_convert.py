@@ -1,0 +1,356 @@
+"""Conversion: nothing is lost, metatrain reads it, and stopping it or doing it twice is no harm."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sqlite3
+import sys
+import types
+import zlib
+
+import ase.db
+import ase.io
+import numpy as np
+import pytest
+from ase.io.jsonio import encode
+
+from pet_finetune.config.load import parse_options
+from pet_finetune.data import convert as convert_module
+from pet_finetune.data import metatrain_sets, packing
+from pet_finetune.data.convert import convert
+from pet_finetune.data.files import forget_files, read_frames
+from pet_finetune.data.labels import find_value
+from pet_finetune.data.metatrain_sets import ABOUT, Folder
+from pet_finetune.data.on_disk import OnDisk
+from pet_finetune.data.readers import read_structures
+from pet_finetune.errors import DataError
+from tiny_data import crystals, data_section, molecules, write_folder, write_frames
+
+
+@pytest.fixture(autouse=True)
+def _forget(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield
+    forget_files()
+
+
+def assert_holds(folder, frames):
+    """The folder has the frames with their labels; energies to the last digit."""
+    found = Folder(folder)
+    assert len(found) == len(frames)
+    for one, frame in zip(found, frames, strict=True):
+        assert one.numbers.tolist() == frame.numbers.tolist()
+        assert one.pbc.tolist() == frame.pbc.tolist()
+        np.testing.assert_allclose(one.positions, frame.positions, atol=1e-5)
+        results = frame.calc.results
+        if "energy" in results:
+            assert one.info["energy"] == results["energy"]
+        if "forces" in results:
+            np.testing.assert_allclose(one.arrays["forces"], results["forces"], atol=1e-5)
+        if "stress" in results:
+            np.testing.assert_allclose(one.info["stress"], frame.get_stress(voigt=False), atol=1e-6)
+
+
+FRAMES = [*molecules(4), *crystals(3)]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Molecules, then crystals, in a file that holds all digits."""
+    path = tmp_path / "data.db"
+    with ase.db.connect(path) as rows:
+        for frame in FRAMES:
+            rows.write(frame)
+    return path
+
+
+def test_nothing_is_lost(tmp_path, data):
+    done = convert(data, tmp_path / "set")
+    assert (done.structures, done.made) == (7, True)
+    assert {"energy", "forces", "stress"} <= set(done.labels)
+    assert_holds(tmp_path / "set", FRAMES)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert not {"set.part", "set.lock"} & names
+    # A molecule has no stress.
+    structures = read_structures(dataset(tmp_path / "set"))
+    assert [("energy/stress" in s.labels) for s in structures] == [False] * 4 + [True] * 3
+
+
+def dataset(path, **section):
+    raw = {"training_set": {**data_section(str(path)), **section}}
+    return parse_options(raw, require_start=False).options.training_set[0]
+
+
+def test_metatrain_reads_the_folder(tmp_path, data):
+    found = pytest.importorskip("metatrain.utils.data.dataset")
+    convert(data, tmp_path / "set")
+    target = {
+        "key": "energy", "quantity": "energy", "sample_kind": "system", "num_subtargets": 1,
+        "type": "scalar", "forces": {"key": "forces"}, "stress": {"key": "stress"},
+        "virial": False, "unit": "eV", "description": "", "per_atom": False,
+    }  # fmt: skip
+    read = found.MemmapDataset(tmp_path / "set", {"energy": target})
+    assert len(read) == 7
+    sample = read[5]
+    assert sample.system.types.tolist() == FRAMES[5].numbers.tolist()
+    block = sample.energy.block()
+    assert float(block.values) == pytest.approx(FRAMES[5].calc.results["energy"], rel=1e-6)
+    forces = -block.gradient("positions").values[..., 0].numpy()
+    np.testing.assert_allclose(forces, FRAMES[5].calc.results["forces"], atol=1e-5)
+
+
+def test_metatrain_reads_the_zip(tmp_path, data):
+    found = pytest.importorskip("metatrain.utils.data.dataset")
+    done = convert(data, tmp_path / "set.zip")
+    assert (done.structures, done.made) == (7, True)
+    assert not convert(data, tmp_path / "set.zip").made
+    read = found.DiskDataset(tmp_path / "set.zip")
+    assert len(read) == 7
+    sample = read[5]
+    block = sample["energy"].block() if isinstance(sample, dict) else sample.energy.block()
+    assert float(block.values) == FRAMES[5].calc.results["energy"]
+    for one, frame in zip(read_frames(tmp_path / "set.zip"), FRAMES, strict=True):
+        assert one.info["energy"] == frame.calc.results["energy"]
+        np.testing.assert_allclose(one.arrays["forces"], frame.calc.results["forces"], atol=1e-5)
+    assert {path.name for path in tmp_path.iterdir() if "set.zip" in path.name} == {"set.zip"}
+
+
+def test_xyz_is_read_piece_by_piece(tmp_path, monkeypatch):
+    monkeypatch.setattr(convert_module, "_TEXT", 700)  # a frame or two
+    path = write_frames(tmp_path / "data.xyz", FRAMES)
+    convert(path, tmp_path / "set")
+    for one, frame in zip(Folder(tmp_path / "set"), read_frames(path), strict=True):
+        assert one.info["energy"] == find_value(frame, "energy")
+        np.testing.assert_allclose(one.positions, frame.positions, atol=1e-5)
+    assert len(Folder(tmp_path / "set")) == 7
+
+
+@pytest.mark.parametrize("together", [200, 1 << 20])
+def test_a_frame_that_is_cut_off_is_named(tmp_path, monkeypatch, together):
+    monkeypatch.setattr(convert_module, "_TEXT", together)
+    path = write_frames(tmp_path / "data.xyz", molecules(5, names=("CH4",)))
+    text = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(text[:-2]))
+    with pytest.raises(DataError, match="the last frame, 4, which begins on line 29, is cut off"):
+        convert(path, tmp_path / "set")
+    assert not (tmp_path / "set").exists()
+
+
+class Stopped(BaseException):
+    """As Ctrl-C."""
+
+
+@pytest.mark.parametrize("kind", ["xyz", "db", "zip"])
+def test_what_was_stopped_goes_on(tmp_path, monkeypatch, data, kind):
+    source = data
+    if kind == "xyz":
+        monkeypatch.setattr(convert_module, "_TEXT", 700)
+        source = write_frames(tmp_path / "data.xyz", FRAMES)
+    elif kind == "zip":
+        source = tmp_path / "source.zip"
+        convert(data, source)
+    convert(source, tmp_path / "whole")
+    monkeypatch.setattr(packing, "_SECONDS", -1.0)
+    add, calls = packing._Writer.add, []
+
+    def counted(self, atoms):
+        calls.append(self.count)
+        if len(calls) == 6:
+            add(self, atoms)  # written, and not in the record
+            raise Stopped
+        add(self, atoms)
+
+    monkeypatch.setattr(packing._Writer, "add", counted)
+    with pytest.raises(Stopped):
+        convert(source, tmp_path / "set")
+    assert not (tmp_path / "set").exists()
+    assert convert(source, tmp_path / "set").made
+    assert calls == [0, 1, 2, 3, 4, 5, 5, 6]
+    for file in (tmp_path / "whole").iterdir():
+        assert file.read_bytes() == (tmp_path / "set" / file.name).read_bytes(), file.name
+
+
+def test_another_content_begins_anew_and_replaces_nothing(tmp_path, data):
+    convert(data, tmp_path / "set")
+    before = (tmp_path / "set" / "x.bin").read_bytes()
+    assert not convert(data, tmp_path / "set").made
+    with pytest.raises(DataError, match="holds something else"):
+        convert(data, tmp_path / "set", labels=["energy"])
+    other = write_frames(tmp_path / "other.xyz", molecules(2))
+    with pytest.raises(DataError, match="holds something else"):
+        convert(other, tmp_path / "set")
+    assert (tmp_path / "set" / "x.bin").read_bytes() == before
+
+
+def test_chosen_labels_alone_are_kept(tmp_path, data):
+    assert set(convert(data, tmp_path / "set", labels=["energy"]).labels) == {"energy"}
+
+
+def test_a_set_of_another_version_is_refused(tmp_path, data):
+    convert(data, tmp_path / "set")
+    about = tmp_path / "set" / ABOUT
+    about.write_text(about.read_text().replace('"version": 1', '"version": 0'))
+    with pytest.raises(DataError, match="written by another version .* Convert the data again"):
+        read_frames(tmp_path / "set")
+
+
+def test_labels_that_come_later_or_change_their_shape(tmp_path, caplog):
+    frames = molecules(4)
+    frames[2].info["dipole"] = np.array([1.0, 2.0, 3.0])
+    frames[1].info["mixed"], frames[3].info["mixed"] = 1.0, np.zeros(4)
+    frames[0].info["name"] = "text"
+    frames[0].info["energy-unit"] = frames[3].info["energy-unit"] = "kcal/mol"
+    path = write_frames(tmp_path / "data.xyz", frames)
+    convert(path, tmp_path / "set")
+    assert "'mixed' is left out" in caplog.text
+    found = Folder(tmp_path / "set")
+    assert ["dipole" in frame.info for frame in found] == [False, False, True, False]
+    assert found[2].info["dipole"].tolist() == [1.0, 2.0, 3.0]
+    assert "mixed" not in found.labels
+    assert found[1].info["energy-unit"] == "kcal/mol"
+
+
+def test_slabs_keep_their_periodic_directions(tmp_path):
+    frames = crystals(2)
+    frames[1].pbc = (True, True, False)
+    convert(write_frames(tmp_path / "data.xyz", frames), tmp_path / "set")
+    assert [frame.pbc.tolist() for frame in Folder(tmp_path / "set")] == [
+        [True] * 3, [True, True, False]
+    ]  # fmt: skip
+
+
+def _convert(source, target):
+    convert(source, target)
+
+
+def test_two_processes_at_once_make_one(tmp_path, data):
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=_convert, args=(data, tmp_path / "set")) for _ in range(3)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+    assert [child.exitcode for child in children] == [0, 0, 0]
+    assert_holds(tmp_path / "set", FRAMES)
+
+
+def test_a_large_database_is_packed_once_and_stays_on_disk(tmp_path, monkeypatch, data):
+    monkeypatch.setattr(metatrain_sets, "MOST_IN_MEMORY", 3)
+    structures = read_structures(dataset(data))
+    assert isinstance(structures, OnDisk)
+    assert structures[0].source == str(data)
+    energies = [float(s.labels["energy"]) for s in structures]
+    assert energies == [frame.calc.results["energy"] for frame in FRAMES]
+    forget_files()
+    monkeypatch.setattr(packing, "_pack", None)  # is not made again
+    assert len(read_structures(dataset(data))) == 7
+
+
+def test_a_large_zip_is_packed_once(tmp_path, monkeypatch, data):
+    convert(data, tmp_path / "set.zip")
+    monkeypatch.setattr(metatrain_sets, "MOST_IN_MEMORY", 3)
+    structures = read_structures(dataset(tmp_path / "set.zip"))
+    assert isinstance(structures, OnDisk)
+    assert len(structures) == 7
+    assert float(structures[6].labels["energy"]) == FRAMES[6].calc.results["energy"]
+
+
+def test_a_database_that_is_cut_off_is_named(tmp_path, data):
+    data.write_bytes(data.read_bytes()[:-4096])
+    with pytest.raises(DataError, match=r"data.db .*(cut off|cannot be read)"):
+        convert(data, tmp_path / "set")
+
+
+def test_a_folder_converts_to_a_zip(tmp_path):
+    folder = write_folder(tmp_path / "old", molecules(3))
+    convert(folder, tmp_path / "set.zip")
+    for one, other in zip(read_frames(tmp_path / "set.zip"), Folder(folder), strict=True):
+        np.testing.assert_array_equal(one.arrays["forces"], other.arrays["forces"])
+
+
+class _FakeLmdb(types.ModuleType):
+    """As much of the library as reading takes."""
+
+    Error = sqlite3.Error
+
+    def __init__(self, content):
+        super().__init__("lmdb")
+        self.content, self.pages = content, 1
+
+    def open(self, path, **ignored):
+        return self
+
+    def begin(self):
+        return self
+
+    def info(self):
+        return {"last_pgno": self.pages - 1}
+
+    def stat(self):
+        return {"psize": 1}
+
+    def get(self, key):
+        return self.content.get(key.decode())
+
+    def abort(self):
+        pass
+
+    close = abort
+
+
+def _packed(value):
+    return zlib.compress(encode(value).encode())
+
+
+@pytest.fixture
+def aselmdb(tmp_path, monkeypatch):
+    """Frames as ASE's LMDB has them, one of which was deleted."""
+    content = {"nextid": _packed(len(FRAMES) + 2), "deleted_ids": _packed([3])}
+    for number, frame in zip([1, 2, 4, 5, 6, 7, 8], FRAMES, strict=True):
+        results = {k: np.asarray(v).tolist() for k, v in frame.calc.results.items()}
+        row = {"numbers": frame.numbers, "positions": frame.positions, "cell": frame.cell.array,
+               "pbc": frame.pbc, "data": {"source": "here"}, "calculator": "unknown",
+               "calculator_parameters": {}, **results}  # fmt: skip
+        content[str(number)] = _packed(row)
+    fake = _FakeLmdb(content)
+    monkeypatch.setitem(sys.modules, "lmdb", fake)
+    monkeypatch.setattr("pet_finetune.data.databases.missing_extra", lambda *names: None)
+    path = tmp_path / "data.aselmdb"
+    path.write_bytes(b"what the library reads")
+    return path, fake
+
+
+def test_lmdb_of_ase_is_read_and_converted(tmp_path, aselmdb):
+    path, _ = aselmdb
+    assert len(read_frames(path)) == 7
+    convert(path, tmp_path / "set")
+    assert_holds(tmp_path / "set", FRAMES)
+
+
+def test_lmdb_whose_last_row_is_cut_off_is_named(tmp_path, aselmdb):
+    path, fake = aselmdb
+    fake.content["8"] = fake.content["8"][:40]
+    with pytest.raises(DataError, match="row 8 is missing"):
+        convert(path, tmp_path / "set")
+
+
+def test_lmdb_that_is_cut_off_is_told(tmp_path, aselmdb):
+    path, fake = aselmdb
+    fake.pages = 4096
+    with pytest.raises(DataError, match="cut off: it has 22 bytes of the 4096"):
+        read_frames(path)
+
+
+def test_lmdb_of_pickles_is_refused(tmp_path, aselmdb):
+    path, fake = aselmdb
+    del fake.content["nextid"]
+    with pytest.raises(DataError, match="pickles"):
+        read_frames(path)
+
+
+def test_a_missing_library_is_told_with_its_extra(tmp_path, monkeypatch):
+    monkeypatch.setattr("pet_finetune.extras.find_spec", lambda name: None)
+    path = tmp_path / "data.aselmdb"
+    path.write_bytes(b"something")
+    with pytest.raises(DataError, match=r"needs the library lmdb.*pet-finetune\[lmdb\]"):
+        read_frames(path)
