@@ -199,6 +199,13 @@ def check_file(file: Path, what: str) -> None:
     near = ""
     if folder.is_dir():
         near = did_you_mean(file.name, (entry.name for entry in folder.iterdir()))
+    before, at, _ = str(file).rpartition("@")
+    if at and Path(before).is_file():
+        near = f" Frames are chosen by `indices` beside `read_from: {before}`, not by @."
+    elif str(file).startswith("~"):
+        near = " ~ is known to the shell only: write the whole path."
+    elif any(letter in str(file) for letter in "*?"):
+        near = " Patterns are known to the shell only: name each file, as a data set of its own."
     absolute = "" if file.is_absolute() else f" (looked in {folder.resolve()})"
     missing = "" if folder.is_dir() else " The folder does not exist either."
     raise DataError(f"The {what} {str(file)!r} does not exist{absolute}.{missing}{near}")

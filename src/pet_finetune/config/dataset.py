@@ -11,7 +11,7 @@ from pet_finetune.elements import atomic_number, symbol_of
 from pet_finetune.errors import UnitError, did_you_mean
 from pet_finetune.units import LENGTH_UNITS, length_to_angstrom
 
-from .base import Expects, Fraction, Ignored, OneOf, OptionalText, Section, Text, ignored_field
+from .base import Expects, Fraction, Ignored, OneOf, OptionalText, Section, ignored_field
 from .shorthands import expand_dataset
 from .target import CartesianType, GradientOptions, Reader, TargetOptions, TargetType
 
@@ -55,6 +55,17 @@ def _indices(value: Any) -> tuple[int, ...] | str:
     return tuple(value)
 
 
+def _one_file(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        raise ValueError(
+            "Several files are several data sets: `training_set: [{systems: a.xyz, targets: ...}, "
+            "{systems: b.xyz, targets: ...}]`."
+        )
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError
+    return value
+
+
 LengthUnit = Annotated[str, Expects("a unit of length", _length_unit)]
 Indices = Annotated[
     tuple[int, ...] | str,
@@ -87,7 +98,9 @@ class SystemsOptions(Section):
 
     short_forms = ("string",)
 
-    read_from: Text = Field(description="Path of a file that ASE reads; may hold many frames.")
+    read_from: Annotated[str, Expects("the path of one file", _one_file, {"type": "string"})] = (
+        Field(description="Path of a file that ASE reads; may hold many frames.")
+    )
     reader: Reader = Field(
         default=None, description="The library that reads the file; only ASE is used."
     )

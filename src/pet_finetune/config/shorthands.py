@@ -72,7 +72,7 @@ def expand_dataset(value: Any) -> Any:
         return value
     full = dict(value)
     systems = full.get("systems")
-    if isinstance(systems, str):
+    if isinstance(systems, (str, list)):  # what is wrong with a list is said of its place
         systems = full["systems"] = {"read_from": systems}
     source = systems.get("read_from") if isinstance(systems, Mapping) else None
     if isinstance(full.get("targets"), Mapping):

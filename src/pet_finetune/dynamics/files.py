@@ -30,6 +30,8 @@ _logger = get_logger(__name__)
 
 TRAJECTORY = "trajectory.xyz"
 TABLE = "md.csv"
+#: Columns of the log that every run has.
+_NEEDED = ("step", "time_fs", "temperature_K")
 STATE = "state.npz"
 START = "start.traj"
 FINAL = "final.xyz"
@@ -210,7 +212,11 @@ class MDFiles:
         try:
             with (self / TABLE).open(newline="", encoding="utf-8") as stream:
                 rows = list(csv.DictReader(stream))
-            return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
+            found = {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
+            missing = [name for name in _NEEDED if name not in found]
+            if missing:
+                raise ValueError(f"no column {', '.join(missing)}")
+            return found
         except (OSError, ValueError, TypeError, IndexError) as error:
             raise DynamicsError(f"The log '{self / TABLE}' cannot be read ({error}).") from error
 

@@ -223,6 +223,13 @@ def test_missing_parts_of_a_data_set() -> None:
     assert problems(training_set=5)[0].startswith("training_set: expected a section with keys (")
 
 
+@pytest.mark.parametrize("systems", [["a.xyz", "b.xyz"], {"read_from": ["a.xyz", "b.xyz"]}])
+def test_several_files_are_several_data_sets(systems: Any) -> None:
+    (line, *_) = problems(training_set={"systems": systems, "targets": {"energy": {}}})
+    assert line.startswith("training_set.systems.read_from: expected the path of one file, got")
+    assert "Several files are several data sets: `training_set: [{systems: a.xyz" in line
+
+
 def test_a_list_of_data_sets_is_told_apart_by_position() -> None:
     good = {"systems": "a.xyz", "targets": {"energy": {"unit": "eV"}}}
     bad = {"systems": "b.xyz", "targets": {"energy": {"unit": "kcal"}}}

@@ -37,6 +37,17 @@ def test_missing_file_suggests_the_nearest_name(tmp_path, monkeypatch):
     assert message.endswith("Did you mean 'train.xyz'?")
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("a.xyz@:10", "by `indices`"), ("~/a.xyz", "whole path"), ("*.xyz", "known to the shell")],
+)
+def test_what_other_programs_expand_is_told(tmp_path, monkeypatch, name, words):
+    write(tmp_path / "a.xyz", molecule("H2O"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=words):
+        read_frames(name)
+
+
 def test_missing_folder_is_said(tmp_path):
     with pytest.raises(DataError, match="folder does not exist"):
         read_frames(tmp_path / "no" / "train.xyz")

@@ -152,6 +152,13 @@ def test_frames_and_rows(run, tmp_path: Path, model: Potential) -> None:
     np.testing.assert_allclose(rows["total_eV"], rows["potential_eV"] + rows["kinetic_eV"])
 
 
+@pytest.mark.parametrize("heading", ["step,time,temperature_K", "a,b,c"])
+def test_a_log_without_its_columns_is_damaged(tmp_path: Path, heading: str) -> None:
+    (tmp_path / "md.csv").write_text(f"{heading}\n0,0.0,300.0\n")
+    with pytest.raises(DynamicsError, match="md.csv' cannot be read .no column"):
+        MDFiles(tmp_path).read_rows()
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "langevin"])
 def test_the_conserved_quantity_is_conserved(run, tmp_path: Path, kind: str) -> None:
     """Much better than the energies that it is made of."""
