@@ -313,13 +313,15 @@ def _finish(
     work.record |= {"frames": sizes, "before": before, "after": after, "teacher": teacher.name}
     work.save()
     best = load_checkpoint(outcome.folder / BEST)
-    kept = {name: work.record[name] for name in ("made_from", "teacher", "frames", DROPPED)}
-    save_checkpoint(output, best.model, provenance={**best.provenance, "pretraining": kept})
     seconds = work.record["seconds"]
+    kept = {name: work.record[name] for name in ("made_from", "teacher", "frames", DROPPED)}
+    kept["gain"] = _gain(before, after)
+    kept["seconds"] = sum(time["wall"] for time in seconds.values())
+    save_checkpoint(output, best.model, provenance={**best.provenance, "pretraining": kept})
     spent = ", ".join(f"{name} {time['wall'] / 60:.1f} min" for name, time in seconds.items())
     _logger.info(
         "%s learned from %d frames of %s (%s): %s", output, sizes["training"], teacher.name,
-        spent, _gain(before, after),
+        spent, kept["gain"],
     )  # fmt: skip
     return PretrainResult(best.model, output, sizes, work.record[DROPPED], before, after, seconds)
 

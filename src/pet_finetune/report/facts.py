@@ -264,6 +264,11 @@ def _provenance(run: RunRecord) -> Iterator[tuple[str, str, str]]:
         read = run.finetune.get("read_from")
         name = f"{start.get('parent')}" + (f" ({read})" if read else "")
         yield "starting model", name, f"fingerprint {start['parent_fingerprint']}"
+    learned = start.get("pretraining") or {}
+    if learned:
+        frames = _counted(learned["frames"]["training"], "frame")
+        words = f"{frames} of {learned['teacher']}: {learned.get('gain', '')}"
+        yield "continued pre-training", words, duration(learned.get("seconds", 0.0))
     for symbol, source in (start.get("new_elements") or {}).items():
         yield f"new element {symbol}", f"starts from {source}", ""
     for name, of_set in (start.get("data") or {}).items():

@@ -353,8 +353,10 @@ def about_run(
         trainable: what trains.
     """
     left_out = ("options", "parent_provenance")
+    pretraining = (provenance.get("parent_provenance") or {}).get("pretraining")
     return {
         **{key: value for key, value in provenance.items() if key not in left_out},
+        **({} if pretraining is None else {"pretraining": pretraining}),
         "data": {
             name: {**of_set, "files": [part.file for part in splits.parts[name]]}
             for name, of_set in provenance["data"].items()

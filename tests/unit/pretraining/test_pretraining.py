@@ -267,7 +267,10 @@ def test_from_structures_to_a_checkpoint(base: Path, whole: PretrainResult) -> N
     result, output = whole, whole.checkpoint
     made = load_checkpoint(output)
     assert list(made.model.targets) == ["energy"]
-    assert made.provenance["pretraining"]["teacher"] == f"{module}:Stubborn"
+    learned = made.provenance["pretraining"]
+    assert learned["teacher"] == f"{module}:Stubborn"
+    assert learned["gain"].startswith("held-out energy")
+    assert learned["seconds"] > 0
     assert sum(result.frames.values()) >= 20
     start = load_checkpoint(base).model.parameters()
     pairs = list(zip(start, made.model.parameters(), strict=True))

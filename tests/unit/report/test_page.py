@@ -212,3 +212,12 @@ def test_a_large_set_makes_a_small_page():
     assert len(text) < 1_500_000
     assert "predictions.npz" in text
     assert text.count("<tr>") < 400
+
+
+def test_what_the_foundation_learned_before_is_told():
+    learned = {"teacher": "GFN2-xTB", "frames": {"training": 1700}, "seconds": 780.0,
+               "gain": "held-out forces 85.0 -> 41.0 meV/A"}  # fmt: skip
+    page = render(record(start=about(pretraining=learned)), "1.2.3")
+    assert "1,700 frames of GFN2-xTB: held-out forces 85.0 -&gt; 41.0 meV/A" in page
+    assert "13 min" in page
+    assert "pre-training" not in render(record(), "1.2.3")
