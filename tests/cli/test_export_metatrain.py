@@ -12,11 +12,21 @@ from typing import Any
 import ase.io
 import numpy as np
 import pytest
+import torch
 import yaml
 from laws import predict
+from metatomic.torch import ModelOutput
+from metatomic_ase import MetatomicCalculator
 
 import pet_finetune as pf
-from models import PROPERTIES, ethanol, property_potential, random_potential, trained_adapter
+from models import (
+    PROPERTIES,
+    ethanol,
+    property_potential,
+    random_potential,
+    trained_adapter,
+    with_last_layer,
+)
 from pet_finetune.adapters import save_adapter
 from pet_finetune.checkpoint import load_checkpoint, save_checkpoint, to_metatrain
 from tiny_data import data_section, options
@@ -93,6 +103,39 @@ def test_metatrain_trains_it_further(command, here: Path) -> None:
         assert load_checkpoint(f"{name}.ckpt").model.species == (1, 6, 8, 14), name
 
 
+@pytest.mark.slow
+@pytest.mark.parity
+def test_an_uncertainty_goes_along(command, here: Path) -> None:
+    """As a checkpoint of llpr, which metatrain exports, evaluates and fine-tunes from."""
+    pytest.importorskip("metatrain")
+    save_checkpoint("sure.ckpt", with_last_layer(random_potential(dtype=torch.float32)))
+    answer = command("export", "sure.ckpt", "-o", "model.ckpt")
+    assert answer.code == 0, answer.err
+    assert "the file is a checkpoint of 'llpr'" in answer.err
+    Path("eval.yaml").write_text(
+        yaml.safe_dump(data_section("test.xyz", quantity="energy", forces=True))
+    )
+    mtt("export", "model.ckpt", "-o", "theirs.pt")
+    mtt("eval", "theirs.pt", "eval.yaml", "-o", "theirs.xyz")
+    assert len(ase.io.read("theirs.xyz", ":")) == 4
+    engine = MetatomicCalculator("theirs.pt", device="cpu")
+    request = dict.fromkeys(
+        ("energy_uncertainty", "energy_ensemble"), ModelOutput(sample_kind="system")
+    )
+    atoms = ethanol()
+    theirs = engine.run_model(atoms, request)
+    calculator = pf.PETCalculator("sure.ckpt", device="cpu")
+    ours = calculator.get_property("energy_uncertainty", atoms)
+    assert theirs["energy_uncertainty"].block().values.item() == pytest.approx(ours, rel=1e-4)
+    each = theirs["energy_ensemble"].block().values[0].numpy()
+    expected = calculator.get_property("energy_ensemble", atoms)
+    np.testing.assert_allclose(each - each.mean(), expected - expected.mean(), rtol=1e-3, atol=2e-3)
+    finetune = {"method": "full", "read_from": "model.ckpt"}
+    mtt("train", mtt_options({"name": "pet", "training": {**TRAINING, "finetune": finetune}}),
+        "-o", "finetuned.pt")  # fmt: skip
+    assert not load_checkpoint("finetuned.ckpt").model.uncertainties
+
+
 def test_the_written_file_says_where_it_comes_from(command, here: Path) -> None:
     assert command("export", "base.ckpt", "--format", "metatrain").code == 0
     answer = command("info", "base_metatrain.ckpt")
@@ -130,7 +173,7 @@ def test_an_adapter_is_merged(command, here: Path) -> None:
         (["base.ckpt", "--format", "onnx"], "format: 'onnx' is not one of metatomic, metatrain."),
         (["base.ckpt", "--format", "metatrain", "-o", "a.pt"], "e.g., a.ckpt"),
         (["base.ckpt", "-o", "base.ckpt"], "'base.ckpt' is the checkpoint itself"),
-        (["base.ckpt", "-o", "train.xyz/m.ckpt"], "the checkpoint cannot be written (File exists)"),
+        (["base.ckpt", "-o", "train.xyz/m.ckpt"], "-o: 'train.xyz/m.ckpt' cannot be written ("),
         (["base.ckpt", "-o", "m.ckpt", "--target", "energi"], "Did you mean 'energy'?"),
         (
             ["base.ckpt", "-o", "m.ckpt", "--adapter", "a0", "--adapter", "a1"],

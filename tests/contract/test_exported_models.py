@@ -29,6 +29,7 @@ from models import (
     property_potential,
     random_potential,
     trained_adapter,
+    with_last_layer,
 )
 from pet_finetune import PETCalculator
 from pet_finetune.adapters import save_adapter
@@ -117,6 +118,48 @@ def test_of_variants_and_properties(tmp_path: Path) -> None:
         calculator = PETCalculator(checkpoint, device="cpu", **ours)
         found = engine(tmp_path / "model.pt", **settings)
         assert_same_numbers(found, calculator, [ethanol(), crystal()], 1e-10, energies=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "members"),
+    [("today", "float64", 3), ("first", "float64", 0), ("grid", None, 3)],
+)
+def test_of_a_last_layer(kind: str, dtype: str | None, members: int, tmp_path: Path) -> None:
+    """The uncertainty of each energy, and what members say, as the calculator's."""
+    floating = torch.float64 if dtype else torch.float32
+    model = random_potential(targets=("energy", "energy/pbe"), dtype=floating, **KINDS[kind])
+    with_last_layer(model, "energy/pbe", members)
+    checkpoint = save_checkpoint(tmp_path / "model.ckpt", with_last_layer(model, members=members))
+    outcome = export_model(checkpoint, tmp_path / "model.pt", dtype=dtype)
+    names = {"energy", "energy/pbe", "energy_uncertainty", "energy_uncertainty/pbe"}
+    assert set(outcome.outputs) == names | (
+        {"energy_ensemble", "energy_ensemble/pbe"} if members else set()
+    )
+    found = engine(tmp_path / "model.pt")
+    frames = [ethanol(), crystal()]
+    close = {"rtol": 1e-9 if dtype else 1e-4, "atol": 1e-9 if dtype else 1e-3}
+    request = ModelOutput(sample_kind="system")
+    of_systems = found.run_model(frames, dict.fromkeys(outcome.outputs, request))
+    of_atoms = found.run_model(
+        frames, dict.fromkeys(outcome.outputs, ModelOutput(sample_kind="atom"))
+    )
+    for target, end in (("energy", ""), ("energy/pbe", "/pbe")):
+        calculator = PETCalculator(checkpoint, target=target, device="cpu")
+        for row, atoms in enumerate(frames):
+            sure = calculator.get_property("energy_uncertainty", atoms)
+            there = of_systems[f"energy_uncertainty{end}"].block().values[row]
+            np.testing.assert_allclose(there.item(), sure, **close)
+            if members:
+                each = of_systems[f"energy_ensemble{end}"].block().values[row]
+                expected = calculator.get_property("energy_ensemble", atoms)
+                np.testing.assert_allclose(each, expected, **close)
+        local = of_atoms[f"energy_uncertainty{end}"].block().values
+        assert local.shape == (sum(map(len, frames)), 1)
+        assert local.min() > 0
+        if members:  # of atoms they add up
+            summed = of_atoms[f"energy_ensemble{end}"].block().values[: len(frames[0])].sum(0)
+            whole = of_systems[f"energy_ensemble{end}"].block().values[0]
+            np.testing.assert_allclose(summed, whole, **close)
 
 
 @pytest.mark.parametrize("dtype", ["float64", None])

@@ -121,6 +121,7 @@ def save_metatrain(
     layers = fresh(model)
     if layers:
         content = wrapped_content(content, layers, targets, model.dtype)
+        notices.append("The uncertainty goes with it: the file is a checkpoint of 'llpr'.")
     checked = None if check is None else lambda written: check(written, targets)
     save_content(path, content, pickle_module=_PICKLE, check=checked)
     return MetatrainFile(path, targets, tuple(notices))

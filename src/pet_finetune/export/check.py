@@ -19,13 +19,14 @@ from metatomic.torch import (
 from torch import Tensor
 
 from pet_finetune.checkpoint import load_checkpoint
+from pet_finetune.committee.last_layer import LastLayerPrediction, fresh, predict_uncertain
 from pet_finetune.data.batch import collate
 from pet_finetune.data.neighbors import edge_vectors, structure_neighbors
 from pet_finetune.data.structure import Structure
 from pet_finetune.errors import CheckpointError
 from pet_finetune.model import Potential, Prediction, Property
 
-from .targets import committee_outputs
+from .targets import uncertainty_outputs
 
 __all__ = ["ModelCheck", "make_system"]
 
@@ -102,19 +103,25 @@ class ModelCheck:
         pairs = [(s, structure_neighbors(s, first.cutoff)) for s in structures]
         wanted = {name: (first.target(name).is_energy, False) for name in outputs.values()}
         graph = collate(pairs, first.dtype).graph
-        found = [potential.predict_targets(graph, wanted) for potential in potentials]
+        layers = {} if len(potentials) > 1 else fresh(first)
+        found = [predict_uncertain(potential, graph, wanted, layers) for potential in potentials]
         self.expected = {
             output: _mean([of_member[target] for of_member in found])
             for output, target in outputs.items()
         }
-        #: Of a committee, for each energy its uncertainty and what the members say.
-        self.of_committee: dict[str, Tensor] = {}
-        if len(potentials) > 1:
-            for output, target in outputs.items():
-                each = torch.stack([_energy(of_member[target]) for of_member in found], dim=1)
-                spread, ensemble = committee_outputs(output)
-                self.of_committee[ensemble] = each
-                self.of_committee[spread] = calibration * each.std(1, keepdim=True)
+        #: For each energy with an uncertainty this, and what members say.
+        self.uncertain: dict[str, Tensor] = {}
+        spreads, ensembles = uncertainty_outputs(potentials, outputs)
+        for output, name in spreads.items():
+            said = [of_member[outputs[output]] for of_member in found]
+            if isinstance(said[0], LastLayerPrediction):
+                each, sure = said[0].members.energy.T, said[0].uncertainty("energy").unsqueeze(1)
+            else:
+                each = torch.stack([_energy(one) for one in said], dim=1)
+                sure = calibration * each.std(1, keepdim=True)
+            self.uncertain[name] = sure
+            if output in ensembles:
+                self.uncertain[ensembles[output]] = each
         #: The largest difference found, relative to 1 plus the largest number.
         self.difference = 0.0
 
@@ -141,7 +148,7 @@ class ModelCheck:
                 self._compare(output, -torch.cat(slopes), expected.forces)
             else:
                 self._compare(output, values.reshape(expected.values.shape), expected.values)
-        for output, numbers in self.of_committee.items():
+        for output, numbers in self.uncertain.items():
             systems = [make_system(s, options, self.dtype) for s in self.structures]
             evaluation = ModelEvaluationOptions(
                 "angstrom", {output: ModelOutput(sample_kind="system")}
@@ -162,9 +169,14 @@ class ModelCheck:
         again = load_checkpoint(path).model
         pairs = [(s, structure_neighbors(s, again.cutoff)) for s in self.structures]
         wanted = {name: (again.target(name).is_energy, False) for name in targets}
-        found = again.predict_targets(collate(pairs, self.inside).graph, wanted)
+        graph = collate(pairs, self.inside).graph
+        found = predict_uncertain(again, graph, wanted, fresh(again))
         for name, target in targets.items():
             new, expected = found[name], self.expected[target]
+            if isinstance(expected, LastLayerPrediction):
+                assert isinstance(new, LastLayerPrediction), f"the uncertainty of {name} is lost"
+                self._compare(name, new.uncertainty("energy"), expected.uncertainty("energy"))
+                self._compare(name, new.members.energy, expected.members.energy)
             if isinstance(new, Prediction):
                 assert isinstance(expected, Prediction)
                 assert new.forces is not None

@@ -17,6 +17,7 @@ from rich.table import Table
 from pet_finetune.adapters import active_adapter, load_adapter, merged_copy
 from pet_finetune.checkpoint import Checkpoint, load_checkpoint, weights_fingerprint
 from pet_finetune.committee.files import COMMITTEE_FILE, Adapters, committee_members
+from pet_finetune.committee.last_layer import fresh
 from pet_finetune.config import Options
 from pet_finetune.data.probe import probe_structures
 from pet_finetune.data.structure import Structure
@@ -103,6 +104,7 @@ def export_model(
     path = check_output(output, source)
     opened = load_checkpoint(source)
     potentials, of_adapter, calibration = _merged(opened.model, adapter)
+    _drop_stale(potentials)
     for potential in potentials if wanted is not None else ():
         potential.to(wanted)
     about = _About(name or path.stem, authors, _card(potentials[0], opened, adapter))
@@ -132,7 +134,7 @@ def _write_metatomic(
 ) -> ExportOutcome:
     """Write a model for engines."""
     from .check import ModelCheck
-    from .targets import choose_outputs, committee_outputs
+    from .targets import choose_outputs, uncertainty_outputs
     from .write import interaction_range, write_model
 
     potential = potentials[0]
@@ -145,8 +147,8 @@ def _write_metatomic(
     if inside != outside:
         floating += f" outside, {str(inside).removeprefix('torch.')} in the network"
     named = dict(outputs)
-    if len(potentials) > 1:
-        named |= {other: outputs[name] for name in outputs for other in committee_outputs(name)}
+    for uncertain in uncertainty_outputs(potentials, outputs):
+        named |= {other: outputs[name] for name, other in uncertain.items()}
     with warnings.catch_warnings():
         # Of torch about TorchScript, which metatomic's format is made of.
         warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -318,6 +320,15 @@ def _merged(
     if config is None:
         return [model], None, 1.0
     return [merged_copy(model)], config.target, 1.0
+
+
+def _drop_stale(potentials: Sequence[Potential]) -> None:
+    """Leave out last-layer uncertainties that do not hold, and those of the members' base."""
+    first, *others = potentials
+    known = {} if others else fresh(first)
+    for potential in potentials:
+        for target in [name for name in potential.uncertainties if name not in known]:
+            del potential.uncertainties[target]
 
 
 def _sharing(members: list[Potential]) -> list[Potential]:

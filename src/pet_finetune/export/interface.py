@@ -5,7 +5,7 @@ of :mod:`typing`.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Dict, List, Optional  # noqa: UP035
+from typing import Dict, List, Optional, Tuple  # noqa: UP035
 
 import torch
 from metatensor.torch import Labels, TensorMap
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from pet_finetune.graph import Batch
 from pet_finetune.model import Potential
+from pet_finetune.model.last_layer import LastLayer
+from pet_finetune.model.pet import features_key
 
 from .systems import flatten, integer_input, selected_rows
-from .targets import PlainTarget, Wanted, committee_outputs
+from .targets import PlainTarget, Wanted, uncertainty_outputs
 
 
 class ExportedMember(nn.Module):
@@ -27,6 +29,8 @@ class ExportedMember(nn.Module):
         outputs: metatomic's name of each output, and the target it is.
     """
 
+    features_of: List[str]  # noqa: UP006
+
     def __init__(self, potential: Potential, outputs: Mapping[str, str]) -> None:
         super().__init__()
         self.targets = nn.ModuleList(
@@ -34,21 +38,29 @@ class ExportedMember(nn.Module):
         )
         self.target_names = list(outputs.values())
         self.network = potential.network
+        self.features_of = [name for name in self.target_names if name in potential.uncertainties]
 
-    def forward(self, batch: Batch, repulsion: Optional[Tensor]) -> List[Tensor]:  # noqa: UP006, UP045
-        """The values of each atom for each output, [n_atoms, ...]."""
-        raw = self.network(batch, self.target_names)
+    def forward(
+        self,
+        batch: Batch,
+        repulsion: Optional[Tensor],  # noqa: UP045
+        with_features: bool,
+    ) -> Tuple[List[Tensor], Dict[str, Tensor]]:  # noqa: UP006
+        """The values of each atom for each output, [n_atoms, ...], and features where asked for."""
+        seen: List[str] = self.features_of if with_features else []  # noqa: UP006
+        raw = self.network(batch, self.target_names, False, seen)
         values: List[Tensor] = []  # noqa: UP006
         for index, target in enumerate(self.targets):
             values.append(target.scaled(raw[self.target_names[index]], batch.numbers, repulsion))
-        return values
+        return values, raw
 
 
 class ExportedPotential(nn.Module):
     """A potential as metatomic calls it; forces and stresses are the engine's derivatives.
 
     Several potentials are a committee: each output is their mean, and energies have their spread
-    and what each of them says beside it.
+    and what each of them says beside it. Energies of one potential have the same where its last
+    layer has an uncertainty.
 
     Args:
         potentials: without adapters, in evaluation mode, of one make; they are given up.
@@ -58,6 +70,7 @@ class ExportedPotential(nn.Module):
 
     spreads: Dict[str, str]  # noqa: UP006
     ensembles: Dict[str, str]  # noqa: UP006
+    seen: Dict[str, str]  # noqa: UP006
 
     def __init__(
         self, potentials: Sequence[Potential], outputs: Mapping[str, str], calibration: float = 1.0
@@ -72,12 +85,13 @@ class ExportedPotential(nn.Module):
             for other in potential.targets.keys() - outputs.values():
                 potential.remove_target(other)
         self.members = nn.ModuleList(ExportedMember(potential, outputs) for potential in potentials)
-        # Of energies, by the name of the output; empty without a committee.
-        self.spreads = {}
-        self.ensembles = {}
-        if len(potentials) > 1:
-            for output in outputs:
-                self.spreads[output], self.ensembles[output] = committee_outputs(output)
+        # Of energies, by the name of the output; empty where there is no uncertainty.
+        self.spreads, self.ensembles = uncertainty_outputs(potentials, outputs)
+        layers = {output: first.uncertainty_of(target) for output, target in outputs.items()}
+        # Where in what the network returns the features of an output's last layer stand.
+        self.seen = {name: features_key(outputs[name]) for name in layers if layers[name]}
+        nothing = LastLayer(torch.eye(1), torch.eye(1), 0.0)  # never called
+        self.layers = nn.ModuleList(layer or nothing for layer in layers.values())
         self.packers = nn.ModuleList(
             PlainTarget(first, target, output) for output, target in outputs.items()
         )
@@ -128,33 +142,48 @@ class ExportedPotential(nn.Module):
             spins=spins,
         )
         repulsion = self.repulsion(batch)
+        unsure = False
+        for name in self.spreads:
+            unsure = (
+                unsure or self.spreads[name] in outputs or self.ensembles.get(name, "") in outputs
+            )
         said: List[List[Tensor]] = []  # noqa: UP006
+        raw: Dict[str, Tensor] = {}  # noqa: UP006
         for member in self.members:
-            said.append(member(batch, repulsion))
+            of_targets, raw = member(batch, repulsion, unsure)
+            said.append(of_targets)
         rows = torch.arange(flat.numbers.size(0), device=flat.numbers.device)
         ids = torch.arange(len(systems), device=flat.numbers.device)
         if selected_atoms is not None:
             rows = selected_rows(selected_atoms, flat.sizes)
             ids = torch.unique(flat.samples[rows, 0])
         wanted = Wanted(rows, flat.samples[rows], ids, flat.cells)
-        for index, packer in enumerate(self.packers):
+        for index, (packer, layer) in enumerate(zip(self.packers, self.layers)):  # noqa: B905
             name = self.outputs[index]
             values = torch.stack([of_member[index] for of_member in said])
             if name in outputs:
                 of_atoms = outputs[name].sample_kind == "atom"
                 results[name] = packer.pack(values.mean(0)[wanted.rows], wanted, of_atoms)
-            if name in self.ensembles:
+            if unsure and name in self.spreads:
                 # [n_atoms, n_members]
                 ensemble = values.squeeze(-1).transpose(0, 1)[wanted.rows]
-                each, spread = self.ensembles[name], self.spreads[name]
+                features = ensemble
+                if name in self.seen:
+                    features = raw[self.seen[name]][wanted.rows].to(torch.float64)
+                    ensemble = ensemble + layer.deviations(features)
+                spread, each = self.spreads[name], self.ensembles.get(name, "")
                 if each in outputs:
                     of_atoms = outputs[each].sample_kind == "atom"
                     results[each] = packer.pack_ensemble(ensemble, wanted, of_atoms)
                 if spread in outputs:
                     of_atoms = outputs[spread].sample_kind == "atom"
-                    results[spread] = packer.pack_spread(
-                        ensemble, wanted, of_atoms, self.calibration
-                    )
+                    if name in self.seen:
+                        sure = layer(features if of_atoms else packer.summed(features, wanted))
+                        results[spread] = packer.labelled(sure.unsqueeze(1), wanted, of_atoms)
+                    else:
+                        results[spread] = packer.pack_spread(
+                            ensemble, wanted, of_atoms, self.calibration
+                        )
         return results
 
     def conditions(self, systems: List[System]) -> tuple[Tensor, Tensor]:  # noqa: UP006

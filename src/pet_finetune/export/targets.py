@@ -1,6 +1,6 @@
 """The outputs of an exported model: which there are, and what it makes of their targets."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,10 +37,26 @@ def choose_outputs(
     return {**outputs, **plain, "energy": energy}
 
 
-def committee_outputs(energy: str) -> tuple[str, str]:
-    """The names of an energy's uncertainty and of what each member of a committee says."""
-    base, slash, variant = energy.partition("/")
-    return f"{base}_uncertainty{slash}{variant}", f"{base}_ensemble{slash}{variant}"
+def uncertainty_outputs(
+    potentials: Sequence[Potential], outputs: Mapping[str, str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """The names of the uncertainties of energies, and of what each member says, by energy.
+
+    Args:
+        potentials: several are a committee; one has what its last layers give.
+        outputs: the name of each output, and the target it is.
+    """
+    spreads: dict[str, str] = {}
+    ensembles: dict[str, str] = {}
+    first = potentials[0]
+    for output, target in outputs.items():
+        layer = first.uncertainty_of(target)
+        base, slash, variant = output.partition("/")
+        if len(potentials) > 1 or (layer is not None and first.target(target).is_energy):
+            spreads[output] = f"{base}_uncertainty{slash}{variant}"
+            if layer is None or layer.num_members:
+                ensembles[output] = f"{base}_ensemble{slash}{variant}"
+    return spreads, ensembles
 
 
 class Wanted(NamedTuple):

@@ -17,7 +17,7 @@ from pet_finetune.keys import TargetSpec
 from pet_finetune.model import Potential
 
 from .interface import ExportedPotential
-from .targets import committee_outputs
+from .targets import uncertainty_outputs
 
 __all__ = ["interaction_range", "write_model"]
 
@@ -81,10 +81,8 @@ def write_model(
         extra=dict(card or {}),
     )
     described = {output: _described(first.target(of)) for output, of in outputs.items()}
-    if len(potentials) > 1:
-        for output in outputs:
-            for of_committee in committee_outputs(output):
-                described[of_committee] = _described(first.target(outputs[output]))
+    for names in uncertainty_outputs(potentials, outputs):
+        described |= {name: _described(first.target(outputs[of])) for of, name in names.items()}
     capabilities = ModelCapabilities(
         outputs=described,
         atomic_types=list(first.species),

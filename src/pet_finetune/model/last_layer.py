@@ -8,9 +8,9 @@ al. (Mach. Learn.: Sci. Technol. 5, 045018 (2024), https://doi.org/10.1088/2632-
 
 with a factor alpha that a validation set sets. Members of an ensemble have last layers drawn from
 the same distribution, so that derivatives have a spread as well.
-"""
 
-from __future__ import annotations
+TorchScript reads the annotations of the class.
+"""
 
 import torch
 from torch import Tensor

@@ -122,6 +122,12 @@ class Potential(nn.Module):
             raise ValueError(f"it is of {layer.width} features, and the last layer sees {width}")
         self.uncertainties[self.target(target).name] = layer.to(self.device)
 
+    def uncertainty_of(self, target: str) -> LastLayer | None:
+        """The last-layer uncertainty of a target, whichever weights it was made for."""
+        layer = self.uncertainties[target] if target in self.uncertainties else None  # noqa: SIM401
+        assert layer is None or isinstance(layer, LastLayer)
+        return layer
+
     def add_species(
         self, numbers: Iterable[int], like: Mapping[int, int] | None = None
     ) -> tuple[int, ...]:
