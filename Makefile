@@ -8,8 +8,8 @@ PYTHON ?= $(shell for p in python3.11 python3; do \
 	$$p -c 'import venv' >/dev/null 2>&1 && { echo $$p; break; }; done)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -q
 
-.PHONY: env demo lint docs check check-unit check-contract test test-whole test-core test-plain \
-	test-avx2 bench clean
+.PHONY: env demo lint docs check check-unit check-contract check-runs test test-whole test-core \
+	test-plain test-avx2 bench clean
 
 env: $(STAMP)
 
@@ -41,10 +41,16 @@ TWO := $(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target
 
 # The fast lane, for while one works: under three minutes on two cores.
 check: env
-	@+$(TWO) lint check-unit check-contract
+	@+$(TWO) lint check-contract check-unit check-runs
+
+# Of about the same length as the others, so that both cores are busy to the end.
+RUNS := $(addprefix tests/unit/,committee dynamics model training)
 
 check-unit: env
-	$(PYTEST) -m "not slow" tests/unit
+	$(PYTEST) -m "not slow" tests/unit $(addprefix --ignore=,$(RUNS))
+
+check-runs: env
+	$(PYTEST) -m "not slow" $(RUNS)
 
 check-contract: env
 	$(PYTEST) -m "not slow" tests/contract

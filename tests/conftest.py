@@ -19,13 +19,26 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
+@pytest.hookimpl(tryfirst=True)  # before those that are marked are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by what they are: parity by folder, shared by the fixture they ask for."""
+    """Mark tests by what they are: parity by folder, shared by the fixture they ask for.
+
+    Of the cases of a test that is marked ``few(n)``, all but ``n`` are marked ``slow``.
+    """
+    cases: dict[tuple[Path, str], list[pytest.Item]] = {}
     for item in items:
+        if item.get_closest_marker("few") is not None:
+            cases.setdefault((item.path, item.name.partition("[")[0]), []).append(item)
         if "parity" in item.path.relative_to(REPOSITORY).parts:
             item.add_marker(pytest.mark.parity)
         if "shared_dir" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.shared)
+    for own in cases.values():
+        (count,) = own[0].get_closest_marker("few").args
+        kept = {len(own) * (2 * k + 1) // (2 * count) for k in range(count)}  # evenly spread
+        for number, item in enumerate(own):
+            if number not in kept:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session", autouse=True)

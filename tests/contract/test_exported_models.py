@@ -76,6 +76,7 @@ def _plainly() -> Any:
         yield
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("method", [*METHODS, *QUANTISED])
 def test_of_every_method(method: str, tmp_path: Path) -> None:
     base = random_potential(num_gnn_layers=1, zbl=True)
@@ -89,6 +90,7 @@ def test_of_every_method(method: str, tmp_path: Path) -> None:
     assert_same_numbers(engine(path), calculator, [ethanol(), crystal()], 1e-10)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("kind", "dtype", "tolerance"),
     [*((kind, "float64", 1e-10) for kind in KINDS), ("today", "float32", 1e-5)],
@@ -120,6 +122,7 @@ def test_of_variants_and_properties(tmp_path: Path) -> None:
         assert_same_numbers(found, calculator, [ethanol(), crystal()], 1e-10, energies=False)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("kind", "dtype", "members"),
     [("today", "float64", 3), ("first", "float64", 0), ("grid", None, 3)],
@@ -162,6 +165,7 @@ def test_of_a_last_layer(kind: str, dtype: str | None, members: int, tmp_path: P
             np.testing.assert_allclose(summed, whole, **close)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", ["float64", None])
 def test_of_a_committee(dtype: str | None, tmp_path: Path) -> None:
     """The mean, the spread and what each member says, of systems and of atoms."""

@@ -74,6 +74,7 @@ def test_a_quantised_base_is_the_rounded_one(base: Potential, settings):
     laws.assert_close(laws.predict(merged_copy(single).double(), FRAMES), found, 1e-3)
 
 
+@pytest.mark.few(4)
 def test_merged_equals_unmerged(adapted: Potential, start: Potential, tolerance: float):
     laws.merged_equals_unmerged(adapted, start, FRAMES, tolerance)
 
@@ -120,6 +121,7 @@ def test_saving_loses_nothing(adapted: Potential, tmp_path: Path, tolerance: flo
     laws.saving_loses_nothing(adapted, FRAMES, tmp_path, tolerance)
 
 
+@pytest.mark.few(4)
 def test_saving_an_adapter_loses_nothing(
     adapted: Potential, base: Potential, start: Potential, tmp_path: Path, tolerance: float
 ):

@@ -82,6 +82,7 @@ def test_energies_are_smooth_at_the_cutoff(prompted):
     assert gap.abs() > 1e-3
 
 
+@pytest.mark.slow
 def test_the_folder_has_pefts_names(prompted, tmp_path):
     save_adapter(prompted, tmp_path, "base-1")
     config = json.loads((tmp_path / CONFIG_FILE).read_text())

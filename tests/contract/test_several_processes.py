@@ -112,6 +112,7 @@ def fit(stop=0, saved=None, **settings):
     return weights(made), result, states[-1], curve(records)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4)])
 def test_a_run_goes_on_with_another_number_of_processes(before, after):
     expected, result, _, lines = fit()
@@ -132,6 +133,7 @@ def test_a_run_goes_on_with_another_number_of_processes(before, after):
             assert one[7] == pytest.approx(other[7], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_all_processes_stop_early_after_the_same_epoch_and_more_processes_than_structures_work():
     settings = {"num_epochs": 30, "early_stopping": {"patience": 2, "min_delta": 0.5}}
     _, alone, _, _ = fit(**settings)

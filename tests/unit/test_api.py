@@ -89,6 +89,7 @@ def test_a_notebook_shows_table_and_curves(result):
     assert any("forces MAE" in title for title in titles)
 
 
+@pytest.mark.slow
 def test_a_folder_gets_what_the_command_line_writes(base, tmp_path):
     folder = tmp_path / "run"
     frames = molecules(8)
@@ -232,6 +233,7 @@ def test_public_names_are_documented():
     assert missing == ["__version__"]
 
 
+@pytest.mark.slow
 def test_a_loaded_model_is_exported(base, tmp_path):
     outcome = pf.export(pf.load(base), tmp_path / "model.pt")
     assert outcome.path.exists()

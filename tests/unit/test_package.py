@@ -21,6 +21,7 @@ def test_public_names_can_be_imported(name: str) -> None:
     assert name in dir(pet_finetune)
 
 
+@pytest.mark.slow
 def test_no_folder_of_the_package_hides_a_public_name() -> None:
     code = (
         "import pet_finetune.export.export, pet_finetune; "

@@ -64,6 +64,7 @@ def assert_says_what_its_members_say(models, frames, tolerance, one_pass=True):
     assert float(found.spread("energy").min()) > 1e-3
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize("hypers", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("targets", [None, "all-linear"])
 def test_one_pass_equals_the_members_one_by_one(hypers, targets, both_ways):
@@ -123,6 +124,7 @@ def members_from(base, layer, count=3):
     return models
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize("hypers", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("layer", [1, 2])
 def test_layers_before_the_first_difference_are_shared(hypers, layer, both_ways, monkeypatch):

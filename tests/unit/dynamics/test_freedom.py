@@ -145,6 +145,7 @@ def test_what_turns_about_a_fixed_atom_keeps_its_angular_momentum_which_is_taken
     np.testing.assert_allclose(np.cross(arms, atoms.get_momenta()).sum(axis=0), 0.0, atol=1e-9)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "constraints",
     [

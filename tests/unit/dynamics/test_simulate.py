@@ -102,6 +102,7 @@ HELD = {
 }
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("kind", ["nve", "langevin", "bussi"])
 @pytest.mark.parametrize("held", HELD)
 def test_a_stopped_run_goes_on_with_its_masses_and_constraints(

@@ -187,6 +187,7 @@ def test_features_that_keep_nothing_do_nothing():
         assert feature.heads == ()
 
 
+@pytest.mark.slow
 def test_the_package_works_without_this_room(tmp_path):
     """Deleting the folder takes its features away and nothing else."""
     package = Path(pet_finetune.__file__).parent

@@ -25,6 +25,7 @@ NOTES = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", SETS)
 def test_known_faults_and_no_others(shared_dir, name):
     inspection = look(read(shared_dir / "data" / f"{name}.xyz"))

@@ -287,7 +287,7 @@ def counted(monkeypatch, count):
 
 def test_the_look_is_linear_in_frames(monkeypatch):
     """Counts, not seconds: each frame is looked at a fixed number of times, fits are bounded."""
-    small, large = counted(monkeypatch, 100), counted(monkeypatch, 400)
+    small, large = counted(monkeypatch, 60), counted(monkeypatch, 240)
     assert large["neighbours"] <= 4.2 * small["neighbours"]
     assert large["steps"] <= 4.5 * small["steps"]
     assert large["atoms fitted"] <= 120 * 4

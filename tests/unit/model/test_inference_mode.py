@@ -90,6 +90,7 @@ def committee(path: Path) -> PETCalculator:
     return PETCalculator(path / "base.ckpt", adapters=[path / "0", path / "1"], device="cpu")
 
 
+@pytest.mark.few(8)
 @pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("make", [as_it_is, with_loaded_adapter, committee])
 @pytest.mark.parametrize("repeats", [1, 3], ids=["few atoms", "many atoms"])

@@ -19,7 +19,6 @@ from pet_finetune.model.direct import direct_targets, predict_direct
 #: Of a kernel each: widths that the fused operators take.
 WIDE = {"d_pet": 16, "d_node": 32, "d_head": 16, "d_feedforward": 16, "num_heads": 2}
 TRACED, OTHERS = [ethanol(), crystal()], [[crystal()], [ethanol(), crystal(), ethanol()]]
-EVERY_BACKEND = pytest.mark.parametrize("backend", [EAGER, FUSED], ids=lambda b: b.name)
 
 
 def model_of(kind: str, backend) -> Potential:
@@ -42,8 +41,26 @@ def inputs_of(model: Potential, frames) -> tuple[list[Tensor], object]:
     return tree_flatten(model.network.neighborhood.with_edges(batch))
 
 
-@EVERY_BACKEND
-@pytest.mark.parametrize("kind", ["full", "lora", "adaptive"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [
+        ("lora", FUSED),
+        *(
+            pytest.param(kind, backend, marks=SLOW)
+            for kind, backend in (
+                ("full", EAGER),
+                ("full", FUSED),
+                ("lora", EAGER),
+                ("adaptive", EAGER),
+                ("adaptive", FUSED),
+            )
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
 def test_a_step_of_training_as_a_graph(kind, backend, request):
     """Energy, forces, stress, and the gradients of a loss on them by all that trains."""
     if backend is FUSED:
@@ -83,7 +100,7 @@ def test_a_step_of_training_as_a_graph(kind, backend, request):
             torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-9)
 
 
-@EVERY_BACKEND
+@pytest.mark.parametrize("backend", [pytest.param(EAGER, marks=SLOW), FUSED], ids=lambda b: b.name)
 def test_direct_forces_as_a_graph(backend, request):
     if backend is FUSED:
         request.getfixturevalue("with_kernels")

@@ -173,6 +173,7 @@ ODD = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", ODD)
 @pytest.mark.filterwarnings("error")
 def test_odd_sets_make_a_page_without_a_warning(name):

@@ -93,6 +93,7 @@ def test_at_least_one_structure_and_at_most_all(fraction):
     assert counted == [6, 1 if fraction < 0.5 else 6]
 
 
+@pytest.mark.slow
 def test_training_with_it_makes_orientations_agree():
     plain = make_trainer(num_epochs=12)
     consistent = make_trainer(num_epochs=12, rotational_consistency={"weight": 10, "fraction": 1.0})

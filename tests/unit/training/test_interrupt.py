@@ -40,6 +40,7 @@ def test_a_second_interrupt_acts(at_start):
     assert signal.getsignal(signal.SIGINT) == at_start
 
 
+@pytest.mark.slow
 def test_a_second_termination_ends_a_process_that_ignored_it():
     script = (
         "import os, signal\n"

@@ -90,6 +90,7 @@ def uninterrupted(recipe):
     return weights(trainer), curve(records), result, trainer.progress.step
 
 
+@pytest.mark.few(13)
 @pytest.mark.parametrize("stop", ["early", "late"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_stopped_run_goes_on_as_the_run_that_never_stopped(recipe, stop):

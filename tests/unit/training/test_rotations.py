@@ -37,6 +37,7 @@ def test_against_its_definition():
     assert spread.forces > 1e-5
 
 
+@pytest.mark.slow
 def test_batches_do_not_matter_but_for_the_orientations():
     model = random_potential().train()
     one, two = (rotational_spread(model, batches(model, size=s), "energy", 200) for s in (1, 3))

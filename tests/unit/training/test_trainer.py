@@ -51,6 +51,7 @@ def uninterrupted(kind):
     return weights(whole), curve(records), result
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_stopped_at_any_step_and_resumed_is_the_run_that_never_stopped(kind, stop):
