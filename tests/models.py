@@ -140,9 +140,9 @@ def trained_adapter(model: Potential, seed: int = 1, **config: Any) -> Potential
         for parameter in model.network.parameters():
             if parameter.requires_grad:
                 parameter += 0.1 * torch.randn_like(parameter)
-    target = config.get("target", "energy")
-    model.composition.set(target, model.composition.get(target) + 0.5)
-    model.scale.set(target, 1.1 * model.scale.get(target))
+    for target in config.get("targets", ("energy",)):
+        model.composition.set(target, model.composition.get(target) + 0.5)
+        model.scale.set(target, 1.1 * model.scale.get(target))
     return model.eval()
 
 

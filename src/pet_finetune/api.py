@@ -302,7 +302,8 @@ def evaluate(
         model: a checkpoint or a loaded model.
         structures: ``Atoms``, a list of them, the path of a file, or a list of paths.
         adapter: folder of an adapter of this checkpoint.
-        target: which target is compared; None for the adapter's, or the only energy.
+        target: which target is compared; None for the energy of the adapter or, where there is
+            none, of the model; of several, ``energy``.
         device: ``auto``, ``cpu`` or ``cuda``.
         labels: names and units of the labels. Structures without are predicted only.
         as_tensormaps: whether the result holds metatensor's ``TensorMap`` of the target too; or

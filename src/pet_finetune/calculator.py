@@ -72,8 +72,8 @@ class PETCalculator(Calculator):
             there anyway. Of a last layer (LLPR), ``"on_demand"`` leaves the energy's uncertainty
             too. None is ``"always"`` for a committee, and for a last layer the energy's
             uncertainty with everything else and its members' forces and stress on demand.
-        target: the energy to use. Without it: the adapter's, else the only one there is, else
-            ``energy``.
+        target: the energy to use. Without it: the only one of the adapter, or of the model where
+            there is none, else ``energy``.
         non_conservative: True for forces and stress from the model's direct heads
             (``non_conservative_...``) instead of derivatives of the energy, ``"forces"`` or
             ``"stress"`` for one of them: faster, and energies are no longer conserved.
@@ -132,7 +132,7 @@ class PETCalculator(Calculator):
         self._adapted: AdaptedPotential | None = None
         potential: Potential | Committee
         if adapters is not None:
-            potential = open_committee(model, adapters)
+            potential = open_committee(model, adapters, target)
         else:
             self._adapted = open_adapted(model, adapter)
             potential = self._adapted.potential
@@ -243,20 +243,27 @@ class PETCalculator(Calculator):
         self._last_layer = self._choose_last_layer()
 
     def _choose_target(self) -> str:
-        of_adapter = None if self._adapted is None else self._adapted.target
-        return self._model.energy_target(self._wanted_target or of_adapter)
+        if isinstance(self._model, Committee):
+            return self._model.energy_target(self._wanted_target)
+        return self._model.energy_target(self._wanted_target, self._of_adapter)
+
+    @property
+    def _of_adapter(self) -> tuple[str, ...]:
+        return () if self._adapted is None else self._adapted.targets
 
     def _choose_direct(self) -> DirectTargets | None:
-        """The direct targets in use, which no adapter changes with the features under them."""
+        """The direct targets in use: those of the adapter, where there is one."""
         if self._wanted_direct is False:
             return None
-        if isinstance(self._model, Committee) or self.active_adapter is not None:
+        if isinstance(self._model, Committee):
             raise ConfigError(
-                "non_conservative: an adapter is for one target, and the direct heads of its base "
-                "do not fit its features. Use non_conservative=False, or a checkpoint whose "
-                "direct heads were trained with its energy."
+                "non_conservative: a committee is of one energy, and has no direct heads. Use "
+                "non_conservative=False, or one of its adapters."
             )
-        return direct_targets(self._model.targets, self._target, self._wanted_direct)
+        targets = self._model.targets
+        if self._of_adapter:  # direct heads of the base do not fit the adapter's features
+            targets = {name: targets[name] for name in self._of_adapter}
+        return direct_targets(targets, self._target, self._wanted_direct)
 
     def _choose_last_layer(self) -> LastLayer | None:
         """The uncertainty of the target's last layer; also what properties there are with it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +15,7 @@ __all__ = [
     "direct_quantity",
     "forces_key",
     "label_kind",
+    "main_energy",
     "output_name",
     "stress_key",
     "uncertainty_key",
@@ -112,6 +113,13 @@ class TargetSpec:
         vectors and tensors in Cartesian components.
         """
         return self.block if self.block is not None else f"{self.name}___0"
+
+
+def main_energy(energies: Collection[str]) -> str | None:
+    """The energy meant where none is named: the only one there is, else ``energy``, if any."""
+    if len(energies) == 1:
+        return next(iter(energies))
+    return "energy" if "energy" in energies else None
 
 
 def base_name(target: str) -> str:

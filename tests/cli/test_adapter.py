@@ -12,6 +12,8 @@ import torch
 from models import ethanol, trained_adapter
 from pet_finetune import PETCalculator, load, load_checkpoint
 from pet_finetune.adapters import read_adapter, save_adapter, write_adapter
+from pet_finetune.checkpoint import save_checkpoint
+from pet_finetune.keys import TargetSpec
 
 
 @pytest.fixture
@@ -32,6 +34,25 @@ def test_info(command, folders):
     assert answer.code == 0
     for text in ("LoRA", "rank-stabilised LoRA", "2, 3", "attention.input_linear", "base.ckpt"):
         assert text in answer.out
+
+
+def test_several_targets(command, here: Path):
+    base = load_checkpoint("base.ckpt").model
+    base.add_target(TargetSpec("charges", "charge", "e", per_atom=True))
+    save_checkpoint("two.ckpt", base)
+    for seed, name in enumerate("ab"):
+        tuned = trained_adapter(copy.deepcopy(base), seed=seed, targets=["energy", "charges"])
+        save_adapter(tuned, here / name, "two.ckpt")
+    assert "energy, charges" in command("adapter", "info", "a").out
+    answer = command("adapter", "check", "a", "b", "-c", "two.ckpt")
+    assert answer.code == 0, answer.out
+    assert "a: ok: 'energy' and its forces of a pair of atoms of each element: finite" in answer.out
+    assert "a: ok: 'charges' of a pair of atoms of each element: finite" in answer.out
+    answer = command("adapter", "combine", "a", "b", "-o", "ab")
+    assert answer.code == 0, answer.err
+    answer = command("adapter", "merge", "ab", "-c", "two.ckpt", "-o", "merged.ckpt")
+    assert answer.code == 0, answer.err
+    assert list(load_checkpoint("merged.ckpt").model.targets) == ["energy", "charges"]
 
 
 def test_check_alone_with_the_base_and_together(command, folders):

@@ -220,8 +220,10 @@ CASES = [
     Case("direct stress of molecules", LORA,
          ("no frame of train.xyz is periodic in all three directions", "Leave the target out"),
          options_file(**targets(non_conservative_stress={"key": "energy"}))),
-    Case("several targets for one adapter", LORA, ("an adapter is for one target", "method full"),
-         options_file(**targets(energy={}, non_conservative_forces={"key": "forces"}))),
+    Case("several targets for a committee", LORA,
+         ("finetune.ensemble: a committee is of one energy", "energy, non_conservative_forces"),
+         options_file({"finetune": {"ensemble": 2}}, **targets(
+             energy={}, non_conservative_forces={"key": "forces"}))),
     Case("batches that are all left out",
          (*LORA, "-r", f"{TRAINING}.max_atoms_per_batch=7", "-r",
           f"{TRAINING}.min_atoms_per_batch=7"),

@@ -9,11 +9,12 @@ import pytest
 import torch
 from laws import predict
 
-from models import ethanol, random_potential, trained_adapter
+from models import ethanol, property_potential, random_potential, trained_adapter
 from pet_finetune import load_checkpoint
 from pet_finetune.adapters import save_adapter
 from pet_finetune.checkpoint import save_checkpoint
 from pet_finetune.cli import main
+from pet_finetune.keys import TargetSpec
 
 
 def test_help_says_what_it_is_for(capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,7 +28,7 @@ def test_a_checkpoint_with_an_adapter(command, here: Path) -> None:
     base = load_checkpoint("base.ckpt").model
     base.add_target(random_potential(targets=("energy/pbe",)).target("energy/pbe"))
     save_checkpoint("two.ckpt", base)
-    adapted = trained_adapter(copy.deepcopy(base), target="energy/pbe")
+    adapted = trained_adapter(copy.deepcopy(base), targets=["energy/pbe"])
     save_adapter(adapted, here / "adapter", "two.ckpt")
     answer = command("export", "two.ckpt", "--adapter", "adapter", "--dtype", "float64")
     assert answer.code == 0, answer.err
@@ -39,6 +40,27 @@ def test_a_checkpoint_with_an_adapter(command, here: Path) -> None:
         atoms.calc = engines.MetatomicCalculator("two.pt", device="cpu")
         expected = predict(adapted.double(), [atoms], "energy/pbe").energy
         assert atoms.get_potential_energy() == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_an_adapter_of_several_targets(command, here: Path) -> None:
+    base = property_potential()
+    base.add_target(TargetSpec("energy/pbe"), inherit_from="energy")
+    save_checkpoint("all.ckpt", base)
+    tuned = trained_adapter(copy.deepcopy(base), targets=["energy/pbe", "energy", "charges"])
+    save_adapter(tuned, here / "adapter", "all.ckpt")
+    answer = command("export", "all.ckpt", "--adapter", "adapter", "-o", "out.pt")
+    assert answer.code == 0, answer.err
+    assert "energy, mtt::charges, energy/pbe" in answer.out
+    assert "Left out, because the adapter was not trained for them: gap, dos" in answer.err
+    answer = command(
+        *("export", "all.ckpt", "--adapter", "adapter", "-o", "out.ckpt", "--format", "metatrain")
+    )
+    assert answer.code == 0, answer.err
+    assert set(load_checkpoint("out.ckpt").model.targets) == {
+        "energy",
+        "mtt::charges",
+        "energy/pbe",
+    }
 
 
 def test_several_energies_and_none_of_them_plain(command, here: Path) -> None:

@@ -156,7 +156,7 @@ def test_targets_get_the_names_that_metatrain_takes(command, here: Path) -> None
 
 
 def test_an_adapter_is_merged(command, here: Path) -> None:
-    adapted = trained_adapter(random_potential(), target="energy")
+    adapted = trained_adapter(random_potential(), targets=["energy"])
     save_checkpoint("plain.ckpt", random_potential())
     save_adapter(adapted, here / "adapter", "plain.ckpt")
     answer = command("export", "plain.ckpt", "--adapter", "adapter", "-o", "model.ckpt")

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from pet_finetune import PETCalculator
+from pet_finetune.adapters import read_adapter
 from pet_finetune.checkpoint import load_checkpoint, open_potential
 from pet_finetune.data import batch_from_atoms
 from pet_finetune.training.progress import RunDisplay
@@ -97,8 +98,8 @@ def test_an_adapter_of_a_single_property(name: str, command: Any) -> None:
     assert answer.code == 0, answer.err
     best = load_checkpoint("run/best_model.ckpt").model
     assert list(best.targets) == [name]
-    adapted, target = open_potential("base.ckpt", "run/adapter")
-    assert target == name
+    adapted, targets = open_potential("base.ckpt", "run/adapter")
+    assert targets == (name,)
     batch = batch_from_atoms(ase.io.read("test.xyz", ":"), best.cutoff, best.dtype)
     found = [model.predict_property(batch, name).detach() for model in (best, adapted)]
     assert torch.equal(*found)
@@ -108,7 +109,7 @@ def test_an_adapter_of_a_single_property(name: str, command: Any) -> None:
     assert f"{name} MAE" in answer.out
 
 
-@pytest.mark.parametrize("method", ["full", "heads"])
+@pytest.mark.parametrize("method", ["full", "heads", "lora"])
 def test_a_run_of_several_targets_goes_on_exactly(
     method: str, command: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,6 +141,66 @@ def test_a_run_of_several_targets_goes_on_exactly(
     ]
     assert tables[0] == tables[1]
     assert Path("run/results.json").read_text() == Path("whole/results.json").read_text()
+
+
+def test_two_levels_of_theory_under_one_adapter(command: Any, stop: Any) -> None:
+    """Two training sets, each with targets, keys and weights of its own; stopped and resumed."""
+    rng = np.random.default_rng(3)
+    for name, shift, count in (("cheap", 0.0, 6), ("dear", 7.0, 5)):
+        frames = molecules(count, seed=count)
+        for atoms in frames:
+            results = atoms.calc.results
+            atoms.info[f"{name}_energy"] = results["energy"] + shift * len(atoms)
+            atoms.arrays[f"{name}_forces"] = results["forces"] * (1.0 + 0.01 * shift)
+            atoms.info["weight"] = rng.uniform(0.5, 2.0)
+            atoms.calc = None
+        write_frames(Path(f"{name}.xyz"), frames)
+
+    def data(name: str, target: str, **more: Any) -> dict[str, Any]:
+        own = {"quantity": "energy", "key": f"{name}_energy", "forces": {"key": f"{name}_forces"}}
+        systems = {"read_from": f"{name}.xyz", "length_unit": "angstrom"}
+        return {"systems": systems, "targets": {target: {**own, **more}}}
+
+    sets = [data("cheap", "energy"), data("dear", "energy/dft", weight_key="weight")]
+    test = [data("cheap", "energy"), data("dear", "energy/dft")]
+    write_options(
+        Path("mine.yaml"),
+        options({"num_epochs": 3}, training_set=sets, validation_set=0.2, test_set=test),
+    )
+    assert command("train", "mine.yaml", "-c", "base.ckpt", "-o", "whole").code == 0
+    stop(4)
+    command("train", "mine.yaml", "-c", "base.ckpt", "-o", "run")
+    assert not Path("run/results.json").exists()
+    stop(0)
+    answer = command("train", "mine.yaml", "-o", "run", "--restart", "run")
+    assert answer.code == 0, answer.err
+    assert "energy/dft forces MAE" in answer.out
+    for name in ("last.ckpt", "best_model.ckpt"):
+        one, other = (load_checkpoint(Path(folder, name)).model for folder in ("whole", "run"))
+        state = other.state_dict()
+        for key, value in one.state_dict().items():
+            assert torch.equal(value, state[key]), (name, key)
+    adapter = read_adapter("run/adapter")
+    assert [target.spec.name for target in adapter.targets] == ["energy", "energy/dft"]
+    assert [target.inherited_from for target in adapter.targets] == [None, "energy"]
+    # Each level has a baseline of its own: 7 eV an atom lie between them.
+    cheap, dear = (target.composition for target in adapter.targets)
+    atoms = ase.io.read("dear.xyz", 0)
+    counts = torch.tensor([(atoms.numbers == number).sum() for number in adapter.species])
+    assert float((dear - cheap) @ counts.double()) / len(atoms) == pytest.approx(7.0, abs=0.5)
+    found = {}
+    for target in ("energy", "energy/dft"):
+        calc = PETCalculator("base.ckpt", adapter="run/adapter", target=target, device="cpu")
+        found[target] = calc.get_potential_energy(atoms)
+        best = PETCalculator("run/best_model.ckpt", target=target, device="cpu")
+        assert best.get_potential_energy(atoms) == pytest.approx(found[target], abs=1e-4)
+    assert PETCalculator("base.ckpt", adapter="run/adapter", device="cpu").target == "energy"
+    assert abs(found["energy/dft"] - found["energy"]) > 5.0 * len(atoms)
+    # Those weights count: with others the adapter is another.
+    Path("mine.yaml").write_text(Path("mine.yaml").read_text().replace("weight_key: weight", ""))
+    assert command("train", "mine.yaml", "-c", "base.ckpt", "-o", "plain").code == 0
+    plain = read_adapter("plain/adapter").tensors
+    assert any(not torch.equal(plain[name], value) for name, value in adapter.tensors.items())
 
 
 def test_heads_of_direct_forces_pass_on_to_the_newer_name(command: Any) -> None:

@@ -101,18 +101,20 @@ def injection_is_the_identity(
 
     Once moved it does.
     """
-    before = predict(base, frames, config.target)
+    before = [predict(base, frames, target) for target in config.targets]
     adapted = copy.deepcopy(base)
     inject(adapted, config)
-    assert_same(predict(adapted.eval(), frames, config.target), before)
-    assert_same(predict(adapted.train(), frames, config.target), before)
+    for target, original in zip(config.targets, before, strict=True):
+        assert_same(predict(adapted.eval(), frames, target), original)
+        assert_same(predict(adapted.train(), frames, target), original)
     assert adapted.adapter is not None
     own = adapter_tensors(adapted)
     with torch.no_grad():
         for name, parameter in adapted.network.named_parameters():
             if name in own:
                 parameter += 0.1
-    assert_differs(predict(adapted.eval(), frames, config.target), before)
+    for target, original in zip(config.targets, before, strict=True):
+        assert_differs(predict(adapted.eval(), frames, target), original)
 
 
 def merged_equals_unmerged(
@@ -254,7 +256,7 @@ def only_what_is_stated_trains(
             expected |= {f"{path}.lora_A", f"{path}.lora_B"}
             expected |= {f"{path}.lora_magnitude_vector"} if asked.use_dora else set()
     if asked.modules_to_save is None:
-        heads = tuple(f"{group}.{asked.target}." for group in HEAD_GROUPS)
+        heads = tuple(f"{group}.{target}." for group in HEAD_GROUPS for target in asked.targets)
         expected |= {name for name in names if name.startswith(heads)}
     for path in asked.modules_to_save or ():
         expected |= {name for name in names if f".{path}." in f".{name}"}

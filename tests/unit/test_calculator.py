@@ -310,11 +310,26 @@ def test_the_target_is_chosen(tmp_path):
     second = PETCalculator(model, target="energy/pbe", device="cpu")
     assert (first.target, second.target) == ("energy", "energy/pbe")
     assert first.get_potential_energy(atoms) != second.get_potential_energy(atoms)
-    tuned = trained_adapter(copy.deepcopy(model), target="energy/pbe")
+    tuned = trained_adapter(copy.deepcopy(model), targets=["energy/pbe"])
     save_adapter(tuned, tmp_path / "adapter")
     assert PETCalculator(model, adapter=tmp_path / "adapter", device="cpu").target == "energy/pbe"
     with pytest.raises(PetFinetuneError, match="Did you mean 'energy/pbe'"):
         PETCalculator(model, target="energy/pbee")
+    three = random_potential(targets=("energy", "energy/pbe", "energy/scan"))
+    for targets, target in {
+        ("energy/pbe", "energy"): "energy",
+        ("energy/pbe", "energy/scan"): None,  # the base's energy does not fit the features
+    }.items():
+        tuned = trained_adapter(copy.deepcopy(three), targets=targets)
+        folder = save_adapter(tuned, tmp_path / "-".join(targets).replace("/", "."))
+        if target is not None:
+            assert PETCalculator(three, adapter=folder, device="cpu").target == target
+            continue
+        with pytest.raises(ConfigError, match=r"the adapter predicts 2 energies \(energy/pbe, "):
+            PETCalculator(three, adapter=folder, device="cpu")
+        calc = PETCalculator(three, adapter=folder, target="energy/scan", device="cpu")
+        expected = PETCalculator(tuned, target="energy/scan", device="cpu")
+        assert calc.get_potential_energy(atoms) == expected.get_potential_energy(atoms)
     with pytest.raises(ConfigError, match="name the one to use"):
         PETCalculator(random_potential(targets=("a", "b")))
 

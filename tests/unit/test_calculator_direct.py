@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -61,6 +63,20 @@ def test_the_variant_of_the_energy_is_that_of_its_forces():
     np.testing.assert_allclose(atoms.get_forces(), found - found.mean(0), atol=1e-13)
 
 
+def test_an_adapter_may_have_direct_heads_beside_its_energy(tmp_path):
+    base = property_potential()
+    targets = ["energy", FORCES]
+    tuned = trained_adapter(copy.deepcopy(base), targets=targets)
+    folder = save_adapter(tuned, tmp_path / "adapter", "base")
+    atoms = ethanol()
+    atoms.calc = PETCalculator(base, adapter=folder, device="cpu", non_conservative="forces")
+    batch = batch_from_atoms(atoms, base.cutoff)
+    found = tuned.predict_property(batch, FORCES).detach()
+    np.testing.assert_allclose(atoms.get_forces(), found - found.mean(0), atol=1e-12)
+    with pytest.raises(ConfigError, match="trained together: energy, non_conservative_force"):
+        PETCalculator(base, adapter=folder, device="cpu", non_conservative="stress")
+
+
 def test_what_cannot_be_direct_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="has no head for direct forces"):
         PETCalculator(random_potential(), device="cpu", non_conservative=True)
@@ -73,7 +89,8 @@ def test_what_cannot_be_direct_is_refused(tmp_path):
     base = property_potential()
     save_checkpoint(tmp_path / "base.ckpt", base)
     save_adapter(trained_adapter(base), tmp_path / "adapter", "base")
-    with pytest.raises(ConfigError, match="the direct heads of its base do not fit"):
+    # Those of the base do not fit the features of an adapter that was trained without them.
+    with pytest.raises(ConfigError, match="no head for direct forces .* trained with 'energy'"):
         PETCalculator(
             tmp_path / "base.ckpt",
             adapter=tmp_path / "adapter",

@@ -7,7 +7,7 @@ from .adapter import Adapter, capture, install
 from .combine import combine
 from .config import AdapterConfig
 from .files import load_adapter, read_adapter, save_adapter, write_adapter
-from .inject import active_adapter, eject, inject
+from .inject import AdapterTarget, active_adapter, eject, inject
 from .lora import LoraLinear
 from .merge import adapters_disabled, merge, merged_copy, unmerge
 from .trainable import TrainableReport, freeze, trainable_report
@@ -16,6 +16,7 @@ __all__ = [
     "AdaptedPotential",
     "Adapter",
     "AdapterConfig",
+    "AdapterTarget",
     "LoraLinear",
     "TrainableReport",
     "active_adapter",

@@ -74,10 +74,10 @@ class AdaptedPotential:
         return self._merged
 
     @property
-    def target(self) -> str | None:
-        """What the active adapter predicts; None without one."""
-        name = self.active_adapter
-        return None if name is None else self._adapters[name].config.target or None
+    def targets(self) -> tuple[str, ...]:
+        """What the active adapter predicts; nothing without one."""
+        config = active_adapter(self.potential)
+        return () if config is None else tuple(config.targets)
 
     @torch.inference_mode(False)
     def load_adapter(self, directory: str | Path, name: str = "default") -> None:
@@ -198,15 +198,15 @@ class AdaptedPotential:
     def predict(
         self, batch: Batch, target: str | None = None, *, forces: bool = True, stress: bool = False
     ) -> Prediction:
-        """What the model says now, by default of the active adapter's target.
+        """What the model says now, by default of the active adapter's energy.
 
         Args:
             batch: as for :meth:`pet_finetune.model.Potential.predict`.
-            target: which energy.
+            target: which energy; of several that the adapter has, ``energy`` without it.
             forces: whether forces are derived.
             stress: whether the stress is derived.
         """
-        chosen = self.potential.energy_target(target or self.target)
+        chosen = self.potential.energy_target(target, self.targets)
         return self.potential.predict(batch, chosen, forces=forces, stress=stress)
 
     @property

@@ -9,12 +9,20 @@ import torch
 from torch import Tensor
 
 from pet_finetune.errors import AdapterError
-from pet_finetune.keys import TargetSpec
 from pet_finetune.model import Potential
 from pet_finetune.model.fingerprint import weights_fingerprint
 
 from .config import AdapterConfig, resolve
-from .inject import active_adapter, adapter_state, adapter_tensors, eject, place, saved_parameters
+from .inject import (
+    AdapterTarget,
+    active_adapter,
+    adapter_state,
+    adapter_tensors,
+    eject,
+    place,
+    saved_parameters,
+    target_of,
+)
 from .quantized import quantize_base
 
 
@@ -28,11 +36,9 @@ class Adapter:
             parameters of ``modules_to_save``.
         fingerprint: of the base that it belongs to; None where the writer did not say.
         base_name: what that base is called.
-        target: what it predicts; None stands for the model's first target.
-        inherited_from: the target whose heads it started from, if any.
-        composition: baselines of the species, [n_species] float64, eV; None leaves the base's.
-        scale: eV per unit of the network's output; None leaves the base's.
-        species: atomic numbers of ``composition``; those that the base lacks came with the adapter.
+        targets: what it predicts, with baselines on the CPU; none stands for the model's first
+            target.
+        species: atomic numbers of the baselines; those that the base lacks came with the adapter.
         name: what to call it in messages: its folder.
     """
 
@@ -40,10 +46,7 @@ class Adapter:
     tensors: Mapping[str, Tensor]
     fingerprint: str | None = None
     base_name: str = ""
-    target: TargetSpec | None = None
-    inherited_from: str | None = None
-    composition: Tensor | None = None
-    scale: float | None = None
+    targets: tuple[AdapterTarget, ...] = ()
     species: tuple[int, ...] = ()
     name: str = ""
 
@@ -68,12 +71,16 @@ def capture(model: Potential, base_name: str = "") -> Adapter:
         tensors={n: t.detach().to("cpu", copy=True).contiguous() for n, t in tensors.items()},
         fingerprint=state.fingerprint,
         base_name=base_name,
-        target=model.target(config.target),
-        inherited_from=state.inherited_from,
-        composition=model.composition.get(config.target).detach().cpu().clone(),
-        scale=float(model.scale.get(config.target)),
+        targets=tuple(_at_rest(model, target) for target in state.targets),
         species=model.species,
     )
+
+
+def _at_rest(model: Potential, start: AdapterTarget) -> AdapterTarget:
+    """A target as the adapter has made it, on the CPU."""
+    now = target_of(model, start.spec.name, start.inherited_from)
+    assert now.composition is not None
+    return replace(now, composition=now.composition.cpu())
 
 
 def check_base(adapter: Adapter, fingerprint: str) -> None:
@@ -99,7 +106,7 @@ def install(model: Potential, adapter: Adapter, fingerprint: str | None = None) 
         fingerprint: of the base, where it is known; computed when left out.
 
     Returns:
-        Its configuration with full paths and the name of its target.
+        Its configuration with full paths and the names of its targets.
 
     Raises:
         AdapterError: the model carries an adapter, is another base, or the tensors do not fit.
@@ -108,37 +115,36 @@ def install(model: Potential, adapter: Adapter, fingerprint: str | None = None) 
         raise AdapterError("The model carries an adapter already: merge or unload it first.")
     fingerprint = fingerprint or weights_fingerprint(model)
     check_base(adapter, fingerprint)
-    spec = adapter.target or next(iter(model.targets.values()))
-    brought = spec.name not in model.targets
+    targets = adapter.targets or (AdapterTarget(next(iter(model.targets.values()))),)
+    brought = [target for target in targets if target.spec.name not in model.targets]
     new_species = tuple(number for number in adapter.species if number not in model.species)
-    if brought:
-        model.add_target(spec, inherit_from=adapter.inherited_from)
-    # What they start with does not matter: the adapter holds their embeddings.
-    model.add_species(new_species, dict.fromkeys(new_species, model.species[0]))
     try:
-        config = resolve(model.network, replace(adapter.config, target=spec.name))
+        for target in brought:
+            model.add_target(target.spec, inherit_from=target.inherited_from)
+        # What they start with does not matter: the adapter holds their embeddings.
+        model.add_species(new_species, dict.fromkeys(new_species, model.species[0]))
+        names = tuple(target.spec.name for target in targets)
+        config = resolve(model.network, replace(adapter.config, targets=names))
         place(
             model,
             config,
             fingerprint=fingerprint,
-            inherited_from=adapter.inherited_from,
-            brought_target=brought,
+            inherited={t.spec.name: t.inherited_from for t in targets if t.inherited_from},
+            brought_targets=[target.spec.name for target in brought],
             brought_species=new_species,
         )
         _copy_tensors(model, config, adapter)
-        if adapter.composition is not None:
-            model.composition.set(spec.name, adapter.composition)
-        if adapter.scale is not None:
-            model.scale.set(spec.name, adapter.scale)
+        for target in targets:
+            target.put_on(model)
         if config.quant_bits is not None:  # last, because there is no way back from it
             quantize_base(model, config)
     except BaseException:
         if active_adapter(model) is not None:
             eject(model)
         else:
-            model.remove_species(new_species)
-            if brought:
-                model.remove_target(spec.name)
+            model.remove_species([number for number in new_species if number in model.species])
+            for name in {target.spec.name for target in brought} & model.targets.keys():
+                model.remove_target(name)
         raise
     return config
 

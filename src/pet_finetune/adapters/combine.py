@@ -18,7 +18,7 @@ base; for weights that sum to 1 the base drops out of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
@@ -30,7 +30,7 @@ from pet_finetune.model import Potential
 from pet_finetune.nn.embedding import ROWS
 
 from .adapter import Adapter, install
-from .inject import adapter_state, eject
+from .inject import AdapterTarget, adapter_state, eject
 from .lora import is_adapter_tensor
 
 Combination = Literal["linear", "cat", "svd"]
@@ -93,9 +93,7 @@ def combine(
     tensors = _whole_modules(parts, base)
     for path, (a, b) in updates.items():
         tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"] = a.contiguous(), b.contiguous()
-    return replace(
-        first, config=config, tensors=tensors, composition=_composition(parts, base), name=name
-    )
+    return replace(first, config=config, tensors=tensors, targets=_targets(parts, base), name=name)
 
 
 def _check_request(parts: Weighted, combination: str, rank: int | None) -> None:
@@ -128,10 +126,10 @@ def _check_together(parts: Weighted) -> None:
             )
         for what, one, other in (
             ("base", first.fingerprint, adapter.fingerprint),
-            ("target", first.config.target, adapter.config.target),
-            ("scale", first.scale, adapter.scale),
+            ("list of targets", sorted(first.config.targets), sorted(adapter.config.targets)),
+            *_of_each_target("scale", first, adapter, lambda target: target.scale),
             ("list of elements", first.species, adapter.species),
-            ("target whose heads it began with", first.inherited_from, adapter.inherited_from),
+            *_of_each_target("start of the heads", first, adapter, lambda t: t.inherited_from),
             ("number of bits of the base", first.config.quant_bits, adapter.config.quant_bits),
         ):
             if one != other:
@@ -147,15 +145,27 @@ def _check_together(parts: Weighted) -> None:
             )
 
 
+def _of_each_target(
+    what: str, one: Adapter, other: Adapter, value: Callable[[AdapterTarget], object]
+) -> Iterator[tuple[str, object, object]]:
+    """What two adapters have for each of the targets that they share."""
+    theirs = {target.spec.name: target for target in other.targets}
+    for target in one.targets:
+        if target.spec.name in theirs:
+            name = target.spec.name
+            yield f"{what} of '{name}'", value(target), value(theirs[name])
+
+
 def _check_heads(parts: Weighted, base: Potential) -> None:
     """Random heads are no neighbours of each other: the mean of two predicts nothing."""
     first, *others = [adapter for adapter, _ in parts]
-    if others and first.config.target not in base.targets and first.inherited_from is None:
-        raise AdapterError(
-            f"The adapters '{first.name}' and '{others[0].name}' do not go together: each brings "
-            f"heads of its own for '{first.config.target}', which their base lacks, and they began "
-            "at random. Train them with inherit_heads to blend them."
-        )
+    for target in first.targets if others else ():
+        if target.spec.name not in base.targets and target.inherited_from is None:
+            raise AdapterError(
+                f"The adapters '{first.name}' and '{others[0].name}' do not go together: each "
+                f"brings heads of its own for '{target.spec.name}', which their base lacks, and "
+                "they began at random. Train them with inherit_heads to blend them."
+            )
 
 
 def _check_ranks(parts: Weighted) -> None:
@@ -245,26 +255,30 @@ def _whole_modules(parts: Weighted, base: Potential | None) -> dict[str, Tensor]
     }
 
 
-def _composition(parts: Weighted, base: Potential | None) -> Tensor | None:
-    """The weighted sum of the baselines."""
-    if any(adapter.composition is None for adapter, _ in parts):
-        return None
-    left = 1.0 - sum(weight for _, weight in parts)
-    blended = torch.zeros_like(_known(parts[0][0].composition))
-    if abs(left) > _WHOLE:
-        blended = left * _at_the_base(parts[0][0], base)[1].cpu()
-    for adapter, weight in parts:
-        blended = blended + weight * _known(adapter.composition)
-    return blended
+def _targets(parts: Weighted, base: Potential | None) -> tuple[AdapterTarget, ...]:
+    """The targets with the weighted sums of their baselines."""
+    first, left = parts[0][0], 1.0 - sum(weight for _, weight in parts)
+    start = _at_the_base(first, base)[1] if abs(left) > _WHOLE and first.targets else ()
+    at_base = {target.spec.name: target for target in start}
+    blended = []
+    for target in first.targets:
+        name = target.spec.name
+        same = [(t, w) for a, w in parts for t in a.targets if t.spec.name == name]
+        if start:
+            same.append((at_base[name], left))
+        baselines = [(t.composition, weight) for t, weight in same]
+        composition = None
+        if all(baseline is not None for baseline, _ in baselines):
+            terms = [weight * b.cpu() for b, weight in baselines if b is not None]
+            composition = torch.stack(terms).sum(0)
+        blended.append(replace(target, composition=composition))
+    return tuple(blended)
 
 
-def _known(composition: Tensor | None) -> Tensor:
-    assert composition is not None
-    return composition
-
-
-def _at_the_base(adapter: Adapter, base: Potential | None) -> tuple[Mapping[str, Tensor], Tensor]:
-    """What the base has in the place of what trained whole, and its baseline."""
+def _at_the_base(
+    adapter: Adapter, base: Potential | None
+) -> tuple[Mapping[str, Tensor], tuple[AdapterTarget, ...]]:
+    """What the base has in the place of what trained whole, and its targets."""
     if base is None:
         raise AdapterError(
             "The weights do not sum to 1, so the heads cannot be blended without those of the "
@@ -272,6 +286,6 @@ def _at_the_base(adapter: Adapter, base: Potential | None) -> tuple[Mapping[str,
         )
     install(base, replace(adapter, config=replace(adapter.config, quant_bits=None)))
     state = adapter_state(base)
-    found = state.saved, state.composition
+    found = state.saved, state.targets
     eject(base)
     return found

@@ -29,8 +29,8 @@ class AdapterConfig:
         rank, alpha, dropout, use_rslora: as in :class:`~.lora.LoraLinear`.
         target_modules: as in :func:`~.matching.match_layers`.
         modules_to_save: paths of modules that train whole and are kept with the adapter; None
-            stands for the heads and last layers of ``target``.
-        target: the energy that the adapter is for.
+            stands for the heads and last layers of ``targets``.
+        targets: what the adapter predicts: energies and other targets, one or more.
         use_dora: train lengths and directions apart (:class:`~.lora.DoraLinear`).
         rank_pattern, alpha_pattern: other ranks and alphas for the layers whose path ends like
             the key, or matches it as a regular expression; the first match counts.
@@ -44,7 +44,7 @@ class AdapterConfig:
     dropout: float = 0.0
     target_modules: str | Sequence[str] = DEFAULT_TARGETS
     modules_to_save: Sequence[str] | None = None
-    target: str = "energy"
+    targets: Sequence[str] = ("energy",)
     use_rslora: bool = False
     use_dora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -77,10 +77,15 @@ def resolve(network: PET, config: AdapterConfig) -> AdapterConfig:
     layers = [] if config.num_prompts else match_layers(network, config.target_modules)
     saved = config.modules_to_save
     if saved is None:
-        paths = default_modules_to_save(network, config.target)
+        paths = [p for target in config.targets for p in default_modules_to_save(network, target)]
     else:
         paths = _match_saved(network, saved)
-    return replace(config, target_modules=tuple(layers), modules_to_save=tuple(paths))
+    return replace(
+        config,
+        target_modules=tuple(layers),
+        modules_to_save=tuple(paths),
+        targets=tuple(config.targets),
+    )
 
 
 def fitted(network: PET, config: AdapterConfig) -> AdapterConfig:

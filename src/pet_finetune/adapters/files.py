@@ -1,13 +1,14 @@
 """Adapter folders in the format of Hugging Face PEFT.
 
 ``adapter_config.json`` and ``adapter_model.safetensors`` are PEFT's, keys included, and load
-there. What PEFT has no place for (the fingerprint of the base, the target, its baseline per species
-and its scale) is JSON in the metadata of the safetensors file, where it cannot be parted from the
-weights it belongs to. As safetensors has no checksum, a digest of tensors and settings is there
-too, and is compared on every read.
+there. What PEFT has no place for (the fingerprint of the base, the targets, their baselines per
+species and their scales) is JSON in the metadata of the safetensors file, where it cannot be parted
+from the weights it belongs to. As safetensors has no checksum, a digest of tensors and settings is
+there too, and is compared on every read.
 
 Releases that could start from the factors of PiSSA or OLoRA wrote such an update as plain LoRA of
-twice the rank, which is what it is read as.
+twice the rank, which is what it is read as. Those that knew one target for an adapter wrote what
+belongs to it beside everything else (version 1); they are read as adapters of one target.
 """
 
 from __future__ import annotations
@@ -34,11 +35,13 @@ from pet_finetune.model.fingerprint import content_digest
 
 from .adapter import Adapter, capture, install
 from .config import AdapterConfig
+from .inject import AdapterTarget
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _METADATA = "pet_finetune"
 _DIGEST = "digest"
+_VERSION = 2
 #: Entry of our ``adapter_config.json``, by PEFT's name for where a base is from: its weights have a
 #: digest.
 _CHECKED = {"auto_mapping": {"base_model_class": "Potential", "parent_library": "pet_finetune"}}
@@ -92,14 +95,11 @@ def write_adapter(adapter: Adapter, directory: str | Path) -> Path:
     config = adapter.config
     extra = {
         "format": "pet-finetune adapter",
-        "version": 1,
+        "version": _VERSION,
         "base_fingerprint": adapter.fingerprint,
         "base_name": adapter.base_name,
-        "target": None if adapter.target is None else asdict(adapter.target),
-        "inherited_from": adapter.inherited_from,
+        "targets": [_stored_target(target) for target in adapter.targets],
         "species": list(adapter.species),
-        "composition": None if adapter.composition is None else adapter.composition.tolist(),
-        "scale": adapter.scale,
         "quant_bits": config.quant_bits,
     }
     stored = {stored_name(name): value.contiguous() for name, value in adapter.tensors.items()}
@@ -119,7 +119,8 @@ def read_adapter(directory: str | Path) -> Adapter:
     """The adapter in a folder, written by us or by PEFT.
 
     Raises:
-        AdapterError: none there, a damaged one, or one of a method that we do not have.
+        AdapterError: none there, a damaged one, one of a method that we do not have, or of a newer
+            release.
     """
     folder = Path(directory)
     peft = _read_json(folder / CONFIG_FILE)
@@ -127,23 +128,51 @@ def read_adapter(directory: str | Path) -> Adapter:
     check_method(peft, folder / CONFIG_FILE)
     tensors = _read_tensors(folder / WEIGHTS_FILE)
     with _explained(str(folder)):
+        if int(extra.get("version", _VERSION)) > _VERSION:
+            raise AdapterError(
+                f"'{folder}' has version {extra['version']} of our format, and this release of "
+                f"pet-finetune reads versions up to {_VERSION}. Update pet-finetune."
+            )
         _check_digest(folder, peft, extra, tensors)
         config = from_peft(peft)
         if not extra:
             return Adapter(config, tensors, name=str(folder))
-        spec = TargetSpec(**extra["target"])
+        # Version 1 has what belongs to its one target among the rest.
+        stored = extra["targets"] if "targets" in extra else [{**extra, "spec": extra["target"]}]
+        targets = tuple(_read_target(entry) for entry in stored)
+        names = tuple(target.spec.name for target in targets)
+        fingerprint = extra["base_fingerprint"]
         return Adapter(
-            config=replace(config, target=spec.name, quant_bits=extra.get("quant_bits")),
+            config=replace(
+                config, targets=names or config.targets, quant_bits=extra.get("quant_bits")
+            ),
             tensors=tensors,
-            fingerprint=str(extra["base_fingerprint"]),
+            fingerprint=None if fingerprint is None else str(fingerprint),
             base_name=str(extra.get("base_name") or ""),
-            target=spec,
-            inherited_from=extra.get("inherited_from"),
-            composition=torch.tensor(extra["composition"], dtype=torch.float64),
-            scale=float(extra["scale"]),
+            targets=targets,
             species=tuple(extra.get("species") or ()),
             name=str(folder),
         )
+
+
+def _stored_target(target: AdapterTarget) -> dict[str, Any]:
+    composition = target.composition
+    return {
+        "spec": asdict(target.spec),
+        "inherited_from": target.inherited_from,
+        "composition": None if composition is None else composition.tolist(),
+        "scale": target.scale,
+    }
+
+
+def _read_target(stored: Mapping[str, Any]) -> AdapterTarget:
+    composition, scale = stored["composition"], stored["scale"]
+    return AdapterTarget(
+        spec=TargetSpec(**stored["spec"]),
+        inherited_from=stored.get("inherited_from"),
+        composition=None if composition is None else torch.tensor(composition, dtype=torch.float64),
+        scale=None if scale is None else float(scale),
+    )
 
 
 def _explained(folder: str) -> AbstractContextManager[None]:
@@ -160,7 +189,10 @@ def _digest(
 ) -> str:
     """Over all that decides what an adapter does; not over the name of its base."""
     beside = {name: value for name, value in extra.items() if name != _DIGEST}
-    return content_digest(tensors, [asdict(from_peft(dict(peft))), beside])
+    settings = asdict(from_peft(dict(peft)))
+    # PEFT's file names no targets; in digests that is spelt as in the first file that had one.
+    del settings["targets"]
+    return content_digest(tensors, [{**settings, "target": "energy"}, beside])
 
 
 def _check_digest(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from pet_finetune.errors import AdapterError
+from pet_finetune.keys import TargetSpec
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 from pet_finetune.model.fingerprint import weights_fingerprint
+from pet_finetune.nn.quantized import num_quantized
 
 from .config import AdapterConfig, fitted
 from .lora import DoraLinear, LoraLinear, is_adapter_tensor
@@ -24,6 +26,39 @@ from .trainable import freeze
 _logger = get_logger(__name__)
 
 
+@dataclass(frozen=True, eq=False)
+class AdapterTarget:
+    """One of the targets of an adapter, with what of it is not in the network.
+
+    Attributes:
+        spec: what is predicted.
+        inherited_from: the target whose heads it started from, if any.
+        composition: baselines of the species, [n_species] or [n_species, n_values] float64; None
+            leaves the base's.
+        scale: the target's unit per unit of the network's output; None leaves the base's.
+    """
+
+    spec: TargetSpec
+    inherited_from: str | None = None
+    composition: Tensor | None = None
+    scale: float | None = None
+
+    def put_on(self, model: Potential) -> None:
+        """Give the target of a model this baseline and scale."""
+        if self.composition is not None:
+            model.composition.set(self.spec.name, self.composition)
+        if self.scale is not None:
+            model.scale.set(self.spec.name, self.scale)
+
+
+def target_of(model: Potential, name: str, inherited_from: str | None = None) -> AdapterTarget:
+    """A target of a model with the baseline and the scale that it has now."""
+    composition = model.composition.get(name).detach().clone()
+    return AdapterTarget(
+        model.target(name), inherited_from, composition, float(model.scale.get(name))
+    )
+
+
 @dataclass(frozen=True)
 class AdapterState:
     """An adapter in a model, with what is needed to go back to the base.
@@ -31,20 +66,17 @@ class AdapterState:
     Attributes:
         config: resolved configuration.
         fingerprint: of the base, before anything was added to it.
-        inherited_from: the target whose heads the adapter's target started from, if any.
         saved: the base's values of the parameters of ``modules_to_save``, by path.
-        composition, scale: the base's baseline and scale of the target.
-        brought_target: whether the target came with the adapter and is not the base's.
+        targets: those of ``config``, with the baselines and scales that they started with.
+        brought_targets: those that came with the adapter and that the base lacks.
         brought_species: elements that came with the adapter and that the base lacks.
     """
 
     config: AdapterConfig
     fingerprint: str
-    inherited_from: str | None
     saved: dict[str, Tensor]
-    composition: Tensor
-    scale: Tensor
-    brought_target: bool = False
+    targets: tuple[AdapterTarget, ...]
+    brought_targets: tuple[str, ...] = ()
     brought_species: tuple[int, ...] = ()
 
 
@@ -66,8 +98,8 @@ def inject(
     config: AdapterConfig,
     *,
     fingerprint: str | None = None,
-    inherited_from: str | None = None,
-    brought_target: bool = False,
+    inherited: Mapping[str, str] | None = None,
+    brought_targets: Sequence[str] = (),
     brought_species: Sequence[int] = (),
 ) -> AdapterConfig:
     """Put a fresh adapter into a model, in place, and freeze everything else.
@@ -79,8 +111,8 @@ def inject(
         model: a potential without adapter.
         config: what to inject; patterns are resolved against the model.
         fingerprint: of the base, where heads were added to it since; computed when left out.
-        inherited_from: the target whose heads those of ``config.target`` were copied from.
-        brought_target: the target is not the base's, and leaves with the adapter.
+        inherited: targets, and those whose heads theirs were copied from.
+        brought_targets: targets that are not the base's, and leave with the adapter.
         brought_species: elements that are not the base's. Their embeddings train, and they leave
             with the adapter.
 
@@ -88,12 +120,15 @@ def inject(
         The configuration with ``target_modules`` and ``modules_to_save`` as full paths.
 
     Raises:
-        AdapterError: patterns that match nothing, a rank below 1, one in ``rank_pattern`` above the
-            width of its layer, or an adapter there already.
+        AdapterError: no targets, patterns that match nothing, a rank below 1, one in
+            ``rank_pattern`` above the width of its layer, or an adapter there already.
     """
     if active_adapter(model) is not None:
         raise AdapterError("The model carries an adapter already: merge or unload it first.")
-    model.target(config.target)
+    if not config.targets:
+        raise AdapterError("targets is empty: name at least one target that the adapter is for.")
+    for name in config.targets:
+        model.target(name)
     resolved = fitted(model.network, config)
     if fingerprint is None:
         fingerprint = weights_fingerprint(model)
@@ -101,8 +136,8 @@ def inject(
         model,
         resolved,
         fingerprint=fingerprint,
-        inherited_from=inherited_from,
-        brought_target=brought_target,
+        inherited=inherited or {},
+        brought_targets=brought_targets,
         brought_species=brought_species,
     )
     if resolved.quant_bits is not None:
@@ -118,8 +153,8 @@ def place(
     config: AdapterConfig,
     *,
     fingerprint: str,
-    inherited_from: str | None,
-    brought_target: bool,
+    inherited: Mapping[str, str],
+    brought_targets: Sequence[str] = (),
     brought_species: Sequence[int] = (),
 ) -> list[LoraLinear]:
     """Adapt the layers of a resolved configuration; what goes into them is up to the caller.
@@ -144,11 +179,9 @@ def place(
     model.adapter = AdapterState(
         config=config,
         fingerprint=fingerprint,
-        inherited_from=inherited_from,
         saved={name: p.detach().clone() for name, p in saved_parameters(model, saved)},
-        composition=model.composition.get(config.target).clone(),
-        scale=model.scale.get(config.target).clone(),
-        brought_target=brought_target,
+        targets=tuple(target_of(model, name, inherited.get(name)) for name in config.targets),
+        brought_targets=tuple(brought_targets),
         brought_species=tuple(brought_species),
     )
     return adapted
@@ -188,8 +221,7 @@ def eject(model: Potential) -> None:
         AdapterError: there is none, or the base was quantised and cannot be had back.
     """
     state = adapter_state(model)
-    target = state.config.target
-    if state.config.quant_bits is not None:
+    if num_quantized(model.network):
         raise AdapterError(
             f"The base under this adapter is held in {state.config.quant_bits} bits, and its own "
             "weights were not kept. Open its checkpoint again."
@@ -203,11 +235,11 @@ def eject(model: Potential) -> None:
     for name, value in state.saved.items():
         model.network.get_parameter(name).copy_(value)
     drop_new_rows(model)
-    if state.brought_target:
-        model.remove_target(target)
-    else:
-        model.composition.set(target, state.composition)
-        model.scale.set(target, state.scale)
+    for target in state.targets:
+        if target.spec.name in state.brought_targets:
+            model.remove_target(target.spec.name)
+        else:
+            target.put_on(model)
     model.adapter = None
     if state.brought_species:
         model.remove_species(state.brought_species)

@@ -13,7 +13,7 @@ from pet_finetune.model import Potential
 from pet_finetune.nn.attention import PromptTokens
 from pet_finetune.nn.quantized import QuantizedLinear
 
-from .inject import adapter_state
+from .inject import adapter_state, target_of
 from .lora import LoraLinear
 from .matching import replace_module
 from .new_rows import merge_new_rows
@@ -48,30 +48,29 @@ def adapters_disabled(model: Potential) -> Iterator[None]:
     """Within this context the model is its base again, bit for bit; quantised where it is.
 
     The low-rank updates or prompts are switched off, the heads trained beside them give way to
-    those they started from, and so do the baseline and the scale.
+    those they started from, and so do the baselines and scales.
     """
     state = adapter_state(model)
-    target = state.config.target
     layers: list[LoraLinear | PromptTokens] = [layer for _, layer in lora_layers(model)]
     if state.config.num_prompts:
         layers += prompts(model).values()
     before = [layer.enabled for layer in layers]
     heads = {name: model.network.get_parameter(name) for name in state.saved}
     trained = {name: parameter.detach().clone() for name, parameter in heads.items()}
-    composition, scale = model.composition.get(target), model.scale.get(target)
+    targets = [target_of(model, name) for name in state.config.targets]
     try:
         for layer in layers:
             layer.enabled = False
         _copy_into(heads, state.saved)
-        model.composition.set(target, state.composition)
-        model.scale.set(target, state.scale)
+        for target in state.targets:
+            target.put_on(model)
         yield
     finally:
         for layer, enabled in zip(layers, before, strict=True):
             layer.enabled = enabled
         _copy_into(heads, trained)
-        model.composition.set(target, composition)
-        model.scale.set(target, scale)
+        for target in targets:
+            target.put_on(model)
 
 
 @torch.no_grad()

@@ -62,7 +62,7 @@ def describe_adapter(directory: str | Path) -> Table:
         "parameters": f"{adapter.num_parameters:,}",
         "size": size_text(size),
         "base": f"{adapter.base_name or 'unnamed'} ({adapter.fingerprint or 'not recorded'})",
-        "target": "not recorded" if adapter.target is None else adapter.target.name,
+        "targets": ", ".join(t.spec.name for t in adapter.targets) or "not recorded",
     }
     for name, value in rows.items():
         table.add_row(name, value)
@@ -192,7 +192,7 @@ def _check_alone(adapter: Adapter) -> Iterator[AdapterFinding]:
 def _check_on_base(adapter: Adapter, base: Potential) -> Iterator[AdapterFinding]:
     """Whether it fits, how large its update is, and whether predictions are numbers."""
     model = merged_copy(base)
-    install(model, adapter)
+    config = install(model, adapter)
     yield AdapterFinding(adapter.name, True, f"fits the base ({weights_fingerprint(base)[:12]})")
     with torch.no_grad():
         ratios = {
@@ -206,11 +206,13 @@ def _check_on_base(adapter: Adapter, base: Potential) -> Iterator[AdapterFinding
         yield AdapterFinding(adapter.name, True, text)
     pairs = [Atoms([z, z], [[0, 0, 0], [0, 0, 2.2 * covalent_radii[z]]]) for z in model.species]
     batch = batch_from_atoms(pairs, model.cutoff, model.dtype)
-    predicted = model.predict(batch, adapter.config.target or next(iter(model.targets)))
-    assert predicted.forces is not None
-    finite = bool(predicted.energy.isfinite().all() and predicted.forces.isfinite().all())
-    text = "energies and forces of a pair of atoms of each element are "
-    yield AdapterFinding(adapter.name, finite, text + ("finite" if finite else "not finite"))
+    wanted = {name: (model.target(name).is_energy, False) for name in config.targets}
+    for name, found in model.predict_targets(batch, wanted).items():
+        values = [value for value in vars(found).values() if isinstance(value, torch.Tensor)]
+        finite = all(bool(value.isfinite().all()) for value in values)
+        kinds = f"'{name}' and its forces" if wanted[name][0] else f"'{name}'"
+        text = f"{kinds} of a pair of atoms of each element: {'' if finite else 'not '}finite"
+        yield AdapterFinding(adapter.name, finite, text)
 
 
 def _check_blend(adapters: Sequence[Adapter], base: Potential | None) -> AdapterFinding:

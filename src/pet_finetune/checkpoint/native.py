@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from pet_finetune.adapters import AdapterConfig, merged_copy, unmerge
-from pet_finetune.adapters.inject import adapter_state, adapter_tensors, place
+from pet_finetune.adapters.inject import AdapterTarget, adapter_state, adapter_tensors, place
 from pet_finetune.adapters.lora import is_adapter_tensor
 from pet_finetune.adapters.new_rows import grown_tables, merge_new_rows
 from pet_finetune.adapters.prompts import remove_prompts
@@ -174,7 +174,8 @@ def read_native(
     try:
         model = _model(content, str(path))
         if content["adapter"] is not None:
-            adapter = _as_lora(content["adapter"], str(path), resumes=keep_adapter)
+            adapter = _with_targets(content["adapter"])
+            adapter = _as_lora(adapter, str(path), resumes=keep_adapter)
             _restore_adapter(model, adapter, content["weights"])
             model = model if keep_adapter else merged_copy(model)
         return NativeCheckpoint(model, dict(content["provenance"]), content["training"])
@@ -212,16 +213,40 @@ def _adapter_content(model: Potential) -> dict[str, Any]:
     config = asdict(state.config)
     config["target_modules"] = list(state.config.target_modules)
     config["modules_to_save"] = list(state.config.modules_to_save or ())
+    config["targets"] = list(state.config.targets)
     return {
         "config": config,
         "fingerprint": state.fingerprint,
-        "inherited_from": state.inherited_from,
         "tensors": {n: stored_tensor(w) for n, w in adapter_tensors(model).items()},
         "saved": {name: stored_tensor(weight) for name, weight in state.saved.items()},
-        "composition": stored_tensor(state.composition),
-        "scale": stored_tensor(state.scale),
-        "brought_target": state.brought_target,
+        "targets": {target.spec.name: _target_content(target) for target in state.targets},
+        "brought_targets": list(state.brought_targets),
         "brought_species": list(state.brought_species),
+    }
+
+
+def _target_content(target: AdapterTarget) -> dict[str, Any]:
+    """What the base has of a target of an adapter."""
+    assert target.composition is not None
+    return {
+        "inherited_from": target.inherited_from,
+        "composition": stored_tensor(target.composition),
+        "scale": target.scale,
+    }
+
+
+def _with_targets(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An adapter as it is written today; releases before knew one target for it."""
+    if "targets" in content:
+        return content
+    config = dict(content["config"])
+    name = config.pop("target")
+    own = {key: content[key] for key in ("inherited_from", "composition", "scale")}
+    return {
+        **content,
+        "config": {**config, "targets": [name]},
+        "targets": {name: {**own, "scale": float(own["scale"])}},
+        "brought_targets": [name] if content.get("brought_target") else [],
     }
 
 
@@ -265,14 +290,17 @@ def _restore_adapter(
 ) -> None:
     """Put an adapter back, and the few bits of a quantised base as they were."""
     config = dict(content["config"])
-    for name in ("target_modules", "modules_to_save"):
+    for name in ("target_modules", "modules_to_save", "targets"):
         config[name] = tuple(config[name])
+    targets = {
+        name: AdapterTarget(model.target(name), **own) for name, own in content["targets"].items()
+    }
     place(
         model,
         AdapterConfig(**config),
         fingerprint=content["fingerprint"],
-        inherited_from=content["inherited_from"],
-        brought_target=content.get("brought_target", False),
+        inherited={},
+        brought_targets=content["brought_targets"],
         brought_species=content.get("brought_species", ()),
     )
     room = model.network.state_dict()
@@ -286,8 +314,7 @@ def _restore_adapter(
     model.adapter = replace(
         adapter_state(model),
         saved=dict(content["saved"]),
-        composition=content["composition"],
-        scale=content["scale"],
+        targets=tuple(targets[name] for name in config["targets"]),
     )
 
 

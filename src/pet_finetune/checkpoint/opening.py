@@ -134,8 +134,8 @@ def open_adapted(
 @torch.inference_mode(False)
 def open_potential(
     model: str | os.PathLike[str] | Potential, adapter: str | os.PathLike[str] | None = None
-) -> tuple[Potential, str | None]:
-    """A plain potential to predict with, and the target of the adapter that went into it, if any.
+) -> tuple[Potential, tuple[str, ...]]:
+    """A plain potential to predict with, and the targets of the adapter that went into it, if any.
 
     Args:
         model: a checkpoint, or a potential, which is copied.
@@ -152,23 +152,27 @@ def open_potential(
     if adapter is not None:
         load_adapter(potential, os.fspath(adapter))
     config = active_adapter(potential)
-    return (potential, None) if config is None else (merged_copy(potential), config.target)
+    return (potential, ()) if config is None else (merged_copy(potential), tuple(config.targets))
 
 
 @torch.inference_mode(False)
 def open_committee(
-    model: str | os.PathLike[str] | Potential | AdaptedPotential, adapters: Adapters
+    model: str | os.PathLike[str] | Potential | AdaptedPotential,
+    adapters: Adapters,
+    target: str | None = None,
 ) -> Committee:
     """A committee to predict with, of several adapters of one base.
 
     Args:
         model: the base: a checkpoint, or a potential, which stays as it is.
         adapters: as for :func:`~pet_finetune.committee.files.load_committee`.
+        target: its energy, likewise.
 
     Raises:
         CheckpointError: as :func:`load_checkpoint`.
         AdapterError: the adapters cannot be read, are too few, or do not belong together.
-        ConfigError: the base has adapters already.
+        ConfigError: the base has adapters already, or the adapters are for several energies and
+            none is named.
     """
     if isinstance(model, AdaptedPotential):
         raise ConfigError(
@@ -176,7 +180,7 @@ def open_committee(
             "of its own. Give its checkpoint instead."
         )
     base = model if isinstance(model, Potential) else load_checkpoint(model).model
-    return load_committee(base, adapters)
+    return load_committee(base, adapters, target)
 
 
 def _what_it_is(content: Any) -> str:

@@ -13,8 +13,10 @@ from typing import Any
 from pet_finetune.adapters.adapter import Adapter, install
 from pet_finetune.adapters.files import read_adapter
 from pet_finetune.adapters.merge import merged_copy
-from pet_finetune.errors import AdapterError, DataError
+from pet_finetune.errors import AdapterError, ConfigError, DataError
 from pet_finetune.files import read_object, write_whole
+from pet_finetune.keys import TargetSpec, main_energy
+from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 from pet_finetune.model.fingerprint import content_digest, weights_fingerprint
 
@@ -25,38 +27,45 @@ _FORMAT = "pet-finetune committee"
 _VERSION = 1
 _DIGEST = "digest"
 
+_logger = get_logger(__name__)
+
 Adapters = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
-def load_committee(base: Potential, adapters: Adapters) -> Committee:
+def load_committee(base: Potential, adapters: Adapters, target: str | None = None) -> Committee:
     """The committee of several adapters of one base.
 
     Args:
         base: what the adapters were trained from; not changed.
         adapters: their folders, or the one folder of a run with ``finetune.ensemble``, which brings
             the calibration of the spread too.
+        target: its energy, which all adapters must be for. Without it: the only one that they have
+            in common, else ``energy``.
 
     Raises:
         AdapterError: fewer than two adapters, adapters of different bases or targets (both are
             named), or one that cannot be read.
+        ConfigError: the adapters are for several energies and none is named.
     """
-    return Committee(*committee_members(base, adapters))
+    return Committee(*committee_members(base, adapters, target))
 
 
 def committee_members(
-    base: Potential, adapters: Adapters
+    base: Potential, adapters: Adapters, target: str | None = None
 ) -> tuple[Iterator[Potential], str, Calibration]:
-    """The members of a committee as plain models, their energy and the calibration.
+    """The members of a committee as plain models of one energy, that energy and the calibration.
 
     Args:
         base: what the adapters were trained from; not changed.
         adapters: as for :func:`load_committee`.
+        target: likewise.
 
     Returns:
         The members, made one at a time as they are asked for, and the rest.
 
     Raises:
         AdapterError: as :func:`load_committee`.
+        ConfigError: likewise.
     """
     calibration = Calibration()
     if isinstance(adapters, str | os.PathLike):
@@ -69,25 +78,37 @@ def committee_members(
             "For a single adapter use `adapter`."
         )
     read = [read_adapter(folder) for folder in folders]
-    target = _common_target(read, base)
-    return _members(base, read), target, calibration
+    energy = _common_energy(read, base, target)
+    left_out = dict.fromkeys([*base.targets, *(name for a in read for name in _targets(a, base))])
+    left_out.pop(energy)
+    if left_out:
+        _logger.info("the committee is of '%s'; left out: %s", energy, ", ".join(left_out))
+    return _members(base, read, energy), energy, calibration
 
 
-def _members(base: Potential, adapters: Sequence[Adapter]) -> Iterator[Potential]:
-    """The members as plain models, one at a time."""
+def _members(base: Potential, adapters: Sequence[Adapter], energy: str) -> Iterator[Potential]:
+    """The members as plain models of one energy, one at a time."""
     fingerprint = weights_fingerprint(base)
     for adapter in adapters:
         model = copy.deepcopy(base)
         install(model, adapter, fingerprint)
-        yield merged_copy(model)
+        model = merged_copy(model)
+        for name in [name for name in model.targets if name != energy]:
+            model.remove_target(name)
+        yield model
 
 
-def _common_target(adapters: Sequence[Adapter], base: Potential) -> str:
-    """The energy that all adapters are for; they must agree on their base as well."""
+def _targets(adapter: Adapter, base: Potential) -> dict[str, TargetSpec]:
+    """What an adapter is for; one that PEFT wrote names nothing and is for the model's first."""
+    specs = [target.spec for target in adapter.targets] or [next(iter(base.targets.values()))]
+    return {spec.name: spec for spec in specs}
+
+
+def _common_energy(adapters: Sequence[Adapter], base: Potential, wanted: str | None) -> str:
+    """The energy of the committee; the adapters must agree on their base as well."""
     first, *others = adapters
-    # What PEFT wrote names no target and is for the model's first.
-    targets = [next(iter(base.targets)) if a.target is None else a.target.name for a in adapters]
-    for other, target in zip(others, targets[1:], strict=True):
+    common = {name for name, spec in _targets(first, base).items() if spec.is_energy}
+    for other in others:
         if None not in (first.fingerprint, other.fingerprint) and (
             first.fingerprint != other.fingerprint
         ):
@@ -95,12 +116,26 @@ def _common_target(adapters: Sequence[Adapter], base: Potential) -> str:
                 f"The adapters of a committee share one base, but {_with_base(first)} and "
                 f"{_with_base(other)}. Leave one of them out."
             )
-        if target != targets[0]:
+        common &= _targets(other, base).keys()
+        if not common:
+            ours, theirs = ("', '".join(_targets(a, base)) for a in (first, other))
             raise AdapterError(
-                f"The adapters of a committee share one target, but '{first.name}' is for "
-                f"'{targets[0]}' and '{other.name}' for '{target}'. Leave one of them out."
+                f"The adapters of a committee share an energy, but '{first.name}' is for "
+                f"'{ours}' and '{other.name}' for '{theirs}'. Leave one of them out."
             )
-    return targets[0]
+    energies = ", ".join(sorted(common))
+    if wanted is not None and wanted not in common:
+        raise AdapterError(
+            f"target: the adapters of this committee are for {energies or 'no energy'}, not "
+            f"{wanted}."
+        )
+    energy = wanted or main_energy(common)
+    if energy is None:
+        raise ConfigError(
+            f"target: the adapters of this committee are for {len(common)} energies "
+            f"({energies or 'none'}); name the one to use."
+        )
+    return energy
 
 
 def _with_base(adapter: Adapter) -> str:

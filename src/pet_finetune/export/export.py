@@ -25,6 +25,7 @@ from pet_finetune.device import choose_dtype
 from pet_finetune.errors import ConfigError
 from pet_finetune.files import check_writable, size_text
 from pet_finetune.hub import find_model
+from pet_finetune.keys import main_energy
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 from pet_finetune.version import __version__
@@ -82,11 +83,12 @@ def export_model(
         format: ``metatomic``, for simulation engines, or ``metatrain``, a checkpoint that metatrain
             evaluates, trains and exports; None for ``metatrain`` where ``output`` ends with
             ``.ckpt``, else ``metatomic``.
-        adapter: an adapter folder to merge into it; then its target is the only output. Several,
+        adapter: an adapter folder to merge into it; then its targets are the only outputs. Several,
             or the folder of a run with ``finetune.ensemble``, are a committee: its mean, its
             calibrated spread and what each member says are in the file.
-        target: the energy that engines get as ``energy``. Without it: the adapter's, else the only
-            one there is, else ``energy``. For metatrain: the only target to write.
+        target: the energy that engines get as ``energy``. Without it: the only one of the adapter,
+            or of the model where there is none, else ``energy``. For metatrain: the only target to
+            write.
         dtype: ``float32`` or ``float64``, of all that is computed and of what engines give and
             get; None for the model's own inside and float64 outside, so that energies of large
             systems are not rounded.
@@ -103,7 +105,7 @@ def export_model(
     source = find_model(checkpoint)
     path = check_output(output, source)
     opened = load_checkpoint(source)
-    potentials, of_adapter, calibration = _merged(opened.model, adapter)
+    potentials, of_adapter, calibration = _merged(opened.model, adapter, target)
     _drop_stale(potentials)
     for potential in potentials if wanted is not None else ():
         potential.to(wanted)
@@ -127,7 +129,7 @@ def _write_metatomic(
     path: Path,
     potentials: Sequence[Potential],
     target: str | None,
-    of_adapter: str | None,
+    of_adapter: tuple[str, ...],
     about: _About,
     outside: torch.dtype,
     calibration: float,
@@ -138,8 +140,8 @@ def _write_metatomic(
     from .write import interaction_range, write_model
 
     potential = potentials[0]
-    energy = _energy(potential, target or of_adapter)
-    outputs = choose_outputs(potential, energy, None if of_adapter is None else {of_adapter})
+    energy = _energy(potential, target, of_adapter)
+    outputs = choose_outputs(potential, energy, of_adapter or None)
     _say_left_out([name for name in potential.targets if name not in outputs.values()])
     check = ModelCheck(potentials, _structures(potential), outputs, outside, calibration)
     reach, inside = interaction_range(potential), potential.dtype
@@ -171,7 +173,7 @@ def _write_metatrain(
     path: Path,
     potentials: Sequence[Potential],
     target: str | None,
-    of_adapter: str | None,
+    of_adapter: tuple[str, ...],
     about: _About,
 ) -> ExportOutcome:
     """Write a model for metatrain, and read it back."""
@@ -186,13 +188,12 @@ def _write_metatrain(
             "given. Write one file for each adapter, or all of them into one metatomic file (.pt)."
         )
     potential = potentials[0]
-    only = target or of_adapter
-    if only is not None:
-        others = [other for other in potential.targets if other != potential.target(only).name]
-        for other in others:
-            potential.remove_target(other)
-        if target is None:
-            _say_left_out(others)
+    only = of_adapter if target is None else (potential.target(target).name,)
+    others = [other for other in potential.targets if only and other not in only]
+    for other in others:
+        potential.remove_target(other)
+    if target is None:
+        _say_left_out(others)
     check = ModelCheck(
         [potential], _structures(potential), {name: name for name in potential.targets}
     )
@@ -303,23 +304,24 @@ def check_output_of_run(options: Options, output: Path) -> None:
 
 
 def _merged(
-    model: Potential, adapter: Adapters | None
-) -> tuple[list[Potential], str | None, float]:
-    """Models without adapters, the target of those that went into them, and a calibration.
+    model: Potential, adapter: Adapters | None, target: str | None
+) -> tuple[list[Potential], tuple[str, ...], float]:
+    """Models without adapters, the targets of those that went into them, and a calibration.
 
     They are one, or the members of a committee.
     """
     folders = [adapter] if isinstance(adapter, (str, os.PathLike)) else list(adapter or ())
     of_run = len(folders) == 1 and (Path(folders[0]) / COMMITTEE_FILE).exists()
     if of_run or len(folders) > 1:
-        members, target, calibration = committee_members(model, folders[0] if of_run else folders)
-        return _sharing(list(members)), target, calibration.energy
+        chosen = folders[0] if of_run else folders
+        members, energy, calibration = committee_members(model, chosen, target)
+        return _sharing(list(members)), (energy,), calibration.energy
     if folders:
         load_adapter(model, os.fspath(folders[0]))
     config = active_adapter(model)
     if config is None:
-        return [model], None, 1.0
-    return [merged_copy(model)], config.target, 1.0
+        return [model], (), 1.0
+    return [merged_copy(model)], tuple(config.targets), 1.0
 
 
 def _drop_stale(potentials: Sequence[Potential]) -> None:
@@ -343,17 +345,18 @@ def _sharing(members: list[Potential]) -> list[Potential]:
     return members
 
 
-def _energy(potential: Potential, wanted: str | None) -> str | None:
+def _energy(potential: Potential, wanted: str | None, of_adapter: Sequence[str]) -> str | None:
     """The target that engines get as their energy, if the model has one that stands out."""
-    energies = [spec.name for spec in potential.targets.values() if spec.is_energy]
-    if wanted is None and len(energies) != 1 and "energy" not in energies:
+    among = of_adapter or potential.targets
+    energies = [name for name in among if potential.target(name).is_energy]
+    if wanted is None and main_energy(energies) is None:
         if energies:
             _LOG.warning(
                 "None of the energies %s is called 'energy': tell the engine which variant to use, "
                 "or choose one with --target.", ", ".join(energies)
             )  # fmt: skip
         return None
-    return potential.energy_target(wanted)
+    return potential.energy_target(wanted, of_adapter)
 
 
 def _structures(potential: Potential) -> list[Structure]:

@@ -272,7 +272,7 @@ def _all_weights(model: Potential, target: str) -> None:
 
 
 def _adapters(model: Potential, target: str) -> None:
-    inject(model, AdapterConfig(target=target))
+    inject(model, AdapterConfig(targets=[target]))
 
 
 #: How each method chooses what trains, in a copy of the model.

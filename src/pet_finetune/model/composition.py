@@ -121,7 +121,9 @@ class Scale(FixedBuffers):
 
     def set(self, target: str, factor: float | Tensor) -> None:
         """Replace the factor of a target."""
-        value = torch.as_tensor(factor, dtype=torch.float64).detach().reshape(()).clone()
+        device = factor.device if isinstance(factor, Tensor) else self.get(target).device
+        value = torch.as_tensor(factor, dtype=torch.float64, device=device)
+        value = value.detach().reshape(()).clone()
         self.register_buffer(f"factor_{target}", value)
 
     def relative(self, target: str) -> Tensor | None:

@@ -38,7 +38,7 @@ def direct_targets(
     """Find the direct targets that go with an energy; None if none are wanted.
 
     Raises:
-        ConfigError: the model has no such head, or ``wanted`` is not one of its values.
+        ConfigError: there is no such head, or ``wanted`` is not one of its values.
     """
     if wanted not in (True, False, "forces", "stress"):
         raise ConfigError(
@@ -54,9 +54,10 @@ def direct_targets(
         if found[what] is None and wanted in (True, what):
             other = "stress" if what == "forces" else "forces"
             raise ConfigError(
-                f"non_conservative: the model has no head for direct {what} ({names[0]}). It "
-                f"predicts: {', '.join(targets)}. Use non_conservative='{other}' or False, or "
-                "train such a head: see 'Targets beyond the energy' in the documentation."
+                f"non_conservative: the model has no head for direct {what} ({names[0]}) that was "
+                f"trained with '{energy}'; trained together: {', '.join(targets)}. Use "
+                f"non_conservative='{other}' or False, or train such a head: see 'Targets beyond "
+                "the energy' in the documentation."
             )
     return DirectTargets(
         found["forces"] if wanted in (True, "forces") else None,

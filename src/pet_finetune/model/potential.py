@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pet_finetune.errors import ConfigError, PetFinetuneError, did_you_mean
 from pet_finetune.graph import Batch
-from pet_finetune.keys import TargetSpec
+from pet_finetune.keys import TargetSpec, main_energy
 from pet_finetune.nn.quantized import num_quantized
 from pet_finetune.profiling import stage
 
@@ -184,8 +184,13 @@ class Potential(nn.Module):
             )
         return self.targets[name]
 
-    def energy_target(self, wanted: str | None = None) -> str:
+    def energy_target(self, wanted: str | None = None, of_adapter: Collection[str] = ()) -> str:
         """The energy meant: the one named, else the only one there is, else ``energy``.
+
+        Args:
+            wanted: the one named, if any.
+            of_adapter: the targets of an adapter in the model, which alone count where none is
+                named: heads that it did not train do not fit its features.
 
         Raises:
             ConfigError: there are several and none is named, or the one named is no energy of
@@ -194,12 +199,13 @@ class Potential(nn.Module):
         """
         energies = [name for name, spec in self.targets.items() if spec.is_energy]
         if wanted is None:
-            if len(energies) != 1 and "energy" not in energies:
+            meant = [name for name in energies if not of_adapter or name in of_adapter]
+            wanted = main_energy(meant)
+            if wanted is None:
                 raise ConfigError(
-                    f"target: the model predicts {len(energies)} energies "
-                    f"({', '.join(energies) or 'none'}); name the one to use."
+                    f"target: the {'adapter' if of_adapter else 'model'} predicts "
+                    f"{len(meant)} energies ({', '.join(meant) or 'none'}); name the one to use."
                 )
-            wanted = energies[0] if len(energies) == 1 else "energy"
         if not self.target(wanted).is_energy:
             raise ConfigError(
                 f"target: '{wanted}' is a {self.target(wanted).quantity or 'property'}, not an "

@@ -123,12 +123,12 @@ class _Set:
 
 def _open(
     checkpoint: str | Path | Potential, adapter: str | Path | None, device: str
-) -> tuple[Potential, str | None]:
-    """A model ready to predict, and the target of its adapter."""
-    model, target = open_potential(checkpoint, adapter)
+) -> tuple[Potential, tuple[str, ...]]:
+    """A model ready to predict, and the targets of its adapter."""
+    model, targets = open_potential(checkpoint, adapter)
     chosen = choose_device(device)
     use_backend(model, choose_backend(chosen))
-    return model.to(chosen).eval(), target
+    return model.to(chosen).eval(), targets
 
 
 @torch.inference_mode(False)
@@ -150,7 +150,8 @@ def evaluate_files(
         files: anything ASE reads.
         names: what the files are called in the result; their paths without it.
         adapter: folder of an adapter of this checkpoint.
-        target: which target of the model is compared; None for the adapter's, or the only energy.
+        target: which target of the model is compared; None for the energy of the adapter or, where
+            there is none, of the model; of several, ``energy``.
         device: as in the options.
         labels: names and units in the files. A file without the label is predicted only, if that
             is asked for and the label is not named.
@@ -159,7 +160,7 @@ def evaluate_files(
     numbers = [str(index) for index in range(len(files))]
     _check_outputs(how, numbers, files)
     model, adapted = _open(checkpoint, adapter, device)
-    spec = _chosen(model, target or adapted)
+    spec = _chosen(model, target, adapted)
     sets, marks = {}, {}
     for file, name, number in zip(files, names or map(str, files), numbers, strict=True):
         options = _file_options(file, spec, labels)
@@ -196,12 +197,13 @@ def _systems(datasets: Sequence[DatasetOptions]) -> dict[str, SystemsOptions]:
     return {dataset.systems.read_from: dataset.systems for dataset in datasets}
 
 
-def _chosen(model: Potential, wanted: str | None) -> TargetSpec:
+def _chosen(model: Potential, wanted: str | None, of_adapter: Sequence[str]) -> TargetSpec:
     """The target that is meant: any that is named, else the energy, else the only one."""
-    if wanted is None and len(model.targets) == 1:
-        wanted = next(iter(model.targets))
+    there = of_adapter or tuple(model.targets)
+    if wanted is None and len(there) == 1:
+        wanted = there[0]
     if wanted is None or model.target(wanted).is_energy:
-        wanted = model.energy_target(wanted)
+        wanted = model.energy_target(wanted, of_adapter)
     return model.target(wanted)
 
 
@@ -239,7 +241,7 @@ def evaluate_datasets(
         if dataset.targets and target is None:
             targets = known or [model.target(next(iter(dataset.targets))).name]
         else:
-            targets = [_chosen(model, target or adapted).name]
+            targets = [_chosen(model, target, adapted).name]
         name = dataset.systems.read_from
         if name in result.errors:
             name = f"{name} ({mark})"

@@ -149,20 +149,16 @@ def choose_trainable(start: Start, options: Options, keep: Collection[str] = ())
     if method == "full":
         freeze(model, train=None)
         return
-    if len(targets) > 1:
-        raise ConfigError(f"finetune.method {method}: an adapter is for one target; found "
-                          f"{', '.join(targets)}. Use method full.")  # fmt: skip
     # How fast its factors learn is the optimiser's concern.
     settings = finetune.config.model_dump(include=set(METHOD_KEYS[method]) - {"loraplus_lr_ratio"})
     if settings.get("target_modules") == ("all-linear",):
         settings["target_modules"] = "all-linear"
-    config = AdapterConfig(**settings, target=targets[0])
     inject(
         model,
-        config,
+        AdapterConfig(**settings, targets=targets),
         fingerprint=start.fingerprint,
-        inherited_from=start.inherited.get(targets[0]),
-        brought_target=targets[0] in {*start.fresh, *start.inherited},
+        inherited=start.inherited,
+        brought_targets=[*start.fresh, *start.inherited],
         brought_species=tuple(start.new_species),
     )
 
@@ -182,7 +178,7 @@ def _freeze_heads(start: Start, options: Options, targets: list[str]) -> None:
 def rounding_told(options: Options, model: Potential, loader: Loader) -> Iterator[None]:
     """Log what happens to the predictions on the first batch within this context.
 
-    Does nothing unless ``finetune.config.quant_bits`` is given.
+    Does nothing unless ``finetune.config.quant_bits`` is given, or where no energy is trained.
 
     Args:
         options: of the run.
@@ -190,10 +186,11 @@ def rounding_told(options: Options, model: Potential, loader: Loader) -> Iterato
         loader: of the training structures.
     """
     bits = options.finetune.config.quant_bits
-    if bits is None or not options.is_finetuning:
+    energies = [name for name in options.target_specs() if model.target(name).is_energy]
+    if bits is None or not options.is_finetuning or not energies:
         yield
         return
-    target = next(iter(options.target_specs()))
+    target = energies[0]
     before = _predict(model, loader, target)
     yield
     after = _predict(model, loader, target)

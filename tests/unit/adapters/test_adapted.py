@@ -79,16 +79,16 @@ def test_predicting_is_for_the_adapters_target(base: Potential, tmp_path):
 
     inject(
         made,
-        AdapterConfig(rank=1, target="energy/pbe"),
+        AdapterConfig(rank=1, targets=["energy/pbe"]),
         fingerprint=fingerprint,
-        inherited_from="energy",
-        brought_target=True,
+        inherited={"energy/pbe": "energy"},
+        brought_targets=["energy/pbe"],
     )
     save_adapter(made, tmp_path / "pbe")
     save_checkpoint(tmp_path / "base.ckpt", base)
     model = load(tmp_path / "base.ckpt")
     model.load_adapter(tmp_path / "pbe", name="pbe")
-    assert model.target == "energy/pbe"
+    assert model.targets == ("energy/pbe",)
     assert list(model.potential.targets) == ["energy", "energy/pbe"]
     model.disable_adapters()
     assert list(model.potential.targets) == ["energy"]

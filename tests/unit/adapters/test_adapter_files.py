@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -10,11 +11,17 @@ from safetensors.torch import load_file, save_file
 
 from models import all_structures, random_potential, trained_adapter
 from pet_finetune.adapters import active_adapter, load_adapter, merged_copy, save_adapter
-from pet_finetune.adapters.files import CONFIG_FILE, WEIGHTS_FILE, read_metadata
+from pet_finetune.adapters.files import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    from_peft,
+    own_name,
+    read_metadata,
+)
 from pet_finetune.data.batch import batch_from_atoms
 from pet_finetune.errors import AdapterError
 from pet_finetune.keys import TargetSpec
-from pet_finetune.model.fingerprint import weights_fingerprint
+from pet_finetune.model.fingerprint import content_digest, weights_fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +72,9 @@ def test_an_adapter_brings_its_own_target(batch, tmp_path):
 
     inject(
         model,
-        AdapterConfig(rank=1, target="energy/pbe"),
+        AdapterConfig(rank=1, targets=["energy/pbe"]),
         fingerprint=fingerprint,
-        inherited_from="energy",
+        inherited={"energy/pbe": "energy"},
     )
     save_adapter(model, tmp_path)
     base = random_potential()
@@ -153,19 +160,53 @@ def test_settings_that_make_no_sense(folder, changes):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"target": ...},
-        {"target": {"nme": "energy"}},
-        {"composition": [1.0, 2.0]},
-        {"composition": ["a", "b", "c", "d"]},
-        {"scale": None},
+        {"targets": ...},
+        {"targets": {"energy": 1.0}},
+        {"targets": [{"spec": {"nme": "energy"}}]},
+        {"targets": [{"spec": {"name": "energy"}, "composition": [1.0, 2.0], "scale": 1.0}]},
+        {"targets": [{"spec": {"name": "energy"}, "composition": list("abcd"), "scale": 1.0}]},
+        {"targets": [{"spec": {"name": "energy"}, "composition": None, "scale": "one"}]},
         {"base_fingerprint": 5},
+        {"version": "two"},
     ],
     ids=str,
 )
 def test_metadata_that_makes_no_sense(folder, changes):
-    edit_metadata(folder, **changes)
+    edit_json(folder / CONFIG_FILE, auto_mapping=...)  # without the checksum
+    edit_metadata(folder, digest=..., **changes)
     with pytest.raises(AdapterError):
         load_adapter(random_potential(), folder)
+
+
+def test_a_newer_release_is_named(folder):
+    edit_metadata(folder, version=3)
+    with pytest.raises(AdapterError, match="version 3 of our format.*Update pet-finetune"):
+        load_adapter(random_potential(), folder)
+
+
+@pytest.mark.parametrize("digest", [True, False], ids=["checksum", "older than checksums"])
+def test_files_that_know_one_target_are_read_for_ever(folder, digest, batch):
+    """Version 1 wrote what belongs to the target beside everything else."""
+    content = read_metadata(folder)
+    (target,) = content.pop("targets")
+    old = {"version": 1, "target": target.pop("spec"), **target}
+    content = {**content, **old}
+    del content["digest"]
+    peft = json.loads((folder / CONFIG_FILE).read_text())
+    if digest:
+        # As it was taken then, of settings that had a target of their own.
+        settings = asdict(from_peft(peft))
+        del settings["targets"]
+        tensors = {own_name(n): t for n, t in load_file(folder / WEIGHTS_FILE).items()}
+        content["digest"] = content_digest(tensors, [{**settings, "target": "energy"}, content])
+    else:
+        edit_json(folder / CONFIG_FILE, auto_mapping=...)
+    weights = folder / WEIGHTS_FILE
+    save_file(load_file(weights), weights, {"pet_finetune": json.dumps(content)})
+    model = random_potential()
+    assert load_adapter(model, folder).targets == ("energy",)
+    expected = trained_adapter(random_potential()).predict(batch)
+    assert torch.equal(model.predict(batch).energy, expected.energy)
 
 
 def test_tensors_that_do_not_fit(folder):

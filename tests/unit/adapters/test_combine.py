@@ -55,8 +55,10 @@ def test_cat_is_the_exact_sum_of_the_changes(base: Potential, factors):
         torch.testing.assert_close(value, start[name] + sum(changes), msg=name)
     left = 1.0 - sum(factors)
     expected = left * base.composition.get("energy")
-    expected = expected + sum(w * one.composition for w, one in zip(factors, parts, strict=True))
-    torch.testing.assert_close(mixed.composition, expected)
+    expected = expected + sum(
+        w * one.targets[0].composition for w, one in zip(factors, parts, strict=True)
+    )
+    torch.testing.assert_close(mixed.targets[0].composition, expected)
 
 
 def test_svd_of_enough_rank_is_exact_and_of_less_the_nearest(base: Potential):
@@ -101,31 +103,36 @@ def test_what_does_not_go_together(base: Potential, change, combination: str, me
     ("change", "message"),
     [
         ({"fingerprint": "f" * 64}, "the base of the one is"),
-        ({"scale": 9.0}, "the scale of the one is"),
-        ({"inherited_from": "energy/b"}, "heads it began with of the one is None, that of the"),
+        ({"scale": 9.0}, "the scale of 'energy' of the one is"),
+        (
+            {"inherited_from": "energy/b"},
+            "start of the heads of 'energy' of the one is None, that of",
+        ),
     ],
 )
 def test_adapters_of_different_origin(base: Potential, change, message: str):
     one = adapter(base, 1)
+    if "fingerprint" not in change:
+        change = {"targets": (replace(one.targets[0], **change),)}
     with pytest.raises(AdapterError, match=message):
         combine([(one, 0.5), (replace(one, name="b", **change), 0.5)])
 
 
 @pytest.mark.parametrize("inherited", [None, "energy"])
 def test_heads_that_began_at_random_do_not_blend(base: Potential, inherited):
-    parts = []
+    parts, source = [], {"energy/b": inherited} if inherited else {}
     for seed in (1, 2):
         model = copy.deepcopy(base)
         model.add_target(TargetSpec("energy/b"), inherit_from=inherited)
-        inject(model, AdapterConfig(target="energy/b"), inherited_from=inherited)
+        inject(model, AdapterConfig(targets=["energy/b"]), inherited=source)
         own = replace(capture(model), fingerprint=None, name=f"a{seed}")
         parts.append((own, 0.5))
     if inherited is None:
         with pytest.raises(AdapterError, match="'a1' and 'a2'.*began at random.*inherit_heads"):
             combine(parts, base=base)
-        assert combine(parts[:1], base=base).config.target == "energy/b"
+        assert combine(parts[:1], base=base).config.targets == ("energy/b",)
     else:
-        assert combine(parts, base=base).config.target == "energy/b"
+        assert combine(parts, base=base).config.targets == ("energy/b",)
 
 
 def test_weights_that_do_not_sum_to_one_need_the_base(base: Potential):

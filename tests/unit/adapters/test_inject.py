@@ -97,7 +97,7 @@ def test_a_second_adapter_is_refused():
 
 def test_an_unknown_target():
     with pytest.raises(PetFinetuneError, match=r"no target 'engery'\. Did you mean 'energy'"):
-        inject(random_potential(), AdapterConfig(target="engery"))
+        inject(random_potential(), AdapterConfig(targets=["engery"]))
 
 
 def test_a_refused_injection_leaves_the_model_alone():

@@ -277,11 +277,36 @@ def test_adapters_of_another_base_are_named_with_both_bases(base, folders, tmp_p
 def test_adapters_of_another_target_are_named(base, folders, tmp_path):
     fingerprint = weights_fingerprint(base)
     base.add_target(TargetSpec("energy/pbe"), inherit_from="energy")
-    config = AdapterConfig(rank=1, target="energy/pbe")
-    inject(base, config, fingerprint=fingerprint, inherited_from="energy")
+    config = AdapterConfig(rank=1, targets=["energy/pbe"])
+    inject(base, config, fingerprint=fingerprint, inherited={"energy/pbe": "energy"})
     other = save_adapter(base, tmp_path / "pbe")
-    with pytest.raises(AdapterError, match="share one target.*'energy'.*pbe' for 'energy/pbe'"):
+    with pytest.raises(AdapterError, match="share an energy.*'energy'.*pbe' for 'energy/pbe'"):
         load_committee(random_potential(), [*folders, other])
+
+
+def test_a_committee_of_adapters_of_several_energies_is_of_one(base, tmp_path):
+    base.add_target(TargetSpec("energy/pbe"), inherit_from="energy")
+    base.add_target(TargetSpec("charges", "charge", "e", per_atom=True))
+    batch = batch_from_atoms(ethanol(), base.cutoff)
+    tuned, folders = {}, {}
+    for name, targets in {
+        "a": ["energy", "energy/pbe", "charges"],
+        "b": ["energy/pbe", "energy"],
+        "c": ["energy/pbe", "charges"],
+    }.items():
+        tuned[name] = trained_adapter(copy.deepcopy(base), seed=ord(name), targets=targets)
+        folders[name] = save_adapter(tuned[name], tmp_path / name)
+    for names, wanted, energy in (
+        ("ab", None, "energy"), ("ab", "energy/pbe", "energy/pbe"), ("abc", None, "energy/pbe")
+    ):  # fmt: skip
+        committee = load_committee(base, [folders[name] for name in names], wanted)
+        assert committee.target == energy
+        found = committee.predict(batch, energy).members.energy
+        expected = torch.stack([tuned[name].predict(batch, energy).energy for name in names])
+        torch.testing.assert_close(found, expected.detach())
+        assert all(list(part.targets) == [energy] for part in committee.parts)
+    with pytest.raises(AdapterError, match="are for energy/pbe, not energy"):
+        load_committee(base, list(folders.values()), "energy")
 
 
 @pytest.mark.parametrize(
