@@ -181,7 +181,8 @@ class Gradient:
         suggestion = column.suggestion(first)
         if suggestion and (usable is None or any(usable)):
             _logger.warning(
-                "%s has no %r, so nothing is learned of the %s.%s Then write `%s: {key: ...}`.",
+                "%s has no %r, so the %s are left out.%s Then write `%s: {key: ...}` in the "
+                "options; on the command line of eval: --forces-key, --stress-key, --virial-key.",
                 column.source,
                 column.key,
                 column.what,
