@@ -21,7 +21,7 @@ _SECTIONS = "architecture|training|finetune|training_set|validation_set|test_set
 _PATH = re.compile(rf"(?<![\w./])(?:{_SECTIONS})(?:\.(?:[a-z_]+|<\w+>))+(?![\w(/])")
 _WRITTEN = re.compile(r"`([a-z_]+): [^`]*`")
 #: Options of other programs that messages name, with what stands before them.
-_FOREIGN = ("ase info --formats", "ase --formats")
+_FOREIGN = ("ase info --formats", "ase --formats", " --revision \0", "\0 --local-dir .")
 
 
 def messages() -> Iterator[tuple[str, str]]:
