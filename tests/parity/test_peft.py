@@ -141,19 +141,25 @@ def test_gradients_are_pefts(base: Potential, batch: Batch, method: str, tmp_pat
     assert compared >= 16
 
 
-@pytest.mark.parametrize("target", ["energy", "energy/pbe"])
+@pytest.mark.parametrize("targets", [("energy",), ("energy", "energy/pbe")], ids=["one", "two"])
 @pytest.mark.parametrize("layers", [DEFAULT_TARGETS, "all-linear"], ids=["default", "all"])
 def test_peft_opens_our_folder(
-    base: Potential, batch: Batch, target: str, layers: str | tuple[str, ...], tmp_path: Path
+    base: Potential,
+    batch: Batch,
+    targets: tuple[str, ...],
+    layers: str | tuple[str, ...],
+    tmp_path: Path,
 ):
-    ours = trained_adapter(copy.deepcopy(base), target=target, target_modules=layers)
+    ours = trained_adapter(copy.deepcopy(base), targets=targets, target_modules=layers)
     save_adapter(ours, tmp_path / "adapter", "base.ckpt")
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base.network), tmp_path / "adapter")
-    found, expected = outputs(theirs, batch, target), outputs(ours.network, batch, target)
-    assert deviation(found, expected) < TOLERANCE
-    assert (expected - outputs(base.network, batch, target)).abs().max() > 1e-3
+    all_expected = {target: outputs(ours.network, batch, target) for target in targets}
+    for target, expected in all_expected.items():
+        assert deviation(outputs(theirs, batch, target), expected) < TOLERANCE
+        assert (expected - outputs(base.network, batch, target)).abs().max() > 1e-3
     merged = theirs.merge_and_unload()
-    assert deviation(outputs(merged, batch, target), expected) < TOLERANCE
+    for target, expected in all_expected.items():
+        assert deviation(outputs(merged, batch, target), expected) < TOLERANCE
 
 
 @pytest.mark.parametrize(

@@ -137,14 +137,6 @@ def _check_ensemble(options: Options) -> Iterator[Problem]:
             "method lora with a checkpoint to start from, or remove it.",
             also=((*_FINETUNE, "method"), (*_FINETUNE, "read_from")),
         )
-    targets = options.target_specs()
-    if len(targets) > 1:
-        yield Problem(
-            path,
-            f"a committee is of one energy, but the targets are {', '.join(targets)}. Keep one of "
-            "them, or remove it: an adapter alone learns several.",
-            also=(("training_set", "targets"),),
-        )
     if member is not None and member >= size:
         yield Problem(
             (*_FINETUNE, "member"),

@@ -209,11 +209,14 @@ def check_fixed_baselines(options: Options) -> Iterator[Problem]:
 
 
 def check_committee(options: Options) -> Iterator[Problem]:
-    """Yield an ensemble of something else than an energy."""
-    others = [name for name, spec in options.target_specs().items() if not spec.is_energy]
-    if options.finetune.ensemble and others:
+    """Yield an ensemble of something else than one energy."""
+    specs = options.target_specs()
+    if options.finetune.ensemble and (
+        len(specs) > 1 or not all(s.is_energy for s in specs.values())
+    ):
         yield Problem(
             ("architecture", "training", "finetune", "ensemble"),
-            f"a committee predicts an energy, but {others[0]} is none. Remove one of them.",
+            f"a committee is of one energy, but the targets are {', '.join(specs)}. Keep one "
+            "energy, or remove the ensemble: an adapter alone learns several, of any kind.",
             also=(("training_set",),),
         )

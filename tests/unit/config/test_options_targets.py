@@ -67,7 +67,7 @@ FORCES = "non_conservative_forces"
         (
             {"gap": {"quantity": "gap"}},
             {"finetune": {"ensemble": 4}},
-            "a committee predicts an energy, but gap",
+            "a committee is of one energy, but the targets are gap",
         ),
     ],
 )
