@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from pet_finetune.errors import PetFinetuneError
+from pet_finetune.errors import PetFinetuneError, is_out_of_memory
 from pet_finetune.progress import Watch
 from pet_finetune.version import __version__
 
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except (MemoryError, RuntimeError) as error:
-        if parsed.debug or not _is_out_of_memory(error):
+        if parsed.debug or not is_out_of_memory(error):
             raise
         first = (str(error).splitlines() or [""])[0]
         print(
@@ -131,14 +131,3 @@ def _doing(command: str) -> str:
     # Importing torch and what stands on it takes seconds.
     loaded = hasattr(sys.modules.get("pet_finetune.api"), "train")
     return f"pet-finetune {command}" if loaded else "loading torch"
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out; torch has no class of error of its own for that on CPUs."""
-    told = str(error)
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "DefaultCPUAllocator: can't allocate memory" in told
-        or "DefaultCPUAllocator: not enough memory" in told
-    )

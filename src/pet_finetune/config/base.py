@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
@@ -24,6 +24,7 @@ __all__ = [
     "Number",
     "OneOf",
     "OpenFraction",
+    "AtomsOrAuto",
     "OptionalText",
     "PositiveFloat",
     "PositiveInt",
@@ -201,6 +202,20 @@ _INTEGER, _NUMBER = {"type": "integer"}, {"type": "number"}
 _OPEN = {**_NUMBER, "exclusiveMinimum": 0}
 
 PositiveInt = Annotated[int, Expects("a positive integer", integer(1), {**_INTEGER, "minimum": 1})]
+
+
+def _atoms_or_auto(value: Any) -> int | str:
+    return "auto" if value == "auto" else integer(1)(value)
+
+
+AtomsOrAuto = Annotated[
+    int | Literal["auto"],
+    Expects(
+        "a positive integer, or auto",
+        _atoms_or_auto,
+        {"anyOf": [{"const": "auto"}, {**_INTEGER, "minimum": 1}]},
+    ),
+]
 NonNegativeInt = Annotated[
     int, Expects("a non-negative integer", integer(0), {**_INTEGER, "minimum": 0})
 ]

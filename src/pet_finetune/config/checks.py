@@ -70,7 +70,7 @@ def _largest_divisor(number: int, limit: int) -> int:
 def _check_batches(options: Options) -> Iterator[Problem]:
     training = options.training
     most, least = training.max_atoms_per_batch, training.min_atoms_per_batch
-    if most is not None and least > most:
+    if isinstance(most, int) and least > most:
         yield Problem(
             (*_TRAINING, "min_atoms_per_batch"),
             f"{least} is more than max_atoms_per_batch, {most}: no batch would be left.",

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from .base import (
+    AtomsOrAuto,
     Expects,
     Flag,
     Fraction,
@@ -159,9 +160,11 @@ class TrainingOptions(Section):
         description="Batches whose mean gradient makes one update; the last update of an epoch "
         "takes what is left.",
     )
-    max_atoms_per_batch: PositiveInt | None = Field(
+    max_atoms_per_batch: AtomsOrAuto | None = Field(
         default=None,
-        description="Fill batches up to this many atoms instead of counting structures.",
+        description="Fill batches up to this many atoms instead of counting structures. `auto` "
+        "looks once, at the start, for the largest number that fits into the memory (half of what "
+        "is free on a CPU) and leaves at least ten steps in an epoch.",
     )
     min_atoms_per_batch: NonNegativeInt = Field(
         default=0, description="Drop batches with fewer atoms; with `max_atoms_per_batch` only."

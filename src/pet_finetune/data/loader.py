@@ -100,6 +100,8 @@ class Loader:
         self.seed = seed
         #: Which process of how many this loader makes batches for, and which batches it makes.
         self._share, self._dealt = (0, 1), (0, 1)
+        #: Which part of how many of each batch's share is made at the moment; the plan of an epoch.
+        self._part, self._planned = (0, 1), (-1, list[np.ndarray]())
         self._turned: tuple[int, Tensor] | None = None
         largest = int(self._num_atoms.max())
         if max_atoms_per_batch is not None and largest > max_atoms_per_batch:
@@ -129,7 +131,8 @@ class Loader:
         other.min_atoms_per_batch = 0
         other.shuffle = shuffle
         other.augment = augment
-        other._share = other._dealt = (0, 1)
+        other._share = other._dealt = other._part = (0, 1)
+        other._planned = (-1, [])
         return other
 
     @property
@@ -187,10 +190,37 @@ class Loader:
             _logger.info("%s: from %d of %d structures", what, count, len(self.structures))
         return other
 
+    def parts(self, epoch: int, index: int, count: int) -> Iterator[LabelledBatch]:
+        """The parts of a batch (or of this process's share of it) one after the other.
+
+        Together they are what :meth:`epoch` gives. While one is out, :attr:`shares`
+        tells which it is.
+
+        Args:
+            epoch: number of the epoch.
+            index: number of the batch in it.
+            count: of parts, with about as many edges and atoms; some may be empty.
+        """
+        if self._planned[0] != epoch:
+            self._planned = epoch, self._plan(epoch)
+        members = self._planned[1][index]
+        rotations = self._rotations(epoch) if self.augment else None
+        try:
+            for number in range(count):
+                self._part = (number, count)
+                yield self._collate(members, rotations, (self._share, self._part))
+        finally:
+            self._part = (0, 1)
+
     @property
-    def share(self) -> tuple[int, int]:
-        """Which process of how many has its parts of the batches here."""
-        return self._share
+    def shares(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Which process of how many has its share of the batches here, and the part of that."""
+        return self._share, self._part
+
+    @property
+    def num_atoms(self) -> np.ndarray:
+        """Atoms of each structure, ``[n]``."""
+        return self._num_atoms
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -224,34 +254,35 @@ class Loader:
         rotations = self._rotations(epoch) if self.augment else None
         first, step = self._dealt
         for members in self._plan(epoch)[start_batch + first :: step]:
-            yield self._collate(members, rotations, self._share)
+            yield self._collate(members, rotations, (self._share,))
 
     def collate(
-        self, members: np.ndarray, epoch: int, share: tuple[int, int] = (0, 1)
+        self, members: np.ndarray, epoch: int, shares: Sequence[tuple[int, int]] = ()
     ) -> LabelledBatch:
         """A batch of chosen structures, rotated as in an epoch.
 
         Args:
             members: positions in :attr:`structures`; one may occur more than once.
             epoch: number of the epoch, at least 0.
-            share: which process of how many has its part of it.
+            shares: which process of how many has its share of it, and which part of that it is.
         """
-        return self._collate(members, self._rotations(epoch) if self.augment else None, share)
+        return self._collate(members, self._rotations(epoch) if self.augment else None, shares)
 
     def _collate(
-        self, members: np.ndarray, rotations: Tensor | None, share: tuple[int, int]
+        self, members: np.ndarray, rotations: Tensor | None, shares: Sequence[tuple[int, int]]
     ) -> LabelledBatch:
-        rank, size = share
-        positions = np.arange(len(members))
-        if size > 1:
-            positions = deal(self._work(members), size)[rank]
+        positions, whole = np.arange(len(members)), True
+        for number, count in shares:
+            if count > 1:
+                positions = positions[deal(self._work(members[positions]), count)[number]]
+                whole = False
         own = members[positions]
         if len(own):
             batch = collate_labelled([self._prepared[member] for member in own.tolist()])
         else:
             batch = self._prepared[int(members[0])].first(0)
         batch = batch if rotations is None else rotate_batch(batch, rotations[own])
-        return batch if size == 1 else replace(batch, whole=self._whole(members, positions))
+        return batch if whole else replace(batch, whole=self._whole(members, positions))
 
     def _whole(self, members: np.ndarray, positions: np.ndarray) -> Whole:
         """What a part of a batch has to know of all of it."""

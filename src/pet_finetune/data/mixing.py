@@ -44,7 +44,7 @@ class Beside:
         """What goes beside one batch of the main loader; both count from 0."""
         if epoch != self._epoch:
             self._epoch, self._plan = epoch, self._plan_of(epoch)
-        return self.loader.collate(self._plan[batch], epoch, self.main.share)
+        return self.loader.collate(self._plan[batch], epoch, self.main.shares)
 
     def _plan_of(self, epoch: int) -> list[np.ndarray]:
         sizes = [number_beside(own, self.fraction) for own in self.main.batch_sizes(epoch)]

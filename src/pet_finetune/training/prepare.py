@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from pet_finetune.rng import seed_everything
 
 from .average import Averaging
 from .baselines import BaselineTable, prepare_baselines
+from .batch_memory import largest_batch
 from .bootstrap import of_member
 from .consistency import RotationalAgreement
 from .elements import ADVICE, check_known
@@ -64,6 +65,11 @@ class RunData:
     train: Loader
     validation: Loader
     sets: dict[str, Loader]
+
+    def fill(self, atoms: int) -> None:
+        """Fill the batches of all sets up to so many atoms."""
+        for loader in (self.train, self.validation, *self.sets.values()):
+            loader.max_atoms_per_batch = atoms
 
 
 @dataclass(frozen=True)
@@ -190,7 +196,8 @@ def prepare_run(
     _logger.info("%s", trainable)
     if saved:
         files.drop_rows_after(trainer.progress.epoch)
-        return Run(options, files, data, trainer, saved.state)
+        state = replace(saved.state, max_atoms=data.train.max_atoms_per_batch)
+        return Run(options, files, data, trainer, state)
     before: Errors = {}
     if to_finish:
         files.tell(about_run(options, files.provenance, splits, model, baselines, trainable))
@@ -198,6 +205,7 @@ def prepare_run(
             before = evaluate_sets(files, BEFORE, model, data, trainer.wanted, trainer.features)
             files.tell({BEFORE: plain_errors(before)})
     state = _new_state(options, start, seed, trainer.learning_rate, before)
+    state = replace(state, max_atoms=data.train.max_atoms_per_batch)
     return Run(options, files, data, trainer, state)
 
 
@@ -259,11 +267,15 @@ def _trainer(
     rate = options.training.learning_rate
     if rate is None:
         rate = saved.state.learning_rate if saved else options.learning_rate()
+    objectives = _objectives(options, model, data)
+    if options.training.max_atoms_per_batch == "auto":
+        known = saved.state.max_atoms if saved else None
+        data.fill(known or largest_batch(model, data.train, objectives, options.training))
     training = data.train.shared(processes.rank(), processes.size())
     _check_sizes(training, processes.size())
     trainer = Trainer(
         model,
-        _objectives(options, model, data),
+        objectives,
         training,
         data.validation,
         options.training,
@@ -329,11 +341,14 @@ def load_data(
 ) -> RunData:
     """Loaders of the sets, as the options cut batches; ``seed`` is of order and rotations."""
     training = options.training
+    # With `auto` the number is found when the model stands; until then structures are counted.
+    most = training.max_atoms_per_batch
+    most = None if most == "auto" else most
     train_loader = Loader(
         splits.train,
         model.cutoff,
-        batch_size=None if training.max_atoms_per_batch else training.batch_size,
-        max_atoms_per_batch=training.max_atoms_per_batch,
+        batch_size=None if most else training.batch_size,
+        max_atoms_per_batch=most,
         min_atoms_per_batch=training.min_atoms_per_batch,
         shuffle=True,
         augment=training.rotational_augmentation,
@@ -346,8 +361,8 @@ def load_data(
             sets[name] = Loader(
                 structures,
                 model.cutoff,
-                batch_size=None if training.max_atoms_per_batch else _evaluation_batch(options),
-                max_atoms_per_batch=training.max_atoms_per_batch,
+                batch_size=None if most else _evaluation_batch(options),
+                max_atoms_per_batch=most,
                 dtype=dtype,
             )
     if "validation" not in sets:

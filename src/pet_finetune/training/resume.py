@@ -65,6 +65,7 @@ class RunState:
         before: errors of the starting model by set and target.
         name, fingerprint, inherited: as in :class:`~.start.Start`.
         new_species: atomic numbers that were added to the starting model.
+        max_atoms: of a batch, where ``max_atoms_per_batch: auto`` found it.
     """
 
     seed: int
@@ -75,6 +76,7 @@ class RunState:
     fingerprint: str | None
     inherited: dict[str, str]
     new_species: list[int] = field(default_factory=list)
+    max_atoms: int | None = None
 
     def plain(self) -> dict[str, Any]:
         """As plain values, for the checkpoint."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
@@ -30,6 +30,7 @@ from pet_finetune.profiling import each, stage
 from pet_finetune.progress import Watch
 from pet_finetune.rng import Stream
 
+from .batch_memory import InParts
 from .compiled_step import CompiledStep, compiles
 from .feature import Feature, Step
 from .interrupt import InterruptGuard
@@ -87,6 +88,7 @@ class Trainer:
         self.progress = Progress()
         self._counted = (-1, 0)  # an epoch, and its updates
         self._guard = InterruptGuard()
+        self._in_parts = InParts(training, self._ready)
         if not any(self.num_steps(epoch) for epoch in range(options.num_epochs)):
             raise TrainingError(
                 f"min_atoms_per_batch ({options.min_atoms_per_batch}) leaves out every batch: "
@@ -210,9 +212,12 @@ class Trainer:
 
     def batches(self, epoch: int, start_batch: int = 0) -> Iterator[LabelledBatch]:
         """The batches of an epoch, on the model's device and in its dtype."""
-        made = self.training.epoch(epoch, start_batch=start_batch)
+        return each("batch", self._ready(self.training.epoch(epoch, start_batch=start_batch)))
+
+    def _ready(self, made: Iterator[LabelledBatch]) -> Iterator[LabelledBatch]:
+        """Batches on the model's device, in its dtype and order of edges."""
         ready = self.model.network.neighborhood.with_edges
-        return each("batch", on_device(made, self.model.device, self.model.dtype, ready))
+        return on_device(made, self.model.device, self.model.dtype, ready)
 
     def step(
         self, group: Iterable[LabelledBatch], size: int, metrics: Mapping[str, Metrics]
@@ -237,7 +242,9 @@ class Trainer:
         losses: list[dict[str, Tensor]] = []
         where, structures = [], 0
         for index, batch in enumerate(group, progress.batch):
-            losses.append(self._add_gradient(batch, index, size, parameters, metrics))
+            take = partial(self._add_gradient, index=index, size=size, parameters=parameters)
+            found = self._in_parts.losses(take, batch, (progress.epoch, index), parameters, metrics)
+            losses.append(found)
             where.append(batch.where)
             structures += batch.size
         names = list(dict.fromkeys(name for found in losses for name in found))
@@ -258,19 +265,20 @@ class Trainer:
     def _add_gradient(
         self,
         batch: LabelledBatch,
+        metrics: Mapping[str, Metrics],
+        *,
         index: int,
         size: int,
         parameters: list[nn.Parameter],
-        metrics: Mapping[str, Metrics],
     ) -> dict[str, Tensor]:
         """Forward, loss, backward; the whole loss and the terms of features, by name.
 
         Args:
-            batch: the one with number ``index`` in the epoch.
+            batch: the one with number ``index`` in the epoch, or a part of it.
+            metrics: the errors are added to them.
             index: from 0.
             size: how many batches the update takes the mean of.
             parameters: what trains.
-            metrics: the errors are added to them.
         """
         epoch = self.progress.epoch
         loss, predictions = self._gradient_of_loss(batch, index, size, parameters)
