@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         FinetuneResult,
         LabelNames,
         PretrainResult,
+        add_uncertainty,
         evaluate,
         export,
         finetune,
@@ -54,6 +55,7 @@ __all__ = [
     "load",
     "finetune",
     "pretrain",
+    "add_uncertainty",
     "evaluate",
     "inspect",
     "export",
@@ -81,8 +83,8 @@ _HOMES = {
     name: module
     for module, names in {
         "pet_finetune.api": (
-            "finetune pretrain evaluate inspect export FinetuneResult PretrainResult "
-            "EvaluationResult EvaluationSettings LabelNames"
+            "finetune pretrain add_uncertainty evaluate inspect export FinetuneResult "
+            "PretrainResult EvaluationResult EvaluationSettings LabelNames"
         ),
         "pet_finetune.calculator": "PETCalculator",
         "pet_finetune.checkpoint": "load load_checkpoint",

@@ -19,6 +19,7 @@ from typing import Any
 
 from ase import Atoms
 
+from pet_finetune.adapters import AdaptedPotential
 from pet_finetune.checkpoint.adapters import (
     check_adapters,
     combine_adapters,
@@ -26,8 +27,10 @@ from pet_finetune.checkpoint.adapters import (
     merge_adapter,
 )
 from pet_finetune.checkpoint.info import checkpoint_facts, describe_checkpoint
-from pet_finetune.config import Options
+from pet_finetune.config import Options, PretrainOptions
 from pet_finetune.config.named_runs import NamedRun
+from pet_finetune.config.problems import checked_section
+from pet_finetune.config.recipes import LastLayerOptions
 from pet_finetune.data.convert import convert
 from pet_finetune.data.files import read_frames
 from pet_finetune.dynamics.md import ModelChoice, restart_md, run_md
@@ -61,12 +64,12 @@ from pet_finetune.keywords import (
 )
 from pet_finetune.launchers import find_launch
 from pet_finetune.log import get_logger, setup_logging
-from pet_finetune.pretraining import PretrainResult, pretrain_model, pretrained, settings_of
+from pet_finetune.pretraining import PretrainResult, pretrain_model, pretrained
 from pet_finetune.report.watch import ReportServer
 from pet_finetune.report.write import report_or_warn, write_report
 from pet_finetune.result import FinetuneResult, result_of
 from pet_finetune.runs.folder import RunFolder
-from pet_finetune.training import launch, named_runs, profile_run, run
+from pet_finetune.training import launch, llpr, named_runs, profile_run, run
 from pet_finetune.training.evaluate import (
     EvaluationResult,
     EvaluationSettings,
@@ -84,6 +87,7 @@ from pet_finetune.training.run_files import BEST, RunFiles
 from pet_finetune.training.tables import show
 
 __all__ = [
+    "add_uncertainty",
     "EvaluationResult",
     "EvaluationSettings",
     "FinetuneResult",
@@ -388,7 +392,7 @@ def pretrain(
     Raises:
         PetFinetuneError: bad input, or no frame that the teacher can label.
     """
-    checked = settings_of(settings)
+    checked = checked_section(PretrainOptions, settings, "pretrain")
     if is_structures(structures):
         frames = [structures] if isinstance(structures, Atoms) else list(structures)
     else:
@@ -401,6 +405,49 @@ def pretrain(
         own = None if work is None else Path(work)
         result = pretrain_model(start, frames, place, checked, own, device)
     return replace(result, checkpoint=None) if output is None else result
+
+
+def add_uncertainty(
+    model: Model,
+    train: Any,
+    validation: Any,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    target: str | None = None,
+    labels: LabelNames | None = None,
+    device: str = "auto",
+    **settings: Any,
+) -> AdaptedPotential:
+    """Give a model an uncertainty from its last layer (LLPR); its weights stay as they are.
+
+    Args:
+        model: a checkpoint or a loaded model, which is not changed.
+        train: what it was trained on: ``Atoms``, a list of them, the path of a file, or a list of
+            paths.
+        validation: other structures, with energies, which the factor is found on.
+        output: a checkpoint to write.
+        target: of which target; None for the only energy.
+        labels: names and units of the labels in files.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        settings: the options of ``finetune.llpr``: ``regularizer``, ``calibration_method``,
+            ``num_ensemble_members``.
+
+    Returns:
+        The model with its uncertainty, for :class:`PETCalculator`, ``evaluate`` and ``export``.
+    """
+    checked = checked_section(LastLayerOptions, settings, "add_uncertainty")
+    with as_files(train, "train") as (first, _), as_files(validation, "validation") as (second, _):
+        made = llpr.add_uncertainty(
+            as_model(model),
+            first,
+            second,
+            None if output is None else Path(output),
+            checked,
+            target=target,
+            device=device,
+            labels=labels or LabelNames(),
+        )
+    return AdaptedPotential(made)
 
 
 def export(model: Model, output: str | os.PathLike[str], **settings: Any) -> ExportOutcome:

@@ -204,3 +204,36 @@ def test_from_python(here: Path) -> None:
     assert calculator.get_property("forces_uncertainty", frames[0]).shape == (len(frames[0]),)
     with pytest.raises(ConfigError, match="llpr"):
         pf.finetune("base.ckpt", frames, 0.3, llpr={"members": 3}, epochs=1, device="cpu")
+
+
+def test_a_model_gets_one_as_it_is(here: Path) -> None:
+    """From files or from structures, saved with the model's own provenance."""
+    model = pf.add_uncertainty(
+        "base.ckpt", "train.xyz", "test.xyz", output="sure.ckpt", device="cpu"
+    )
+    plain = PETCalculator("base.ckpt", device="cpu")
+    atoms = molecules(1)[0]
+    for made in (model, "sure.ckpt"):
+        calculator = PETCalculator(made, device="cpu")
+        assert calculator.get_property("energy_uncertainty", atoms) > 0
+        energies = [one.get_potential_energy(atoms) for one in (plain, calculator)]
+        assert energies[0] == pytest.approx(energies[1], rel=1e-6)
+    opened = load_checkpoint("sure.ckpt")
+    assert opened.provenance == load_checkpoint("base.ckpt").provenance
+    same = pf.add_uncertainty(
+        pf.load("base.ckpt"), ase.io.read("train.xyz", ":"), "test.xyz", num_ensemble_members=0
+    )
+    (one,), (other,) = fresh(opened.model).values(), fresh(same.potential).values()
+    torch.testing.assert_close(one.multiplier, other.multiplier, rtol=1e-5, atol=0)
+    assert (one.num_members, other.num_members) == (16, 0)
+
+
+def test_bad_input_to_a_model_as_it_is(here: Path) -> None:
+    with pytest.raises(ConfigError, match="add_uncertainty: regulariser: unknown option"):
+        pf.add_uncertainty("base.ckpt", "train.xyz", "test.xyz", regulariser=1.0)
+    frames = molecules(2)
+    for atoms in frames:
+        del atoms.calc.results["energy"]
+    with pytest.raises(TrainingError, match="no values of 'energy' to calibrate with"):
+        pf.add_uncertainty("base.ckpt", "train.xyz", frames, output="sure.ckpt", device="cpu")
+    assert not Path("sure.ckpt").exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -12,6 +12,8 @@ from pydantic_core import ErrorDetails
 from pet_finetune.errors import ConfigError, did_you_mean
 
 from .schema import allowed_keys, describe, is_nullable, where_it_belongs, without_tags
+
+Model = TypeVar("Model", bound=BaseModel)
 
 __all__ = ["Path", "Problem", "config_error", "format_path", "problems_of", "visible_path"]
 
@@ -98,6 +100,23 @@ def problems_of(error: ValidationError, root: type[BaseModel], raw: Any) -> list
         Problem(visible_path(one["loc"], raw), _words(one, root))
         for one in error.errors(include_url=False)
     ]
+
+
+def checked_section(section: type[Model], given: Mapping[str, Any], source: str) -> Model:
+    """A section of the options made from settings by their names.
+
+    Args:
+        section: its class.
+        given: the settings.
+        source: what was called with them.
+
+    Raises:
+        ConfigError: one line for each that is wrong.
+    """
+    try:
+        return section.model_validate(dict(given))
+    except ValidationError as error:
+        raise config_error(problems_of(error, section, given), source) from None
 
 
 def _words(one: ErrorDetails, root: type[BaseModel]) -> str:

@@ -4,6 +4,5 @@ Frames are explored with the foundation itself, thinned, labelled by a teacher, 
 """
 
 from .pretrain import PretrainResult, pretrain_model, pretrained
-from .settings import settings_of
 
-__all__ = ["PretrainResult", "pretrain_model", "pretrained", "settings_of"]
+__all__ = ["PretrainResult", "pretrain_model", "pretrained"]

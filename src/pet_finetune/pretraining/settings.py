@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ase import Atoms
-from pydantic import ValidationError
 
 from pet_finetune.config import PretrainOptions
-from pet_finetune.config.problems import config_error, problems_of
 from pet_finetune.data.exact import write_exact
 from pet_finetune.data.files import read_frames
 from pet_finetune.data.structure import atoms_to_structure, structures_fingerprint
@@ -22,24 +20,12 @@ from pet_finetune.errors import RunError
 from pet_finetune.files import read_object, write_whole
 from pet_finetune.progress import Watch
 
-__all__ = ["DROPPED", "Work", "digest", "settings_of"]
+__all__ = ["DROPPED", "Work", "digest"]
 
 #: In the info of a frame that is not used: why.
 DROPPED = "dropped"
 _RECORD = "pretrain.json"
 _Item = TypeVar("_Item")
-
-
-def settings_of(given: Mapping[str, Any]) -> PretrainOptions:
-    """Checked settings, from their names.
-
-    Raises:
-        ConfigError: one line for each that is wrong.
-    """
-    try:
-        return PretrainOptions.model_validate(dict(given))
-    except ValidationError as error:
-        raise config_error(problems_of(error, PretrainOptions, given), "pretrain") from None
 
 
 class Work:

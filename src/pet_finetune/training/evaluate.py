@@ -121,7 +121,7 @@ class _Set:
     systems: Mapping[str, SystemsOptions] = field(default_factory=dict)
 
 
-def _open(
+def open_model(
     checkpoint: str | Path | Potential, adapter: str | Path | None, device: str
 ) -> tuple[Potential, tuple[str, ...]]:
     """A model ready to predict, and the targets of its adapter."""
@@ -159,8 +159,8 @@ def evaluate_files(
     """
     numbers = [str(index) for index in range(len(files))]
     _check_outputs(how, numbers, files)
-    model, adapted = _open(checkpoint, adapter, device)
-    spec = _chosen(model, target, adapted)
+    model, adapted = open_model(checkpoint, adapter, device)
+    spec = chosen_target(model, target, adapted)
     sets, marks = {}, {}
     for file, name, number in zip(files, names or map(str, files), numbers, strict=True):
         options = _file_options(file, spec, labels)
@@ -188,6 +188,13 @@ def _any_has(options: DatasetOptions, name: str) -> bool:
     return any(find_value(atoms, key) is not None for atoms in frames for key in keys)
 
 
+def read_labelled(
+    files: Sequence[str | Path], spec: TargetSpec, labels: LabelNames
+) -> Sequence[Structure]:
+    """The structures of whole files, with the labels of one target."""
+    return _read([_file_options(file, spec, labels) for file in files]).structures
+
+
 def _read(datasets: Sequence[DatasetOptions]) -> _Set:
     structures = [one for dataset in datasets for one in read_structures(dataset)]
     return _Set(structures, _systems(datasets))
@@ -197,7 +204,7 @@ def _systems(datasets: Sequence[DatasetOptions]) -> dict[str, SystemsOptions]:
     return {dataset.systems.read_from: dataset.systems for dataset in datasets}
 
 
-def _chosen(model: Potential, wanted: str | None, of_adapter: Sequence[str]) -> TargetSpec:
+def chosen_target(model: Potential, wanted: str | None, of_adapter: Sequence[str]) -> TargetSpec:
     """The target that is meant: any that is named, else the energy, else the only one."""
     there = of_adapter or tuple(model.targets)
     if wanted is None and len(there) == 1:
@@ -234,14 +241,14 @@ def evaluate_datasets(
         )
     marks = [str(index) for index in range(len(datasets))]
     _check_outputs(how, marks, [dataset.systems.read_from for dataset in datasets])
-    model, adapted = _open(checkpoint, adapter, device)
+    model, adapted = open_model(checkpoint, adapter, device)
     result = EvaluationResult({})
     for dataset, mark in zip(datasets, marks, strict=True):
         known = [name for name in dataset.targets if name in model.targets]
         if dataset.targets and target is None:
             targets = known or [model.target(next(iter(dataset.targets))).name]
         else:
-            targets = [_chosen(model, target, adapted).name]
+            targets = [chosen_target(model, target, adapted).name]
         name = dataset.systems.read_from
         if name in result.errors:
             name = f"{name} ({mark})"
@@ -285,7 +292,7 @@ def evaluate_options(
         )
     files = [dataset.systems.read_from for dataset in options.datasets()]
     _check_outputs(how, ["train", "validation", "test"], files)
-    model, _ = _open(checkpoint, adapter, device or options.device)
+    model, _ = open_model(checkpoint, adapter, device or options.device)
     targets = [name for name in specs if name in model.targets and target in (None, name)]
     if not targets:
         model.target(target or next(iter(specs)))  # says what the model has

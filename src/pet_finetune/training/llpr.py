@@ -1,24 +1,93 @@
-"""The feature ``finetune.llpr``: an uncertainty from the last layer of the best model."""
+"""An uncertainty from the last layer: ``finetune.llpr``, and for models as they are."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
+from rich.table import Table
+
 from pet_finetune import processes
-from pet_finetune.checkpoint import Checkpoint, save_checkpoint
+from pet_finetune.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from pet_finetune.committee.calibration import Curves
 from pet_finetune.committee.last_layer_fit import Fitted, fit_last_layers
 from pet_finetune.config.recipes import LastLayerOptions
+from pet_finetune.data.loader import Loader
 from pet_finetune.errors import TrainingError
 from pet_finetune.log import FILE_ONLY, get_logger
+from pet_finetune.model import Potential
 
+from .elements import check_known
+from .evaluate import LabelNames, chosen_target, open_model, read_labelled
 from .feature import Feature, Plan, TrainingRun
 from .run_files import RunFiles
 from .tables import calibration_table, show
 
-__all__ = ["LastLayerUncertainty"]
+__all__ = ["LastLayerUncertainty", "add_uncertainty"]
 
 _logger = get_logger(__name__)
+_BATCH = 32  # structures, when a model gets an uncertainty that it was not trained with
+
+
+@torch.inference_mode(False)
+def add_uncertainty(
+    checkpoint: str | Path | Potential,
+    training: Sequence[str | Path],
+    validation: Sequence[str | Path],
+    output: Path | None,
+    options: LastLayerOptions,
+    *,
+    target: str | None = None,
+    device: str = "auto",
+    labels: LabelNames,
+) -> Potential:
+    """A model with a last-layer uncertainty that is made for it as it is.
+
+    Args:
+        checkpoint: ours or metatrain's, or a potential, which is copied.
+        training: files of what it was trained on.
+        validation: files of other structures, with labels.
+        output: the checkpoint to write, if any.
+        options: how.
+        target: of which target; None for the only energy.
+        device: as in the options.
+        labels: names and units in the files.
+
+    Raises:
+        TrainingError: the files have no labels to calibrate with.
+    """
+    provenance = {}
+    if not isinstance(checkpoint, Potential):
+        opened = load_checkpoint(checkpoint)
+        checkpoint, provenance = opened.model, opened.provenance
+    model, adapted = open_model(checkpoint, None, device)
+    spec = chosen_target(model, target, adapted)
+
+    def batches(files: Sequence[str | Path]) -> Loader:
+        structures = read_labelled(files, spec, labels)
+        check_known(structures, model)
+        return Loader(structures, model.cutoff, batch_size=_BATCH, dtype=model.dtype)
+
+    found = fit_last_layers(model, batches(training), batches(validation), [spec.name], options)
+    if spec.name not in found:
+        raise TrainingError(
+            f"The validation structures have no values of '{spec.name}' to calibrate with."
+        )
+    model.set_uncertainty(spec.name, found[spec.name].layer)
+    if output is not None:
+        save_checkpoint(output, model, provenance=provenance)
+    curves = found[spec.name].curves
+    if curves is not None:
+        show(_table({spec.name: curves}))
+    return model
+
+
+def _table(curves: Mapping[str, Curves]) -> Table:
+    table = calibration_table(curves)
+    table.title = "calibration of the uncertainty, on the validation set"
+    return table
 
 
 class LastLayerUncertainty(Feature):
@@ -77,7 +146,5 @@ class LastLayerUncertainty(Feature):
             save_checkpoint(files.best, model, provenance=best.provenance)
         curves = {name: own.curves for name, own in fitted.items() if own.curves is not None}
         if curves:
-            table = calibration_table(curves)
-            table.title = "calibration of the uncertainty, on the validation set"
-            _logger.info("uncertainty\n%s", show(table), extra=FILE_ONLY)
+            _logger.info("uncertainty\n%s", show(_table(curves)), extra=FILE_ONLY)
         return {"uncertainty": {name: curve.plain() for name, curve in curves.items()}}

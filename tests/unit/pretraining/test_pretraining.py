@@ -20,9 +20,10 @@ from pet_finetune import extras
 from pet_finetune.calculator import PETCalculator
 from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
 from pet_finetune.config import PretrainOptions
+from pet_finetune.config.problems import checked_section
 from pet_finetune.data.files import read_frames
 from pet_finetune.errors import ConfigError, DataError, RunError, SpeciesError
-from pet_finetune.pretraining import PretrainResult, pretrain_model, settings_of
+from pet_finetune.pretraining import PretrainResult, pretrain_model
 from pet_finetune.pretraining.explore import NAME, Task, explore, tasks_of
 from pet_finetune.pretraining.settings import DROPPED, Work
 from pet_finetune.pretraining.teacher import Teacher, teacher_of
@@ -82,7 +83,7 @@ def moved(count: int) -> list[Atoms]:
 )
 def test_settings_that_cannot_be(given, words) -> None:
     with pytest.raises(ConfigError, match=words):
-        settings_of(given)
+        checked_section(PretrainOptions, given, "pretrain")
 
 
 def test_pieces_are_made_once(tmp_path: Path) -> None:
