@@ -66,6 +66,7 @@ def render(run: RunRecord, version: str) -> str:
         kept=_kept(run, drawn),
         dimers=_dimers(run, drawn),
         committee=_committee(run, drawn),
+        last_layer=_last_layer(run, drawn),
         baselines=[table for table in run.start.get("baselines", ()) if table["rows"]],
         trained=trained(run),
         provenance=provenance(run),
@@ -318,6 +319,22 @@ def _committee(run: RunRecord, drawn: bool) -> dict[str, Any] | None:
         "curves": committee.calibration,
         "reports": committee.reports,
         "panels": _marked(coverage_panels(committee.calibration)) if drawn else [],
+        "spreads": _marked([panel for panel in spreads if panel]),
+    }
+
+
+def _last_layer(run: RunRecord, drawn: bool) -> dict[str, Any] | None:
+    """How well the uncertainty of the last layer fits the errors."""
+    if not run.last_layer:
+        return None
+    spreads = [
+        spread_panel(run.predicted, q, 1.0)
+        for q in run.quantities()
+        if drawn and run.predicted is not None and q.kind == "energy" and q.target in run.last_layer
+    ]
+    return {
+        "curves": run.last_layer,
+        "panels": _marked(coverage_panels(run.last_layer)) if drawn else [],
         "spreads": _marked([panel for panel in spreads if panel]),
     }
 

@@ -84,6 +84,7 @@ def read_run(folder: Path, leave_out: Collection[str] = ()) -> RunRecord:
         predicted=read(_predicted, folder / PREDICTIONS),
         dimers=_dimers(curves, results.get("dimers", {})),
         committee=_committee(results, folder),
+        last_layer=_curves_of(results.get("uncertainty", {})),
         files=_files(folder),
     )
 
@@ -218,16 +219,22 @@ def _numbers(pair: str) -> tuple[int, int]:
     return atomic_numbers[first], atomic_numbers[second]
 
 
-def _committee(results: Mapping[str, Any], folder: Path) -> CommitteeRecord | None:
-    if "members" not in results:
-        return None
-    calibration = {}
-    for kind, curve in results.get("calibration", {}).items():
+def _curves_of(calibration: Mapping[str, Any]) -> dict[str, Curves]:
+    """Coverage curves as they stand in ``results.json``."""
+    found = {}
+    for name, curve in calibration.items():
         plain: dict[str, Any] = {
             key: np.array(value) if isinstance(value, list) else value
             for key, value in curve.items()
         }
-        calibration[kind] = Curves(**plain)
+        found[name] = Curves(**plain)
+    return found
+
+
+def _committee(results: Mapping[str, Any], folder: Path) -> CommitteeRecord | None:
+    if "members" not in results:
+        return None
+    calibration = _curves_of(results.get("calibration", {}))
     reports = sorted(path.parent.name + f"/{REPORT}" for path in folder.glob(f"member_*/{REPORT}"))
     return CommitteeRecord(results["members"], calibration, reports)
 

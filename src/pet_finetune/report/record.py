@@ -106,6 +106,7 @@ class RunRecord:
         predicted: the structures that the model is judged by, with predictions.
         dimers: curves before and after.
         committee: of an ensemble.
+        last_layer: of a run with ``finetune.llpr``, coverage curves by target.
         files: names and sizes in bytes of what the run wrote for use.
     """
 
@@ -122,6 +123,7 @@ class RunRecord:
     predicted: Predicted | None = None
     dimers: Dimers | None = None
     committee: CommitteeRecord | None = None
+    last_layer: Mapping[str, Curves] = field(default_factory=dict)
     files: Mapping[str, int] = field(default_factory=dict)
 
     @property

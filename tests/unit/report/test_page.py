@@ -108,6 +108,15 @@ def test_an_ensemble_has_its_committee(plain):
     assert "committee of 2, LoRA from base" in text
 
 
+def test_a_last_layer_has_its_calibration(plain):
+    curves = {"energy": committee().calibration["energy"]}
+    text, sections = page(record(predicted(spread=True), last_layer=curves))
+    assert "uncertainty" in sections
+    assert "committee" not in sections
+    assert "<td>0.300</td><td>0.050</td>" in text
+    assert 'href="#uncertainty"' in text
+
+
 def test_a_run_that_was_stopped_at_once(plain):
     run = record(status="interrupted", before={}, after={}, predicted=None, dimers=None,
                  epochs=[[]], files={}, start={})  # fmt: skip
