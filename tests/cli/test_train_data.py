@@ -199,3 +199,18 @@ def test_heads_of_two_targets(here, train):
     answer = train(content, "-c", "base.ckpt")
     assert "other forces MAE" in answer.out
     assert list(load_checkpoint("run/best_model.ckpt").model.targets) == ["energy", "other"]
+
+
+def test_baselines_of_a_checkpoint(here, train, command):
+    base = load_checkpoint("base.ckpt").model
+    content = options({"atomic_baseline": "base.ckpt", "num_epochs": 1})
+    train(content, "-c", "base.ckpt")
+    found = load_checkpoint("run/best_model.ckpt").model.composition.get("energy")
+    assert torch.equal(found, base.composition.get("energy"))
+    answer = command("train", "mine.yaml", "-o", "run", "--restart", "run", "-r",
+                     "architecture.training.num_epochs=2")  # fmt: skip
+    assert answer.code == 0, answer.err
+    answer = command("train", "mine.yaml", "-c", "base.ckpt", "-o", "other", "-r",
+                     "architecture.training.atomic_baseline=gone.ckpt")  # fmt: skip
+    assert answer.code == 1
+    assert "gone.ckpt" in answer.err

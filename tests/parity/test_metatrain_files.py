@@ -171,7 +171,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "base_precision": ("{base_precision: 16}", {}),
     "validation_set": ("{validation_set: 0.0}", {}),
     "long_range.enable": ("{architecture: {model: {long_range: {enable: true}}}}", {}),
-    "atomic_baseline": ("{architecture: {training: {atomic_baseline: model.ckpt}}}", {}),
     "fixed_scaling_weights": (
         "{architecture: {training: {fixed_scaling_weights: {energy: {1: 2.0}}}}}", {}),
     "loss.<target>.type": ("{architecture: {training: {loss: masked_mse}}}", {}),

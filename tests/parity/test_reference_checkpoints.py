@@ -15,8 +15,10 @@ from ase.io import read
 from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
 from pet_finetune.checkpoint.archive import TorchArchive
 from pet_finetune.checkpoint.metatrain import read_raw
+from pet_finetune.checkpoint.opening import load_numbers
 from pet_finetune.checkpoint.upgrade import RawCheckpoint, upgrade
 from pet_finetune.data.batch import batch_from_atoms
+from pet_finetune.errors import CheckpointError
 
 VERSIONS = ["v1_trainer-v1", "v4_trainer-v3", "v6_trainer-v5", "v7_trainer-v7", "v8_trainer-v7"]
 VERSIONS += ["v9_trainer-v10", "v10_trainer-v12", "v12_trainer-v13", "v15_trainer-v13"]
@@ -279,3 +281,25 @@ def test_metatrain_is_not_needed(reference):
         check=False,
     )
     assert done.stdout.strip() == "(1, 6, 7, 8)", done.stderr
+
+
+@pytest.mark.parametrize(("unit", "factor"), [("eV", 1.0), ("kcal/mol", 0.0433641042)])
+def test_numbers_of_metatrains_composition_and_scaler(tmp_path, unit, factor):
+    """Their files have no network, and the baselines and scales that a PET with them has."""
+    theirs = metatrain_model(unit)
+    parts = {"composition": theirs.additive_models[0], "scaler": theirs.scaler}
+    read = {}
+    for name, part in parts.items():
+        content = part.get_checkpoint()
+        assert content["architecture_name"] == name
+        torch.save(content, tmp_path / name)
+        read[name] = load_numbers(tmp_path / name)
+        with pytest.raises(CheckpointError, match=f"architecture '{name}'"):
+            load_checkpoint(tmp_path / name)
+    species, baselines = read["composition"]
+    assert list(species) == [1, 6, 8]
+    for index, (baseline, scale) in enumerate(zip(baselines, read["scaler"][1], strict=True)):
+        assert baseline.spec.name == scale.spec.name == ("energy", "energy/other")[index]
+        expected = -40.0 * torch.arange(1.0, 4.0, dtype=torch.float64) * factor
+        torch.testing.assert_close(baseline.composition, expected, rtol=1e-7, atol=0)
+        assert scale.scale == pytest.approx((0.3 + index) * factor, rel=1e-7)

@@ -19,13 +19,23 @@ from .build import build_potential, model_options
 from .llpr import LLPR, read_llpr
 from .plain import plain_value
 from .safe_pickle import Inert
-from .targets import usable_targets
+from .targets import StoredTarget, usable_targets
 from .upgrade import RawCheckpoint, merge_lora_layers, upgrade
 
-__all__ = ["MetatrainModel", "is_metatrain", "read_metatrain", "read_raw"]
+__all__ = [
+    "MetatrainModel",
+    "is_metatrain",
+    "is_of_numbers",
+    "read_metatrain",
+    "read_numbers",
+    "read_raw",
+]
 
 #: Architectures of metatrain that wrap another model: where it is, and what they add to it.
 _WRAPPERS = {LLPR: ("wrapped_model_checkpoint", "an uncertainty estimate")}
+
+#: Architectures of numbers without a network, and where a PET has the same numbers.
+_OF_NUMBERS = {"composition": "additive_models.0.", "scaler": "scaler."}
 
 _BACKEND = "backend."
 #: Parts of a state dict that say nothing the rest does not, or nothing about predictions.
@@ -93,6 +103,29 @@ def read_metatrain(archive: TorchArchive, content: Mapping[str, Any]) -> Metatra
         factors = {stored.spec.name: stored.factor for stored in targets}
         read_llpr(archive, wrapper, model, factors, notices)
     return MetatrainModel(model, _provenance(content, written), tuple(notices))
+
+
+def is_of_numbers(content: Any) -> bool:
+    """Whether a checkpoint is of the architecture ``composition`` or ``scaler``."""
+    return is_metatrain(content) and content["architecture_name"] in _OF_NUMBERS
+
+
+def read_numbers(
+    archive: TorchArchive, content: Mapping[str, Any]
+) -> tuple[list[int], list[StoredTarget]]:
+    """The elements and targets of a checkpoint that holds baselines or scales and no network.
+
+    Raises:
+        CheckpointError: it holds no target that can be used, or is damaged.
+    """
+    where, name = str(archive.path), content["architecture_name"]
+    info, state = _dataset_info(content, where), content.get("model_state_dict")
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{where}: the checkpoint holds no numbers (model_state_dict).")
+    numbers = {_OF_NUMBERS[name] + key: value for key, value in archive.tensors(state).items()}
+    species = _species(info, where)
+    targets = _targets(info, where)
+    return species, usable_targets(archive, targets, numbers, {}, species, False, [])
 
 
 def read_raw(

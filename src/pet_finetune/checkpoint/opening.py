@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,14 +19,16 @@ from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 
 from .archive import TorchArchive
-from .metatrain import is_metatrain, read_metatrain
+from .metatrain import is_metatrain, is_of_numbers, read_metatrain, read_numbers
 from .native import is_native, read_native
 from .safe_pickle import StoredTensor
+from .targets import StoredTarget
 
 __all__ = [
     "Checkpoint",
     "load",
     "load_checkpoint",
+    "load_numbers",
     "open_adapted",
     "open_committee",
     "open_potential",
@@ -86,6 +89,29 @@ def load_checkpoint(path: str | os.PathLike[str], *, keep_adapter: bool = False)
         path=path,
         notices=converted.notices,
     )
+
+
+@torch.inference_mode(False)
+def load_numbers(path: str | os.PathLike[str]) -> tuple[Sequence[int], list[StoredTarget]]:
+    """The elements of a checkpoint, and its targets with their baselines and scales.
+
+    Args:
+        path: of any model that :func:`load_checkpoint` reads, or of metatrain's ``composition`` or
+            ``scaler``.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    with TorchArchive(path) as archive, damage_explained(archive.damaged):
+        content = archive.content()
+        if is_of_numbers(content):
+            return read_numbers(archive, content)
+    model = load_checkpoint(path).model
+    scale, composition = model.scale, model.composition
+    return model.species, [
+        StoredTarget(spec, composition.get(name), float(scale.get(name)), scale.relative(name))
+        for name, spec in model.targets.items()
+    ]
 
 
 @torch.inference_mode(False)

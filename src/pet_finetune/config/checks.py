@@ -176,8 +176,8 @@ def _check_target_names(options: Options) -> Iterator[Problem]:
     training = options.training
     named: dict[Path, Any] = {
         (*_TRAINING, "loss"): {} if isinstance(training.loss, str) else training.loss,
-        (*_TRAINING, "atomic_baseline"): training.atomic_baseline,
-        (*_TRAINING, "fixed_scaling_weights"): training.fixed_scaling_weights,
+        (*_TRAINING, "atomic_baseline"): training.stated_baselines,
+        (*_TRAINING, "fixed_scaling_weights"): training.stated_scales,
         (*_FINETUNE, "inherit_heads"): training.finetune.inherit_heads,
     }
     known = list(options.target_specs())

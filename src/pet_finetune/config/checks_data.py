@@ -197,7 +197,7 @@ def _check_direct(path: Path, name: str, target: TargetOptions) -> Iterator[Prob
 def check_fixed_baselines(options: Options) -> Iterator[Problem]:
     """Yield the targets that are given a baseline and can have none."""
     specs = options.target_specs()
-    for name in options.training.atomic_baseline:
+    for name in options.training.stated_baselines:
         if name in specs and specs[name].rank > 0:
             yield Problem(
                 ("architecture", "training", "atomic_baseline", name),

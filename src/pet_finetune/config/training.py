@@ -53,11 +53,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _baselines(value: Any) -> dict[str, float | dict[int, float]]:
+def _baselines(value: Any) -> str | dict[str, float | dict[int, float]]:
     if value is None:
         return {}
-    if isinstance(value, str):
-        raise ValueError("A composition model in a file of its own is not read: give the numbers.")
+    if isinstance(value, str) and value:
+        return value
     if not isinstance(value, Mapping):
         raise ValueError
     checked: dict[str, float | dict[int, float]] = {}
@@ -76,11 +76,11 @@ def _baselines(value: Any) -> dict[str, float | dict[int, float]]:
     return checked
 
 
-def _scales(value: Any) -> dict[str, float]:
+def _scales(value: Any) -> str | dict[str, float]:
     if value is None:
         return {}
-    if isinstance(value, str):
-        raise ValueError("A scaler in a file of its own is not read: give the numbers.")
+    if isinstance(value, str) and value:
+        return value
     if not isinstance(value, Mapping):
         raise ValueError
     for scale in value.values():
@@ -92,10 +92,16 @@ def _scales(value: Any) -> dict[str, float]:
 
 
 FixedBaselines = Annotated[
-    dict[str, float | dict[int, float]],
-    Expects("{target: number} or {target: {atomic number: number}}", _baselines),
+    str | dict[str, float | dict[int, float]],
+    Expects(
+        "{target: number} or {target: {atomic number: number}}, or the path of a checkpoint",
+        _baselines,
+    ),
 ]
-FixedScales = Annotated[dict[str, float], Expects("{target: positive number}", _scales)]
+FixedScales = Annotated[
+    str | dict[str, float],
+    Expects("{target: positive number}, or the path of a checkpoint", _scales),
+]
 
 
 _LOGS = ("csv", "tensorboard", "wandb", "trackio")
@@ -255,14 +261,16 @@ class TrainingOptions(Section):
     atomic_baseline: FixedBaselines = Field(
         default={},
         description="Given energies of the species, eV, by target: one number, or one for each "
-        "atomic number; species left out are fitted.",
+        "atomic number; species left out are fitted. Or a checkpoint that has them: of a model, or "
+        "metatrain's `composition`.",
     )
     scale_targets: Flag = Field(
         default=True, description="Let the network learn targets divided by their spread."
     )
     fixed_scaling_weights: FixedScales = Field(
         default={},
-        description="Given scale by target, in the target's unit, instead of the spread.",
+        description="Given scale by target, in the target's unit, instead of the spread. Or a "
+        "checkpoint that has them: of a model, or metatrain's `scaler`.",
     )
     gradient_checkpointing: Flag = Field(
         default=False,
@@ -311,6 +319,17 @@ class TrainingOptions(Section):
         if isinstance(value, Mapping) and value.get("swa") is not None and "ema" not in value:
             return {**value, "ema": None}
         return value
+
+    @property
+    def stated_baselines(self) -> Mapping[str, float | dict[int, float]]:
+        """The numbers of ``atomic_baseline``; none where it names a file."""
+        return {} if isinstance(self.atomic_baseline, str) else self.atomic_baseline
+
+    @property
+    def stated_scales(self) -> Mapping[str, float]:
+        """The numbers of ``fixed_scaling_weights``; none where it names a file."""
+        given = self.fixed_scaling_weights
+        return {} if isinstance(given, str) else given
 
     def loss_for(self, target: str) -> TargetLoss:
         """The loss of ``target``, with the short ways of writing it spelled out.

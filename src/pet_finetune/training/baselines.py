@@ -67,7 +67,7 @@ def _predicted_energies(model: Potential, loader: Loader, target: str) -> Tensor
 
 def _given(options: Options, target: str, model: Potential, fitted: Tensor) -> Tensor:
     """Fitted baselines with those overridden that the options fix."""
-    given = options.training.atomic_baseline.get(target)
+    given = options.training.stated_baselines.get(target)
     if given is None:
         return fitted
     if not isinstance(given, Mapping):
@@ -123,7 +123,7 @@ def _fit(
 def _free(options: Options, model: Potential, target: str, mode: str, unknown: Tensor) -> Tensor:
     """Which species' baselines are fitted, [n_species] bool."""
     free = unknown.clone() if mode in ("keep", "values") else torch.ones_like(unknown)
-    fixed = options.training.atomic_baseline.get(target)
+    fixed = options.training.stated_baselines.get(target)
     for number in fixed if isinstance(fixed, Mapping) else ():
         if number in model.species:
             free[model.species.index(number)] = False
@@ -148,7 +148,7 @@ def _scale(options: Options, loader: Loader, target: str, left: Tensor) -> float
     vibration is what an atom's energy varies by, however alike the structures of the set are.
     Without forces it is the spread of the energies less the baselines.
     """
-    given = options.training.fixed_scaling_weights.get(target)
+    given = options.training.stated_scales.get(target)
     if given is not None:
         return float(given)
     if not options.training.scale_targets:
@@ -173,7 +173,8 @@ def prepare_baselines(
     """Set baselines and scales of a model for the training set, in place.
 
     Args:
-        options: say how (``baseline``, ``atomic_baseline``, ``scale_targets``...).
+        options: say how (``baseline``, ``atomic_baseline``, ``scale_targets``...), in numbers
+            (:func:`~.start.with_stated_numbers`).
         model: about to be trained.
         loader: of the training set.
         targets: those to train.
@@ -192,7 +193,7 @@ def prepare_baselines(
         mode = options.baseline_mode()
         if mode == "refit" and target in fresh:
             mode = "fit"
-        spec, given = model.target(target), target in options.training.atomic_baseline
+        spec, given = model.target(target), target in options.training.stated_baselines
         if mode == "values" and not given and spec.rank == 0:
             raise TrainingError(
                 f"architecture.training.baseline.mode is 'values', but atomic_baseline names "
@@ -210,7 +211,7 @@ def prepare_baselines(
             model.composition.set(target, new)
         if target in fresh:
             model.scale.set(target, _scale(options, loader, target, left))
-        elif target in options.training.fixed_scaling_weights:
+        elif target in options.training.stated_scales:
             _logger.warning(
                 "fixed_scaling_weights has no effect on '%s': its heads were trained with the "
                 "scale of the starting model",

@@ -43,7 +43,15 @@ from .predictions import PredictionRecorder
 from .resume import RunState, SavedRun, plain_errors, take_files
 from .run_files import OPTIONS, SPLITS, RunFiles, about_run, provenance_of
 from .selection import check_metric
-from .start import Start, check_targets, choose_trainable, foundation_of, rounding_told, start_model
+from .start import (
+    Start,
+    check_targets,
+    choose_trainable,
+    foundation_of,
+    rounding_told,
+    start_model,
+    with_stated_numbers,
+)
 from .tables import baseline_text
 from .trainer import Trainer
 from .unfreeze import Unfreezing
@@ -148,6 +156,7 @@ def prepare_run(
         PetFinetuneError: any bad input, with one clear message.
     """
     check_targets(options)
+    stated = options if saved else with_stated_numbers(options)
     dtype = dtype_of_bits(options.base_precision)
     seed = seed_everything(saved.state.seed if saved else options.seed)
     seed = seed_everything(processes.from_first(seed))
@@ -182,7 +191,7 @@ def prepare_run(
         kept = files.read_kept() if saved.state.fingerprint else {}
     else:
         heads = [head for feature in features for head in feature.heads]
-        baselines = _begin(options, start, data, heads)
+        baselines = _begin(stated, start, data, heads)
         model.to(device=device, dtype=dtype)
         if processes.first():
             splits.save(files.folder / SPLITS)

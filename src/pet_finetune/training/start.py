@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,8 @@ from pet_finetune.adapters import AdapterConfig, freeze, inject
 from pet_finetune.adapters.config import default_modules_to_save
 from pet_finetune.adapters.new_rows import train_new_rows
 from pet_finetune.checkpoint import load_checkpoint, load_oldest_start
+from pet_finetune.checkpoint.opening import load_numbers
+from pet_finetune.checkpoint.targets import StoredTarget
 from pet_finetune.config import Options
 from pet_finetune.config.finetune import METHOD_KEYS
 from pet_finetune.data.loader import Loader
@@ -92,6 +94,71 @@ def read_start(options: Options) -> tuple[Potential, str, dict[str, Any]]:
         legacy.model, legacy.all_species, legacy.self_contributions, options.model
     )
     return model, Path(legacy.model).stem, {}
+
+
+def with_stated_numbers(options: Options) -> Options:
+    """Options with the numbers of the files that ``atomic_baseline`` and the scales name.
+
+    Raises:
+        ConfigError: a file has not all that the targets need.
+        CheckpointError: it cannot be read.
+    """
+    training = options.training
+    numbers: dict[str, Any] = {}
+    if isinstance(training.atomic_baseline, str):
+        path = training.atomic_baseline
+        species, known = load_numbers(path)
+        scalars = {n: spec for n, spec in options.target_specs().items() if spec.rank == 0}
+        found = _in_file("atomic_baseline", path, scalars, known)
+        numbers["atomic_baseline"] = {
+            name: dict(zip(species, stored.composition.tolist(), strict=True))
+            for name, stored in found.items()
+            if stored.composition is not None and stored.composition.dim() == 1
+        }
+        _all_there("atomic_baseline", path, scalars, numbers, "one baseline for each element")
+    if isinstance(training.fixed_scaling_weights, str):
+        path, specs = training.fixed_scaling_weights, options.target_specs()
+        found = _in_file("fixed_scaling_weights", path, specs, load_numbers(path)[1])
+        numbers["fixed_scaling_weights"] = {
+            name: stored.scale for name, stored in found.items() if stored.relative is None
+        }
+        _all_there("fixed_scaling_weights", path, specs, numbers, "one scale for all elements")
+    changed = training.model_copy(update=numbers)
+    architecture = options.architecture.model_copy(update={"training": changed})
+    return options.model_copy(update={"architecture": architecture})
+
+
+def _in_file(
+    option: str, path: str, specs: Mapping[str, TargetSpec], known: Sequence[StoredTarget]
+) -> dict[str, StoredTarget]:
+    """What a file has of the targets, each of which must mean the same there."""
+    there = {stored.spec.name: stored for stored in known}
+    for name, spec in specs.items():
+        other = there[name].spec if name in there else spec
+        if (other.form, other.unit) != (spec.form, spec.unit):
+            raise ConfigError(
+                f"architecture.training.{option}: '{name}' is {spec.form} in "
+                f"{spec.unit or 'no unit'}, but {other.form} in {other.unit or 'no unit'} in "
+                f"'{path}'. Give numbers instead."
+            )
+    return {name: there[name] for name in specs if name in there}
+
+
+def _all_there(
+    option: str,
+    path: str,
+    specs: Mapping[str, TargetSpec],
+    numbers: Mapping[str, Mapping[str, Any]],
+    what: str,
+) -> None:
+    """Make sure that each target has its numbers."""
+    missing = [name for name in specs if name not in numbers[option]]
+    if missing:
+        raise ConfigError(
+            f"architecture.training.{option}: '{path}' has not {what} for {', '.join(missing)}; "
+            f"it has for {', '.join(numbers[option]) or 'no target of this run'}. Give numbers "
+            "instead: {target: number}."
+        )
 
 
 def check_targets(options: Options) -> None:

@@ -161,7 +161,7 @@ def test_wrong_values_are_refused_in_plain_words(path: str, value: Any, message:
     [
         ({"energy": {"H": 1.0}}, "'H' is not an atomic number."),
         ({"energy": {1: "x"}}, "The value of element 1 is 'x'."),
-        ("composition.ckpt", "A composition model in a file of its own is not read"),
+        (3.0, "or the path of a checkpoint"),
     ],
 )
 def test_given_baselines_that_make_no_sense(value: Any, reason: str) -> None:
@@ -175,7 +175,7 @@ def test_given_baselines_that_make_no_sense(value: Any, reason: str) -> None:
     [
         ({"energy": -1.0}, "expected {target: positive number}"),
         ({"energy": {1: 1.0}}, "One scale a target is supported"),
-        ("scaler.ckpt", "A scaler in a file of its own is not read"),
+        (True, "or the path of a checkpoint"),
     ],
 )
 def test_given_scales_that_make_no_sense(value: Any, reason: str) -> None:
@@ -189,6 +189,9 @@ def test_valid_given_baselines_and_scales() -> None:
     training = options(raw).training
     assert training.atomic_baseline == {"energy": {1: -13.0, 8: -430.5}}
     assert training.fixed_scaling_weights == {"energy": 2.0}
+    raw["architecture"]["training"] |= {"atomic_baseline": "a.ckpt", "fixed_scaling_weights": "b"}
+    training = options(raw).training
+    assert (training.atomic_baseline, training.fixed_scaling_weights) == ("a.ckpt", "b")
 
 
 def test_whole_numbers_and_switch_words_are_taken_for_what_they_mean() -> None:

@@ -9,13 +9,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from models import SPECIES, random_potential
+from models import SPECIES, property_potential, random_potential
+from pet_finetune.checkpoint import save_checkpoint
 from pet_finetune.config import parse_options
 from pet_finetune.data import Loader
-from pet_finetune.errors import TrainingError
+from pet_finetune.errors import CheckpointError, ConfigError, TrainingError
 from pet_finetune.keys import TargetSpec
 from pet_finetune.model import Potential
 from pet_finetune.training.baselines import prepare_baselines
+from pet_finetune.training.start import with_stated_numbers
 from pet_finetune.training.tables import baseline_text
 from tiny_data import ATOM_ENERGY, data_section, molecules, structures_of
 
@@ -285,3 +287,35 @@ def test_a_new_element_whose_energy_is_given_is_not_fitted(structures):
     loader = Loader(structures, model.cutoff, batch_size=4, dtype=model.dtype)
     prepare_baselines(options, model, loader, ["energy"], [], [6])
     assert model.composition.get("energy").tolist() == [-3.0, -2.0, -7.0, 1.0]
+
+
+def test_numbers_of_a_checkpoint(tmp_path):
+    """As if they stood in the options, for every target that has some."""
+    model = random_potential(targets=("energy", "energy/b"))
+    path = str(save_checkpoint(tmp_path / "model.ckpt", model))
+    options = options_of(
+        None, ("energy", "energy/b"), atomic_baseline=path, fixed_scaling_weights=path
+    )
+    training = with_stated_numbers(options).training
+    for index, name in enumerate(("energy", "energy/b")):
+        expected = dict(zip(SPECIES, model.composition.get(name).tolist(), strict=True))
+        assert training.atomic_baseline[name] == expected
+        assert training.fixed_scaling_weights[name] == 2.0 + index
+    assert options.training.atomic_baseline == path
+    untouched = options_of(atomic_baseline={"energy": 1.0})
+    assert with_stated_numbers(untouched) == untouched
+
+
+def test_numbers_that_a_checkpoint_lacks(tmp_path):
+    path = str(save_checkpoint(tmp_path / "model.ckpt", random_potential()))
+    for option in ("atomic_baseline", "fixed_scaling_weights"):
+        options = options_of(None, ("energy", "energy/b"), **{option: path})
+        with pytest.raises(ConfigError, match=f"{option}: .*for energy/b; it has for energy"):
+            with_stated_numbers(options)
+        with pytest.raises(CheckpointError, match="gone.ckpt"):
+            with_stated_numbers(options_of(None, **{option: "gone.ckpt"}))
+    other = property_potential()
+    other.targets["energy"] = replace(other.targets["energy"], per_atom=True)
+    path = str(save_checkpoint(tmp_path / "other.ckpt", other))
+    with pytest.raises(ConfigError, match="a scalar for each structure in eV, but a scalar for ea"):
+        with_stated_numbers(options_of(None, atomic_baseline=path))
