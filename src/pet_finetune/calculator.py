@@ -38,6 +38,7 @@ from pet_finetune.device import check_forked, choose_device, choose_dtype
 from pet_finetune.errors import AdapterError, ConfigError, DataError
 from pet_finetune.graph import Batch
 from pet_finetune.model import Potential, Prediction
+from pet_finetune.model.compiled import CompiledEnergy
 from pet_finetune.model.direct import DirectTargets, NonConservative, direct_targets, predict_direct
 from pet_finetune.model.last_layer import LastLayer
 from pet_finetune.model.orientations import orientations as make_orientations
@@ -83,6 +84,9 @@ class PETCalculator(Calculator):
         orientations: 2 for the mean of the structure and its image in a point, 4, 12 or 24 for that
             over a group of as many rotations: a model that only learned its symmetry is then closer
             to obeying it. Each costs an evaluation.
+        compile: ``on`` computes energy and derivatives by one graph that torch's compiler makes,
+            once for a kind of model, in a minute or two; ``off`` never; ``auto`` by one that was
+            made before, on a GPU. Not of committees, direct heads and features.
 
     Raises:
         PetFinetuneError: of the kind that says what is wrong with checkpoint, adapter, target,
@@ -109,10 +113,13 @@ class PETCalculator(Calculator):
         dtype: str | torch.dtype | None = None,
         skin: float = 0.5,
         orientations: int = 1,
+        compile: Literal["auto", "on", "off"] = "auto",
     ) -> None:
         super().__init__()
         if not skin >= 0.0:
             raise ConfigError(f"skin: the margin is a length of 0 Å or more, got {skin}.")
+        if compile not in ("auto", "on", "off"):
+            raise ConfigError(f"compile: '{compile}' is not one of auto, on, off.")
         self._rotations = make_orientations(orientations)
         self._wanted_device = str(device)
         self._device = choose_device(self._wanted_device)
@@ -146,6 +153,8 @@ class PETCalculator(Calculator):
         self._last_layer = self._choose_last_layer()
         self._conditioned = potential.hypers.system_conditioning
         self._moving = MovingAtoms(potential.cutoff, float(skin))
+        self._compile = compile
+        self._compiled: CompiledEnergy | None = None
         self._static: StaticEnergy | None = None
         self._arena = Arena()
 
@@ -237,7 +246,7 @@ class PETCalculator(Calculator):
     def _switched(self) -> None:
         """What was computed is of another model."""
         self.reset()
-        self._static = None
+        self._static = self._compiled = None
         self._target = self._choose_target()
         self._direct = self._choose_direct()
         self._last_layer = self._choose_last_layer()
@@ -404,6 +413,13 @@ class PETCalculator(Calculator):
             prediction = found[self._target]
             assert isinstance(prediction, Prediction)
             return prediction
+        if self._compile == "on" or (self._compile == "auto" and self._device.type != "cpu"):
+            if self._compiled is None:
+                only_known = self._compile == "auto"
+                self._compiled = CompiledEnergy(self._model, self._target, only_known)
+            known = self._compiled.predict(batch, stress=stress)
+            if known is not None:
+                return known
         if self._static is None:
             self._static = StaticEnergy(self._model, self._target)
         known = self._static.predict(batch, stress=stress)
@@ -426,6 +442,7 @@ class PETCalculator(Calculator):
         """Without the neighbour list, and with the model on the CPU: any machine can open it."""
         state = self.__dict__.copy()
         state["_moving"] = self._moving.fresh()
+        state["_compiled"] = None
         state["_frozen"] = None
         if self._device.type != "cpu":
             memo: dict[int, Any] = {}

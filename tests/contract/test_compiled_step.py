@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from models import PROPERTIES, crystal, ethanol, lone_atom, random_potential, slab, trained_adapter
+from pet_finetune import PETCalculator
 from pet_finetune.adapters import freeze
 from pet_finetune.backends import graphs
 from pet_finetune.config import TargetLoss
 from pet_finetune.data import LabelledBatch, collate, structure_neighbors
 from pet_finetune.data.structure import atoms_to_structure
+from pet_finetune.errors import ConfigError
+from pet_finetune.model import compiled
 from pet_finetune.training import compiled_step
 from pet_finetune.training.compiled_step import CompiledStep
 from pet_finetune.training.loss import Objective, batch_loss
@@ -126,11 +131,12 @@ def followed_only(monkeypatch):
     """The graphs as Inductor is given them, computed operation by operation."""
     made = []
 
-    def graph(key, device, function, inputs, free):
+    def graph(what, key, device, function, inputs, free):
         made.append(key)
         return graphs.followed(function, inputs, free)[0]
 
-    monkeypatch.setattr(compiled_step, "compiled_graph", graph)
+    for module in (compiled_step, compiled):
+        monkeypatch.setattr(module, "compiled_graph", graph)
     return made
 
 
@@ -199,7 +205,7 @@ def test_a_compiled_run_is_the_run(options, followed_only):
 def test_wrong_gradients_are_noticed(followed_only, monkeypatch, caplog):
     model, objectives = model_and_objectives("heads")
 
-    def wrong(key, device, function, inputs, free):
+    def wrong(what, key, device, function, inputs, free):
         graph = graphs.followed(function, inputs, free)[0]
         return lambda *values: [1.001 * out for out in graph(*values)]
 
@@ -235,6 +241,27 @@ def test_one_line_says_what_was_decided(setting, method, options, said, followed
     assert len(lines) == (said is not None)
     assert said is None or said in lines[0]
     assert bool(followed_only) == (said is not None and "not" not in said)
+
+
+@pytest.mark.parametrize("hypers", [ONE, {"num_neighbors_adaptive": 4.0, "zbl": True}])
+def test_a_compiled_calculator_says_the_same(hypers, followed_only):
+    model = random_potential(**hypers)
+    own, other = (PETCalculator(model, device="cpu", compile=c) for c in ("on", "off"))
+    for atoms in (ethanol(), crystal(), ethanol(), lone_atom(), slab()):
+        names = ["energy", "forces", "stress"] if atoms.pbc.all() else ["energy", "forces"]
+        for name in names:
+            found, expected = (c.get_property(name, atoms) for c in (own, other))
+            np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-9)
+    assert len(followed_only) == 2  # with a stress, and without
+    copy.deepcopy(own).get_property("energy", ethanol())
+    assert len(followed_only) == 3  # of its own potential
+
+
+def test_a_calculator_compiles_where_it_is_told_to(followed_only):
+    PETCalculator(random_potential(**ONE), device="cpu").get_potential_energy(ethanol())
+    assert not followed_only
+    with pytest.raises(ConfigError, match="compile: 'yes' is not one of auto, on, off"):
+        PETCalculator(random_potential(**ONE), compile="yes")
 
 
 FAILING = """

@@ -50,6 +50,7 @@ def is_compiled(key: str, device: torch.device) -> bool:
 
 
 def compiled_graph(
+    what: str,
     key: str,
     device: torch.device,
     function: Graph,
@@ -59,6 +60,7 @@ def compiled_graph(
     """The function, compiled: from the cache, or for the cache.
 
     Args:
+        what: the function in words, for the log.
         key: what the function is made of, other than the code of this package.
         device: of the inputs.
         function: as for :func:`followed`.
@@ -75,6 +77,8 @@ def compiled_graph(
     _choose_folder(path.parent)
     if not path.exists():
         _check_compiler(device)
+        # A warning, because that is shown also where nobody set up logging.
+        _LOG.warning("Compiling %s, once for this kind of model: a minute or more.", what)
     try:
         if path.exists():
             return _loaded(path)

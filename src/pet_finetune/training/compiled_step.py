@@ -11,18 +11,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from pet_finetune.backends import EAGER, using
-from pet_finetune.backends.graphs import CannotCompile, Graph, compiled_graph, is_compiled
+from pet_finetune.backends.graphs import CannotCompile, Graph, compiled_graph
 from pet_finetune.config import TrainingOptions
 from pet_finetune.data.batch import LabelledBatch
-from pet_finetune.graph import Batch, Edges, Layout, Rectangle
-from pet_finetune.keys import LabelKind, label_kind
+from pet_finetune.graph import Batch
+from pet_finetune.keys import label_kind
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential, Prediction, Property
+from pet_finetune.model.compiled import Sizes, Weights, distance, predictions_of, tensors_of
 from pet_finetune.nn.quantized import num_quantized
 
 from .loss import Objective, Part, loss_parts, sum_of_known
@@ -138,7 +138,7 @@ class CompiledStep:
         self, model: Potential, wanted: Mapping[str, tuple[bool, bool]], precision: str | None
     ) -> None:
         self._model, self._wanted, self._precision = model, dict(wanted), precision
-        self._state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self._weights = Weights(model)
         self._known: dict[str, _Known] = {}
         self._failed = False
 
@@ -178,8 +178,8 @@ class CompiledStep:
                 return None
         with torch.no_grad():
             loss, *rest = known.graph(*values)
-        predictions, found = self._taken_apart(rest)
-        left = iter(found)
+        left = iter(rest)
+        predictions = predictions_of(self._model, self._wanted, left)
         gradients = [next(left) if depends else None for depends in known.depends]
         return Gradients(loss, predictions, gradients)
 
@@ -192,7 +192,8 @@ class CompiledStep:
     ) -> tuple[_Form, list[Tensor]]:
         """The form of a step, and the numbers that go into its graph."""
         wanted = {id(parameter) for parameter in parameters}
-        trained = tuple(name for name, value in self._state.items() if id(value) in wanted)
+        named = self._weights.named.items()
+        trained = tuple(name for name, value in named if id(value) in wanted)
         leaves, structure = tree_flatten(graph)
         labels = sorted(batch.labels)
         parts = loss_parts(labels, objectives)
@@ -208,15 +209,11 @@ class CompiledStep:
         )
         tensors = [leaf for leaf in leaves if leaf is not None]
         given = [batch.labels[name] for name in labels]
-        return form, [*self._values(), *tensors, *given, numbers]
-
-    def _values(self) -> list[Tensor]:
-        return [value.detach() for value in self._state.values()]
+        return form, [*self._weights.values(), *tensors, *given, numbers]
 
     def _function(self, form: _Form) -> Callable[..., list[Tensor | None]]:
         """The step as a function of tensors; a gradient may be None."""
-        names, trained = list(self._state), set(form.trained)
-        module = _Predicts(self._model)
+        names, trained = list(self._weights.named), set(form.trained)
 
         def step(*values: Tensor) -> list[Tensor | None]:
             *others, numbers = values
@@ -231,36 +228,17 @@ class CompiledStep:
             leaves = [next(taken) if there else None for there in form.leaves]
             graph: Batch = tree_unflatten(leaves, form.structure)
             labels = dict(zip(form.labels, taken, strict=True))
-            state = {f"model.{name}": w for name, w in zip(names, weights, strict=True)}
             with torch.enable_grad(), mixed(self._precision, self._model):
-                predictions = functional_call(module, state, (graph, self._wanted))
+                predictions = self._weights.predict(weights, graph, self._wanted, True)
             with torch.enable_grad():
                 parts = [_scaled(p, s) for p, s in zip(form.parts, scales, strict=True)]
                 sums = [sum_of_known(part, graph, labels, predictions) for part in parts]
                 loss = (torch.stack([s.to(factors) for s in sums]) * factors).sum()
             inputs = [w for name, w in zip(names, weights, strict=True) if name in trained]
             gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
-            return [loss.detach(), *_tensors_of(predictions), *gradients]
+            return [loss.detach(), *tensors_of(predictions), *gradients]
 
         return step
-
-    def _taken_apart(
-        self, tensors: Sequence[Tensor]
-    ) -> tuple[dict[str, Prediction | Property], list[Tensor]]:
-        """Predictions of :func:`_tensors_of`, and what comes after them."""
-        left = iter(tensors)
-        predictions: dict[str, Prediction | Property] = {}
-        for name, (forces, stress) in self._wanted.items():
-            spec = self._model.target(name)
-            if not spec.is_energy:
-                predictions[name] = Property(spec, next(left))
-                continue
-            energy, atoms = next(left), next(left)
-            own_forces = next(left) if forces else None
-            predictions[name] = Prediction(
-                energy, atoms, own_forces, next(left) if stress else None
-            )
-        return predictions, list(left)
 
     def _first(
         self, form: _Form, values: list[Tensor], graph: Batch, batch: LabelledBatch
@@ -274,19 +252,16 @@ class CompiledStep:
             return [value for value in function(*values) if value is not None]
 
         examples, free = self._examples(form, values, graph, batch)
-        key = f"{self._description()}\n{form.key()}"
+        key = self._weights.key("step", self._wanted, self._precision, form.key())
         device = self._model.device
-        if not is_compiled(key, device):
-            # A warning, because that is shown also where nobody set up logging.
-            _LOG.warning("Compiling the training step, once for this model: a minute or two.")
-        compiled = compiled_graph(key, device, filled, examples, free)
+        compiled = compiled_graph("the training step", key, device, filled, examples, free)
         with torch.no_grad():
             try:
                 found = list(compiled(*values))
             except RuntimeError as failure:
                 raise CannotCompile(f"the compiled step failed ({failure})") from failure
         count = sum(depends)
-        error = _distance(found[-count:], [g for g in expected if g is not None][-count:])
+        error = distance(found[-count:], [g for g in expected if g is not None][-count:])
         rounds = _TOLERANCES[self._model.dtype] if self._precision is None else _TOLERANCE_MIXED
         if error > rounds:
             raise CannotCompile(f"compiled gradients differ by {error:.1e} of their length")
@@ -297,100 +272,14 @@ class CompiledStep:
         self, form: _Form, values: list[Tensor], graph: Batch, batch: LabelledBatch
     ) -> tuple[list[Tensor], list[Sequence[int]]]:
         """Inputs for following the function, and which of their axes are free."""
-        sizes = _Sizes(structures=1 if form.single else 5)
-        leaves = [leaf for leaf in tree_flatten(sizes.batch(graph))[0] if leaf is not None]
-        labels = [sizes.label(batch.labels[n], label_kind(n, batch.kinds)) for n in form.labels]
-        weights = values[: len(self._state)]
-        free: list[Sequence[int]] = [()] * len(weights)
-        width = sizes.width
-        for tensor in (*leaves, *labels):
-            rows = () if tensor.shape[0] == 1 else (0,)
-            wide = tensor.dim() == 2 and tensor.shape[1] == width
-            free.append((*rows, 1) if wide else rows)
-        return [*weights, *leaves, *labels, values[-1]], [*free, ()]
-
-    def _description(self) -> str:
-        """What the network is, and the parts around it."""
-        tensors = [(name, tuple(t.shape), t.dtype) for name, t in self._state.items()]
-        model = self._model
-        facts = (
-            model.hypers,
-            model.targets,
-            self._wanted,
-            self._precision,
-            model.network.recompute,
-        )
-        return f"{model}\n{facts}\n{tensors}\n{torch.are_deterministic_algorithms_enabled()}"
-
-
-class _Predicts(nn.Module):
-    """A potential, whose weights can be given for a call."""
-
-    def __init__(self, model: Potential) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, graph: Batch, wanted: Mapping[str, tuple[bool, bool]]
-    ) -> dict[str, Prediction | Property]:
-        return self.model.predict_targets(graph, wanted, create_graph=True)
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """Different sizes for different things, so that none is taken for another."""
-
-    structures: int
-    atoms: int = 11
-    listed: int = 101
-    within: int = 89
-    kept: int = 71
-    width: int = 17
-
-    def batch(self, graph: Batch) -> Batch:
-        """A batch of the same form with these sizes, and zeros in it."""
-        edges = graph.edges
-        assert edges is not None
-        within, kept = edges.within, edges.kept
-        count = self.listed if within is None else self.within
-        count = count if kept is None else self.kept
-        rectangle = edges.layout.rectangle
-        if rectangle is not None:
-            slots = self.atoms * self.width
-            rectangle = Rectangle(
-                rectangle.token_of_slot.new_zeros(self.atoms, self.width),
-                rectangle.slot_of_token.new_zeros(self.atoms + count),
-                rectangle.empty.new_zeros(slots),
-            )
-        starts = edges.layout.starts.new_zeros(self.atoms + 1)
-        own = Edges(
-            within=None if within is None else within.new_zeros(self.within),
-            kept=None if kept is None else kept.new_zeros(self.kept),
-            centers=edges.centers.new_zeros(count),
-            neighbors=edges.neighbors.new_zeros(count),
-            reverse=edges.reverse.new_zeros(count),
-            layout=Layout(starts, rectangle),
-        )
-        rows = {
-            "numbers": self.atoms,
-            "edge_vectors": self.listed,
-            "centers": self.listed,
-            "neighbors": self.listed,
-            "reverse": self.listed,
-            "structure_index": self.atoms,
-            "cells": self.structures,
-            "charges": self.structures,
-            "spins": self.structures,
-        }
-        fields = {name: self._rows(getattr(graph, name), count) for name, count in rows.items()}
-        return Batch(**fields, edges=own)
-
-    def label(self, label: Tensor, kind: LabelKind) -> Tensor:
-        """The same of a label."""
-        return self._rows(label, self.atoms if kind.per_atom else self.structures)
-
-    def _rows(self, tensor: Tensor, count: int) -> Tensor:
-        return tensor.new_zeros(count, *tensor.shape[1:])
+        sizes = Sizes(structures=1 if form.single else 5)
+        leaves, free = sizes.batch(graph)
+        for name in form.labels:
+            leaf, axes = sizes.label(batch.labels[name], label_kind(name, batch.kinds).per_atom)
+            leaves.append(leaf)
+            free.append(axes)
+        weights = values[: len(self._weights.named)]
+        return [*weights, *leaves, values[-1]], [*[()] * len(weights), *free, ()]
 
 
 def _bare(part: Part) -> Part:
@@ -417,24 +306,3 @@ def _numbers(parts: Sequence[Part], counts: Sequence[Tensor | int], device: torc
     numbers = torch.tensor(given, dtype=torch.float64).to(device, non_blocking=True)
     known = torch.stack([torch.as_tensor(count, device=device) for count in counts])
     return torch.stack([numbers[0] / known.clamp_min(1), numbers[1]])
-
-
-def _tensors_of(predictions: Mapping[str, Prediction | Property]) -> list[Tensor]:
-    """All tensors of predictions, without their graph."""
-    tensors: list[Tensor | None] = []
-    for found in predictions.values():
-        if isinstance(found, Property):
-            tensors.append(found.values)
-        else:
-            tensors += [found.energy, found.atom_energies, found.forces, found.stress]
-    return [tensor.detach() for tensor in tensors if tensor is not None]
-
-
-def _distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """How far gradients are from others, relative to these; 0 where those are no numbers."""
-    pairs = list(zip(found, expected, strict=True))
-    apart = torch.stack([(one - other).double().square().sum() for one, other in pairs]).sum()
-    length = torch.stack([other.double().square().sum() for other in expected]).sum()
-    if not bool(length.isfinite()):
-        return 0.0  # the loss is at fault, and the step will say so
-    return float((apart / length.clamp_min(1e-300)).sqrt())
