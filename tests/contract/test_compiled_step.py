@@ -45,7 +45,7 @@ KINDS = {
     "conditioned": ({"system_conditioning": True, **ONE}, {}, False, False),
 }  # fmt: skip
 OF_KINDS = pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=[] if k in ("lora", "targets") else SLOW) for k in KINDS]
+    "kind", [pytest.param(k, marks=[] if k == "targets" else SLOW) for k in KINDS]
 )
 FIRST = [ethanol(), crystal()]
 OTHERS = [[crystal(), ethanol(), slab(), lone_atom()], [slab(), ethanol()]]
@@ -149,6 +149,7 @@ def test_one_graph_has_the_gradients_of_batches_of_all_sizes(kind, followed_only
     assert len(followed_only) == 1
 
 
+@SLOW
 def test_weights_and_scales_of_the_loss_need_no_other_graph(followed_only):
     model, objectives = model_and_objectives("heads")
     step = step_of(model, objectives)
@@ -163,6 +164,7 @@ def test_weights_and_scales_of_the_loss_need_no_other_graph(followed_only):
     assert len(followed_only) == 1
 
 
+@SLOW
 def test_one_structure_and_what_trains_later_have_graphs_of_their_own(followed_only):
     model, objectives = model_and_objectives("heads")
     step = step_of(model, objectives)
@@ -202,6 +204,7 @@ def test_a_compiled_run_is_the_run(options, followed_only):
         torch.testing.assert_close(parameter, other.parameters[name], rtol=2e-2, atol=2e-4)
 
 
+@SLOW
 def test_wrong_gradients_are_noticed(followed_only, monkeypatch, caplog):
     model, objectives = model_and_objectives("heads")
 
@@ -220,7 +223,7 @@ def test_wrong_gradients_are_noticed(followed_only, monkeypatch, caplog):
 @pytest.mark.parametrize(
     ("setting", "method", "options", "said"),
     [
-        ("on", "lora", {}, "training steps are compiled"),
+        pytest.param("on", "lora", {}, "training steps are compiled", marks=SLOW),
         ("on", "full", {"gradient_checkpointing": True}, "steps are not compiled: gradient_check"),
         ("on", "dropout", {}, "steps are not compiled: dropout"),
         ("auto", "lora", {}, None),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .reading import check_models
+from .reading import check_folders, check_models
 
 _EXAMPLES = """\
 examples:
@@ -64,6 +64,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _info(arguments: argparse.Namespace) -> int:
+    check_folders(*arguments.folder)
     from pet_finetune.api import describe_adapter, show
 
     for folder in arguments.folder:
@@ -83,6 +84,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _merge(arguments: argparse.Namespace) -> int:
     check_models(arguments.checkpoint)
+    check_folders(arguments.folder)
     from pet_finetune.api import merge_adapter
 
     print(merge_adapter(arguments.folder, arguments.checkpoint, arguments.output))
@@ -91,6 +93,7 @@ def _merge(arguments: argparse.Namespace) -> int:
 
 def _combine(arguments: argparse.Namespace) -> int:
     check_models(arguments.checkpoint)
+    check_folders(*arguments.folder)
     from pet_finetune.api import combine_adapters
 
     folder = combine_adapters(

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 from pet_finetune.errors import ConfigError
 
 from . import named
-from .reading import MODEL, add_reading_arguments, check_data, check_models, check_sets, systems_of
+from .reading import (
+    MODEL,
+    add_reading_arguments,
+    check_data,
+    check_folders,
+    check_models,
+    check_sets,
+    systems_of,
+)
 
 if TYPE_CHECKING:
     from pet_finetune.api import EvaluationSettings, LabelNames
@@ -141,6 +149,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.files:
         raise ConfigError("eval: name the files to evaluate on: eval MODEL FILE...")
     check_models(arguments.first)
+    check_folders(arguments.adapter)
     check_data(*arguments.files)
     from pet_finetune.api import evaluate_files
     from pet_finetune.log import setup_logging
@@ -224,6 +233,7 @@ def _with_options(arguments: argparse.Namespace) -> int:
         )
     _no_names(arguments, arguments.first)
     check_models(arguments.checkpoint)
+    check_folders(arguments.adapter)
     if is_evaluation(arguments.first):
         sets = load_evaluation(arguments.first, arguments.override)
         check_sets(sets.datasets)

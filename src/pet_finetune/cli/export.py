@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .reading import MODEL, check_models
+from .reading import MODEL, check_folders, check_models
 
 _EXAMPLES = """\
 examples:
@@ -65,6 +65,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> int:
     """Carry the command out."""
     (source,) = check_models(arguments.checkpoint)
+    check_folders(*arguments.adapter or ())
     from pet_finetune.api import export_model, export_table, show
     from pet_finetune.log import setup_logging
 

@@ -14,6 +14,7 @@ from .reading import (
     add_model_arguments,
     add_reading_arguments,
     check_data,
+    check_folders,
     check_models,
     model_of,
     systems_of,
@@ -114,6 +115,11 @@ def run(arguments: argparse.Namespace) -> int:
         found = _newest(arguments.output, or_none=start)
     elif arguments.restart is not None:
         found = Path(arguments.restart)
+        if not found.is_dir():
+            raise DynamicsError(
+                f"--restart: there is no folder '{found}'. Name the output folder of a run of "
+                "`pet-finetune md`."
+            )
     if found is not None:
         return _restart(arguments, found, given, model)
     if arguments.checkpoint is None or arguments.structure is None:
@@ -121,6 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
             "md: name a model and a structure: md MODEL STRUCTURE, or go on with --restart FOLDER."
         )
     check_models(arguments.checkpoint)
+    check_folders(*arguments.adapter)
     check_data(arguments.structure)
     from pet_finetune.api import MDSettings, ModelChoice, run_md
     from pet_finetune.log import get_logger, setup_logging

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pet_finetune.errors import AdapterError
 from pet_finetune.files import check_file
 
 if TYPE_CHECKING:  # pydantic takes longer to import than --help may take
@@ -18,6 +19,7 @@ __all__ = [
     "add_model_arguments",
     "add_reading_arguments",
     "check_data",
+    "check_folders",
     "check_models",
     "check_sets",
     "model_of",
@@ -107,6 +109,20 @@ def check_models(*checkpoints: str | Path | None) -> list[Path]:
     if not get_logger().handlers:
         setup_logging()  # of what is fetched
     return [find_model(checkpoint) for checkpoint in checkpoints if checkpoint is not None]
+
+
+def check_folders(*folders: str | Path | None) -> None:
+    """Refuse folders of adapters that are not there.
+
+    Raises:
+        AdapterError: the first of them.
+    """
+    for folder in folders:
+        if folder is not None and not Path(folder).is_dir():
+            raise AdapterError(
+                f"There is no adapter in '{folder}': there is no such folder, with an "
+                "adapter_config.json in it."
+            )
 
 
 def check_data(*files: str | Path) -> None:

@@ -10,6 +10,7 @@ from .reading import (
     add_model_arguments,
     add_reading_arguments,
     check_data,
+    check_folders,
     check_models,
     model_of,
     systems_of,
@@ -47,6 +48,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> int:
     """Carry the command out."""
     check_models(arguments.checkpoint)
+    check_folders(*arguments.adapter)
     check_data(arguments.structures)
     from pet_finetune.api import ModelChoice, RelaxSettings, relax_structures
     from pet_finetune.log import setup_logging

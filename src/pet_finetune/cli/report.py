@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pet_finetune.errors import ConfigError
+from pet_finetune.errors import ConfigError, DataError
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -33,6 +33,9 @@ def run(arguments: argparse.Namespace) -> int:
             f"report: -o {arguments.output} is one file, but {len(arguments.folders)} runs are "
             "named. Leave -o out: each report goes into its own folder."
         )
+    for folder in arguments.folders:
+        if not Path(folder).is_dir():
+            raise DataError(f"There is no folder '{folder}'. Name the folder of a run.")
     from pet_finetune.api import write_report
     from pet_finetune.log import setup_logging
 
