@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import socket
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -174,6 +175,7 @@ def _from_hub(address: str, file: _HubFile) -> Path:
         return Path(found)
     _logger.info("%s: fetching %s of %s from the hub", address, file.name, file.repository)
     with _explained(address, hub.constants.ENDPOINT, file.by_hand()):
+        _knock(hub.constants.ENDPOINT)
         path = Path(hub.hf_hub_download(file.repository, file.name, revision=file.revision))
     blob = path.resolve()
     # The hub names large files by their SHA-256, and others by Git's hash.
@@ -200,6 +202,7 @@ def _newest(name: str) -> Path:
         _logger.info("%s: taken from the cache, %s", name, path)
         return path
     with _explained(name, hub.constants.ENDPOINT, file.by_hand()):
+        _knock(hub.constants.ENDPOINT)
         there = {
             version: path
             for path in hub.HfApi().list_repo_files(_UPET)
@@ -211,6 +214,22 @@ def _newest(name: str) -> Path:
             f"{hub.constants.ENDPOINT}/{_UPET}/tree/main/models"
         )
     return _from_hub(name, _HubFile(_UPET, there[max(there)]))
+
+
+def _knock(server: str) -> None:
+    """Find out at once that there is no connection, which the hub's library tries six times.
+
+    Raises:
+        OSError: nobody answers; other trouble is left to the library.
+    """
+    from urllib.request import Request, urlopen
+
+    try:
+        urlopen(Request(server, method="HEAD"), timeout=_TIMEOUT).close()
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, (socket.gaierror, ConnectionError, TimeoutError)):
+            raise
 
 
 def _version(name: str) -> tuple[int, ...] | None:

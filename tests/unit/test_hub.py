@@ -181,6 +181,18 @@ def test_a_model_of_the_web_opens_as_its_file_does(server: Server, cache: Path) 
     assert as_model(url) == url
 
 
+def test_a_cache_that_can_only_be_read_is_read(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.files["/model.ckpt"] = CONTENT
+    usual, other = tmp_path / "usual", tmp_path / "other"
+    monkeypatch.setattr(hub, "cache_folders", lambda: [usual])
+    path = find_model(f"{server.url}/model.ckpt")
+    monkeypatch.setattr(hub, "cache_folders", lambda: [usual, other])
+    assert find_model(f"{server.url}/model.ckpt") == path
+    assert not other.exists()
+
+
 def test_two_addresses_with_one_name_are_two_files(server: Server, cache: Path) -> None:
     server.files["/a/model.ckpt"] = CONTENT
     server.files["/b/model.ckpt"] = archive() + b""
