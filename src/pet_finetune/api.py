@@ -7,8 +7,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -27,8 +25,7 @@ from pet_finetune.checkpoint.adapters import (
     merge_adapter,
 )
 from pet_finetune.checkpoint.info import checkpoint_facts, describe_checkpoint
-from pet_finetune.config import Options, PretrainOptions
-from pet_finetune.config.named_runs import NamedRun
+from pet_finetune.config import PretrainOptions
 from pet_finetune.config.problems import checked_section
 from pet_finetune.config.recipes import LastLayerOptions
 from pet_finetune.data.convert import convert
@@ -39,7 +36,6 @@ from pet_finetune.dynamics.settings import MDSettings
 from pet_finetune.errors import ConfigError
 from pet_finetune.export.export import (
     ExportOutcome,
-    check_output_of_run,
     export_model,
     export_table,
 )
@@ -51,7 +47,6 @@ from pet_finetune.inspection.inspect import (
     request_of_options,
     write_suggestion,
 )
-from pet_finetune.inspection.preflight import Preflight, read_checked
 from pet_finetune.keywords import (
     Arguments,
     Keywords,
@@ -62,14 +57,21 @@ from pet_finetune.keywords import (
     checkpoint_of,
     is_structures,
 )
-from pet_finetune.launchers import find_launch
 from pet_finetune.log import get_logger, setup_logging
-from pet_finetune.pretraining import PretrainResult, pretrain_model, pretrained
+from pet_finetune.pretraining import PretrainResult, pretrain_model
 from pet_finetune.report.watch import ReportServer
-from pet_finetune.report.write import report_or_warn, write_report
+from pet_finetune.report.write import write_report
 from pet_finetune.result import FinetuneResult, result_of
+from pet_finetune.rooms import (
+    ROOMS,
+    features_of_rooms,
+    profile,
+    train,
+    train_as_told,
+    train_named,
+)
 from pet_finetune.runs.folder import RunFolder
-from pet_finetune.training import launch, llpr, named_runs, profile_run, run
+from pet_finetune.training import llpr, run
 from pet_finetune.training.evaluate import (
     EvaluationResult,
     EvaluationSettings,
@@ -81,9 +83,8 @@ from pet_finetune.training.evaluate import (
 from pet_finetune.training.feature import Feature
 from pet_finetune.training.named_runs import evaluate_named
 from pet_finetune.training.prepare import Rooms
-from pet_finetune.training.profile import TrainingProfile
 from pet_finetune.training.records import TrainOutcome
-from pet_finetune.training.run_files import BEST, RunFiles
+from pet_finetune.training.run_files import RunFiles
 from pet_finetune.training.tables import show
 
 __all__ = [
@@ -139,73 +140,6 @@ __all__ = [
 
 _logger = get_logger(__name__)
 _FOUNDATION = "foundation.ckpt"
-
-# Packages with features of training that no other code names: deleting one takes its features away.
-_FEATURE_ROOMS = ("pet_finetune.forgetting",)
-
-
-def _features() -> list[Feature]:
-    """The features of the rooms above training, as far as they are there."""
-    there = [name for name in _FEATURE_ROOMS if importlib.util.find_spec(name) is not None]
-    return [one for name in there for one in importlib.import_module(name).features()]
-
-
-#: What takes part in every run that is begun here.
-ROOMS = Rooms(
-    features=_features,
-    inspect=lambda: [Preflight()],
-    read=read_checked,
-    report=report_or_warn,
-    start=pretrained,
-)
-
-
-def train(
-    options: Options,
-    folder: str | Path | None = None,
-    *,
-    output: Path | None = None,
-    **settings: Any,
-) -> TrainOutcome:
-    """Train as the options say; see :func:`pet_finetune.training.run.train`.
-
-    Args:
-        options: checked ones.
-        folder: of the run.
-        output: a file to export the model to at the end, as :func:`export` does: ``model.pt``, or
-            ``model.ckpt`` for metatrain.
-        settings: more arguments of that function.
-
-    Raises:
-        PetFinetuneError: any bad input; of ``output`` before the run starts.
-    """
-    if output is not None:
-        check_output_of_run(options, output)
-    outcome = run.train(options, folder, rooms=ROOMS, **settings)
-    launch = find_launch(options.training.distributed, options.training.distributed_port)
-    if output is not None and outcome.result.finished and (launch is None or launch.rank == 0):
-        together = options.is_committee
-        source = options.finetune.read_from if together else outcome.folder / BEST
-        written = export_model(source or "", output, adapter=outcome.folder if together else None)
-        show(export_table(written))
-    return outcome
-
-
-def train_as_told(job: Path) -> TrainOutcome:
-    """What each process does that ``device: 4`` started; :mod:`pet_finetune.training.launch`."""
-    return launch.train_as_told(job, train)
-
-
-def train_named(runs: Sequence[NamedRun], source: str | Path, **settings: Any) -> int:
-    """Train named runs; see :func:`pet_finetune.training.named_runs.train_named`."""
-    return named_runs.train_named(runs, source, rooms=ROOMS, **settings)
-
-
-def profile(
-    options: Options, folder: str | Path | None, steps: int, **settings: Any
-) -> TrainingProfile:
-    """Time a few steps; see :func:`pet_finetune.training.profile_run.profile_run`."""
-    return profile_run.profile_run(options, folder, steps, rooms=ROOMS, **settings)
 
 
 def finetune(
@@ -285,7 +219,7 @@ def finetune(
 
 def _rooms(own: Sequence[Feature], temporary: bool) -> Rooms:
     """What takes part in a run with features of the caller's own."""
-    rooms = replace(ROOMS, features=lambda: [*_features(), *own], own=bool(own))
+    rooms = replace(ROOMS, features=lambda: [*features_of_rooms(), *own], own=bool(own))
     return replace(rooms, report=lambda folder: None) if temporary else rooms
 
 
