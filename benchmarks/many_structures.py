@@ -100,7 +100,8 @@ def work(folder: Path, steps: int, settings: dict[str, Any]) -> None:
 
         def step_ended(self, progress: Any) -> None:
             self.done = getattr(self, "done", 0) + 1
-            print(json.dumps({"step": self.done, "at": time.time()}), flush=True)
+            told = {"step": self.done, "at": time.time(), "worked": time.process_time()}
+            print(json.dumps(told), flush=True)
             if self.done == steps:
                 os.kill(os.getpid(), signal.SIGINT)
 
@@ -141,8 +142,9 @@ def watch(folder: Path, steps: int) -> dict[str, Any]:
         told = [json.loads(line) for line in said if line.startswith("{")]
     ready = next(one["ready"] for one in told if "ready" in one) - began
     done = [one["at"] - began for one in told if "step" in one]
+    worked = [one["worked"] for one in told if "step" in one]
     before = max(value for at, value in memory if at <= ready + 0.5)
-    return {"memory": memory, "ready": ready, "steps": done, "before": before}
+    return {"memory": memory, "ready": ready, "steps": done, "before": before, "worked": worked}
 
 
 def draw(found: dict[str, Any], count: int, path: Path) -> None:
@@ -187,7 +189,9 @@ def main() -> None:
     steps = found["steps"]
     print(f"structures              {arguments.structures:,}")
     print(f"first step after        {steps[0]:.1f} s ({found['ready']:.1f} s of it imports)")
+    print(f"  processor time        {found['worked'][0]:.1f} s")
     print(f"steps                   {len(steps)} in {steps[-1] - steps[0]:.1f} s")
+    print(f"  processor time        {found['worked'][-1] - found['worked'][0]:.1f} s")
     print(f"most resident memory    {max(value for _, value in found['memory']):.0f} MiB")
     print(f"before any data         {found['before']:.0f} MiB")
 

@@ -15,7 +15,7 @@ from pet_finetune.log import get_logger
 from .stored import PARTLY, WHOLE
 from .structure import Structure, structures_fingerprint
 
-__all__ = ["OnDisk", "joined", "label_names", "sampled", "spread", "taken"]
+__all__ = ["OnDisk", "joined", "label_names", "sampled", "evenly_spread", "taken"]
 
 T = TypeVar("T")
 
@@ -285,9 +285,9 @@ def sampled(structures: Sequence[Structure], what: str) -> Sequence[Structure]:
     return list(part)
 
 
-def spread(items: Sequence[T], most: int = SAMPLE) -> Sequence[T]:
-    """At most so many items, evenly spread; all of them where they are fewer."""
-    if len(items) <= most:
+def evenly_spread(items: Sequence[T], most: int = SAMPLE) -> Sequence[T]:
+    """At most so many of what is read from disk item by item, evenly spread; lists as they are."""
+    if len(items) <= most or isinstance(items, list | tuple):
         return items
     return [items[k] for k in np.linspace(0, len(items) - 1, most).astype(np.int64).tolist()]
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from pet_finetune.data.files import read_frames
 from pet_finetune.data.labels import Shape, find_value, to_forces, to_scalar, to_stress
-from pet_finetune.data.on_disk import spread
+from pet_finetune.data.on_disk import evenly_spread
 
 from .finding import Finding, Frames
 
@@ -48,7 +48,7 @@ def target_of_file(
     Raises:
         DataError: the file cannot be read.
     """
-    frames = spread(read_frames(path, format, types))
+    frames = evenly_spread(read_frames(path, format, types))
     keys: dict[str, str | None] = {}
     findings: list[Finding] = []
     passed: list[str] = []

@@ -13,7 +13,7 @@ from pet_finetune.data.computable import MISSING_CELL, misses_a_cell
 from pet_finetune.data.files import frame_numbers, read_file, read_frames
 from pet_finetune.data.labels import find_value
 from pet_finetune.data.left_out import isolated_frames, sets_of_isolated_atoms
-from pet_finetune.data.on_disk import sampled, spread
+from pet_finetune.data.on_disk import evenly_spread, sampled
 from pet_finetune.data.readers import read_structures
 from pet_finetune.data.structure import Structure
 from pet_finetune.errors import DataError
@@ -47,7 +47,7 @@ def read_anyway(dataset: DatasetOptions) -> tuple[Sequence[Structure], list[Find
         frames = read_frames(source, dataset.systems.format, dataset.systems.types)
         chosen = dataset.indices
         numbers = (
-            spread(range(len(frames)))
+            (range if isinstance(frames, list) else _some)(len(frames))
             if chosen is None
             else frame_numbers(chosen, len(frames), source)
         )
@@ -62,6 +62,11 @@ def read_anyway(dataset: DatasetOptions) -> tuple[Sequence[Structure], list[Find
     except DataError:
         return [], [plain]
     return structures, [*told, *_tell(source, broken)]
+
+
+def _some(count: int) -> Sequence[int]:
+    """Numbers of the frames that are looked at of a large set on disk."""
+    return evenly_spread(range(count))
 
 
 def _isolated(dataset: DatasetOptions) -> list[Finding]:

@@ -21,6 +21,7 @@ from pet_finetune.data.batch import LabelledBatch
 from pet_finetune.data.files import read_frames
 from pet_finetune.data.labels import find_value
 from pet_finetune.data.loader import Loader
+from pet_finetune.data.on_disk import evenly_spread, joined
 from pet_finetune.data.readers import read_structures
 from pet_finetune.data.splits import make_splits
 from pet_finetune.data.structure import Structure
@@ -184,7 +185,7 @@ def _any_has(options: DatasetOptions, name: str) -> bool:
     if target.is_energy:
         kinds = {"forces": target.forces, "stress": target.stress, "virial": target.virial}
         keys += [given.key or kind for kind, given in kinds.items() if given.wanted]
-    frames = read_frames(systems.read_from, systems.format, systems.types)
+    frames = evenly_spread(read_frames(systems.read_from, systems.format, systems.types))
     return any(find_value(atoms, key) is not None for atoms in frames for key in keys)
 
 
@@ -196,7 +197,7 @@ def read_labelled(
 
 
 def _read(datasets: Sequence[DatasetOptions]) -> _Set:
-    structures = [one for dataset in datasets for one in read_structures(dataset)]
+    structures = joined([read_structures(dataset) for dataset in datasets])
     return _Set(structures, _systems(datasets))
 
 
@@ -412,7 +413,7 @@ def _errors(
     if path is None and kept is None:
         wanted = {t: (forces_key(t) in labels, stress_key(t) in labels) for t in targets}
         return evaluate(model, loader, wanted, comparison.add)
-    periodic = any(bool(structure.pbc.all()) for structure in loader.structures)
+    periodic = any(bool(structure.pbc.all()) for structure in evenly_spread(loader.structures))
     wanted = {
         t: (True, periodic) if model.targets[t].is_energy else (False, False) for t in targets
     }

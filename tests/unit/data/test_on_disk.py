@@ -11,7 +11,7 @@ import torch
 from pet_finetune.config.load import parse_options
 from pet_finetune.data import Loader, find_species, metatrain_sets
 from pet_finetune.data.files import forget_files
-from pet_finetune.data.on_disk import OnDisk, joined, label_names, sampled, spread, taken
+from pet_finetune.data.on_disk import OnDisk, evenly_spread, joined, label_names, sampled, taken
 from pet_finetune.data.order import in_blocks
 from pet_finetune.data.readers import read_structures
 from pet_finetune.data.species import check_species
@@ -197,7 +197,8 @@ def test_a_sample_has_rare_elements(tmp_path, monkeypatch):
     assert len(part) < 300
     monkeypatch.setattr("pet_finetune.data.on_disk.SAMPLE", 20)
     assert isinstance(sampled(structures, "a look"), list)
-    assert spread(range(100), 3) == [0, 49, 99]
+    assert evenly_spread(range(100), 3) == [0, 49, 99]
+    assert evenly_spread([*range(100)], 3) == [*range(100)]  # what is in memory is not thinned out
 
 
 def frames_of(batches):
