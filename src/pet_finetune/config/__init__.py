@@ -20,6 +20,7 @@ from .finetune import (
 )
 from .keeping import AnchorOptions, ReplayOptions, RetentionOptions
 from .load import LoadedOptions, load_options, parse_options
+from .loss import LossTerm, LossType, TargetLoss
 from .model import LongRangeOptions, ModelOptions
 from .options import ArchitectureOptions, Options
 from .recipes import (
@@ -31,15 +32,7 @@ from .recipes import (
     WeightMean,
     first_epoch,
 )
-from .training import (
-    BaselineOptions,
-    BestModelMetric,
-    EarlyStopping,
-    LossTerm,
-    LossType,
-    TargetLoss,
-    TrainingOptions,
-)
+from .training import BaselineOptions, BestModelMetric, EarlyStopping, TrainingOptions
 
 __all__ = [
     "DEFAULT_TARGET_MODULES",
