@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +12,9 @@ import torch
 
 from pet_finetune.backends import choose_backend, use_backend
 from pet_finetune.checkpoint import open_potential
-from pet_finetune.committee.calibration import Comparison, Deviations, miscalibration_area
+from pet_finetune.committee.calibration import Comparison, Deviations
 from pet_finetune.config import DatasetOptions, Options, SystemsOptions
 from pet_finetune.config.load import parse_options
-from pet_finetune.data.batch import LabelledBatch
 from pet_finetune.data.files import read_frames
 from pet_finetune.data.labels import find_value
 from pet_finetune.data.loader import Loader
@@ -25,18 +22,18 @@ from pet_finetune.data.on_disk import evenly_spread, joined
 from pet_finetune.data.readers import read_structures
 from pet_finetune.data.splits import make_splits
 from pet_finetune.data.structure import Structure
-from pet_finetune.data.writing import PredictionWriter, check_prediction_path, numbered
+from pet_finetune.data.writing import check_prediction_path, numbered
 from pet_finetune.device import choose_device
 from pet_finetune.errors import ConfigError, DataError, did_you_mean
-from pet_finetune.keys import TargetSpec, direct_quantity, forces_key, stress_key
+from pet_finetune.keys import TargetSpec, direct_quantity
 from pet_finetune.log import get_logger
-from pet_finetune.model import Potential, Prediction, Property
+from pet_finetune.model import Potential
 
 from .consistency import Spread, rotational_spread
 from .elements import check_known
-from .metrics import Metrics, evaluate
-from .predictions import split_predictions
-from .tables import error_table, show
+from .metrics import Metrics
+from .predictions import errors_and_predictions
+from .tables import error_table, show, spread_text, uncertainty_text
 
 _logger = get_logger(__name__)
 
@@ -373,7 +370,9 @@ def _evaluate(
             path = numbered(path, (marks or {}).get(name, name))
         kept = result.predictions.setdefault(name, []) if how.keep else None
         comparison = Comparison()
-        errors[name] = _errors(model, loader, targets, path, chosen.systems, kept, comparison)
+        errors[name] = errors_and_predictions(
+            model, loader, targets, path, chosen.systems, kept, comparison
+        )
         found = {t: comparison.of(t)["energy"] for t in targets if "energy" in comparison.of(t)}
         if found:
             result.uncertainties[name] = found
@@ -392,70 +391,8 @@ def _evaluate(
             title = f"{name} ({len(structures)} structures)"
             show(error_table({"": {"error": errors[name]}}, title=title))
         for target, deviations in found.items():
-            _logger.info("%s", _uncertainty_text(target, deviations))
+            _logger.info("%s", uncertainty_text(target, deviations))
         for target, spread in spreads.get(name, {}).items():
-            text = _spread_text(how.rotations, target, spread, errors[name][target])
+            text = spread_text(how.rotations, target, spread, errors[name][target])
             _logger.info("%s", text)
     return result
-
-
-def _errors(
-    model: Potential,
-    loader: Loader,
-    targets: Sequence[str],
-    path: str | None,
-    systems: Mapping[str, SystemsOptions],
-    kept: list[dict[str, np.ndarray]] | None,
-    comparison: Comparison,
-) -> dict[str, Metrics]:
-    """Errors on one set; predictions go to a file where there is a path, and into ``kept``."""
-    labels = loader.label_names
-    if path is None and kept is None:
-        wanted = {t: (forces_key(t) in labels, stress_key(t) in labels) for t in targets}
-        return evaluate(model, loader, wanted, comparison.add)
-    periodic = any(bool(structure.pbc.all()) for structure in evenly_spread(loader.structures))
-    wanted = {
-        t: (True, periodic) if model.targets[t].is_energy else (False, False) for t in targets
-    }
-    energies = [t for t in targets if model.targets[t].is_energy]
-    kinds = {t: model.targets[t].label_kind for t in targets if t not in energies}
-    main = "energy" if "energy" in energies else energies[0] if energies else None
-    left = iter(loader.structures)
-    with ExitStack() as stack:
-        writer = None
-        if path is not None:
-            writer = stack.enter_context(PredictionWriter(path, main, kinds=kinds, systems=systems))
-
-        def keep(batch: LabelledBatch, predictions: Mapping[str, Prediction | Property]) -> None:
-            comparison.add(batch, predictions)
-            values = split_predictions(batch.graph, predictions)
-            if kept is not None:
-                kept.extend(values)
-            if writer is not None:
-                writer.add(list(islice(left, len(values))), values)
-
-        metrics = evaluate(model, loader, wanted, keep)
-    if path is not None:
-        _logger.info("predictions of %d structures: %s", len(loader.structures), path)
-    return metrics
-
-
-def _uncertainty_text(target: str, found: Deviations) -> str:
-    """How well an uncertainty fits the errors, in a line."""
-    sure, wrong = (1000.0 * float(np.sqrt(np.mean(v**2))) for v in (found.spreads, found.errors))
-    inside = [100.0 * found.within(widths) for widths in (1.0, 2.0)]
-    return (
-        f"uncertainty of '{target}': {sure:.2f} meV/atom beside errors of {wrong:.2f} (root mean "
-        f"squares); {inside[0]:.0f} and {inside[1]:.0f} % of the errors lie within one and two of "
-        "it (68 and 95 % would where they are normal); miscalibration area "
-        f"{miscalibration_area(found.coverage()):.3f}"
-    )
-
-
-def _spread_text(rotations: int, target: str, spread: Spread, errors: Metrics) -> str:
-    error = errors.mae("forces")
-    share = f" ({100 * spread.forces / error:.0f} % of their MAE)" if error > 0 else ""
-    return (
-        f"{rotations} random orientations: {target} {1000 * spread.energy:.2f} meV/atom, forces "
-        f"{1000 * spread.forces:.2f} meV/A{share} from the mean over them"
-    )

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pet_finetune.committee.calibration import Comparison
 from pet_finetune.committee.committee import Committee, CommitteePrediction
+from pet_finetune.config import SystemsOptions
 from pet_finetune.data.batch import LabelledBatch
 from pet_finetune.data.loader import Loader
+from pet_finetune.data.on_disk import evenly_spread
 from pet_finetune.data.predicted import Predicted
+from pet_finetune.data.writing import PredictionWriter
 from pet_finetune.graph import Batch
 from pet_finetune.keys import forces_key, stress_key, uncertainty_key
+from pet_finetune.log import get_logger
 from pet_finetune.model import Potential, Prediction, Property
+
+from .metrics import Metrics, evaluate
+
+_logger = get_logger(__name__)
 
 #: What follows a label's name where the number is a spread over the members of a committee.
 SPREAD = "~spread"
@@ -136,3 +147,54 @@ def _baselines(model: Potential, target: str, structures: Predicted) -> np.ndarr
     rows = np.searchsorted(np.array(model.species), structures.numbers)
     sums: np.ndarray = np.bincount(structures.structure_index, values[rows], len(structures.sizes))
     return sums
+
+
+def errors_and_predictions(
+    model: Potential,
+    loader: Loader,
+    targets: Sequence[str],
+    path: str | None,
+    systems: Mapping[str, SystemsOptions],
+    kept: list[dict[str, np.ndarray]] | None,
+    comparison: Comparison,
+) -> dict[str, Metrics]:
+    """Errors on one set, and where they are wanted its predictions.
+
+    Args:
+        model: is put into evaluation mode, and back.
+        loader: of the set.
+        targets: that are compared.
+        path: a file to write predictions to.
+        systems: by file that was read, how.
+        kept: a list that takes the predictions of each structure.
+        comparison: takes errors beside uncertainties.
+    """
+    labels = loader.label_names
+    if path is None and kept is None:
+        wanted = {t: (forces_key(t) in labels, stress_key(t) in labels) for t in targets}
+        return evaluate(model, loader, wanted, comparison.add)
+    periodic = any(bool(structure.pbc.all()) for structure in evenly_spread(loader.structures))
+    wanted = {
+        t: (True, periodic) if model.targets[t].is_energy else (False, False) for t in targets
+    }
+    energies = [t for t in targets if model.targets[t].is_energy]
+    kinds = {t: model.targets[t].label_kind for t in targets if t not in energies}
+    main = "energy" if "energy" in energies else energies[0] if energies else None
+    left = iter(loader.structures)
+    with ExitStack() as stack:
+        writer = None
+        if path is not None:
+            writer = stack.enter_context(PredictionWriter(path, main, kinds=kinds, systems=systems))
+
+        def keep(batch: LabelledBatch, predictions: Mapping[str, Prediction | Property]) -> None:
+            comparison.add(batch, predictions)
+            values = split_predictions(batch.graph, predictions)
+            if kept is not None:
+                kept.extend(values)
+            if writer is not None:
+                writer.add(list(islice(left, len(values))), values)
+
+        metrics = evaluate(model, loader, wanted, keep)
+    if path is not None:
+        _logger.info("predictions of %d structures: %s", len(loader.structures), path)
+    return metrics

@@ -6,13 +6,15 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from pet_finetune import processes
-from pet_finetune.committee.calibration import Curves
+from pet_finetune.committee.calibration import Curves, Deviations, miscalibration_area
 from pet_finetune.progress import clear
 from pet_finetune.training.baselines import BaselineTable
+from pet_finetune.training.consistency import Spread
 from pet_finetune.training.metrics import Metrics
 
 
@@ -118,3 +120,25 @@ def show(table: Table) -> str:
         console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110)
         console.print(table)
     return _text(table)
+
+
+def uncertainty_text(target: str, found: Deviations) -> str:
+    """How well an uncertainty fits the errors, in a line."""
+    sure, wrong = (1000.0 * float(np.sqrt(np.mean(v**2))) for v in (found.spreads, found.errors))
+    inside = [100.0 * found.within(widths) for widths in (1.0, 2.0)]
+    return (
+        f"uncertainty of '{target}': {sure:.2f} meV/atom beside errors of {wrong:.2f} (root mean "
+        f"squares); {inside[0]:.0f} and {inside[1]:.0f} % of the errors lie within one and two of "
+        "it (68 and 95 % would where they are normal); miscalibration area "
+        f"{miscalibration_area(found.coverage()):.3f}"
+    )
+
+
+def spread_text(rotations: int, target: str, spread: Spread, errors: Metrics) -> str:
+    """What rotations change of the predictions of a target, in a line."""
+    error = errors.mae("forces")
+    share = f" ({100 * spread.forces / error:.0f} % of their MAE)" if error > 0 else ""
+    return (
+        f"{rotations} random orientations: {target} {1000 * spread.energy:.2f} meV/atom, forces "
+        f"{1000 * spread.forces:.2f} meV/A{share} from the mean over them"
+    )
