@@ -36,6 +36,14 @@ def test_info(command, folders):
         assert text in answer.out
 
 
+def test_info_of_prompts(command, here: Path):
+    model = trained_adapter(load_checkpoint("base.ckpt").model, num_prompts=3)
+    save_adapter(model, here / "prompts", "base.ckpt")
+    answer = command("adapter", "info", "prompts")
+    assert "prompts, 3 tokens in each attention layer" in answer.out
+    assert "rank" not in answer.out  # which means nothing for them
+
+
 def test_several_targets(command, here: Path):
     base = load_checkpoint("base.ckpt").model
     base.add_target(TargetSpec("charges", "charge", "e", per_atom=True))

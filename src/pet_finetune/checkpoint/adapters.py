@@ -53,11 +53,14 @@ def describe_adapter(directory: str | Path) -> Table:
     table.add_column(overflow="fold")
     endings = sorted({".".join(path.split(".")[-2:]) for path in config.target_modules})
     size = sum(path.stat().st_size for path in Path(directory).iterdir())
-    rows = {
-        "method": _method(adapter),
+    of_updates = {
         "rank, alpha": f"{config.rank}, {config.alpha:g}" + _patterns(adapter),
         "dropout": f"{config.dropout:g}",
         "layers": f"{len(config.target_modules)}: {', '.join(endings)}",
+    }
+    rows = {
+        "method": _method(adapter),
+        **({} if config.num_prompts else of_updates),
         "trained whole": ", ".join(config.modules_to_save or ()) or "nothing",
         "parameters": f"{adapter.num_parameters:,}",
         "size": size_text(size),
@@ -71,6 +74,8 @@ def describe_adapter(directory: str | Path) -> Table:
 
 def _method(adapter: Adapter) -> str:
     config = adapter.config
+    if config.num_prompts:
+        return f"prompts, {config.num_prompts} tokens in each attention layer"
     name = "DoRA" if config.use_dora else "LoRA"
     return f"rank-stabilised {name}" if config.use_rslora else name
 

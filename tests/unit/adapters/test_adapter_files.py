@@ -10,7 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models import all_structures, random_potential, trained_adapter
-from pet_finetune.adapters import active_adapter, load_adapter, merged_copy, save_adapter
+from pet_finetune.adapters import (
+    active_adapter,
+    load_adapter,
+    merged_copy,
+    read_adapter,
+    save_adapter,
+    write_adapter,
+)
 from pet_finetune.adapters.files import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -176,6 +183,20 @@ def test_metadata_that_makes_no_sense(folder, changes):
     edit_metadata(folder, digest=..., **changes)
     with pytest.raises(AdapterError):
         load_adapter(random_potential(), folder)
+
+
+def test_an_adapter_of_peft_is_written_again(folder, tmp_path, batch):
+    """It names neither targets nor its base, and still does not when we have written it."""
+    edit_json(folder / CONFIG_FILE, auto_mapping=...)
+    save_file(load_file(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE)
+    predictions = []
+    for directory in (folder, write_adapter(read_adapter(folder), tmp_path / "again")):
+        adapter = read_adapter(directory)
+        assert (adapter.targets, adapter.fingerprint) == ((), None)
+        model = random_potential()
+        assert load_adapter(model, directory).targets == ("energy",)
+        predictions.append(model.predict(batch).energy)
+    assert torch.equal(*predictions)
 
 
 def test_a_newer_release_is_named(folder):
