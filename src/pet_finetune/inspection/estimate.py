@@ -73,6 +73,7 @@ def suggest(
     test: Any = None,
     unknown: Sequence[str] = (),
     outliers: bool = False,
+    forced: bool = True,
     estimates: Sequence[Estimate] = (),
 ) -> Suggestion:
     """Choose method, batch and epochs.
@@ -86,6 +87,7 @@ def suggest(
         test: likewise.
         unknown: symbols of elements that the checkpoint lacks.
         outliers: whether some labels are doubtful.
+        forced: whether every structure has forces, where the options read any.
         estimates: of the methods.
     """
     reasons = []
@@ -120,7 +122,7 @@ def suggest(
         validation = 0.1
         reasons.append("validation_set 0.1: drawn from the file; give a set of your own if frames "
                        "follow each other in time")  # fmt: skip
-        if load.structures // 10 < _FEW_VALIDATED and _have_forces(training_set):
+        if load.structures // 10 < _FEW_VALIDATED and forced and _have_forces(training_set):
             training["best_model_metric"] = "forces_mae"
             reasons.append("best_model_metric: forces_mae, because the energies of so few "
                            "validation structures are right by chance")  # fmt: skip

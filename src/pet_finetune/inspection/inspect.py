@@ -296,6 +296,7 @@ def _suggest(
         test=raw["test_set"],
         unknown=unknown,
         outliers=bool(codes & {"energy-outliers", "foundation-outliers"}),
+        forced=not codes & {"partial-forces", "energies-only", "several-labels"},
         estimates=inspection.estimates,
     )
 
@@ -321,6 +322,8 @@ def _in_units(section: Any, findings: Sequence[Finding]) -> Any:
                 kind, keys = finding.data["kind"], finding.data["keys"]
                 place = target if kind == "energy" else _gradient(target, kind)
                 place["key"] = _question(keys)
+                if kind != "energy":
+                    place["mode"] = "on"  # else a run would go on without
     return section
 
 

@@ -16,7 +16,7 @@ from pet_finetune.config import PretrainOptions
 from pet_finetune.data.exact import write_exact
 from pet_finetune.data.files import read_frames
 from pet_finetune.data.structure import atoms_to_structure, structures_fingerprint
-from pet_finetune.errors import RunError
+from pet_finetune.errors import DataError, RunError
 from pet_finetune.files import read_object, write_whole
 from pet_finetune.progress import Watch
 
@@ -99,7 +99,10 @@ class Work:
                 file = place / f"{number:05d}.db"
                 if not file.exists():
                     write_exact(file, make(item))
-                frames += read_frames(file)
+                try:
+                    frames += read_frames(file)
+                except DataError as error:
+                    raise DataError(f"{error} Remove this file: it is made again.") from error
                 watch.step()
         return frames
 

@@ -171,6 +171,17 @@ class TestSuggestion:
         training = parse_options(made.options).options.training
         assert (training.batch_size, training.best_model_metric) == (batch, metric)
 
+    def test_where_some_structures_lack_forces_they_do_not_judge(self):
+        target = {"key": "energy", "unit": "eV", "forces": {}}
+        made = suggest(
+            training_section(["a.xyz"], target),
+            Load(10, 90, 1e3, 8.0, 30, 0.0),
+            checkpoint="b",
+            parameters=10**6,
+            forced=False,
+        )
+        assert parse_options(made.options).options.training.best_model_metric == "mae_prod"
+
     @pytest.mark.parametrize("structures", [5, 30, 152, 5000])
     @pytest.mark.parametrize("parameters", [0, 1_650_000, 100_000_000])
     @pytest.mark.parametrize("atoms", [3, 200])

@@ -17,7 +17,7 @@ from pet_finetune.inspection.inspect import (
     write_suggestion,
 )
 from pet_finetune.units import energy_to_ev, to_own_unit
-from tiny_data import write_frames
+from tiny_data import molecules, write_frames
 
 HARTREE, BOHR = energy_to_ev("Hartree"), to_own_unit("length", "bohr")
 
@@ -95,6 +95,21 @@ def test_a_question_stops_a_run(tmp_path, repository):
     assert "Choose one" in (tmp_path / "options.yaml").read_text()
     options = load_options(tmp_path / "options.yaml").options
     with pytest.raises(DataError, match="REF_energy or other_energy"):
+        read_structures(options.training_set[0])
+
+
+def test_a_question_of_forces_stops_a_run(tmp_path):
+    frames = molecules(12)
+    for atoms in frames:
+        results = atoms.calc.results
+        atoms.info = {"energy": results["energy"]}
+        atoms.arrays["REF_forces"] = results["forces"]
+        atoms.arrays["dft_forces"] = 1.5 * results["forces"]
+        atoms.calc = None
+    inspection = inspect_data(request_of_files([str(write_frames(tmp_path / "a.xyz", frames))]))
+    write_suggestion(inspection, tmp_path / "options.yaml")
+    options = load_options(tmp_path / "options.yaml").options
+    with pytest.raises(DataError, match=r"forces.*under 'REF_forces or dft_forces\?'"):
         read_structures(options.training_set[0])
 
 

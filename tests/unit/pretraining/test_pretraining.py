@@ -99,6 +99,9 @@ def test_pieces_are_made_once(tmp_path: Path) -> None:
         assert [atoms.positions[0, 0] for atoms in frames] == [4, 5]
         assert [atoms.info[NAME] for atoms in frames] == ["4", "5"]
     assert asked == [4, 5]
+    (tmp_path / "some" / "00001.db").write_bytes(b"")
+    with pytest.raises(DataError, match="00001.db is empty.*Remove this file: it is made again"):
+        work.pieces("some", "making", [4, 5], make)
 
 
 def test_a_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
