@@ -160,5 +160,5 @@ def test_refusals(base, run, folders, tmp_path):
         PETCalculator(base, adapters=[folders[0]])
     with pytest.raises(AdapterError, match="There is no committee in"):
         PETCalculator(base, adapters=tmp_path)
-    with pytest.raises(AdapterError, match="are for 'energy', not 'other'"):
+    with pytest.raises(AdapterError, match="are for energy, not other"):
         PETCalculator(base, adapters=run, target="other")
