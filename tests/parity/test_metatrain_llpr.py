@@ -134,6 +134,24 @@ def test_of_every_target(tmp_path: Path) -> None:
         direct.get_property("forces_uncertainty", atoms)
 
 
+def test_of_variants(tmp_path: Path) -> None:
+    """Each energy has its own; one that was left out of the ensembles has no members."""
+    oracle = wrapped(random_model(2, ("energy", "energy/pbe")), {"energy/pbe": 3})
+    path = save_llpr(oracle, tmp_path / "wrapped.ckpt")
+    atoms = structures()["ethanol"]
+    found = []
+    for target in ("energy", "energy/pbe"):
+        calculator = PETCalculator(path, target=target, device="cpu")
+        expected = theirs(oracle, atoms, target)
+        found.append(calculator.get_property("energy_uncertainty", atoms))
+        assert found[-1] == pytest.approx(expected["uncertainty"].item(), rel=1e-9)
+        assert ("forces_uncertainty" in calculator.implemented_properties) == ("/" in target)
+        if "ensemble" in expected:
+            each = calculator.get_property("energy_ensemble", atoms)
+            np.testing.assert_allclose(each, expected["ensemble"][0], rtol=1e-10)
+    assert abs(found[0] - found[1]) > 1e-3
+
+
 def test_a_unit_of_the_file_is_that_of_its_uncertainty(tmp_path: Path) -> None:
     oracle = wrapped(random_model(0, unit="kcal/mol"), {"energy": 3})
     calculator = PETCalculator(save_llpr(oracle, tmp_path / "wrapped.ckpt"), device="cpu")

@@ -81,13 +81,12 @@ def fit_last_layers(
             ) from error
         bare[target] = LastLayer(covariance, factor, 1.0, None, fingerprints[target])
     found: dict[str, Fitted] = {}
-    for target, (errors, sizes, atoms) in _residuals(model, validation, bare).items():
+    for target, (errors, sizes) in _residuals(model, validation, bare).items():
         multiplier = _multiplier(errors, sizes, options.calibration_method, target)
         layer, curves, members = bare[target], None, None
         if model.target(target).is_energy:
             members = _members(model, target, layer, multiplier, options, seed)
-            per_atom = Deviations((errors / atoms).numpy(), (sizes / atoms).numpy())
-            curves = Curves.of(per_atom, multiplier)
+            curves = Curves.of(Deviations(errors.numpy(), sizes.numpy()), multiplier)
         parts = layer.covariance, layer.cholesky, multiplier, members, layer.fingerprint
         found[target] = Fitted(LastLayer(*parts).to(model.device), curves)
     return found
@@ -126,9 +125,9 @@ def _covariances(
 
 def _residuals(
     model: Potential, validation: Iterable[LabelledBatch], layers: dict[str, LastLayer]
-) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """Errors, uncertainties without a factor, and atoms of the rows of each target, all [n]."""
-    parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Errors and uncertainties without a factor of the numbers of each target, both [n]."""
+    parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
     wanted = dict.fromkeys(layers, (False, False))
     with Watch("calibration of the uncertainty", "structures") as watch:
         for batch in on_device(validation, model.device, model.dtype):
@@ -141,17 +140,17 @@ def _residuals(
                 values = said.energy if isinstance(said, Prediction) else said.values
                 error = (values - label.to(values)).double()
                 size = layer.to(model.device)(_features(graph, spec, said))
-                atoms = torch.ones_like(size) if spec.per_atom else graph.atoms_per_structure
                 # Every number of a row has the row's uncertainty.
                 error = error.reshape(len(size), -1)
-                rows = [v.unsqueeze(1).expand_as(error) for v in (size, atoms.to(size))]
                 known = ~error.isnan()
-                parts.setdefault(target, []).append(
-                    tuple(v[known].cpu() for v in (error, *rows))  # type: ignore[arg-type]
-                )
+                both = error[known].cpu(), size.unsqueeze(1).expand_as(error)[known].cpu()
+                parts.setdefault(target, []).append(both)
             watch.step(graph.num_structures)
-    joined = {t: tuple(torch.cat(v) for v in zip(*p, strict=True)) for t, p in parts.items()}
-    return {t: (v[0], v[1], v[2]) for t, v in joined.items() if len(v[0])}
+    joined = {
+        target: (torch.cat([error for error, _ in both]), torch.cat([size for _, size in both]))
+        for target, both in parts.items()
+    }
+    return {target: both for target, both in joined.items() if len(both[0])}
 
 
 def _multiplier(errors: Tensor, sizes: Tensor, method: str, target: str) -> float:
