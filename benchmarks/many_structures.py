@@ -9,6 +9,7 @@ printed: until the first step, most memory, what the process held before it read
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -92,6 +93,7 @@ def generate(folder: Path, count: int) -> None:
 def work(folder: Path, steps: int, settings: dict[str, Any]) -> None:
     """Train; this runs in a process of its own, and tells each step on its standard output."""
     from pet_finetune import Feature, finetune
+    from pet_finetune.errors import CheckpointError
 
     print(json.dumps({"ready": time.time()}), flush=True)
 
@@ -105,16 +107,17 @@ def work(folder: Path, steps: int, settings: dict[str, Any]) -> None:
             if self.done == steps:
                 os.kill(os.getpid(), signal.SIGINT)
 
-    finetune(
-        str(ROOT / "checkpoints" / "pet-xtb-s.ckpt"),
-        str(folder),
-        0.0005,
-        features=[Clock()],
-        folder=str(folder.with_name(f"run-{int(time.time())}")),
-        optimizer="adamw",
-        num_epochs=1,
-        **settings,
-    )
+    with contextlib.suppress(CheckpointError):  # the run is stopped before its first epoch ends
+        finetune(
+            str(ROOT / "checkpoints" / "pet-xtb-s.ckpt"),
+            str(folder),
+            0.0005,
+            features=[Clock()],
+            folder=str(folder.with_name(f"run-{int(time.time())}")),
+            optimizer="adamw",
+            num_epochs=1,
+            **settings,
+        )
 
 
 def resident(pid: int) -> float:
