@@ -91,8 +91,8 @@ def test_a_seed_is_drawn_and_written_where_none_is_given(here, train):
 def test_merged_model_and_adapter_are_the_same(here, train):
     train(options(), "-c", "base.ckpt")
     merged, _ = open_potential("run/best_model.ckpt")
-    adapted, target = open_potential("base.ckpt", "run/adapter")
-    assert target == "energy"
+    adapted, targets = open_potential("base.ckpt", "run/adapter")
+    assert targets == ("energy",)
     assert torch.equal(predictions(merged).forces, predictions(adapted).forces)
     assert torch.equal(predictions(merged).energy, predictions(adapted).energy)
 

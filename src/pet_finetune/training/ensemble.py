@@ -28,15 +28,7 @@ from pet_finetune.runs.folder import undisturbed
 
 from .bootstrap import options_of_member
 from .metrics import Errors
-from .prepare import (
-    AFTER,
-    NO_ROOMS,
-    Rooms,
-    evaluate_sets,
-    load_data,
-    options_of_run,
-    wanted_derivatives,
-)
+from .prepare import NO_ROOMS, Rooms, options_of_run
 from .records import TrainOutcome
 from .resume import plain_errors
 from .run_files import (
@@ -49,6 +41,7 @@ from .run_files import (
     SPLITS,
     RunFiles,
 )
+from .sets import AFTER, evaluate_sets, load_data, wanted_derivatives
 from .start import read_start
 from .tables import calibration_table, committee_table, show
 

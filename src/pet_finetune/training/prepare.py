@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,14 @@ from omegaconf import OmegaConf
 from pet_finetune import processes
 from pet_finetune.adapters import trainable_report
 from pet_finetune.backends import choose_backend, use_backend
-from pet_finetune.committee.committee import Committee
 from pet_finetune.config import Options, TrainingOptions
 from pet_finetune.config.reference import schema_line
 from pet_finetune.data.files import forget_files
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.on_disk import joined, label_names
 from pet_finetune.data.splits import Splits, load_splits, make_splits
-from pet_finetune.data.structure import Structure
 from pet_finetune.device import dtype_of_bits
 from pet_finetune.errors import TrainingError
-from pet_finetune.keys import forces_key, stress_key
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 from pet_finetune.rng import seed_everything
@@ -37,12 +34,18 @@ from .elements import ADVICE, check_known
 from .feature import Feature, Plan
 from .llpr import LastLayerUncertainty
 from .loggers import loggers
-from .loss import Objective
-from .metrics import Errors, evaluate
-from .predictions import PredictionRecorder
+from .metrics import Errors
 from .resume import RunState, SavedRun, plain_errors, take_files
 from .run_files import OPTIONS, SPLITS, RunFiles, about_run, provenance_of
 from .selection import check_metric
+from .sets import (
+    BEFORE,
+    RunData,
+    evaluate_sets,
+    load_data,
+    objectives_of,
+    wanted_derivatives,
+)
 from .start import (
     Start,
     check_targets,
@@ -57,27 +60,6 @@ from .trainer import Trainer
 from .unfreeze import Unfreezing
 
 _logger = get_logger(__name__)
-#: How results and predictions call the starting model and the finished one.
-BEFORE, AFTER = "before", "after"
-_LARGEST_BATCH = 64  # structures, for validation and evaluation
-#: Structures of a large training set on which errors before and after training are taken: they are
-#: known to a few percent by then, and the rest would only delay the first step.
-_ENOUGH = 2000
-
-
-@dataclass(frozen=True)
-class RunData:
-    """Loaders of the three sets; validation falls back to the training set where it is empty."""
-
-    splits: Splits
-    train: Loader
-    validation: Loader
-    sets: dict[str, Loader]
-
-    def fill(self, atoms: int) -> None:
-        """Fill the batches of all sets up to so many atoms."""
-        for loader in (self.train, self.validation, *self.sets.values()):
-            loader.max_atoms_per_batch = atoms
 
 
 @dataclass(frozen=True)
@@ -276,7 +258,7 @@ def _trainer(
     rate = options.training.learning_rate
     if rate is None:
         rate = saved.state.learning_rate if saved else options.learning_rate()
-    objectives = _objectives(options, model, data)
+    objectives = objectives_of(options, model, data)
     if options.training.max_atoms_per_batch == "auto":
         known = saved.state.max_atoms if saved else None
         data.fill(known or largest_batch(model, data.train, objectives, options.training))
@@ -343,116 +325,3 @@ def options_of_run(options: Options, seed: int) -> str:
         # The checkpoint says what the model is like; what stands here would only confuse.
         del plain["architecture"]["model"]
     return schema_line() + OmegaConf.to_yaml(OmegaConf.create(plain))
-
-
-def load_data(
-    options: Options, splits: Splits, model: Potential | Committee, seed: int, dtype: torch.dtype
-) -> RunData:
-    """Loaders of the sets, as the options cut batches; ``seed`` is of order and rotations."""
-    training = options.training
-    # With `auto` the number is found when the model stands; until then structures are counted.
-    most = training.max_atoms_per_batch
-    most = None if most == "auto" else most
-    train_loader = Loader(
-        splits.train,
-        model.cutoff,
-        batch_size=None if most else training.batch_size,
-        max_atoms_per_batch=most,
-        min_atoms_per_batch=training.min_atoms_per_batch,
-        shuffle=True,
-        augment=training.rotational_augmentation,
-        seed=seed,
-        dtype=dtype,
-    )
-    sets = {"train": train_loader.view()}
-    for name, structures in (("validation", splits.validation), ("test", splits.test)):
-        if structures:
-            sets[name] = Loader(
-                structures,
-                model.cutoff,
-                batch_size=None if most else _evaluation_batch(options),
-                max_atoms_per_batch=most,
-                dtype=dtype,
-            )
-    if "validation" not in sets:
-        _logger.warning("no validation structures: the training set picks the best model")
-    _logger.info(
-        "structures: %s",
-        ", ".join(f"{len(loader.structures)} {name}" for name, loader in sets.items()),
-    )
-    return RunData(splits, train_loader, sets.get("validation", sets["train"]), sets)
-
-
-def _evaluation_batch(options: Options) -> int:
-    return min(_LARGEST_BATCH, 2 * options.training.batch_size)
-
-
-def wanted_derivatives(
-    options: Options, training: Sequence[Structure]
-) -> dict[str, tuple[bool, bool]]:
-    """For each target, whether its forces and its stress are learned."""
-    labels = label_names(training)
-    wanted = {}
-    for name in options.target_specs():
-        loss = options.training.loss_for(name)
-        wanted[name] = (
-            forces_key(name) in labels and loss.forces_term().weight > 0,
-            stress_key(name) in labels and loss.stress_term().weight > 0,
-        )
-    return wanted
-
-
-def _objectives(options: Options, model: Potential, data: RunData) -> dict[str, Objective]:
-    objectives = {}
-    for name, (forces, stress) in wanted_derivatives(options, data.train.structures).items():
-        objectives[name] = Objective(
-            target=name,
-            loss=options.training.loss_for(name),
-            forces=forces,
-            stress=stress,
-            scale=float(model.scale.get(name)),
-            per_atom=name not in options.training.per_structure_targets,
-            energy=model.target(name).is_energy,
-        )
-    return objectives
-
-
-def evaluate_sets(
-    files: RunFiles,
-    name: str,
-    model: Potential | Committee,
-    data: RunData,
-    wanted: dict[str, tuple[bool, bool]],
-    features: Sequence[Feature] = (),
-) -> Errors:
-    """Errors of a model on every set; what it says of the one that says most is kept.
-
-    Those of a training set with more structures than say anything new are of a part of it.
-
-    Args:
-        files: of the run.
-        name: what the model is called there, ``BEFORE`` or ``AFTER``.
-        model: to be evaluated.
-        data: the sets.
-        wanted: for each target, whether forces and stress are compared.
-        features: of the run; they add the errors on sets of their own.
-    """
-    shown = primary_set(data.sets)
-    sets = {set_name: loader.sampled() for set_name, loader in data.sets.items()}
-    if shown != "train":
-        what = "errors on the training set" if name == BEFORE else ""
-        sets["train"] = data.sets["train"].sampled(what, _ENOUGH)
-    recorder = PredictionRecorder(sets[shown], shown)
-    errors = {
-        set_name: evaluate(model, loader, wanted, recorder.add if set_name == shown else None)
-        for set_name, loader in sets.items()
-    }
-    files.keep_predictions(recorder, name, model)
-    for feature in features:
-        errors |= feature.errors(model)
-    return errors
-
-
-def primary_set(sets: Collection[str]) -> str:
-    """The set that says most of a model: the one that it saw least of."""
-    return next(name for name in ("test", "validation", "train") if name in sets)

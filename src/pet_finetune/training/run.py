@@ -26,11 +26,12 @@ from .ensemble import train_ensemble
 from .feature import Feature, TrainingRun
 from .launch import start_processes
 from .metrics import Errors
-from .prepare import AFTER, BEFORE, NO_ROOMS, Rooms, Run, evaluate_sets, prepare_run, primary_set
+from .prepare import NO_ROOMS, Rooms, Run, prepare_run
 from .progress import RunDisplay
 from .records import EpochRecord, TrainingResult, TrainOutcome
 from .resume import open_run, plain_errors
 from .run_files import LOG, OPTIONS, RESULTS, RunFiles
+from .sets import AFTER, BEFORE, evaluate_sets, primary_set
 from .tables import error_table, show
 
 _logger = get_logger(__name__)
