@@ -18,7 +18,7 @@ from ase.data import atomic_masses
 from ase.io.extxyz import key_val_str_to_dict, read_xyz
 
 from pet_finetune.data.outputs import is_cp2k_comment, wrong_in_cp2k
-from pet_finetune.data.symbols import SymbolLayout, element_of, is_dummy
+from pet_finetune.data.symbols import UNUSED_TYPES, SymbolLayout, element_of, is_dummy
 from pet_finetune.data.text import NamedText, as_number, cell_in_words
 from pet_finetune.errors import DataError
 from pet_finetune.log import get_logger
@@ -88,6 +88,8 @@ class _Reader:
     #: Whole numbers met in place of elements, and whether any real symbol was.
     numeric: set[int] = field(default_factory=set)
     symbolic: bool = False
+    #: Whether any of the given types was one of an atom.
+    mapped: bool = False
     frame: int = 0
     #: Lines of the file before these.
     before: int = 0
@@ -120,6 +122,8 @@ class _Reader:
 
     def finish(self) -> None:
         """What is said once for the whole file."""
+        if self.types and not self.mapped:
+            _logger.warning("%s: %s", self.source, UNUSED_TYPES)
         largest = len(self.numeric)
         if self.numeric and not self.symbolic and not self.types:
             if self.numeric == set(range(1, largest + 1)):
@@ -276,6 +280,7 @@ class _Reader:
                     raise DataError(self._typed(0))
                 if int(label) not in self.types:
                     self._fail(line, f"type {label} is not among the types given: {self.types}")
+                self.mapped = True
                 return self.types[int(label)], None
             self.numeric.add(int(label))
         else:

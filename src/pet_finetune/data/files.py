@@ -32,7 +32,7 @@ from pet_finetune.data.metatrain_sets import (
 )
 from pet_finetune.data.outputs import clean_outcar, doubtful_frames, hint_of, is_cp2k
 from pet_finetune.data.packing import packed
-from pet_finetune.data.symbols import as_types
+from pet_finetune.data.symbols import UNUSED_TYPES, as_types
 from pet_finetune.data.text import (
     NamedBytes,
     NamedText,
@@ -46,6 +46,7 @@ from pet_finetune.data.text import (
 )
 from pet_finetune.errors import DataError, did_you_mean
 from pet_finetune.files import check_file
+from pet_finetune.log import get_logger
 from pet_finetune.progress import Watch
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FrameFile", "forget_files", "frame_numbers", "list_frames", "read_file", "read_frames"]
 
+_logger = get_logger(__name__)
 _SHOWN = 10
 # Files that were read stay in memory up to so many frames and atoms, so that a look at the names of
 # labels and the reading of them is one parse.
@@ -166,6 +168,8 @@ def _parse(
         raise DataError(f"{source} holds no structures ASE can find.{hint_of(text)}")
     if kind in LAMMPS:
         with_elements(kind, text, frames, types, source)
+    elif types and kind not in ("extxyz", "xyz"):
+        _logger.warning("%s: %s", source, UNUSED_TYPES)
     if kind in NAMING:
         with_named_elements(kind, text, frames, source)
     check_complete(kind, data, text, len(frames), source)

@@ -160,11 +160,14 @@ def doubtful_frames(kind: str, text: str, frames: Sequence[Atoms]) -> dict[int, 
 
 
 def _unfinished(frames: Sequence[Atoms]) -> Iterator[tuple[int, str]]:
-    """Structures without an energy beside others with one: the run ended before it came."""
-    ready = [atoms.calc is not None and "energy" in atoms.calc.results for atoms in frames]
-    for number, done in enumerate(ready):
-        if not done and any(ready):
+    """Structures that lack what others have: the run ended before it came."""
+    known = [set() if atoms.calc is None else set(atoms.calc.results) for atoms in frames]
+    for number, results in enumerate(known):
+        if "energy" not in results and any("energy" in others for others in known):
             yield number, "there is no energy for this structure, as where a run was stopped"
+    *before, last = known or [set()]
+    if before and "forces" not in last and all("forces" in results for results in before):
+        yield len(before), "there are no forces for the last structure, as where a run was stopped"
 
 
 def _failures(kind: str, text: str, frames: Sequence[Atoms]) -> dict[int, str]:

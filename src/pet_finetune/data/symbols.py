@@ -11,8 +11,10 @@ from ase.data import atomic_numbers, chemical_symbols
 
 from pet_finetune.errors import DataError
 
-__all__ = ["SymbolLayout", "as_types", "element_of", "is_dummy"]
+__all__ = ["UNUSED_TYPES", "SymbolLayout", "as_types", "element_of", "is_dummy"]
 
+#: What is said of types that are given for nothing.
+UNUSED_TYPES = "the file itself names the elements; the types that are given are not used"
 # Masses in u of what chemists give a letter of its own (AME2020).
 _HYDROGEN = {"D": 2.01410177812, "T": 3.01604928199}
 _DUMMIES = frozenset({"X", "Xx", "Du", "Bq", "Gh", "Lp", "Vac", "Va", "Q"})

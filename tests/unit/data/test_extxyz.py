@@ -331,3 +331,13 @@ def test_what_is_no_data_says_what_it_is(tmp_path, content, words):
         (tmp_path / "w.tar.gz").write_bytes(gzip.compress(content))
         with pytest.raises(DataError, match=words):
             read_frames(tmp_path / "w.tar.gz")
+
+
+@pytest.mark.parametrize("ending", ["xyz", "traj"])
+def test_types_that_are_given_for_nothing_are_told(tmp_path, caplog, ending):
+    write(tmp_path / f"w.{ending}", molecule("H2O"))
+    read_frames(tmp_path / f"w.{ending}", types={1: "O"})
+    assert "types that are given are not used" in caplog.text
+    caplog.clear()
+    assert str(read("1\nAtoms. Timestep: 0\n1 0 0 0\n", types={1: "O"})[0].symbols) == "O"
+    assert not caplog.text

@@ -6,6 +6,7 @@ looks at.
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
@@ -288,3 +289,10 @@ def test_a_structure_without_an_energy_at_the_end_of_a_run_is_doubtful():
     assert list(doubtful_frames("gaussian-out", "x", frames)) == [2]
     assert doubtful_frames("extxyz", "x", frames) == {}
     assert doubtful_frames("gaussian-out", "x", frames[2:]) == {}
+    for atoms in frames:
+        atoms.calc = SinglePointCalculator(atoms, energy=-1.0, forces=np.zeros((3, 3)))
+    assert doubtful_frames("gaussian-out", "x", frames) == {}
+    frames[2].calc = SinglePointCalculator(frames[2], energy=-1.0)
+    assert list(doubtful_frames("gaussian-out", "x", frames)) == [2]
+    frames[0].calc = SinglePointCalculator(frames[0], energy=-1.0)  # a mixed workflow
+    assert doubtful_frames("gaussian-out", "x", frames) == {}
