@@ -24,6 +24,7 @@ __all__ = [
     "batch_from_atoms",
     "collate",
     "collate_labelled",
+    "num_known",
     "on_device",
     "one_ahead",
     "prepare",
@@ -187,6 +188,15 @@ def prepare(structure: Structure, pairs: NeighborList, dtype: torch.dtype) -> La
         spins=torch.tensor([structure.spin]),
     )
     return LabelledBatch(graph, labels, (structure.index,), (structure.source,), structure.kinds)
+
+
+def num_known(label: Tensor, kind: LabelKind, rotated: bool) -> int:
+    """Known numbers of a label: of rotated vectors and tensors, those that are known whole."""
+    known = ~label.isnan()
+    if rotated:
+        for axis in range(1, 1 + kind.rank):
+            known = known.all(axis, keepdim=True).expand_as(known)
+    return int(known.sum())
 
 
 def collate(items: Sequence[tuple[Structure, NeighborList]], dtype: torch.dtype) -> LabelledBatch:

@@ -12,17 +12,16 @@ import torch
 from torch import Tensor
 
 from pet_finetune.errors import DataError
-from pet_finetune.keys import LabelKind, label_kind
+from pet_finetune.keys import label_kind
 from pet_finetune.log import get_logger
 from pet_finetune.progress import Watch
 from pet_finetune.rng import Stream
 
 from .augment import random_rotations, rotate_batch
-from .batch import LabelledBatch, Whole, collate_labelled, prepare
+from .batch import LabelledBatch, Whole, collate_labelled, num_known, prepare
 from .neighbors import structure_neighbors
 from .on_disk import SAMPLE, OnDisk, label_names
 from .order import count_packs, deal, in_blocks, pack
-from .stored import ABSENT, WHOLE
 from .structure import Structure
 
 __all__ = ["Loader"]
@@ -290,7 +289,7 @@ class Loader:
             frames, sources = self.structures.places(members)
             known = {
                 name: numbers for name in self.structures.label_names
-                if (numbers := self._numbers_on_disk(self.structures, name, members)).any()
+                if (numbers := self.structures.num_known(name, members, self.augment)).any()
             }  # fmt: skip
             return Whole(positions, self._num_atoms[members], known, frames, sources)
         all_of_it = [self._prepared[member] for member in members.tolist()]
@@ -298,7 +297,7 @@ class Loader:
         counts = {
             name: [
                 0 if name not in one.labels
-                else _num_known(one.labels[name], label_kind(name, one.kinds), self.augment)
+                else num_known(one.labels[name], label_kind(name, one.kinds), self.augment)
                 for one in all_of_it
             ]
             for name in names
@@ -310,22 +309,6 @@ class Loader:
             tuple(frame for one in all_of_it for frame in one.frames),
             tuple(source for one in all_of_it for source in one.sources),
         )
-
-    def _numbers_on_disk(self, structures: OnDisk, name: str, members: np.ndarray) -> np.ndarray:
-        """Known numbers of a label in each of some structures; few have to be read for it."""
-        states = structures.label_states(name)[members]
-        numbers = np.zeros(len(members), dtype=np.int64)
-        for at in np.flatnonzero(states != ABSENT).tolist():
-            if states[at] == WHOLE:
-                rows = self._num_atoms[members[at]] if structures.row_of(name)[0] else 1
-                numbers[at] = rows * structures.row_of(name)[1]
-                continue
-            one = structures[int(members[at])]
-            kind = label_kind(name, one.kinds)
-            value = one.labels[name]
-            value = value if kind.per_atom else value.unsqueeze(0)
-            numbers[at] = _num_known(value, kind, self.augment)
-        return numbers
 
     def _work(self, members: np.ndarray) -> np.ndarray:
         """Edges and atoms of structures: how long they take; on disk only atoms are known."""
@@ -382,15 +365,6 @@ class _OnTheFly:
     def __getitem__(self, member: int) -> LabelledBatch:
         structure = self._structures[member]
         return prepare(structure, structure_neighbors(structure, self._cutoff), self._dtype)
-
-
-def _num_known(label: Tensor, kind: LabelKind, rotated: bool) -> int:
-    """Known numbers of a label: of rotated vectors and tensors, those that are known whole."""
-    known = ~label.isnan()
-    if rotated:
-        for axis in range(1, 1 + kind.rank):
-            known = known.all(axis, keepdim=True).expand_as(known)
-    return int(known.sum())
 
 
 def _check_sizes(batch_size: int | None, max_atoms_per_batch: int | None, seed: int) -> None:

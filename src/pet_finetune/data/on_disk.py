@@ -12,7 +12,8 @@ import numpy as np
 from pet_finetune.keys import label_kind
 from pet_finetune.log import get_logger
 
-from .stored import PARTLY, WHOLE
+from .batch import num_known
+from .stored import ABSENT, PARTLY, WHOLE
 from .structure import Structure, structures_fingerprint
 
 __all__ = ["OnDisk", "joined", "label_names", "sampled", "evenly_spread", "taken"]
@@ -202,6 +203,19 @@ class OnDisk(Sequence[Structure]):
                 if label in store.states:
                     found[at] = store.states[label][self.rows[at]]
         return self._states[label]
+
+    def num_known(self, label: str, positions: np.ndarray, rotated: bool) -> np.ndarray:
+        """Known numbers of a label in each of some structures, few of which are read for it."""
+        states, numbers = self.label_states(label)[positions], np.zeros(len(positions), np.int64)
+        for at in np.flatnonzero(states != ABSENT).tolist():
+            if states[at] == WHOLE:
+                of_atoms, width = self.row_of(label)
+                numbers[at] = (self.num_atoms[positions[at]] if of_atoms else 1) * width
+                continue
+            one = self[int(positions[at])]
+            kind, value = label_kind(label, one.kinds), one.labels[label]
+            numbers[at] = num_known(value if kind.per_atom else value.unsqueeze(0), kind, rotated)
+        return numbers
 
     def row_of(self, label: str) -> tuple[bool, int]:
         """Whether a label is of atoms, and how many numbers it has for each atom or structure."""
