@@ -108,10 +108,12 @@ def test_stress_is_finite_differences(adapted: Potential):
     laws.stress_is_finite_differences(adapted, crystal())
 
 
+@pytest.mark.few(5)
 def test_alone_equals_in_a_batch(adapted: Potential):
     laws.alone_equals_in_a_batch(adapted, FRAMES)
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("make", [ethanol, crystal], ids=lambda make: make.__name__)
 def test_energy_is_extensive(adapted: Potential, make):
     laws.energy_is_extensive(adapted, make())
@@ -128,5 +130,6 @@ def test_saving_an_adapter_loses_nothing(
     laws.saving_an_adapter_loses_nothing(adapted, base, FRAMES, tmp_path, start, tolerance)
 
 
+@pytest.mark.few(5)
 def test_resuming_loses_nothing(adapted: Potential, tmp_path: Path):
     laws.resuming_loses_nothing(adapted, FRAMES, tmp_path)

@@ -163,6 +163,7 @@ def flipped(data: bytes, generator: random.Random) -> bytes:
     return bytes(broken)
 
 
+@pytest.mark.few(4)
 def test_one_changed_bit_is_refused_or_changes_nothing(case, capsys) -> None:
     kind, whole, file, data = case
     expected = kind.read(whole)
@@ -225,6 +226,7 @@ def rezipped(data: bytes, generator: random.Random, scratch: Path) -> bytes:
     return scratch.read_bytes()
 
 
+@pytest.mark.few(4)
 def test_no_damage_escapes_as_the_error_of_a_library(case, tmp_path: Path, capsys) -> None:
     kind, whole, file, data = case
     generator, refused = random.Random(2), 0

@@ -109,6 +109,7 @@ def test_torch_finds_it_in_order(name, index):
     torch.library.opcheck(kernel(name), arguments(name)[index], test_utils=checks)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("name", "index"), [case for case in CASES if case[0] not in ONCE])
 def test_a_traced_step_contains_it_and_takes_other_shapes(name, index):
     """Values, first and second derivatives as one graph."""

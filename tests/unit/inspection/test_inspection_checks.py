@@ -73,6 +73,7 @@ SPOILED = {
 }
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("name", SPOILED)
 def test_a_spoiled_frame_is_found(molecules_of, name):
     spoil, code, severity = SPOILED[name]

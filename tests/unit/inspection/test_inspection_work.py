@@ -219,6 +219,7 @@ NASTY = {
 }
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("kind", NASTY)
 def test_no_check_dies_of_what_it_should_find(kind, model, monkeypatch):
     """The frame is named by an error, with a foundation and without; the others are looked at."""

@@ -59,6 +59,7 @@ def test_int8_is_within_half_a_step_of_each_row():
     assert ((dense - weight).abs() <= 0.5001 * step).all()
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("shape", [(5, 7), (1, 64), (3, 65), (24, 8)])
 def test_any_shape(bits, shape):
     torch.manual_seed(0)

@@ -46,6 +46,7 @@ def gradients(model, recompute, create_graph=True):
     return {"energy": found.energy, "forces": found.forces, "random": after, **out}
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_gradients_are_those_of_the_plain_network(kind, fused):

@@ -109,6 +109,7 @@ def test_a_stopped_run_goes_on_as_the_run_that_never_stopped(recipe, stop):
     assert curve(records) == lines
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_each_recipe_makes_another_model(recipe):
     """An option that is read and then forgotten would pass every other test."""
