@@ -2,8 +2,8 @@
 
 :mod:`.operators` is the registry, :mod:`.reference` what each operator is in plain torch,
 :mod:`.fused` the compiled ones for CPUs, :mod:`.choice` the choice between them. Beside these the
-memory that a calculation uses again (:mod:`.arena`) and whole networks as a list of instructions
-(:mod:`.instructions`).
+memory that a calculation uses again (:mod:`.arena`), whole networks as a list of instructions
+(:mod:`.instructions`), and functions of any network as graphs of torch's compiler (:mod:`.graphs`).
 """
 
 from .arena import Arena
