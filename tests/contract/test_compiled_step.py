@@ -195,13 +195,15 @@ def records_of(trainer):
     "options", [{}, {"gradient_accumulation_steps": 2, "rotational_consistency": 1.0}]
 )
 def test_a_compiled_run_is_the_run(options, followed_only):
-    own, other = (make_trainer("lora", compile=c, **options) for c in ("on", "off"))
+    # Not SOAP, which makes the rounding errors between the kernels and plain torch larger.
+    settings = {"optimizer": "adamw", **options}
+    own, other = (make_trainer("lora", compile=c, **settings) for c in ("on", "off"))
     one, two = records_of(own), records_of(other)
     assert len(followed_only) >= 1
     for mine, theirs in zip(curve(one), curve(two), strict=True):
-        assert mine[2] == pytest.approx(theirs[2], rel=1e-3)
+        assert mine[2] == pytest.approx(theirs[2], rel=1e-4)
     for name, parameter in own.parameters.items():
-        torch.testing.assert_close(parameter, other.parameters[name], rtol=2e-2, atol=2e-4)
+        torch.testing.assert_close(parameter, other.parameters[name], rtol=1e-3, atol=1e-5)
 
 
 @SLOW
