@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping, Sequence
 from enum import IntEnum, unique
+from typing import Any
 
+import numpy as np
 import torch
 
-__all__ = ["MemberStream", "Stream", "seed_everything"]
+from . import processes
+
+__all__ = [
+    "MemberStream",
+    "Stream",
+    "generator_states",
+    "seed_everything",
+    "seed_process",
+    "set_generators",
+]
 
 
 @unique
@@ -46,3 +58,43 @@ def seed_everything(seed: int | None) -> int:
         seed = random.SystemRandom().randrange(2**31)
     torch.manual_seed(seed)
     return seed
+
+
+def generator_states(device: torch.device) -> dict[str, Any]:
+    """The states of torch's generators, of which dropout draws, for :func:`set_generators`.
+
+    Args:
+        device: whose generator counts beside the CPU's.
+    """
+    generators = processes.gathered(torch.get_rng_state())
+    on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return {"rng": generators[0], "cuda_rng": on_gpu, "other_rngs": generators[1:]}
+
+
+def seed_process(seed: Sequence[int]) -> None:
+    """Give this process random numbers that no other one has.
+
+    Args:
+        seed: of the run and the step, the same for all processes.
+    """
+    sequence = np.random.SeedSequence([*seed, processes.rank(), Stream.PROCESS])
+    torch.manual_seed(int(sequence.generate_state(1)[0]))
+
+
+def set_generators(
+    states: Mapping[str, Any], device: torch.device, otherwise: Sequence[int]
+) -> None:
+    """Let torch's generators go on where they were.
+
+    Args:
+        states: as :func:`generator_states` gave them, maybe of fewer processes.
+        device: as there.
+        otherwise: as for :func:`seed_process`, of a process that has no state.
+    """
+    generators = [states["rng"], *states.get("other_rngs", ())]
+    if processes.rank() >= len(generators):
+        seed_process(otherwise)
+        return
+    torch.set_rng_state(generators[processes.rank()].cpu())
+    if processes.first() and device.type == "cuda" and states["cuda_rng"] is not None:
+        torch.cuda.set_rng_state(states["cuda_rng"].cpu(), device)

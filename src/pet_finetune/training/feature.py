@@ -31,7 +31,7 @@ from .records import EpochRecord, Measured, StepProgress
 from .run_files import RunFiles
 from .start import FoundationEnergies, Start
 
-__all__ = ["Feature", "Plan", "Step", "TrainingRun"]
+__all__ = ["Feature", "Plan", "Step", "TrainingRun", "states_of"]
 
 
 @dataclass(frozen=True)
@@ -199,3 +199,13 @@ class Feature:
     def finish(self, best: Potential, files: RunFiles) -> Mapping[str, Any]:
         """Look at the best model of a finished run; the result goes into ``results.json``."""
         return {}
+
+
+def states_of(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The states of features by name, also of runs that were saved before these had a place."""
+    if "features" in state:
+        found: Mapping[str, Any] = state["features"]
+        return found
+    if not state.get("average"):
+        return {}
+    return {"average": {"average": state["average"], "updates": state["average_updates"]}}

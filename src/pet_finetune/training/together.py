@@ -21,7 +21,7 @@ from torch.nn import Parameter
 
 from pet_finetune import processes
 
-__all__ = ["add_gradients", "same_tensors", "total"]
+__all__ = ["add_gradients", "add_part", "same_tensors", "total"]
 
 
 def total(values: Tensor) -> Tensor:
@@ -84,3 +84,15 @@ def same_tensors(tensors: Iterable[Tensor]) -> None:
         contiguous = tensor.detach().contiguous()
         distributed.broadcast(contiguous, src=0)
         tensor.copy_(contiguous)
+
+
+def add_part(
+    parameters: Sequence[Parameter], gradients: Sequence[Tensor | None], size: int
+) -> None:
+    """Add the gradients of one of so many batches to those of the parameters."""
+    with torch.no_grad():
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is None:
+                continue
+            part = gradient if size == 1 else gradient / size
+            parameter.grad = part if parameter.grad is None else parameter.grad.add_(part)

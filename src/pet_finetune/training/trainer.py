@@ -14,7 +14,6 @@ from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,11 +27,11 @@ from pet_finetune.log import get_logger
 from pet_finetune.model import Potential, Prediction, Property
 from pet_finetune.profiling import each, stage
 from pet_finetune.progress import Watch
-from pet_finetune.rng import Stream
+from pet_finetune.rng import generator_states, seed_process, set_generators
 
 from .batch_memory import InParts
 from .compiled_step import CompiledStep, compiles
-from .feature import Feature, Step
+from .feature import Feature, Step, states_of
 from .interrupt import InterruptGuard
 from .labels import add_label_noise
 from .loss import Objective, batch_loss, derivatives, objectives_at
@@ -42,7 +41,7 @@ from .precision import mixed, precision_errors
 from .records import EpochRecord, StepProgress, StepResult, TrainingResult
 from .resume import Progress
 from .selection import best_metric, best_window, mean_loss
-from .together import add_gradients, same_tensors, total
+from .together import add_gradients, add_part, same_tensors, total
 
 _logger = get_logger(__name__)
 # The name of the whole loss among its terms.
@@ -99,7 +98,7 @@ class Trainer:
         for feature in features:
             self.add(feature, (kept or {}).get(feature.name))
         if not processes.first():
-            self._new_rng()
+            seed_process((self.training.seed, self.progress.step))
 
     def add(self, feature: Feature, kept: Mapping[str, Any] | None = None) -> None:
         """Let a feature take part, and start it."""
@@ -313,7 +312,7 @@ class Trainer:
             with stage("compiled step"):
                 found = self._compiled(noisy, objectives, parameters)
                 if found is not None:
-                    _add(parameters, found.gradients, size)
+                    add_part(parameters, found.gradients, size)
                     return found.loss, found.predictions
         with stage("energies"), self._precision():  # the potential marks the derivatives within
             predictions = self.model.predict_targets(batch.graph, self.wanted, create_graph=True)
@@ -391,17 +390,12 @@ class Trainer:
 
         The optimiser's tensors are the run's own: write them before the next step.
         """
-        device = self.model.device
-        generators = processes.gathered(torch.get_rng_state())
-        on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         return {
             "progress": dict(vars(self.progress)),
             "trained": {n: p.detach().cpu().clone() for n, p in self.parameters.items()},
             "optimizer": self.optimizer.state_dict(),
             "features": {f.name: state for f in self.features if (state := f.state())},
-            "rng": generators[0],
-            "cuda_rng": on_gpu,
-            "other_rngs": generators[1:],
+            **generator_states(self.model.device),
             "total_steps": self.total_steps,
         }
 
@@ -422,47 +416,9 @@ class Trainer:
             for name, parameter in self.parameters.items():
                 parameter.copy_(trained[name])
         load_optimizer(self.optimizer, state["optimizer"])
-        states = _feature_states(state)
+        states = states_of(state)
         for feature in self.features:
             if feature.name in states:
                 feature.load_state(states[feature.name])
         self.progress = Progress(**state["progress"])
-        self._load_rng(state)
-
-    def _load_rng(self, state: Mapping[str, Any]) -> None:
-        """Random numbers (of dropout) go on; a process that was not there before has new ones."""
-        generators = [state["rng"], *state.get("other_rngs", ())]
-        if processes.rank() >= len(generators):
-            self._new_rng()
-            return
-        torch.set_rng_state(generators[processes.rank()].cpu())
-        if not processes.first():
-            return
-        if self.model.device.type == "cuda" and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.model.device)
-
-    def _new_rng(self) -> None:
-        """Give this process random numbers that no other one has."""
-        seed = (self.training.seed, self.progress.step, processes.rank())
-        sequence = np.random.SeedSequence([*seed, Stream.PROCESS])
-        torch.manual_seed(int(sequence.generate_state(1)[0]))
-
-
-def _add(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None], size: int) -> None:
-    """Add the gradients of one of so many batches to those of the parameters."""
-    with torch.no_grad():
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            if gradient is None:
-                continue
-            part = gradient if size == 1 else gradient / size
-            parameter.grad = part if parameter.grad is None else parameter.grad.add_(part)
-
-
-def _feature_states(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The states of features by name, also of runs that were saved before these had a place."""
-    if "features" in state:
-        found: Mapping[str, Any] = state["features"]
-        return found
-    if not state.get("average"):
-        return {}
-    return {"average": {"average": state["average"], "updates": state["average_updates"]}}
+        set_generators(state, self.model.device, (self.training.seed, self.progress.step))
