@@ -150,6 +150,7 @@ def test_a_committee_has_an_uncertainty_and_can_stop_a_run(md, here: Path) -> No
 
 
 def test_all_that_is_wrong_is_said_at_once(md, here: Path) -> None:
+    Path("nowhere").mkdir()
     answer = md(
         "--ensemble", "npt", "--friction", -1, "--temperature", -5, "--keep-velocities",
         "--stop-uncertainty", 0.1, "--adapter", "nowhere",
@@ -265,7 +266,7 @@ def test_folders_and_arguments_that_do_not_go_together(md, command) -> None:
     assert md().code == 0
     assert "'run' holds a simulation already" in md().err
     assert "md: name a model and a structure" in command("md", "base.ckpt").err
-    assert "'nowhere' holds no state.npz" in command("md", "--restart", "nowhere").err
+    assert "there is no folder 'nowhere'" in command("md", "--restart", "nowhere").err
     assert not Path("nowhere").exists()
     assert (
         "no simulation below 'nowhere'" in command("md", "--restart", "auto", "-o", "nowhere").err
