@@ -197,6 +197,8 @@ class _Writer:
         self._columns: dict[str, dict[str, Any]] = {}
         self._dropped: dict[str, str] = {}
         self._notes: dict[str, str] = {}
+        self._texts: dict[str, str] = {}
+        self._told: set[str] = set()
         self._files: dict[str, BinaryIO] = {}
         self._resume()
 
@@ -242,6 +244,8 @@ class _Writer:
             shape = array.shape[1:] if of_atoms else array.shape
             if column["of_atoms"] != of_atoms or tuple(column["shape"]) != shape:
                 self._drop(name, f"{where} has it in another shape than frames before")
+        for name in self._texts.keys() & self._columns.keys():
+            self._tell_text(name)
         for name, column in self._columns.items():
             rows = (count,) if column["of_atoms"] else ()
             array = (
@@ -250,6 +254,16 @@ class _Writer:
             self._write_values(name, column, array)
         self.count += 1
         self._atoms += count
+
+    def _tell_text(self, name: str) -> None:
+        """Say once that a label which is a number elsewhere is text in a frame: stars, say."""
+        if name not in self._told:
+            self._told.add(name)
+            _logger.warning(
+                "%s: %r is text there and a number in other frames: it counts as unknown",
+                self._texts[name],
+                name,
+            )
 
     def _write_values(self, name: str, column: dict[str, Any], array: np.ndarray) -> None:
         narrow = array.astype("<f4")
@@ -279,6 +293,9 @@ class _Writer:
                         )
                     continue
                 if value is None or name in found or not self._wanted(name):
+                    continue
+                if isinstance(value, str):
+                    self._texts.setdefault(name, f"{where} ({value[:20]!r})")
                     continue
                 array = np.asarray(value)
                 if array.dtype.kind in "iufb" and array.size:

@@ -122,7 +122,7 @@ def _frame(frames: Sequence[Atoms], chosen: int, structure: str | Path) -> Atoms
     atoms.positions *= factor
     if count := misses_a_cell(atoms):
         _logger.warning(
-            "%s: %d %s: they are simulated as a drop in vacuum. If they are periodic, write "
+            "%s: %d %s: they are taken as a drop in vacuum. If they are periodic, write "
             'Lattice="..." into the file',
             structure,
             count,

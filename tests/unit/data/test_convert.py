@@ -210,6 +210,22 @@ def test_labels_that_come_later_or_change_their_shape(tmp_path, caplog):
     assert found[1].info["energy-unit"] == "kcal/mol"
 
 
+@pytest.mark.parametrize("broken", [0, 3])
+def test_text_in_place_of_a_number_is_told_once(tmp_path, caplog, broken):
+    frames = molecules(4)
+    for number, atoms in enumerate(frames):
+        atoms.info["total"] = "*****" if number == broken else 1.0
+        atoms.info["note"] = "text"
+    convert(write_frames(tmp_path / "data.xyz", frames), tmp_path / "set")
+    told = [record.getMessage() for record in caplog.records if "is text there" in record.msg]
+    assert told == [
+        f"frame {broken} of {tmp_path / 'data.xyz'} ('*****'): 'total' is text there and a number "
+        "in other frames: it counts as unknown"
+    ]
+    found = Folder(tmp_path / "set")
+    assert [frame.info.get("total") for frame in found].count(1.0) == 3
+
+
 def test_slabs_keep_their_periodic_directions(tmp_path):
     frames = crystals(2)
     frames[1].pbc = (True, True, False)
