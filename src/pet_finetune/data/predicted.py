@@ -120,11 +120,12 @@ class Predicted:
                 raise DataError(f"'{path}' was written by another release of pet-finetune.")
             plain = {name: arrays.pop(name) for name in _PLAIN}
             set_name = str(arrays.pop("set_name"))
+            # A damaged character is found where it becomes one of Python's.
+            plain["sources"] = tuple(str(source) for source in plain["sources"])
         groups: dict[str, dict[str, np.ndarray]] = {}
         for name, array in arrays.items():
             group, _, label = name.partition(":")
             groups.setdefault(group, {})[label] = array
-        plain["sources"] = tuple(str(source) for source in plain["sources"])
         return cls(
             set_name=set_name,
             labels=groups.pop(_LABELS, {}),

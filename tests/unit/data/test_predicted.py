@@ -47,3 +47,14 @@ def test_a_damaged_file_is_a_clear_error(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"predictions\.npz"):
         Predicted.read(path)
+
+
+def test_a_damaged_character_is_damage(tmp_path):
+    path = tmp_path / "predictions.npz"
+    path.write_bytes(predicted().to_bytes())
+    with np.load(path) as file:
+        arrays = dict(file)
+    arrays["sources"] = np.full(5, 0x7FFFFFFF, dtype=np.uint32).view("<U5")  # no characters
+    np.savez(path, **arrays)
+    with pytest.raises(DataError, match=r"predictions.npz' holds no predictions.*damaged"):
+        Predicted.read(path)
