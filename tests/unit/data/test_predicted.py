@@ -54,8 +54,8 @@ def test_a_damaged_character_is_damage(tmp_path):
     path.write_bytes(predicted().to_bytes())
     with np.load(path) as file:
         arrays = dict(file)
-    # No characters; in bytes of the other order NumPy finds that out.
-    arrays["sources"] = np.full(5, 0xFFFFFFFF, dtype=np.uint32).view(">U5")
+    # No character; alone, and in bytes of the other order, NumPy finds that out.
+    arrays["sources"] = np.full(1, 0xFFFFFFFF, dtype=np.uint32).view(">U1")
     np.savez(path, **arrays)
     with pytest.raises(DataError, match=r"predictions.npz' holds no predictions.*damaged"):
         Predicted.read(path)
