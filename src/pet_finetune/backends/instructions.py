@@ -20,7 +20,7 @@ __all__ = [
     "Part",
     "Row",
     "Rows",
-    "frozen_network",
+    "static_network",
 ]
 
 
@@ -197,7 +197,7 @@ class Recorder:
         )  # fmt: skip
 
     def finish(self) -> Instructions:
-        """What :func:`frozen_network` runs."""
+        """What :func:`static_network` runs."""
         return Instructions(
             torch.cat(self._weights),
             torch.tensor(self._code, dtype=torch.int64),
@@ -227,7 +227,7 @@ class Recorder:
         self._numbers.append(number)
 
 
-def frozen_network(
+def static_network(
     instructions: Instructions,
     edges: Sequence[Tensor],
     indices: Sequence[Tensor],
@@ -249,7 +249,7 @@ def frozen_network(
     width = 0 if condition is None else condition.shape[1]
     if width != instructions.condition_width:
         raise ValueError(f"rows of {instructions.condition_width} numbers for {width}")
-    results: list[Tensor] = torch.ops.pet_finetune.frozen_network(
+    results: list[Tensor] = torch.ops.pet_finetune.static_network(
         list(edges),
         list(indices),
         condition,

@@ -13,7 +13,7 @@ from pet_finetune.backends.instructions import (
     CannotRecord,
     Instructions,
     Recorder,
-    frozen_network,
+    static_network,
 )
 from pet_finetune.graph import Batch
 from pet_finetune.nn.attention import SMALLEST_FACTOR, weigh_keys
@@ -27,7 +27,7 @@ from .prediction import Prediction
 #: modules are, whose operators take a few rows at a time from norm to product.
 MOST_ROWS = 400
 
-#: Inputs of the network of each edge, and indices, to what ``frozen_network`` returns.
+#: Inputs of the network of each edge, and indices, to what ``static_network`` returns.
 Run = Callable[[list[Tensor], tuple[Tensor, ...]], list[Tensor]]
 
 
@@ -95,7 +95,7 @@ class StaticEnergy:
         def run(edges: list[Tensor], indices: tuple[Tensor, ...]) -> list[Tensor]:
             species = network.species_to_species_index[batch.numbers]
             weights = scale.expand(batch.num_atoms)
-            return frozen_network(instructions, edges, [species, *indices], condition, weights)
+            return static_network(instructions, edges, [species, *indices], condition, weights)
 
         plain = potential.zbl is not None or network.options.num_neighbors_adaptive is not None
         derive = self._by_autograd if plain else self._by_hand

@@ -135,7 +135,7 @@ def test_every_derivative_has_shapes():
         if name.startswith("pet_finetune::")
     }
     known = set(OPERATORS) | {d for operator in OPERATORS.values() for d in operator.derivatives}
-    helpers = {"pack", "pack_bfloat16", "multiplies_bfloat16", "weigh_edges", "frozen_network"}
+    helpers = {"pack", "pack_bfloat16", "multiplies_bfloat16", "weigh_edges", "static_network"}
     assert defined == known | helpers
 
 

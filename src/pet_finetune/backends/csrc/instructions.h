@@ -1,4 +1,4 @@
-// What a frozen network is written down as, and what it runs on; see network.h.
+// What a static network is written down as, and what it runs on; see network.h.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// The operator pet_finetune::frozen_network.
+// The operator pet_finetune::static_network.
 
 #include "network_passes.h"
 #include "operator.h"
@@ -51,7 +51,7 @@ Tensor starts_of(const Tensor& centers, int64_t atoms) {
   const auto* own = centers.const_data_ptr<int64_t>();
   for (int64_t e = 0; e < centers.size(0); ++e) {
     TORCH_CHECK(own[e] >= 0 && own[e] < atoms && (e == 0 || own[e - 1] <= own[e]),
-                "frozen_network: centers are sorted indices of atoms");
+                "static_network: centers are sorted indices of atoms");
     ++first[own[e] + 1];
   }
   for (int64_t a = 0; a < atoms; ++a) first[a + 1] += first[a];
@@ -61,7 +61,7 @@ Tensor starts_of(const Tensor& centers, int64_t atoms) {
 void check(const Given& given, const Tensor& weights, const Tensor& code, const Tensor& numbers,
            const Tensor& shapes, int64_t species) {
   const int64_t atoms = given.species.size(0), edges = given.centers.size(0);
-  const char* name = "frozen_network";
+  const char* name = "static_network";
   check_like(given.vectors, weights, {edges, 3}, name);
   for (const Tensor& t : {given.distances, given.logarithms, given.factors})
     check_like(t, weights, {edges}, name);
@@ -84,11 +84,11 @@ void check(const Given& given, const Tensor& weights, const Tensor& code, const 
 
 // The outputs of each atom, and the gradients of their sum, weighted by `gradient`, by vectors,
 // distances, logarithms and factors. No autograd: what could be differentiated comes back.
-variable_list frozen_network(const variable_list& edges, const variable_list& indices,
+variable_list static_network(const variable_list& edges, const variable_list& indices,
                              const std::optional<Tensor>& condition, const Tensor& gradient,
                              const Tensor& weights, const variable_list& list,
                              int64_t species) {
-  TORCH_CHECK(edges.size() == 4 && indices.size() == 4 && list.size() == 3, "frozen_network");
+  TORCH_CHECK(edges.size() == 4 && indices.size() == 4 && list.size() == 3, "static_network");
   const auto plain = [](const Tensor& t) { return t.detach().contiguous(); };
   const Given given{plain(edges[0]),   plain(edges[1]),   plain(edges[2]),   plain(edges[3]),
                     plain(indices[0]), plain(indices[1]), plain(indices[2]), plain(indices[3]),
@@ -97,7 +97,7 @@ variable_list frozen_network(const variable_list& edges, const variable_list& in
   const Tensor starts = starts_of(given.centers, given.species.size(0));
   variable_list results{at::zeros_like(given.gradient)};
   for (size_t k = 0; k < 4; ++k) results.push_back(at::zeros_like(plain(edges[k])));
-  AT_DISPATCH_FLOATING_TYPES(weights.scalar_type(), "frozen_network", [&] {
+  AT_DISPATCH_FLOATING_TYPES(weights.scalar_type(), "static_network", [&] {
     run<scalar_t>(given, starts, weights, list[0], list[1], list[2], results);
   });
   return results;
@@ -106,8 +106,8 @@ variable_list frozen_network(const variable_list& edges, const variable_list& in
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(pet_finetune, m) {
-  m.def("frozen_network(Tensor[] edges, Tensor[] indices, Tensor? condition, Tensor gradient,"
-        " Tensor weights, Tensor[] list, int species) -> Tensor[]", &frozen_network);
+  m.def("static_network(Tensor[] edges, Tensor[] indices, Tensor? condition, Tensor gradient,"
+        " Tensor weights, Tensor[] list, int species) -> Tensor[]", &static_network);
 }
 
 }  // namespace pet

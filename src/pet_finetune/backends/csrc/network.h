@@ -1,4 +1,4 @@
-// A frozen network and its derivative as one run through a list of instructions.
+// A static network and its derivative as one run through a list of instructions.
 //
 // For a few hundred rows the operators' own work is a few microseconds each, less than what torch
 // and Python need to get to the next one. So a network that does not train is written down once,
