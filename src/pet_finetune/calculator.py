@@ -31,7 +31,7 @@ from pet_finetune.committee.committee import (
     to_numpy,
 )
 from pet_finetune.committee.files import Adapters
-from pet_finetune.committee.last_layer import fresh, with_uncertainty
+from pet_finetune.committee.last_layer import fresh, no_property, properties_of, with_uncertainty
 from pet_finetune.data.computable import charge_and_spin, check_atoms
 from pet_finetune.data.moving import Contacts, MovingAtoms, Origin
 from pet_finetune.device import check_forked, choose_device, choose_dtype
@@ -276,15 +276,11 @@ class PETCalculator(Calculator):
 
     def _choose_last_layer(self) -> LastLayer | None:
         """The uncertainty of the target's last layer; also what properties there are with it."""
-        layer, more = None, list(COMMITTEE_PROPERTIES)
+        layer: LastLayer | None = None
+        more: Sequence[str] = COMMITTEE_PROPERTIES
         if isinstance(self._model, Potential):
             layer = fresh(self._model).get(self._target)
-            if layer is None:
-                more = []
-            elif not layer.num_members:
-                more = ["energy_uncertainty"]
-            elif self._direct is not None:  # members differ in the energy alone
-                more = ["energy_uncertainty", "energy_ensemble"]
+            more = properties_of(layer, self._direct is not None)
         self.implemented_properties = [*type(self).implemented_properties, *more]
         return layer
 
@@ -297,22 +293,10 @@ class PETCalculator(Calculator):
             PropertyNotImplementedError: the model has no such property.
         """
         if name in COMMITTEE_PROPERTIES and name not in self.implemented_properties:
-            raise PropertyNotImplementedError(f"{name}: {self._why_not()}")
-        return super().get_property(name, atoms, allow_calculation)
-
-    def _why_not(self) -> str:
-        if self._last_layer is None:
-            return (
-                f"the model has no uncertainty of '{self._target}'. Committees of adapters have "
-                "one, and models with a last-layer uncertainty (LLPR; finetune.llpr: true) while "
-                "their weights are those that it was made for."
+            raise PropertyNotImplementedError(
+                f"{name}: {no_property(self._last_layer, self._target)}"
             )
-        if self._last_layer.num_members:
-            return "members of a last layer differ in derivatives of the energy, not direct heads."
-        return (
-            "this last-layer uncertainty (LLPR) has no ensemble, so it is of energies alone. "
-            "finetune.llpr: {num_ensemble_members: 16} makes one."
-        )
+        return super().get_property(name, atoms, allow_calculation)
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """What changed since the last calculation; counts charge and spin where they matter."""
@@ -443,7 +427,7 @@ class PETCalculator(Calculator):
         state = self.__dict__.copy()
         state["_moving"] = self._moving.fresh()
         state["_compiled"] = None
-        state["_frozen"] = None
+        state["_static"] = None
         if self._device.type != "cpu":
             memo: dict[int, Any] = {}
             state["_model"] = copy.deepcopy(self._model, memo).to("cpu")

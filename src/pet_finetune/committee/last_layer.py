@@ -5,7 +5,7 @@ What is offered, and under which names, is as for a committee of adapters: see :
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,9 +20,16 @@ from pet_finetune.model.last_layer import LastLayer
 from pet_finetune.model.pet import features_key
 from pet_finetune.model.prediction import forces_of, stress_of
 
-from .committee import Calibration, CommitteePrediction
+from .committee import COMMITTEE_PROPERTIES, Calibration, CommitteePrediction
 
-__all__ = ["LastLayerPrediction", "fresh", "predict_uncertain", "with_uncertainty"]
+__all__ = [
+    "LastLayerPrediction",
+    "fresh",
+    "no_property",
+    "predict_uncertain",
+    "properties_of",
+    "with_uncertainty",
+]
 
 _logger = get_logger(__name__)
 
@@ -51,6 +58,37 @@ def fresh(model: Potential, tell: bool = True) -> dict[str, LastLayer]:
             ", ".join(f"'{target}'" for target in stale),
         )
     return found
+
+
+def properties_of(layer: LastLayer | None, direct: bool) -> Sequence[str]:
+    """What a calculator has beside the usual properties.
+
+    Args:
+        layer: the uncertainty of its energy, if there is one.
+        direct: whether forces or stress come from heads of their own; members differ in the energy
+            alone.
+    """
+    if layer is None:
+        return []
+    if not layer.num_members:
+        return ["energy_uncertainty"]
+    return ["energy_uncertainty", "energy_ensemble"] if direct else COMMITTEE_PROPERTIES
+
+
+def no_property(layer: LastLayer | None, target: str) -> str:
+    """Why a calculator of one model lacks one of :data:`COMMITTEE_PROPERTIES`."""
+    if layer is None:
+        return (
+            f"the model has no uncertainty of '{target}'. Committees of adapters have one, and "
+            "models with a last-layer uncertainty (LLPR; finetune.llpr: true) while their weights "
+            "are those that it was made for."
+        )
+    if layer.num_members:
+        return "members of a last layer differ in derivatives of the energy, not direct heads."
+    return (
+        "this last-layer uncertainty (LLPR) has no ensemble, so it is of energies alone. "
+        "finetune.llpr: {num_ensemble_members: 16} makes one."
+    )
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,12 @@
-"""What a run will take, from one measured step, and a method and options for the data."""
+"""What a run will take, from one measured step."""
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,151 +24,16 @@ __all__ = [
     "METHODS",
     "Estimate",
     "Load",
-    "Suggestion",
     "duration",
     "estimate",
     "load_of",
-    "suggest",
-    "training_section",
 ]
 
-#: Steps after which little more is learned from small sets (docs/methods-table.md has 150 to 600,
-#: and 600 are still better than 150), and bounds on the epochs that make them up.
-_STEPS, _FEWEST_EPOCHS, _MOST_EPOCHS = 3000, 20, 200
-_LARGEST_BATCH, _ATOMS_OF_BATCH = 16, 1500
-#: SOAP's gradients need a mean, if the set has as many: ten frames of ethanol end at 45 meV/A with
-#: batches of one and 2,000 updates, at 34 with five and 400.
-_SMALLEST_BATCH = 5
-#: Drawn validation structures below which energies, one number each, are right by chance too often.
-_FEW_VALIDATED = 5
-#: Parameters beyond which optimiser and gradients of all weights are a burden.
-_LARGE = 20_000_000
-#: Structures below which only the heads have enough to go by.
-_FEW = 10
-#: Structures from which a test set can be spared.
-_SPARE = 40
-
-
-@dataclass(frozen=True)
-class Suggestion:
-    """Options for the data at hand.
-
-    Attributes:
-        options: a whole file, as plain values.
-        reasons: a line for each choice.
-    """
-
-    options: dict[str, Any]
-    reasons: tuple[str, ...]
-
-
-def suggest(
-    training_set: Any,
-    load: Load,
-    *,
-    checkpoint: str | None,
-    parameters: int = 0,
-    validation: Any = None,
-    test: Any = None,
-    unknown: Sequence[str] = (),
-    outliers: bool = False,
-    forced: bool = True,
-    estimates: Sequence[Estimate] = (),
-) -> Suggestion:
-    """Choose method, batch and epochs.
-
-    Args:
-        training_set: the section of the options.
-        load: how much there is to compute.
-        checkpoint: what the run starts from; None trains from scratch.
-        parameters: of the checkpoint.
-        validation: a section of the options; None lets a fraction be drawn.
-        test: likewise.
-        unknown: symbols of elements that the checkpoint lacks.
-        outliers: whether some labels are doubtful.
-        forced: whether every structure has forces, where the options read any.
-        estimates: of the methods.
-    """
-    reasons = []
-    batch = _batch(load)
-    steps = -(-load.structures // batch)
-    epochs = max(_FEWEST_EPOCHS, min(_MOST_EPOCHS, -(-_STEPS // steps)))
-    training: dict[str, Any] = {"batch_size": batch, "num_epochs": epochs}
-    reasons.append(
-        f"batch_size {batch}, num_epochs {epochs}: {steps} steps an epoch, {steps * epochs} in all"
-    )
-    if checkpoint is not None:
-        finetune, why = _method(load, parameters)
-        finetune["read_from"] = checkpoint
-        if unknown:
-            finetune["new_elements"] = "nearest"
-            reasons.append(
-                f"new_elements: nearest, because the checkpoint lacks {' '.join(unknown)}"
-            )
-        training["finetune"] = finetune
-        reasons.insert(0, f"method {finetune['method']}: {why}")
-    else:
-        reasons.insert(
-            0, "from scratch, because no checkpoint is given; with one (-c) far fewer data do"
-        )
-    if outliers:
-        training["loss"] = "huber"
-        reasons.append("loss: huber, because the energies of some frames are doubtful")
-    chosen = [e for e in estimates if e.method == training.get("finetune", {}).get("method")]
-    for one in chosen:
-        reasons.append(f"about {duration(one.seconds * epochs)} on this machine")
-    if validation is None:
-        validation = 0.1
-        reasons.append("validation_set 0.1: drawn from the file; give a set of your own if frames "
-                       "follow each other in time")  # fmt: skip
-        if load.structures // 10 < _FEW_VALIDATED and forced and _have_forces(training_set):
-            training["best_model_metric"] = "forces_mae"
-            reasons.append("best_model_metric: forces_mae, because the energies of so few "
-                           "validation structures are right by chance")  # fmt: skip
-        if test is None and load.structures >= _SPARE:
-            test = 0.1
-    options = {
-        "seed": 0,
-        "device": "auto",
-        "base_precision": 32,
-        "architecture": {"name": "pet", "training": training},
-        "training_set": training_set,
-        "validation_set": validation,
-        "test_set": 0.0 if test is None else test,
-    }
-    return Suggestion(options, tuple(reasons))
-
-
-def _have_forces(training_set: Any) -> bool:
-    """Whether a section of the options, or one of a list, names forces to learn."""
-    sections = training_set if isinstance(training_set, list) else [training_set]
-    targets = [target for section in sections for target in section["targets"].values()]
-    return any(target.get("forces", "off") not in ("off", False) for target in targets)
-
-
-def _batch(load: Load) -> int:
-    """Small enough for enough steps and for memory, large enough for a mean."""
-    by_steps = max(1, load.structures // 20, min(_SMALLEST_BATCH, load.structures // 2))
-    by_atoms = max(1, int(_ATOMS_OF_BATCH * load.structures / max(1, load.atoms)))
-    return min(_LARGEST_BATCH, by_steps, by_atoms)
-
-
-def _method(load: Load, parameters: int) -> tuple[dict[str, Any], str]:
-    """The method with its settings, and why it is chosen."""
-    if load.structures < _FEW:
-        why = f"{load.structures} structures say too little to change more than the heads"
-        return {"method": "heads"}, why
-    if parameters > _LARGE:
-        why = (
-            f"the foundation is large ({parameters / 1e6:.0f} M parameters): an adapter takes a "
-            "fraction of the memory, and what is stored is small"
-        )
-        return {"method": "lora", "config": {"rank": 32, "alpha": 32.0}}, why
-    why = (
-        "the lowest errors in our comparison (docs/methods-table.md), and the foundation is small; "
-        "lora is within 5 % on molecules and stores a fifteenth"
-    )
-    return {"method": "full"}, why
+#: Edges that a measured step should have: enough to be no overhead, few enough for seconds.
+_EDGES, _MOST_ATOMS = 8000, 400
+#: Structures, and atoms in them, that edges are counted on.
+_SAMPLE, _SAMPLE_ATOMS = 200, 40_000
+_MIB = 2**20
 
 
 def duration(seconds: float) -> str:
@@ -179,25 +43,6 @@ def duration(seconds: float) -> str:
     if seconds < 6000:
         return f"{seconds / 60:.0f} minutes"
     return f"{seconds / 3600:.1f} hours"
-
-
-def training_section(files: Sequence[str], target: Mapping[str, Any]) -> Any:
-    """The section of files that are read alike, one or a list."""
-    sections = [
-        {
-            "systems": {"read_from": file, "length_unit": "angstrom"},
-            "targets": {"energy": {"quantity": "energy", **target}},
-        }
-        for file in files
-    ]
-    return sections[0] if len(sections) == 1 else sections
-
-
-#: Edges that a measured step should have: enough to be no overhead, few enough for seconds.
-_EDGES, _MOST_ATOMS = 8000, 400
-#: Structures, and atoms in them, that edges are counted on.
-_SAMPLE, _SAMPLE_ATOMS = 200, 40_000
-_MIB = 2**20
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from pet_finetune.backends import choose_backend, ready, use_backend
 from pet_finetune.config import DatasetOptions, Options
 from pet_finetune.config.load import LoadedOptions, parse_options
 from pet_finetune.config.reference import schema_line
-from pet_finetune.config.shorthands import expand_gradient
 from pet_finetune.config.yaml_file import to_yaml
 from pet_finetune.data.on_disk import sampled
 from pet_finetune.data.species import find_species, of_species
@@ -32,11 +31,11 @@ from pet_finetune.training.elements import ADVICE
 from pet_finetune.training.start import read_start
 
 from . import Finding, Foundation, Inspection, inspect_sets
-from .candidates import NO_VIRIAL, PER_ATOM, VIRIAL
-from .estimate import Load, Suggestion, estimate, load_of, suggest, training_section
+from .estimate import Load, estimate, load_of
 from .names import target_of_file
 from .preflight import cells_of, declared_units, energy_of
 from .reading import read_anyway, sets_left_out
+from .suggestion import Suggestion, suggest, training_section, with_found_units
 
 _logger = get_logger(__name__)
 _SETS = ("train", "validation", "test")
@@ -286,7 +285,7 @@ def _suggest(
     codes = {finding.code for finding in inspection.findings}
     raw = copy.deepcopy(dict(request.raw))
     for name in ("training_set", "validation_set", "test_set"):
-        raw[name] = _in_units(raw.get(name), inspection.findings)
+        raw[name] = with_found_units(raw.get(name), inspection.findings)
     return suggest(
         raw["training_set"],
         load,
@@ -299,76 +298,6 @@ def _suggest(
         forced=not codes & {"partial-forces", "energies-only", "several-labels"},
         estimates=inspection.estimates,
     )
-
-
-def _in_units(section: Any, findings: Sequence[Finding]) -> Any:
-    """A section with the names and units that were found, or questions that stop a run."""
-    if isinstance(section, list):
-        return [_in_units(one, findings) for one in section]
-    if not isinstance(section, dict) or not isinstance(section.get("systems"), dict):
-        return section
-    file = section["systems"].get("read_from")
-    for finding in findings:
-        if file not in {frames.file for frames in finding.where} or not finding.data:
-            continue
-        if finding.code == "length-unit":
-            section["systems"]["length_unit"] = finding.data["unit"] or _question(["angstrom"])
-        for target in section.get("targets", {}).values():
-            if not isinstance(target, dict):
-                continue
-            if finding.code == "units":
-                _write_units(target, finding.data)
-            elif finding.code == "several-labels":
-                kind, keys = finding.data["kind"], finding.data["keys"]
-                place = target if kind == "energy" else _gradient(target, kind)
-                place["key"] = _question(keys)
-                if kind != "energy":
-                    place["mode"] = "on"  # else a run would go on without
-    return section
-
-
-def _question(choices: Sequence[str]) -> str:
-    """A value that no option takes, so that a run stops until one of them is chosen."""
-    return f"{' or '.join(dict.fromkeys(choices))}?"
-
-
-def _gradient(target: dict[str, Any], kind: str) -> dict[str, Any]:
-    """The section of forces, stress or virial, in full, in the target."""
-    given = expand_gradient(target.get(kind, "auto"))
-    target[kind] = dict(given) if isinstance(given, Mapping) else {"mode": "auto"}
-    found: dict[str, Any] = target[kind]
-    return found
-
-
-def _write_units(target: dict[str, Any], data: Mapping[str, Any]) -> None:
-    """The units of a finding; a question where several explain the numbers as well."""
-    if data.get("unit") and len({_key(one) for one in data["readings"]}) == 1:
-        target["unit"] = data["unit"]  # which says it all
-        return
-    for quantity in data["units"]:
-        units = list(dict.fromkeys(one[quantity] for one in data["readings"]))
-        said = units[0] if len(units) == 1 else _question(units)
-        if quantity == "energy":
-            # No option multiplies by the number of atoms.
-            target["unit"] = _question(units) if PER_ATOM in units else said
-        elif quantity == "force":
-            _gradient(target, "forces")["unit"] = said
-        elif said == VIRIAL:
-            stress = _gradient(target, "stress")
-            target["virial"] = {"key": stress.get("key") or "stress", "mode": stress["mode"]}
-            target["stress"] = "off"
-        elif said == NO_VIRIAL:
-            virial = _gradient(target, "virial")
-            target["stress"] = {"key": virial.get("key") or "virial", "mode": virial["mode"]}
-            target["virial"] = "off"
-        else:
-            used = "virial" if _gradient(dict(target), "stress")["mode"] == "off" else "stress"
-            if used == "stress" or len(units) > 1:
-                _gradient(target, used)["unit"] = said
-
-
-def _key(units: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    return tuple(units.items())
 
 
 def write_suggestion(inspection: Inspection, path: str | Path) -> None:

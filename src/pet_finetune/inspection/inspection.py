@@ -16,7 +16,7 @@ from pet_finetune.model import Potential
 from pet_finetune.progress import Watch
 
 from .energies import Facts, check_levels, check_outliers, facts_of
-from .estimate import Estimate, Load, Suggestion
+from .estimate import Estimate, Load
 from .evidence import Declared, Evidence
 from .finding import Finding, worst_first
 from .foundation import (
@@ -38,6 +38,7 @@ from .geometry import (
 )
 from .labels import check_charges_used, check_completeness, check_forces, check_mechanics
 from .subject import Subject, subject_of
+from .suggestion import Suggestion
 from .units import check_units, in_found_units
 from .work import near_pairs, steps
 

@@ -12,9 +12,10 @@ from models import random_potential
 from pet_finetune.config.load import parse_options
 from pet_finetune.data.loader import Loader
 from pet_finetune.inspection import Foundation, inspect_sets
-from pet_finetune.inspection.estimate import Load, estimate, load_of, suggest, training_section
+from pet_finetune.inspection.estimate import Load, estimate, load_of
 from pet_finetune.inspection.foundation import ask
 from pet_finetune.inspection.subject import subject_of
+from pet_finetune.inspection.suggestion import suggest, training_section
 from pet_finetune.units import energy_to_ev
 
 KCAL = energy_to_ev("kcal/mol")
