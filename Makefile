@@ -66,18 +66,19 @@ test-whole: env
 test-core: env
 	$(PYTEST) tests/unit tests/contract
 
-# The tests of what computes, once without the fused kernels and once as on a processor that has
-# AVX2 and no AVX-512, which adds numbers up in another order.
+# The quick tests of what computes, once without the fused kernels and once as on a processor that
+# has AVX2 and no AVX-512, which adds numbers up in another order.
 COMPUTES := tests/contract $(wildcard $(addprefix tests/unit/,nn model backends adapters \
 	committee test_calculator*.py))
 
 test-plain: env
-	PET_FINETUNE_KERNELS=off $(PYTEST) $(COMPUTES)
+	PET_FINETUNE_KERNELS=off $(PYTEST) -m "not slow" $(COMPUTES)
 
 test-avx2: env
 	@if grep -qsw avx2 /proc/cpuinfo && command -v "$${CXX:-c++}" >/dev/null; then set -x; \
 	PET_FINETUNE_KERNELS=require PET_FINETUNE_KERNELS_MARCH=x86-64-v3 ATEN_CPU_CAPABILITY=avx2 \
-	ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(PYTEST) $(COMPUTES); \
+	ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(PYTEST) -m "not slow" \
+	$(COMPUTES); \
 	else echo "No AVX2 or no compiler here: the tests with AVX2 alone are left out."; fi
 
 # Side by side with metatrain; needs the sets and a checkpoint that metatrain wrote. On two cores an
