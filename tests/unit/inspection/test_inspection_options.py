@@ -11,11 +11,11 @@ from pet_finetune.errors import DataError, UnitError
 from pet_finetune.inspection import Finding
 from pet_finetune.inspection.finding import Frames
 from pet_finetune.inspection.inspect import (
-    _in_units,
     inspect_data,
     request_of_files,
     write_suggestion,
 )
+from pet_finetune.inspection.suggestion import with_found_units
 from pet_finetune.units import energy_to_ev, to_own_unit
 from tiny_data import molecules, write_frames
 
@@ -32,7 +32,7 @@ def units(*readings, unit=None):
 
 
 def written(finding, **target):
-    return _in_units(section(**target), [finding])["targets"]["energy"]
+    return with_found_units(section(**target), [finding])["targets"]["energy"]
 
 
 def test_each_quantity_has_its_unit():
