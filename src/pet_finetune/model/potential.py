@@ -56,8 +56,7 @@ class Potential(nn.Module):
         self.zbl = ZBL(self.species, covalent_radii(self.species)) if hypers.zbl else None
         #: What :func:`pet_finetune.adapters.inject` put in, if anything.
         self.adapter: object | None = None
-        #: Last-layer uncertainties by target. They hold for the weights of their fingerprint: ask
-        #: :func:`pet_finetune.committee.last_layer.fresh`.
+        #: Last-layer uncertainties by target; those that hold: ``committee.last_layer.fresh``.
         self.uncertainties = nn.ModuleDict()
         for target in targets:
             self.add_target(target)
