@@ -82,6 +82,43 @@ def test_ctrl_c_leaves_what_is_done(relax, monkeypatch):
     assert len(ase.io.read("relaxed.xyz", ":")) == 1
 
 
+@pytest.mark.parametrize("optimizer", ["fire", "bfgs"])
+def test_a_structure_that_fails_takes_no_other_with_it(relax, monkeypatch, optimizer):
+    compute = PETCalculator.calculate
+
+    def infinite(self, atoms, *others):
+        compute(self, atoms, *others)
+        if atoms.info["name"] == "bad":
+            self.results["energy"] = np.inf
+            self.results["forces"] = self.results["forces"] * np.nan
+
+    monkeypatch.setattr(PETCalculator, "calculate", infinite)
+    frames = [ethanol() for _ in range(3)]
+    for seed, (frame, name) in enumerate(zip(frames, ("good", "bad", "good"), strict=True)):
+        frame.info["name"] = name
+        frame.rattle(0.02, seed=seed)
+    ase.io.write("three.xyz", frames, format="extxyz")
+    done = relax(*FEW, "--optimizer", optimizer, structures="three.xyz")
+    assert done.code == 1
+    assert "1 of 3 structures of three.xyz could not be relaxed" in done.err
+    assert "frame 1: after 0 steps the energy or the forces are infinite" in done.err
+    assert "2 of 3 structures are in relaxed.xyz" in done.err
+    assert [a.info["relax_frame"] for a in ase.io.read("relaxed.xyz", ":")] == [0, 2]
+
+
+def test_what_is_relaxed_is_on_the_disk_at_once(relax, monkeypatch):
+    one = workflow._relax
+
+    def relaxed(atoms, *others):
+        if others[2] == 1:
+            raise MemoryError
+        return one(atoms, *others)
+
+    monkeypatch.setattr(workflow, "_relax", relaxed)
+    assert relax(*FEW).code == 1
+    assert len(ase.io.read("relaxed.xyz", ":")) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

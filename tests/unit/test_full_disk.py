@@ -20,6 +20,7 @@ from logs import logging_as_it_was
 from pet_finetune.checkpoint.native import save_content
 from pet_finetune.data import read_frames
 from pet_finetune.data.exact import write_exact
+from pet_finetune.data.labels import find_value
 from pet_finetune.data.structure import atoms_to_structure
 from pet_finetune.data.writing import PredictionWriter
 from pet_finetune.errors import CheckpointError, DataError, PetFinetuneError, TrainingError
@@ -73,6 +74,27 @@ def test_predictions_that_cannot_be_written_leave_nothing(tmp_path, monkeypatch,
     ):
         writer.add([structure], [{"energy": np.array(-1.0)}])
     assert [path.name for path in tmp_path.iterdir()] == ["a.xyz"]
+
+
+@pytest.mark.parametrize("ending", [".xyz", ".db", "/"])
+def test_what_was_predicted_before_an_error_stays(tmp_path, ending):
+    write(tmp_path / "a.xyz", molecule("H2O"))
+    structure = atoms_to_structure(molecule("H2O"), source=str(tmp_path / "a.xyz"))
+    (tmp_path / "pred.partial").mkdir()  # of an earlier attempt
+
+    def predict():
+        with PredictionWriter(f"{tmp_path}/pred{ending}", "energy") as writer:
+            writer.add([structure] * 2, [{"energy": np.array(-1.0)}] * 2)
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        predict()
+    names = {".xyz": "pred.partial.xyz", ".db": "pred.partial.db", "/": "pred.partial"}
+    frames = read_frames(tmp_path / names[ending])
+    energies = [find_value(atoms, "energy") for atoms in frames]
+    assert np.ravel(energies).tolist() == [-1.0, -1.0]
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"a.xyz", "pred.partial", names[ending]}
 
 
 def test_a_log_that_cannot_be_written_says_so_once(tmp_path, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from pet_finetune.config.dataset import SystemsOptions
 from pet_finetune.errors import DataError
 from pet_finetune.files import replacing
 from pet_finetune.keys import LabelKind, forces_key, label_kind, stress_key, uncertainty_key
+from pet_finetune.log import get_logger
 
 from .files import read_frames
 from .structure import Structure
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PREDICTION_ENDINGS", "PredictionWriter", "check_prediction_path", "numbered"]
 
+_logger = get_logger(__name__)
 _XYZ = (".xyz", ".extxyz")
 _DB = ".db"
 #: Endings of the files that predictions can be written to.
@@ -45,7 +48,8 @@ _RESULTS: dict[str, Callable[[np.ndarray], Any]] = {
 class PredictionWriter:
     """A file of structures and what a model says of them, in eV and Å, in the order they come.
 
-    It appears whole when the ``with`` block ends, and not at all if that ends with an error.
+    It appears whole when the ``with`` block ends. If that ends with an error, what came until then
+    is in a file beside it, ``<name>.partial<ending>``.
 
     * ``.xyz``, ``.extxyz`` and ``.db`` (ASE's database): the frames as they were read, with what
       stands in them, and the predictions of the ``main`` energy as ASE's results ``energy``,
@@ -79,9 +83,11 @@ class PredictionWriter:
         self.path = check_prediction_path(path)
         self.main, self.kinds, self.systems = main, dict(kinds or {}), dict(systems or {})
         self._partial: Path
+        self._streams = ExitStack()
         self._frames: dict[str, Sequence[Atoms]] = {}
         self._write: Callable[[Structure, Mapping[str, np.ndarray]], None]
         self._sizes: list[int] = []
+        self._count, self._failed = 0, False
         self._arrays: dict[str, IO[bytes]] = {}
 
     def __enter__(self) -> PredictionWriter:
@@ -97,7 +103,7 @@ class PredictionWriter:
                 database = connect(str(self._partial), type="db")
                 self._write = lambda s, values: self._to_database(database, s, values)
             else:
-                stream = opening.enter_context(self._partial.open("w", encoding="utf-8"))
+                stream = self._streams.enter_context(self._partial.open("w", encoding="utf-8"))
                 self._write = lambda s, values: ase.io.write(
                     stream, self._atoms(s, values), format="extxyz"
                 )
@@ -116,6 +122,7 @@ class PredictionWriter:
         with self._explained():
             for structure, own in zip(structures, values, strict=True):
                 self._write(structure, own)
+                self._count += 1
 
     def __exit__(
         self,
@@ -123,16 +130,27 @@ class PredictionWriter:
         error: BaseException | None,
         where: TracebackType | None,
     ) -> None:
-        """Close the file and give it its name, or remove it."""
+        """Close the file and give it its name, or that of a part of it."""
         with self._explained():
             try:
-                if kind is None and self._is_folder:
+                self._streams.close()
+                if self._is_folder:
                     np.save(self._partial / "ns.npy", len(self._sizes))
                     np.save(self._partial / "na.npy", np.cumsum([0, *self._sizes], dtype=np.int64))
+                if kind is not None and self._count and not self._failed:
+                    self._keep_part()
             except OSError:
                 self._open.__exit__(*sys.exc_info())
                 raise
             self._open.__exit__(kind, error, where)
+
+    def _keep_part(self) -> None:
+        """Keep what came before an error that has nothing to do with writing."""
+        part = self.path.with_name(f"{self.path.stem}.partial{self.path.suffix}")
+        if part.is_dir():
+            shutil.rmtree(part)
+        shutil.move(self._partial, part)
+        _logger.warning("the first %d structures, predicted before: %s", self._count, part)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -140,6 +158,7 @@ class PredictionWriter:
         try:
             yield
         except (OSError, sqlite3.Error) as error:
+            self._failed = True
             reason = getattr(error, "strerror", None) or str(error)
             raise DataError(
                 f"Cannot write '{self.path}': {reason}. Nothing is left of it. Check that its "
@@ -222,7 +241,7 @@ class PredictionWriter:
         for name, array in arrays.items():
             if name not in self._arrays:
                 stream = (self._partial / f"{name}.bin").open("wb")
-                self._arrays[name] = self._open.enter_context(stream)
+                self._arrays[name] = self._streams.enter_context(stream)
             array.tofile(self._arrays[name])
 
 

@@ -20,8 +20,7 @@ from rich.table import Table
 from pet_finetune.calculator import PETCalculator
 from pet_finetune.config.problems import config_error
 from pet_finetune.data.computable import check_atoms
-from pet_finetune.errors import DataError, PetFinetuneError, did_you_mean
-from pet_finetune.files import replacing
+from pet_finetune.errors import DynamicsError, PetFinetuneError, did_you_mean
 from pet_finetune.log import get_logger
 from pet_finetune.progress import Watch
 from pet_finetune.training.interrupt import InterruptGuard
@@ -40,6 +39,8 @@ _logger = get_logger(__name__)
 OPTIMIZERS: Mapping[str, Callable[..., Any]] = {"fire": FIRE, "lbfgs": LBFGS, "bfgs": BFGS}
 _ENDINGS = (".xyz", ".extxyz")
 _SHOWN = 20
+#: What a structure that flies apart makes the calculator and ASE's optimisers raise.
+_FAILURES = (PetFinetuneError, ArithmeticError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,9 @@ def relax_structures(
     Args:
         model: which model.
         structures: any file ASE reads.
-        output: extended XYZ with as many frames, in their order; ``relax_steps`` and
-            ``relax_converged`` stand beside each. It appears at the end, with the frames that are
-            done where Ctrl-C comes before.
+        output: extended XYZ with the relaxed frames in their order, each written as soon as it is
+            done; ``relax_frame`` (its number in the file), ``relax_steps`` and ``relax_converged``
+            stand beside it.
         settings: when a structure is relaxed.
         index: one frame of the file alone.
         format: ASE's name of the file's format; guessed where empty.
@@ -124,24 +125,39 @@ def relax_structures(
 
     Raises:
         ConfigError: anything that can be seen to be wrong before the first step, all at once.
-        KeyboardInterrupt: after Ctrl-C, once what is done was written.
+        DynamicsError: at the end, names the structures that could not be relaxed; the others are
+            in the file.
+        KeyboardInterrupt: after Ctrl-C.
     """
     frames, calculator = _check(model, structures, Path(output), settings, index, format, types)
     done: list[Relaxed] = []
+    failed: list[str] = []
     watch = Watch(f"relaxing {structures}", "structures", len(frames))
     with InterruptGuard() as guard, watch:
         for number, atoms in frames:
-            one = _relax(atoms, calculator, settings, number, lambda: guard.requested)
-            if one is None:
-                break
-            done.append(one)
+            try:
+                one = _relax(atoms, calculator, settings, number, lambda: guard.requested)
+            except _FAILURES as error:
+                failed.append(f"frame {number}: {error}")
+            else:
+                if one is None:
+                    break
+                ase.io.write(output, one.atoms, format="extxyz", append=True)
+                done.append(one)
             watch.step()
-    with replacing(Path(output)) as partial:
-        ase.io.write(partial, [one.atoms for one in done], format="extxyz")
-    _report(done, settings, output)
-    if len(done) < len(frames):
-        _logger.warning("%d of %d structures are in %s.", len(done), len(frames), output)
+    if done:
+        _report(done, settings, output)
+    there = f"{len(done)} of {len(frames)} structures are in {output}."
+    if guard.requested and len(done) + len(failed) < len(frames):
+        _logger.warning("%s", "\n".join([*failed, there if done else "No structure is relaxed."]))
         raise KeyboardInterrupt
+    if failed:
+        more = f"\nand {len(failed) - _SHOWN} more" if len(failed) > _SHOWN else ""
+        raise DynamicsError(
+            f"{len(failed)} of {len(frames)} structures of {structures} could not be relaxed:\n"
+            + "\n".join(failed[:_SHOWN])
+            + f"{more}\n{there if done else f'{output} was not written.'}"
+        )
     return done
 
 
@@ -205,21 +221,23 @@ def _relax(
     optimizer = OPTIMIZERS[settings.optimizer](moving, logfile=None)
     converged = False
     for at_rest in optimizer.irun(fmax=settings.fmax, steps=settings.steps):
+        energy, forces = atoms.get_potential_energy(), atoms.get_forces()
+        if not (np.isfinite(energy) and np.isfinite(forces).all()):
+            raise DynamicsError(
+                f"after {optimizer.nsteps} steps the energy or the forces are infinite. The "
+                "structure is far from what the model knows; `inspect` looks for close contacts."
+            )
         converged = bool(at_rest)
         if stop():
             return None
-    energy, forces = atoms.get_potential_energy(), atoms.get_forces()
-    if not (np.isfinite(energy) and np.isfinite(forces).all()):
-        raise DataError(
-            f"frame {number}: the energy or the forces became infinite in the relaxation. The "
-            "structure is far from what the model knows; `inspect` looks for close contacts."
-        )
     out, _ = carried(atoms)
     results = {"energy": energy, "forces": atoms.get_forces(apply_constraint=False)}
     if atoms.pbc.all():
         results["stress"] = atoms.get_stress(apply_constraint=False)
     out.calc = SinglePointCalculator(out, **results)
-    out.info |= {"relax_steps": optimizer.nsteps, "relax_converged": converged}
+    out.info |= {
+        "relax_frame": number, "relax_steps": optimizer.nsteps, "relax_converged": converged,
+    }  # fmt: skip
     largest = float(np.linalg.norm(forces, axis=1).max())
     return Relaxed(out, number, optimizer.nsteps, converged, before - energy, largest)
 
