@@ -38,7 +38,7 @@ from pet_finetune.keys import TargetSpec
 from pet_finetune.log import setup_logging
 from pet_finetune.model import Potential
 from pet_finetune.training.compiled_step import CompiledStep
-from pet_finetune.training.loss import Objective, batch_loss
+from pet_finetune.training.objectives import Objective, batch_loss
 
 SPECIES = [1, 6, 8]
 WANTED = {"energy": (True, False)}

@@ -17,7 +17,7 @@ from pet_finetune.config.load import load_options
 class PetFinetune(Tool):
     """What ``pet-finetune train``, ``pet-finetune eval`` and scripts with ASE run."""
 
-    epoch_logger = "pet_finetune.training.progress"
+    epoch_logger = "pet_finetune.training.loggers"
 
     def versions(self) -> dict[str, str]:
         return {"pet-finetune": pet_finetune.__version__}

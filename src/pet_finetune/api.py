@@ -71,8 +71,9 @@ from pet_finetune.rooms import (
     train_named,
 )
 from pet_finetune.runs.folder import RunFolder
-from pet_finetune.training import llpr, run
-from pet_finetune.training.evaluate import (
+from pet_finetune.training import run, uncertainty
+from pet_finetune.training.compare_runs import evaluate_named
+from pet_finetune.training.evaluation import (
     EvaluationResult,
     EvaluationSettings,
     LabelNames,
@@ -81,7 +82,6 @@ from pet_finetune.training.evaluate import (
     evaluate_options,
 )
 from pet_finetune.training.feature import Feature
-from pet_finetune.training.named_runs import evaluate_named
 from pet_finetune.training.prepare import Rooms
 from pet_finetune.training.records import TrainOutcome
 from pet_finetune.training.run_files import RunFiles
@@ -371,7 +371,7 @@ def add_uncertainty(
     """
     checked = checked_section(LastLayerOptions, settings, "add_uncertainty")
     with as_files(train, "train") as (first, _), as_files(validation, "validation") as (second, _):
-        made = llpr.add_uncertainty(
+        made = uncertainty.add_uncertainty(
             as_model(model),
             first,
             second,

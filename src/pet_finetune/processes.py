@@ -1,6 +1,6 @@
 """The processes of a run: which one this is, what they say together, and how all of them end.
 
-Several processes train one model (see :mod:`pet_finetune.training.together`). A launcher starts
+Several processes train one model (see :mod:`pet_finetune.training.step`). A launcher starts
 them: torchrun, SLURM's srun, or this package itself for ``device: 4``. Outside of :func:`joined`
 there is one process, and every function here does nothing.
 

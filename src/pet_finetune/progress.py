@@ -24,15 +24,9 @@ from .log import FILE_ONLY, get_logger, last_line, stderr_console
 if TYPE_CHECKING:
     from rich.progress import Progress, TextColumn
 
-__all__ = [
-    "REDRAWS_PER_SECOND",
-    "Watch",
-    "clear",
-    "handed_over",
-    "progress_bar",
-    "start_bar",
-    "stop_bar",
-]
+
+import signal
+from types import FrameType
 
 #: The eye needs no more, drawing takes time from the steps, and numbers to show from a GPU's queue.
 REDRAWS_PER_SECOND = 4
@@ -285,3 +279,44 @@ def stop_bar(bar: Progress) -> None:
 def handed_over() -> AbstractContextManager[None]:
     """Leave the terminal to other processes while the context is open."""
     return _screen.hidden()
+
+
+#: What Python does with a signal unless it is told to ignore it.
+_ACTS: dict[signal.Signals, signal._HANDLER] = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+}
+
+
+class InterruptGuard:
+    """While open, the first SIGINT or SIGTERM only sets :attr:`requested`; a second one acts.
+
+    A process that was started with these signals ignored (in the background of a script, under
+    nohup, by some batch systems) hears them all the same: whoever sends them means this process. It
+    ignores them again when the guard is closed.
+
+    Outside the main thread, where Python handles no signals, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[signal.Signals, signal._HANDLER] = {}
+
+    def __enter__(self) -> InterruptGuard:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        self._restore(deaf=False)
+
+    def _restore(self, deaf: bool = True) -> None:
+        """Give the handlers back; those that ignore a signal only if ``deaf``."""
+        for number, handler in self._before.items():
+            acts = deaf or handler != signal.SIG_IGN
+            signal.signal(number, handler if acts else _ACTS[signal.Signals(number)])
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()

@@ -15,10 +15,10 @@ from pet_finetune.inspection.preflight import Preflight, read_checked
 from pet_finetune.launchers import find_launch
 from pet_finetune.pretraining import pretrained
 from pet_finetune.report.write import report_or_warn
-from pet_finetune.training import launch, named_runs, profile_run, run
+from pet_finetune.training import compare_runs, launch, run
 from pet_finetune.training.feature import Feature
 from pet_finetune.training.prepare import Rooms
-from pet_finetune.training.profile import TrainingProfile
+from pet_finetune.training.profile import TrainingProfile, profile_run
 from pet_finetune.training.records import TrainOutcome
 from pet_finetune.training.run_files import BEST
 from pet_finetune.training.tables import show
@@ -82,12 +82,12 @@ def train_as_told(job: Path) -> TrainOutcome:
 
 
 def train_named(runs: Sequence[NamedRun], source: str | Path, **settings: Any) -> int:
-    """Train named runs; see :func:`pet_finetune.training.named_runs.train_named`."""
-    return named_runs.train_named(runs, source, rooms=ROOMS, **settings)
+    """Train named runs; see :func:`pet_finetune.training.compare_runs.train_named`."""
+    return compare_runs.train_named(runs, source, rooms=ROOMS, **settings)
 
 
 def profile(
     options: Options, folder: str | Path | None, steps: int, **settings: Any
 ) -> TrainingProfile:
-    """Time a few steps; see :func:`pet_finetune.training.profile_run.profile_run`."""
-    return profile_run.profile_run(options, folder, steps, rooms=ROOMS, **settings)
+    """Time a few steps; see :func:`pet_finetune.training.profile.profile_run`."""
+    return profile_run(options, folder, steps, rooms=ROOMS, **settings)

@@ -19,7 +19,7 @@ from models import random_potential
 from pet_finetune.checkpoint import save_checkpoint
 from pet_finetune.cli import main
 from pet_finetune.data.probe import probe_structures
-from pet_finetune.training.progress import RunDisplay
+from pet_finetune.training.loggers import RunDisplay
 from tiny_data import molecules, options, write_frames, write_options
 
 

@@ -22,7 +22,7 @@ from pet_finetune.config.recipes import LastLayerOptions
 from pet_finetune.data.splits import load_splits
 from pet_finetune.errors import ConfigError, TrainingError
 from pet_finetune.model.last_layer import LastLayer
-from pet_finetune.training.llpr import LastLayerUncertainty
+from pet_finetune.training.uncertainty import LastLayerUncertainty
 from tiny_data import data_section, molecules, options, write_options
 
 SHORT = ("--steps", 4, "--timestep", 0.1, "--every", 2, "--temperature", 50, "--seed", 1)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from pet_finetune.checkpoint import load_checkpoint
-from pet_finetune.training.progress import RunDisplay
+from pet_finetune.training.loggers import RunDisplay
 from tiny_data import molecules, options, write_frames, write_options
 
 # Eight training structures in batches of three: three steps an epoch.

@@ -16,7 +16,7 @@ from pet_finetune import PETCalculator
 from pet_finetune.adapters import read_adapter
 from pet_finetune.checkpoint import load_checkpoint, open_potential
 from pet_finetune.data import batch_from_atoms
-from pet_finetune.training.progress import RunDisplay
+from pet_finetune.training.loggers import RunDisplay
 from tiny_data import crystals, epochs, molecules, options, write_frames, write_options
 
 TARGETS: dict[str, dict[str, Any]] = {

@@ -23,7 +23,7 @@ from pet_finetune.errors import ConfigError
 from pet_finetune.model import compiled
 from pet_finetune.training import compiled_step
 from pet_finetune.training.compiled_step import CompiledStep
-from pet_finetune.training.loss import Objective, batch_loss
+from pet_finetune.training.objectives import Objective, batch_loss
 from trainers import curve, make_trainer, watch
 
 HEADS = ["node_heads", "edge_heads", "node_last_layers", "edge_last_layers"]

@@ -29,7 +29,7 @@ from pet_finetune.errors import PetFinetuneError
 from pet_finetune.report import figures
 from pet_finetune.report.write import write_report
 from pet_finetune.runs.folder import newest_run
-from pet_finetune.training.named_runs import summarize
+from pet_finetune.training.compare_runs import summarize
 from pet_finetune.training.run_files import RunFiles
 from unit.test_damage import mutated
 

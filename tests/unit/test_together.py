@@ -15,7 +15,7 @@ from pet_finetune.data import Loader
 from pet_finetune.data.order import deal
 from pet_finetune.device import choose_device
 from pet_finetune.errors import ConfigError, TrainingError
-from pet_finetune.training import together as adding
+from pet_finetune.training.step import add_gradients
 from tiny_data import crystals, molecules, structures_of
 from together import together
 from trainers import make_trainer
@@ -114,7 +114,7 @@ def gradients(rank_without):
     parameters[0].grad = torch.full((2,), 1.0 + processes.rank())
     if processes.rank() != rank_without:
         parameters[1].grad = torch.ones(2)
-    flag = adding.add_gradients(parameters, processes.rank() == 1)
+    flag = add_gradients(parameters, processes.rank() == 1)
     return [None if p.grad is None else p.grad.tolist() for p in parameters], flag
 
 

@@ -19,9 +19,9 @@ from rich.table import Table
 from pet_finetune.errors import DynamicsError, PetFinetuneError
 from pet_finetune.extras import drawn
 from pet_finetune.log import FILE_ONLY, get_logger, setup_logging
+from pet_finetune.progress import InterruptGuard
 from pet_finetune.report.curves import simulation_svg
 from pet_finetune.runs.folder import STARTED, own_folder, starts_of
-from pet_finetune.training.interrupt import InterruptGuard
 from pet_finetune.training.tables import show
 
 from . import MDFiles, MDSettings, Outcome, Summary, simulate, summarize

@@ -22,8 +22,7 @@ from pet_finetune.config.problems import config_error
 from pet_finetune.data.computable import check_atoms
 from pet_finetune.errors import DynamicsError, PetFinetuneError, did_you_mean
 from pet_finetune.log import get_logger
-from pet_finetune.progress import Watch
-from pet_finetune.training.interrupt import InterruptGuard
+from pet_finetune.progress import InterruptGuard, Watch
 from pet_finetune.training.tables import show
 
 from .carried import carried

@@ -26,7 +26,7 @@ from pet_finetune.log import get_logger
 from pet_finetune.model import Potential, Prediction
 from pet_finetune.rng import Stream
 from pet_finetune.training.feature import Feature, Plan, Step, TrainingRun
-from pet_finetune.training.loss import Objective
+from pet_finetune.training.objectives import Objective
 
 from .replay import objective_of
 from .structures import read_unlabelled, sample

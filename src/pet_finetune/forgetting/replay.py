@@ -23,9 +23,9 @@ from pet_finetune.keys import forces_key, stress_key
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 from pet_finetune.training.feature import Feature, Plan, Step, TrainingRun
-from pet_finetune.training.labels import label_with, relabelled
-from pet_finetune.training.loss import Objective, batch_loss, loss_stage
-from pet_finetune.training.start import FoundationEnergies, named_energy
+from pet_finetune.training.objectives import Objective, batch_loss, loss_stage
+from pet_finetune.training.sets import label_with, relabelled
+from pet_finetune.training.starting_model import FoundationEnergies, named_energy
 
 from .structures import (
     TRAINING,

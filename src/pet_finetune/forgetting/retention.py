@@ -13,11 +13,11 @@ from pet_finetune.errors import ConfigError
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 from pet_finetune.training.feature import Feature, Plan, TrainingRun
-from pet_finetune.training.labels import evaluation_loader, label_with, relabelled
+from pet_finetune.training.loggers import describe
 from pet_finetune.training.metrics import Metrics, evaluate
-from pet_finetune.training.progress import describe
 from pet_finetune.training.records import Measured
-from pet_finetune.training.start import FoundationEnergies, named_energy
+from pet_finetune.training.sets import evaluation_loader, label_with, relabelled
+from pet_finetune.training.starting_model import FoundationEnergies, named_energy
 
 from .replay import choose_head
 from .structures import as_plain, chosen, from_plain, known_foundation, read_labelled

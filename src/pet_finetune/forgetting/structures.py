@@ -20,9 +20,9 @@ from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 from pet_finetune.progress import Watch
 from pet_finetune.rng import Stream
-from pet_finetune.training.elements import check_known
+from pet_finetune.training.extend import check_known
 from pet_finetune.training.feature import Plan
-from pet_finetune.training.start import FoundationEnergies
+from pet_finetune.training.starting_model import FoundationEnergies
 
 _logger = get_logger(__name__)
 #: The name that stands for the run's own training set.

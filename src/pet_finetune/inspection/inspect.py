@@ -27,8 +27,8 @@ from pet_finetune.keys import forces_key, stress_key
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 from pet_finetune.progress import Watch
-from pet_finetune.training.elements import ADVICE
-from pet_finetune.training.start import read_start
+from pet_finetune.training.extend import ADVICE
+from pet_finetune.training.starting_model import read_start
 
 from . import Finding, Foundation, Inspection, inspect_sets
 from .estimate import Load, estimate, load_of

@@ -10,9 +10,9 @@ from pet_finetune.data.on_disk import sampled
 from pet_finetune.data.splits import Splits, make_splits
 from pet_finetune.errors import DataError, PetFinetuneError, SpeciesError
 from pet_finetune.log import get_logger
-from pet_finetune.training.elements import ADVICE
+from pet_finetune.training.extend import ADVICE
 from pet_finetune.training.feature import Feature, Plan
-from pet_finetune.training.start import Start
+from pet_finetune.training.starting_model import Start
 from pet_finetune.units import length_to_angstrom
 
 from . import Declared, Finding, Foundation, Inspection, inspect_sets

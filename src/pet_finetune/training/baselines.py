@@ -174,7 +174,7 @@ def prepare_baselines(
 
     Args:
         options: say how (``baseline``, ``atomic_baseline``, ``scale_targets``...), in numbers
-            (:func:`~.start.with_stated_numbers`).
+            (:func:`~.starting_model.with_stated_numbers`).
         model: about to be trained.
         loader: of the training set.
         targets: those to train.

@@ -20,9 +20,9 @@ from pet_finetune.model import Potential
 from pet_finetune.profiling import forget_peak, peak_gpu_mib, peak_resident_mib, resident_mib
 from pet_finetune.progress import Watch
 
-from .loss import Objective, batch_loss, derivatives
 from .metrics import Metrics
-from .precision import mixed
+from .objectives import Objective, batch_loss, derivatives
+from .step import mixed
 
 __all__ = ["InParts", "largest_batch"]
 

@@ -25,8 +25,8 @@ from pet_finetune.model import Potential, Prediction, Property
 from pet_finetune.model.compiled import Sizes, Weights, distance, predictions_of, tensors_of
 from pet_finetune.nn.quantized import num_quantized
 
-from .loss import Objective, Part, loss_parts, sum_of_known
-from .precision import mixed
+from .objectives import Objective, Part, loss_parts, sum_of_known
+from .step import mixed
 
 __all__ = ["CompiledStep", "Gradients", "compiles"]
 

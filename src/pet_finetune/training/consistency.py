@@ -25,7 +25,7 @@ from pet_finetune.model import Potential, Prediction, Property
 from pet_finetune.rng import Stream
 
 from .feature import Feature, Step, TrainingRun
-from .loss import Objective, batch_loss, derivatives, objectives_at
+from .objectives import Objective, batch_loss, derivatives, objectives_at
 
 
 class ConsistencyLoss:

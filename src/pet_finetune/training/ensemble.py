@@ -26,7 +26,6 @@ from pet_finetune.log import FILE_ONLY, get_logger, setup_logging
 from pet_finetune.rng import seed_everything
 from pet_finetune.runs.folder import undisturbed
 
-from .bootstrap import options_of_member
 from .metrics import Errors
 from .prepare import NO_ROOMS, Rooms, options_of_run
 from .records import TrainOutcome
@@ -41,8 +40,8 @@ from .run_files import (
     SPLITS,
     RunFiles,
 )
-from .sets import AFTER, evaluate_sets, load_data, wanted_derivatives
-from .start import read_start
+from .sets import AFTER, evaluate_sets, load_data, options_of_member, wanted_derivatives
+from .starting_model import read_start
 from .tables import calibration_table, committee_table, show
 
 _logger = get_logger(__name__)

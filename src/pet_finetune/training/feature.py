@@ -25,11 +25,11 @@ from pet_finetune.data.splits import Splits
 from pet_finetune.data.structure import Structure
 from pet_finetune.model import Potential, Prediction, Property
 
-from .loss import Objective
 from .metrics import Metrics
+from .objectives import Objective
 from .records import EpochRecord, Measured, StepProgress
 from .run_files import RunFiles
-from .start import FoundationEnergies, Start
+from .starting_model import FoundationEnergies, Start
 
 __all__ = ["Feature", "Plan", "Step", "TrainingRun", "states_of"]
 
@@ -103,9 +103,9 @@ class Feature:
         heading: what its errors are called in the final table; its name where empty.
         heads: heads of the foundation that have to stay in the model, known after :meth:`check`.
         shared: whether what :meth:`losses` gives of a part of a batch is that part's share already,
-            as :func:`~.loss.batch_loss` gives it. Else it is taken for a mean over the structures
-            of the part, or for the same on every process, and counts by how many of the batch's
-            structures the process has.
+            as :func:`~.objectives.batch_loss` gives it. Else it is taken for a mean over the
+            structures of the part, or for the same on every process, and counts by how many of the
+            batch's structures the process has.
     """
 
     name: str = ""

@@ -25,28 +25,26 @@ from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 from pet_finetune.rng import seed_everything
 
-from .average import Averaging
 from .baselines import BaselineTable, prepare_baselines
 from .batch_memory import largest_batch
-from .bootstrap import of_member
 from .consistency import RotationalAgreement
-from .elements import ADVICE, check_known
+from .extend import ADVICE, check_known
 from .feature import Feature, Plan
-from .llpr import LastLayerUncertainty
 from .loggers import loggers
 from .metrics import Errors
+from .objectives import check_metric
 from .resume import RunState, SavedRun, plain_errors, take_files
 from .run_files import OPTIONS, SPLITS, RunFiles, about_run, provenance_of
-from .selection import check_metric
 from .sets import (
     BEFORE,
     RunData,
     evaluate_sets,
     load_data,
     objectives_of,
+    of_member,
     wanted_derivatives,
 )
-from .start import (
+from .starting_model import (
     Start,
     check_targets,
     choose_trainable,
@@ -57,7 +55,8 @@ from .start import (
 )
 from .tables import baseline_text
 from .trainer import Trainer
-from .unfreeze import Unfreezing
+from .uncertainty import LastLayerUncertainty
+from .weights import Averaging, Unfreezing
 
 _logger = get_logger(__name__)
 

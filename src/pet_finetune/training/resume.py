@@ -21,7 +21,7 @@ from pet_finetune.runs.folder import undisturbed
 
 from .metrics import Errors, Metrics
 from .run_files import BEST, OPTIONS, RunFiles
-from .start import Start
+from .starting_model import Start
 
 _logger = get_logger(__name__)
 
@@ -63,7 +63,7 @@ class RunState:
         learning_rate: the highest.
         baseline: how the baselines were found.
         before: errors of the starting model by set and target.
-        name, fingerprint, inherited: as in :class:`~.start.Start`.
+        name, fingerprint, inherited: as in :class:`~.starting_model.Start`.
         new_species: atomic numbers that were added to the starting model.
         max_atoms: of a batch, where ``max_atoms_per_batch: auto`` found it.
     """

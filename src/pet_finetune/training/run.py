@@ -25,9 +25,9 @@ from pet_finetune.runs.folder import STARTED, RunFolder, own_folder, starts_of
 from .ensemble import train_ensemble
 from .feature import Feature, TrainingRun
 from .launch import start_processes
+from .loggers import RunDisplay
 from .metrics import Errors
 from .prepare import NO_ROOMS, Rooms, Run, prepare_run
-from .progress import RunDisplay
 from .records import EpochRecord, TrainingResult, TrainOutcome
 from .resume import open_run, plain_errors
 from .run_files import LOG, OPTIONS, RESULTS, RunFiles

@@ -39,7 +39,7 @@ from .baselines import BaselineTable
 from .metrics import shown_unit
 from .predictions import PredictionRecorder, with_model
 from .records import EpochRecord
-from .start import Start
+from .starting_model import Start
 
 _logger = get_logger(__name__)
 

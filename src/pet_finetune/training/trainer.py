@@ -26,22 +26,27 @@ from pet_finetune.errors import TrainingError
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential, Prediction, Property
 from pet_finetune.profiling import each, stage
-from pet_finetune.progress import Watch
+from pet_finetune.progress import InterruptGuard, Watch
 from pet_finetune.rng import generator_states, seed_process, set_generators
 
 from .batch_memory import InParts
 from .compiled_step import CompiledStep, compiles
 from .feature import Feature, Step, states_of
-from .interrupt import InterruptGuard
-from .labels import add_label_noise
-from .loss import Objective, batch_loss, derivatives, objectives_at
 from .metrics import Metrics, evaluate
+from .objectives import (
+    Objective,
+    batch_loss,
+    best_metric,
+    best_window,
+    derivatives,
+    mean_loss,
+    objectives_at,
+)
 from .optimizer import check_and_clip, load_optimizer, make_optimizer, rate_at, set_learning_rate
-from .precision import mixed, precision_errors
 from .records import EpochRecord, StepProgress, StepResult, TrainingResult
 from .resume import Progress
-from .selection import best_metric, best_window, mean_loss
-from .together import add_gradients, add_part, same_tensors, total
+from .sets import add_label_noise
+from .step import add_gradients, add_part, mixed, precision_errors, same_tensors, total
 
 _logger = get_logger(__name__)
 # The name of the whole loss among its terms.

@@ -17,8 +17,8 @@ from pet_finetune.forgetting.anchor import (
     fisher_information,
     reference_weights,
 )
-from pet_finetune.training.labels import label_with
-from pet_finetune.training.loss import Objective, batch_loss
+from pet_finetune.training.objectives import Objective, batch_loss
+from pet_finetune.training.sets import label_with
 from tiny_data import molecules, structures_of
 from trainers import at
 

@@ -17,7 +17,7 @@ from pet_finetune.errors import CheckpointError, ConfigError, TrainingError
 from pet_finetune.keys import TargetSpec
 from pet_finetune.model import Potential
 from pet_finetune.training.baselines import prepare_baselines
-from pet_finetune.training.start import with_stated_numbers
+from pet_finetune.training.starting_model import with_stated_numbers
 from pet_finetune.training.tables import baseline_text
 from tiny_data import ATOM_ENERGY, data_section, molecules, structures_of
 

@@ -13,7 +13,7 @@ from pet_finetune.data import Loader, rotate_batch
 from pet_finetune.training import rotational_spread
 from pet_finetune.training.consistency import ConsistencyLoss
 from pet_finetune.training.feature import Step
-from pet_finetune.training.loss import Objective
+from pet_finetune.training.objectives import Objective
 from tiny_data import molecules, structures_of
 from trainers import make_trainer, without_directions
 

@@ -14,7 +14,7 @@ from pet_finetune.data import Loader
 from pet_finetune.errors import TrainingError
 from pet_finetune.model import Prediction
 from pet_finetune.training.metrics import Metrics, evaluate
-from pet_finetune.training.selection import best_metric, check_metric
+from pet_finetune.training.objectives import best_metric, check_metric
 from tiny_data import crystals, molecules, structures_of
 
 FORCES, STRESS = "energy/forces", "energy/stress"

@@ -13,7 +13,7 @@ from pet_finetune.data import Loader
 from pet_finetune.errors import TrainingError
 from pet_finetune.training import Trainer
 from pet_finetune.training import profile as profile_module
-from pet_finetune.training.loss import Objective
+from pet_finetune.training.objectives import Objective
 from pet_finetune.training.profile import OTHER, profile_steps
 from tiny_data import molecules, structures_of
 

@@ -19,8 +19,7 @@ from pet_finetune.errors import TrainingError
 from pet_finetune.keys import TargetSpec
 from pet_finetune.model import Property
 from pet_finetune.training import Metrics, prepare_baselines
-from pet_finetune.training.loss import Objective, batch_loss
-from pet_finetune.training.selection import best_metric, check_metric
+from pet_finetune.training.objectives import Objective, batch_loss, best_metric, check_metric
 
 BY_NAME = {spec.name: spec for spec in PROPERTIES}
 VALUES = {1: 0.3, 6: -1.0, 8: 2.0, 14: 0.5}

@@ -14,7 +14,7 @@ from pet_finetune.data import Loader
 from pet_finetune.errors import TrainingError
 from pet_finetune.training import Trainer
 from pet_finetune.training.metrics import Metrics
-from pet_finetune.training.selection import best_window
+from pet_finetune.training.objectives import best_window
 from trainers import (
     TRAIN,
     assert_identical,

@@ -30,8 +30,7 @@ from pet_finetune.log import get_logger
 from pet_finetune.model import Potential, Prediction
 from pet_finetune.model.fingerprint import weights_fingerprint
 
-from .elements import add_new_elements
-from .new_targets import add_targets
+from .extend import add_new_elements, add_targets
 
 _logger = get_logger(__name__)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pet_finetune.training.average import WeightAverage
+from pet_finetune.training.weights import WeightAverage
 
 
 def make(decay=0.9):

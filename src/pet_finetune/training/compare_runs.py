@@ -24,7 +24,7 @@ from pet_finetune.log import get_logger, setup_logging
 from pet_finetune.runs.changes import changed_options
 from pet_finetune.runs.folder import RunFolder, own_folder
 
-from .evaluate import (
+from .evaluation import (
     EvaluationResult,
     EvaluationSettings,
     LabelNames,

@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from pet_finetune import log
-from pet_finetune.training import progress
-from pet_finetune.training.progress import RunDisplay
+from pet_finetune.training import loggers
+from pet_finetune.training.loggers import RunDisplay
 from pet_finetune.training.records import StepProgress
 
 
@@ -30,7 +30,7 @@ def completed(display):
 
 def test_the_bar_moves_a_few_times_a_second_and_to_the_end_of_an_epoch(display, monkeypatch):
     now = 1000.0
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    monkeypatch.setattr(loggers.time, "monotonic", lambda: now)
     display.step_ended(StepProgress(1, 4, 0.5, {}, 10.0))
     assert completed(display) == 1
     display.step_ended(StepProgress(2, 4, 0.5, {}, 10.0))  # too soon
@@ -53,7 +53,7 @@ def test_without_a_terminal_there_is_no_bar(monkeypatch):
 def test_a_long_epoch_writes_a_line_each_minute(monkeypatch, caplog, terminal):
     monkeypatch.setattr(logging.getLogger("pet_finetune"), "propagate", True)
     now = 1000.0
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    monkeypatch.setattr(loggers.time, "monotonic", lambda: now)
     if terminal:
         console = Console(file=io.StringIO(), force_terminal=True, width=100)
         monkeypatch.setattr(log, "stderr_console", lambda: console)

@@ -30,7 +30,7 @@ from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 
 from .consistency import Spread, rotational_spread
-from .elements import check_known
+from .extend import check_known
 from .metrics import Metrics
 from .predictions import errors_and_predictions
 from .tables import error_table, show, spread_text, uncertainty_text

@@ -13,7 +13,7 @@ from pet_finetune.config import TargetLoss
 from pet_finetune.config.loss import LossTerm
 from pet_finetune.data import collate, structure_neighbors
 from pet_finetune.model import Prediction
-from pet_finetune.training.loss import Objective, batch_loss
+from pet_finetune.training.objectives import Objective, batch_loss
 from tiny_data import crystals, molecules, structures_of
 
 SCALE = 0.5

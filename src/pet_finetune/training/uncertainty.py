@@ -19,8 +19,8 @@ from pet_finetune.errors import TrainingError
 from pet_finetune.log import FILE_ONLY, get_logger
 from pet_finetune.model import Potential
 
-from .elements import check_known
-from .evaluate import LabelNames, chosen_target, open_model, read_labelled
+from .evaluation import LabelNames, chosen_target, open_model, read_labelled
+from .extend import check_known
 from .feature import Feature, Plan, TrainingRun
 from .run_files import RunFiles
 from .tables import calibration_table, show
