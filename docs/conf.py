@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pet_finetune import __version__
-from pet_finetune.config.reference import options_reference
+from pet_finetune.config.options_reference import options_reference
 
 HERE = Path(__file__).parent
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pet_finetune.config.finetune import METHOD_SHORTHANDS
-from pet_finetune.config.options import ADAMW_LEARNING_RATES, DEFAULT_LEARNING_RATES
+from pet_finetune.config.run_options import ADAMW_LEARNING_RATES, DEFAULT_LEARNING_RATES
 
 SCRATCH = "scratch"
 

@@ -26,8 +26,8 @@ from pet_finetune.checkpoint.adapters import (
 )
 from pet_finetune.checkpoint.info import checkpoint_facts, describe_checkpoint
 from pet_finetune.config import PretrainOptions
+from pet_finetune.config.finetune_sections import LastLayerOptions
 from pet_finetune.config.problems import checked_section
-from pet_finetune.config.recipes import LastLayerOptions
 from pet_finetune.data.convert import convert
 from pet_finetune.data.files import read_frames
 from pet_finetune.dynamics.md import ModelChoice, restart_md, run_md

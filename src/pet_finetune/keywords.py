@@ -26,10 +26,10 @@ from pet_finetune.config.finetune import (
     FinetuneConfig,
     FinetuneOptions,
 )
-from pet_finetune.config.keeping import AnchorOptions, ReplayOptions, RetentionOptions
+from pet_finetune.config.finetune_sections import AnchorOptions, ReplayOptions, RetentionOptions
 from pet_finetune.config.load import LoadedOptions, parse_options
-from pet_finetune.config.options import Options
 from pet_finetune.config.problems import format_path
+from pet_finetune.config.run_options import Options
 from pet_finetune.config.yaml_file import read_yaml
 from pet_finetune.data.exact import write_exact
 from pet_finetune.errors import ConfigError

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pet_finetune.config import Options
-from pet_finetune.config.named_runs import NamedRun
+from pet_finetune.config.named_run_options import NamedRun
 from pet_finetune.export.export import check_output_of_run, export_model, export_table
 from pet_finetune.inspection.preflight import Preflight, read_checked
 from pet_finetune.launchers import find_launch

@@ -17,8 +17,8 @@ from models import ethanol, random_potential, with_last_layer
 from pet_finetune import PETCalculator
 from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
 from pet_finetune.committee.last_layer import fresh
+from pet_finetune.config.finetune_sections import LastLayerOptions
 from pet_finetune.config.load import load_options
-from pet_finetune.config.recipes import LastLayerOptions
 from pet_finetune.data.splits import load_splits
 from pet_finetune.errors import ConfigError, TrainingError
 from pet_finetune.model.last_layer import LastLayer

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 from pet_finetune.cli import main
-from pet_finetune.config.reference import options_schema
+from pet_finetune.config.options_reference import options_schema
 
 
 def test_a_branch(command) -> None:

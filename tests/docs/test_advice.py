@@ -13,7 +13,7 @@ import pytest
 import pet_finetune
 from pet_finetune.cli import make_parser
 from pet_finetune.config import Options
-from pet_finetune.config.schema import _walk
+from pet_finetune.config.problems import _walk
 
 PACKAGE = Path(pet_finetune.__file__).parent
 _FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")

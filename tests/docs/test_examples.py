@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pet_finetune.config.named_runs import read_named_runs
+from pet_finetune.config.named_run_options import read_named_runs
 
 
 def test_nve_example_keeps_the_energy_and_draws_it(repository: Path, tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ import pytest
 import yaml
 
 from pet_finetune.config import Options, parse_options
+from pet_finetune.config.base import to_plain
 from pet_finetune.config.load import load_evaluation
-from pet_finetune.config.yaml_file import to_plain
 from pet_finetune.errors import ConfigError
 
 expansion = pytest.importorskip("metatrain.utils.omegaconf")

@@ -17,7 +17,7 @@ from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
 from pet_finetune.checkpoint.llpr import uncertainty_name
 from pet_finetune.committee.last_layer import fresh
 from pet_finetune.committee.last_layer_fit import fit_last_layers
-from pet_finetune.config.recipes import LastLayerOptions
+from pet_finetune.config.finetune_sections import LastLayerOptions
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.structure import atoms_to_structure
 from pet_finetune.errors import CheckpointError

@@ -23,7 +23,7 @@ from pet_finetune.adapters.files import read_adapter
 from pet_finetune.committee.committee import Calibration
 from pet_finetune.committee.files import read_committee, write_committee
 from pet_finetune.config.load import load_options
-from pet_finetune.config.named_runs import NamedRun
+from pet_finetune.config.named_run_options import NamedRun
 from pet_finetune.data.splits import load_splits
 from pet_finetune.errors import PetFinetuneError
 from pet_finetune.report import figures

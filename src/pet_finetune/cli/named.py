@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pet_finetune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pet_finetune.config.named_runs import NamedRun
+    from pet_finetune.config.named_run_options import NamedRun
 
 ROOT = "lora_adapters"
 
@@ -67,9 +67,9 @@ def read_runs(arguments: argparse.Namespace, root: str) -> list[NamedRun]:
     """The runs that are meant.
 
     Raises:
-        ConfigError: as :func:`~pet_finetune.config.named_runs.read_named_runs`, or none is named.
+        ConfigError: as ``read_named_runs``, or none is named.
     """
-    from pet_finetune.config.named_runs import read_named_runs, run_names
+    from pet_finetune.config.named_run_options import read_named_runs, run_names
 
     if arguments.run_name is None and not getattr(arguments, "all", False):
         names = ", ".join(run_names(arguments.config))

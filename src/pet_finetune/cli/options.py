@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.markup import escape
     from rich.padding import Padding
 
-    from pet_finetune.config.reference import entries_below, option_entries, options_schema
+    from pet_finetune.config.options_reference import entries_below, option_entries, options_schema
 
     if arguments.schema:
         print(json.dumps(options_schema(), indent=2, ensure_ascii=False))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pet_finetune.config.recipes import LastLayerOptions
+from pet_finetune.config.finetune_sections import LastLayerOptions
 from pet_finetune.data.batch import LabelledBatch, on_device
 from pet_finetune.errors import TrainingError
 from pet_finetune.graph import Batch

@@ -18,21 +18,26 @@ from .finetune import (
     FinetuneOptions,
     LegacyStart,
 )
-from .keeping import AnchorOptions, ReplayOptions, RetentionOptions
+from .finetune_sections import (
+    AnchorOptions,
+    PretrainOptions,
+    ReplayOptions,
+    RetentionOptions,
+    Unfreeze,
+)
 from .load import LoadedOptions, load_options, parse_options
-from .loss import LossTerm, LossType, TargetLoss
-from .model import LongRangeOptions, ModelOptions
-from .options import ArchitectureOptions, Options
-from .recipes import (
+from .run_options import ArchitectureOptions, LongRangeOptions, ModelOptions, Options
+from .training import BaselineOptions, BestModelMetric, EarlyStopping, TrainingOptions
+from .training_sections import (
     LabelNoise,
     LossStage,
-    PretrainOptions,
+    LossTerm,
+    LossType,
     RotationalConsistency,
-    Unfreeze,
+    TargetLoss,
     WeightMean,
     first_epoch,
 )
-from .training import BaselineOptions, BestModelMetric, EarlyStopping, TrainingOptions
 
 __all__ = [
     "DEFAULT_TARGET_MODULES",

@@ -9,12 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
+if TYPE_CHECKING:
+    pass
+
 __all__ = [
+    "AtomsOrAuto",
     "Expects",
     "Flag",
     "Fraction",
@@ -24,7 +29,6 @@ __all__ = [
     "Number",
     "OneOf",
     "OpenFraction",
-    "AtomsOrAuto",
     "OptionalText",
     "PositiveFloat",
     "PositiveInt",
@@ -34,10 +38,11 @@ __all__ = [
     "TextList",
     "ignored_field",
     "integer",
+    "is_ignored",
     "real_number",
+    "to_plain",
     "without_nulls",
 ]
-
 
 #: What stands in the place of a value that OmegaConf fills in.
 _FILLED_IN = {"type": "string", "pattern": "\\$\\{"}
@@ -199,6 +204,7 @@ def _text_list(value: Any) -> tuple[str, ...]:
 
 
 _INTEGER, _NUMBER = {"type": "integer"}, {"type": "number"}
+
 _OPEN = {**_NUMBER, "exclusiveMinimum": 0}
 
 PositiveInt = Annotated[int, Expects("a positive integer", integer(1), {**_INTEGER, "minimum": 1})]
@@ -216,14 +222,19 @@ AtomsOrAuto = Annotated[
         {"anyOf": [{"const": "auto"}, {**_INTEGER, "minimum": 1}]},
     ),
 ]
+
 NonNegativeInt = Annotated[
     int, Expects("a non-negative integer", integer(0), {**_INTEGER, "minimum": 0})
 ]
+
 Number = Annotated[float, Expects("a number", real_number(), _NUMBER)]
+
 PositiveFloat = Annotated[float, Expects("a positive number", real_number(above=0.0), _OPEN)]
+
 NonNegativeFloat = Annotated[
     float, Expects("a non-negative number", real_number(0.0), {**_NUMBER, "minimum": 0})
 ]
+
 Fraction = Annotated[
     float,
     Expects(
@@ -232,6 +243,7 @@ Fraction = Annotated[
         {**_NUMBER, "minimum": 0, "exclusiveMaximum": 1},
     ),
 ]
+
 OpenFraction = Annotated[
     float,
     Expects(
@@ -240,6 +252,7 @@ OpenFraction = Annotated[
         {**_OPEN, "exclusiveMaximum": 1},
     ),
 ]
+
 Share = Annotated[
     float,
     Expects(
@@ -248,16 +261,21 @@ Share = Annotated[
         {**_OPEN, "maximum": 1},
     ),
 ]
+
 Flag = Annotated[
     bool,
     Expects("true or false", _flag, {"enum": [True, False, "on", "off", "yes", "no"]}),
 ]
+
 Text = Annotated[str, Expects("text", _text, {"type": "string"})]
+
 OptionalText = Annotated[str, Expects("text", _optional_text, {"type": ["string", "null"]})]
+
 TextList = Annotated[
     tuple[str, ...],
     Expects("a name or a list of names", _text_list, {"type": ["string", "array"]}),
 ]
+
 Ignored = Annotated[Any, Expects("any value", lambda value: value)]
 
 _IGNORED: dict[str, Any] = {"ignored": True}
@@ -268,3 +286,26 @@ def ignored_field(why: str) -> Any:
     return Field(
         default=None, description=f"Accepted, no effect: {why}", json_schema_extra=_IGNORED
     )
+
+
+def is_ignored(field: FieldInfo) -> bool:
+    """Whether the option is accepted for metatrain's sake and has no effect."""
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and bool(extra.get("ignored"))
+
+
+def to_plain(value: Any) -> Any:
+    """Sections as dictionaries, tuples as lists; options that are null anyway are left out."""
+    if isinstance(value, Section):
+        fields = type(value).model_fields
+        given = {name: getattr(value, name) for name in fields if not is_ignored(fields[name])}
+        return {
+            name: to_plain(item)
+            for name, item in given.items()
+            if item is not None or fields[name].default is not None
+        }
+    if isinstance(value, dict):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    return value

@@ -25,8 +25,14 @@ from .base import (
     integer,
     real_number,
 )
-from .keeping import AnchorOptions, ReplayOptions, RetentionOptions
-from .recipes import LastLayerOptions, PretrainOptions, Unfreeze
+from .finetune_sections import (
+    AnchorOptions,
+    LastLayerOptions,
+    PretrainOptions,
+    ReplayOptions,
+    RetentionOptions,
+    Unfreeze,
+)
 
 __all__ = [
     "DEFAULT_TARGET_MODULES",

@@ -13,13 +13,12 @@ from pydantic import ValidationError
 
 from pet_finetune.errors import ConfigError
 
-from .checks import check
+from .contradictions import check
 from .dataset import DatasetOptions
-from .legacy import rewrite
 from .notices import notices
-from .options import Options
 from .problems import Path, Problem, config_error, problems_of
-from .start import apply_start
+from .rewriting import apply_start, rewrite
+from .run_options import Options
 from .yaml_file import read_yaml, read_yaml_document
 
 __all__ = [

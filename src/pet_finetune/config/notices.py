@@ -7,13 +7,12 @@ from typing import Any
 
 from pet_finetune.keys import direct_quantity
 
-from .base import Section
-from .checks_data import located_datasets
+from .base import Section, is_ignored
+from .data_contradictions import located_datasets
+from .dataset import quantity_is_assumed
 from .finetune import METHOD_KEYS
-from .options import Options
 from .problems import Path, format_path
-from .shorthands import quantity_is_assumed
-from .yaml_file import is_ignored
+from .run_options import Options
 
 __all__ = ["notices"]
 

@@ -1,4 +1,8 @@
-"""Options of one target: ``training_set.targets.<name>``."""
+"""Short ways of writing options (a path for a section, ``on`` for a label) spelled out in full.
+
+All functions take what the YAML file holds and never raise: what they do not understand is
+returned as it stands, so that validation reports it at its own place.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +16,45 @@ from pet_finetune.keys import TargetSpec, direct_quantity
 from pet_finetune.units import own_unit, to_own_unit
 
 from .base import Expects, OneOf, OptionalText, PositiveInt, Section
-from .shorthands import expand_gradient
 
 __all__ = [
-    "GRADIENT_QUANTITIES",
     "CartesianType",
+    "GRADIENT_QUANTITIES",
     "GradientOptions",
     "Reader",
     "TargetOptions",
     "TargetType",
+    "expand_gradient",
+    "expand_switch",
 ]
+
+_SWITCHES = {
+    True: "on",
+    False: "off",
+    None: "off",
+    "on": "on",
+    "off": "off",
+    "yes": "on",
+    "no": "off",
+    "true": "on",
+    "false": "off",
+    "auto": "auto",
+}
+
+
+def expand_gradient(value: Any) -> Any:
+    """``on``, ``off``, ``auto`` or a path as the keys of a gradient section."""
+    if value is None or isinstance(value, bool):
+        return {"mode": _SWITCHES[value]}
+    if isinstance(value, str):
+        switch = _SWITCHES.get(value.casefold())
+        return {"mode": switch} if switch else {"read_from": value}
+    return value
+
+
+def expand_switch(value: Any) -> Any:
+    """``on``, ``off`` or a path as the keys of a section that has a ``mode`` and a file."""
+    return expand_gradient(value) if isinstance(value, (bool, str)) else value
 
 
 def _reader(value: Any) -> str | None:

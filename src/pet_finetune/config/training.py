@@ -24,8 +24,16 @@ from .base import (
     ignored_field,
 )
 from .finetune import FinetuneOptions
-from .loss import LossOptions, LossTerm, TargetLoss
-from .recipes import LabelNoise, LossSchedule, MixedPrecision, RotationalConsistency, WeightMean
+from .training_sections import (
+    LabelNoise,
+    LossOptions,
+    LossSchedule,
+    LossTerm,
+    MixedPrecision,
+    RotationalConsistency,
+    TargetLoss,
+    WeightMean,
+)
 
 __all__ = [
     "BaselineOptions",

@@ -10,20 +10,12 @@ from pet_finetune.errors import ConfigError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig, ListConfig
-import json
-
-from pydantic.fields import FieldInfo
-
-from .base import Section
 
 __all__ = [
-    "is_ignored",
     "neighbours",
     "parse_override",
-    "read_json",
     "read_yaml",
     "read_yaml_document",
-    "to_plain",
     "to_yaml",
 ]
 
@@ -178,62 +170,3 @@ def neighbours(path: Path, endings: tuple[str, ...] = (".yaml", ".yml")) -> str:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
-
-
-def read_json(path: str | Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Raises:
-        ConfigError: if the file cannot be read, is no JSON (with line and column), holds no object,
-            or a name twice.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        found = neighbours(Path(path), (".json", ".yaml", ".yml"))
-        raise ConfigError(f"{path}: no such file of runs.{found}") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}.") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is not a text file in UTF-8.") from None
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise ConfigError(f"{path}: '{twice}' stands twice in one section. Rename one.")
-        return dict(pairs)
-
-    try:
-        content = json.loads(text, object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"{path}, line {error.lineno}, column {error.colno}: is no JSON: {error.msg}. A comma "
-            "after the last entry and comments are not allowed in JSON."
-        ) from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected runs by name, {{...}}, got {type(content).__name__}.")
-    return content
-
-
-def is_ignored(field: FieldInfo) -> bool:
-    """Whether the option is accepted for metatrain's sake and has no effect."""
-    extra = field.json_schema_extra
-    return isinstance(extra, dict) and bool(extra.get("ignored"))
-
-
-def to_plain(value: Any) -> Any:
-    """Sections as dictionaries, tuples as lists; options that are null anyway are left out."""
-    if isinstance(value, Section):
-        fields = type(value).model_fields
-        given = {name: getattr(value, name) for name in fields if not is_ignored(fields[name])}
-        return {
-            name: to_plain(item)
-            for name, item in given.items()
-            if item is not None or fields[name].default is not None
-        }
-    if isinstance(value, dict):
-        return {key: to_plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_plain(item) for item in value]
-    return value

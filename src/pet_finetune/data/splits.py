@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from pet_finetune.config.dataset import DatasetOptions, IndexedSet
-from pet_finetune.config.options import Options
+from pet_finetune.config.run_options import Options
 from pet_finetune.config.target import GradientOptions
 from pet_finetune.errors import DataError
 from pet_finetune.files import check_file, read_object, write_whole

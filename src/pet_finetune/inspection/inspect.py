@@ -13,7 +13,7 @@ import torch
 from pet_finetune.backends import choose_backend, ready, use_backend
 from pet_finetune.config import DatasetOptions, Options
 from pet_finetune.config.load import LoadedOptions, parse_options
-from pet_finetune.config.reference import schema_line
+from pet_finetune.config.options_reference import schema_line
 from pet_finetune.config.yaml_file import to_yaml
 from pet_finetune.data.on_disk import sampled
 from pet_finetune.data.species import find_species, of_species

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pet_finetune.config.shorthands import expand_gradient
+from pet_finetune.config.target import expand_gradient
 
 from .candidates import NO_VIRIAL, PER_ATOM, VIRIAL
 from .estimate import Estimate, Load, duration

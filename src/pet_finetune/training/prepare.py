@@ -14,7 +14,7 @@ from pet_finetune import processes
 from pet_finetune.adapters import trainable_report
 from pet_finetune.backends import choose_backend, use_backend
 from pet_finetune.config import Options, TrainingOptions
-from pet_finetune.config.reference import schema_line
+from pet_finetune.config.options_reference import schema_line
 from pet_finetune.data.files import forget_files
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.on_disk import joined, label_names

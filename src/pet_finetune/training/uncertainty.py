@@ -13,7 +13,7 @@ from pet_finetune import processes
 from pet_finetune.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from pet_finetune.committee.calibration import Curves
 from pet_finetune.committee.last_layer_fit import Fitted, fit_last_layers
-from pet_finetune.config.recipes import LastLayerOptions
+from pet_finetune.config.finetune_sections import LastLayerOptions
 from pet_finetune.data.loader import Loader
 from pet_finetune.errors import TrainingError
 from pet_finetune.log import FILE_ONLY, get_logger

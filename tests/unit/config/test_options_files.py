@@ -254,7 +254,7 @@ def test_errors_name_the_file(write) -> None:
 
 def test_reading_options_does_not_load_the_heavy_libraries() -> None:
     code = (
-        "import sys, pet_finetune.config, pet_finetune.config.reference; "
+        "import sys, pet_finetune.config, pet_finetune.config.options_reference; "
         "heavy = {'torch', 'scipy', 'matplotlib', 'vesin', 'metatensor'} & set(sys.modules); "
         "sys.exit(' '.join(sorted(heavy)) or 0)"
     )

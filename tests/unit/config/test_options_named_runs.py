@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from pet_finetune.config import parse_options
-from pet_finetune.config.named_runs import NamedRun, read_named_runs, run_names
+from pet_finetune.config.named_run_options import NamedRun, read_named_runs, run_names
 from pet_finetune.errors import ConfigError
 
 DEFAULTS = {"base_model": "base.ckpt", "dataset_path": "train.xyz"}

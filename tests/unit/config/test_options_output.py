@@ -9,8 +9,8 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel
 
 from pet_finetune.config import Options, parse_options
-from pet_finetune.config.reference import option_entries, options_reference
-from pet_finetune.config.schema import section_in
+from pet_finetune.config.options_reference import option_entries, options_reference
+from pet_finetune.config.problems import section_in
 from pet_finetune.errors import ConfigError
 
 PLAIN: dict[str, Any] = {

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from pet_finetune.config import parse_options
-from pet_finetune.config.reference import (
+from pet_finetune.config.options_reference import (
     SCHEMA_FILE,
     entries_below,
     option_entries,

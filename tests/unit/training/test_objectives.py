@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pet_finetune.config import TargetLoss
-from pet_finetune.config.loss import LossTerm
+from pet_finetune.config.training_sections import LossTerm
 from pet_finetune.data import collate, structure_neighbors
 from pet_finetune.model import Prediction
 from pet_finetune.training.objectives import Objective, batch_loss

@@ -1,4 +1,4 @@
-"""Options of replay, anchor and forgetting report: short forms, contradictions, round trips."""
+"""Options of fine-tuning: new elements, ensembles, what keeps the foundation's knowledge."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from pet_finetune.config import Options, parse_options
 from pet_finetune.errors import ConfigError
-from tiny_data import data_section
+from tiny_data import data_section, options
 
 FINETUNE = "architecture.training.finetune"
 
@@ -22,7 +22,7 @@ def parse(finetune: dict[str, Any], checkpoint: str | None = "base.ckpt", **top:
     return parse_options(content, checkpoint)
 
 
-def options(finetune: dict[str, Any]) -> Options:
+def kept(finetune: dict[str, Any]) -> Options:
     return parse(finetune).options
 
 
@@ -39,7 +39,7 @@ def options(finetune: dict[str, Any]) -> Options:
     ],
 )
 def test_ways_to_write_the_report(given, wanted, file):
-    retention = options(given).finetune.retention
+    retention = kept(given).finetune.retention
     assert retention.wanted is wanted
     assert (retention.read_from and retention.read_from.systems.read_from) == file
 
@@ -48,18 +48,18 @@ def test_ways_to_write_the_report(given, wanted, file):
     ("given", "num_epochs", "interval"), [(None, 100, 5), (None, 7, 1), (4, 100, 4)]
 )
 def test_the_report_comes_some_twenty_times(given, num_epochs, interval):
-    retention = options({"retention": {"every": given}}).finetune.retention
+    retention = kept({"retention": {"every": given}}).finetune.retention
     assert retention.interval(num_epochs) == interval
 
 
 def test_an_anchor_may_be_just_its_type():
-    assert options({"anchor": "l2sp"}).finetune.anchor.factor == 30.0
-    assert options({"anchor": "ewc"}).finetune.anchor.factor == 100.0
-    assert options({"anchor": {"type": "ewc", "strength": 5}}).finetune.anchor.factor == 5.0
+    assert kept({"anchor": "l2sp"}).finetune.anchor.factor == 30.0
+    assert kept({"anchor": "ewc"}).finetune.anchor.factor == 100.0
+    assert kept({"anchor": {"type": "ewc", "strength": 5}}).finetune.anchor.factor == 5.0
 
 
 def test_one_name_is_a_list_of_one():
-    assert options({"replay": {"structures": "probe"}}).finetune.replay.structures == ("probe",)
+    assert kept({"replay": {"structures": "probe"}}).finetune.replay.structures == ("probe",)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_one_name_is_a_list_of_one():
     ],
 )
 def test_what_a_run_writes_reads_back_as_the_same(finetune):
-    first = options(finetune)
+    first = kept(finetune)
     assert parse_options(first.resolved()).options.finetune == first.finetune
 
 
@@ -110,7 +110,7 @@ WRONG = {
 def test_what_cannot_be_meant(case):
     finetune, words = WRONG[case]
     with pytest.raises(ConfigError) as caught:
-        options(finetune)
+        kept(finetune)
     for word in words:
         assert word in str(caught.value)
 
@@ -136,3 +136,89 @@ def test_without_a_model_there_is_nothing_to_keep(section):
 def test_a_report_on_what_is_replayed_is_told(finetune, told):
     notices = parse(finetune).notices
     assert any("forgetting report looks at" in notice for notice in notices) is told
+
+
+NAME = "architecture.training.finetune.new_elements"
+
+
+def load(new_elements: Any, checkpoint: str | None = "base.ckpt") -> Any:
+    finetune = {"new_elements": new_elements, "method": "full"}
+    raw = {
+        "training_set": "a.xyz",
+        "architecture": {"training": {"finetune": finetune}},
+    }
+    return parse_options(raw, checkpoint).options
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (None, None),
+        ("nearest", "nearest"),
+        ("random", "random"),
+        ({"Br": "Cl", "na": 3}, {"Br": "Cl", "Na": "Li"}),
+        ({35: 17}, {"Br": "Cl"}),
+    ],
+)
+def test_what_it_may_say(given: Any, meant: Any) -> None:
+    options = load(given)
+    assert options.finetune.new_elements == meant
+    again = parse_options(options.resolved()).options
+    assert again.finetune.new_elements == meant
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("neerest", "got 'neerest'. Did you mean 'nearest'?"),
+        ({}, "expected nearest, random, or {new element: element that it starts from} or null"),
+        (["Br"], "got ['Br']."),
+        ({"Brr": "Cl"}, "'Brr' is no chemical element. Did you mean 'Br'?"),
+        ({"Br": "Chlorine"}, "'Chlorine' is no chemical element."),
+        ({"Br": 200}, "200 is no atomic number"),
+        ({"Br": "Br"}, "Br cannot start from itself."),
+        ({"Br": "Cl", 35: "F"}, "Br is named twice."),
+        ({False: "Fm"}, "put nobelium in quotes"),
+    ],
+)
+def test_what_it_may_not_say(given: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(given)
+    (line,) = caught.value.problems
+    assert line.startswith(f"{NAME}: ")
+    assert message in line
+
+
+def test_a_model_from_scratch_takes_its_elements_from_the_data() -> None:
+    with pytest.raises(ConfigError, match="trained from scratch takes its elements") as caught:
+        load("nearest", None)
+    assert caught.value.problems[0].startswith(NAME)
+
+
+def committee(method="lora", read_from="base.ckpt", **finetune):
+    section = {"method": method, "read_from": read_from, **finetune}
+    return parse_options(options({"finetune": section})).options.finetune
+
+
+def test_defaults_train_one_model():
+    found = committee()
+    assert (found.ensemble, found.bootstrap, found.member) == (None, True, None)
+    assert committee(ensemble=4, member=3).member == 3
+
+
+@pytest.mark.parametrize(
+    ("finetune", "words"),
+    [
+        ({"ensemble": 1}, "finetune.ensemble.*at least 2 members, found 1"),
+        ({"ensemble": 0}, "finetune.ensemble.*positive integer"),
+        ({"ensemble": 4, "method": "full"}, "members are adapters.*the method is full"),
+        ({"ensemble": 4, "method": "heads"}, "members are adapters.*the method is heads"),
+        ({"ensemble": 4, "member": 4}, "no member 4 of 4: they are counted from 0 to 3"),
+        ({"member": 0}, "member 0 of what"),
+        ({"bootstrap": "perhaps"}, "finetune.bootstrap.*true or false"),
+        ({"ensembel": 4}, "ensemble"),
+    ],
+)
+def test_contradictions(finetune, words):
+    with pytest.raises(ConfigError, match=f"(?s){words}"):
+        committee(**finetune)

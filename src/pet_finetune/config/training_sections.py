@@ -1,15 +1,38 @@
-"""Options of the loss: ``architecture.training.loss``."""
+"""Sections below ``training``: the loss and its stages, averages of weights, noise, consistency."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from .base import Expects, NonNegativeFloat, OneOf, PositiveFloat, Section
+from .base import (
+    Expects,
+    Fraction,
+    NonNegativeFloat,
+    OneOf,
+    OpenFraction,
+    PositiveFloat,
+    Section,
+    Share,
+)
 
-__all__ = ["GradientLosses", "LossOptions", "LossTerm", "LossType", "TargetLoss"]
+__all__ = [
+    "GradientLosses",
+    "LabelNoise",
+    "LossOptions",
+    "LossSchedule",
+    "LossStage",
+    "LossTerm",
+    "LossType",
+    "MixedPrecision",
+    "RotationalConsistency",
+    "TargetLoss",
+    "WeightMean",
+    "first_epoch",
+]
 
 LossType = Literal["mse", "mae", "huber"]
 
@@ -103,3 +126,85 @@ LossOptions = Annotated[
     | Annotated[dict[str, TargetLoss], Tag("#each")],
     Discriminator(_kind_of_loss),
 ]
+
+#: Leaves products such as 0.28 * 25 = 7.000000000000001 what they are meant to be.
+_TINY = 1e-9
+
+MixedPrecision = Annotated[Literal["bf16-mixed"], OneOf()]
+
+
+def first_epoch(start: float, num_epochs: int) -> int:
+    """The first epoch, from 0, that lies wholly in the part of a run that begins at ``start``.
+
+    Args:
+        start: a fraction of the run.
+        num_epochs: of the run.
+    """
+    return math.ceil(start * num_epochs - _TINY)
+
+
+class WeightMean(Section):
+    """Stochastic weight averaging (SWA, arXiv:1803.05407): the mean of many steps' weights."""
+
+    start: OpenFraction = Field(
+        default=0.75,
+        description="Part of the run after which averaging begins, with a whole epoch.",
+    )
+    learning_rate: PositiveFloat | None = Field(
+        default=None,
+        description="Constant learning rate from there on. Null goes on with the scheduler's.",
+    )
+
+
+class LossStage(Section):
+    """Factors on the weights of the loss from some part of the run on."""
+
+    start: Fraction = Field(
+        description="Part of the run after which the factors hold, from a whole epoch on."
+    )
+    energy: NonNegativeFloat = Field(default=1.0, description="Factor on the weight of energies.")
+    forces: NonNegativeFloat = Field(default=1.0, description="Factor on the weight of forces.")
+    stress: NonNegativeFloat = Field(default=1.0, description="Factor on the weight of stresses.")
+
+
+def _as_list(value: Any) -> Any:
+    """One stage without the list around it, or nothing under the name."""
+    return [value] if isinstance(value, Mapping) else () if value is None else value
+
+
+LossSchedule = Annotated[tuple[LossStage, ...], BeforeValidator(_as_list)]
+
+
+class RotationalConsistency(Section):
+    """A loss of what predictions change by when the structure is rotated."""
+
+    short_forms = ("number",)
+
+    weight: PositiveFloat = Field(
+        default=1.0,
+        description="What a rotated structure counts beside a labelled one, with the types and "
+        "weights of `loss`; more than 2 can spoil the training.",
+    )
+    fraction: Share = Field(
+        default=0.5,
+        description="Part of each batch that is rotated once more and predicted again; a step "
+        "takes somewhat more than as much longer.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _weight_alone(cls, value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return value
+        return {"weight": value}
+
+
+class LabelNoise(Section):
+    """Gaussian noise on the training labels, drawn anew in each epoch."""
+
+    energy: NonNegativeFloat = Field(
+        default=0.0, description="Standard deviation on the energy, eV/atom."
+    )
+    forces: NonNegativeFloat = Field(
+        default=0.0, description="Standard deviation on each force component, eV/Å."
+    )

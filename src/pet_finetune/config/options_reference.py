@@ -13,15 +13,14 @@ from pydantic.fields import FieldInfo
 
 from pet_finetune.errors import ConfigError, did_you_mean
 
-from .base import Expects, Section
+from .base import Expects, Section, is_ignored, to_plain
 from .finetune import METHOD_SHORTHANDS
-from .options import Options
-from .schema import is_nullable, section_in
-from .yaml_file import is_ignored, to_plain
+from .problems import is_nullable, section_in
+from .run_options import Options
 
 __all__ = [
-    "SCHEMA_FILE",
     "OptionEntry",
+    "SCHEMA_FILE",
     "entries_below",
     "option_entries",
     "options_reference",
@@ -44,6 +43,7 @@ Besides the forms below, `training_set` and `systems` may be just a path, `force
 `virial` just `on`, `off`, `auto` or a path, a loss just its type, `early_stopping` just its
 patience, and `unfreeze` just its number of epochs.
 """
+
 _IGNORED_HEADING = """
 ## Accepted without effect
 
@@ -52,7 +52,9 @@ metatrain's files may contain these; they are read and a notice says so.
 | option | why |
 |---|---|
 """
+
 _DATA = ("training_set", "validation_set", "test_set")
+
 #: Sections described once, though they occur in several places.
 _SAME_AS = {
     "architecture.training.finetune.retention.read_from": "training_set",

@@ -11,27 +11,39 @@ Every setting stands for one option, so what an entry says is checked and run as
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pet_finetune.errors import ConfigError, did_you_mean
 
 from .finetune import FinetuneConfig, FinetuneOptions
 from .load import LoadedOptions, parse_options
-from .options import Options
 from .problems import Path, format_path
+from .run_options import Options
 from .training import TrainingOptions
-from .yaml_file import parse_override, read_json, read_yaml
+from .yaml_file import neighbours, parse_override, read_yaml
 
-__all__ = ["DEFAULTS", "NamedRun", "read_named_runs", "run_names"]
+if TYPE_CHECKING:
+    pass
+
+__all__ = [
+    "DEFAULTS",
+    "NamedRun",
+    "read_json",
+    "read_named_runs",
+    "run_names",
+]
 
 #: The entry whose settings all others share.
 DEFAULTS = "defaults"
 
 _TRAINING: Path = ("architecture", "training")
+
 _FINETUNE: Path = (*_TRAINING, "finetune")
+
 _CONFIG: Path = (*_FINETUNE, "config")
 
 #: Settings and the one option that each stands for.
@@ -45,6 +57,7 @@ _SHORT: dict[str, Path] = {
     "peft_use_dora": (*_CONFIG, "use_dora"),
     "max_grad_norm": (*_TRAINING, "grad_clip_norm"),
 }
+
 #: Settings of the data, and the set that each makes or, for names and units, describes.
 _DATA: dict[str, Path] = {
     "dataset_path": ("training_set",),
@@ -55,7 +68,9 @@ _DATA: dict[str, Path] = {
     **{name: (name,) for name in ("length_unit", "energy_unit", "energy_key", "forces_key",
                                   "stress_key")},
 }  # fmt: skip
+
 _DEFAULT_FRACTION = 0.1
+
 #: Sections whose options may be named without the way there.
 _SECTIONS: tuple[tuple[Any, Path], ...] = (
     (Options, ()),
@@ -63,7 +78,9 @@ _SECTIONS: tuple[tuple[Any, Path], ...] = (
     (FinetuneOptions, _FINETUNE),
     (FinetuneConfig, _CONFIG),
 )
+
 _LORA_METHODS = ("lora", "dora", "qlora")
+
 #: What stands for "not quantised" in such files.
 _UNQUANTISED = (16, 32, 64)
 
@@ -278,3 +295,39 @@ def _kind(options: Options) -> str:
         return f"{bits}bits_{finetune.method}"
     variants = {"_dora": config.use_dora, "_rslora": config.use_rslora}
     return f"{bits}bits_r{config.rank}" + "".join(name for name, on in variants.items() if on)
+
+
+def read_json(path: str | FilePath) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Raises:
+        ConfigError: if the file cannot be read, is no JSON (with line and column), holds no object,
+            or a name twice.
+    """
+    try:
+        text = FilePath(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        found = neighbours(FilePath(path), (".json", ".yaml", ".yml"))
+        raise ConfigError(f"{path}: no such file of runs.{found}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}.") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not a text file in UTF-8.") from None
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ConfigError(f"{path}: '{twice}' stands twice in one section. Rename one.")
+        return dict(pairs)
+
+    try:
+        content = json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{path}, line {error.lineno}, column {error.colno}: is no JSON: {error.msg}. A comma "
+            "after the last entry and comments are not allowed in JSON."
+        ) from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected runs by name, {{...}}, got {type(content).__name__}.")
+    return content
