@@ -6,6 +6,7 @@ import copy
 import os
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -38,12 +39,11 @@ from pet_finetune.device import check_forked, choose_device, choose_dtype
 from pet_finetune.errors import AdapterError, ConfigError, DataError
 from pet_finetune.graph import Batch
 from pet_finetune.model import Potential, Prediction
-from pet_finetune.model.compiled import CompiledEnergy
 from pet_finetune.model.direct import DirectTargets, NonConservative, direct_targets, predict_direct
 from pet_finetune.model.last_layer import LastLayer
 from pet_finetune.model.orientations import orientations as make_orientations
 from pet_finetune.model.orientations import predict_mean
-from pet_finetune.model.static_inference import StaticEnergy
+from pet_finetune.model.static_inference import FrozenEnergy
 
 __all__ = ["PETCalculator"]
 
@@ -66,13 +66,11 @@ class PETCalculator(Calculator):
         adapters: several adapter folders, or the folder of a run with ``finetune.ensemble``: a
             committee. All properties are its mean, and there are those of
             :data:`COMMITTEE_PROPERTIES`.
-        spread: when an uncertainty is computed. ``"always"`` computes what each member says with
-            everything else; ``"on_demand"`` leaves forces and stress of the members until one of
-            them, or their uncertainty, is asked for, which then takes an evaluation of its own.
-            That is faster where the members share their first layers; where they do not, they are
-            there anyway. Of a last layer (LLPR), ``"on_demand"`` leaves the energy's uncertainty
-            too. None is ``"always"`` for a committee, and for a last layer the energy's
-            uncertainty with everything else and its members' forces and stress on demand.
+        spread: ``"always"`` computes what each member says, and uncertainties, with everything
+            else; ``"on_demand"`` once they are asked for, which then takes an evaluation of its own
+            but is faster before where the members share their first layers. None is ``"always"``
+            for a committee; of a last layer (LLPR) the energy's uncertainty comes with everything
+            else then, and its members' forces and stress on demand.
         target: the energy to use. Without it: the only one of the adapter, or of the model where
             there is none, else ``energy``.
         non_conservative: True for forces and stress from the model's direct heads
@@ -118,8 +116,7 @@ class PETCalculator(Calculator):
         super().__init__()
         if not skin >= 0.0:
             raise ConfigError(f"skin: the margin is a length of 0 Å or more, got {skin}.")
-        if compile not in ("auto", "on", "off"):
-            raise ConfigError(f"compile: '{compile}' is not one of auto, on, off.")
+        _check_choice("compile", compile, ("auto", "on", "off"))
         self._rotations = make_orientations(orientations)
         self._wanted_device = str(device)
         self._device = choose_device(self._wanted_device)
@@ -131,8 +128,7 @@ class PETCalculator(Calculator):
         if spread == "asked":
             warnings.warn('spread="asked" is now "on_demand"', DeprecationWarning, stacklevel=2)
             spread = "on_demand"
-        if spread not in (None, "always", "on_demand"):
-            raise ConfigError(f"spread: '{spread}' is not one of always, on_demand.")
+        _check_choice("spread", spread or "always", ("always", "on_demand"))
         self._spread = spread
         self._wanted_target = target
         self._wanted_direct: NonConservative = non_conservative
@@ -148,14 +144,10 @@ class PETCalculator(Calculator):
         if self._adapted is not None:
             self._adapted.merge()
         self._model = potential.eval().requires_grad_(False)
-        self._target = self._choose_target()
-        self._direct = self._choose_direct()
-        self._last_layer = self._choose_last_layer()
         self._conditioned = potential.hypers.system_conditioning
         self._moving = MovingAtoms(potential.cutoff, float(skin))
         self._compile = compile
-        self._compiled: CompiledEnergy | None = None
-        self._static: StaticEnergy | None = None
+        self._choose()
         self._arena = Arena()
 
     @property
@@ -246,43 +238,31 @@ class PETCalculator(Calculator):
     def _switched(self) -> None:
         """What was computed is of another model."""
         self.reset()
-        self._static = self._compiled = None
-        self._target = self._choose_target()
-        self._direct = self._choose_direct()
-        self._last_layer = self._choose_last_layer()
+        self._choose()
 
-    def _choose_target(self) -> str:
-        if isinstance(self._model, Committee):
-            return self._model.energy_target(self._wanted_target)
-        return self._model.energy_target(self._wanted_target, self._of_adapter)
-
-    @property
-    def _of_adapter(self) -> tuple[str, ...]:
-        return () if self._adapted is None else self._adapted.targets
-
-    def _choose_direct(self) -> DirectTargets | None:
-        """The direct targets in use: those of the adapter, where there is one."""
-        if self._wanted_direct is False:
-            return None
-        if isinstance(self._model, Committee):
-            raise ConfigError(
-                "non_conservative: a committee is of one energy, and has no direct heads. Use "
-                "non_conservative=False, or one of its adapters."
-            )
-        targets = self._model.targets
-        if self._of_adapter:  # direct heads of the base do not fit the adapter's features
-            targets = {name: targets[name] for name in self._of_adapter}
-        return direct_targets(targets, self._target, self._wanted_direct)
-
-    def _choose_last_layer(self) -> LastLayer | None:
-        """The uncertainty of the target's last layer; also what properties there are with it."""
-        layer: LastLayer | None = None
+    def _choose(self) -> None:
+        """Find in the model, with its adapter, what is computed and which properties there are."""
+        self._frozen: FrozenEnergy | None = None
+        self._direct: DirectTargets | None = None
+        self._last_layer: LastLayer | None = None
         more: Sequence[str] = COMMITTEE_PROPERTIES
-        if isinstance(self._model, Potential):
-            layer = fresh(self._model).get(self._target)
-            more = properties_of(layer, self._direct is not None)
+        model = self._model
+        if isinstance(model, Committee):
+            self._target = model.energy_target(self._wanted_target)
+            if self._wanted_direct is not False:
+                raise ConfigError(
+                    "non_conservative: a committee is of one energy, and has no direct heads. Use "
+                    "non_conservative=False, or one of its adapters."
+                )
+        else:
+            own = () if self._adapted is None else self._adapted.targets
+            self._target = model.energy_target(self._wanted_target, own)
+            # Direct heads of the base do not fit the adapter's features.
+            targets = {name: model.targets[name] for name in own or model.targets}
+            self._direct = direct_targets(targets, self._target, self._wanted_direct)
+            self._last_layer = fresh(model).get(self._target)
+            more = properties_of(self._last_layer, self._direct is not None)
         self.implemented_properties = [*type(self).implemented_properties, *more]
-        return layer
 
     def get_property(
         self, name: str, atoms: Atoms | None = None, allow_calculation: bool = True
@@ -300,26 +280,23 @@ class PETCalculator(Calculator):
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """What changed since the last calculation; counts charge and spin where they matter."""
-        changes = self._changes(atoms, tol)
-        if not changes and self.atoms is not None:
-            same = self._charge_and_spin(self.atoms) == self._charge_and_spin(atoms)
-            return [] if same else ["info"]
-        return changes
-
-    def _changes(self, atoms: Atoms, tol: float) -> list[str]:
-        """What ASE finds to have changed; in a simulation it is asked several times a step."""
         known = self.atoms
+        changes: list[str]
         if (
             known is not None
             and self.ignored_changes >= _IGNORED
             and np.array_equal(known.numbers, atoms.numbers)
             and np.array_equal(known.cell.array, atoms.cell.array)
             and np.array_equal(known.pbc, atoms.pbc)
-        ):
+        ):  # the usual case in a simulation, which asks several times a step
             same = np.array_equal(known.positions, atoms.positions)
             same = same or equal(known.positions, atoms.positions, atol=tol)
-            return [] if same else ["positions"]
-        changes: list[str] = super().check_state(atoms, tol=tol)
+            changes = [] if same else ["positions"]
+        else:
+            changes = super().check_state(atoms, tol=tol)
+        if not changes and known is not None:
+            same = self._charge_and_spin(known) == self._charge_and_spin(atoms)
+            changes = [] if same else ["info"]
         return changes
 
     @torch.inference_mode(False)
@@ -352,8 +329,15 @@ class PETCalculator(Calculator):
         check_forked(self._device)
         check_atoms(atoms, self._model.species)
         asked = frozenset(properties or ())
+        charge, spin = self._charge_and_spin(atoms)
         with self._arena.reused():
-            prediction = self._predict_mean(self._batch(atoms), periodic, asked)
+            # The edges reach as far as the skin.
+            batch = self._moving.batch(atoms, charge, spin, self._device, self._model.dtype)
+            if len(self._rotations) == 1:
+                prediction = self._predict(batch, periodic, asked)
+            else:
+                predict = partial(self._predict, stress=periodic, asked=asked)
+                prediction = predict_mean(batch, self._rotations, predict)
         super().calculate(atoms, properties, system_changes)
         assert prediction.forces is not None
         energy = float(prediction.energy[0])
@@ -367,11 +351,6 @@ class PETCalculator(Calculator):
             self.results["stress"] = full_3x3_to_voigt_6_stress(to_numpy(prediction.stress[0]))
         if isinstance(prediction, CommitteePrediction):
             self.results.update(committee_results(prediction))
-
-    def _predict_mean(self, batch: Batch, stress: bool, asked: frozenset[str]) -> Prediction:
-        if len(self._rotations) == 1:
-            return self._predict(batch, stress, asked)
-        return predict_mean(batch, self._rotations, lambda b: self._predict(b, stress, asked))
 
     def _predict(self, batch: Batch, stress: bool, asked: frozenset[str]) -> Prediction:
         members = not OF_MEMBERS.isdisjoint(asked) or self._spread == "always"
@@ -397,24 +376,9 @@ class PETCalculator(Calculator):
             prediction = found[self._target]
             assert isinstance(prediction, Prediction)
             return prediction
-        if self._compile == "on" or (self._compile == "auto" and self._device.type != "cpu"):
-            if self._compiled is None:
-                only_known = self._compile == "auto"
-                self._compiled = CompiledEnergy(self._model, self._target, only_known)
-            known = self._compiled.predict(batch, stress=stress)
-            if known is not None:
-                return known
-        if self._static is None:
-            self._static = StaticEnergy(self._model, self._target)
-        known = self._static.predict(batch, stress=stress)
-        if known is not None:
-            return known
-        return self._model.predict(batch, self._target, forces=True, stress=stress)
-
-    def _batch(self, atoms: Atoms) -> Batch:
-        """The structure as the model's input; its edges reach as far as the skin."""
-        charge, spin = self._charge_and_spin(atoms)
-        return self._moving.batch(atoms, charge, spin, self._device, self._model.dtype)
+        if self._frozen is None:
+            self._frozen = FrozenEnergy(self._model, self._target, self._compile)
+        return self._frozen.predict(batch, stress=stress)
 
     def _charge_and_spin(self, atoms: Atoms) -> tuple[int, int]:
         if not self._conditioned:
@@ -426,8 +390,7 @@ class PETCalculator(Calculator):
         """Without the neighbour list, and with the model on the CPU: any machine can open it."""
         state = self.__dict__.copy()
         state["_moving"] = self._moving.fresh()
-        state["_compiled"] = None
-        state["_static"] = None
+        state["_frozen"] = None
         if self._device.type != "cpu":
             memo: dict[int, Any] = {}
             state["_model"] = copy.deepcopy(self._model, memo).to("cpu")
@@ -439,3 +402,8 @@ class PETCalculator(Calculator):
         self.__dict__.update(state)
         self._device = choose_device(self._wanted_device)
         self._model.to(self._device)
+
+
+def _check_choice(option: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{option}: '{value}' is not one of {', '.join(allowed)}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from pet_finetune.graph import Batch
 from pet_finetune.nn.attention import SMALLEST_FACTOR, weigh_keys
 from pet_finetune.nn.neighborhood import TINY
 
+from .compiled import CompiledEnergy
 from .pet import PET
 from .potential import Potential
 from .prediction import Prediction
@@ -147,3 +149,37 @@ class StaticEnergy:
             edges, found = [*edges, repulsion], [*found, torch.ones_like(repulsion)]
         (gradient,) = torch.autograd.grad(edges, batch.edge_vectors, found, materialize_grads=True)
         return raw, None if repulsion is None else repulsion.detach(), gradient
+
+
+class FrozenEnergy:
+    """One energy of a potential that does not train, computed the fastest way that there is.
+
+    That is by a compiled graph, by :class:`StaticEnergy`, or by the potential's own modules.
+
+    Args:
+        potential: in evaluation mode; held on to, not copied.
+        target: which energy.
+        compile: ``on``, ``off``, or ``auto`` for graphs that were compiled before, on a GPU.
+    """
+
+    def __init__(
+        self, potential: Potential, target: str, compile: Literal["auto", "on", "off"]
+    ) -> None:
+        self._potential, self._target = potential, target
+        self._ways: list[CompiledEnergy | StaticEnergy] = [StaticEnergy(potential, target)]
+        if compile == "on" or (compile == "auto" and potential.device.type != "cpu"):
+            only_known = compile == "auto"
+            self._ways.insert(0, CompiledEnergy(potential, target, only_known))
+
+    def predict(self, batch: Batch, *, stress: bool = False) -> Prediction:
+        """Energy and forces, and the stress.
+
+        Args:
+            batch: the structures.
+            stress: whether it is computed.
+        """
+        for way in self._ways:
+            found = way.predict(batch, stress=stress)
+            if found is not None:
+                return found
+        return self._potential.predict(batch, self._target, forces=True, stress=stress)
