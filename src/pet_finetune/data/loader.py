@@ -20,7 +20,7 @@ from pet_finetune.rng import Stream
 from .augment import random_rotations, rotate_batch
 from .batch import LabelledBatch, Whole, collate_labelled, num_known, prepare
 from .neighbors import structure_neighbors
-from .on_disk import SAMPLE, OnDisk, label_names
+from .on_disk import OF_ELEMENT, SAMPLE, OnDisk, label_names
 from .order import count_packs, deal, in_blocks, pack
 from .structure import Structure
 
@@ -163,12 +163,14 @@ class Loader:
         other._dealt = (rank, size)
         return other
 
-    def sampled(self, what: str = "", most: int | None = None) -> Loader:
+    def sampled(self, what: str = "", most: int | None = None, label: str = "") -> Loader:
         """A view of a part of the structures where a large set is on disk; else itself.
 
         Args:
             what: what looks at the part, for the log.
-            most: as many structures are enough, also of a set in memory.
+            most: as many structures are enough, also of a set in memory; of rare elements there
+                are more.
+            label: of a set in memory, those without it are left out of the part.
         """
         on_disk = isinstance(self.structures, OnDisk)
         count = min(most or len(self.structures), SAMPLE if on_disk else len(self.structures))
@@ -180,13 +182,15 @@ class Loader:
             other._num_atoms = part.num_atoms
             other._prepared = _OnTheFly(part, self.cutoff, self.dtype)
         else:
-            chosen = np.linspace(0, len(self.structures) - 1, count).round().astype(np.int64)
+            chosen = _spread(self.structures, count, label)
             other.structures = [self.structures[k] for k in chosen]
             other._num_atoms = self._num_atoms[chosen]
             other._prepared = [self._prepared[k] for k in chosen]
         other._turned = None
         if what:
-            _logger.info("%s: from %d of %d structures", what, count, len(self.structures))
+            _logger.info(
+                "%s: from %d of %d structures", what, len(other.structures), len(self.structures)
+            )
         return other
 
     def parts(self, epoch: int, index: int, count: int) -> Iterator[LabelledBatch]:
@@ -354,6 +358,23 @@ class Loader:
             generator = torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
             self._turned = epoch, random_rotations(len(self.structures), generator, self.dtype)
         return self._turned[1]
+
+
+def _spread(structures: Sequence[Structure], count: int, label: str) -> np.ndarray:
+    """Positions of so many structures, evenly spread; more where elements are rare."""
+    having = [k for k, s in enumerate(structures) if not label or label in s.labels]
+    chosen = [np.array(having or range(len(structures)))]
+    at: dict[int, list[int]] = {}
+    for position, structure in ((k, structures[k]) for k in chosen[0].tolist()):
+        for number in set(structure.numbers.tolist()):
+            at.setdefault(number, []).append(position)
+    chosen += [np.array(places) for places in at.values()]
+    counts = [count, *[min(OF_ELEMENT, count // 10)] * len(at)]
+    picked = [
+        places[np.linspace(0, len(places) - 1, min(most, len(places))).round().astype(np.int64)]
+        for places, most in zip(chosen, counts, strict=True)
+    ]
+    return np.unique(np.concatenate(picked))
 
 
 class _OnTheFly:

@@ -233,7 +233,7 @@ def _without_gaps(positions: np.ndarray, pbc: np.ndarray, cutoff: float) -> np.n
     A gap along an axis that is wider than the cutoff is cut down to twice the cutoff: the pairs
     stay the same, and a cell list of far apart atoms is as small as one of near ones.
     """
-    if pbc.any() or len(positions) < 2:
+    if pbc.any() or (_heights(positions, positions, pbc) <= 4.0 * cutoff).all():
         return positions
     moved = positions
     for axis in range(3):

@@ -23,7 +23,7 @@ T = TypeVar("T")
 _logger = get_logger(__name__)
 #: Structures that stand for a set where a look at all of them takes too long, and those of an
 #: element of which there are at least so many among them.
-SAMPLE, _OF_ELEMENT = 1_000, 50
+SAMPLE, OF_ELEMENT = 1_000, 50
 
 
 class Store(Protocol):
@@ -254,7 +254,7 @@ class OnDisk(Sequence[Structure]):
                 if len(column):
                     own[at] = store.atoms_of[self.rows[at], column[0]] > 0
             places = np.flatnonzero(own)
-            chosen.append(rng.choice(places, min(len(places), _OF_ELEMENT), replace=False))
+            chosen.append(rng.choice(places, min(len(places), OF_ELEMENT), replace=False))
         return self.take(np.unique(np.concatenate(chosen)))
 
 

@@ -157,7 +157,8 @@ def evaluate(
     layers = {} if isinstance(model, Committee) else fresh(model)
     training = model.training
     model.eval()
-    with Watch("predictions", "structures") as watch:
+    total = len(batches.structures) if isinstance(batches, Loader) and not deals else None
+    with Watch("predictions", "structures", total) as watch:
         try:
             for batch in on_device(batches, model.device, model.dtype):
                 predictions: Mapping[str, Prediction | Property]

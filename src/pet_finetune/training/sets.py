@@ -38,7 +38,7 @@ BEFORE, AFTER = "before", "after"
 _LARGEST_BATCH = 64  # structures, for validation and evaluation
 #: Structures of a large training set on which errors before and after training are taken: they are
 #: known to a few percent by then, and the rest would only delay the first step.
-_ENOUGH = 2000
+_ENOUGH = 1000
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from itertools import chain, pairwise
 
 import numpy as np
@@ -150,6 +151,17 @@ def test_a_sample_is_spread_over_all_and_in_order(structures):
     assert loader.sampled(most=len(NAMES)) is loader
     assert loader.sampled() is loader
     assert len(loader.structures) == len(NAMES)
+
+
+def test_a_sample_has_rare_elements_and_the_label(structures):
+    names = [*["H2O"] * 61, "CH4", *["H2O"] * 58]
+    few = [atoms_to_structure(molecule(name), k) for k, name in enumerate(names)]
+    part = Loader(few, 4.0, batch_size=2).sampled(most=10)
+    assert names.index("CH4") in list(chain(*frames(part)))
+    assert len(part.structures) < 14
+    bare = [replace(s, labels={}) if k % 3 else s for k, s in enumerate(structures)]
+    part = Loader(bare, 4.0, batch_size=2).sampled(most=3, label="energy")
+    assert {k % 3 for k in chain(*frames(part))} == {0}
 
 
 def test_dtype_and_label_names(structures):

@@ -16,6 +16,7 @@ from pet_finetune.data import Loader
 from pet_finetune.errors import CheckpointError, ConfigError, TrainingError
 from pet_finetune.keys import TargetSpec
 from pet_finetune.model import Potential
+from pet_finetune.training import baselines
 from pet_finetune.training.baselines import prepare_baselines
 from pet_finetune.training.starting_model import with_stated_numbers
 from pet_finetune.training.tables import baseline_text
@@ -80,6 +81,23 @@ def test_refit_finds_the_shift_between_foundation_and_labels(structures):
     assert table.mode == "refit"
     labels = torch.stack([s.labels["energy"] for s in structures])
     torch.testing.assert_close(energies_of(model, structures), labels, atol=1e-3, rtol=0)
+
+
+def test_refit_asks_the_model_about_some_of_many(structures, monkeypatch):
+    model = random_potential()
+    before = model.composition.get("energy").clone()
+    structures = shifted(model, structures, SHIFTS)
+    asked = []
+    predict = model.predict
+    monkeypatch.setattr(model, "predict", lambda b, *a, **k: asked.append(b) or predict(b, *a, **k))
+    monkeypatch.setattr(baselines, "_ENOUGH", 20)
+    many = [one for one in structures for _ in range(60)]
+    table = prepare(model, many, options_of())
+    change = model.composition.get("energy") - before
+    expected = torch.tensor([*SHIFTS.values(), 0.0], dtype=torch.float64)
+    torch.testing.assert_close(change, expected, atol=1e-4, rtol=0)
+    assert sum(batch.num_structures for batch in asked) < len(many) / 3
+    assert sum(count for _, count, *_ in table.rows) == sum(s.num_atoms for s in many)
 
 
 def test_refit_of_a_single_composition_centres_the_errors():
