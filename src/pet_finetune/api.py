@@ -18,21 +18,22 @@ from typing import Any
 from ase import Atoms
 
 from pet_finetune.adapters import AdaptedPotential
-from pet_finetune.checkpoint.adapters import (
+from pet_finetune.checkpoint.adapter_folders import (
     check_adapters,
     combine_adapters,
     describe_adapter,
     merge_adapter,
 )
-from pet_finetune.checkpoint.info import checkpoint_facts, describe_checkpoint
+from pet_finetune.checkpoint.contents import checkpoint_facts, describe_checkpoint
 from pet_finetune.config import PretrainOptions
 from pet_finetune.config.finetune_sections import LastLayerOptions
 from pet_finetune.config.problems import checked_section
 from pet_finetune.data.convert import convert
 from pet_finetune.data.files import read_frames
-from pet_finetune.dynamics.md import ModelChoice, restart_md, run_md
-from pet_finetune.dynamics.relax import RelaxSettings, relax_structures
+from pet_finetune.dynamics.md_checks import ModelChoice
+from pet_finetune.dynamics.relaxation import RelaxSettings, relax_structures
 from pet_finetune.dynamics.settings import MDSettings
+from pet_finetune.dynamics.simulate import restart_md, run_md
 from pet_finetune.errors import ConfigError
 from pet_finetune.export.export import (
     ExportOutcome,
@@ -59,8 +60,7 @@ from pet_finetune.keywords import (
 )
 from pet_finetune.log import get_logger, setup_logging
 from pet_finetune.pretraining import PretrainResult, pretrain_model
-from pet_finetune.report.watch import ReportServer
-from pet_finetune.report.write import write_report
+from pet_finetune.report.report_file import ReportServer, write_report
 from pet_finetune.result import FinetuneResult, result_of
 from pet_finetune.rooms import (
     ROOMS,
@@ -70,7 +70,7 @@ from pet_finetune.rooms import (
     train_as_told,
     train_named,
 )
-from pet_finetune.runs.folder import RunFolder
+from pet_finetune.runs import RunFolder
 from pet_finetune.training import run, uncertainty
 from pet_finetune.training.compare_runs import evaluate_named
 from pet_finetune.training.evaluation import (

@@ -12,8 +12,6 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-__all__ = ["cache_folders", "notice", "provide_home"]
-
 _notices: list[str] = []
 
 

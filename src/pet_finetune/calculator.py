@@ -31,8 +31,8 @@ from pet_finetune.committee.committee import (
     committee_results,
     to_numpy,
 )
-from pet_finetune.committee.files import Adapters
-from pet_finetune.committee.last_layer import fresh, no_property, properties_of, with_uncertainty
+from pet_finetune.committee.committee_files import Adapters
+from pet_finetune.committee.llpr import fresh, no_property, properties_of, with_uncertainty
 from pet_finetune.data.computable import charge_and_spin, check_atoms
 from pet_finetune.data.moving import Contacts, MovingAtoms, Origin
 from pet_finetune.device import check_forked, choose_device, choose_dtype
@@ -44,8 +44,6 @@ from pet_finetune.model.last_layer import LastLayer
 from pet_finetune.model.orientations import orientations as make_orientations
 from pet_finetune.model.orientations import predict_mean
 from pet_finetune.model.static_inference import FrozenEnergy
-
-__all__ = ["PETCalculator"]
 
 #: Of what a structure has, this is not read by the potential.
 _IGNORED = {"initial_charges", "initial_magmoms"}

@@ -13,8 +13,6 @@ from pet_finetune import processes
 from pet_finetune.errors import ConfigError
 from pet_finetune.version import __version__
 
-__all__ = ["check_forked", "choose_device", "choose_dtype", "dtype_of_bits", "versions"]
-
 #: Packages whose versions determine the numbers.
 PACKAGES = ("torch", "ase", "numpy", "vesin")
 

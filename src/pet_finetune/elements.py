@@ -8,8 +8,6 @@ from ase.data import chemical_symbols
 
 from pet_finetune.errors import did_you_mean
 
-__all__ = ["atomic_number", "nearest_element", "period_and_group", "symbol_of"]
-
 _SYMBOLS = tuple(chemical_symbols[1:])
 _NOBLE_GASES = (2, 10, 18, 36, 54, 86, 118)
 

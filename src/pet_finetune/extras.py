@@ -9,8 +9,6 @@ from typing import Any
 
 from pet_finetune.errors import PetFinetuneError
 
-__all__ = ["QUANTIZATION", "drawn", "missing_extra", "plotting"]
-
 _logger = logging.getLogger(__name__)
 
 #: The library behind ``quant_bits`` and the extra of the package that installs it.

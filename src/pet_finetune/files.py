@@ -15,17 +15,6 @@ from typing import Any
 
 from pet_finetune.errors import DataError, did_you_mean
 
-__all__ = [
-    "check_file",
-    "check_room",
-    "check_writable",
-    "read_object",
-    "read_table",
-    "replacing",
-    "size_text",
-    "write_whole",
-]
-
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:

@@ -27,8 +27,6 @@ from pet_finetune.log import get_logger
 from pet_finetune.progress import Watch
 from pet_finetune.version import __version__
 
-__all__ = ["SHIPPED", "UPET_MODELS", "find_model", "is_address"]
-
 _logger = get_logger(__name__)
 
 #: The published models of upet 0.3.1: families, and the sizes of each.

@@ -6,22 +6,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = [
-    "DIRECT_FORCES",
-    "DIRECT_STRESS",
-    "LabelKind",
-    "TargetSpec",
-    "base_name",
-    "direct_quantity",
-    "forces_key",
-    "label_kind",
-    "main_energy",
-    "output_name",
-    "stress_key",
-    "uncertainty_key",
-    "weights_key",
-]
-
 #: Names under which metatrain's models predict forces without a derivative, the newer one first.
 DIRECT_FORCES = ("non_conservative_force", "non_conservative_forces")
 #: The same for the stress.

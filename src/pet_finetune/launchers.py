@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 from .errors import ConfigError
 
-__all__ = ["Launch", "find_launch", "quiet"]
-
 #: metatrain's default of ``distributed_port``.
 PORT = 39591
 

@@ -29,8 +29,6 @@ try:
 except ImportError:  # not a POSIX system
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["FileLock", "Holder"]
-
 _logger = get_logger(__name__)
 _SECONDS_BETWEEN_SIGNS = 5.0
 #: After so long without a sign the holder on another host is taken for dead.

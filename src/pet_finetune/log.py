@@ -24,15 +24,6 @@ from . import processes
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-__all__ = [
-    "FILE_ONLY",
-    "get_logger",
-    "html_of",
-    "last_line",
-    "setup_logging",
-    "stderr_console",
-]
-
 #: As ``extra`` of a message: it goes to the log file but not to stderr, because the user is shown
 #: it in another way.
 FILE_ONLY = {"file_only": True}

@@ -30,24 +30,6 @@ from .launchers import Launch
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "alone",
-    "barrier",
-    "check_distinct",
-    "everyone",
-    "first",
-    "from_first",
-    "gathered",
-    "identity",
-    "joined",
-    "leave_error",
-    "leader",
-    "local_rank",
-    "next_number",
-    "rank",
-    "size",
-]
-
 T = TypeVar("T")
 
 #: Where a process that this package started leaves the text of its error for who started it.

@@ -12,16 +12,6 @@ import torch
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import record_function
 
-__all__ = [
-    "each",
-    "forget_peak",
-    "peak_gpu_mib",
-    "peak_resident_mib",
-    "resident_mib",
-    "stage",
-    "stage_seconds",
-]
-
 T = TypeVar("T")
 
 _UNSEEN = nullcontext()

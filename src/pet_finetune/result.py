@@ -23,8 +23,6 @@ from pet_finetune.training.records import TrainOutcome
 from pet_finetune.training.resume import plain_errors
 from pet_finetune.training.run_files import ADAPTER, BEST
 
-__all__ = ["FinetuneResult", "result_of"]
-
 _logger = get_logger(__name__)
 
 

@@ -12,15 +12,6 @@ import torch
 
 from . import processes
 
-__all__ = [
-    "MemberStream",
-    "Stream",
-    "generator_states",
-    "seed_everything",
-    "seed_process",
-    "set_generators",
-]
-
 
 @unique
 class Stream(IntEnum):

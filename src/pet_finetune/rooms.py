@@ -14,7 +14,7 @@ from pet_finetune.export.export import check_output_of_run, export_model, export
 from pet_finetune.inspection.preflight import Preflight, read_checked
 from pet_finetune.launchers import find_launch
 from pet_finetune.pretraining import pretrained
-from pet_finetune.report.write import report_or_warn
+from pet_finetune.report.report_file import report_or_warn
 from pet_finetune.training import compare_runs, launch, run
 from pet_finetune.training.feature import Feature
 from pet_finetune.training.prepare import Rooms
@@ -22,8 +22,6 @@ from pet_finetune.training.profile import TrainingProfile, profile_run
 from pet_finetune.training.records import TrainOutcome
 from pet_finetune.training.run_files import BEST
 from pet_finetune.training.tables import show
-
-__all__ = ["ROOMS", "features_of_rooms", "profile", "train", "train_as_told", "train_named"]
 
 # Packages with features of training that no other code names: deleting one takes its features away.
 _FEATURE_ROOMS = ("pet_finetune.forgetting",)

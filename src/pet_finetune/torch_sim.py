@@ -11,7 +11,7 @@ from ase import Atoms
 from torch import Tensor
 
 from pet_finetune.calculator import PETCalculator
-from pet_finetune.committee.files import Adapters
+from pet_finetune.committee.committee_files import Adapters
 from pet_finetune.data.computable import check_atoms
 from pet_finetune.data.moving import MovingAtoms
 from pet_finetune.errors import PetFinetuneError
@@ -25,8 +25,6 @@ if _lacking is not None:
 
 from torch_sim import SimState  # noqa: E402
 from torch_sim.models.interface import ModelInterface  # noqa: E402
-
-__all__ = ["PETTorchSimModel"]
 
 
 class PETTorchSimModel(ModelInterface):

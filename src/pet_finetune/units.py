@@ -11,19 +11,6 @@ from ase import units
 
 from pet_finetune.errors import UnitError, did_you_mean
 
-__all__ = [
-    "ENERGY_UNITS",
-    "LENGTH_UNITS",
-    "PRESSURE_UNITS",
-    "energy_to_ev",
-    "force_to_ev_per_angstrom",
-    "is_energy_unit",
-    "length_to_angstrom",
-    "own_unit",
-    "stress_to_ev_per_angstrom3",
-    "to_own_unit",
-]
-
 _KJ_PER_MOL = units.kJ / units.mol
 
 #: Accepted spellings of a length (case-insensitive) and their size in angstrom.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from pet_finetune.report.watch import ReportServer
+from pet_finetune.report.report_file import ReportServer
 
 TABLE = "epoch,learning_rate,loss\n1,1e-3,0.5\n"
 

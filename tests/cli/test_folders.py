@@ -13,7 +13,7 @@ from pathlib import Path
 import ase.io
 import pytest
 
-from pet_finetune.runs.folder import RunFolder
+from pet_finetune.runs import RunFolder
 from tiny_data import molecules, options, write_frames, write_options
 
 REFUSED = re.compile(rf"The folder '[^']*' is in use by process {os.getpid()} on host '")
@@ -76,7 +76,7 @@ def test_two_commands_started_together_write_two_runs(here):
     write_frames(Path("train.xyz"), molecules(6))
     script = (
         "import datetime, sys, types\n"
-        "from pet_finetune.runs import folder\n"
+        "from pet_finetune import runs as folder\n"
         "class Clock(datetime.datetime):\n"
         "    now = classmethod(lambda cls, tz=None: cls(2026, 1, 2, 3, 4, 5, tzinfo=tz))\n"
         "folder.datetime = types.SimpleNamespace(datetime=Clock, timezone=datetime.timezone)\n"

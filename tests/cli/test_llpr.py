@@ -16,7 +16,7 @@ import pet_finetune as pf
 from models import ethanol, random_potential, with_last_layer
 from pet_finetune import PETCalculator
 from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
-from pet_finetune.committee.last_layer import fresh
+from pet_finetune.committee.llpr import fresh
 from pet_finetune.config.finetune_sections import LastLayerOptions
 from pet_finetune.config.load import load_options
 from pet_finetune.data.splits import load_splits

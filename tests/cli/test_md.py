@@ -18,8 +18,8 @@ from models import crystal, ethanol, random_potential, trained_adapter
 from pet_finetune import calculator
 from pet_finetune.adapters import save_adapter
 from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
-from pet_finetune.dynamics import md as workflow
-from pet_finetune.dynamics.progress import MDDisplay
+from pet_finetune.dynamics import simulate as workflow
+from pet_finetune.dynamics.measure import MDDisplay
 from pet_finetune.model.orientations import predict_mean
 
 SHORT = ("--steps", 6, "--timestep", 0.1, "--every", 2, "--temperature", 50, "--seed", 1)

@@ -15,7 +15,7 @@ from ase.optimize import BFGS, FIRE
 
 from models import crystal, ethanol
 from pet_finetune import PETCalculator
-from pet_finetune.dynamics import relax as workflow
+from pet_finetune.dynamics import relaxation as workflow
 
 FEW = ("--steps", 4, "--fmax", 1e-8)
 

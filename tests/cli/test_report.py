@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pet_finetune.data.predicted import Predicted
-from pet_finetune.report import write as report
+from pet_finetune.report import report_file as report
 from pet_finetune.training.metrics import Metrics
 from tiny_data import options, write_options
 

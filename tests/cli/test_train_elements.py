@@ -11,7 +11,7 @@ import torch
 
 from models import SPECIES
 from pet_finetune import PETCalculator
-from pet_finetune.adapters.new_rows import ROWS
+from pet_finetune.adapters.layers import ROWS
 from pet_finetune.checkpoint import load_checkpoint, weights_fingerprint
 from pet_finetune.training.loggers import RunDisplay
 from tiny_data import molecules, options, write_frames, write_options

@@ -15,7 +15,7 @@ from ase.io import read
 from pet_finetune import PETCalculator
 from pet_finetune.adapters import read_adapter
 from pet_finetune.checkpoint import load_checkpoint
-from pet_finetune.committee.files import load_committee, read_committee
+from pet_finetune.committee.committee_files import load_committee, read_committee
 from tiny_data import options, write_options
 
 MEMBERS = 2

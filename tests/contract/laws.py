@@ -32,7 +32,7 @@ from pet_finetune.adapters import (
     unmerge,
 )
 from pet_finetune.adapters.inject import adapter_tensors
-from pet_finetune.adapters.lora import is_adapter_tensor
+from pet_finetune.adapters.layers import is_adapter_tensor
 from pet_finetune.checkpoint import load_checkpoint, save_checkpoint, weights_fingerprint
 from pet_finetune.data import batch_from_atoms, random_rotations
 from pet_finetune.errors import CheckpointError

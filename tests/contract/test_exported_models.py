@@ -35,7 +35,7 @@ from pet_finetune import PETCalculator
 from pet_finetune.adapters import save_adapter
 from pet_finetune.checkpoint import save_checkpoint
 from pet_finetune.committee.committee import Calibration
-from pet_finetune.committee.files import write_committee
+from pet_finetune.committee.committee_files import write_committee
 from pet_finetune.export.export import export_model
 from pet_finetune.keys import TargetSpec
 

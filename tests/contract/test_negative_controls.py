@@ -16,7 +16,7 @@ from ase import Atoms
 
 from laws_of_species import assert_same_energies
 from models import apart, crystal, ethanol, lone_atom, random_potential, trained_adapter
-from pet_finetune.adapters import AdapterConfig, inject, lora
+from pet_finetune.adapters import AdapterConfig, inject, layers
 from pet_finetune.graph import Batch
 from pet_finetune.model import Potential, Prediction
 
@@ -186,7 +186,7 @@ def adds_up(model: Potential) -> None:
     """A merge that does not notice that it was done already."""
     with torch.no_grad():
         for module in model.network.modules():
-            if isinstance(module, lora.LoraLinear):
+            if isinstance(module, layers.LoraLinear):
                 module.weight += module.delta()
 
 
@@ -194,7 +194,7 @@ def subtracts(model: Potential) -> None:
     """An unmerging that takes the update off again, with its rounding errors."""
     with torch.no_grad():
         for module in model.network.modules():
-            if isinstance(module, lora.LoraLinear) and module.merged:
+            if isinstance(module, layers.LoraLinear) and module.merged:
                 base = module.weight - module.delta()
                 module.unmerge()
                 module.weight.copy_(base)

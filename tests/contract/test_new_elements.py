@@ -14,9 +14,9 @@ from ase import Atoms
 
 from models import all_structures, crystal, ethanol, random_potential
 from pet_finetune.adapters import AdapterConfig, inject, load_adapter, save_adapter
-from pet_finetune.adapters.adapter import capture
+from pet_finetune.adapters.at_rest import capture
 from pet_finetune.adapters.combine import combine
-from pet_finetune.adapters.new_rows import grown_tables
+from pet_finetune.adapters.layers import grown_tables
 from pet_finetune.checkpoint import weights_fingerprint
 from pet_finetune.errors import AdapterError
 from pet_finetune.model import Potential

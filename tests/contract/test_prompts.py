@@ -31,7 +31,7 @@ from pet_finetune.adapters import (
     trainable_report,
     write_adapter,
 )
-from pet_finetune.adapters.files import CONFIG_FILE, WEIGHTS_FILE
+from pet_finetune.adapters.peft_files import CONFIG_FILE, WEIGHTS_FILE
 from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
 from pet_finetune.committee.committee import Committee
 from pet_finetune.data.batch import batch_from_atoms

@@ -27,8 +27,8 @@ from pet_finetune.adapters import (
     save_adapter,
     trainable_report,
 )
-from pet_finetune.adapters.lora import LoraLinear
-from pet_finetune.adapters.quantized import quantize_base
+from pet_finetune.adapters.layers import LoraLinear
+from pet_finetune.adapters.quantize import quantize_base
 from pet_finetune.data.batch import batch_from_atoms
 from pet_finetune.errors import AdapterError
 from pet_finetune.nn.quantized import QuantizedLinear, QuantizedWeight, held_bytes

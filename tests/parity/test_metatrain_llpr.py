@@ -14,9 +14,8 @@ from ase.calculators.calculator import PropertyNotImplementedError
 
 from pet_finetune import PETCalculator
 from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
-from pet_finetune.checkpoint.llpr import uncertainty_name
-from pet_finetune.committee.last_layer import fresh
-from pet_finetune.committee.last_layer_fit import fit_last_layers
+from pet_finetune.checkpoint.metatrain_llpr import uncertainty_name
+from pet_finetune.committee.llpr import fit_last_layers, fresh
 from pet_finetune.config.finetune_sections import LastLayerOptions
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.structure import atoms_to_structure

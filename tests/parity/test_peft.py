@@ -18,10 +18,9 @@ from pet_finetune.adapters import (
     load_adapter,
     save_adapter,
 )
-from pet_finetune.adapters.config import DEFAULT_TARGETS
+from pet_finetune.adapters.adapter_config import DEFAULT_TARGETS, linear_layers
 from pet_finetune.adapters.inject import adapter_state
-from pet_finetune.adapters.lora import is_adapter_tensor
-from pet_finetune.adapters.matching import linear_layers
+from pet_finetune.adapters.layers import is_adapter_tensor
 from pet_finetune.adapters.merge import lora_layers, merged_copy
 from pet_finetune.data import batch_from_atoms
 from pet_finetune.errors import AdapterError

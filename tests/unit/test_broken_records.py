@@ -19,16 +19,16 @@ from typing import Any
 import pytest
 import yaml
 
-from pet_finetune.adapters.files import read_adapter
+from pet_finetune.adapters.peft_files import read_adapter
 from pet_finetune.committee.committee import Calibration
-from pet_finetune.committee.files import read_committee, write_committee
+from pet_finetune.committee.committee_files import read_committee, write_committee
 from pet_finetune.config.load import load_options
 from pet_finetune.config.named_run_options import NamedRun
 from pet_finetune.data.splits import load_splits
 from pet_finetune.errors import PetFinetuneError
 from pet_finetune.report import figures
-from pet_finetune.report.write import write_report
-from pet_finetune.runs.folder import newest_run
+from pet_finetune.report.report_file import write_report
+from pet_finetune.runs import newest_run
 from pet_finetune.training.compare_runs import summarize
 from pet_finetune.training.run_files import RunFiles
 from unit.test_damage import mutated

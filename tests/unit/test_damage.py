@@ -21,14 +21,14 @@ from safetensors.torch import load_file, save_file
 
 from models import ethanol, random_potential, trained_adapter, with_last_layer
 from pet_finetune.adapters import load_adapter, save_adapter
-from pet_finetune.adapters.files import CONFIG_FILE, WEIGHTS_FILE, read_metadata
+from pet_finetune.adapters.peft_files import CONFIG_FILE, WEIGHTS_FILE, read_metadata
 from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
 from pet_finetune.committee.committee import Calibration
-from pet_finetune.committee.files import COMMITTEE_FILE, read_committee, write_committee
+from pet_finetune.committee.committee_files import COMMITTEE_FILE, read_committee, write_committee
 from pet_finetune.data.predicted import Predicted
 from pet_finetune.data.structure import atoms_to_structure
 from pet_finetune.dynamics import MDFiles
-from pet_finetune.dynamics.files import STATE
+from pet_finetune.dynamics.md_files import STATE
 from pet_finetune.errors import PetFinetuneError
 from pet_finetune.training.run_files import KEPT, RunFiles
 from unit.checkpoint.checkpoint_files import metatrain_content, small_model, write_metatrain

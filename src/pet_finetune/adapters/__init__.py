@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from .adapted import AdaptedPotential
-from .adapter import Adapter, capture, install
+from .adapter_config import AdapterConfig
+from .at_rest import Adapter, capture, install
 from .combine import combine
-from .config import AdapterConfig
-from .files import load_adapter, read_adapter, save_adapter, write_adapter
-from .inject import AdapterTarget, active_adapter, eject, inject
-from .lora import LoraLinear
+from .inject import (
+    AdapterTarget,
+    TrainableReport,
+    active_adapter,
+    eject,
+    freeze,
+    inject,
+    trainable_report,
+)
+from .layers import LoraLinear
 from .merge import adapters_disabled, merge, merged_copy, unmerge
-from .trainable import TrainableReport, freeze, trainable_report
+from .peft_files import load_adapter, read_adapter, save_adapter, write_adapter
 
 __all__ = [
     "AdaptedPotential",

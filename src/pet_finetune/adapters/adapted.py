@@ -14,12 +14,12 @@ from pet_finetune.graph import Batch
 from pet_finetune.model import Potential, Prediction
 from pet_finetune.model.fingerprint import weights_fingerprint
 
-from .adapter import Adapter, capture, check_base, install
+from .at_rest import Adapter, capture, check_base, install
 from .combine import combine
-from .files import read_adapter, write_adapter
 from .inject import active_adapter, eject
 from .merge import merge, merged_copy, unmerge
-from .quantized import restore_base, round_base
+from .peft_files import read_adapter, write_adapter
+from .quantize import restore_base, round_base
 
 
 class AdaptedPotential:

@@ -29,9 +29,9 @@ from pet_finetune.errors import AdapterError, did_you_mean
 from pet_finetune.model import Potential
 from pet_finetune.nn.embedding import ROWS
 
-from .adapter import Adapter, install
+from .at_rest import Adapter, install
 from .inject import AdapterTarget, adapter_state, eject
-from .lora import is_adapter_tensor
+from .layers import is_adapter_tensor
 
 Combination = Literal["linear", "cat", "svd"]
 Weighted = Sequence[tuple[Adapter, float]]

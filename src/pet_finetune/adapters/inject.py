@@ -1,4 +1,4 @@
-"""Putting an adapter into a potential, and taking it out again."""
+"""Putting an adapter into a potential and taking it out again; what of the potential trains."""
 
 from __future__ import annotations
 
@@ -13,15 +13,21 @@ from pet_finetune.keys import TargetSpec
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 from pet_finetune.model.fingerprint import weights_fingerprint
+from pet_finetune.nn.embedding import ROWS
 from pet_finetune.nn.quantized import num_quantized
 
-from .config import AdapterConfig, fitted
-from .lora import DoraLinear, LoraLinear, is_adapter_tensor
-from .matching import replace_module
-from .new_rows import drop_new_rows, train_new_rows
-from .prompts import add_prompts, prompts, remove_prompts
-from .quantized import quantize_base
-from .trainable import freeze
+from .adapter_config import AdapterConfig, fitted, replace_module
+from .layers import (
+    DoraLinear,
+    LoraLinear,
+    add_prompts,
+    drop_new_rows,
+    is_adapter_tensor,
+    prompts,
+    remove_prompts,
+    train_new_rows,
+)
+from .quantize import quantize_base
 
 _logger = get_logger(__name__)
 
@@ -244,3 +250,64 @@ def eject(model: Potential) -> None:
     if state.brought_species:
         model.remove_species(state.brought_species)
     model.requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class TrainableReport:
+    """How many parameters train, in all and by kind.
+
+    Attributes:
+        trainable, total: counts.
+        groups: counts of trained parameters by kind of module.
+    """
+
+    trainable: int
+    total: int
+    groups: dict[str, int]
+
+    def __str__(self) -> str:
+        share = 100.0 * self.trainable / max(self.total, 1)
+        parts = ", ".join(f"{name} {count:,}" for name, count in self.groups.items())
+        return f"{self.trainable:,} of {self.total:,} parameters train ({share:.1f} %): {parts}"
+
+
+def freeze(model: Potential, train: Sequence[str] | None) -> None:
+    """Let only the parameters train whose path in the network begins with one of ``train``.
+
+    Args:
+        model: changed in place.
+        train: beginnings of paths; None lets every parameter train.
+
+    Raises:
+        AdapterError: nothing would train.
+    """
+    found = False
+    for name, parameter in model.network.named_parameters():
+        trains = train is None or name.startswith(tuple(train))
+        parameter.requires_grad_(trains)
+        found |= trains
+    if not found:
+        parts = ", ".join(name for name, _ in model.network.named_children())
+        raise AdapterError(
+            f"Nothing would train: no parameter begins with {', '.join(train or ())}. "
+            f"The model's parts are {parts}."
+        )
+
+
+def _kind(name: str) -> str:
+    """What a trained parameter is called in the report."""
+    if name.endswith(f".{ROWS}"):
+        return "embeddings of new elements"
+    if ".adaption_" in name:
+        return "prompts"
+    return "adapters" if ".lora_" in name else name.split(".")[0]
+
+
+def trainable_report(model: Potential) -> TrainableReport:
+    """Count what trains."""
+    groups: dict[str, int] = {}
+    for name, parameter in model.network.named_parameters():
+        if parameter.requires_grad:
+            kind = _kind(name)
+            groups[kind] = groups.get(kind, 0) + parameter.numel()
+    return TrainableReport(sum(groups.values()), model.num_parameters(), groups)

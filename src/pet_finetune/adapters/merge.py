@@ -13,11 +13,9 @@ from pet_finetune.model import Potential
 from pet_finetune.nn.attention import PromptTokens
 from pet_finetune.nn.quantized import QuantizedLinear
 
+from .adapter_config import replace_module
 from .inject import adapter_state, target_of
-from .lora import LoraLinear
-from .matching import replace_module
-from .new_rows import merge_new_rows
-from .prompts import prompts
+from .layers import LoraLinear, merge_new_rows, prompts
 
 
 def lora_layers(model: Potential) -> Iterator[tuple[str, LoraLinear]]:

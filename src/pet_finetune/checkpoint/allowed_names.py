@@ -9,18 +9,6 @@ from typing import Any
 
 import torch
 
-__all__ = [
-    "CALLS",
-    "DTYPES",
-    "INERT_CLASSES",
-    "STORAGE_DTYPES",
-    "Inert",
-    "Storage",
-    "StoredTensor",
-    "as_count",
-    "as_key",
-]
-
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,9 +20,8 @@ import torch
 from pet_finetune.errors import CheckpointError, damage_explained
 from pet_finetune.hub import find_model
 
-from .safe_pickle import Inert, StoredTensor, read_pickle
-
-__all__ = ["TorchArchive"]
+from .allowed_names import Inert, StoredTensor
+from .safe_pickle import read_pickle
 
 #: Bytes read at a time.
 _CHUNK = 1 << 24
@@ -192,3 +191,51 @@ def _open_zip(path: Path) -> zipfile.ZipFile:
         raise CheckpointError(
             f"{path}: not a checkpoint: {why or 'it is not a zip archive written by torch.save'}."
         ) from error
+
+
+_DEEPEST = 30
+
+
+def plain_value(
+    value: Any,
+    where: str,
+    error: Callable[[str], Exception],
+    keep: tuple[type, ...] = (),
+    depth: int = 0,
+) -> Any:
+    """Return a copy of ``value`` made of built-in types only; paths become text.
+
+    Args:
+        value: anything.
+        where: what the value is called, e.g. ``"training.optimizer"``.
+        error: makes the exception that is raised for a value of another type.
+        keep: further types that are passed through, e.g. tensors.
+        depth: how deep in the whole value this one lies.
+    """
+    if value is None or type(value) in (bool, int, float, str, bytes) or isinstance(value, keep):
+        return value
+    if depth > _DEEPEST:
+        raise error(f"{where} is nested more than {_DEEPEST} levels deep")
+    if isinstance(value, Mapping):
+        for key in value:
+            if type(key) not in (str, int):
+                raise error(f"{where} has the key {key!r}, which is neither text nor an integer")
+        return {
+            key: plain_value(item, f"{where}.{key}", error, keep, depth + 1)
+            for key, item in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        items = [
+            plain_value(item, f"{where}[{index}]", error, keep, depth + 1)
+            for index, item in enumerate(value)
+        ]
+        return tuple(items) if isinstance(value, tuple) else items
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    # numpy's numbers, and subclasses of the built-in ones.
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        return plain_value(value.item(), where, error, keep, _DEEPEST)
+    raise error(f"{where} is of type {type(value).__module__}.{type(value).__qualname__}")

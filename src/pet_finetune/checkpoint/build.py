@@ -14,8 +14,6 @@ from pet_finetune.errors import CheckpointError
 from pet_finetune.keys import TargetSpec
 from pet_finetune.model.potential import Potential
 
-__all__ = ["build_potential", "model_options"]
-
 
 def model_options(values: Mapping[str, Any], where: str) -> ModelOptions:
     """Check the hyperparameters found in a file.

@@ -23,12 +23,10 @@ from pet_finetune.errors import CheckpointError
 from pet_finetune.keys import TargetSpec
 from pet_finetune.model import Potential
 
+from .allowed_names import StoredTensor
 from .archive import TorchArchive
 from .build import build_potential
-from .safe_pickle import StoredTensor
 from .upgrade import NETWORK_PARTS, merge_lora_layers, rename_before_8
-
-__all__ = ["infer_hypers", "load_oldest_start"]
 
 _PREFIXES = ("backend.", "model.", "module.", "network.", "pet_model.")
 #: Where else a file may keep the state dict, when it is not the file's whole content.

@@ -14,22 +14,12 @@ from pet_finetune.errors import CheckpointError, UnitError
 from pet_finetune.model import Potential
 from pet_finetune.units import length_to_angstrom
 
-from .archive import TorchArchive
+from .allowed_names import Inert
+from .archive import TorchArchive, plain_value
 from .build import build_potential, model_options
-from .llpr import LLPR, read_llpr
-from .plain import plain_value
-from .safe_pickle import Inert
-from .targets import StoredTarget, usable_targets
+from .metatrain_llpr import LLPR, read_llpr
+from .stored_targets import StoredTarget, usable_targets
 from .upgrade import RawCheckpoint, merge_lora_layers, upgrade
-
-__all__ = [
-    "MetatrainModel",
-    "is_metatrain",
-    "is_of_numbers",
-    "read_metatrain",
-    "read_numbers",
-    "read_raw",
-]
 
 #: Architectures of metatrain that wrap another model: where it is, and what they add to it.
 _WRAPPERS = {LLPR: ("wrapped_model_checkpoint", "an uncertainty estimate")}

@@ -37,11 +37,14 @@ from torch import Tensor
 
 from pet_finetune.adapters import AdapterConfig, merged_copy, unmerge
 from pet_finetune.adapters.inject import AdapterTarget, adapter_state, adapter_tensors, place
-from pet_finetune.adapters.lora import is_adapter_tensor
-from pet_finetune.adapters.new_rows import grown_tables, merge_new_rows
-from pet_finetune.adapters.prompts import remove_prompts
-from pet_finetune.adapters.quantized import quantize_base
-from pet_finetune.committee.last_layer import fresh
+from pet_finetune.adapters.layers import (
+    grown_tables,
+    is_adapter_tensor,
+    merge_new_rows,
+    remove_prompts,
+)
+from pet_finetune.adapters.quantize import quantize_base
+from pet_finetune.committee.llpr import fresh
 from pet_finetune.errors import CheckpointError, PetFinetuneError
 from pet_finetune.files import replacing
 from pet_finetune.keys import TargetSpec
@@ -49,20 +52,8 @@ from pet_finetune.model import Potential
 from pet_finetune.model.last_layer import LastLayer
 from pet_finetune.nn.quantized import QUANTIZED_PART, dense_state
 
-from .archive import TorchArchive
+from .archive import TorchArchive, plain_value
 from .build import build_potential, model_options
-from .plain import plain_value
-
-__all__ = [
-    "FORMAT",
-    "VERSION",
-    "NativeCheckpoint",
-    "is_native",
-    "read_native",
-    "save_checkpoint",
-    "stored_tensor",
-    "save_content",
-]
 
 FORMAT = "pet-finetune"
 VERSION = 1

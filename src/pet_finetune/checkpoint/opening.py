@@ -13,26 +13,16 @@ import torch
 
 from pet_finetune.adapters import AdaptedPotential, active_adapter, load_adapter, merged_copy
 from pet_finetune.committee.committee import Committee
-from pet_finetune.committee.files import Adapters, load_committee
+from pet_finetune.committee.committee_files import Adapters, load_committee
 from pet_finetune.errors import CheckpointError, ConfigError, damage_explained
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 
+from .allowed_names import StoredTensor
 from .archive import TorchArchive
 from .metatrain import is_metatrain, is_of_numbers, read_metatrain, read_numbers
 from .native import is_native, read_native
-from .safe_pickle import StoredTensor
-from .targets import StoredTarget
-
-__all__ = [
-    "Checkpoint",
-    "load",
-    "load_checkpoint",
-    "load_numbers",
-    "open_adapted",
-    "open_committee",
-    "open_potential",
-]
+from .stored_targets import StoredTarget
 
 _log = get_logger(__name__)
 
@@ -191,7 +181,7 @@ def open_committee(
 
     Args:
         model: the base: a checkpoint, or a potential, which stays as it is.
-        adapters: as for :func:`~pet_finetune.committee.files.load_committee`.
+        adapters: as for :func:`~pet_finetune.committee.committee_files.load_committee`.
         target: its energy, likewise.
 
     Raises:

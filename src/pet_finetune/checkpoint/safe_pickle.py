@@ -45,8 +45,6 @@ from .allowed_names import (
     as_key,
 )
 
-__all__ = ["Inert", "StoredTensor", "read_pickle"]
-
 
 @dataclass(frozen=True, eq=False)
 class _Global:

@@ -19,17 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pet_finetune.committee.last_layer import fresh
+from pet_finetune.committee.llpr import fresh
 from pet_finetune.errors import CheckpointError
 from pet_finetune.keys import TargetSpec, base_name, direct_quantity, output_name
 from pet_finetune.model import Potential
 from pet_finetune.model.pet import HEAD_GROUPS
 
-from .llpr import wrapped_content
+from .metatrain_llpr import wrapped_content
 from .native import save_content, stored_tensor
 from .upgrade import NEWEST_VERSION
-
-__all__ = ["MetatrainFile", "save_metatrain"]
 
 #: The format of the trainer's part, which a restart reads.
 _TRAINER_VERSION = 15

@@ -18,14 +18,6 @@ from torch import Tensor
 
 from pet_finetune.errors import CheckpointError
 
-__all__ = [
-    "NEWEST_VERSION",
-    "RawCheckpoint",
-    "merge_lora_layers",
-    "rename_before_8",
-    "upgrade",
-]
-
 #: The newest model format of metatrain that can be read.
 NEWEST_VERSION = 16
 

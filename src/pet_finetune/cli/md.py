@@ -188,7 +188,7 @@ def _newest(root: Path | None, or_none: bool) -> Path | None:
         DynamicsError: there is none, and that is no answer.
         RunError: several may be the last.
     """
-    from pet_finetune.runs.folder import OUTPUTS, newest_run
+    from pet_finetune.runs import OUTPUTS, newest_run
 
     found = newest_run(root or OUTPUTS, _STATE)
     if found is None and not or_none:

@@ -13,19 +13,6 @@ from pet_finetune.files import check_file
 if TYPE_CHECKING:  # pydantic takes longer to import than --help may take
     from pet_finetune.config.dataset import DatasetOptions
 
-__all__ = [
-    "MODEL",
-    "OF_MODEL",
-    "add_model_arguments",
-    "add_reading_arguments",
-    "check_data",
-    "check_folders",
-    "check_models",
-    "check_sets",
-    "model_of",
-    "systems_of",
-]
-
 #: How a model is given, for help texts.
 MODEL = "a file of ours or metatrain's, an address (https://, hf://) or a name such as pet-mad-s"
 

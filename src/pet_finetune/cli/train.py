@@ -204,7 +204,7 @@ def find_restart(wanted: str | None, output: Path | None) -> tuple[Path | None, 
         return None, []
     if wanted != "auto":
         return _last_of(Path(wanted)), []
-    from pet_finetune.runs.folder import OUTPUTS, newest_run
+    from pet_finetune.runs import OUTPUTS, newest_run
 
     root = output or OUTPUTS
     found = newest_run(root, _LAST)

@@ -35,8 +35,6 @@ from pet_finetune.nn.grouped import MemberRows
 
 from .members import differing_layers, gather, join, restore
 
-__all__ = ["COMMITTEE_PROPERTIES", "OF_MEMBERS", "committee_results", "to_numpy"]
-
 # Edges of all members that are evaluated together. On a CPU more of them leave its caches, which
 # costs what one pass gains; on a GPU only memory sets a limit.
 _MOST_EDGES = {"cpu": 8192, "cuda": 1_000_000}

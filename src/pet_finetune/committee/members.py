@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pet_finetune.adapters.matching import replace_module
+from pet_finetune.adapters.adapter_config import replace_module
 from pet_finetune.errors import AdapterError
 from pet_finetune.model import Potential
 from pet_finetune.model.composition import Composition, Scale

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .files import MDFiles
+from .loop import Outcome, simulate
+from .md_files import MDFiles
 from .measure import Summary, summarize
-from .run import Outcome, simulate
 from .settings import MDSettings
 
 __all__ = ["MDFiles", "MDSettings", "Outcome", "Summary", "simulate", "summarize"]

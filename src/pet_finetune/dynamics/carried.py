@@ -26,8 +26,6 @@ from ase.io.jsonio import decode, encode
 from pet_finetune.errors import DataError
 from pet_finetune.log import get_logger
 
-__all__ = ["carried", "from_ase", "plain_constraints", "to_traj"]
-
 _logger = get_logger(__name__)
 
 #: Key of ``info`` with the constraints that a column of extended XYZ cannot say.

@@ -1,4 +1,4 @@
-"""ASE's integrators by the name of the ensemble, their conserved quantity, and their state."""
+"""ASE's integrators by the name of the ensemble, degrees of freedom, and temperatures."""
 
 from __future__ import annotations
 
@@ -7,23 +7,136 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from ase import Atoms, units
+from ase import Atoms, constraints, units
 from ase.md.bussi import Bussi
 from ase.md.langevin import Langevin
 from ase.md.md import MolecularDynamics
 from ase.md.nose_hoover_chain import MTKNPT, IsotropicMTKNPT, NoseHooverChainNVT
 from ase.md.verlet import VelocityVerlet
 
-from .freedom import degrees_of_freedom
 from .settings import MDSettings
 
-__all__ = [
-    "conserved_quantity",
-    "integrator_state",
-    "keeps_momentum",
-    "make_integrator",
-    "restore_integrator",
-]
+#: Constraints whose effect on momenta ASE's integrators carry out and count.
+_KINDS = ("FixAtoms", "FixCartesian", "FixScaled", "FixedPlane", "FixedLine", "FixedMode",
+          "FixCom", "FixSubsetCom", "FixBondLengths", "FixInternals", "FixLinearTriatomic",
+          "Hookean")  # fmt: skip
+_OF_SINGLE = (constraints.FixAtoms, constraints.FixCartesian)
+
+
+def constraint_problems(atoms: Atoms) -> list[str]:
+    """What of the constraints no simulation can keep, one line each."""
+    kinds = sorted({type(c).__name__ for c in atoms.constraints} - {*_KINDS})
+    if kinds:
+        return [
+            f"the constraints {', '.join(kinds)} are for relaxations: ASE's integrators do not "
+            f"keep them, or cannot count them. Take them out; those that can be simulated are "
+            f"{', '.join(_KINDS)}."
+        ]
+    if len(atoms.constraints) < 2:
+        return []
+    probe = atoms.copy()
+    probe.set_momenta(np.random.default_rng(0).standard_normal((len(atoms), 3)))
+    once = probe.get_momenta()
+    probe.set_momenta(once)
+    if np.abs(probe.get_momenta() - once).max() < 1e-6:
+        return []
+    names = ", ".join(type(c).__name__ for c in atoms.constraints)
+    return [
+        f"the constraints ({names}) act on the same atoms, and ASE applies one after the other, so "
+        "that none of them would hold exactly. Leave one of them out."
+    ]
+
+
+def degrees_of_freedom(atoms: Atoms, momentum_kept: bool) -> int:
+    """How many squares of momenta share the kinetic energy.
+
+    3N, less those that constraints take, less the motions of the whole that nothing changes: for
+    free atoms 3 translations, and of a structure that is not periodic 3 rotations (2 of a linear
+    one). ASE's ``Atoms.get_temperature`` counts 3N less the constraints, which makes a molecule of
+    nine atoms at rest 22 % too cold.
+
+    Args:
+        atoms: the structure.
+        momentum_kept: nothing (such as Langevin's random forces) changes the total momentum.
+    """
+    fixed = np.zeros((len(atoms), 3), dtype=bool)
+    removed = 0
+    for constraint in atoms.constraints:
+        if isinstance(constraint, _OF_SINGLE):
+            mask = getattr(constraint, "mask", np.ones(3, dtype=bool))
+            fixed[constraint.index] |= mask  # one coordinate may be fixed twice
+        elif isinstance(constraint, constraints.FixedMode):
+            removed += 1  # ASE says one for each atom
+        else:
+            removed += int(constraint.get_removed_dof(atoms))
+    left = 3 * len(atoms) - int(fixed.sum()) - removed
+    if momentum_kept and len(atoms) > 1:
+        left -= _kept_motions(atoms).shape[1]
+    return max(left, 0)
+
+
+def _kept_motions(atoms: Atoms) -> np.ndarray:
+    """Motions of the whole whose momentum is conserved, ``[3N, k]``, orthonormal, mass-weighted.
+
+    They are the translations, and rotations where nothing is periodic, that the constraints allow:
+    forces between atoms do no work along them, and those of constraints neither.
+    """
+    count, weights = len(atoms), np.sqrt(atoms.get_masses())[:, None]
+    if any(isinstance(c, constraints.Hookean) and _is_tether(c) for c in atoms.constraints):
+        return np.zeros((3 * count, 0))
+    axes = np.eye(3)
+    velocities = [np.broadcast_to(axis, (count, 3)) for axis in axes]
+    if not atoms.pbc.any():
+        arms = atoms.positions - atoms.get_center_of_mass()
+        scale = max(float(np.abs(arms).max()), 1e-9)
+        velocities += [np.cross(axis, arms / scale) for axis in axes]
+    motions = np.stack([(velocity * weights).ravel() for velocity in velocities], axis=1)
+    left, sizes, _ = np.linalg.svd(motions, full_matrices=False)
+    rigid = left[:, sizes > 1e-3 * sizes[0]]  # of a linear molecule one rotation moves nothing
+    if not atoms.constraints:
+        return rigid
+    probe = atoms.copy()
+    changes = []
+    for motion in rigid.T:
+        probe.set_momenta(motion.reshape(count, 3) * weights)
+        changes.append((probe.get_momenta() / weights).ravel() - motion)
+    _, sizes, right = np.linalg.svd(np.stack(changes, axis=1), full_matrices=False)
+    kept: np.ndarray = rigid @ right[sizes < 1e-6].T
+    return kept
+
+
+def _is_tether(constraint: constraints.Hookean) -> bool:
+    """Whether a spring holds an atom to a place rather than to another atom."""
+    return not isinstance(constraint.todict()["kwargs"]["a2"], (int, np.integer))
+
+
+def temperature(atoms: Atoms, freedom: int) -> float:
+    """Kinetic temperature in K."""
+    return float(2.0 * atoms.get_kinetic_energy() / (max(freedom, 1) * units.kB))
+
+
+def draw_velocities(atoms: Atoms, wanted: float, rng: np.random.Generator) -> None:
+    """Maxwell-Boltzmann momenta that obey the constraints, at exactly ``wanted``.
+
+    Motions of the whole that nothing would change are taken out.
+
+    Args:
+        atoms: changed in place.
+        wanted: K.
+        rng: where the random numbers come from.
+    """
+    weights = np.sqrt(atoms.get_masses())[:, None]
+    drawn = rng.standard_normal((len(atoms), 3)) * np.sqrt(units.kB * wanted)
+    atoms.set_momenta(drawn * weights)
+    if len(atoms) > 1:
+        motions = _kept_motions(atoms)
+        momenta = (atoms.get_momenta() / weights).ravel()
+        momenta -= motions @ (motions.T @ momenta)
+        atoms.set_momenta(momenta.reshape(-1, 3) * weights, apply_constraint=False)
+    found = temperature(atoms, degrees_of_freedom(atoms, momentum_kept=True))
+    if found > 0:
+        atoms.set_momenta(atoms.get_momenta() * np.sqrt(wanted / found), apply_constraint=False)
+
 
 _RNG = "rng"
 

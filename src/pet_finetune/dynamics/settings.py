@@ -8,8 +8,6 @@ from typing import Any
 
 from pet_finetune.errors import did_you_mean
 
-__all__ = ["BAROSTATS", "ENSEMBLES", "THERMOSTATS", "VELOCITIES", "MDSettings"]
-
 ENSEMBLES = ("nve", "nvt", "npt")
 #: Of ``nvt``; the barostats bring a Nose-Hoover chain of their own.
 THERMOSTATS = ("langevin", "bussi", "nose-hoover")

@@ -19,7 +19,7 @@ from metatomic.torch import (
 from torch import Tensor
 
 from pet_finetune.checkpoint import load_checkpoint
-from pet_finetune.committee.last_layer import LastLayerPrediction, fresh, predict_uncertain
+from pet_finetune.committee.llpr import LastLayerPrediction, fresh, predict_uncertain
 from pet_finetune.data.batch import collate
 from pet_finetune.data.neighbors import edge_vectors, structure_neighbors
 from pet_finetune.data.structure import Structure

@@ -16,8 +16,8 @@ from rich.table import Table
 
 from pet_finetune.adapters import active_adapter, load_adapter, merged_copy
 from pet_finetune.checkpoint import Checkpoint, load_checkpoint, weights_fingerprint
-from pet_finetune.committee.files import COMMITTEE_FILE, Adapters, committee_members
-from pet_finetune.committee.last_layer import fresh
+from pet_finetune.committee.committee_files import COMMITTEE_FILE, Adapters, committee_members
+from pet_finetune.committee.llpr import fresh
 from pet_finetune.config import Options
 from pet_finetune.data.probe import probe_structures
 from pet_finetune.data.structure import Structure

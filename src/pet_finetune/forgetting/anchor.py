@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pet_finetune.adapters.layers import grown_tables
 from pet_finetune.adapters.merge import lora_layers
-from pet_finetune.adapters.new_rows import ROWS, grown_tables
 from pet_finetune.data.batch import on_device
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.structure import Structure
@@ -24,12 +24,12 @@ from pet_finetune.errors import ConfigError
 from pet_finetune.graph import Batch
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential, Prediction
+from pet_finetune.nn.embedding import ROWS
 from pet_finetune.rng import Stream
 from pet_finetune.training.feature import Feature, Plan, Step, TrainingRun
 from pet_finetune.training.objectives import Objective
 
-from .replay import objective_of
-from .structures import read_unlabelled, sample
+from .replay import objective_of, read_unlabelled, sample
 
 _logger = get_logger(__name__)
 # The random stream of the labels that the Fisher information draws.

@@ -19,8 +19,7 @@ from pet_finetune.training.records import Measured
 from pet_finetune.training.sets import evaluation_loader, label_with, relabelled
 from pet_finetune.training.starting_model import FoundationEnergies, named_energy
 
-from .replay import choose_head
-from .structures import as_plain, chosen, from_plain, known_foundation, read_labelled
+from .replay import as_plain, choose_head, chosen, from_plain, known_foundation, read_labelled
 
 _logger = get_logger(__name__)
 

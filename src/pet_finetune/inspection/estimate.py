@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pet_finetune.adapters import AdapterConfig, freeze, inject
-from pet_finetune.adapters.config import default_modules_to_save
+from pet_finetune.adapters.adapter_config import default_modules_to_save
 from pet_finetune.data.batch import collate
 from pet_finetune.data.neighbors import find_pairs, structure_neighbors
 from pet_finetune.data.structure import Structure

@@ -3,6 +3,6 @@
 Frames are explored with the foundation itself, thinned, labelled by a teacher, and trained on.
 """
 
-from .pretrain import PretrainResult, pretrain_model, pretrained
+from .stages import PretrainResult, pretrain_model, pretrained
 
 __all__ = ["PretrainResult", "pretrain_model", "pretrained"]

@@ -26,9 +26,7 @@ from pet_finetune.data.structure import (
 from pet_finetune.inspection.subject import Entry, subject_of
 from pet_finetune.rng import Stream
 
-from .settings import DROPPED
-
-__all__ = ["NAME", "Task", "entry_of", "explore", "tasks_of"]
+from .work import DROPPED
 
 #: In the info of a frame: what it is called.
 NAME = "name"

@@ -22,9 +22,7 @@ from pet_finetune.extras import missing_extra
 from pet_finetune.hub import find_model, is_address
 
 from .explore import NAME, bare
-from .settings import DROPPED
-
-__all__ = ["Teacher", "teacher_of"]
+from .work import DROPPED
 
 #: Names of the tight-binding methods, and tblite's names of them.
 TIGHT_BINDING = {"gfn2": "GFN2-xTB", "gfn1": "GFN1-xTB"}

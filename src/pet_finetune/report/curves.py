@@ -17,8 +17,6 @@ from . import figures
 from .figures import AFTER, BEFORE, MUTED, WARN, log_ticks, panel
 from .record import Epochs, Quantity, RunRecord
 
-__all__ = ["simulation_svg"]
-
 _MOST_POINTS = 2000
 _AVERAGED = 50  # points in a running mean, where there are enough
 

@@ -9,8 +9,6 @@ from typing import Any
 
 from .record import RunRecord
 
-__all__ = []
-
 _STRUCTURE = "structure.xyz"
 _DYNAMICS = f"{_STRUCTURE} --ensemble nvt --temperature 300 --steps 10000 --timestep 0.5"
 

@@ -19,13 +19,11 @@ import numpy as np
 from pet_finetune.committee.calibration import Curves, draw_coverage
 from pet_finetune.data.predicted import Predicted
 
-from .errors import AtomGroup, residuals
+from .frame_errors import AtomGroup, residuals
 from .record import Dimers, Quantity
 
 if TYPE_CHECKING:
     from pet_finetune.forgetting.dimers import DimerRow
-
-__all__ = ["AFTER", "BEFORE", "GRID", "INK", "MUTED", "WARN", "available", "log_ticks", "panel"]
 
 # Stand-ins, which no drawing would use by itself, and what the page calls them.
 INK, MUTED, GRID, BEFORE, AFTER, WARN = (f"#fe01{number:02x}" for number in range(6))

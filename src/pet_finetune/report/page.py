@@ -19,7 +19,6 @@ from pet_finetune.data.predicted import Predicted
 
 from . import figures
 from .curves import forgetting_curves, learning_curves
-from .errors import AtomGroup, by_element, by_magnitude, by_structure, residuals
 from .facts import headline, provenance, recipes, trained
 from .figures import (
     MOST_PAIRS,
@@ -29,10 +28,21 @@ from .figures import (
     sorted_plot,
     spread_panel,
 )
+from .frame_errors import (
+    MOST_FRAMES,
+    AtomGroup,
+    by_element,
+    by_magnitude,
+    by_structure,
+    elements_of,
+    frames_of,
+    residuals,
+    small_enough,
+    still,
+)
 from .parity import parity_plots
 from .record import Quantity, RunRecord
 from .verdict import judge, number, signed
-from .viewer import MOST_FRAMES, elements_of, frames_of, small_enough, still
 
 #: Rows of the list of structures that are seen at once, and in the file at all.
 _ROWS, _MOST_ROWS = MOST_FRAMES, 200

@@ -11,8 +11,8 @@ import numpy as np
 
 from pet_finetune.data.predicted import Predicted
 
-from .errors import mean_known, residuals
 from .figures import AFTER, BEFORE, MUTED, panel
+from .frame_errors import mean_known, residuals
 from .record import Quantity, RunRecord
 from .verdict import number
 

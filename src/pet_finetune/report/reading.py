@@ -18,7 +18,7 @@ from pet_finetune.data.predicted import Predicted
 from pet_finetune.errors import ConfigError, DataError, PetFinetuneError
 from pet_finetune.files import read_object, read_table
 from pet_finetune.log import get_logger
-from pet_finetune.runs.folder import works_elsewhere
+from pet_finetune.runs import works_elsewhere
 from pet_finetune.training.run_files import (
     ABOUT,
     ADAPTER,

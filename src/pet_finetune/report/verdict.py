@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .errors import ratio_interval
+from .frame_errors import ratio_interval
 from .record import Quantity, RunRecord
 
 #: A change of the error by less than this part is none.

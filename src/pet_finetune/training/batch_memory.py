@@ -24,8 +24,6 @@ from .metrics import Metrics
 from .objectives import Objective, batch_loss, derivatives
 from .step import mixed
 
-__all__ = ["InParts", "largest_batch"]
-
 _logger = get_logger(__name__)
 #: The part of the free memory that a step may take: a GPU is ours, other things run on a CPU.
 _OF_GPU, _OF_CPU = 0.85, 0.5

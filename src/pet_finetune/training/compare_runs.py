@@ -21,8 +21,7 @@ from pet_finetune.errors import ConfigError, DataError, PetFinetuneError, did_yo
 from pet_finetune.files import read_object, read_table, size_text
 from pet_finetune.hub import is_address
 from pet_finetune.log import get_logger, setup_logging
-from pet_finetune.runs.changes import changed_options
-from pet_finetune.runs.folder import RunFolder, own_folder
+from pet_finetune.runs import RunFolder, changed_options, own_folder
 
 from .evaluation import (
     EvaluationResult,

@@ -28,8 +28,6 @@ from pet_finetune.nn.quantized import num_quantized
 from .objectives import Objective, Part, loss_parts, sum_of_known
 from .step import mixed
 
-__all__ = ["CompiledStep", "Gradients", "compiles"]
-
 _LOG = get_logger(__name__)
 #: On a GPU, `auto` compiles where a run has so many batches: some two minutes of compiling are a
 #: small part of it then.

@@ -15,7 +15,7 @@ from pet_finetune import processes
 from pet_finetune.backends import choose_backend, use_backend
 from pet_finetune.committee.calibration import Curves, calibration_svg, collect
 from pet_finetune.committee.committee import Calibration
-from pet_finetune.committee.files import COMMITTEE_FILE, load_committee, write_committee
+from pet_finetune.committee.committee_files import COMMITTEE_FILE, load_committee, write_committee
 from pet_finetune.config import Options
 from pet_finetune.config.yaml_file import read_yaml
 from pet_finetune.data.splits import load_splits
@@ -24,7 +24,7 @@ from pet_finetune.errors import TrainingError
 from pet_finetune.extras import drawn
 from pet_finetune.log import FILE_ONLY, get_logger, setup_logging
 from pet_finetune.rng import seed_everything
-from pet_finetune.runs.folder import undisturbed
+from pet_finetune.runs import undisturbed
 
 from .metrics import Errors
 from .prepare import NO_ROOMS, Rooms, options_of_run

@@ -31,8 +31,6 @@ from .records import EpochRecord, Measured, StepProgress
 from .run_files import RunFiles
 from .starting_model import FoundationEnergies, Start
 
-__all__ = ["Feature", "Plan", "Step", "TrainingRun", "states_of"]
-
 
 @dataclass(frozen=True)
 class Plan:

@@ -25,7 +25,7 @@ from pet_finetune.config.load import parse_options
 from pet_finetune.config.yaml_file import read_yaml
 from pet_finetune.errors import TrainingError
 from pet_finetune.progress import handed_over
-from pet_finetune.runs.folder import RunFolder, own_folder
+from pet_finetune.runs import RunFolder, own_folder
 
 from .records import TrainingResult, TrainOutcome
 from .resume import errors_of, plain_states

@@ -34,7 +34,7 @@ from pet_finetune.profiling import (
     stage_seconds,
 )
 from pet_finetune.progress import clear
-from pet_finetune.runs.folder import RunFolder, own_folder
+from pet_finetune.runs import RunFolder, own_folder
 
 from .metrics import Metrics, evaluate
 from .prepare import NO_ROOMS, Rooms, prepare_run

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from pet_finetune import processes
-from pet_finetune.adapters.new_rows import ROWS, train_new_rows
+from pet_finetune.adapters.layers import train_new_rows
 from pet_finetune.checkpoint import load_checkpoint
 from pet_finetune.config import EarlyStopping, Options
 from pet_finetune.errors import TrainingError
 from pet_finetune.keys import TargetSpec
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
-from pet_finetune.runs.changes import changed_options, with_defaults_of
-from pet_finetune.runs.folder import undisturbed
+from pet_finetune.nn.embedding import ROWS
+from pet_finetune.runs import changed_options, undisturbed, with_defaults_of
 
 from .metrics import Errors, Metrics
 from .run_files import BEST, OPTIONS, RunFiles

@@ -20,7 +20,7 @@ from pet_finetune.errors import ConfigError, PetFinetuneError
 from pet_finetune.files import size_text
 from pet_finetune.log import FILE_ONLY, get_logger, setup_logging
 from pet_finetune.profiling import peak_gpu_mib, peak_resident_mib
-from pet_finetune.runs.folder import STARTED, RunFolder, own_folder, starts_of
+from pet_finetune.runs import STARTED, RunFolder, own_folder, starts_of
 
 from .ensemble import train_ensemble
 from .feature import Feature, TrainingRun

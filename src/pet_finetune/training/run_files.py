@@ -18,7 +18,7 @@ import torch
 
 from pet_finetune import processes
 from pet_finetune.adapters import active_adapter, save_adapter
-from pet_finetune.adapters.trainable import TrainableReport
+from pet_finetune.adapters.inject import TrainableReport
 from pet_finetune.checkpoint import save_checkpoint
 from pet_finetune.checkpoint.archive import TorchArchive
 from pet_finetune.committee.committee import Committee

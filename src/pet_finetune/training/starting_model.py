@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn import ModuleDict
 
 from pet_finetune.adapters import AdapterConfig, freeze, inject
-from pet_finetune.adapters.config import default_modules_to_save
-from pet_finetune.adapters.new_rows import train_new_rows
+from pet_finetune.adapters.adapter_config import default_modules_to_save
+from pet_finetune.adapters.layers import train_new_rows
 from pet_finetune.checkpoint import load_checkpoint, load_oldest_start
 from pet_finetune.checkpoint.opening import load_numbers
-from pet_finetune.checkpoint.targets import StoredTarget
+from pet_finetune.checkpoint.stored_targets import StoredTarget
 from pet_finetune.config import Options
 from pet_finetune.config.finetune import METHOD_KEYS
 from pet_finetune.data.loader import Loader

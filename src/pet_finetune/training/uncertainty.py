@@ -12,7 +12,7 @@ from rich.table import Table
 from pet_finetune import processes
 from pet_finetune.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from pet_finetune.committee.calibration import Curves
-from pet_finetune.committee.last_layer_fit import Fitted, fit_last_layers
+from pet_finetune.committee.llpr import Fitted, fit_last_layers
 from pet_finetune.config.finetune_sections import LastLayerOptions
 from pet_finetune.data.loader import Loader
 from pet_finetune.errors import TrainingError
@@ -24,8 +24,6 @@ from .extend import check_known
 from .feature import Feature, Plan, TrainingRun
 from .run_files import RunFiles
 from .tables import calibration_table, show
-
-__all__ = ["LastLayerUncertainty", "add_uncertainty"]
 
 _logger = get_logger(__name__)
 _BATCH = 32  # structures, when a model gets an uncertainty that it was not trained with

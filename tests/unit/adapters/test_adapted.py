@@ -10,7 +10,7 @@ from laws import assert_differs, assert_same, predict
 
 from models import METHODS, crystal, ethanol, random_potential, trained_adapter
 from pet_finetune.adapters import AdaptedPotential, merged_copy, read_adapter, save_adapter
-from pet_finetune.adapters.files import CONFIG_FILE, read_metadata
+from pet_finetune.adapters.peft_files import CONFIG_FILE, read_metadata
 from pet_finetune.checkpoint import load, save_checkpoint, weights_fingerprint
 from pet_finetune.errors import AdapterError
 from pet_finetune.keys import TargetSpec

@@ -18,7 +18,7 @@ from pet_finetune.adapters import (
     save_adapter,
     write_adapter,
 )
-from pet_finetune.adapters.files import (
+from pet_finetune.adapters.peft_files import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     from_peft,

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from models import random_potential
-from pet_finetune.adapters.config import DEFAULT_TARGETS
-from pet_finetune.adapters.matching import linear_layers, match_layers
+from pet_finetune.adapters.adapter_config import DEFAULT_TARGETS, linear_layers, match_layers
 from pet_finetune.errors import AdapterError
 
 BLOCKS = ["gnn_layers.0.trans.layers.0", "gnn_layers.1.trans.layers.0"]

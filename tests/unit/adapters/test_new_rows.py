@@ -11,7 +11,7 @@ from ase import Atoms
 from laws_of_species import assert_same_energies
 from models import all_structures, random_potential
 from pet_finetune.adapters import freeze, trainable_report
-from pet_finetune.adapters.new_rows import grown_tables, merge_new_rows, train_new_rows
+from pet_finetune.adapters.layers import grown_tables, merge_new_rows, train_new_rows
 from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
 from pet_finetune.data import batch_from_atoms
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from metatensor.torch import Labels, TensorBlock, TensorMap
 
-from pet_finetune.checkpoint.tensormap import read_tensor_map
+from pet_finetune.checkpoint.stored_targets import read_tensor_map
 
 
 def tensor_map():

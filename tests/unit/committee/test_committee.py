@@ -12,7 +12,7 @@ from models import all_structures, apart, ethanol, lone_atom, random_potential, 
 from pet_finetune.adapters import AdapterConfig, inject, merged_copy, save_adapter
 from pet_finetune.committee import committee
 from pet_finetune.committee.committee import Calibration, Committee
-from pet_finetune.committee.files import (
+from pet_finetune.committee.committee_files import (
     COMMITTEE_FILE,
     load_committee,
     read_committee,

@@ -26,7 +26,7 @@ from ase.constraints import (
 
 from models import crystal, ethanol
 from pet_finetune.dynamics.carried import carried, from_ase, plain_constraints
-from pet_finetune.dynamics.files import START, MDFiles
+from pet_finetune.dynamics.md_files import START, MDFiles
 from pet_finetune.errors import DataError
 
 ARRAYS: dict[str, np.ndarray] = {

@@ -20,13 +20,14 @@ from ase.constraints import (
 
 from models import crystal, ethanol
 from pet_finetune.dynamics import MDSettings
-from pet_finetune.dynamics.freedom import (
+from pet_finetune.dynamics.integrators import (
     constraint_problems,
     degrees_of_freedom,
     draw_velocities,
+    keeps_momentum,
+    make_integrator,
     temperature,
 )
-from pet_finetune.dynamics.integrators import keeps_momentum, make_integrator
 
 
 def fixed() -> Atoms:

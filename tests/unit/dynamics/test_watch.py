@@ -14,8 +14,8 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from models import apart, crystal, ethanol, lone_atom, random_potential
 from pet_finetune import PETCalculator
 from pet_finetune.data.moving import Contacts
+from pet_finetune.dynamics.loop import Stability
 from pet_finetune.dynamics.measure import Measurement
-from pet_finetune.dynamics.run import Stability
 from pet_finetune.errors import DataError
 
 GOOD = Measurement(3, 1.5, -10.0, 0.1, -9.9, 310.0)

@@ -25,8 +25,8 @@ from pet_finetune.data.files import read_frames
 from pet_finetune.errors import ConfigError, DataError, RunError, SpeciesError
 from pet_finetune.pretraining import PretrainResult, pretrain_model
 from pet_finetune.pretraining.explore import NAME, Task, explore, tasks_of
-from pet_finetune.pretraining.settings import DROPPED, Work
 from pet_finetune.pretraining.teacher import Teacher, teacher_of
+from pet_finetune.pretraining.work import DROPPED, Work
 
 #: For import by path.
 module = __name__

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pet_finetune.report.errors import by_element, by_magnitude, by_structure, ratio_interval
+from pet_finetune.report.frame_errors import by_element, by_magnitude, by_structure, ratio_interval
 from pet_finetune.report.record import Quantity
 from reports import predicted, stressed
 

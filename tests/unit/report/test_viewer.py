@@ -9,9 +9,8 @@ import pytest
 from ase.build import molecule
 
 from pet_finetune.data.predicted import Predicted
-from pet_finetune.report.errors import residuals
+from pet_finetune.report.frame_errors import elements_of, frames_of, residuals, still
 from pet_finetune.report.record import Quantity
-from pet_finetune.report.viewer import elements_of, frames_of, still
 from reports import predicted, stressed
 from tiny_data import structures_of
 

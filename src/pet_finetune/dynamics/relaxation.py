@@ -26,11 +26,8 @@ from pet_finetune.progress import InterruptGuard, Watch
 from pet_finetune.training.tables import show
 
 from .carried import carried
-from .checks import read_all
-from .freedom import constraint_problems
-from .model import ModelChoice
-
-__all__ = ["OPTIMIZERS", "RelaxSettings", "Relaxed", "relax_structures"]
+from .integrators import constraint_problems
+from .md_checks import ModelChoice, read_all
 
 _logger = get_logger(__name__)
 

@@ -7,8 +7,8 @@ from http.client import HTTPConnection
 
 import pytest
 
-from pet_finetune.report import watch
-from pet_finetune.report.watch import ReportServer
+from pet_finetune.report import report_file
+from pet_finetune.report.report_file import ReportServer
 
 TABLE = "epoch,learning_rate,loss\n1,1e-3,0.5\n"
 
@@ -44,7 +44,7 @@ def test_the_page_asks_again_until_the_run_has_results(serve):
 
 def test_a_run_of_another_process_is_under_way(serve, monkeypatch):
     get, _ = serve
-    monkeypatch.setattr(watch, "is_running", lambda folder: True)
+    monkeypatch.setattr(report_file, "is_running", lambda folder: True)
     monkeypatch.setattr("pet_finetune.report.reading.is_running", lambda folder: True)
     assert "Under way, after epoch 1" in get()[1]
 
@@ -52,7 +52,7 @@ def test_a_run_of_another_process_is_under_way(serve, monkeypatch):
 def test_a_page_is_made_once_for_each_epoch(serve, monkeypatch):
     get, folder = serve
     made = []
-    monkeypatch.setattr(watch, "page_of", lambda folder: made.append(1) or "<p>page</p>")
+    monkeypatch.setattr(report_file, "page_of", lambda folder: made.append(1) or "<p>page</p>")
     get(), get()
     assert len(made) == 1
     (folder / "train.csv").write_text(TABLE + "2,1e-3,0.4\n")

@@ -20,8 +20,6 @@ from pet_finetune.model.last_layer import LastLayer, cholesky_of
 from .archive import TorchArchive
 from .native import stored_tensor
 
-__all__ = ["LLPR", "read_llpr", "uncertainty_name", "wrapped_content"]
-
 #: The architecture's name.
 LLPR = "llpr"
 _VERSION, _TRAINER_VERSION = 4, 7

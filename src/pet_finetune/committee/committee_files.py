@@ -10,9 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pet_finetune.adapters.adapter import Adapter, install
-from pet_finetune.adapters.files import read_adapter
+from pet_finetune.adapters.at_rest import Adapter, install
 from pet_finetune.adapters.merge import merged_copy
+from pet_finetune.adapters.peft_files import read_adapter
 from pet_finetune.errors import AdapterError, ConfigError, DataError
 from pet_finetune.files import read_object, write_whole
 from pet_finetune.keys import TargetSpec, main_energy

@@ -24,8 +24,6 @@ from pet_finetune.log import get_logger
 from .carried import carried, from_ase, to_traj
 from .measure import Measurement
 
-__all__ = ["MDFiles"]
-
 _logger = get_logger(__name__)
 
 TRAJECTORY = "trajectory.xyz"

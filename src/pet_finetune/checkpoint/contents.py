@@ -11,7 +11,7 @@ from ase.data import chemical_symbols
 from rich.markup import escape
 from rich.table import Table
 
-from pet_finetune.committee.last_layer import fresh
+from pet_finetune.committee.llpr import fresh
 from pet_finetune.config import ModelOptions
 from pet_finetune.files import size_text
 from pet_finetune.model import Potential

@@ -33,8 +33,8 @@ from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 from pet_finetune.model.fingerprint import content_digest
 
-from .adapter import Adapter, capture, install
-from .config import AdapterConfig
+from .adapter_config import AdapterConfig
+from .at_rest import Adapter, capture, install
 from .inject import AdapterTarget
 
 CONFIG_FILE = "adapter_config.json"

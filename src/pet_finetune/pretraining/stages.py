@@ -34,17 +34,15 @@ from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 from pet_finetune.model.fingerprint import weights_fingerprint
 from pet_finetune.rng import Stream, seed_everything
-from pet_finetune.runs.folder import RunFolder
+from pet_finetune.runs import RunFolder
 from pet_finetune.training.records import TrainOutcome
 from pet_finetune.training.resume import plain_errors
 from pet_finetune.training.run import train
 from pet_finetune.training.run_files import BEST, LAST
 
 from .explore import NAME, explore, tasks_of
-from .settings import DROPPED, Work, digest
 from .teacher import Teacher, teacher_of
-
-__all__ = ["PretrainResult", "pretrain_model", "pretrained"]
+from .work import DROPPED, Work, digest
 
 _logger = get_logger(__name__)
 _PER_PIECE = 20  # frames that are labelled between two savings

@@ -12,8 +12,8 @@ from ase.data import covalent_radii
 from rich.table import Table
 
 from pet_finetune.adapters import Adapter, combine, install, merged_copy, read_adapter
-from pet_finetune.adapters.files import write_adapter
 from pet_finetune.adapters.merge import lora_layers
+from pet_finetune.adapters.peft_files import write_adapter
 from pet_finetune.data.batch import batch_from_atoms
 from pet_finetune.errors import AdapterError
 from pet_finetune.files import size_text

@@ -15,13 +15,16 @@ from ase.md.md import MolecularDynamics
 from pet_finetune.data.moving import Contacts
 from pet_finetune.errors import DynamicsError, PetFinetuneError
 
-from .files import STATE, STOPPED, TRAJECTORY, MDFiles
-from .freedom import degrees_of_freedom
-from .integrators import integrator_state, keeps_momentum, make_integrator, restore_integrator
+from .integrators import (
+    degrees_of_freedom,
+    integrator_state,
+    keeps_momentum,
+    make_integrator,
+    restore_integrator,
+)
+from .md_files import STATE, STOPPED, TRAJECTORY, MDFiles
 from .measure import Measurement, measure
 from .settings import MDSettings
-
-__all__ = ["CLOSEST", "MDCalculator", "Outcome", "Stability", "atom_name", "simulate"]
 
 _SECONDS_BETWEEN_STATES = 10.0
 _PARTS = ("integrator", "neighbors")

@@ -1,26 +1,91 @@
-"""What can be seen to be wrong with a simulation before its first step, all of it at once."""
+"""What can be seen to be wrong with a simulation before its first step; the model it asks for."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ase import Atoms
 
 from pet_finetune.calculator import PETCalculator
+from pet_finetune.committee.committee_files import COMMITTEE_FILE
 from pet_finetune.config.problems import config_error
 from pet_finetune.data.computable import MISSING_CELL, check_atoms, misses_a_cell
 from pet_finetune.data.files import read_frames
 from pet_finetune.data.stated_units import StatedUnits
 from pet_finetune.errors import DataError, PetFinetuneError
+from pet_finetune.hub import find_model
 from pet_finetune.log import get_logger
 
 from . import MDSettings
 from .carried import from_ase
-from .freedom import constraint_problems, degrees_of_freedom
-from .integrators import keeps_momentum
-from .model import ModelChoice
-from .run import CLOSEST, atom_name
+from .integrators import constraint_problems, degrees_of_freedom, keeps_momentum
+from .loop import CLOSEST, atom_name
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model moves the atoms.
+
+    Attributes:
+        checkpoint: ours or metatrain's.
+        adapters: none; one to put on top; several, or the folder of a run with
+            ``finetune.ensemble``, for a committee.
+        target: the energy, where the model has several.
+        device: as in the options.
+        dtype: ``float32`` or ``float64``; None for the model's own.
+        orientations: as in the calculator.
+    """
+
+    checkpoint: str
+    adapters: tuple[str, ...] = ()
+    target: str | None = None
+    device: str = "auto"
+    dtype: str | None = None
+    orientations: int = 1
+
+    @property
+    def is_committee(self) -> bool:
+        """Whether it is a committee of adapters."""
+        one = len(self.adapters) == 1 and (Path(self.adapters[0]) / COMMITTEE_FILE).exists()
+        return one or len(self.adapters) > 1
+
+    def open(self, spread_of_forces: bool = False) -> PETCalculator:
+        """The calculator.
+
+        Args:
+            spread_of_forces: whether the forces of the members of a last layer are derived at every
+                step, as those of a committee are anyhow.
+
+        Raises:
+            PetFinetuneError: checkpoint, adapters, target, device or precision are wrong.
+        """
+        which: dict[str, Any] = {}
+        if self.is_committee:
+            several = len(self.adapters) > 1
+            which["adapters"] = list(self.adapters) if several else self.adapters[0]
+        elif self.adapters:
+            which["adapter"] = self.adapters[0]
+        return PETCalculator(
+            self.checkpoint,
+            target=self.target,
+            device=self.device,
+            dtype=self.dtype,
+            orientations=self.orientations,
+            spread="always" if spread_of_forces else None,
+            **which,
+        )
+
+    def absolute(self) -> ModelChoice:
+        """The same, to be found from any folder."""
+        return replace(
+            self,
+            checkpoint=str(find_model(self.checkpoint).resolve()),
+            adapters=tuple(str(Path(folder).resolve()) for folder in self.adapters),
+        )
+
 
 _logger = get_logger(__name__)
 

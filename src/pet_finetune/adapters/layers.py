@@ -1,14 +1,23 @@
-"""A linear layer with a low-rank update: y = x (W + s B A)^T + b (LoRA, arXiv:2106.09685)."""
+"""The layers of adapters: low-rank updates, rows of new elements, and prompts.
+
+A linear layer with a low-rank update is y = x (W + s B A)^T + b (LoRA, arXiv:2106.09685).
+Embeddings of new elements train while those of known elements stay as they are. Prompts are learned
+tokens in every attention layer (LLaMA-Adapter, arXiv:2303.16199).
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from pet_finetune.nn.embedding import ROWS
+from pet_finetune.errors import AdapterError
+from pet_finetune.model import Potential
+from pet_finetune.nn.attention import Attention, PromptTokens
+from pet_finetune.nn.embedding import ROWS, GrownEmbedding
 from pet_finetune.nn.projection import Adapted, LowRankUpdate, plain_linear
 from pet_finetune.nn.quantized import QuantizedWeight, product, quantize
 
@@ -245,3 +254,84 @@ class DoraLinear(LoraLinear):
 def _row_norms(weight: Tensor) -> Tensor:
     """Lengths of the rows, [out]; never zero, which some layers' rows are before training."""
     return torch.linalg.vector_norm(weight, dim=1).clamp_min(_SHORTEST)
+
+
+def grown_tables(model: Potential) -> Iterator[tuple[str, GrownEmbedding]]:
+    """The tables of a model with rows that train apart, with their paths in the network."""
+    for path, table in model.network.species_embeddings().items():
+        if isinstance(table, GrownEmbedding):
+            yield path, table
+
+
+def train_new_rows(model: Potential, species: Sequence[int]) -> None:
+    """Let the embeddings of some species train and keep those of all others, in place.
+
+    Tables that train whole are left as they are.
+
+    Args:
+        model: knows the species (:meth:`~pet_finetune.model.Potential.add_species`).
+        species: atomic numbers; with none of them, nothing happens.
+    """
+    rows = [model.species.index(number) for number in species]
+    if not rows:
+        return
+    for path, table in model.network.species_embeddings().items():
+        assert isinstance(table, nn.Embedding), f"{path} trains rows of its own already"
+        if not table.weight.requires_grad:
+            model.network.set_submodule(path, GrownEmbedding(table, rows).train(table.training))
+
+
+def drop_new_rows(model: Potential) -> None:
+    """Give tables back as they were before their rows trained, in place."""
+    for path, table in list(grown_tables(model)):
+        model.network.set_submodule(path, table.base_embedding())
+
+
+def merge_new_rows(model: Potential) -> Potential:
+    """Write trained rows into their tables, in place, and return the model."""
+    for path, table in list(grown_tables(model)):
+        model.network.set_submodule(path, table.to_embedding())
+    return model
+
+
+def _attentions(model: Potential) -> Iterator[tuple[str, Attention]]:
+    for path, module in model.network.named_modules():
+        if isinstance(module, Attention):
+            yield path, module
+
+
+def prompts(model: Potential) -> dict[str, PromptTokens]:
+    """The prompts of a model by their path in the network."""
+    found = ((f"{path}.prompt", attention.prompt) for path, attention in _attentions(model))
+    return {path: prompt for path, prompt in found if prompt is not None}
+
+
+def add_prompts(model: Potential, length: int) -> None:
+    """Give every attention layer of a model a fresh prompt, in place; no prediction changes.
+
+    Raises:
+        AdapterError: the model has prompts, from an earlier run.
+    """
+    if model.hypers.num_prompts:
+        raise AdapterError(
+            f"The model has {model.hypers.num_prompts} prompt tokens in each layer already, which "
+            "an earlier run of prompt tuning left in it. Start from the model that run started "
+            "from, or fine-tune this one with another method."
+        )
+    for _, attention in _attentions(model):
+        width, heads = attention.output_linear.in_features, attention.num_heads
+        prompt = PromptTokens(length, width, heads).to(device=model.device, dtype=model.dtype)
+        attention.prompt = prompt.train(attention.training)
+    _set_number(model, length)
+
+
+def remove_prompts(model: Potential) -> None:
+    """The opposite of :func:`add_prompts`."""
+    for _, attention in _attentions(model):
+        attention.prompt = None
+    _set_number(model, 0)
+
+
+def _set_number(model: Potential, length: int) -> None:
+    model.hypers = model.hypers.model_copy(update={"num_prompts": length})
+    model.network.options = model.hypers

@@ -12,14 +12,14 @@ import sys
 import pytest
 
 from pet_finetune.errors import RunError
-from pet_finetune.runs.folder import RunFolder, newest_run, own_folder, starts_of, works_elsewhere
+from pet_finetune.runs import RunFolder, newest_run, own_folder, starts_of, works_elsewhere
 
 #: Claims a folder as soon as it may, with a clock that stands, and keeps it until it is killed.
 _CLAIM = """
 import datetime, sys, types
 from pathlib import Path
 from pet_finetune.errors import RunError
-from pet_finetune.runs import folder
+from pet_finetune import runs as folder
 
 class Clock(datetime.datetime):
     @classmethod

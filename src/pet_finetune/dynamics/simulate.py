@@ -21,18 +21,14 @@ from pet_finetune.extras import drawn
 from pet_finetune.log import FILE_ONLY, get_logger, setup_logging
 from pet_finetune.progress import InterruptGuard
 from pet_finetune.report.curves import simulation_svg
-from pet_finetune.runs.folder import STARTED, own_folder, starts_of
+from pet_finetune.runs import STARTED, own_folder, starts_of
 from pet_finetune.training.tables import show
 
 from . import MDFiles, MDSettings, Outcome, Summary, simulate, summarize
-from .checks import check_start
-from .files import FINAL, LOG, PLOT, RESULTS, TRAJECTORY
-from .freedom import degrees_of_freedom, draw_velocities, temperature
-from .integrators import keeps_momentum
-from .model import ModelChoice
-from .progress import MDDisplay
-
-__all__ = ["MDResult", "ModelChoice", "restart_md", "run_md"]
+from .integrators import degrees_of_freedom, draw_velocities, keeps_momentum, temperature
+from .md_checks import ModelChoice, check_start
+from .md_files import FINAL, LOG, PLOT, RESULTS, TRAJECTORY
+from .measure import MDDisplay
 
 _logger = get_logger(__name__)
 _RELAXED = 0.05  # eV/A

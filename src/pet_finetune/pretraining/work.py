@@ -20,8 +20,6 @@ from pet_finetune.errors import DataError, RunError
 from pet_finetune.files import read_object, write_whole
 from pet_finetune.progress import Watch
 
-__all__ = ["DROPPED", "Work", "digest"]
-
 #: In the info of a frame that is not used: why.
 DROPPED = "dropped"
 _RECORD = "pretrain.json"

@@ -12,7 +12,7 @@ from pet_finetune.errors import AdapterError
 from pet_finetune.model import Potential
 from pet_finetune.model.fingerprint import weights_fingerprint
 
-from .config import AdapterConfig, resolve
+from .adapter_config import AdapterConfig, resolve
 from .inject import (
     AdapterTarget,
     active_adapter,
@@ -23,7 +23,7 @@ from .inject import (
     saved_parameters,
     target_of,
 )
-from .quantized import quantize_base
+from .quantize import quantize_base
 
 
 @dataclass(frozen=True, eq=False)

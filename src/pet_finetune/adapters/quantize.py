@@ -12,9 +12,8 @@ from pet_finetune.model import Potential
 from pet_finetune.model.pet import HEAD_GROUPS
 from pet_finetune.nn.quantized import QuantizedLinear, held_bytes, quantize
 
-from .config import AdapterConfig
-from .lora import LoraLinear
-from .matching import replace_module
+from .adapter_config import AdapterConfig, replace_module
+from .layers import LoraLinear
 
 # Layers narrower than this on a side hold next to nothing, and the one that reads the geometry
 # (4 numbers an edge) is among them.
