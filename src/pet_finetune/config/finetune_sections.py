@@ -249,7 +249,7 @@ class PretrainOptions(Section):
     temperatures: Annotated[
         tuple[float, ...], Expects("a positive number or a list of them", _temperatures)
     ] = Field(
-        default=(300.0, 600.0, 1000.0),
+        default=(300.0, 600.0),
         description="Of the molecular dynamics that explores new frames, K.",
     )
     epochs: PositiveInt = Field(default=10, description="Passes over the labelled frames.")

@@ -30,15 +30,13 @@ from .work import DROPPED
 
 #: In the info of a frame: what it is called.
 NAME = "name"
-#: Frames that are explored for each one that is wanted.
-_SURPLUS = 1.5
 _MOVED, _DISPLACED = 0.75, 0.25
 _MOST_STARTS = 20
 _EVERY = 10  # steps between two frames of the dynamics
 _FRICTION = 0.02 / units.fs
 _PER_TASK = 25
 #: Of displacements, Å, and of strains, at most; each frame draws its own.
-_WIDTHS, _STRAIN = (0.02, 0.15), 0.04
+_WIDTHS, _STRAIN = (0.01, 0.08), 0.03
 #: Distances of close pairs, as parts of the sum of both covalent radii.
 _PAIRS = np.concatenate([np.linspace(0.75, 1.5, 10), np.linspace(1.7, 3.0, 4)])
 #: Atoms nearer than this part of the sum of their covalent radii are in each other.
@@ -70,20 +68,19 @@ class Task:
 
 
 def tasks_of(frames: Sequence[Atoms], settings: PretrainOptions) -> list[Task]:
-    """What there is to explore, for some more frames than are wanted.
+    """What there is to explore for as many frames as are wanted.
 
     Args:
         frames: the user's.
         settings: how many frames, and at which temperatures.
     """
-    wanted = _SURPLUS * settings.n
     hot = settings.temperatures
     # Short trajectories from many frames see more than a long one; below ten frames they see none.
-    most = max(1, int(_MOVED * wanted / (10 * len(hot))))
+    most = max(1, int(_MOVED * settings.n / (10 * len(hot))))
     starts = _spread(len(frames), min(_MOST_STARTS, most))
-    length = max(1, round(_MOVED * wanted / (len(starts) * len(hot))))
+    length = max(1, round(_MOVED * settings.n / (len(starts) * len(hot))))
     planned = [("dynamics", s, length, t) for s in starts for t in hot]
-    displaced = range(max(1, round(_DISPLACED * wanted / _PER_TASK)))
+    displaced = range(max(1, round(_DISPLACED * settings.n / _PER_TASK)))
     planned += [("displaced", _PER_TASK * one % len(frames), _PER_TASK, 0.0) for one in displaced]
     planned.append(("pairs", 0, 0, 0.0))
     return [

@@ -26,10 +26,8 @@ from pet_finetune.data.structure import (
     DEFAULT_CHARGE_KEYS,
     DEFAULT_SPIN_KEYS,
     Structure,
-    atoms_to_structure,
 )
 from pet_finetune.errors import DataError, PetFinetuneError, TrainingError
-from pet_finetune.inspection.thin import most_different
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 from pet_finetune.model.fingerprint import weights_fingerprint
@@ -179,7 +177,7 @@ def _explored(
     calculator: PETCalculator,
     settings: PretrainOptions,
 ) -> list[Atoms]:
-    """Frames of the sane region, thinned to those that are wanted."""
+    """Frames of the sane region."""
     tasks = tasks_of(frames, settings)
     _logger.info(
         "exploring from %d structures at %s K: %d trajectories, displaced frames, close pairs",
@@ -196,10 +194,8 @@ def _explored(
             "No frame stayed in the sane region: the foundation does not hold this system "
             "together. Lower the temperatures, or raise max_force and max_energy."
         )
-    structures = [atoms_to_structure(atoms, i) for i, atoms in enumerate(kept)]
-    chosen = [kept[one.index] for one in most_different(structures, settings.n)]
-    _logger.info("explored %d frames, of which %d are labelled", len(kept), len(chosen))
-    return chosen
+    _logger.info("explored %d frames", len(kept))
+    return kept
 
 
 def _labelled(

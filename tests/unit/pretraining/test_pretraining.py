@@ -1,4 +1,4 @@
-"""Continued pre-training: exploring, thinning, labelling, training, and going on with it."""
+"""Continued pre-training: exploring, labelling, training, and going on with it."""
 
 from __future__ import annotations
 
@@ -125,11 +125,11 @@ def test_time_counts_also_where_a_stage_is_stopped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("n", [60, 200, 2000])
-def test_more_frames_are_planned_than_are_wanted(n: int) -> None:
+def test_about_as_many_frames_are_planned_as_are_wanted(n: int) -> None:
     tasks = tasks_of(moved(4), PretrainOptions(n=n))
-    assert n < sum(task.count for task in tasks) < 2 * n
+    assert sum(task.count for task in tasks) == pytest.approx(n, rel=0.2)
     assert {task.kind for task in tasks} == {"dynamics", "displaced", "pairs"}
-    assert {task.temperature for task in tasks if task.kind == "dynamics"} == {300, 600, 1000}
+    assert {task.temperature for task in tasks if task.kind == "dynamics"} == {300, 600}
 
 
 @pytest.mark.parametrize(
