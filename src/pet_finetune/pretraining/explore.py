@@ -1,4 +1,4 @@
-"""New frames of the user's system: dynamics with the foundation, displacements, close pairs.
+"""Frames of the user's system: their own, dynamics with the foundation, displacements, close pairs.
 
 What leaves the sane region is kept apart with its reason: no teacher's label of a broken geometry
 is of use to anybody.
@@ -53,9 +53,10 @@ class Task:
     """A few frames that are made together, always the same ones.
 
     Attributes:
-        kind: ``dynamics``, ``displaced`` or ``pairs``.
+        kind: ``given``, ``dynamics``, ``displaced`` or ``pairs``.
         number: among all tasks; part of its seed.
-        start: which of the user's frames they begin from; displaced ones go on to the next ones.
+        start: which of the user's frames they begin from; given and displaced ones go on to the
+            next ones.
         count: frames.
         temperature: of dynamics, K.
     """
@@ -68,20 +69,25 @@ class Task:
 
 
 def tasks_of(frames: Sequence[Atoms], settings: PretrainOptions) -> list[Task]:
-    """What there is to explore for as many frames as are wanted.
+    """What there is to explore: the user's own frames, and new ones up to the number wanted.
 
     Args:
-        frames: the user's.
+        frames: the user's, not more than are wanted.
         settings: how many frames, and at which temperatures.
     """
-    hot = settings.temperatures
-    # Short trajectories from many frames see more than a long one; below ten frames they see none.
-    most = max(1, int(_MOVED * settings.n / (10 * len(hot))))
-    starts = _spread(len(frames), min(_MOST_STARTS, most))
-    length = max(1, round(_MOVED * settings.n / (len(starts) * len(hot))))
-    planned = [("dynamics", s, length, t) for s in starts for t in hot]
-    displaced = range(max(1, round(_DISPLACED * settings.n / _PER_TASK)))
-    planned += [("displaced", _PER_TASK * one % len(frames), _PER_TASK, 0.0) for one in displaced]
+    size, hot = len(frames), settings.temperatures
+    new = settings.n - size
+    given = range(0, size, _PER_TASK)
+    planned = [("given", start, min(_PER_TASK, size - start), 0.0) for start in given]
+    if new > 0:
+        # Short trajectories from many frames see more than a long one; below ten frames they see
+        # none.
+        most = max(1, int(_MOVED * new / (10 * len(hot))))
+        starts = spread(size, min(_MOST_STARTS, most))
+        length = max(1, round(_MOVED * new / (len(starts) * len(hot))))
+        planned += [("dynamics", s, length, t) for s in starts for t in hot]
+        displaced = range(max(1, round(_DISPLACED * new / _PER_TASK)))
+        planned += [("displaced", _PER_TASK * one % size, _PER_TASK, 0.0) for one in displaced]
     planned.append(("pairs", 0, 0, 0.0))
     return [
         Task(kind, number, start, count, temperature)
@@ -89,7 +95,7 @@ def tasks_of(frames: Sequence[Atoms], settings: PretrainOptions) -> list[Task]:
     ]
 
 
-def _spread(size: int, most: int) -> list[int]:
+def spread(size: int, most: int) -> list[int]:
     """At most so many of a row of positions, evenly apart."""
     return sorted({int(at) for at in np.linspace(0, size - 1, min(size, most)).round()})
 
@@ -107,6 +113,7 @@ def explore(
     """
     rng = np.random.default_rng([settings.seed, Stream.EXPLORATION, task.number])
     made = {
+        "given": lambda: _given(task, frames),
         "dynamics": lambda: _dynamics(task, frames, calculator, rng),
         "displaced": lambda: _displaced(task, frames, rng),
         "pairs": lambda: _pairs(frames),
@@ -134,6 +141,12 @@ def bare(atoms: Atoms) -> Atoms:
     """Elements, positions, cell, charge and spin of a structure, and nothing else."""
     kept = {k: atoms.info[k] for k in (*DEFAULT_CHARGE_KEYS, *DEFAULT_SPIN_KEYS) if k in atoms.info}
     return Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc, info=kept)
+
+
+def _given(task: Task, frames: Sequence[Atoms]) -> Iterator[_Made]:
+    """The user's frames as they are."""
+    for start in range(task.start, task.start + task.count):
+        yield f"given-{start}", bare(frames[start]), start
 
 
 def _dynamics(

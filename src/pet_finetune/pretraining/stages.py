@@ -38,7 +38,7 @@ from pet_finetune.training.resume import plain_errors
 from pet_finetune.training.run import train
 from pet_finetune.training.run_files import BEST, LAST
 
-from .explore import NAME, explore, tasks_of
+from .explore import NAME, explore, spread, tasks_of
 from .teacher import Teacher, teacher_of
 from .work import DROPPED, Work, digest
 
@@ -178,6 +178,7 @@ def _explored(
     settings: PretrainOptions,
 ) -> list[Atoms]:
     """Frames of the sane region."""
+    frames = [frames[one] for one in spread(len(frames), settings.n)]
     tasks = tasks_of(frames, settings)
     _logger.info(
         "exploring from %d structures at %s K: %d trajectories, displaced frames, close pairs",

@@ -128,13 +128,23 @@ def test_time_counts_also_where_a_stage_is_stopped(tmp_path: Path) -> None:
 def test_about_as_many_frames_are_planned_as_are_wanted(n: int) -> None:
     tasks = tasks_of(moved(4), PretrainOptions(n=n))
     assert sum(task.count for task in tasks) == pytest.approx(n, rel=0.2)
-    assert {task.kind for task in tasks} == {"dynamics", "displaced", "pairs"}
+    assert {task.kind for task in tasks} == {"given", "dynamics", "displaced", "pairs"}
     assert {task.temperature for task in tasks if task.kind == "dynamics"} == {300, 600}
+
+
+def test_nothing_is_explored_where_enough_frames_are_given() -> None:
+    tasks = tasks_of(moved(30), PretrainOptions(n=30))
+    assert [(task.kind, task.start, task.count) for task in tasks] == [
+        ("given", 0, 25),
+        ("given", 25, 5),
+        ("pairs", 0, 0),
+    ]
 
 
 @pytest.mark.parametrize(
     "task",
     [
+        Task("given", 2, start=1, count=1),
         Task("dynamics", 3, start=1, count=2, temperature=300.0),
         Task("displaced", 4, start=1, count=2),
         Task("pairs", 5),
