@@ -144,7 +144,7 @@ def test_nothing_is_explored_where_enough_frames_are_given() -> None:
 @pytest.mark.parametrize(
     "task",
     [
-        Task("given", 2, start=1, count=1),
+        Task("given", 2, count=2),
         Task("dynamics", 3, start=1, count=2, temperature=300.0),
         Task("displaced", 4, start=1, count=2),
         Task("pairs", 5),
