@@ -30,7 +30,7 @@ import torch
 import yaml
 
 from pet_finetune.checkpoint import load_checkpoint
-from pet_finetune.data.batch import batch_from_atoms
+from pet_finetune.data.labelled_batch import batch_from_atoms
 
 SIZES = {"50": (50, 60), "all": (480, 7)}  # training structures, epochs
 BATCH = 5

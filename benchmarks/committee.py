@@ -31,7 +31,7 @@ from ase.build import molecule
 from pet_finetune import PETCalculator
 from pet_finetune.adapters import AdapterConfig, inject, save_adapter
 from pet_finetune.checkpoint import load_checkpoint
-from pet_finetune.data.batch import batch_from_atoms
+from pet_finetune.data.labelled_batch import batch_from_atoms
 
 FOUNDATION = Path(__file__).resolve().parents[1] / "checkpoints" / "pet-xtb-v0.ckpt"
 KINDS = ("lora", "last", "heads")

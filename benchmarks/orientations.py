@@ -20,7 +20,7 @@ import torch
 from ase import Atoms
 
 from pet_finetune import PETCalculator
-from pet_finetune.data.augment import random_rotations
+from pet_finetune.data.epochs import random_rotations
 from pet_finetune.model.orientations import ORIENTATIONS
 
 

@@ -21,7 +21,7 @@ from benchmarks.speed.memory import MemoryMeter
 from pet_finetune.adapters import AdapterConfig, inject
 from pet_finetune.backends import choose_backend, use_backend
 from pet_finetune.config import ModelOptions
-from pet_finetune.data.batch import batch_from_atoms
+from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.keys import TargetSpec
 from pet_finetune.model import Potential
 

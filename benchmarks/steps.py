@@ -32,7 +32,7 @@ from pet_finetune.adapters import AdapterConfig, inject
 from pet_finetune.backends import EAGER, Arena, choose_backend, loaded, prepare, use_backend, using
 from pet_finetune.config import ModelOptions, TargetLoss
 from pet_finetune.data import Loader, collate, structure_neighbors
-from pet_finetune.data.batch import LabelledBatch
+from pet_finetune.data.labelled_batch import LabelledBatch
 from pet_finetune.data.structure import atoms_to_structure
 from pet_finetune.keys import TargetSpec
 from pet_finetune.log import setup_logging

@@ -19,7 +19,7 @@ from ase import Atoms
 from pet_finetune import backends
 from pet_finetune.checkpoint import load_checkpoint
 from pet_finetune.data import Loader
-from pet_finetune.data.batch import batch_from_atoms
+from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.data.structure import atoms_to_structure
 from pet_finetune.model import Potential
 from pet_finetune.training import rotational_spread

@@ -28,8 +28,8 @@ from pet_finetune.checkpoint.contents import checkpoint_facts, describe_checkpoi
 from pet_finetune.config import PretrainOptions
 from pet_finetune.config.finetune_sections import LastLayerOptions
 from pet_finetune.config.problems import checked_section
-from pet_finetune.data.convert import convert
-from pet_finetune.data.files import read_frames
+from pet_finetune.data.convert_sets import convert
+from pet_finetune.data.frame_files import read_frames
 from pet_finetune.dynamics.md_checks import ModelChoice
 from pet_finetune.dynamics.relaxation import RelaxSettings, relax_structures
 from pet_finetune.dynamics.settings import MDSettings

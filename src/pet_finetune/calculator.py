@@ -33,8 +33,13 @@ from pet_finetune.committee.committee import (
 )
 from pet_finetune.committee.committee_files import Adapters
 from pet_finetune.committee.llpr import fresh, no_property, properties_of, with_uncertainty
-from pet_finetune.data.computable import charge_and_spin, check_atoms
-from pet_finetune.data.moving import Contacts, MovingAtoms, Origin
+from pet_finetune.data.calculator_input import (
+    Contacts,
+    MovingAtoms,
+    Origin,
+    charge_and_spin,
+    check_atoms,
+)
 from pet_finetune.device import check_forked, choose_device, choose_dtype
 from pet_finetune.errors import AdapterError, ConfigError, DataError
 from pet_finetune.graph import Batch

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from pet_finetune.calculator import PETCalculator
 from pet_finetune.committee.committee_files import Adapters
-from pet_finetune.data.computable import check_atoms
-from pet_finetune.data.moving import MovingAtoms
+from pet_finetune.data.calculator_input import MovingAtoms, check_atoms
 from pet_finetune.errors import PetFinetuneError
 from pet_finetune.extras import missing_extra
 from pet_finetune.graph import join_graphs

@@ -18,7 +18,7 @@ from logs import logging_as_it_was
 from models import random_potential
 from pet_finetune.checkpoint import save_checkpoint
 from pet_finetune.cli import main
-from pet_finetune.data.probe import probe_structures
+from pet_finetune.data.readers import probe_structures
 from pet_finetune.training.loggers import RunDisplay
 from tiny_data import molecules, options, write_frames, write_options
 

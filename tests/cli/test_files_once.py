@@ -9,7 +9,7 @@ from pathlib import Path
 import ase.io
 import pytest
 
-from pet_finetune.data import files
+from pet_finetune.data import frame_files
 from tiny_data import data_section, molecules, options, write_frames, write_options
 
 
@@ -17,16 +17,16 @@ from tiny_data import data_section, molecules, options, write_frames, write_opti
 def parsed(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each file was parsed."""
     counts: Counter[str] = Counter()
-    plain = files._parse
+    plain = frame_files._parse
 
     def count(file: Path, *arguments):
         counts[file.name] += 1
         return plain(file, *arguments)
 
-    monkeypatch.setattr(files, "_parse", count)
-    files.forget_files()
+    monkeypatch.setattr(frame_files, "_parse", count)
+    frame_files.forget_files()
     yield counts
-    files.forget_files()
+    frame_files.forget_files()
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from ase.build import bulk
 from ase.io import write
 
 from pet_finetune.cli import main
-from pet_finetune.data.files import read_frames
+from pet_finetune.data.frame_files import read_frames
 from pet_finetune.dynamics.md_checks import read_frame
 from pet_finetune.errors import DataError
 

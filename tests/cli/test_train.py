@@ -13,7 +13,7 @@ import yaml
 
 from models import SMALL
 from pet_finetune.checkpoint import load_checkpoint, open_potential
-from pet_finetune.data.batch import batch_from_atoms
+from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.model.fingerprint import weights_fingerprint
 from tiny_data import epochs, options
 

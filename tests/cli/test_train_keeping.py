@@ -13,7 +13,7 @@ import yaml
 
 from models import random_potential
 from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
-from pet_finetune.data.probe import probe_structures
+from pet_finetune.data.readers import probe_structures
 from pet_finetune.forgetting.retention import RetentionSet
 from pet_finetune.training.sets import label_with
 from tiny_data import data_section, epochs, molecules, options, write_frames, write_options

@@ -14,7 +14,7 @@ import torch
 from pet_finetune.checkpoint import load_checkpoint
 from pet_finetune.cli import main
 from pet_finetune.data import metatrain_sets
-from pet_finetune.data.files import forget_files
+from pet_finetune.data.frame_files import forget_files
 from tiny_data import data_section, molecules, options, write_folder, write_options
 from together import together
 
@@ -61,9 +61,9 @@ def test_a_run_is_that_of_memory(stored, train, monkeypatch, sizes):
 
 
 def test_baselines_and_errors_of_a_large_set_come_from_a_part(stored, train, monkeypatch):
-    monkeypatch.setattr("pet_finetune.data.on_disk.SAMPLE", 4)
+    monkeypatch.setattr("pet_finetune.data.structure_sets.SAMPLE", 4)
     monkeypatch.setattr("pet_finetune.data.loader.SAMPLE", 4)
-    monkeypatch.setattr("pet_finetune.data.on_disk.OF_ELEMENT", 1)
+    monkeypatch.setattr("pet_finetune.data.structure_sets.OF_ELEMENT", 1)
     assert train(content(), "-c", "base.ckpt").code == 0
     text = Path("run/train.log").read_text()
     assert re.search(r"errors of the training set: from [4-7] of 8 structures", text)

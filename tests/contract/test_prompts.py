@@ -34,7 +34,7 @@ from pet_finetune.adapters import (
 from pet_finetune.adapters.peft_files import CONFIG_FILE, WEIGHTS_FILE
 from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
 from pet_finetune.committee.committee import Committee
-from pet_finetune.data.batch import batch_from_atoms
+from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.errors import AdapterError
 
 FRAMES = list(all_structures().values())

@@ -29,7 +29,7 @@ from pet_finetune.adapters import (
 )
 from pet_finetune.adapters.layers import LoraLinear
 from pet_finetune.adapters.quantize import quantize_base
-from pet_finetune.data.batch import batch_from_atoms
+from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.errors import AdapterError
 from pet_finetune.nn.quantized import QuantizedLinear, QuantizedWeight, held_bytes
 

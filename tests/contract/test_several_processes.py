@@ -16,7 +16,7 @@ from pet_finetune import processes
 from pet_finetune.api import ROOMS
 from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
 from pet_finetune.config.load import parse_options
-from pet_finetune.data.batch import LabelledBatch
+from pet_finetune.data.labelled_batch import LabelledBatch
 from pet_finetune.training import trainer
 from pet_finetune.training.resume import plain_errors
 from pet_finetune.training.run import train

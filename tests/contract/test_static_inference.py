@@ -12,7 +12,7 @@ from ase import Atoms
 from models import METHODS, crystal, ethanol, heat, random_potential, trained_adapter
 from pet_finetune import PETCalculator
 from pet_finetune.backends import EAGER, FUSED_BFLOAT16, use_backend, using
-from pet_finetune.data.batch import batch_from_atoms
+from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.graph import Batch
 from pet_finetune.model import Potential
 from pet_finetune.model import static_inference as module

@@ -17,7 +17,7 @@ from pet_finetune.checkpoint.archive import TorchArchive
 from pet_finetune.checkpoint.metatrain import read_raw
 from pet_finetune.checkpoint.opening import load_numbers
 from pet_finetune.checkpoint.upgrade import RawCheckpoint, upgrade
-from pet_finetune.data.batch import batch_from_atoms
+from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.errors import CheckpointError
 
 VERSIONS = ["v1_trainer-v1", "v4_trainer-v3", "v6_trainer-v5", "v7_trainer-v7", "v8_trainer-v7"]

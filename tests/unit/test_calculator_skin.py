@@ -13,7 +13,7 @@ from ase.stress import voigt_6_to_full_3x3_stress
 
 from models import crystal, ethanol, heat, random_potential, slab
 from pet_finetune import PETCalculator
-from pet_finetune.data import batch_from_atoms, moving
+from pet_finetune.data import batch_from_atoms, calculator_input
 from pet_finetune.model import Potential
 
 
@@ -31,13 +31,13 @@ def calc(model: Potential) -> PETCalculator:
 def lists_built(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The cutoff of every neighbour list that is built for a skin."""
     seen: list[float] = []
-    build = moving.neighbor_list
+    build = calculator_input.neighbor_list
 
     def counted(positions, cell, pbc, cutoff):
         seen.append(cutoff)
         return build(positions, cell, pbc, cutoff)
 
-    monkeypatch.setattr(moving, "neighbor_list", counted)
+    monkeypatch.setattr(calculator_input, "neighbor_list", counted)
     return seen
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from pet_finetune.adapters import Adapter, combine, install, merged_copy, read_adapter
 from pet_finetune.adapters.merge import lora_layers
 from pet_finetune.adapters.peft_files import write_adapter
-from pet_finetune.data.batch import batch_from_atoms
+from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.errors import AdapterError
 from pet_finetune.files import size_text
 from pet_finetune.model import Potential

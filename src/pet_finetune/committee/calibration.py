@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pet_finetune.data.batch import LabelledBatch, on_device
+from pet_finetune.data.labelled_batch import LabelledBatch, on_device
 from pet_finetune.extras import plotting
 from pet_finetune.keys import forces_key, stress_key
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from .augment import random_rotations, rotate_batch
-from .batch import LabelledBatch, batch_from_atoms, collate
-from .files import read_frames
+from .epochs import random_rotations, rotate_batch
+from .frame_files import read_frames
+from .labelled_batch import LabelledBatch, batch_from_atoms, collate
 from .loader import Loader
 from .neighbors import NeighborList, edge_vectors, neighbor_list, structure_neighbors
 from .readers import read_structures
-from .species import check_species, find_species
 from .splits import Splits, load_splits, make_splits
 from .structure import Structure, atoms_to_structure, structures_fingerprint
+from .structure_sets import check_species, find_species
 
 __all__ = [
     "LabelledBatch",

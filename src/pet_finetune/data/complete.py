@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pet_finetune.data.text import CELL_WORDS
 from pet_finetune.errors import DataError
 from pet_finetune.log import get_logger
+
+from .text import CELL_WORDS
 
 if TYPE_CHECKING:
     from ase import Atoms

@@ -13,15 +13,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import numpy as np
 from ase.data import atomic_masses
 from ase.io.extxyz import key_val_str_to_dict, read_xyz
 
-from pet_finetune.data.outputs import is_cp2k_comment, wrong_in_cp2k
-from pet_finetune.data.symbols import UNUSED_TYPES, SymbolLayout, element_of, is_dummy
-from pet_finetune.data.text import NamedText, as_number, cell_in_words
 from pet_finetune.errors import DataError
 from pet_finetune.log import get_logger
+
+from .outputs import is_cp2k_comment, wrong_in_cp2k
+from .symbols import UNUSED_TYPES, SymbolLayout, element_of, is_dummy
+from .text import NamedText, as_number, cell_in_words
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -31,11 +31,18 @@ __all__ = ["read_extxyz"]
 _logger = get_logger(__name__)
 
 _FLOAT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eEdD][-+]?\d+)?|[-+]?(?i:nan|inf)")
+# By the letter of a column in Properties.
+_ANYTHING = re.compile(r".*")
+_WORDS = {"R": (_FLOAT, "a number"), "I": (re.compile(r"[-+]?\d+"), "a whole number")}
 # Values of the keys for which ASE allows nine numbers and nothing else.
 _MATRIX = re.compile(
     r"(?<![\w-])(Lattice|stress|virial)\s*=\s*"
     r"(\"[^\"]*\"|'[^']*'|\{[^}]*\}|\[\s*\[.*?\]\s*\]|\[[^\]]*\]|[^\s\"'{\[]\S*)"
 )
+_FORTRAN = re.compile(r"(?<![A-Za-z])(\d*\.?\d+)[dD]([-+]?\d+)(?![A-Za-z])")
+_FORTRAN_REAL = re.compile(r"[-+]?(?:\d+\.\d*|\.\d+)[dD][-+]?\d{1,3}")
+# The comment says that the frame is a molecule.
+_NO_CELL = re.compile(r"(?i)\bpbc\s*=\s*[\"'\[{]?\s*f\w*[\s,]+f\w*[\s,]+f")
 _VECTOR = re.compile(r"\s*VEC[1-3]\s")
 
 
@@ -67,10 +74,7 @@ def read_extxyz(
     """
     reader = _Reader(text.split("\n"), source, dict(types or {}), plain, text.endswith("\n"))
     reader.frame, reader.before = before
-    frames = []
-    for atoms in reader.frames():
-        frames.append(atoms)
-        step()
+    frames = list(reader.frames(step))
     reader.finish()
     return frames
 
@@ -101,8 +105,8 @@ class _Reader:
         """The line of the file on which the frame begins, as editors count."""
         return self.start + 1 + self.before
 
-    def frames(self) -> Iterator[Atoms]:
-        """Each frame in turn."""
+    def frames(self, step: Callable[[], None]) -> Iterator[Atoms]:
+        """Each frame in turn, and a call after each."""
         line = 0
         while True:
             while line < len(self.lines) and not self.lines[line].strip():
@@ -112,11 +116,11 @@ class _Reader:
             count = self._count(line)
             self.start = line
             end = line + 2 + count
-            while end < len(self.lines) and end < line + 5 + count:
-                if not _VECTOR.match(self.lines[end]):
-                    break
+            last = min(len(self.lines), end + 3)
+            while end < last and _VECTOR.match(self.lines[end]):
                 end += 1
             yield self._read(count, end)
+            step()
             self.frame += 1
             line = end
 
@@ -160,20 +164,19 @@ class _Reader:
         rows = self.lines[first : first + count]
         comment = self.lines[self.start + 1] if self.start + 1 < len(self.lines) else ""
         layout = SymbolLayout.of("" if self.plain else comment)
-        cut = len(rows) < count or (rows and end >= len(self.lines) and not rows[-1].strip())
-        if cut:
+        if len(rows) < count or (rows and end >= len(self.lines) and not rows[-1].strip()):
             there = sum(bool(row.strip()) for row in rows)
             raise DataError(
                 f"{self.source}: the last frame, {self.frame}, which begins on line "
                 f"{self.shown}, is cut off: it says it has {count} atoms, and {there} are "
                 f"there. Remove it (the lines from {self.shown} on), or write the file again."
             )
-        rows = self._checked(rows, layout, first)
+        self._check_columns(rows, layout, first)
         self._cut_in_a_number(rows, end)
         rows, masses = self._with_elements(rows, layout, first, comment)
-        if not self._has_cell(comment, end - first - count):
-            self._refuse_cell(comment)
         vectors = self.lines[first + count : end]
+        if not vectors:
+            self._refuse_cell(comment)
         try:
             atoms = self._atoms([comment, *rows, *vectors], count)
         except DataError:
@@ -191,8 +194,8 @@ class _Reader:
             atoms.arrays["masses"][index] = mass
         return atoms
 
-    def _checked(self, rows: list[str], layout: SymbolLayout, first: int) -> list[str]:
-        """The rows of the atoms, each with as many columns as are named."""
+    def _check_columns(self, rows: list[str], layout: SymbolLayout, first: int) -> None:
+        """Stop at a row with fewer columns than are named; note those with more."""
         more = 0
         for number, row in enumerate(rows):
             width = len(row.split())
@@ -214,7 +217,6 @@ class _Reader:
                 f"have columns behind the {layout.width} that are named ({layout.names}); they are "
                 "not read. If they are labels, name them with Properties=..."
             ] += 1
-        return rows
 
     def _cut_in_a_number(self, rows: Sequence[str], end: int) -> None:
         """The file ends within the last row, where all rows have one length."""
@@ -241,7 +243,7 @@ class _Reader:
         self._agreeing(rows, layout, first)
         if layout.numbered:
             return rows, masses
-        changed = None
+        changed = list(rows)
         typed = bool(self.types) or comment.lstrip().startswith("Atoms. Timestep")
         for number, row in enumerate(rows):
             label = row.split(None, layout.species + 1)[layout.species]
@@ -249,13 +251,12 @@ class _Reader:
             if mass is not None:
                 masses[number] = mass
             if symbol != label:
-                changed = changed if changed is not None else list(rows)
                 words = row.split()
                 words[layout.species] = symbol
                 changed[number] = " ".join(words)
         if masses:
             self.notes["name isotopes; they are read as their elements, with these masses"] += 1
-        return (rows if changed is None else changed), masses
+        return changed, masses
 
     def _agreeing(self, rows: list[str], layout: SymbolLayout, first: int) -> None:
         """Stop where another column names another element than the column of symbols."""
@@ -309,17 +310,10 @@ class _Reader:
             "1=O,2=H on the command line."
         )
 
-    def _has_cell(self, comment: str, vectors: int) -> bool:
-        """Whether the frame has a cell, or says that it has none."""
-        if vectors:
-            return True
-        if self.plain:
-            return False
-        return "Lattice" in comment and re.search(r"Lattice\s*=", comment) is not None
-
     def _refuse_cell(self, comment: str) -> None:
         """Stop where the comment holds a cell that would be lost."""
-        if _NO_CELL.search(comment):
+        read = not self.plain and re.search(r"Lattice\s*=", comment)
+        if read or _NO_CELL.search(comment):
             return
         cell = cell_in_words(comment)
         if self.plain and not cell and "Lattice" in comment:
@@ -347,7 +341,7 @@ class _Reader:
     def _matrix(self, found: re.Match[str]) -> str:
         """Nine numbers for the key, where its value says them."""
         key, value = found[1], found[2]
-        numbers = [word.translate(_EXPONENT) for word in _FLOAT.findall(value)]
+        numbers = [repr(as_number(word)) for word in _FLOAT.findall(value)]
         if len(numbers) == 6 and key != "Lattice":
             xx, yy, zz, yz, xz, xy = numbers
             numbers = [xx, xy, xz, xy, yy, yz, xz, yz, zz]
@@ -368,8 +362,7 @@ class _Reader:
     def _atoms(self, lines: Sequence[str], count: int) -> Atoms:
         """A frame by itself, as ASE reads it."""
         block = "\n".join([str(count), *lines, ""])
-        atoms: Atoms = next(read_xyz(NamedText(block, self.source), 0, self._parse))
-        return atoms
+        return next(read_xyz(NamedText(block, self.source), 0, self._parse))
 
     def _second_try(self, error: Exception, lines: Sequence[str], count: int) -> Atoms:
         """The frame with exponents as Fortran writes them (1.0D-03); else what is wrong."""
@@ -385,11 +378,11 @@ class _Reader:
         """The error of ASE with the place where it happened."""
         layout, first = SymbolLayout.of("" if self.plain else lines[0]), self.start + 2
         for number, row in enumerate(lines[1:]):
-            for column, word in enumerate(row.split()[: layout.width]):
-                if layout.kinds[column] in "RI" and not _is_number(word, layout.kinds[column]):
-                    kind = "a number" if layout.kinds[column] == "R" else "a whole number"
+            for column, (word, kind) in enumerate(zip(row.split(), layout.kinds, strict=False), 1):
+                pattern, what = _WORDS.get(kind, (_ANYTHING, ""))
+                if not pattern.fullmatch(word):
                     self._fail(
-                        first + number, f"{kind} is expected in column {column + 1}, found {word!r}"
+                        first + number, f"{what} is expected in column {column}, found {word!r}"
                     )
         reason = str(error).strip() or type(error).__name__
         self._fail(self.start + 1, f"ASE cannot read the frame: {reason}")
@@ -399,19 +392,6 @@ class _Reader:
         raise DataError(
             f"{self.source}, line {line + 1 + self.before} (frame {self.frame}): {what}{end}"
         )
-
-
-_FORTRAN = re.compile(r"(?<![A-Za-z])(\d*\.?\d+)[dD]([-+]?\d+)(?![A-Za-z])")
-_FORTRAN_REAL = re.compile(r"[-+]?(?:\d+\.\d*|\.\d+)[dD][-+]?\d{1,3}")
-# The comment says that the frame is a molecule.
-_NO_CELL = re.compile(r"(?i)\bpbc\s*=\s*[\"'\[{]?\s*f\w*[\s,]+f\w*[\s,]+f")
-_EXPONENT = str.maketrans("dD", "ee")
-
-
-def _is_number(word: str, kind: str) -> bool:
-    if kind == "R":
-        return word.lower() == "nan" or not np.isnan(as_number(word))
-    return word.removeprefix("-").removeprefix("+").isdecimal()
 
 
 def _shown(text: str) -> str:

@@ -10,9 +10,10 @@ import numpy as np
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import atomic_masses, atomic_numbers, chemical_symbols
 
-from pet_finetune.data.symbols import element_of
 from pet_finetune.errors import DataError
 from pet_finetune.log import get_logger
+
+from .symbols import element_of
 
 if TYPE_CHECKING:
     from ase import Atoms

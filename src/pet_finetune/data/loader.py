@@ -17,12 +17,11 @@ from pet_finetune.log import get_logger
 from pet_finetune.progress import Watch
 from pet_finetune.rng import Stream
 
-from .augment import random_rotations, rotate_batch
-from .batch import LabelledBatch, Whole, collate_labelled, num_known, prepare
+from .epochs import count_packs, deal, in_blocks, pack, random_rotations, rotate_batch
+from .labelled_batch import LabelledBatch, Whole, collate_labelled, num_known, prepare
 from .neighbors import structure_neighbors
-from .on_disk import OF_ELEMENT, SAMPLE, OnDisk, label_names
-from .order import count_packs, deal, in_blocks, pack
 from .structure import Structure
+from .structure_sets import OF_ELEMENT, SAMPLE, OnDisk, label_names
 
 __all__ = ["Loader"]
 
@@ -33,7 +32,7 @@ class Loader:
     """Cuts structures into batches.
 
     Neighbour lists are computed once, here; of sets that stay on disk, as each batch is made, and
-    such a set is shuffled as :func:`~.order.in_blocks` says.
+    such a set is shuffled as :func:`~.epochs.in_blocks` says.
 
     What an epoch yields is a function of ``(seed, epoch)`` alone, so a run resumed at any batch
     sees what it would have seen. Every structure occurs exactly once an epoch (unless

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from ase.units import Hartree
 
-from pet_finetune.data.computable import molecules_in
 from pet_finetune.errors import DataError
 from pet_finetune.log import get_logger
+
+from .calculator_input import molecules_in
 
 if TYPE_CHECKING:
     from ase import Atoms

@@ -26,7 +26,7 @@ from pet_finetune.locks import FileLock
 from pet_finetune.log import get_logger
 from pet_finetune.progress import Watch
 
-from .databases import count_rows, is_database, rows_of
+from .ase_databases import count_rows, is_database, rows_of
 from .metatrain_sets import ABOUT, VERSION, Folder, is_large, read_about, zip_count, zip_frames
 from .stated_units import is_statement
 from .structure import check_geometry, place

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor
@@ -15,20 +16,32 @@ from pet_finetune.keys import TargetSpec, forces_key, stress_key, weights_key
 from pet_finetune.log import get_logger
 from pet_finetune.progress import Watch
 
-from .computable import log_odd_charges
-from .labels import Column, find_value, to_scalar, weights_of
-from .left_out import log_isolated
+from .dataset_files import (
+    Reading,
+    energy_column,
+    gradient_of,
+    log_isolated,
+    log_partial,
+    property_column,
+)
+from .frame_files import read_frames
+from .label_columns import Column, find_value, to_scalar, weights_of
 from .metatrain_sets import Folder
-from .on_disk import OnDisk
-from .reading import Reading, energy_column, gradient_of, log_partial, property_column
 from .stored import stored_set
-from .structure import Structure, atoms_to_structure
+from .structure import Structure, atoms_to_structure, log_odd_charges
+from .structure_sets import OnDisk, of_species
 
-__all__ = ["read_structures"]
+__all__ = [
+    "PROBE",
+    "probe_structures",
+    "read_structures",
+]
 
 _logger = get_logger(__name__)
+
 #: What files of forces alone lack, and options need not name.
 _USUAL = "energy"
+
 #: MACE's name of the weights of structures.
 _USUAL_WEIGHT = "config_weight"
 
@@ -51,8 +64,8 @@ def read_structures(
             a model that is trained from scratch can use.
 
     Raises:
-        DataError: see :mod:`pet_finetune.data.files` and :class:`~.labels.Column`; also an energy
-            or required label that is not in the file, and a target that no frame has.
+        DataError: see :mod:`.frame_files` and :class:`~.label_columns.Column`; also an energy or
+            required label that is not in the file, and a target that no frame has.
         UnitError: an unknown unit.
     """
     reading = Reading(options)
@@ -267,3 +280,16 @@ def _check_name(name: str) -> None:
             f"Target {name!r}: the endings '/forces', '/stress' and '/weights' are kept for the "
             "labels of an energy and their weights. Choose another name."
         )
+
+
+#: How options and messages call the set.
+PROBE = "probe"
+
+_FILE = Path(__file__).with_name("probe.xyz")
+
+
+def probe_structures(species: Collection[int]) -> list[Structure]:
+    """The structures of the probe set that hold no other elements than these; may be empty."""
+    frames = read_frames(_FILE)
+    structures = [atoms_to_structure(atoms, i, source=PROBE) for i, atoms in enumerate(frames)]
+    return of_species(structures, species)

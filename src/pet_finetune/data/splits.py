@@ -16,11 +16,11 @@ from pet_finetune.config.target import GradientOptions
 from pet_finetune.errors import DataError
 from pet_finetune.files import check_file, read_object, write_whole
 
-from .files import frame_numbers, list_frames, read_frames
-from .left_out import log_isolated, sets_of_isolated_atoms
-from .on_disk import OnDisk, joined
+from .dataset_files import frame_numbers, log_isolated, sets_of_isolated_atoms
+from .frame_files import read_frames
 from .readers import read_structures
-from .structure import Structure, structures_fingerprint
+from .structure import Structure, list_frames, structures_fingerprint
+from .structure_sets import OnDisk, joined
 
 __all__ = ["SplitPart", "Splits", "load_splits", "make_splits"]
 

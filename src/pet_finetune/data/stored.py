@@ -19,9 +19,9 @@ from pet_finetune.errors import DataError
 from pet_finetune.keys import LabelKind, forces_key, label_kind, stress_key, weights_key
 from pet_finetune.progress import Watch
 
-from .labels import Column, Shape
+from .dataset_files import Reading, energy_column, gradient_of, property_column
+from .label_columns import Column, Shape
 from .metatrain_sets import Folder
-from .reading import Reading, energy_column, gradient_of, property_column
 from .structure import (
     DEFAULT_CHARGE_KEYS,
     DEFAULT_SPIN_KEYS,

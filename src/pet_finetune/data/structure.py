@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from ase import Atoms
 from torch import Tensor
 
 from pet_finetune.errors import DataError
 from pet_finetune.keys import LabelKind
+from pet_finetune.log import get_logger
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -21,13 +23,18 @@ __all__ = [
     "Structure",
     "as_integer",
     "atoms_to_structure",
+    "check_charges",
     "check_geometry",
+    "list_frames",
+    "log_odd_charges",
     "place",
     "structures_fingerprint",
 ]
 
+_logger = get_logger(__name__)
 #: Where a total charge is looked for in ``atoms.info`` when the options name no key.
 DEFAULT_CHARGE_KEYS = ("charge", "total_charge")
+
 #: The same for the spin multiplicity 2S+1.
 DEFAULT_SPIN_KEYS = ("spin", "spin_multiplicity", "multiplicity")
 
@@ -113,7 +120,7 @@ def atoms_to_structure(
     Raises:
         DataError: no atoms, numbers that are not finite, an unknown element, or a periodic
             direction without a cell vector. Charge and multiplicity are what the file says:
-            :func:`~.computable.check_charges` judges them for a model that reads them.
+            :func:`check_charges` judges them for a model that reads them.
     """
     where = place(index, source)
     numbers = np.array(atoms.numbers, dtype=np.int64)
@@ -232,3 +239,61 @@ def _bytes(tensor: Tensor) -> bytes:
     """Type, shape and content."""
     array = tensor.detach().cpu().contiguous().numpy()
     return f"{array.dtype.str}{array.shape};".encode() + array.tobytes()
+
+
+def check_charges(structures: Sequence[Structure], max_charge: int, max_spin: int) -> None:
+    """Refuse structures whose total charge or multiplicity the model has no embedding for.
+
+    Args:
+        structures: what is to be predicted or trained on.
+        max_charge: largest absolute charge the model knows.
+        max_spin: largest multiplicity 2S+1 the model knows.
+
+    Raises:
+        DataError: names the first such structure and how many there are; also of structures with
+            something else than a whole number in the place of one of the two.
+    """
+    odd = [structure for structure in structures if structure.odd]
+    if odd:
+        raise DataError(
+            f"{odd[0].where}: {odd[0].odd}, where the model reads a whole number, as the total "
+            f"charge or the spin multiplicity 2S+1 ({len(odd)} of {len(structures)} structures "
+            "have such values). Correct them, or name other places in `extra_data`."
+        )
+    for name, values, low, high in (
+        ("total charge", [s.charge for s in structures], -max_charge, max_charge),
+        ("spin multiplicity (2S+1)", [s.spin for s in structures], 1, max_spin),
+    ):
+        wrong = [index for index, value in enumerate(values) if not low <= value <= high]
+        if wrong:
+            raise DataError(
+                f"{structures[wrong[0]].where}: the {name} is {values[wrong[0]]}, and the model "
+                f"knows those from {low} to {high} ({len(wrong)} of {len(structures)} structures "
+                "are outside). Remove these structures; a model trained from scratch takes its "
+                "limits from max_charge and max_spin_multiplicity in architecture.model."
+            )
+
+
+def log_odd_charges(structures: Sequence[Structure]) -> None:
+    """Say once which frames hold something else than an integer as charge or spin."""
+    odd = [structure for structure in structures if structure.odd]
+    if odd:
+        _logger.info(
+            "%s: charge or spin of %d of %d frames is not an integer (%s: %s), and not taken as "
+            "the one of the structure",
+            odd[0].source,
+            len(odd),
+            len(structures),
+            place(odd[0].index),
+            odd[0].odd,
+        )
+
+
+_SHOWN = 10
+
+
+def list_frames(numbers: list[int]) -> str:
+    """Frame numbers as text, the first ten of them."""
+    shown = ", ".join(map(str, numbers[:_SHOWN]))
+    more = f" and {len(numbers) - _SHOWN} more" if len(numbers) > _SHOWN else ""
+    return f"frame{'s' if len(numbers) > 1 else ''} {shown}{more}"

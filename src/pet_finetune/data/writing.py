@@ -24,7 +24,7 @@ from pet_finetune.files import replacing
 from pet_finetune.keys import LabelKind, forces_key, label_kind, stress_key, uncertainty_key
 from pet_finetune.log import get_logger
 
-from .files import read_frames
+from .frame_files import read_frames
 from .structure import Structure
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import numpy as np
 from ase import Atoms
 from ase.md.md import MolecularDynamics
 
-from pet_finetune.data.moving import Contacts
+from pet_finetune.data.calculator_input import Contacts
 from pet_finetune.errors import DynamicsError, PetFinetuneError
 
 from .integrators import (

@@ -12,8 +12,8 @@ from ase import Atoms
 from pet_finetune.calculator import PETCalculator
 from pet_finetune.committee.committee_files import COMMITTEE_FILE
 from pet_finetune.config.problems import config_error
-from pet_finetune.data.computable import MISSING_CELL, check_atoms, misses_a_cell
-from pet_finetune.data.files import read_frames
+from pet_finetune.data.calculator_input import MISSING_CELL, check_atoms, misses_a_cell
+from pet_finetune.data.frame_files import read_frames
 from pet_finetune.data.stated_units import StatedUnits
 from pet_finetune.errors import DataError, PetFinetuneError
 from pet_finetune.hub import find_model

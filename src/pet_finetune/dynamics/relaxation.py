@@ -19,7 +19,7 @@ from rich.table import Table
 
 from pet_finetune.calculator import PETCalculator
 from pet_finetune.config.problems import config_error
-from pet_finetune.data.computable import check_atoms
+from pet_finetune.data.calculator_input import check_atoms
 from pet_finetune.errors import DynamicsError, PetFinetuneError, did_you_mean
 from pet_finetune.log import get_logger
 from pet_finetune.progress import InterruptGuard, Watch

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pet_finetune.checkpoint import load_checkpoint
 from pet_finetune.committee.llpr import LastLayerPrediction, fresh, predict_uncertain
-from pet_finetune.data.batch import collate
+from pet_finetune.data.labelled_batch import collate
 from pet_finetune.data.neighbors import edge_vectors, structure_neighbors
 from pet_finetune.data.structure import Structure
 from pet_finetune.errors import CheckpointError

@@ -19,7 +19,7 @@ from pet_finetune.checkpoint import Checkpoint, load_checkpoint, weights_fingerp
 from pet_finetune.committee.committee_files import COMMITTEE_FILE, Adapters, committee_members
 from pet_finetune.committee.llpr import fresh
 from pet_finetune.config import Options
-from pet_finetune.data.probe import probe_structures
+from pet_finetune.data.readers import probe_structures
 from pet_finetune.data.structure import Structure
 from pet_finetune.device import choose_dtype
 from pet_finetune.errors import ConfigError

@@ -19,7 +19,7 @@ import torch
 from metatensor.torch import Labels, TensorBlock, TensorMap
 from torch import Tensor
 
-from pet_finetune.data.batch import collate
+from pet_finetune.data.labelled_batch import collate
 from pet_finetune.data.neighbors import structure_neighbors
 from pet_finetune.data.structure import Structure
 from pet_finetune.errors import ConfigError, did_you_mean

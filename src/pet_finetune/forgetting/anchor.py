@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pet_finetune.adapters.layers import grown_tables
 from pet_finetune.adapters.merge import lora_layers
-from pet_finetune.data.batch import on_device
+from pet_finetune.data.labelled_batch import on_device
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.structure import Structure
 from pet_finetune.errors import ConfigError

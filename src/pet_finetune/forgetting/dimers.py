@@ -14,7 +14,7 @@ import torch
 from ase.data import chemical_symbols, covalent_radii
 from torch import Tensor
 
-from pet_finetune.data.species import find_species
+from pet_finetune.data.structure_sets import find_species
 from pet_finetune.extras import drawn, plotting
 from pet_finetune.graph import Batch
 from pet_finetune.log import get_logger

@@ -15,14 +15,12 @@ import numpy as np
 from torch import Tensor
 
 from pet_finetune.config import DatasetOptions, Options, TrainingOptions
-from pet_finetune.data.augment import distorted
-from pet_finetune.data.files import read_frames
+from pet_finetune.data.epochs import Beside, distorted, number_beside
+from pet_finetune.data.frame_files import read_frames
 from pet_finetune.data.loader import Loader
-from pet_finetune.data.mixing import Beside, number_beside
-from pet_finetune.data.on_disk import sampled
-from pet_finetune.data.probe import PROBE, probe_structures
-from pet_finetune.data.readers import read_structures
+from pet_finetune.data.readers import PROBE, probe_structures, read_structures
 from pet_finetune.data.structure import Structure, atoms_to_structure
+from pet_finetune.data.structure_sets import sampled
 from pet_finetune.errors import ConfigError, DataError
 from pet_finetune.inspection.thin import most_different
 from pet_finetune.keys import forces_key, stress_key

@@ -7,7 +7,7 @@ from typing import Any
 
 from pet_finetune.committee.committee import Committee
 from pet_finetune.config import Options
-from pet_finetune.data.probe import probe_structures
+from pet_finetune.data.readers import probe_structures
 from pet_finetune.data.structure import Structure
 from pet_finetune.errors import ConfigError
 from pet_finetune.log import get_logger

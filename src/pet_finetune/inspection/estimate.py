@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pet_finetune.adapters import AdapterConfig, freeze, inject
 from pet_finetune.adapters.adapter_config import default_modules_to_save
-from pet_finetune.data.batch import collate
+from pet_finetune.data.labelled_batch import collate
 from pet_finetune.data.neighbors import find_pairs, structure_neighbors
 from pet_finetune.data.structure import Structure
 from pet_finetune.graph import Batch

@@ -11,7 +11,7 @@ import torch
 
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.neighbors import expected_neighbors
-from pet_finetune.data.species import of_species
+from pet_finetune.data.structure_sets import of_species
 from pet_finetune.model import Potential
 
 from .energies import compositions, element_fit

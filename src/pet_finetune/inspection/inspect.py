@@ -15,10 +15,9 @@ from pet_finetune.config import DatasetOptions, Options
 from pet_finetune.config.load import LoadedOptions, parse_options
 from pet_finetune.config.options_reference import schema_line
 from pet_finetune.config.yaml_file import to_yaml
-from pet_finetune.data.on_disk import sampled
-from pet_finetune.data.species import find_species, of_species
 from pet_finetune.data.splits import make_splits
 from pet_finetune.data.structure import Structure
+from pet_finetune.data.structure_sets import find_species, of_species, sampled
 from pet_finetune.device import choose_device
 from pet_finetune.elements import symbol_of
 from pet_finetune.errors import ConfigError, DataError, PetFinetuneError

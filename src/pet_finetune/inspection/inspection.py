@@ -7,9 +7,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from pet_finetune.data.computable import check_charges
-from pet_finetune.data.species import check_species
-from pet_finetune.data.structure import Structure
+from pet_finetune.data.structure import Structure, check_charges
+from pet_finetune.data.structure_sets import check_species
 from pet_finetune.errors import DataError, SpeciesError
 from pet_finetune.log import html_of
 from pet_finetune.model import Potential

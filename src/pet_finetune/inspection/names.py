@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pet_finetune.data.files import read_frames
-from pet_finetune.data.labels import Shape, find_value, to_forces, to_scalar, to_stress
-from pet_finetune.data.on_disk import evenly_spread
+from pet_finetune.data.frame_files import read_frames
+from pet_finetune.data.label_columns import Shape, find_value, to_forces, to_scalar, to_stress
+from pet_finetune.data.structure_sets import evenly_spread
 
 from .finding import Finding, Frames
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from pet_finetune.config import DatasetOptions, Options
 from pet_finetune.config.target import TargetOptions
-from pet_finetune.data.on_disk import sampled
 from pet_finetune.data.splits import Splits, make_splits
+from pet_finetune.data.structure_sets import sampled
 from pet_finetune.errors import DataError, PetFinetuneError, SpeciesError
 from pet_finetune.log import get_logger
 from pet_finetune.training.extend import ADVICE

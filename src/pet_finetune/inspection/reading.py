@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pet_finetune.config import DatasetOptions
-from pet_finetune.data.computable import MISSING_CELL, misses_a_cell
-from pet_finetune.data.files import frame_numbers, read_file, read_frames
-from pet_finetune.data.labels import find_value
-from pet_finetune.data.left_out import isolated_frames, sets_of_isolated_atoms
-from pet_finetune.data.on_disk import evenly_spread, sampled
+from pet_finetune.data.calculator_input import MISSING_CELL, misses_a_cell
+from pet_finetune.data.dataset_files import frame_numbers, isolated_frames, sets_of_isolated_atoms
+from pet_finetune.data.frame_files import read_file, read_frames
+from pet_finetune.data.label_columns import find_value
 from pet_finetune.data.readers import read_structures
 from pet_finetune.data.structure import Structure
+from pet_finetune.data.structure_sets import evenly_spread, sampled
 from pet_finetune.errors import DataError
 
 from .finding import Finding, Frames

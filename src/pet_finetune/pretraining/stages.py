@@ -18,9 +18,9 @@ from pet_finetune.calculator import PETCalculator
 from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
 from pet_finetune.config import Options, PretrainOptions
 from pet_finetune.config.load import parse_options
-from pet_finetune.data.computable import check_atoms
-from pet_finetune.data.exact import write_exact
-from pet_finetune.data.files import forget_files
+from pet_finetune.data.ase_databases import write_exact
+from pet_finetune.data.calculator_input import check_atoms
+from pet_finetune.data.frame_files import forget_files
 from pet_finetune.data.splits import make_splits
 from pet_finetune.data.structure import (
     DEFAULT_CHARGE_KEYS,

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 from ase import Atoms
 
 from pet_finetune.config import PretrainOptions
-from pet_finetune.data.exact import write_exact
-from pet_finetune.data.files import read_frames
+from pet_finetune.data.ase_databases import write_exact
+from pet_finetune.data.frame_files import read_frames
 from pet_finetune.data.structure import atoms_to_structure, structures_fingerprint
 from pet_finetune.errors import DataError, RunError
 from pet_finetune.files import read_object, write_whole

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pet_finetune import processes
 from pet_finetune.config import TrainingOptions
-from pet_finetune.data.batch import LabelledBatch
+from pet_finetune.data.labelled_batch import LabelledBatch
 from pet_finetune.data.loader import Loader
 from pet_finetune.errors import is_out_of_memory
 from pet_finetune.log import get_logger

@@ -17,7 +17,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from pet_finetune.backends import EAGER, using
 from pet_finetune.backends.graphs import CannotCompile, Graph, compiled_graph
 from pet_finetune.config import TrainingOptions
-from pet_finetune.data.batch import LabelledBatch
+from pet_finetune.data.labelled_batch import LabelledBatch
 from pet_finetune.graph import Batch
 from pet_finetune.keys import label_kind
 from pet_finetune.log import get_logger

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from pet_finetune.config import RotationalConsistency, TrainingOptions
-from pet_finetune.data.augment import random_rotations, rotate_batch
-from pet_finetune.data.batch import LabelledBatch, on_device
+from pet_finetune.data.epochs import random_rotations, rotate_batch
+from pet_finetune.data.labelled_batch import LabelledBatch, on_device
 from pet_finetune.graph import Batch, rotate_graphs
 from pet_finetune.keys import forces_key, label_kind, stress_key
 from pet_finetune.model import Potential, Prediction, Property

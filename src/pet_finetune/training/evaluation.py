@@ -15,13 +15,13 @@ from pet_finetune.checkpoint import open_potential
 from pet_finetune.committee.calibration import Comparison, Deviations
 from pet_finetune.config import DatasetOptions, Options, SystemsOptions
 from pet_finetune.config.load import parse_options
-from pet_finetune.data.files import read_frames
-from pet_finetune.data.labels import find_value
+from pet_finetune.data.frame_files import read_frames
+from pet_finetune.data.label_columns import find_value
 from pet_finetune.data.loader import Loader
-from pet_finetune.data.on_disk import evenly_spread, joined
 from pet_finetune.data.readers import read_structures
 from pet_finetune.data.splits import make_splits
 from pet_finetune.data.structure import Structure
+from pet_finetune.data.structure_sets import evenly_spread, joined
 from pet_finetune.data.writing import check_prediction_path, numbered
 from pet_finetune.device import choose_device
 from pet_finetune.errors import ConfigError, DataError, did_you_mean

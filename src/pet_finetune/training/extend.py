@@ -6,11 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from pet_finetune.config import Options
-from pet_finetune.data.computable import check_charges
-from pet_finetune.data.on_disk import OnDisk, joined
-from pet_finetune.data.species import check_species, find_species
 from pet_finetune.data.splits import Splits
-from pet_finetune.data.structure import Structure
+from pet_finetune.data.structure import Structure, check_charges
+from pet_finetune.data.structure_sets import OnDisk, check_species, find_species, joined
 from pet_finetune.elements import atomic_number, nearest_element, symbol_of
 from pet_finetune.errors import ConfigError, SpeciesError, did_you_mean
 from pet_finetune.keys import TargetSpec, direct_quantity

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pet_finetune.checkpoint import Checkpoint
 from pet_finetune.committee.committee import Committee
 from pet_finetune.config import Options, TrainingOptions
-from pet_finetune.data.batch import LabelledBatch
+from pet_finetune.data.labelled_batch import LabelledBatch
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.splits import Splits
 from pet_finetune.data.structure import Structure

@@ -11,7 +11,7 @@ from torch import Tensor
 from pet_finetune import processes
 from pet_finetune.committee.committee import Committee
 from pet_finetune.committee.llpr import fresh, predict_uncertain
-from pet_finetune.data.batch import LabelledBatch, on_device
+from pet_finetune.data.labelled_batch import LabelledBatch, on_device
 from pet_finetune.data.loader import Loader
 from pet_finetune.keys import TargetSpec, forces_key, stress_key
 from pet_finetune.model import Potential, Prediction, Property

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pet_finetune import processes
 from pet_finetune.config import LossStage, LossTerm, TargetLoss, TrainingOptions, first_epoch
-from pet_finetune.data.batch import LabelledBatch, on_device
+from pet_finetune.data.labelled_batch import LabelledBatch, on_device
 from pet_finetune.data.loader import Loader
 from pet_finetune.errors import TrainingError
 from pet_finetune.graph import Batch

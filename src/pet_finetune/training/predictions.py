@@ -14,10 +14,10 @@ from torch import Tensor
 from pet_finetune.committee.calibration import Comparison
 from pet_finetune.committee.committee import Committee, CommitteePrediction
 from pet_finetune.config import SystemsOptions
-from pet_finetune.data.batch import LabelledBatch
+from pet_finetune.data.labelled_batch import LabelledBatch
 from pet_finetune.data.loader import Loader
-from pet_finetune.data.on_disk import evenly_spread
 from pet_finetune.data.predicted import Predicted
+from pet_finetune.data.structure_sets import evenly_spread
 from pet_finetune.data.writing import PredictionWriter
 from pet_finetune.graph import Batch
 from pet_finetune.keys import forces_key, stress_key, uncertainty_key

@@ -15,10 +15,10 @@ from pet_finetune.adapters import trainable_report
 from pet_finetune.backends import choose_backend, use_backend
 from pet_finetune.config import Options, TrainingOptions
 from pet_finetune.config.options_reference import schema_line
-from pet_finetune.data.files import forget_files
+from pet_finetune.data.frame_files import forget_files
 from pet_finetune.data.loader import Loader
-from pet_finetune.data.on_disk import joined, label_names
 from pet_finetune.data.splits import Splits, load_splits, make_splits
+from pet_finetune.data.structure_sets import joined, label_names
 from pet_finetune.device import dtype_of_bits
 from pet_finetune.errors import TrainingError
 from pet_finetune.log import get_logger

@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity
 
 from pet_finetune.backends import Arena
 from pet_finetune.config import Options
-from pet_finetune.data.batch import LabelledBatch
+from pet_finetune.data.labelled_batch import LabelledBatch
 from pet_finetune.device import choose_device, versions
 from pet_finetune.errors import PetFinetuneError, TrainingError
 from pet_finetune.log import FILE_ONLY, get_logger, setup_logging

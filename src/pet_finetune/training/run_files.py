@@ -25,9 +25,9 @@ from pet_finetune.committee.committee import Committee
 from pet_finetune.config import Options
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.predicted import Predicted
-from pet_finetune.data.species import find_species
 from pet_finetune.data.splits import Splits
 from pet_finetune.data.structure import structures_fingerprint
+from pet_finetune.data.structure_sets import find_species
 from pet_finetune.device import versions
 from pet_finetune.elements import symbol_of
 from pet_finetune.errors import CheckpointError, DataError, TrainingError

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from pet_finetune.committee.committee import Committee
 from pet_finetune.config import LabelNoise, Options
-from pet_finetune.data.batch import LabelledBatch, on_device
+from pet_finetune.data.labelled_batch import LabelledBatch, on_device
 from pet_finetune.data.loader import Loader
-from pet_finetune.data.on_disk import label_names, taken
 from pet_finetune.data.splits import Splits
 from pet_finetune.data.structure import Structure
+from pet_finetune.data.structure_sets import label_names, taken
 from pet_finetune.graph import Batch
 from pet_finetune.keys import forces_key, stress_key
 from pet_finetune.log import get_logger

@@ -21,9 +21,8 @@ from pet_finetune.checkpoint.stored_targets import StoredTarget
 from pet_finetune.config import Options
 from pet_finetune.config.finetune import METHOD_KEYS
 from pet_finetune.data.loader import Loader
-from pet_finetune.data.on_disk import joined
-from pet_finetune.data.species import find_species
 from pet_finetune.data.splits import Splits
+from pet_finetune.data.structure_sets import find_species, joined
 from pet_finetune.errors import ConfigError, did_you_mean
 from pet_finetune.keys import TargetSpec
 from pet_finetune.log import get_logger

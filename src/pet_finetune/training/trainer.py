@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pet_finetune import processes
 from pet_finetune.backends import Arena
 from pet_finetune.config import TrainingOptions
-from pet_finetune.data.batch import LabelledBatch, on_device
+from pet_finetune.data.labelled_batch import LabelledBatch, on_device
 from pet_finetune.data.loader import Loader
 from pet_finetune.errors import TrainingError
 from pet_finetune.log import get_logger

@@ -25,7 +25,7 @@ from pet_finetune.adapters.peft_files import (
     own_name,
     read_metadata,
 )
-from pet_finetune.data.batch import batch_from_atoms
+from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.errors import AdapterError
 from pet_finetune.keys import TargetSpec
 from pet_finetune.model.fingerprint import content_digest, weights_fingerprint

@@ -15,7 +15,7 @@ from pet_finetune.adapters import (
     inject,
     trainable_report,
 )
-from pet_finetune.data.batch import batch_from_atoms
+from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.errors import AdapterError, PetFinetuneError
 
 

@@ -14,7 +14,7 @@ import torch
 from models import ethanol
 from pet_finetune.adapters import load_adapter
 from pet_finetune.checkpoint import load_checkpoint
-from pet_finetune.data.batch import batch_from_atoms
+from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.errors import CheckpointError
 
 FILES = Path(__file__).with_name("pissa")

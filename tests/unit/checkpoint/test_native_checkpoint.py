@@ -11,7 +11,7 @@ from checkpoint_files import small_model
 
 from pet_finetune.adapters import AdapterConfig, active_adapter, adapters_disabled, inject, merge
 from pet_finetune.checkpoint import load_checkpoint, native, save_checkpoint
-from pet_finetune.data.batch import batch_from_atoms
+from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.errors import CheckpointError
 from pet_finetune.keys import TargetSpec
 

@@ -18,7 +18,7 @@ from pet_finetune.committee.committee_files import (
     read_committee,
     write_committee,
 )
-from pet_finetune.data.batch import batch_from_atoms
+from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.errors import AdapterError
 from pet_finetune.keys import TargetSpec
 from pet_finetune.model import Potential

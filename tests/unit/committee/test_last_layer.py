@@ -25,7 +25,7 @@ from pet_finetune.adapters import merged_copy, save_adapter
 from pet_finetune.backends import EAGER, using
 from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
 from pet_finetune.committee.llpr import fresh, predict_uncertain
-from pet_finetune.data.batch import batch_from_atoms
+from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.errors import CheckpointError
 from pet_finetune.model.last_layer import cholesky_of
 from pet_finetune.model.pet import features_key

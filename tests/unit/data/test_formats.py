@@ -11,7 +11,7 @@ from ase.io import write
 
 from pet_finetune.config.dataset import DatasetOptions
 from pet_finetune.data import read_frames, read_structures
-from pet_finetune.data.files import read_file
+from pet_finetune.data.frame_files import read_file
 from pet_finetune.errors import DataError
 
 DUMP = """\

@@ -12,7 +12,7 @@ import torch
 from ase.build import molecule
 
 from pet_finetune.data import Loader, atoms_to_structure, collate, structure_neighbors
-from pet_finetune.data.order import count_packs, pack
+from pet_finetune.data.epochs import count_packs, pack
 from pet_finetune.errors import DataError
 
 NAMES = ["H2O", "CH4", "CH3CH2OH", "OH", "C6H6", "NH3", "CO2", "H2", "C2H6", "HCN", "N2"]

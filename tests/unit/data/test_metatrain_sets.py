@@ -10,7 +10,7 @@ import torch
 from ase import Atoms
 
 from pet_finetune.config.load import parse_options
-from pet_finetune.data.files import forget_files, read_frames
+from pet_finetune.data.frame_files import forget_files, read_frames
 from pet_finetune.data.readers import read_structures
 from pet_finetune.errors import DataError
 from tiny_data import crystals, data_section, molecules, write_folder

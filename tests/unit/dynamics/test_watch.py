@@ -13,7 +13,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 from models import apart, crystal, ethanol, lone_atom, random_potential
 from pet_finetune import PETCalculator
-from pet_finetune.data.moving import Contacts
+from pet_finetune.data.calculator_input import Contacts
 from pet_finetune.dynamics.loop import Stability
 from pet_finetune.dynamics.measure import Measurement
 from pet_finetune.errors import DataError

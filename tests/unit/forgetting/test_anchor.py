@@ -10,7 +10,7 @@ from pet_finetune.adapters import AdapterConfig, freeze, inject
 from pet_finetune.adapters.merge import lora_layers
 from pet_finetune.config import TargetLoss
 from pet_finetune.data import Loader
-from pet_finetune.data.batch import batch_from_atoms
+from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.forgetting.anchor import (
     AnchorLoss,
     anchored_parameters,

@@ -7,7 +7,7 @@ import torch
 from ase import Atoms
 
 from models import lone_atom, random_potential
-from pet_finetune.data.batch import batch_from_atoms
+from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.forgetting.dimers import (
     dimer_curves,
     distances,

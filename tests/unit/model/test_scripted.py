@@ -8,7 +8,7 @@ import torch
 from models import KINDS, all_structures, ethanol, random_potential, trained_adapter
 from pet_finetune.adapters import merged_copy
 from pet_finetune.backends import EAGER, using
-from pet_finetune.data.batch import batch_from_atoms
+from pet_finetune.data.labelled_batch import batch_from_atoms
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.*deprecated:DeprecationWarning")
 

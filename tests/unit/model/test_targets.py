@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models import all_structures, crystal, ethanol, lone_atom, random_potential
-from pet_finetune.data.batch import batch_from_atoms
+from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.errors import PetFinetuneError
 from pet_finetune.keys import TargetSpec
 from pet_finetune.model.pet import HEAD_GROUPS

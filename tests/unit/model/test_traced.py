@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from models import PROPERTIES, crystal, ethanol, random_potential, trained_adapter
 from pet_finetune.backends import EAGER, FUSED, use_backend
-from pet_finetune.data.batch import batch_from_atoms
+from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.graph import Batch
 from pet_finetune.model import Potential
 from pet_finetune.model.direct import direct_targets, predict_direct

@@ -21,7 +21,7 @@ from pet_finetune.calculator import PETCalculator
 from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
 from pet_finetune.config import PretrainOptions
 from pet_finetune.config.problems import checked_section
-from pet_finetune.data.files import read_frames
+from pet_finetune.data.frame_files import read_frames
 from pet_finetune.errors import ConfigError, DataError, RunError, SpeciesError
 from pet_finetune.pretraining import PretrainResult, pretrain_model
 from pet_finetune.pretraining.explore import NAME, Task, explore, tasks_of

@@ -13,8 +13,7 @@ from torch import Tensor
 from pet_finetune.errors import DataError, did_you_mean
 from pet_finetune.keys import TargetSpec
 
-from .files import list_frames
-from .structure import as_integer, place
+from .structure import as_integer, list_frames, place
 
 if TYPE_CHECKING:
     from ase import Atoms

@@ -12,11 +12,12 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
-from pet_finetune.data.neighbors import NeighborList, edge_vectors, structure_neighbors
-from pet_finetune.data.structure import Structure, atoms_to_structure
 from pet_finetune.errors import DataError
 from pet_finetune.graph import Batch, join_graphs
 from pet_finetune.keys import LabelKind, label_kind
+
+from .neighbors import NeighborList, edge_vectors, structure_neighbors
+from .structure import Structure, atoms_to_structure
 
 __all__ = [
     "LabelledBatch",

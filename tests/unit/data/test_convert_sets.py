@@ -15,14 +15,13 @@ import pytest
 from ase.io.jsonio import encode
 
 from pet_finetune.config.load import parse_options
-from pet_finetune.data import convert as convert_module
-from pet_finetune.data import metatrain_sets, packing
-from pet_finetune.data.convert import convert
-from pet_finetune.data.files import forget_files, read_frames
-from pet_finetune.data.labels import find_value
+from pet_finetune.data import convert_sets, metatrain_sets, packing
+from pet_finetune.data.convert_sets import convert
+from pet_finetune.data.frame_files import forget_files, read_frames
+from pet_finetune.data.label_columns import find_value
 from pet_finetune.data.metatrain_sets import ABOUT, Folder
-from pet_finetune.data.on_disk import OnDisk
 from pet_finetune.data.readers import read_structures
+from pet_finetune.data.structure_sets import OnDisk
 from pet_finetune.errors import DataError
 from tiny_data import crystals, data_section, molecules, write_folder, write_frames
 
@@ -116,7 +115,7 @@ def test_metatrain_reads_the_zip(tmp_path, data):
 
 
 def test_xyz_is_read_piece_by_piece(tmp_path, monkeypatch):
-    monkeypatch.setattr(convert_module, "_TEXT", 700)  # a frame or two
+    monkeypatch.setattr(convert_sets, "_TEXT", 700)  # a frame or two
     path = write_frames(tmp_path / "data.xyz", FRAMES)
     convert(path, tmp_path / "set")
     for one, frame in zip(Folder(tmp_path / "set"), read_frames(path), strict=True):
@@ -127,7 +126,7 @@ def test_xyz_is_read_piece_by_piece(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("together", [200, 1 << 20])
 def test_a_frame_that_is_cut_off_is_named(tmp_path, monkeypatch, together):
-    monkeypatch.setattr(convert_module, "_TEXT", together)
+    monkeypatch.setattr(convert_sets, "_TEXT", together)
     path = write_frames(tmp_path / "data.xyz", molecules(5, names=("CH4",)))
     text = path.read_text().splitlines(keepends=True)
     path.write_text("".join(text[:-2]))
@@ -144,7 +143,7 @@ class Stopped(BaseException):
 def test_what_was_stopped_goes_on(tmp_path, monkeypatch, data, kind):
     source = data
     if kind == "xyz":
-        monkeypatch.setattr(convert_module, "_TEXT", 700)
+        monkeypatch.setattr(convert_sets, "_TEXT", 700)
         source = write_frames(tmp_path / "data.xyz", FRAMES)
     elif kind == "zip":
         source = tmp_path / "source.zip"
@@ -330,7 +329,7 @@ def aselmdb(tmp_path, monkeypatch):
         content[str(number)] = _packed(row)
     fake = _FakeLmdb(content)
     monkeypatch.setitem(sys.modules, "lmdb", fake)
-    monkeypatch.setattr("pet_finetune.data.databases.missing_extra", lambda *names: None)
+    monkeypatch.setattr("pet_finetune.data.ase_databases.missing_extra", lambda *names: None)
     path = tmp_path / "data.aselmdb"
     path.write_bytes(b"what the library reads")
     return path, fake

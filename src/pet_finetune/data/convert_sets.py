@@ -19,9 +19,9 @@ from pet_finetune.files import check_file, replacing
 from pet_finetune.log import get_logger
 from pet_finetune.progress import Watch
 
-from .databases import count_rows, is_database
+from .ase_databases import count_rows, is_database
 from .extxyz import read_extxyz
-from .files import read_file
+from .frame_files import read_file
 from .metatrain_sets import VERSION, Folder, is_metatrain_set, zip_count
 from .packing import Frames, identity_of, locked, pack, set_frames
 from .symbols import as_types
@@ -30,11 +30,16 @@ from .text import to_text
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["Converted", "convert"]
+__all__ = [
+    "Converted",
+    "convert",
+]
 
 _logger = get_logger(__name__)
+
 #: Bytes of text that are read together.
 _TEXT = 1 << 23
+
 _XYZ = (".xyz", ".extxyz")
 
 

@@ -13,7 +13,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 
 from pet_finetune.config.load import parse_options
-from pet_finetune.data.left_out import isolated_frames
+from pet_finetune.data.dataset_files import isolated_frames
 from pet_finetune.data.readers import read_structures
 from pet_finetune.data.splits import make_splits
 from pet_finetune.errors import DataError

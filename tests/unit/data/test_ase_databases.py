@@ -8,8 +8,8 @@ from ase import Atoms
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from pet_finetune.data.exact import write_exact
-from pet_finetune.data.files import read_frames
+from pet_finetune.data.ase_databases import write_exact
+from pet_finetune.data.frame_files import read_frames
 from pet_finetune.errors import DataError
 
 

@@ -1,6 +1,8 @@
-"""Rotations are uniform in O(3) and turn every vector and tensor of a batch consistently."""
+"""What an epoch makes of structures: order and rotations, a second set; copies for replay."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -9,12 +11,18 @@ from ase import Atoms
 from ase.build import bulk, molecule
 
 from pet_finetune.data import (
+    Loader,
     atoms_to_structure,
     collate,
+    find_species,
     random_rotations,
     rotate_batch,
     structure_neighbors,
 )
+from pet_finetune.data.epochs import Beside, distorted, number_beside
+from pet_finetune.data.readers import probe_structures
+from pet_finetune.data.structure_sets import of_species
+from tiny_data import crystals, molecules, structures_of
 
 
 def lennard_jones(atoms: Atoms) -> tuple[np.ndarray, np.ndarray]:
@@ -117,3 +125,111 @@ def test_each_structure_by_its_own_rotation_and_nothing_else():
         assert getattr(rotated.graph, name) is getattr(batch.graph, name)
     assert rotated.frames == batch.frames
     torch.testing.assert_close(rotated.graph.volumes, batch.graph.volumes)
+
+
+MAIN, SECOND = structures_of(molecules(10)), structures_of(molecules(7, seed=1))
+
+
+def beside(fraction=0.25, seed=4, augment=True, **sizes):
+    main = Loader(MAIN, 3.0, shuffle=True, seed=seed, **(sizes or {"batch_size": 4}))
+    return Beside(Loader(SECOND, 3.0, batch_size=1, augment=augment, seed=seed), main, fraction)
+
+
+@pytest.mark.parametrize(
+    ("own", "fraction", "expected"),
+    [(12, 0.25, 4), (8, 0.5, 8), (8, 0.9, 72), (4, 0.01, 1), (1, 0.25, 1)],
+)
+def test_the_part_of_all_structures(own, fraction, expected):
+    assert number_beside(own, fraction) == expected
+
+
+@pytest.mark.parametrize("sizes", [{"batch_size": 4}, {"max_atoms_per_batch": 20}])
+def test_each_batch_has_its_own_share(sizes):
+    drawn = beside(0.5, **sizes)
+    for epoch in (0, 3):
+        own = [batch.graph.num_structures for batch in drawn.main.epoch(epoch)]
+        assert drawn.main.batch_sizes(epoch) == own
+        assert [drawn.batch(epoch, b).graph.num_structures for b in range(len(own))] == own
+
+
+def test_all_structures_occur_equally_often():
+    drawn = beside(0.7)
+    count = drawn.main.num_batches(0)
+    frames = Counter(f for b in range(count) for f in drawn.batch(0, b).frames)
+    assert set(frames) == set(range(7))
+    assert max(frames.values()) - min(frames.values()) <= 1
+
+
+def test_a_batch_is_a_function_of_seed_epoch_and_number():
+    first, second = beside(), beside()
+    order = [(0, 0), (0, 1), (1, 2), (0, 1), (1, 0)]
+    seen = {place: first.batch(*place).graph.edge_vectors for place in order}
+    for place in reversed(order):
+        assert torch.equal(second.batch(*place).graph.edge_vectors, seen[place])
+    orders = [
+        [source.batch(epoch, b).frames for b in range(3)]
+        for source in (beside(0.6), beside(0.6, seed=5))
+        for epoch in (0, 1)
+    ]
+    assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
+
+
+def test_structures_are_turned_where_the_loader_turns_them():
+    rotated, still = beside(), beside(augment=False)
+    a, b = rotated.batch(0, 1), still.batch(0, 1)
+    assert a.frames == b.frames
+    assert not torch.allclose(a.graph.edge_vectors, b.graph.edge_vectors)
+    torch.testing.assert_close(a.graph.edge_vectors.norm(dim=1), b.graph.edge_vectors.norm(dim=1))
+
+
+def test_it_covers_molecules_and_crystals_of_many_elements():
+    structures = probe_structures(range(1, 119))
+    assert len(structures) > 100
+    assert len(find_species(structures)) > 50
+    periodic = [bool(s.pbc.all()) for s in structures]
+    assert 30 < sum(periodic) < len(structures) - 30
+    assert max(s.num_atoms for s in structures) < 20
+    assert all(s.charge == 0 and not s.labels for s in structures)
+
+
+@pytest.mark.parametrize(("species", "some"), [((1, 6, 7, 8), True), ((1, 8), True), ((2,), False)])
+def test_no_other_elements_than_the_models(species, some):
+    structures = probe_structures(species)
+    assert bool(structures) is some
+    assert set(find_species(structures)) <= set(species)
+    assert structures == of_species(structures, species)
+
+
+def test_no_two_atoms_are_absurdly_close():
+    for structure in probe_structures(range(1, 119)):
+        distances = torch.pdist(structure.positions)
+        assert float(distances.min()) > 0.6, structure.where
+
+
+def test_copies_are_distorted_by_the_seed():
+    originals = structures_of([*molecules(2), *crystals(2)])
+    first = distorted(originals, 2, rattle=0.1, strain=0.05, seed=3)
+    again = distorted(originals, 2, rattle=0.1, strain=0.05, seed=3)
+    other = distorted(originals, 2, rattle=0.1, strain=0.05, seed=4)
+    assert len(first) == 8
+    for a, b, c in zip(first, again, other, strict=True):
+        assert torch.equal(a.positions, b.positions)
+        assert not torch.equal(a.positions, c.positions)
+        assert not a.labels
+    assert not torch.equal(first[0].positions, first[1].positions)
+    assert torch.equal(first[0].cell, originals[0].cell)
+    assert not torch.equal(first[4].cell, originals[2].cell)
+
+
+def test_by_as_much_as_asked():
+    (original,) = structures_of(crystals(1))
+    copies = distorted([original], 100, rattle=0.2, strain=0.0, seed=1)
+    moves = torch.stack([copy.positions - original.positions for copy in copies])
+    assert float(moves.std()) == pytest.approx(0.2, rel=0.15)
+    copies = distorted([original], 100, rattle=0.0, strain=0.04, seed=1)
+    strains = torch.stack([original.cell.inverse() @ c.cell for c in copies]) - torch.eye(3)
+    torch.testing.assert_close(strains, strains.transpose(1, 2))
+    assert float(strains.diagonal(dim1=1, dim2=2).std()) == pytest.approx(0.04, rel=0.15)
+    # The atoms go with the cell.
+    scaled = original.positions @ original.cell.inverse()
+    torch.testing.assert_close(copies[0].positions @ copies[0].cell.inverse(), scaled)

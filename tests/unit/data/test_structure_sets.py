@@ -1,4 +1,4 @@
-"""Sets that stay on disk: the same structures as in memory, read when they are asked for."""
+"""Sets of structures on disk, and the elements of sets."""
 
 from __future__ import annotations
 
@@ -7,16 +7,29 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
+from ase.build import bulk, molecule
 
 from pet_finetune.config.load import parse_options
-from pet_finetune.data import Loader, find_species, metatrain_sets
-from pet_finetune.data.files import forget_files
-from pet_finetune.data.on_disk import OnDisk, evenly_spread, joined, label_names, sampled, taken
-from pet_finetune.data.order import in_blocks
+from pet_finetune.data import (
+    Loader,
+    atoms_to_structure,
+    check_species,
+    find_species,
+    metatrain_sets,
+)
+from pet_finetune.data.epochs import in_blocks
+from pet_finetune.data.frame_files import forget_files
 from pet_finetune.data.readers import read_structures
-from pet_finetune.data.species import check_species
 from pet_finetune.data.splits import load_splits, make_splits
 from pet_finetune.data.structure import structures_fingerprint
+from pet_finetune.data.structure_sets import (
+    OnDisk,
+    evenly_spread,
+    joined,
+    label_names,
+    sampled,
+    taken,
+)
 from pet_finetune.errors import DataError, SpeciesError
 from tiny_data import crystals, data_section, molecules, write_folder
 
@@ -195,7 +208,7 @@ def test_a_sample_has_rare_elements(tmp_path, monkeypatch):
     part = structures.sample(20)
     assert part.species == (1, 7)
     assert len(part) < 300
-    monkeypatch.setattr("pet_finetune.data.on_disk.SAMPLE", 20)
+    monkeypatch.setattr("pet_finetune.data.structure_sets.SAMPLE", 20)
     assert isinstance(sampled(structures, "a look"), list)
     assert evenly_spread(range(100), 3) == [0, 49, 99]
     assert evenly_spread([*range(100)], 3) == [*range(100)]  # what is in memory is not thinned out
@@ -313,3 +326,28 @@ def test_the_fingerprint_counts_which_structures_there_are(tmp_path):
     first = structures_fingerprint(structures)
     assert first == structures_fingerprint(structures[:])
     assert first != structures_fingerprint(structures[1:])
+
+
+@pytest.fixture
+def structures():
+    frames = [molecule("H2O"), bulk("NaCl", "rocksalt", a=5.6), molecule("CH3Cl"), bulk("Cu")]
+    return [atoms_to_structure(a, i, source="set.xyz") for i, a in enumerate(frames * 3)]
+
+
+def test_species_that_occur(structures):
+    assert find_species(structures) == (1, 6, 8, 11, 17, 29)
+
+
+def test_all_known(structures):
+    check_species(structures, (1, 6, 8, 11, 17, 29, 79))
+
+
+def test_unknown_elements_by_symbol_count_and_frame(structures):
+    with pytest.raises(SpeciesError) as error:
+        check_species(structures, (1, 6, 8, 11))
+    message = str(error.value)
+    assert "Cl (Z=17): 6 atoms in 6 structures" in message
+    assert "frame 1 of set.xyz; frame 2 of set.xyz" in message
+    assert "and 1 more" in message
+    assert "Cu (Z=29): 3 atoms in 3 structures" in message
+    assert "The model knows: H C O Na." in message

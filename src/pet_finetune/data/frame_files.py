@@ -10,7 +10,7 @@ import hashlib
 import re
 import tempfile
 import warnings
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,21 +19,25 @@ from typing import TYPE_CHECKING, Any
 import ase.io
 from ase.io.formats import UnknownFileTypeError, filetype, ioformats
 
-from pet_finetune.data.atom_names import NAMING, with_named_elements
-from pet_finetune.data.complete import check_complete, check_frames
-from pet_finetune.data.databases import is_database, is_lmdb, rows_of
-from pet_finetune.data.extxyz import read_extxyz
-from pet_finetune.data.lammps import LAMMPS, lammps_units, looks_like_lammps_data, with_elements
-from pet_finetune.data.metatrain_sets import (
+from pet_finetune.errors import DataError, did_you_mean
+from pet_finetune.files import check_file
+from pet_finetune.log import get_logger
+from pet_finetune.progress import Watch
+
+from .ase_databases import is_database, is_lmdb, rows_of
+from .complete import check_complete, check_frames
+from .extxyz import read_extxyz
+from .lammps import LAMMPS, lammps_units, looks_like_lammps_data, with_elements
+from .metatrain_sets import (
     Folder,
     identity_of_set,
     is_metatrain_set,
     read_metatrain_set,
 )
-from pet_finetune.data.outputs import clean_outcar, doubtful_frames, hint_of, is_cp2k
-from pet_finetune.data.packing import packed
-from pet_finetune.data.symbols import UNUSED_TYPES, as_types
-from pet_finetune.data.text import (
+from .outputs import clean_outcar, doubtful_frames, hint_of, is_cp2k
+from .packing import packed
+from .symbols import NAMING, UNUSED_TYPES, as_types, with_named_elements
+from .text import (
     NamedBytes,
     NamedText,
     arrays_of,
@@ -44,18 +48,19 @@ from pet_finetune.data.text import (
     unpacked_name,
     what_else,
 )
-from pet_finetune.errors import DataError, did_you_mean
-from pet_finetune.files import check_file
-from pet_finetune.log import get_logger
-from pet_finetune.progress import Watch
 
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["FrameFile", "forget_files", "frame_numbers", "list_frames", "read_file", "read_frames"]
+__all__ = [
+    "FrameFile",
+    "forget_files",
+    "read_file",
+    "read_frames",
+]
 
 _logger = get_logger(__name__)
-_SHOWN = 10
+
 # Files that were read stay in memory up to so many frames and atoms, so that a look at the names of
 # labels and the reading of them is one parse.
 _KEPT_FRAMES, _KEPT_ATOMS = 50_000, 2_000_000
@@ -346,60 +351,3 @@ def _begins_poscar(lines: list[str], line: int) -> bool:
     except ValueError:
         return False
     return True
-
-
-def frame_numbers(given: tuple[int, ...] | str, count: int | None, source: str) -> list[int]:
-    """Frame numbers from the options: a list, or a text file with one a line.
-
-    Args:
-        given: the numbers, counted from 0, or the path of a file (``#`` starts a comment).
-        count: how many frames there are, or None when that is checked later.
-        source: the file the numbers belong to, for messages.
-
-    Raises:
-        DataError: missing or unreadable file, no numbers, repeated numbers, or numbers that are not
-            below ``count``.
-    """
-    origin = f"the indices of {source}"
-    if isinstance(given, str):
-        check_file(Path(given), "index file")
-        origin = f"{given}, the indices of {source}"
-        numbers = _read_numbers(Path(given))
-    else:
-        numbers = list(given)
-    if not numbers:
-        raise DataError(f"{origin}: there are none.")
-    last = max(numbers) if count is None else count - 1
-    outside = [number for number in numbers if not 0 <= number <= last]
-    if outside:
-        raise DataError(
-            f"{origin}: the file does not have {list_frames(outside)}. "
-            + ("Frames count from 0." if count is None else f"It has frames 0 to {last}.")
-        )
-    repeated = sorted(number for number, times in Counter(numbers).items() if times > 1)
-    if repeated:
-        raise DataError(f"{origin}: given more than once: {list_frames(repeated)}.")
-    return numbers
-
-
-def list_frames(numbers: list[int]) -> str:
-    """Frame numbers as text, the first ten of them."""
-    shown = ", ".join(map(str, numbers[:_SHOWN]))
-    more = f" and {len(numbers) - _SHOWN} more" if len(numbers) > _SHOWN else ""
-    return f"frame{'s' if len(numbers) > 1 else ''} {shown}{more}"
-
-
-def _read_numbers(file: Path) -> list[int]:
-    """Whitespace-separated integers of a text file."""
-    numbers = []
-    text = file.read_text(encoding="utf-8", errors="replace")
-    for line_number, line in enumerate(text.splitlines(), start=1):
-        for word in line.partition("#")[0].split():
-            try:
-                numbers.append(int(word))
-            except ValueError:
-                raise DataError(
-                    f"{file}, line {line_number}: {word!r} is not a frame number. Expected whole "
-                    "numbers from 0, one a line."
-                ) from None
-    return numbers
