@@ -42,7 +42,7 @@ from pet_finetune.data.calculator_input import (
 )
 from pet_finetune.device import check_forked, choose_device, choose_dtype
 from pet_finetune.errors import AdapterError, ConfigError, DataError
-from pet_finetune.graph import Batch
+from pet_finetune.graph import Batch, join_graphs
 from pet_finetune.model import Potential, Prediction
 from pet_finetune.model.direct import DirectTargets, NonConservative, direct_targets, predict_direct
 from pet_finetune.model.last_layer import LastLayer
@@ -354,6 +354,43 @@ class PETCalculator(Calculator):
             self.results["stress"] = full_3x3_to_voigt_6_stress(to_numpy(prediction.stress[0]))
         if isinstance(prediction, CommitteePrediction):
             self.results.update(committee_results(prediction))
+
+    @torch.inference_mode(False)
+    def predict_together(
+        self, structures: Sequence[Atoms], neighbors: Sequence[MovingAtoms]
+    ) -> Prediction:
+        """Energies and forces of several structures in one batch, without uncertainties.
+
+        Args:
+            structures: in any mix; stresses are computed if one is periodic, and are zero for
+                those that are not.
+            neighbors: of :meth:`fresh_neighbors`, one for each structure, for its next call too.
+
+        Raises:
+            PetFinetuneError: as :meth:`calculate`.
+        """
+        check_forked(self._device)
+        graphs = []
+        for atoms, own in zip(structures, neighbors, strict=True):
+            check_atoms(atoms, self._model.species)
+            charge, spin = self._charge_and_spin(atoms)
+            graphs.append(own.batch(atoms, charge, spin, self._device, self._model.dtype))
+        stress = any(bool(atoms.pbc.all()) for atoms in structures)
+
+        only_mean = {"spread": False} if isinstance(self._model, Committee) else {}
+
+        def predict(batch: Batch) -> Prediction:
+            return self._model.predict(batch, self._target, stress=stress, **only_mean)
+
+        batch = join_graphs(graphs)
+        with self._arena.reused():
+            if len(self._rotations) == 1:
+                return predict(batch)
+            return predict_mean(batch, self._rotations, predict)
+
+    def fresh_neighbors(self) -> MovingAtoms:
+        """A neighbour list for one structure, to be used again while its atoms move."""
+        return self._moving.fresh()
 
     def _predict(self, batch: Batch, stress: bool, asked: frozenset[str]) -> Prediction:
         members = not OF_MEMBERS.isdisjoint(asked) or self._spread == "always"

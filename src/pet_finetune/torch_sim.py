@@ -12,10 +12,9 @@ from torch import Tensor
 
 from pet_finetune.calculator import PETCalculator
 from pet_finetune.committee.committee_files import Adapters
-from pet_finetune.data.calculator_input import MovingAtoms, check_atoms
+from pet_finetune.data.calculator_input import MovingAtoms
 from pet_finetune.errors import PetFinetuneError
 from pet_finetune.extras import missing_extra
-from pet_finetune.graph import join_graphs
 from pet_finetune.model import Potential
 
 _lacking = missing_extra("torch_sim", "torch-sim")
@@ -60,13 +59,12 @@ class PETTorchSimModel(ModelInterface):
         skin: float = 0.5,
     ) -> None:
         super().__init__()
-        opened = PETCalculator(
+        self._calculator = PETCalculator(
             model, adapter=adapter, adapters=adapters, target=target, device=device, dtype=dtype,
+            skin=skin,
         )  # fmt: skip
-        self._potential, self._target = opened.model, opened.target
-        self._device, self._dtype = opened.device, opened.dtype
+        self._device, self._dtype = self._calculator.device, self._calculator.dtype
         self._compute_stress, self._compute_forces = compute_stress, True
-        self._skin = skin
         self._moving: list[MovingAtoms] = []
 
     @torch.inference_mode(False)
@@ -90,16 +88,11 @@ class PETTorchSimModel(ModelInterface):
             state = SimState(masses=torch.ones(len(state["positions"])), **state)
         frames = _frames(state)
         while len(self._moving) < len(frames):
-            self._moving.append(MovingAtoms(self._potential.cutoff, self._skin))
-        graphs = []
-        for atoms, moving in zip(frames, self._moving, strict=False):
-            check_atoms(atoms, self._potential.species)
-            graphs.append(moving.batch(atoms, 0, 1, self._device, self._dtype))
-        stress = self._compute_stress and bool(frames[0].pbc.all())
-        prediction = self._potential.predict(join_graphs(graphs), self._target, stress=stress)
+            self._moving.append(self._calculator.fresh_neighbors())
+        prediction = self._calculator.predict_together(frames, self._moving[: len(frames)])
         assert prediction.forces is not None
         results = {"energy": prediction.energy, "forces": prediction.forces}
-        if prediction.stress is not None:
+        if self._compute_stress and prediction.stress is not None:
             results["stress"] = prediction.stress
         return {name: value.detach().to(self._dtype) for name, value in results.items()}
 

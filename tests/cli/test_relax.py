@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from ase.constraints import FixAtoms
 from ase.filters import FrechetCellFilter
-from ase.optimize import BFGS, FIRE
+from ase.optimize import BFGS
 
 from models import crystal, ethanol
 from pet_finetune import PETCalculator
@@ -28,7 +28,9 @@ def relax(command, here: Path):
     first.set_constraint(FixAtoms([0]))
     second.rattle(0.05, seed=1)
     ase.io.write("molecules.xyz", [first, second], format="extxyz")
-    ase.io.write("crystal.xyz", crystal())
+    crystals = [crystal(), crystal().repeat((2, 1, 1))]
+    crystals[1].rattle(0.05, seed=2)
+    ase.io.write("crystals.xyz", crystals)
 
     def run(*arguments, structures="molecules.xyz", output="relaxed.xyz"):
         return command("relax", "base.ckpt", structures, "-o", output, *arguments)
@@ -55,27 +57,76 @@ def test_each_frame_moves_as_with_ase(relax):
     assert first.constraints[0].index.tolist() == [0]
 
 
-def test_the_cell_relaxes_under_a_pressure(relax):
-    done = relax(*FEW, "--cell", "--pressure", 2.0, structures="crystal.xyz")
+@pytest.mark.parametrize("optimizer", ["fire", "lbfgs"])
+def test_the_cells_relax_under_a_pressure(relax, optimizer):
+    done = relax(
+        *FEW, "--cell", "--pressure", 2.0, "--optimizer", optimizer, structures="crystals.xyz"
+    )
     assert done.code == 0, done.err
-    before, after = ase.io.read("crystal.xyz"), ase.io.read("relaxed.xyz")
-    before.calc = PETCalculator("base.ckpt")
-    moving = FrechetCellFilter(before, scalar_pressure=2.0 / 160.21766208)
-    FIRE(moving, logfile=None).run(fmax=1e-8, steps=4)
-    assert after.cell.array == pytest.approx(before.cell.array, abs=1e-6)
-    assert np.abs(after.cell.array - crystal().cell.array).max() > 1e-6
-    assert after.get_stress() == pytest.approx(before.get_stress(), abs=1e-6)
+    for before, after in zip(
+        ase.io.read("crystals.xyz", ":"), ase.io.read("relaxed.xyz", ":"), strict=True
+    ):
+        start = before.cell.array.copy()
+        before.calc = PETCalculator("base.ckpt")
+        moving = FrechetCellFilter(before, scalar_pressure=2.0 / 160.21766208)
+        workflow.OPTIMIZERS[optimizer](moving, logfile=None).run(fmax=1e-8, steps=4)
+        assert after.cell.array == pytest.approx(before.cell.array, abs=1e-5)
+        assert np.abs(after.cell.array - start).max() > 1e-6
+        assert after.get_stress() == pytest.approx(before.get_stress(), abs=1e-5)
+
+
+def test_those_at_rest_make_room_and_all_are_in_order(relax, monkeypatch):
+    """Whatever is computed together: the steps of each are those that it makes alone."""
+    frames = [ethanol() for _ in range(5)]
+    for seed, frame in enumerate(frames):
+        frame.rattle(0.02 * (5 - seed), seed=seed)
+    ase.io.write("five.xyz", frames)
+    monkeypatch.setattr(workflow, "_ATOMS_ON_CPU", 1)
+    alone = relax("--fmax", 0.5, structures="five.xyz", output="alone.xyz")
+    monkeypatch.setattr(workflow, "_ATOMS_ON_CPU", 30)
+    together = relax("--fmax", 0.5, structures="five.xyz")
+    assert (alone.code, together.code) == (0, 0), alone.err + together.err
+    one, other = (ase.io.read(name, ":") for name in ("alone.xyz", "relaxed.xyz"))
+    assert [frame.info["relax_frame"] for frame in other] == [0, 1, 2, 3, 4]
+    steps = [frame.info["relax_steps"] for frame in other]
+    assert steps == [frame.info["relax_steps"] for frame in one]
+    assert len(set(steps)) > 1
+    for first, second in zip(one, other, strict=True):
+        assert second.positions == pytest.approx(first.positions, abs=1e-4)
+
+
+def test_what_the_memory_does_not_hold_is_computed_in_halves(relax, monkeypatch):
+    predict, sizes = PETCalculator.predict_together, []
+
+    def scarce(self, structures, neighbors):
+        sizes.append(len(structures))
+        if len(structures) > 2:
+            raise MemoryError
+        return predict(self, structures, neighbors)
+
+    monkeypatch.setattr(PETCalculator, "predict_together", scarce)
+    ase.io.write("five.xyz", [ethanol() for _ in range(5)])
+    assert relax(*FEW, structures="five.xyz").code == 0
+    assert sizes.count(5) == 1  # what was too much once is not tried again
+    assert 2 in sizes
+    assert len(ase.io.read("relaxed.xyz", ":")) == 5
+
+
+def one_by_one(monkeypatch, at_second):
+    """Structures are computed alone, and something happens at a move of the second."""
+    move = workflow._Underway.move
+
+    def moved(self):
+        if self.number == 1:
+            at_second()
+        return move(self)
+
+    monkeypatch.setattr(workflow, "_ATOMS_ON_CPU", 1)
+    monkeypatch.setattr(workflow._Underway, "move", moved)
 
 
 def test_ctrl_c_leaves_what_is_done(relax, monkeypatch):
-    one = workflow._relax
-
-    def relaxed(atoms, *others):
-        if others[2] == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-        return one(atoms, *others)
-
-    monkeypatch.setattr(workflow, "_relax", relaxed)
+    one_by_one(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGINT))
     done = relax(*FEW)
     assert done.code == 130
     assert "1 of 2 structures are in relaxed.xyz" in done.err
@@ -84,15 +135,16 @@ def test_ctrl_c_leaves_what_is_done(relax, monkeypatch):
 
 @pytest.mark.parametrize("optimizer", ["fire", "bfgs"])
 def test_a_structure_that_fails_takes_no_other_with_it(relax, monkeypatch, optimizer):
-    compute = PETCalculator.calculate
+    predict = PETCalculator.predict_together
 
-    def infinite(self, atoms, *others):
-        compute(self, atoms, *others)
-        if atoms.info["name"] == "bad":
-            self.results["energy"] = np.inf
-            self.results["forces"] = self.results["forces"] * np.nan
+    def infinite(self, structures, neighbors):
+        found = predict(self, structures, neighbors)
+        for k, atoms in enumerate(structures):
+            if atoms.info["name"] == "bad":
+                found.energy[k] = np.inf
+        return found
 
-    monkeypatch.setattr(PETCalculator, "calculate", infinite)
+    monkeypatch.setattr(PETCalculator, "predict_together", infinite)
     frames = [ethanol() for _ in range(3)]
     for seed, (frame, name) in enumerate(zip(frames, ("good", "bad", "good"), strict=True)):
         frame.info["name"] = name
@@ -107,14 +159,10 @@ def test_a_structure_that_fails_takes_no_other_with_it(relax, monkeypatch, optim
 
 
 def test_what_is_relaxed_is_on_the_disk_at_once(relax, monkeypatch):
-    one = workflow._relax
+    def fails():
+        raise MemoryError
 
-    def relaxed(atoms, *others):
-        if others[2] == 1:
-            raise MemoryError
-        return one(atoms, *others)
-
-    monkeypatch.setattr(workflow, "_relax", relaxed)
+    one_by_one(monkeypatch, fails)
     assert relax(*FEW).code == 1
     assert len(ase.io.read("relaxed.xyz", ":")) == 1
 

@@ -43,6 +43,17 @@ def test_vibrations_of_ethanol(repository: Path) -> None:
     assert 1.9 < float(zero_point.split()[-2]) < 2.3
 
 
+def test_many_molecules_relax_together(repository: Path) -> None:
+    pytest.importorskip("torch_sim", reason="torch-sim is not installed")
+    command = [sys.executable, "examples/relax_many.py", "checkpoints/pet-xtb-s.ckpt"]
+    done = subprocess.run(
+        [*command, "--count", "4", "--fmax", "0.2"],
+        cwd=repository, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "4 of 4 at rest" in done.stdout
+
+
 def test_the_named_runs_of_the_example_train(repository: Path, tmp_path: Path) -> None:
     file = "examples/finetune_configs.json"
     short = ["num_epochs=1", "batch_size=30", "dataset_path=datasets/molecules_pbe0_val.xyz"]

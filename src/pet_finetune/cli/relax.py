@@ -23,7 +23,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "relax",
         help="relax structures with a model",
         description="Relax each structure of a file to the nearest minimum of the model's energy "
-        "with ASE's optimisers, with its cell where asked.",
+        "with ASE's optimisers, with its cell where asked. Many are computed at once.",
     )
     parser.add_argument("checkpoint", help=MODEL)
     parser.add_argument("structures", help="any file ASE reads; all of its frames are relaxed")

@@ -1,7 +1,12 @@
-"""Relaxation of structures to the nearest minimum of a model's energy, with ASE's optimisers."""
+"""Relaxation of structures to the nearest minimum of a model's energy, with ASE's optimisers.
+
+Each structure has an optimiser of its own, and all of them wait while the next positions of many
+are computed in one batch. So constraints, pressure and every optimiser work as for one structure.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +20,15 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.filters import FrechetCellFilter
 from ase.optimize import BFGS, FIRE, LBFGS
+from ase.stress import full_3x3_to_voigt_6_stress
 from rich.table import Table
 
 from pet_finetune.calculator import PETCalculator
+from pet_finetune.committee.committee import to_numpy
 from pet_finetune.config.problems import config_error
 from pet_finetune.data.calculator_input import check_atoms
-from pet_finetune.errors import DynamicsError, PetFinetuneError, did_you_mean
+from pet_finetune.errors import DynamicsError, PetFinetuneError, did_you_mean, is_out_of_memory
+from pet_finetune.files import replacing
 from pet_finetune.log import get_logger
 from pet_finetune.progress import InterruptGuard, Watch
 from pet_finetune.training.tables import show
@@ -35,6 +43,8 @@ _logger = get_logger(__name__)
 OPTIMIZERS: Mapping[str, Callable[..., Any]] = {"fire": FIRE, "lbfgs": LBFGS, "bfgs": BFGS}
 _ENDINGS = (".xyz", ".extxyz")
 _SHOWN = 20
+#: Atoms of a batch: a CPU's caches hold no more, and a GPU is busy with so many.
+_ATOMS_ON_CPU, _ATOMS_ON_GPU = 256, 10_000
 #: What a structure that flies apart makes the calculator and ASE's optimisers raise.
 _FAILURES = (PetFinetuneError, ArithmeticError, ValueError)
 
@@ -106,14 +116,14 @@ def relax_structures(
     format: str = "",
     types: Mapping[int, str] | None = None,
 ) -> list[Relaxed]:
-    """Relax the structures of a file one after the other, and write them to another file.
+    """Relax the structures of a file, many at once, and write them to another file.
 
     Args:
         model: which model.
         structures: any file ASE reads.
-        output: extended XYZ with the relaxed frames in their order, each written as soon as it is
-            done; ``relax_frame`` (its number in the file), ``relax_steps`` and ``relax_converged``
-            stand beside it.
+        output: extended XYZ with the relaxed frames, each written as soon as it is done, and in
+            their order at the end; ``relax_frame`` (its number in the file), ``relax_steps`` and
+            ``relax_converged`` stand beside each.
         settings: when a structure is relaxed.
         index: one frame of the file alone.
         format: ASE's name of the file's format; guessed where empty.
@@ -127,31 +137,44 @@ def relax_structures(
     """
     frames, calculator = _check(model, structures, Path(output), settings, index, format, types)
     done: list[Relaxed] = []
-    failed: list[str] = []
+    failed: dict[int, str] = {}
+    waiting = deque(frames)
+    underway: list[_Underway] = []
+    batches = _Batches(calculator)
     watch = Watch(f"relaxing {structures}", "structures", len(frames))
     with InterruptGuard() as guard, watch:
-        for number, atoms in frames:
-            try:
-                one = _relax(atoms, calculator, settings, number, lambda: guard.requested)
-            except _FAILURES as error:
-                failed.append(f"frame {number}: {error}")
-            else:
-                if one is None:
-                    break
-                ase.io.write(output, one.atoms, format="extxyz", append=True)
-                done.append(one)
-            watch.step()
+        while (waiting or underway) and not guard.requested:
+            while waiting and batches.room(underway, waiting[0][1]):
+                number, atoms = waiting.popleft()
+                underway.append(_Underway(number, atoms, calculator, settings))
+            batches.compute(underway)
+            left = []
+            for one in underway:
+                try:
+                    relaxed = one.move()
+                except _FAILURES as error:
+                    failed[one.number] = str(error)
+                else:
+                    if relaxed is None:
+                        left.append(one)
+                        continue
+                    ase.io.write(output, relaxed.atoms, format="extxyz", append=True)
+                    done.append(relaxed)
+                watch.step()
+            underway = left
     if done:
+        done = _in_order(done, output)
         _report(done, settings, output)
+    told = [f"frame {number}: {problem}" for number, problem in sorted(failed.items())]
     there = f"{len(done)} of {len(frames)} structures are in {output}."
     if guard.requested and len(done) + len(failed) < len(frames):
-        _logger.warning("%s", "\n".join([*failed, there if done else "No structure is relaxed."]))
+        _logger.warning("%s", "\n".join([*told, there if done else "No structure is relaxed."]))
         raise KeyboardInterrupt
     if failed:
         more = f"\nand {len(failed) - _SHOWN} more" if len(failed) > _SHOWN else ""
         raise DynamicsError(
             f"{len(failed)} of {len(frames)} structures of {structures} could not be relaxed:\n"
-            + "\n".join(failed[:_SHOWN])
+            + "\n".join(told[:_SHOWN])
             + f"{more}\n{there if done else f'{output} was not written.'}"
         )
     return done
@@ -202,40 +225,123 @@ def _check(
     return frames, calculator
 
 
-def _relax(
-    atoms: Atoms,
-    calculator: PETCalculator,
-    settings: RelaxSettings,
-    number: int,
-    stop: Callable[[], bool],
-) -> Relaxed | None:
-    """Relax one structure; None where it was interrupted."""
-    atoms.calc = calculator
-    before = atoms.get_potential_energy()
-    pressure = settings.pressure * ase.units.GPa
-    moving = FrechetCellFilter(atoms, scalar_pressure=pressure) if settings.cell else atoms
-    optimizer = OPTIMIZERS[settings.optimizer](moving, logfile=None)
-    converged = False
-    for at_rest in optimizer.irun(fmax=settings.fmax, steps=settings.steps):
-        energy, forces = atoms.get_potential_energy(), atoms.get_forces()
-        if not (np.isfinite(energy) and np.isfinite(forces).all()):
+class _Underway:
+    """A structure on its way to its minimum.
+
+    Args:
+        number: of the frame.
+        atoms: moved in place.
+        calculator: which computes it.
+        settings: when it is relaxed.
+    """
+
+    def __init__(
+        self, number: int, atoms: Atoms, calculator: PETCalculator, settings: RelaxSettings
+    ) -> None:
+        self.number, self.atoms, self.neighbors = number, atoms, calculator.fresh_neighbors()
+        self._species, self._settings = calculator.model.species, settings
+        self._steps, self._before = 0, 0.0
+        pressure = settings.pressure * ase.units.GPa
+        cell = settings.cell
+        self._moving = FrechetCellFilter(atoms, scalar_pressure=pressure) if cell else atoms
+        self._optimizer = OPTIMIZERS[settings.optimizer](self._moving, logfile=None)
+
+    def move(self) -> Relaxed | None:
+        """Make a step from what was computed; the result, where it is at rest or has made them all.
+
+        Raises:
+            DynamicsError: energy or forces are infinite.
+            PetFinetuneError: the next positions or cell cannot be computed.
+        """
+        results = self.atoms.calc.results
+        energy = results["energy"]
+        if not (np.isfinite(energy) and np.isfinite(results["forces"]).all()):
             raise DynamicsError(
-                f"after {optimizer.nsteps} steps the energy or the forces are infinite. The "
+                f"after {self._steps} steps the energy or the forces are infinite. The "
                 "structure is far from what the model knows; `inspect` looks for close contacts."
             )
-        converged = bool(at_rest)
-        if stop():
+        if self._steps == 0:
+            self._before = energy
+        forces = np.linalg.norm(self._moving.get_forces(), axis=1)  # of the cell too
+        converged = bool(forces.max() < self._settings.fmax)
+        if not converged and self._steps < self._settings.steps:
+            self._optimizer.step()
+            self._steps += 1
+            check_atoms(self.atoms, self._species)
             return None
-    out, _ = carried(atoms)
-    results = {"energy": energy, "forces": atoms.get_forces(apply_constraint=False)}
-    if atoms.pbc.all():
-        results["stress"] = atoms.get_stress(apply_constraint=False)
-    out.calc = SinglePointCalculator(out, **results)
-    out.info |= {
-        "relax_frame": number, "relax_steps": optimizer.nsteps, "relax_converged": converged,
-    }  # fmt: skip
-    largest = float(np.linalg.norm(forces, axis=1).max())
-    return Relaxed(out, number, optimizer.nsteps, converged, before - energy, largest)
+        out, _ = carried(self.atoms)
+        out.calc = SinglePointCalculator(out, **results)
+        out.info |= {
+            "relax_frame": self.number, "relax_steps": self._steps, "relax_converged": converged,
+        }  # fmt: skip
+        largest = float(np.linalg.norm(self.atoms.get_forces(), axis=1).max())
+        gain = self._before - energy
+        return Relaxed(out, self.number, self._steps, converged, gain, largest)
+
+
+class _Batches:
+    """Computes structures together, as many at once as pays and as the memory holds.
+
+    Args:
+        calculator: of the model.
+    """
+
+    def __init__(self, calculator: PETCalculator) -> None:
+        self._calculator = calculator
+        self._most = _ATOMS_ON_CPU if calculator.device.type == "cpu" else _ATOMS_ON_GPU
+
+    def room(self, underway: Sequence[_Underway], atoms: Atoms) -> bool:
+        """Whether one more structure can be computed with those that are."""
+        return not underway or sum(len(one.atoms) for one in underway) + len(atoms) <= self._most
+
+    def compute(self, several: Sequence[_Underway]) -> None:
+        """Give each its energy, forces and stress; in halves where the memory does not hold all."""
+        count = sum(len(one.atoms) for one in several)
+        if len(several) > 1 and count > self._most:
+            half = len(several) // 2
+            self.compute(several[:half])
+            self.compute(several[half:])
+            return
+        try:
+            found = self._calculate(several)
+        except (RuntimeError, MemoryError) as error:
+            if len(several) == 1 or not is_out_of_memory(error):
+                raise
+            self._most = count // 2
+            self.compute(several)
+            return
+        for one, results in zip(several, found, strict=True):
+            one.atoms.calc = SinglePointCalculator(one.atoms, **results)
+
+    def _calculate(self, several: Sequence[_Underway]) -> list[dict[str, Any]]:
+        if len(several) == 1:  # by what is fastest for one
+            atoms, calculator = several[0].atoms, self._calculator
+            calculator.calculate(atoms)
+            kept = ("energy", "forces", "stress")
+            return [{key: calculator.results[key] for key in kept if key in calculator.results}]
+        found = self._calculator.predict_together(
+            [one.atoms for one in several], [one.neighbors for one in several]
+        )
+        assert found.forces is not None
+        ends = np.cumsum([len(one.atoms) for one in several])[:-1]
+        forces = np.split(to_numpy(found.forces), ends)
+        of_each = [
+            {"energy": energy, "forces": own}
+            for energy, own in zip(found.energy.tolist(), forces, strict=True)
+        ]
+        for k, one in enumerate(several):
+            if found.stress is not None and one.atoms.pbc.all():
+                of_each[k]["stress"] = full_3x3_to_voigt_6_stress(to_numpy(found.stress[k]))
+        return of_each
+
+
+def _in_order(done: Sequence[Relaxed], output: str | Path) -> list[Relaxed]:
+    """Those that are done in the order of their file, and written so."""
+    ordered = sorted(done, key=lambda one: one.index)
+    if ordered != done:
+        with replacing(Path(output)) as partial:
+            ase.io.write(partial, [one.atoms for one in ordered], format="extxyz")
+    return ordered
 
 
 def _report(done: Sequence[Relaxed], settings: RelaxSettings, output: str | Path) -> None:
