@@ -127,9 +127,9 @@ class TorchArchive:
         folder = names[0].split("/")[0] if names else ""
         if any(n.startswith((f"{folder}/code/", f"{folder}/constants.pkl")) for n in names):
             raise CheckpointError(
-                f"{self.path}: this is an exported model (TorchScript, as 'mtt export' and "
-                "metatomic write it), which cannot be trained further. Use the checkpoint (.ckpt) "
-                "it was exported from."
+                f"{self.path}: this is an exported model (TorchScript, as `export` and metatomic "
+                "write it), made for simulation engines. Give the checkpoint (.ckpt) that it was "
+                "exported from. ASE runs the file itself with metatomic_ase.MetatomicCalculator."
             )
         if root is None or "/" in root:
             raise CheckpointError(

@@ -74,6 +74,8 @@ def _info(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     check_models(arguments.checkpoint)
+    if not any(Path(folder).is_dir() for folder in arguments.folder):
+        check_folders(*arguments.folder)
     from pet_finetune.api import check_adapters
 
     findings = check_adapters(arguments.folder, arguments.checkpoint)

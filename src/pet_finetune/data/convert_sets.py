@@ -41,6 +41,8 @@ _logger = get_logger(__name__)
 _TEXT = 1 << 23
 
 _XYZ = (".xyz", ".extxyz")
+#: Of files, which folders are not called like.
+_ENDINGS = (*_XYZ, ".db", ".traj", ".json", ".aselmdb", ".h5", ".hdf5", ".npz", ".cif", ".pt")
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,11 @@ def convert(
     file, target = Path(source), Path(output)
     if not file.is_dir():
         check_file(file, "data file")
+    if target.suffix != ".zip" and (target.suffix.lower() in _ENDINGS or target.is_file()):
+        raise DataError(
+            f"The output {str(output)!r} is to be a folder, or a file that ends with .zip: sets "
+            "that stay on disk are written. For other formats there is `ase convert`."
+        )
     names = None if labels is None else sorted(labels)
     key = f"{identity_of(file)} {format} {sorted((types or {}).items())} {names} {VERSION}"
     frames, total = _frames_of(file, format, types)

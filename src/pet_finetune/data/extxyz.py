@@ -7,12 +7,14 @@ each is handed to ASE by itself.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import numpy as np
 from ase.data import atomic_masses
 from ase.io.extxyz import key_val_str_to_dict, read_xyz
 
@@ -20,6 +22,7 @@ from pet_finetune.errors import DataError
 from pet_finetune.log import get_logger
 
 from .outputs import is_cp2k_comment, wrong_in_cp2k
+from .structure import ASYMMETRIC, ROUNDING, asymmetry
 from .symbols import UNUSED_TYPES, SymbolLayout, element_of, is_dummy
 from .text import NamedText, as_number, cell_in_words
 
@@ -136,7 +139,8 @@ class _Reader:
                 self.frame
             )
         for note, count in self.notes.items():
-            _logger.info("%s: %d of %d frames %s", self.source, count, self.frame, note)
+            level = logging.WARNING if note.endswith(ASYMMETRIC) else logging.INFO
+            _logger.log(level, "%s: %d of %d frames %s", self.source, count, self.frame, note)
 
     def _count(self, line: int) -> int:
         """The number of atoms that a frame begins with."""
@@ -351,6 +355,11 @@ class _Reader:
         elif len(numbers) == 3 and key == "Lattice":
             x, y, z = numbers
             numbers = [x, "0", "0", "0", y, "0", "0", "0", z]
+        elif len(numbers) == 9 and key != "Lattice":
+            matrix = np.array([as_number(word) for word in numbers]).reshape(3, 3)
+            if asymmetry(matrix) > ROUNDING:
+                numbers = [repr(n) for n in ((matrix + matrix.T) / 2).flatten().tolist()]
+                self.notes[f"have a {key} that {ASYMMETRIC}"] += 1
         elif len(numbers) != 9:
             allowed = "9 or 3" if key == "Lattice" else "9, or 6 in the order xx yy zz yz xz xy"
             self._fail(

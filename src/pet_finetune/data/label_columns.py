@@ -12,8 +12,9 @@ from torch import Tensor
 
 from pet_finetune.errors import DataError, did_you_mean
 from pet_finetune.keys import TargetSpec
+from pet_finetune.log import get_logger
 
-from .structure import as_integer, list_frames, place
+from .structure import ASYMMETRIC, ROUNDING, as_integer, asymmetry, list_frames, place
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -32,6 +33,8 @@ __all__ = [
 #: Makes an array of the expected shape of the raw one, given the number of atoms; raises
 #: ValueError with the shapes that are allowed.
 Shape = Callable[[np.ndarray, int], np.ndarray]
+
+_logger = get_logger(__name__)
 
 # Arrays that describe the structure itself and are no labels.
 _STRUCTURE_ARRAYS = frozenset({"numbers", "positions"})
@@ -148,13 +151,19 @@ class Column:
             DataError: wrong shapes, values that are no numbers, NaN or infinity.
         """
         values: list[Tensor | None] = []
-        broken = []
+        broken, lopsided = [], []
         for position, index in enumerate(self.chosen):
             raw = find_value(self.frames[index], self.key)
             if raw is None or (usable is not None and not usable[position]):
                 values.append(None)
                 continue
             array = self._shaped(raw, index)
+            if (
+                self.shape is to_stress
+                and np.size(raw) == 9
+                and asymmetry(np.reshape(raw, (3, 3))) > ROUNDING
+            ):
+                lopsided.append(index)
             known = ~np.isnan(array) if nan_is_missing else np.ones_like(array, dtype=bool)
             if not known.any():
                 values.append(None)
@@ -168,6 +177,12 @@ class Column:
                 f"{self.source} ({len(broken)} of {len(self.chosen)} frames). Remove these frames "
                 "or compute them again."
             )
+        if lopsided:
+            _logger.warning(
+                "%s: the %s (%r) of %d of %d frames %s (first %s)",
+                self.source, self.what, self.key, len(lopsided), len(values), ASYMMETRIC,
+                place(lopsided[0]),
+            )  # fmt: skip
         return values
 
     def integers(self) -> list[int]:

@@ -88,6 +88,23 @@ class Structure:
         return place(self.index, self.source)
 
 
+#: What programs' rounding, and grids that are not quite symmetric, leave of :func:`asymmetry`.
+ROUNDING = 0.02
+#: What is said of more than that.
+ASYMMETRIC = (
+    "is no symmetric matrix, as a stress is: the symmetric part is taken. Look at the order of its "
+    "numbers, and whether they are something else"
+)
+
+
+def asymmetry(values: Any) -> float:
+    """How far 9 numbers are from a symmetric matrix, as a part of the largest; 0 of others."""
+    if np.size(values) != 9:
+        return 0.0
+    matrix = np.reshape(values, (3, 3))
+    return float(np.abs(matrix - matrix.T).max() / max(np.abs(matrix).max(), 1e-12))
+
+
 def place(index: int, source: str = "") -> str:
     """How messages name a structure."""
     return f"frame {index} of {source}" if source else f"frame {index}"

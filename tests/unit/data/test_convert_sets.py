@@ -369,3 +369,12 @@ def test_a_missing_library_is_told_with_its_extra(tmp_path, monkeypatch):
     path.write_bytes(b"something")
     with pytest.raises(DataError, match=r"needs the library lmdb.*pet-finetune\[lmdb\]"):
         read_frames(path)
+
+
+@pytest.mark.parametrize("name", ["new.xyz", "there", "set.DB"])
+def test_an_output_that_is_no_set_is_refused_in_words(tmp_path, name):
+    write_frames(tmp_path / "a.xyz", molecules(1))
+    (tmp_path / "there").write_text("mine")
+    with pytest.raises(DataError, match=r"to be a folder, or a file that ends with \.zip"):
+        convert(tmp_path / "a.xyz", tmp_path / name)
+    assert (tmp_path / "there").read_text() == "mine"

@@ -230,6 +230,24 @@ def test_labels_asked_for_that_no_frame_has(tmp_path, label):
         read_structures(options(tmp_path / "set.xyz", {"energy": {label: True}}))
 
 
+@pytest.mark.parametrize("key", ["stress", "my_stress"])
+def test_a_stress_that_is_not_symmetric_is_told_of(tmp_path, log, key):
+    atoms = bulk("Cu", cubic=True)
+    frames = []
+    for off in (0.0, 0.001, 0.2):
+        one = atoms.copy()
+        one.info["energy"] = 1.0
+        one.info[key] = np.diag([1.0, 2.0, 3.0]) + [[0, off, 0], [0, 0, 0], [0, 0, 0]]
+        frames.append(one)
+    write(tmp_path / "set.xyz", frames, format="extxyz")
+    target = {"energy": {"unit": "eV", "stress": {"key": key}}}
+    structures = read_structures(options(tmp_path / "set.xyz", targets=target))
+    assert "1 of 3 frames" in log.text
+    assert "is no symmetric matrix" in log.text
+    values = structures[2].labels["energy/stress"]
+    assert values[0, 1] == values[1, 0] == pytest.approx(0.1)
+
+
 def test_stress_asked_for_without_periodicity(tmp_path):
     atoms = molecule("H2O")
     atoms.calc = SinglePointCalculator(atoms, energy=0.0, stress=np.zeros(6))
