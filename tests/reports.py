@@ -10,7 +10,7 @@ import numpy as np
 from pet_finetune.committee.calibration import Curves
 from pet_finetune.data.predicted import Predicted
 from pet_finetune.forgetting.dimers import DimerRow
-from pet_finetune.report.record import CommitteeRecord, Dimers, RunRecord
+from pet_finetune.report.run_record import CommitteeRecord, Dimers, RunRecord
 from tiny_data import crystals, molecules, structures_of
 
 #: Size of the errors that the models of :func:`predicted` make, eV and Å.

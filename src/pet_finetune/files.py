@@ -148,7 +148,7 @@ def read_table(path: Path) -> tuple[list[str], list[list[str]]]:
 
 def size_text(size: int) -> str:
     """A number of bytes as people read it."""
-    for unit, factor in (("MB", 1e6), ("kB", 1e3)):
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= factor:
             return f"{size / factor:.1f} {unit}"
     return f"{size} B"

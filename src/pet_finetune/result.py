@@ -17,8 +17,7 @@ from pet_finetune.config import Options
 from pet_finetune.errors import CheckpointError, ConfigError
 from pet_finetune.log import get_logger, html_of
 from pet_finetune.report.curves import curves_html, plot_curves
-from pet_finetune.report.reading import read_run
-from pet_finetune.report.record import RunRecord
+from pet_finetune.report.run_record import RunRecord, read_run
 from pet_finetune.training.records import TrainOutcome
 from pet_finetune.training.resume import plain_errors
 from pet_finetune.training.run_files import ADAPTER, BEST

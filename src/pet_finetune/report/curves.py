@@ -15,7 +15,7 @@ from pet_finetune.extras import plotting
 
 from . import figures
 from .figures import AFTER, BEFORE, MUTED, WARN, log_ticks, panel
-from .record import Epochs, Quantity, RunRecord
+from .run_record import Epochs, Quantity, RunRecord, best_row
 
 _MOST_POINTS = 2000
 _AVERAGED = 50  # points in a running mean, where there are enough
@@ -195,12 +195,6 @@ def _series(rows: Epochs, name: str, factor: float = 1.0) -> tuple[list[float], 
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _best_epoch(rows: Epochs) -> float | None:
-    """The last epoch that was the best so far."""
-    best = [row["epoch"] for row in rows if row.get("best") == 1]
-    return best[-1] if best else None
-
-
 def _finish(axes: Any, title: str, many: Sequence[Epochs]) -> None:
     """What all panels share: title, the best epoch, the name of the axis."""
     axes.set_title(title)
@@ -208,9 +202,9 @@ def _finish(axes: Any, title: str, many: Sequence[Epochs]) -> None:
     axes.locator_params(axis="x", integer=True)
     axes.set_xlim(0, max(rows[-1]["epoch"] for rows in many) + 0.5)
     if len(many) == 1:
-        best = _best_epoch(many[0])
-        if best is not None:
-            axes.axvline(best, color=MUTED, linewidth=0.8, linestyle=":")
+        best = best_row(many[0])
+        if best:
+            axes.axvline(best["epoch"], color=MUTED, linewidth=0.8, linestyle=":")
 
 
 def _log(axes: Any, values: Sequence[float]) -> None:
@@ -263,18 +257,12 @@ def _errors(
             epochs, values = _series(rows, name, quantity.factor)
             _line(axes, epochs, values, many, **style)
             shown += values
-    level = _level(run.before, quantity)
+    level = quantity.error_in(run.before, "validation" if "validation" in run.before else "train")
     if run.is_finetuning and math.isfinite(level) and level > 0:
         axes.axhline(level, color=BEFORE, linestyle="--", linewidth=1.2)
         shown.append(level)
     _log(axes, shown)
     _finish(axes, title, many)
-
-
-def _level(errors: Mapping[str, Any], quantity: Quantity) -> float:
-    """The error of the starting model on the validation set, or on the training set."""
-    of_set = errors.get("validation", errors.get("train", {}))
-    return quantity.factor * float(of_set.get(quantity.target, {}).get(quantity.mae, math.nan))
 
 
 def _forgetting(axes: Any, many: Sequence[Epochs], name: str, title: str) -> None:

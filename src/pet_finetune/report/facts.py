@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .record import RunRecord
+from pet_finetune.files import size_text
+
+from .run_record import RunRecord, best_row
 
 _STRUCTURE = "structure.xyz"
 _DYNAMICS = f"{_STRUCTURE} --ensemble nvt --temperature 300 --steps 10000 --timestep 0.5"
@@ -136,15 +138,7 @@ def _again(run: RunRecord) -> Recipe:
 
 
 #: Name, value, and what is printed small below it.
-Facts = list[tuple[str, str, str]]
-
-
-def size_of(count: float) -> str:
-    """A number of bytes as people read it."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.1f} {unit}"
-    return f"{count:.0f} B"
+Facts = Iterator[tuple[str, str, str]]
 
 
 def duration(seconds: float) -> str:
@@ -159,13 +153,6 @@ def duration(seconds: float) -> str:
 
 def _counted(count: int, word: str) -> str:
     return f"{count:,} {word}{'' if count == 1 else 's'}"
-
-
-def best_epoch(run: RunRecord) -> int | None:
-    """The last epoch that was the best so far, of a single model."""
-    rows = run.epochs[0] if len(run.epochs) == 1 else ()
-    best = [int(row["epoch"]) for row in rows if row.get("best") == 1]
-    return best[-1] if best else None
 
 
 def headline(run: RunRecord) -> list[str]:
@@ -200,10 +187,6 @@ def _seconds(run: RunRecord) -> float:
 
 def trained(run: RunRecord) -> Facts:
     """What trained, how many parameters, how long, how much memory."""
-    return [(name, value, "") for name, value in _trained(run)]
-
-
-def _trained(run: RunRecord) -> Iterator[tuple[str, str]]:
     yield from _method(run)
     counts = run.start.get("trainable") or {}
     trainable = counts.get("trainable", run.parameters.get("trainable"))
@@ -211,52 +194,48 @@ def _trained(run: RunRecord) -> Iterator[tuple[str, str]]:
     if trainable is not None and total:
         share = 100 * trainable / total
         each = " in each member" if run.committee else ""
-        yield "parameters that trained", f"{trainable:,} of {total:,} ({share:.1f} %){each}"
+        yield "parameters that trained", f"{trainable:,} of {total:,} ({share:.1f} %){each}", ""
     if counts.get("groups"):
-        yield "of these", ", ".join(f"{k} {v:,}" for k, v in counts["groups"].items())
+        yield "of these", ", ".join(f"{k} {v:,}" for k, v in counts["groups"].items()), ""
     rows = [row for epochs in run.epochs for row in epochs]
     if rows:
-        best = best_epoch(run)
+        best = int(best_row(rows).get("epoch", 0)) if len(run.epochs) == 1 else 0
         longest = max(len(epochs) for epochs in run.epochs)
         note = f"; the best was {best}, by {run.training.get('best_model_metric', 'validation')}"
-        yield "epochs", f"{longest}" + (note if best else "")
+        yield "epochs", f"{longest}" + (note if best else ""), ""
         seconds = _seconds(run)
         rates = [r["structures_per_second"] for r in rows if "structures_per_second" in r]
-        yield "time of all epochs", f"{duration(seconds)} ({seconds / len(rows):.2g} s each)"
+        yield "time of all epochs", f"{duration(seconds)} ({seconds / len(rows):.2g} s each)", ""
         if rates:
-            yield "training speed", f"{sum(rates) / len(rates):.0f} structures/s"
+            yield "training speed", f"{sum(rates) / len(rates):.0f} structures/s", ""
     for key, words in (("process", "peak memory"), ("gpu", "peak memory of the GPU")):
         value = run.memory.get(key)
         if value is not None:
-            yield words, f"{value:,.0f} MiB"
+            yield words, f"{value:,.0f} MiB", ""
     machine = run.start.get("machine", {})
     if machine:
-        yield "computed on", f"{machine['device']}, {_counted(machine['threads'], 'thread')}"
+        yield "computed on", f"{machine['device']}, {_counted(machine['threads'], 'thread')}", ""
     for name, size in run.files.items():
-        yield name, size_of(size)
+        yield name, size_text(size), ""
 
 
-def _method(run: RunRecord) -> Iterator[tuple[str, str]]:
+def _method(run: RunRecord) -> Facts:
     if not run.is_finetuning:
-        yield "method", "all parameters, from scratch"
+        yield "method", "all parameters, from scratch", ""
         return
     config = run.finetune.get("config") or {}
     settings = [f"{k} {config[k]}" for k in ("rank", "alpha", "num_prompts") if k in config]
     flags = [k for k in ("use_rslora", "use_dora") if config.get(k)]
     method = str(run.finetune.get("method", ""))
-    yield "method", ", ".join([method, *settings, *flags])
+    yield "method", ", ".join([method, *settings, *flags]), ""
     if run.finetune.get("replay"):
-        yield "replay", str(run.finetune["replay"].get("structures") or "from a file")
+        yield "replay", str(run.finetune["replay"].get("structures") or "from a file"), ""
     if run.finetune.get("anchor"):
-        yield "anchor", str(run.finetune["anchor"].get("type", ""))
+        yield "anchor", str(run.finetune["anchor"].get("type", "")), ""
 
 
 def provenance(run: RunRecord) -> Facts:
     """Where the weights and the data come from, and what computed."""
-    return list(_provenance(run))
-
-
-def _provenance(run: RunRecord) -> Iterator[tuple[str, str, str]]:
     start = run.start
     if start.get("parent_fingerprint"):
         read = run.finetune.get("read_from")

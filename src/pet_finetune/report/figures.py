@@ -20,7 +20,7 @@ from pet_finetune.committee.calibration import Curves, draw_coverage
 from pet_finetune.data.predicted import Predicted
 
 from .frame_errors import AtomGroup, residuals
-from .record import Dimers, Quantity
+from .run_record import Dimers, Quantity
 
 if TYPE_CHECKING:
     from pet_finetune.forgetting.dimers import DimerRow
@@ -142,12 +142,8 @@ def _styled_once(text: str) -> str:
     text = _USE.sub(lambda m: m[1] if styles[m[2]] == m[3] else m[0], text)
     for name, style in styles.items():
         shape = re.compile(rf'(<path id="{name}" d="[^"]*")(?: style="[^"]*")?')
-        text = shape.sub(partial(_with_style, style=style), text)
+        text = shape.sub(rf'\g<1> style="{style}"', text)
     return text
-
-
-def _with_style(match: re.Match[str], style: str) -> str:
-    return f'{match[1]} style="{style}"'
 
 
 def _rounded(match: re.Match[str]) -> str:

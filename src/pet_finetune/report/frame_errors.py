@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from ase.data import chemical_symbols, covalent_radii
 from ase.data.colors import jmol_colors
+from ase.utils import rotate
 
 from pet_finetune.data.predicted import Predicted
 
-from .record import Quantity
+from .run_record import Quantity
 
 _DRAWS = 1000
 _BINS = 8
@@ -47,19 +48,12 @@ def by_structure(predicted: Predicted, quantity: Quantity, model: str) -> np.nda
     errors = residuals(predicted, quantity, model)
     if errors is None:
         return None
-    index, count = predicted.structure_index, len(predicted.sizes)
-    if len(errors) == count:
-        rows = np.abs(errors).reshape(count, -1)
-        known = np.isfinite(rows)
-        return _ratio(np.where(known, rows, 0.0).sum(1), known.sum(1))
+    count = len(predicted.sizes)
+    index = np.arange(count) if len(errors) == count else predicted.structure_index
     rows = np.abs(errors).reshape(len(errors), -1)
     known = np.isfinite(rows)
     sums = np.bincount(index, np.where(known, rows, 0.0).sum(1), count)
-    return _ratio(sums, np.bincount(index, known.sum(1), count))
-
-
-def _ratio(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Sums over counts; NaN where there is nothing to count."""
+    counts = np.bincount(index, known.sum(1), count)
     means: np.ndarray = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
     return means
 
@@ -169,8 +163,8 @@ _MOST_ATOMS = 1500
 _BOND = 1.25
 # The longest arrow of a view: at least so many Å, and this part of what is seen.
 _LONGEST, _LONGEST_PART = 2.2, 0.15
-# The still picture is seen from here (degrees about x, then y).
-_TILT, _TURN = -20.0, 30.0
+#: From a structure's axes to those of the still picture; the last one points at the reader.
+_VIEW = rotate("20x,-30y")
 
 
 def frames_of(
@@ -232,17 +226,12 @@ def small_enough(predicted: Predicted, index: int) -> bool:
 
 def elements_of(frames: list[dict[str, Any]]) -> dict[int, list[Any]]:
     """Symbol, colour (Jmol's, from ASE) and drawn radius (Å) of each element in the frames."""
-    numbers = sorted({z for frame in frames for z in frame["z"]})
-    return {z: [chemical_symbols[z], _colour(z), _radius(z)] for z in numbers}
-
-
-def _colour(z: int) -> str:
-    red, green, blue = (round(255 * float(part)) for part in jmol_colors[z])
-    return f"#{red:02x}{green:02x}{blue:02x}"
-
-
-def _radius(z: int) -> float:
-    return round(0.25 + 0.35 * float(covalent_radii[z]), 3)
+    elements = {}
+    for z in sorted({z for frame in frames for z in frame["z"]}):
+        red, green, blue = (round(255 * float(part)) for part in jmol_colors[z])
+        radius = round(0.25 + 0.35 * float(covalent_radii[z]), 3)
+        elements[z] = [chemical_symbols[z], f"#{red:02x}{green:02x}{blue:02x}", radius]
+    return elements
 
 
 def _flat(values: np.ndarray) -> list[float]:
@@ -276,12 +265,11 @@ def _bonds(numbers: np.ndarray, positions: np.ndarray) -> np.ndarray:
 
 def still(frame: dict[str, Any], elements: dict[int, list[Any]]) -> str:
     """A frame as SVG, as it is seen before anyone turns it."""
-    turn = _rotation()
-    points = np.array(frame["x"]).reshape(-1, 3) @ turn.T
+    points = np.array(frame["x"]).reshape(-1, 3) @ _VIEW.T
     errors = frame["e"].get("after") or frame["e"].get("before")
     tips = points
     if errors:
-        tips = points + frame["scale"] * np.array(errors).reshape(-1, 3) @ turn.T
+        tips = points + frame["scale"] * np.array(errors).reshape(-1, 3) @ _VIEW.T
     shown = np.concatenate([points, tips])[:, :2]
     low, high = shown.min(0) - 1.0, shown.max(0) + 1.0
     parts = []
@@ -302,12 +290,3 @@ def still(frame: dict[str, Any], elements: dict[int, list[Any]]) -> str:
     return (
         f'<svg class="still" viewBox="{view}" role="img" aria-label="{name}">{"".join(parts)}</svg>'
     )
-
-
-def _rotation() -> np.ndarray:
-    """From the structure's axes to the view's; the last one points at the reader."""
-    x, y = np.radians([_TILT, _TURN])
-    about_x = np.array([[1, 0, 0], [0, np.cos(x), -np.sin(x)], [0, np.sin(x), np.cos(x)]])
-    about_y = np.array([[np.cos(y), 0, np.sin(y)], [0, 1, 0], [-np.sin(y), 0, np.cos(y)]])
-    rotation: np.ndarray = about_x @ about_y
-    return rotation

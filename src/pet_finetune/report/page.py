@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ase.data import chemical_symbols
-from ase.formula import Formula
+from ase import Atoms
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
@@ -41,7 +40,7 @@ from .frame_errors import (
     still,
 )
 from .parity import parity_plots
-from .record import Quantity, RunRecord
+from .run_record import Quantity, RunRecord
 from .verdict import judge, number, signed
 
 #: Rows of the list of structures that are seen at once, and in the file at all.
@@ -237,10 +236,7 @@ def _formula(run: RunRecord, index: int) -> str:
     assert run.predicted is not None, "there are predictions"
     starts = run.predicted.starts
     numbers = run.predicted.numbers[int(starts[index]) : int(starts[index + 1])]
-    symbols: dict[str, int] = {}
-    for z in numbers.tolist():
-        symbols[chemical_symbols[z]] = symbols.get(chemical_symbols[z], 0) + 1
-    return str(Formula.from_dict(symbols).format("hill")).translate(_SUBSCRIPTS)
+    return str(Atoms(numbers).get_chemical_formula("hill")).translate(_SUBSCRIPTS)
 
 
 def _largest(run: RunRecord, forces: Quantity | None, index: int, model: str) -> float:
@@ -311,13 +307,13 @@ def _committee(run: RunRecord, drawn: bool) -> dict[str, Any] | None:
     committee = run.committee
     if committee is None:
         return None
-    name = run.primary_set or ""
+    name = run.primary_set
     quantities = run.quantities()
     rows = [
-        (f"member {n}", [_error(errors, name, q) for q in quantities])
+        (f"member {n}", [q.error_in(errors, name) for q in quantities])
         for n, errors in enumerate(committee.errors)
     ]
-    rows.append(("committee", [_error(run.after, name, q) for q in quantities]))
+    rows.append(("committee", [q.error_in(run.after, name) for q in quantities]))
     spreads = []
     for q in quantities:
         curve = committee.calibration.get(q.kind)
@@ -347,8 +343,3 @@ def _last_layer(run: RunRecord, drawn: bool) -> dict[str, Any] | None:
         "panels": _marked(coverage_panels(run.last_layer)) if drawn else [],
         "spreads": _marked([panel for panel in spreads if panel]),
     }
-
-
-def _error(errors: Mapping[str, Any], name: str, quantity: Quantity) -> float:
-    found = errors.get(name, {}).get(quantity.target, {}).get(quantity.mae, float("nan"))
-    return float(found) * quantity.factor

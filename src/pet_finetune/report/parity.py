@@ -13,7 +13,7 @@ from pet_finetune.data.predicted import Predicted
 
 from .figures import AFTER, BEFORE, MUTED, panel
 from .frame_errors import mean_known, residuals
-from .record import Quantity, RunRecord
+from .run_record import Quantity, RunRecord
 from .verdict import number
 
 # More points than this are drawn as a picture of their density: a file of dots would be large,

@@ -24,7 +24,7 @@ from pet_finetune.training.run_files import (
 from pet_finetune.version import __version__
 
 from .page import render
-from .reading import is_running, read_run
+from .run_record import is_running, read_run
 
 _logger = get_logger(__name__)
 #: What a page can do without.

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from .frame_errors import ratio_interval
-from .record import Quantity, RunRecord
+from .run_record import Quantity, RunRecord
 
 #: A change of the error by less than this part is none.
 _NO_CHANGE = 0.02
@@ -106,20 +106,13 @@ def judge(run: RunRecord) -> Verdict:
 
 
 def _change(run: RunRecord, quantity: Quantity) -> ErrorChange:
-    def value(errors: object, key: str) -> float:
-        found = errors.get(run.primary_set or "", {}) if isinstance(errors, dict) else {}
-        return float(found.get(quantity.target, {}).get(key, math.nan)) * quantity.factor
-
+    both, shown = (run.before, run.after), run.primary_set
+    before, after = (quantity.error_in(errors, shown) for errors in both)
+    old, new = (quantity.error_in(errors, shown, "rmse") for errors in both)
     interval = None
-    if run.predicted is not None and run.predicted.set_name == run.primary_set:
+    if run.predicted is not None and run.predicted.set_name == shown:
         interval = ratio_interval(run.predicted, quantity)
-    return ErrorChange(
-        quantity,
-        value(run.before, quantity.mae),
-        value(run.after, quantity.mae),
-        (value(run.before, quantity.rmse), value(run.after, quantity.rmse)),
-        interval,
-    )
+    return ErrorChange(quantity, before, after, (old, new), interval)
 
 
 def number(value: float) -> str:
@@ -239,15 +232,12 @@ def _overfitting(run: RunRecord) -> Iterator[str]:
     if shown in (None, "train") or not run.after:
         return
     for quantity in run.quantities():
-        errors = [
-            run.after.get(name, {}).get(quantity.target, {}).get(quantity.mae, math.nan)
-            for name in ("train", shown)
-        ]
-        if all(math.isfinite(e) for e in errors) and errors[1] > _OVERFITTED * errors[0] > 0:
+        own, other = (quantity.error_in(run.after, name) for name in ("train", shown))
+        if other > _OVERFITTED * own > 0:
             yield (
-                f"Overfitting: the {quantity.error} is {number(errors[0] * quantity.factor)} "
-                f"{quantity.unit} on the training set and {number(errors[1] * quantity.factor)} on "
-                f"the {shown} set. More data, fewer epochs or a lower rank help."
+                f"Overfitting: the {quantity.error} is {number(own)} {quantity.unit} on the "
+                f"training set and {number(other)} on the {shown} set. More data, fewer epochs or "
+                "a lower rank help."
             )
 
 

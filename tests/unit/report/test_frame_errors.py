@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pet_finetune.report.frame_errors import by_element, by_magnitude, by_structure, ratio_interval
-from pet_finetune.report.record import Quantity
+from pet_finetune.report.run_record import Quantity
 from reports import predicted, stressed
 
 ENERGY = Quantity("energy", "energy", "energy", 1000.0, "meV/atom")

@@ -14,7 +14,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 from pet_finetune.report import figures
 from pet_finetune.report.page import render
-from pet_finetune.report.record import RunRecord
+from pet_finetune.report.run_record import RunRecord
 from reports import about, committee, epochs, predicted, record, stressed
 from tiny_data import crystals, label, molecules
 

@@ -45,7 +45,7 @@ def test_the_page_asks_again_until_the_run_has_results(serve):
 def test_a_run_of_another_process_is_under_way(serve, monkeypatch):
     get, _ = serve
     monkeypatch.setattr(report_file, "is_running", lambda folder: True)
-    monkeypatch.setattr("pet_finetune.report.reading.is_running", lambda folder: True)
+    monkeypatch.setattr("pet_finetune.report.run_record.is_running", lambda folder: True)
     assert "Under way, after epoch 1" in get()[1]
 
 

@@ -10,7 +10,7 @@ from ase.build import molecule
 
 from pet_finetune.data.predicted import Predicted
 from pet_finetune.report.frame_errors import elements_of, frames_of, residuals, still
-from pet_finetune.report.record import Quantity
+from pet_finetune.report.run_record import Quantity
 from reports import predicted, stressed
 from tiny_data import structures_of
 
