@@ -41,7 +41,7 @@ from pet_finetune.export.export import (
     export_table,
 )
 from pet_finetune.inspection import Inspection, as_dict, render
-from pet_finetune.inspection.inspect import (
+from pet_finetune.inspection.inspect_data import (
     Request,
     inspect_data,
     request_of_files,

@@ -5,8 +5,19 @@ NamedTuples of tensors and functions of them, all of which TorchScript compiles 
 
 from __future__ import annotations
 
-from .batch import Batch, join_graphs, repeat_batch, rotate_graphs, rotate_rows
-from .neighborhood import Edges, Layout, Neighborhood, Rectangle, make_layout, renumbered
+from .batch import (
+    Batch,
+    Edges,
+    Layout,
+    Neighborhood,
+    Rectangle,
+    join_graphs,
+    make_layout,
+    renumbered,
+    repeat_batch,
+    rotate_graphs,
+    rotate_rows,
+)
 
 __all__ = [
     "Batch",

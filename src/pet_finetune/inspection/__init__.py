@@ -5,7 +5,7 @@ from __future__ import annotations
 from .evidence import Declared
 from .finding import Finding, Frames
 from .inspection import Foundation, Inspection, inspect_sets
-from .render import as_dict, render
+from .overview import as_dict, render
 
 __all__ = [
     "Declared",

@@ -14,10 +14,9 @@ from pet_finetune.data.neighbors import expected_neighbors
 from pet_finetune.data.structure_sets import of_species
 from pet_finetune.model import Potential
 
-from .energies import compositions, element_fit
 from .evidence import Evidence
 from .finding import Finding, frames_of
-from .subject import Entry, Subject
+from .subject import Entry, Subject, compositions, element_fit
 
 __all__ = [
     "Answer",

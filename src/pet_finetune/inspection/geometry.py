@@ -12,8 +12,8 @@ from pet_finetune.data.neighbors import find_pairs
 from pet_finetune.units import to_own_unit
 
 from .finding import Finding, Frames, frames_of
-from .fingerprint import composition, within
-from .subject import REACH, Entry, Subject
+from .near_frames import within
+from .subject import REACH, Entry, Subject, composition
 
 __all__ = [
     "Twins",

@@ -16,9 +16,8 @@ from scipy.sparse import csc_matrix
 
 from pet_finetune.data.neighbors import expected_neighbors, find_pairs
 
-from .energies import compositions
 from .evidence import Evidence
-from .subject import Entry
+from .subject import Entry, compositions
 
 __all__ = ["PairModel", "fit_pairs"]
 

@@ -9,11 +9,10 @@ import numpy as np
 from pet_finetune.data.neighbors import find_pairs
 from pet_finetune.units import energy_to_ev
 
-from .energies import compositions
 from .evidence import Evidence, log_ratio
+from .near_frames import FrameStep
 from .pair_model import PairModel
-from .subject import Entry
-from .work import FrameStep
+from .subject import Entry, compositions
 
 __all__ = ["evidence_of"]
 

@@ -14,15 +14,26 @@ from pet_finetune.data.structure import Structure
 from pet_finetune.errors import DataError
 from pet_finetune.keys import forces_key, stress_key
 
-from .fingerprint import fingerprint
-
-__all__ = ["NEAR", "REACH", "Entry", "Subject", "subject_of"]
+__all__ = [
+    "Entry",
+    "NEAR",
+    "REACH",
+    "Subject",
+    "composition",
+    "compositions",
+    "element_fit",
+    "fingerprint",
+    "most_different",
+    "subject_of",
+]
 
 #: How far neighbours are looked for, Å, and how many of them are kept for each atom.
 REACH, NEAR = 5.0, 20
+
 #: Neighbours of an atom within reach, beyond which a structure is too dense to be matter: there
 #: they are looked for less far, so that a wrong unit of length is found before memory runs out.
 _MOST_NEAR, _LEAST_REACH = 600.0, 0.3
+
 #: What tells neighbours of different elements apart: Å added for each element before theirs.
 _APART = 0.4
 
@@ -42,7 +53,7 @@ class Entry:
         nearest: distance of each atom to the nearest other one, ``[n]``; infinite where none is
             within :data:`REACH`.
         gaps: the least distance to another atom over the sum of both covalent radii, ``[n]``.
-        fingerprint: of the whole structure, see :mod:`.fingerprint`.
+        fingerprint: of the whole structure, see :func:`fingerprint`.
         lopsided: length of the sum of the unit vectors to all neighbours, ``[n]``: zero where
             symmetry forbids a force.
     """
@@ -211,3 +222,131 @@ def _surroundings(structure: Structure) -> tuple[np.ndarray, np.ndarray, np.ndar
     units = vector / np.maximum(distance, 1e-12)[:, None]
     sums = [np.bincount(first, weights=units[:, axis], minlength=size) for axis in range(3)]
     return nearest, gaps, shells, np.sqrt(np.square(sums).sum(axis=0))
+
+
+_QUANTILES = 8
+
+
+def composition(entry: Entry) -> tuple[tuple[int, int], ...]:
+    """The reduced formula: elements and their counts without a common factor."""
+    elements, counts = entry.elements
+    counts = counts // np.gcd.reduce(counts)
+    return tuple(zip(elements.tolist(), counts.tolist(), strict=True))
+
+
+def fingerprint(numbers: np.ndarray, shells: np.ndarray, volume: float) -> np.ndarray:
+    """The vector, scaled such that distances are root mean squares in Å.
+
+    Its length depends on the number of elements only.
+
+    Args:
+        numbers: atomic numbers, ``[n]``.
+        shells: ascending distances to neighbours, ``[n, k]``, Å.
+        volume: of the cell, Å³; 0 where there is none.
+
+    Returns:
+        ``[elements * k * 8 + 1]`` float32.
+    """
+    parts = []
+    for element in np.unique(numbers):
+        distances = np.sort(shells[numbers == element], axis=0)
+        at = np.linspace(0.0, len(distances) - 1.0, _QUANTILES)
+        low = np.floor(at).astype(int)
+        high = np.minimum(low + 1, len(distances) - 1)
+        part = (at - low)[:, None]
+        parts.append(((1.0 - part) * distances[low] + part * distances[high]).ravel())
+    vector = np.concatenate(parts)
+    edge = np.cbrt(volume / len(numbers))
+    return np.append(vector / np.sqrt(len(vector)), edge).astype(np.float32)
+
+
+_RIDGE = 1e-8
+
+
+def compositions(entries: Sequence[Entry], elements: Sequence[int]) -> np.ndarray:
+    """Fractions of the elements in each structure, ``[n, n_elements]``."""
+    columns = np.full(max(elements, default=0) + 1, len(elements))
+    columns[list(elements)] = np.arange(len(elements))
+    found = np.zeros((len(entries), len(elements) + 1))  # the last one is of all other elements
+    for row, entry in zip(found, entries, strict=True):
+        own, counts = entry.elements
+        known = np.where(own < len(columns), columns[np.minimum(own, len(columns) - 1)], -1)
+        row[known] = counts / entry.size
+    return found[:, :-1]
+
+
+def element_fit(entries: Sequence[Entry]) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """Energies as a sum over atoms: least squares, per atom, of the smallest norm.
+
+    Args:
+        entries: with energies.
+
+    Returns:
+        The elements, their energies in eV, and what is left over for each entry, eV an atom.
+    """
+    elements = sorted({int(z) for e in entries for z in e.elements[0]})
+    fractions = compositions(entries, elements)
+    energies = np.array([(e.energy or 0.0) / e.size for e in entries])
+    weights, *_ = np.linalg.lstsq(fractions, energies, rcond=_RIDGE)
+    return elements, weights, energies - fractions @ weights
+
+
+def most_different(structures: Sequence[Structure], most: int) -> list[Structure]:
+    """At most so many of the structures, in their order.
+
+    Among structures with the same atoms each is the one furthest from those taken before it, by
+    their fingerprints; every group of such structures keeps the same part, and one at least as far
+    as that goes: of more groups than wanted structures, those with the most different compositions
+    keep one. Sets of millions of atoms are first thinned out evenly.
+
+    Args:
+        structures: with neighbours that can be found.
+        most: how many to keep.
+    """
+    if len(structures) <= most:
+        return list(structures)
+    entries = subject_of({"all": structures}, None).sets.get("all", ())
+    groups: dict[bytes, list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault(entry.formula + bytes(entry.pbc), []).append(entry)
+    members = list(groups.values())
+    if len(members) > most:
+        members = [members[one] for one in _farthest(_compositions(members), most)]
+    kept: set[int] = set()
+    for group, share in zip(members, _shares([len(group) for group in members], most), strict=True):
+        vectors = np.stack([entry.fingerprint for entry in group])
+        kept |= {id(group[one].structure) for one in _farthest(vectors, share)}
+    return [structure for structure in structures if id(structure) in kept]
+
+
+def _compositions(groups: Sequence[Sequence[Entry]]) -> np.ndarray:
+    """The part that each element has of the atoms of each group, ``[groups, elements]``."""
+    counts = [np.bincount(group[0].numbers, minlength=119) for group in groups]
+    return np.stack([count / count.sum() for count in counts])
+
+
+def _shares(sizes: Sequence[int], most: int) -> list[int]:
+    """How many of each group are kept: the same part of each, one at least, ``most`` together."""
+    wanted = np.asarray(sizes) * min(1.0, most / sum(sizes))
+    shares = np.maximum(1, np.floor(wanted).astype(int))
+    left = min(most, sum(sizes)) - int(shares.sum())
+    while left:  # what rounding left goes to those it hit most, or comes from the largest
+        gap = wanted - shares
+        one = int(gap.argmax()) if left > 0 else int(np.where(shares > 1, gap, np.inf).argmin())
+        shares[one] += np.sign(left)
+        left -= int(np.sign(left))
+    return [int(share) for share in shares]
+
+
+def _farthest(vectors: np.ndarray, count: int) -> list[int]:
+    """Positions of vectors ``[n, d]``, each the farthest from those before it.
+
+    The first is the one nearest to their mean.
+    """
+    chosen = [int(np.square(vectors - vectors.mean(axis=0)).sum(axis=1).argmin())]
+    away = np.full(len(vectors), np.inf)
+    while len(chosen) < min(count, len(vectors)):
+        away = np.minimum(away, np.square(vectors - vectors[chosen[-1]]).sum(axis=1))
+        away[chosen[-1]] = -np.inf
+        chosen.append(int(away.argmax()))
+    return chosen

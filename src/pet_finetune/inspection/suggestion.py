@@ -8,8 +8,8 @@ from typing import Any
 
 from pet_finetune.config.target import expand_gradient
 
-from .candidates import NO_VIRIAL, PER_ATOM, VIRIAL
 from .estimate import Estimate, Load, duration
+from .evidence import NO_VIRIAL, PER_ATOM, VIRIAL
 from .finding import Finding
 
 __all__ = ["Suggestion", "with_found_units", "suggest", "training_section"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from ase.build import bulk
 
-from inspected import codes, frames, look, relabel, the, turned
+from inspected import codes, frames, look, read, relabel, the, turned
 from pet_finetune.data.structure import Structure
 from pet_finetune.inspection.finding import list_frames
 from tiny_data import structures_of
@@ -217,3 +217,33 @@ class TestDuplicates:
 )
 def test_frames_as_text(numbers, text):
     assert list_frames(numbers) == text
+
+
+#: Warnings that each set deserves (its README says why); none has an error.
+SETS = {
+    "3bpa_test_300K": set(),
+    "LiMnO_val": {"units-unchecked"},  # relaxed, and energies that scatter
+    "carbon_reduced_100": set(),
+    "ethanol_reduced_100": set(),
+    "mattersim_mpf_alkali_TP": set(),
+    "mlearn_Ge_train": {"duplicates"},
+    "qm9_reduced_100_Eonly": set(),
+    "water_dpmd_val": {"net-force"},
+    "water_revPBE0D3_train30": {"net-force"},
+}
+
+
+NOTES = {
+    "3bpa_test_300K": {"single-composition"},
+    "qm9_reduced_100_Eonly": {"energies-only"},
+    "water_revPBE0D3_train30": {"single-composition", "compressed-bonds"},
+}
+
+
+@pytest.mark.few(3)
+@pytest.mark.parametrize("name", SETS)
+def test_known_faults_and_no_others(shared_dir, name):
+    inspection = look(read(shared_dir / "data" / f"{name}.xyz"))
+    assert codes(inspection, "error") == set()
+    assert codes(inspection, "warning") == SETS[name]
+    assert codes(inspection, "note") >= NOTES.get(name, set())

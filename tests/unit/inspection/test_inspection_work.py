@@ -1,7 +1,8 @@
-"""The look stays a look: what it takes grows with frames and atoms, and no more."""
+"""What a look takes grows with frames and atoms, and no more; the most different structures."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from ase.build import molecule
 
 from inspected import codes, copper, look, relabel, scaled, the
 from models import random_potential
-from pet_finetune.inspection import Foundation, inspect_sets
-from pet_finetune.inspection import energies as energies_module
-from pet_finetune.inspection import fingerprint as fingerprint_module
+from pet_finetune.data.structure import Structure, atoms_to_structure
+from pet_finetune.inspection import Foundation, energy_checks, inspect_sets, near_frames
 from pet_finetune.inspection.estimate import _piece, estimate, load_of
-from pet_finetune.inspection.fingerprint import neighbours, within
-from pet_finetune.inspection.inspect import inspect_data, request_of_files
-from pet_finetune.inspection.subject import subject_of
+from pet_finetune.inspection.inspect_data import inspect_data, request_of_files
+from pet_finetune.inspection.near_frames import neighbours, within
+from pet_finetune.inspection.subject import _farthest, most_different, subject_of
 from tiny_data import write_frames
 
 
@@ -26,13 +27,13 @@ from tiny_data import write_frames
 def compared(monkeypatch):
     """Counts the whole distances that are taken."""
     taken = []
-    plain = fingerprint_module._distances
+    plain = near_frames._distances
 
     def counted(vectors, rows, others):
         taken.append(others.size)
         return plain(vectors, rows, others)
 
-    monkeypatch.setattr(fingerprint_module, "_distances", counted)
+    monkeypatch.setattr(near_frames, "_distances", counted)
     return taken
 
 
@@ -92,9 +93,9 @@ def test_frames_with_other_keys_are_not_compared():
 
 def test_the_first_file_is_fitted_once(monkeypatch):
     fitted = []
-    plain = energies_module._levels_of
+    plain = energy_checks._levels_of
     monkeypatch.setattr(
-        energies_module, "_levels_of", lambda *args: fitted.append(args[0]) or plain(*args)
+        energy_checks, "_levels_of", lambda *args: fitted.append(args[0]) or plain(*args)
     )
     structures = copper(40)
     files = [replace(s, source=f"{k // 4}.xyz") for k, s in enumerate(structures)]
@@ -264,7 +265,7 @@ def test_frames_that_are_too_large_for_the_foundation_are_named(monkeypatch, mod
 
 def counted(monkeypatch, count):
     """How many times neighbours are sought, files fitted and pairs of frames compared."""
-    from pet_finetune.inspection import pair_model, scales, subject, work
+    from pet_finetune.inspection import near_frames, pair_model, scales, subject
 
     calls = dict.fromkeys(("neighbours", "atoms fitted", "steps"), 0)
 
@@ -280,7 +281,7 @@ def counted(monkeypatch, count):
     for module in (pair_model, scales, subject):
         watch(module, "find_pairs", "neighbours", lambda *args: 1)
     watch(pair_model, "_design", "atoms fitted", lambda entry, kinds: entry.size)
-    watch(work, "_step", "steps", lambda *args: 1)
+    watch(near_frames, "_step", "steps", lambda *args: 1)
     look(copper(count))
     monkeypatch.undo()
     return calls
@@ -292,3 +293,50 @@ def test_the_look_is_linear_in_frames(monkeypatch):
     assert large["neighbours"] <= 4.2 * small["neighbours"]
     assert large["steps"] <= 4.5 * small["steps"]
     assert large["atoms fitted"] <= 120 * 4
+
+
+def structures(frames: list[Atoms]) -> list[Structure]:
+    return [atoms_to_structure(atoms, index, source="pool") for index, atoms in enumerate(frames)]
+
+
+def dimers(symbols: str, lengths: list[float]) -> list[Atoms]:
+    return [Atoms(symbols, [[0, 0, 0], [0, 0, length]]) for length in lengths]
+
+
+def test_farthest_points_are_the_corners() -> None:
+    near = np.random.default_rng(0).normal(size=(50, 2)) * 0.01
+    corners = np.array([[5.0, 0], [0, 5.0], [-5.0, -5.0]])
+    chosen = _farthest(np.vstack([near, corners]), 4)
+    assert {50, 51, 52} < set(chosen)
+    assert len(set(chosen)) == 4
+
+
+def test_rare_geometries_are_kept() -> None:
+    pool = structures(dimers("CO", [1.1 + 0.001 * k for k in range(40)] + [0.8, 2.0]))
+    kept = [one.index for one in most_different(pool, 3)]
+    assert {40, 41} < set(kept)
+    assert kept == sorted(kept)
+
+
+def test_each_composition_keeps_the_same_part() -> None:
+    ethanol = [molecule("CH3CH2OH") for _ in range(20)]
+    for seed, atoms in enumerate(ethanol):
+        atoms.rattle(0.05, seed=seed)
+    pool = structures([*ethanol, *dimers("HC", [1 + 0.1 * k for k in range(10)])])
+    assert Counter(one.num_atoms for one in most_different(pool, 15)) == {9: 10, 2: 5}
+    assert most_different(pool, 30) == pool
+
+
+def test_never_more_than_wanted() -> None:
+    symbols = ["HC", "HN", "HO", "HF", "CO", "CN", "NO", "OF", "CF", "NF"]
+    pool = structures([atoms for pair in symbols for atoms in dimers(pair, [1.0, 1.1, 1.2])])
+    for most in (1, 4, 10, 13, 29):
+        kept = most_different(pool, most)
+        assert len(kept) == most
+        found = Counter(tuple(one.numbers.tolist()) for one in kept)
+        assert len(found) == min(most, len(symbols))
+
+
+def test_the_same_structure_twice_is_taken_once() -> None:
+    pool = structures(dimers("CO", [1.1, 1.1, 1.1, 1.5, 1.9]))
+    assert [one.index for one in most_different(pool, 3)][1:] == [3, 4]

@@ -19,12 +19,16 @@ from pet_finetune.data.structure_sets import evenly_spread, sampled
 from pet_finetune.errors import DataError
 
 from .finding import Finding, Frames
-from .names import fits
+from .label_names import fits
 
 if TYPE_CHECKING:
     from ase import Atoms
 
-__all__ = ["check_cells", "read_anyway", "sets_left_out"]
+__all__ = [
+    "check_cells",
+    "read_anyway",
+    "sets_left_out",
+]
 
 _SAMPLE = 100
 

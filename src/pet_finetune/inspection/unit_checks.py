@@ -6,29 +6,40 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from pet_finetune.units import to_own_unit
 
-from .candidates import (
+from .evidence import (
     NO_VIRIAL,
     PER_ATOM,
     TURNED,
+    UNITS,
     VIRIAL,
     Candidate,
+    Declared,
+    Evidence,
+    Reading,
+    assumed_unit,
     best_of,
-    forms_of,
     is_sure,
+    readings_of,
     undecided,
 )
-from .evidence import UNITS, Declared, Evidence, Reading, assumed_unit, readings_of
 from .finding import Finding, Frames
-from .pair_model import fit_pairs
+from .near_frames import FrameStep, steps
+from .pair_model import PairModel, fit_pairs
 from .scales import evidence_of
 from .subject import Entry, Subject
-from .work import FrameStep
 
-__all__ = ["check_units", "in_found_units"]
+__all__ = [
+    "check_units",
+    "forms_of",
+    "in_found_units",
+]
 
 _NAMES = {"energy": "energies", "force": "forces", "stress": "stresses"}
+
 _MOST_NAMED = 4
 
 
@@ -253,3 +264,53 @@ def _clause(reading: Reading, declared: Declared) -> str:
     changed = [q for q, log in reading.logs.items() if abs(log) > 1e-6]
     said = ", ".join(f"{options[q]}: {reading.units[q]}" for q in changed)
     return f"set {said} for the target"
+
+
+#: What such a form costs before evidence.
+_OTHER_FORM = 5.0
+
+
+def forms_of(
+    entries: Sequence[Entry],
+    path: Sequence[FrameStep],
+    pairs: Sequence[tuple[int, int]],
+    model: PairModel | None,
+    evidence: Sequence[Evidence],
+) -> list[Candidate]:
+    """Readings of the stress as a virial, of a virial as a stress, of energies as those of an atom.
+
+    The factor differs from frame to frame, so that the evidence is taken anew.
+    """
+    made = []
+    volumes = [e.volume for e in entries if e.stress is not None and e.volume > 0.0]
+    for name, power in ((VIRIAL, -1), (NO_VIRIAL, 1)) if volumes else ():
+        turned = [
+            e
+            if e.stress is None or not e.volume
+            else replace(e, stress=-e.stress * e.volume**power)
+            for e in entries
+        ]
+        log = power * math.log(float(np.median(volumes)))
+        reading = Reading({"stress": name}, {"stress": log}, _OTHER_FORM, {"stress": -1})
+        pieces = evidence_of(turned, steps(turned, pairs), model, ("stress",))
+        made.append(_made(reading, pieces, evidence))
+    sizes = [e.size for e in entries if e.energy is not None]
+    if sizes and max(sizes) > 1:
+        whole = [e if e.energy is None else replace(e, energy=e.energy * e.size) for e in entries]
+        grown = [replace(step, energy=step.energy * step.atoms) for step in path]
+        log = math.log(float(np.median(sizes)))
+        reading = Reading({"energy": PER_ATOM}, {"energy": log}, _OTHER_FORM)
+        made.append(_made(reading, evidence_of(whole, grown, model, ("energy",)), evidence))
+    return made
+
+
+def _made(reading: Reading, pieces: Sequence[Evidence], evidence: Sequence[Evidence]) -> Candidate:
+    """A form, by evidence that was taken anew, and the rest of it as it was.
+
+    What compares with known values changes by the factor of a usual frame.
+    """
+    (quantity,) = reading.units
+    own = sum(piece.cost(Reading()) for piece in pieces if not piece.absolute)
+    rest = sum(e.cost(Reading()) for e in evidence if quantity not in e.powers)
+    known = sum(e.cost(reading) for e in evidence if quantity in e.powers and e.absolute)
+    return Candidate(reading, reading.prior + own + rest + known)

@@ -31,12 +31,13 @@ from pet_finetune.training.starting_model import read_start
 
 from . import Finding, Foundation, Inspection, inspect_sets
 from .estimate import Load, estimate, load_of
-from .names import target_of_file
-from .preflight import cells_of, declared_units, energy_of
-from .reading import read_anyway, sets_left_out
+from .inspection import cells_of, declared_units, energy_of
+from .label_names import target_of_file
+from .read_anyway import read_anyway, sets_left_out
 from .suggestion import Suggestion, suggest, training_section, with_found_units
 
 _logger = get_logger(__name__)
+
 _SETS = ("train", "validation", "test")
 
 
