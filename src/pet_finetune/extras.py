@@ -13,6 +13,8 @@ _logger = logging.getLogger(__name__)
 
 #: The library behind ``quant_bits`` and the extra of the package that installs it.
 QUANTIZATION = ("bitsandbytes", "quant")
+#: The library behind long-range features and the extra that installs it.
+LONG_RANGE = ("torchpme", "long-range")
 
 
 def missing_extra(library: str, extra: str) -> str | None:

@@ -170,7 +170,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "architecture.name": ("{architecture: {name: soap_bpnn}}", {}),
     "base_precision": ("{base_precision: 16}", {}),
     "validation_set": ("{validation_set: 0.0}", {}),
-    "long_range.enable": ("{architecture: {model: {long_range: {enable: true}}}}", {}),
     "fixed_scaling_weights": (
         "{architecture: {training: {fixed_scaling_weights: {energy: {1: 2.0}}}}}", {}),
     "loss.<target>.type": ("{architecture: {training: {loss: masked_mse}}}", {}),

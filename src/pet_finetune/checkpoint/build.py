@@ -19,14 +19,8 @@ def model_options(values: Mapping[str, Any], where: str) -> ModelOptions:
     """Check the hyperparameters found in a file.
 
     Raises:
-        CheckpointError: naming each that is wrong or unknown, or long-range features.
+        CheckpointError: naming each that is wrong or unknown.
     """
-    long_range = values.get("long_range")
-    if isinstance(long_range, Mapping) and long_range.get("enable"):
-        raise CheckpointError(
-            f"{where}: this model uses long-range features (long_range.enable is true), which "
-            "pet-finetune does not have. Use a checkpoint without them, or metatrain."
-        )
     try:
         return ModelOptions.model_validate(dict(values))
     except ValidationError as error:

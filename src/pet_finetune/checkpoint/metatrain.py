@@ -28,8 +28,18 @@ _WRAPPERS = {LLPR: ("wrapped_model_checkpoint", "an uncertainty estimate")}
 _OF_NUMBERS = {"composition": "additive_models.0.", "scaler": "scaler."}
 
 _BACKEND = "backend."
+#: What of our network stands beside metatrain's.
+_BESIDE = ("long_range_featurizer.charges_map.", "long_range_featurizer.out_projection.")
 #: Parts of a state dict that say nothing the rest does not, or nothing about predictions.
-_IGNORED = ("system_conditioning.", "additive_models.0.", "scaler.", "additive_models.1.")
+_IGNORED = (
+    "system_conditioning.",
+    "additive_models.0.",
+    "scaler.",
+    "additive_models.1.",
+    "long_range_featurizer.direct_calculator.",
+    "long_range_featurizer.ewald_calculator.",
+    "long_range_featurizer.p3m_calculator.",
+)
 
 
 @dataclass(frozen=True)
@@ -57,8 +67,8 @@ def read_metatrain(archive: TorchArchive, content: Mapping[str, Any]) -> Metatra
         content: what :meth:`TorchArchive.content` gave.
 
     Raises:
-        CheckpointError: if it is of another architecture, uses long-range features, holds no target
-            that can be used, or is damaged.
+        CheckpointError: if it is of another architecture, holds no target that can be used, or is
+            damaged.
     """
     where = str(archive.path)
     notices: list[str] = []
@@ -68,9 +78,6 @@ def read_metatrain(archive: TorchArchive, content: Mapping[str, Any]) -> Metatra
     info = _dataset_info(content, where)
     species = _species(info, where)
     state = merge_lora_layers(raw.state, raw.finetune, where, notices)
-    long_range = next((name for name in state if name.startswith("long_range_featurizer.")), None)
-    if long_range is not None:
-        raw.hypers["long_range"] = {"enable": True}
     hypers = model_options(raw.hypers, where)
     network = _network(state, where)
     targets = usable_targets(
@@ -237,7 +244,7 @@ def _targets(info: Inert, where: str) -> dict[str, Inert]:
 
 
 def _network(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    known = (_BACKEND, *_IGNORED)
+    known = (_BACKEND, *_BESIDE, *_IGNORED)
     unknown = [name for name in state if not name.startswith(known)]
     if unknown:
         raise CheckpointError(
@@ -247,7 +254,7 @@ def _network(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     return {
         name.removeprefix(_BACKEND): weight
         for name, weight in state.items()
-        if name.startswith(_BACKEND)
+        if name.startswith((_BACKEND, *_BESIDE))
     }
 
 

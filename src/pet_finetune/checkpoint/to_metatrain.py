@@ -234,10 +234,18 @@ def _state(
     names = ["species_to_species_index", *(n for n in network if n != "species_to_species_index")]
     state: dict[str, Tensor] = {}
     for name in names:
-        new = f"backend.{_parameter(name, model, targets)}"
+        beside = name.startswith("long_range_featurizer.")
+        new = name if beside else f"backend.{_parameter(name, model, targets)}"
         state[new] = stored_tensor(network[name])
         if name.startswith("system_conditioning."):  # there under two names
             state[name] = state[new]
+    if (
+        model.network.long_range_featurizer is not None
+    ):  # its constants, which are in no file of ours
+        for name, value in model.network.long_range_featurizer.named_buffers(
+            "long_range_featurizer", remove_duplicate=False
+        ):
+            state[name] = stored_tensor(value)
     species = torch.tensor(model.species)
     index = torch.zeros(int(species.max()) + 1, dtype=torch.long)
     index[species] = torch.arange(len(species))

@@ -264,8 +264,8 @@ def _with_derivatives(mean: Prediction, batch: Batch, gradient: Tensor) -> Predi
     forces, stress = mean.forces, mean.stress
     return replace(
         mean,
-        forces=None if forces is None else forces + forces_of(batch, gradient),
-        stress=None if stress is None else stress + stress_of(batch, gradient),
+        forces=None if forces is None else forces + forces_of(batch, [gradient]),
+        stress=None if stress is None else stress + stress_of(batch, [gradient]),
     )
 
 

@@ -26,7 +26,7 @@ from pet_finetune.model.fingerprint import target_fingerprints
 from pet_finetune.model.inference import autograd_possible
 from pet_finetune.model.last_layer import LastLayer, cholesky_of
 from pet_finetune.model.pet import features_key
-from pet_finetune.model.prediction import forces_of, stress_of
+from pet_finetune.model.prediction import forces_of, stress_of, with_leaves
 from pet_finetune.progress import Watch
 
 from .calibration import Curves, Deviations
@@ -182,17 +182,17 @@ def with_uncertainty(
     )
 
 
-def _gradients(model: Potential, batch: Batch, target: str, layer: LastLayer) -> list[Tensor]:
-    """Derivative of each member's deviation by the edge vectors, [n_edges, 3]."""
+def _gradients(
+    model: Potential, batch: Batch, target: str, layer: LastLayer
+) -> list[tuple[Tensor, ...]]:
+    """Derivatives of each member's deviation by the leaves of the batch."""
     with autograd_possible(model, batch) as recordable, torch.enable_grad():
-        vectors = recordable.edge_vectors.detach().requires_grad_()
-        outputs = model.network(
-            recordable._replace(edge_vectors=vectors), [target], False, [target]
-        )
+        leafy, leaves = with_leaves(recordable, model.hypers.long_range.enable, True)
+        outputs = model.network(leafy, [target], False, [target])
         # [n_members]
         sums = layer.deviations(outputs[features_key(target)]).sum(0)
         return [
-            torch.autograd.grad(one, vectors, retain_graph=True, materialize_grads=True)[0]
+            torch.autograd.grad(one, leaves, retain_graph=True, materialize_grads=True)
             for one in sums.unbind()
         ]
 

@@ -97,7 +97,10 @@ def shared_before(first: Potential, paths: Sequence[str]) -> SharedLayers | None
         group, number, *_ = (*path.split("."), "", "")
         if group in ("gnn_layers", "combination_mlps"):
             layers = min(layers, int(number))
-        elif group not in HEAD_GROUPS:  # of the structure as a whole, wanted by every layer
+        elif group not in (
+            *HEAD_GROUPS,
+            "long_range_featurizer",
+        ):  # of the structure as a whole, wanted by every layer
             return None
     return SharedLayers(layers) if layers else None
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pet_finetune.errors import did_you_mean
-from pet_finetune.extras import QUANTIZATION, missing_extra
+from pet_finetune.extras import LONG_RANGE, QUANTIZATION, missing_extra
 
 from .data_contradictions import check_data, check_keeping
 from .finetune import METATRAIN_KEYS, METHOD_KEYS
@@ -56,11 +56,9 @@ def _check_model(options: Options) -> Iterator[Problem]:
             f"{_largest_divisor(model.d_pet, model.num_heads)}.",
             also=((*_MODEL, "d_pet"),),
         )
-    if model.long_range.enable:
-        yield Problem(
-            (*_MODEL, "long_range", "enable"),
-            "long-range features are not supported. Set it to false, or train with metatrain.",
-        )
+    lacking = missing_extra(*LONG_RANGE) if model.long_range.enable else None
+    if lacking is not None:
+        yield Problem((*_MODEL, "long_range", "enable"), lacking)
     if model.cutoff_width > model.cutoff:
         yield Problem(
             (*_MODEL, "cutoff_width"),

@@ -37,18 +37,26 @@ __all__ = [
 
 
 class LongRangeOptions(Section):
-    """Long-range Coulomb features of metatrain's PET; kept so that its files can be read."""
+    """A Coulomb sum over all atoms, of learned charges, as features (extra `long-range`)."""
 
     enable: Flag = Field(
-        default=False, description="Must be false: long-range features are not built."
+        default=False,
+        description="Add long-range features to the centre tokens. Structures must be periodic in "
+        "all directions or in none.",
     )
-    use_ewald: Flag = Field(default=False, description="Ewald summation instead of P3M.")
-    smearing: PositiveFloat = Field(default=1.4, description="Smearing width in Fourier space, Å.")
+    use_ewald: Flag = Field(
+        default=False,
+        description="No effect, as in metatrain: periodic structures take Ewald's sum in training "
+        "and P3M otherwise.",
+    )
+    smearing: PositiveFloat = Field(
+        default=1.4, description="Width of the Gaussians that split the sum in two, Å."
+    )
     kspace_resolution: PositiveFloat = Field(
         default=1.33, description="Resolution of the reciprocal-space grid, Å."
     )
     interpolation_nodes: PositiveInt = Field(
-        default=5, description="Grid points of the interpolation."
+        default=5, le=5, description="Grid points of P3M's interpolation, 1 to 5."
     )
 
 
@@ -115,7 +123,7 @@ class ModelOptions(Section):
         default=False, description="Add the ZBL repulsion between nuclei at short distance."
     )
     long_range: LongRangeOptions = Field(
-        default=LongRangeOptions(), description="Long-range Coulomb features; not supported."
+        default=LongRangeOptions(), description="Features beyond the cutoff, through torch-pme."
     )
     system_conditioning: Flag = Field(
         default=False, description="Let the total charge and spin multiplicity enter the network."

@@ -189,6 +189,7 @@ class MovingAtoms:
         # Differences of positions are taken in double precision, whatever the model's.
         vectors = edge_vectors(positions, cell, self._pairs)
         return Batch(
+            positions=positions.to(dtype),
             edge_vectors=vectors.to(dtype),
             centers=self._pairs.centers,
             neighbors=self._pairs.neighbors,

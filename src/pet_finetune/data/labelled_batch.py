@@ -179,6 +179,7 @@ def prepare(structure: Structure, pairs: NeighborList, dtype: torch.dtype) -> La
         labels[name] = value if kind.per_atom else value.unsqueeze(0)
     graph = Batch(
         numbers=structure.numbers,
+        positions=structure.positions.to(dtype),
         edge_vectors=vectors.to(dtype),
         centers=pairs.centers.to(torch.int32),
         neighbors=pairs.neighbors.to(torch.int32),

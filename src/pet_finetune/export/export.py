@@ -236,7 +236,9 @@ def export_table(outcome: ExportOutcome) -> Table:
     rows = {
         "file": f"{size_text(outcome.path.stat().st_size)}, {_FORMATS[outcome.format]}",
         "outputs": ", ".join(named),
-        "interaction range": f"{outcome.interaction_range:g} A",
+        "interaction range": f"{outcome.interaction_range:g} A".replace(
+            "inf A", "the whole structure"
+        ),
         "dtype": outcome.dtype,
         "checked": f"predictions are the checkpoint's, to {outcome.difference:.0e} of their size",
     }

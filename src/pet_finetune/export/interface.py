@@ -132,6 +132,7 @@ class ExportedPotential(nn.Module):
         vectors = flat.vectors.to(self.floating)
         batch = Batch(
             numbers=flat.numbers,
+            positions=flat.positions.to(self.floating),
             edge_vectors=vectors,
             centers=flat.centers,
             neighbors=flat.neighbors,

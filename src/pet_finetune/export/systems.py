@@ -15,7 +15,8 @@ class Flat(NamedTuple):
 
     Attributes:
         numbers: [n_atoms] int64, atomic numbers.
-        vectors: [n_edges, 3], Angstrom; they carry the engine's gradients.
+        positions: [n_atoms, 3], Angstrom; with the engine's gradients, as vectors and cells.
+        vectors: [n_edges, 3], Angstrom.
         centers, neighbors, reverse: [n_edges] int64, sorted by centre.
         samples: [n_atoms, 2] int64: system of each atom, and its place there.
         sizes: [n_structures] int64, atoms of each.
@@ -23,6 +24,7 @@ class Flat(NamedTuple):
     """
 
     numbers: Tensor
+    positions: Tensor
     vectors: Tensor
     centers: Tensor
     neighbors: Tensor
@@ -41,6 +43,7 @@ def flatten(systems: list[System], neighbors: NeighborListOptions, cutoff: float
         cutoff: Angstrom.
     """
     numbers: list[Tensor] = []
+    positions: list[Tensor] = []
     cells: list[Tensor] = []
     vectors: list[Tensor] = []
     pairs: list[Tensor] = []
@@ -53,6 +56,7 @@ def flatten(systems: list[System], neighbors: NeighborListOptions, cutoff: float
         pairs.append(torch.cat([samples[:, :2] + num_atoms, samples[:, 2:]], dim=1))
         vectors.append(block.values.reshape(-1, 3))
         numbers.append(system.types)
+        positions.append(system.positions)
         cells.append(system.cell)
         sizes.append(len(system))
         num_atoms += len(system)
@@ -69,6 +73,7 @@ def flatten(systems: list[System], neighbors: NeighborListOptions, cutoff: float
     place = torch.arange(num_atoms, device=device) - first[structure_index]
     return Flat(
         torch.cat(numbers).to(torch.int64),
+        torch.cat(positions),
         all_vectors[near[order]],
         all_pairs[:, 0],
         all_pairs[:, 1],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,12 @@ def interaction_range(potential: Potential) -> float:
     Each GNN layer looks one cutoff further. The ``feedforward`` featurizer reads out messages that
     hold what the neighbour made of its own surroundings: one more; the radius of an adaptive cutoff
     depends on the surroundings of both atoms: one more. An engine that splits its box between
-    processors hands each of them the atoms within this range.
+    processors hands each of them the atoms within this range. It is
+    infinite with long-range features, as metatomic asks for: they see the whole structure.
     """
     hypers = potential.hypers
+    if hypers.long_range.enable:
+        return math.inf
     steps = hypers.num_gnn_layers
     steps += hypers.featurizer_type == "feedforward"
     steps += hypers.num_neighbors_adaptive is not None

@@ -101,6 +101,7 @@ def _dimers(pairs: Tensor, lengths: Tensor) -> Batch:
     opposite = atoms.view(-1, 2).flip(1).reshape(-1)
     return Batch(
         numbers=numbers,
+        positions=torch.stack([torch.zeros_like(outward), outward], dim=1).reshape(-1, 3),
         edge_vectors=torch.stack([outward, -outward], dim=1).reshape(-1, 3),
         centers=atoms,
         neighbors=opposite,

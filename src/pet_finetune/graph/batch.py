@@ -154,6 +154,7 @@ class Batch(NamedTuple):
 
     Attributes:
         numbers: [n] int64, atomic numbers.
+        positions: [n, 3], of the atoms; long-range features alone read them.
         edge_vectors: [e, 3], from centre to neighbour.
         centers: [e] int64, the central atom of each edge, ascending.
         neighbors: [e] int64, the neighbouring atom of each edge.
@@ -167,6 +168,7 @@ class Batch(NamedTuple):
     """
 
     numbers: Tensor
+    positions: Tensor
     edge_vectors: Tensor
     centers: Tensor
     neighbors: Tensor
@@ -211,6 +213,7 @@ class Batch(NamedTuple):
         edges = int((self.centers < atoms).sum())
         return Batch(
             numbers=self.numbers[:atoms],
+            positions=self.positions[:atoms],
             edge_vectors=self.edge_vectors[:edges],
             centers=self.centers[:edges],
             neighbors=self.neighbors[:edges],
@@ -228,7 +231,7 @@ class Batch(NamedTuple):
         *,
         non_blocking: bool = False,
     ) -> "Batch":
-        """Move to a device and cast vectors and cells; integers keep their type."""
+        """Move to a device and cast the floats; integers keep their type."""
 
         def move(tensor: Tensor) -> Tensor:
             cast = dtype if tensor.is_floating_point() else None
@@ -264,6 +267,7 @@ def join_graphs(graphs: Sequence[Batch]) -> Batch:
 
     return Batch(
         numbers=joined("numbers"),
+        positions=joined("positions"),
         edge_vectors=joined("edge_vectors"),
         centers=shifted("centers", 0),
         neighbors=shifted("neighbors", 0),
@@ -292,6 +296,7 @@ def rotate_graphs(batch: Batch, rotations: Tensor) -> Batch:
     ends = torch.searchsorted(batch.centers, batch.atoms_per_structure.cumsum(0))
     edges = ends.diff(prepend=ends.new_zeros(1)).tolist()
     return batch._replace(
+        positions=rotate_rows(batch.positions, transposed, batch.atoms_per_structure.tolist()),
         edge_vectors=rotate_rows(batch.edge_vectors, transposed, edges),
         cells=batch.cells @ transposed,
     )

@@ -190,7 +190,8 @@ def _sample(structures: Sequence[Structure], model: Potential) -> Batch:
     middle = order[len(order) // 2 :] + order[: len(order) // 2][::-1]
     items, edges, atoms = [], 0, 0
     for whole in middle:
-        structure = _piece(whole, _MOST_ATOMS)
+        # Long-range features see the whole structure.
+        structure = whole if model.hypers.long_range.enable else _piece(whole, _MOST_ATOMS)
         pairs = structure_neighbors(structure, model.cutoff)
         items.append((structure, pairs))
         edges, atoms = edges + pairs.num_edges, atoms + structure.num_atoms

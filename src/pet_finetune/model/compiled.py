@@ -85,6 +85,8 @@ class CompiledEnergy:
         key = self._weights.key("prediction", wanted, graph.num_structures == 1)
         if self._only_known and not is_compiled(key, device):
             return None
+        if self._potential.hypers.long_range.enable:
+            raise CannotCompile("the grids of long-range features have other sizes for other cells")
         count = len(self._weights.named)
         all_leaves, structure = tree_flatten(graph)
         there = [leaf is not None for leaf in all_leaves]
@@ -214,6 +216,7 @@ class Sizes:
         )
         rows = {
             "numbers": self.atoms,
+            "positions": self.atoms,
             "edge_vectors": self.listed,
             "centers": self.listed,
             "neighbors": self.listed,

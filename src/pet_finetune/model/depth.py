@@ -28,6 +28,8 @@ def depth_of(parameter: str, network: PET) -> int:
     num_layers = len(network.gnn_layers)
     if part in HEAD_GROUPS:
         return 0
+    if part == "long_range_featurizer":  # reads what the last layer says
+        return 1
     if part in _OF_LAYER:
         return num_layers - int(rest.partition(".")[0])
     return num_layers + 1

@@ -82,6 +82,7 @@ def copies(batch: Batch, rotations: Tensor) -> Batch:
     """
     matrices = rotations.to(batch.edge_vectors)
     return repeat_batch(batch, len(rotations))._replace(
+        positions=torch.einsum("kij,nj->kni", matrices, batch.positions).flatten(0, 1),
         edge_vectors=torch.einsum("kij,ej->kei", matrices, batch.edge_vectors).flatten(0, 1),
         cells=torch.einsum("kij,baj->kbai", matrices, batch.cells).flatten(0, 1),
     )

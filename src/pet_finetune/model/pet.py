@@ -20,6 +20,7 @@ from pet_finetune.nn.attention import weigh_keys
 from pet_finetune.nn.block import Block
 from pet_finetune.nn.embedding import SystemConditioning, table_of
 from pet_finetune.nn.gnn_layer import GNNLayer, make_head, sum_over_edges
+from pet_finetune.nn.long_range import LongRangeFeaturizer
 from pet_finetune.nn.neighborhood import NeighborhoodBuilder
 from pet_finetune.nn.projection import Chain, Memory, as_row, record_chain, weights_of
 from pet_finetune.nn.recompute import recomputed
@@ -99,6 +100,10 @@ class PET(Accelerated, nn.Module):
             SystemConditioning(options.d_node, options.max_charge, options.max_spin_multiplicity)
             if options.system_conditioning
             else None
+        )
+        far = options.long_range.model_dump()
+        self.long_range_featurizer = (
+            LongRangeFeaturizer(options.d_node, options.cutoff, far) if far["enable"] else None
         )
         self.node_heads = nn.ModuleDict()
         self.edge_heads = nn.ModuleDict()
@@ -188,9 +193,10 @@ class PET(Accelerated, nn.Module):
             if self.shared_layers is not None and self.shared_layers.active:
                 shared, start = self.shared_layers.tokens(batch, memory), self.shared_layers.count
         tokens = self.advance(batch, neighborhood, shared, start, memory=memory)
-        if self.feedforward:
-            return [(tokens.nodes, tokens.messages)]
-        return tokens.readouts
+        readouts = [(tokens.nodes, tokens.messages)] if self.feedforward else tokens.readouts
+        if self.long_range_featurizer is not None:
+            readouts = self.long_range_featurizer(readouts, batch)
+        return readouts
 
     def advance(
         self,
@@ -273,7 +279,7 @@ class PET(Accelerated, nn.Module):
             batch: the structures.
             targets: which outputs.
             predicts: a promise that what comes back is differentiated once at most, and by the
-                edge vectors alone. It then takes less memory.
+                geometry alone. It then takes less memory.
             features_of: targets, of those, for which what the last layer sees comes back too, under
                 :func:`features_key`, [n_atoms, last_layer_width]: for each read-out the node's and
                 the sum over its edges, in metatrain's order.
@@ -328,6 +334,8 @@ class PET(Accelerated, nn.Module):
 
     def record(self, to: Recorder, target: str) -> None:
         """:meth:`forward` as instructions for one output of each atom, given the neighbourhoods."""
+        if self.long_range_featurizer is not None:
+            raise CannotRecord("long-range features")
         options = self.options
         nodes = self._looked_up(to, Part.ATOMS, self.node_embedders[0])
         messages = self._looked_up(to, Part.EDGES, self.edge_embedder)

@@ -4,7 +4,8 @@
     F = -dE/dr (eV/Angstrom),  stress = dE/dstrain / V (eV/Angstrom^3, ASE's sign)
 
 Both derivatives come from one gradient, with respect to the edge vectors: the energy depends on
-positions and cell through them alone. Targets that are no energies: see :mod:`.prediction`.
+positions and cell through them alone, but for long-range features. That, and targets that
+are no energies: see :mod:`.prediction`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from .composition import Composition, Scale
 from .inference import autograd_possible
 from .last_layer import LastLayer
 from .pet import HEAD_GROUPS, PET, features_key
-from .prediction import Prediction, Property, forces_of, property_of, stress_of
+from .prediction import Prediction, Property, forces_of, property_of, stress_of, with_leaves
 from .species_rows import sources_of, with_more, without
 from .zbl import ZBL, covalent_radii
 
@@ -319,13 +320,12 @@ class Potential(nn.Module):
     ) -> dict[str, Prediction | Property]:
         energies = {n: both for n, both in wanted.items() if self.target(n).is_energy}
         derive = any(forces or stress for forces, stress in energies.values())
-        # Whatever trains, the one derivative taken of this graph is that by the edge vectors.
+        # Whatever trains, the one derivative taken of this graph is that by the geometry.
         predicts = derive and not create_graph
         with torch.set_grad_enabled(derive or torch.is_grad_enabled()):
-            vectors = batch.edge_vectors.detach().requires_grad_(derive)
-            batch = batch._replace(edge_vectors=vectors)
-            outputs = self.network(batch, list(wanted), predicts, list(features_of) or None)
-            repulsion = self._repulsion(batch)
+            leafy, leaves = with_leaves(batch, self.hypers.long_range.enable, derive)
+            outputs = self.network(leafy, list(wanted), predicts, list(features_of) or None)
+            repulsion = self._repulsion(leafy)
             keep = create_graph or not derive
             results: dict[str, Prediction | Property] = {
                 name: self._property(batch, self.targets[name], outputs[name], repulsion, keep)
@@ -336,19 +336,19 @@ class Potential(nn.Module):
                 learned = outputs[name].squeeze(-1) * self.scale.get(name).to(outputs[name])
                 if repulsion is not None:
                     learned = learned + repulsion
-                gradient = None
+                gradients = None
                 if forces or stress:
                     with stage("derivatives"):
-                        (gradient,) = torch.autograd.grad(
+                        gradients = torch.autograd.grad(
                             learned.sum(),
-                            vectors,
+                            leaves,
                             create_graph=create_graph,
                             retain_graph=create_graph or index + 1 < len(energies),
                             materialize_grads=True,
                         )
                 if derive and not create_graph:
                     learned = learned.detach()  # its graph went with the derivative
-                results[name] = self._prediction(batch, name, learned, gradient, forces, stress)
+                results[name] = self._prediction(batch, name, learned, gradients, forces, stress)
         for name in features_of:
             seen = outputs[features_key(name)].detach()
             results[name] = replace(results[name], features=seen)
@@ -378,7 +378,7 @@ class Potential(nn.Module):
         batch: Batch,
         target: str,
         learned: Tensor,
-        gradient: Tensor | None,
+        gradients: Sequence[Tensor] | None,
         forces: bool,
         stress: bool,
     ) -> Prediction:
@@ -386,8 +386,8 @@ class Potential(nn.Module):
         return Prediction(
             energy=atoms.new_zeros(batch.num_structures).index_add(0, batch.structure_index, atoms),
             atom_energies=atoms,
-            forces=forces_of(batch, gradient) if forces and gradient is not None else None,
-            stress=stress_of(batch, gradient) if stress and gradient is not None else None,
+            forces=forces_of(batch, gradients) if forces and gradients is not None else None,
+            stress=stress_of(batch, gradients) if stress and gradients is not None else None,
         )
 
     def _repulsion(self, batch: Batch) -> Tensor | None:

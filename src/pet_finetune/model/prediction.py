@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,18 +32,40 @@ class Prediction:
     features: Tensor | None = None
 
 
-def forces_of(batch: Batch, gradient: Tensor) -> Tensor:
-    """Forces from the energy's gradient on the edge vectors r_j - r_i, [n_atoms, 3]."""
+def with_leaves(batch: Batch, far: bool, derive: bool) -> tuple[Batch, list[Tensor]]:
+    """The batch with the tensors that its energies are differentiated by, and those tensors.
+
+    Args:
+        batch: the structures.
+        far: whether the network has long-range features, which read positions and cells beside the
+            edge vectors.
+        derive: whether derivatives will be taken.
+    """
+    names = ("edge_vectors", "positions", "cells")[: 3 if far else 1]
+    leaves = [getattr(batch, name).detach().requires_grad_(derive) for name in names]
+    return batch._replace(**dict(zip(names, leaves, strict=True))), leaves
+
+
+def forces_of(batch: Batch, gradients: Sequence[Tensor]) -> Tensor:
+    """Forces from the energy's gradients on :func:`with_leaves`, [n_atoms, 3]."""
+    gradient, *far = gradients
     pulls = gradient - permute_rows(gradient, batch.reverse, batch.reverse)
-    return gradient.new_zeros(batch.num_atoms, 3).index_add(0, batch.centers, pulls)
+    forces = gradient.new_zeros(batch.num_atoms, 3).index_add(0, batch.centers, pulls)
+    return forces - far[0] if far else forces
 
 
-def stress_of(batch: Batch, gradient: Tensor) -> Tensor:
+def stress_of(batch: Batch, gradients: Sequence[Tensor]) -> Tensor:
     """Symmetric stress, [n_structures, 3, 3]; zero where no volume is defined."""
+    gradient, *far = gradients
     outer = batch.edge_vectors.detach().unsqueeze(-1) * gradient.unsqueeze(-2)
     virial = gradient.new_zeros(batch.num_structures, 3, 3).index_add(
         0, batch.structure_index[batch.centers], outer
     )
+    if far:
+        by_positions, by_cells = far
+        outer = batch.positions.detach().unsqueeze(-1) * by_positions.unsqueeze(-2)
+        virial = virial.index_add(0, batch.structure_index, outer)
+        virial = virial + batch.cells.detach().transpose(1, 2) @ by_cells
     volumes = batch.volumes.view(-1, 1, 1)
     inverse = torch.where(volumes > 0, 1.0 / volumes.clamp_min(1e-30), 0.0)
     return 0.5 * (virial + virial.transpose(1, 2)) * inverse

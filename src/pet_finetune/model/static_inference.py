@@ -105,7 +105,7 @@ class StaticEnergy:
         learned = raw * scale
         if repulsion is not None:
             learned = learned + repulsion
-        return potential._prediction(batch, self._target, learned, gradient, True, stress)
+        return potential._prediction(batch, self._target, learned, [gradient], True, stress)
 
     def _by_hand(self, batch: Batch, run: Run) -> tuple[Tensor, None, Tensor]:
         """The network's outputs, and the gradient of the energy by the edge vectors, [n_edges, 3].

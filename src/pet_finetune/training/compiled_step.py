@@ -64,6 +64,8 @@ def _obstacle(options: TrainingOptions, model: Potential) -> str | None:
     """What a compiled step cannot do, or None."""
     if options.gradient_checkpointing:
         return "gradient_checkpointing computes parts again, which a compiled graph decides itself"
+    if model.hypers.long_range.enable:
+        return "the grids of long-range features have other sizes for other cells"
     if num_quantized(model.network):
         return "the base's weights are quantised"
     if any(getattr(module, "dropout", 0.0) for module in model.network.modules()):

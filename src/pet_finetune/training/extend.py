@@ -10,10 +10,11 @@ from pet_finetune.data.splits import Splits
 from pet_finetune.data.structure import Structure, check_charges
 from pet_finetune.data.structure_sets import OnDisk, check_species, find_species, joined
 from pet_finetune.elements import atomic_number, nearest_element, symbol_of
-from pet_finetune.errors import ConfigError, SpeciesError, did_you_mean
+from pet_finetune.errors import ConfigError, DataError, SpeciesError, did_you_mean
 from pet_finetune.keys import TargetSpec, direct_quantity
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
+from pet_finetune.nn.long_range import PARTLY_PERIODIC
 
 _logger = get_logger(__name__)
 _OPTION = "finetune.new_elements"
@@ -104,13 +105,24 @@ def check_known(structures: Sequence[Structure], model: Potential, advice: str =
 
     Raises:
         SpeciesError: an element that the model does not know.
-        DataError: a charge or multiplicity that it does not know.
+        DataError: a charge or multiplicity that it does not know, or a structure that is periodic
+            in one or two directions where it has long-range features.
     """
     check_species(structures, model.species, advice)
+    if model.hypers.long_range.enable and not isinstance(structures, OnDisk):
+        _check_periodicity(structures)
     if model.hypers.system_conditioning:
         if isinstance(structures, OnDisk):
             structures = structures.one_of_each_condition()
         check_charges(structures, model.hypers.max_charge, model.hypers.max_spin_multiplicity)
+
+
+def _check_periodicity(structures: Sequence[Structure]) -> None:
+    """Refuse structures that are periodic in one or two directions; names the first."""
+    partly = [s for s in structures if bool(s.pbc.any()) and not bool(s.pbc.all())]
+    if partly:
+        count = f"{len(partly)} of {len(structures)} structures"
+        raise DataError(f"{partly[0].where}: {PARTLY_PERIODIC} It is so in {count}.")
 
 
 def add_targets(

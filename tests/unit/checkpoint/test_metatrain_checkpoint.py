@@ -250,8 +250,7 @@ def drop(content, name):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda c: change_hypers(c, long_range={"enable": True}), "long-range features"),
-        (lambda c: change_state(c, **{"long_range_featurizer.w": torch.ones(1)}), "long-range"),
+        (lambda c: change_state(c, **{"long_range_featurizer.w": torch.ones(1)}), "long_range"),
         (lambda c: change_hypers(c, d_pet=16), "do not fit"),
         (lambda c: change_hypers(c, d_pet="many"), "d_pet"),
         (lambda c: change_hypers(c, novelty=1), "novelty"),

@@ -35,9 +35,13 @@ def test_heads_that_do_share_the_width(width: int) -> None:
     assert load({"d_pet": width}).model.d_pet == width
 
 
-def test_long_range_is_refused_clearly() -> None:
+def test_long_range_features_need_their_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pet_finetune.extras.find_spec", lambda library: None)
     (line,) = problems({"long_range": {"enable": True}})
-    assert line.startswith("architecture.model.long_range.enable: long-range features are not")
+    assert line == (
+        "architecture.model.long_range.enable: needs the library torchpme, which is not installed. "
+        "Install it with: pip install 'pet-finetune[long-range]'."
+    )
     assert load({"long_range": {"enable": False, "smearing": 2.0}}).model.long_range.smearing == 2.0
 
 

@@ -123,7 +123,7 @@ def test_moves_to_a_device_whole(structures, pairs):
     batch = collate(list(zip(structures, pairs, strict=True)), torch.float32).to("meta")
     tensors = {**batch.graph._asdict(), **batch.labels}
     assert tensors.pop("edges") is None  # nothing chose any
-    assert len(tensors) == 9 + 3
+    assert len(tensors) == 10 + 3
     for name, tensor in tensors.items():
         assert tensor.device.type == "meta", name
 
