@@ -21,6 +21,7 @@ from metatomic_ase import MetatomicCalculator
 import pet_finetune as pf
 from models import (
     PROPERTIES,
+    crystal,
     ethanol,
     property_potential,
     random_potential,
@@ -233,3 +234,32 @@ def test_a_file_that_says_something_else_is_not_kept(
     assert answer.code == 1
     assert "differs from the model's" in answer.err
     assert not (here / "model.ckpt").exists()
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("uncertain", [False, True], ids=["plain", "llpr"])
+def test_upets_calculator_runs_it(command, here: Path, uncertain: bool) -> None:
+    pytest.importorskip(
+        "upet",
+        reason="upet is not installed: pip install --no-deps upet==0.3.1 (all that its calculator "
+        "needs is in the test extra; it also asks for warp, 400 MB, which it does not use)",
+    )
+    from upet.ase import UPETCalculator
+
+    model = random_potential(dtype=torch.float32)
+    save_checkpoint("tuned.ckpt", with_last_layer(model) if uncertain else model)
+    answer = command("export", "tuned.ckpt", "-o", "model.ckpt")
+    assert answer.code == 0, answer.err
+    theirs = UPETCalculator(checkpoint_path="model.ckpt", device="cpu", uncertainty_threshold=None)
+    ours = pf.PETCalculator("tuned.ckpt", device="cpu")
+    for atoms in (ethanol(), crystal()):
+        other = atoms.copy()
+        atoms.calc, other.calc = ours, theirs
+        energy = other.get_potential_energy()
+        assert energy == pytest.approx(atoms.get_potential_energy(), rel=1e-6, abs=1e-4)
+        np.testing.assert_allclose(other.get_forces(), atoms.get_forces(), atol=5e-4)
+        if atoms.pbc.all():
+            np.testing.assert_allclose(other.get_stress(), atoms.get_stress(), atol=2e-5)
+        if uncertain:
+            expected = ours.get_property("energy_uncertainty", atoms)
+            assert theirs.get_energy_uncertainty(other) == pytest.approx(expected, rel=1e-3)

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import ase.io
 import pytest
+from ase.build import bulk
 
 from pet_finetune.config.named_run_options import read_named_runs
 
@@ -41,6 +43,20 @@ def test_vibrations_of_ethanol(repository: Path) -> None:
     assert 3400 < found[-1] < 4000  # the O-H stretch; GFN2-xTB has it near 3550
     assert all(2700 < value < 3300 for value in found[-6:-1])  # five C-H stretches
     assert 1.9 < float(zero_point.split()[-2]) < 2.3
+
+
+def test_phonons_of_diamond(repository: Path, tmp_path: Path) -> None:
+    pytest.importorskip("phonopy", reason="phonopy is not installed")
+    crystal = tmp_path / "diamond.xyz"
+    ase.io.write(crystal, bulk("C", "diamond", a=3.57))
+    command = [sys.executable, "examples/phonons.py", "checkpoints/pet-xtb-s.ckpt", str(crystal)]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    centre = next(line for line in done.stdout.splitlines() if line.startswith("centre"))
+    found = [float(value) for value in centre.partition(":")[2].split()]
+    assert found[:3] == pytest.approx([0, 0, 0], abs=0.05)
+    assert found[3:] == pytest.approx([40, 40, 40], abs=1.5)  # 39.9 in Raman spectra
+    assert 8 < float(re.search(r"300 K: ([\d.]+)", done.stdout)[1]) < 18  # 12.3 measured
 
 
 def test_many_molecules_relax_together(repository: Path) -> None:
