@@ -12,8 +12,7 @@ import pytest
 
 import pet_finetune
 from pet_finetune.cli import make_parser
-from pet_finetune.config import Options
-from pet_finetune.config.problems import _walk
+from pet_finetune.config import Options, problems
 
 PACKAGE = Path(pet_finetune.__file__).parent
 _FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
@@ -63,13 +62,13 @@ def named_flags(text: str) -> list[str]:
 
 def option_paths() -> list[str]:
     """Every option as a pattern, from the top of the file."""
-    return [path for path, _ in _walk(Options, "")] + [
+    return [*problems.option_paths(Options)] + [
         f"{name}.{path}" for name in ("validation_set", "test_set") for path in _of_sets()
     ]
 
 
 def _of_sets() -> list[str]:
-    paths = [path for path, _ in _walk(Options, "")]
+    paths = problems.option_paths(Options)
     return [p.split(".", 1)[1] for p in paths if p.startswith("training_set.")]
 
 

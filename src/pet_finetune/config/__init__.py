@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-from .dataset import (
-    DatasetOptions,
-    ExtraDataOptions,
-    GradientOptions,
-    IndexedSet,
-    SetOptions,
-    SystemsOptions,
-    TargetOptions,
-)
+from .dataset import DatasetOptions, ExtraDataOptions, IndexedSet, SetOptions, SystemsOptions
 from .finetune import (
     DEFAULT_TARGET_MODULES,
     FinetuneConfig,
@@ -27,6 +19,7 @@ from .finetune_sections import (
 )
 from .load import LoadedOptions, load_options, parse_options
 from .run_options import ArchitectureOptions, LongRangeOptions, ModelOptions, Options
+from .target import GradientOptions, TargetOptions
 from .training import BaselineOptions, BestModelMetric, EarlyStopping, TrainingOptions
 from .training_sections import (
     LabelNoise,

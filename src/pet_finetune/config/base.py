@@ -9,40 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
-
-if TYPE_CHECKING:
-    pass
-
-__all__ = [
-    "AtomsOrAuto",
-    "Expects",
-    "Flag",
-    "Fraction",
-    "Ignored",
-    "NonNegativeFloat",
-    "NonNegativeInt",
-    "Number",
-    "OneOf",
-    "OpenFraction",
-    "OptionalText",
-    "PositiveFloat",
-    "PositiveInt",
-    "Section",
-    "Share",
-    "Text",
-    "TextList",
-    "ignored_field",
-    "integer",
-    "is_ignored",
-    "real_number",
-    "to_plain",
-    "without_nulls",
-]
 
 #: What stands in the place of a value that OmegaConf fills in.
 _FILLED_IN = {"type": "string", "pattern": "\\$\\{"}
@@ -54,6 +32,14 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=False)
     #: JSON's names of what may stand in the place of the whole section, for its short forms.
     short_forms: ClassVar[tuple[str, ...]] = ()
+    #: The option that a number or a text in the place of the section stands for.
+    short_for: ClassVar[str] = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spell_out(cls, value: Any) -> Any:
+        bare = isinstance(value, (int, float, str)) and not isinstance(value, bool)
+        return {cls.short_for: value} if cls.short_for and bare else value
 
     @classmethod
     def __get_pydantic_json_schema__(

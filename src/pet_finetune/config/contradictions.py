@@ -14,12 +14,6 @@ from .problems import Path, Problem, format_path
 from .run_options import Options
 from .training_sections import first_epoch
 
-__all__ = [
-    "check",
-    "check_keeping",
-    "check_recipes",
-]
-
 _MODEL: Path = ("architecture", "model")
 
 _TRAINING: Path = ("architecture", "training")
@@ -185,20 +179,16 @@ def _check_target_names(options: Options) -> Iterator[Problem]:
         (*_FINETUNE, "inherit_heads"): training.finetune.inherit_heads,
     }
     known = list(options.target_specs())
-    for path, names in named.items():
-        for name in names:
-            if name not in known:
-                yield Problem(
-                    (*path, name),
-                    f"the data have no target of this name.{did_you_mean(name, known)} "
-                    f"Targets: {', '.join(known)}.",
-                    also=(("training_set",),),
-                )
-    for name in training.per_structure_targets:
+    found = [
+        ((*path, name), name, "of this name") for path, names in named.items() for name in names
+    ]
+    path: Path = (*_TRAINING, "per_structure_targets")
+    found += [(path, name, repr(name)) for name in training.per_structure_targets]
+    for path, name, words in found:
         if name not in known:
             yield Problem(
-                (*_TRAINING, "per_structure_targets"),
-                f"the data have no target {name!r}.{did_you_mean(name, known)} "
+                path,
+                f"the data have no target {words}.{did_you_mean(name, known)} "
                 f"Targets: {', '.join(known)}.",
                 also=(("training_set",),),
             )

@@ -15,15 +15,6 @@ from .problems import Path, Problem, format_path
 from .run_options import Options
 from .target import GRADIENT_QUANTITIES, TargetOptions
 
-__all__ = [
-    "check_committee",
-    "check_data",
-    "check_fixed_baselines",
-    "check_keeping",
-    "check_target",
-    "located_datasets",
-]
-
 _FINETUNE: Path = ("architecture", "training", "finetune")
 
 

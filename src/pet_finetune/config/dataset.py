@@ -18,29 +18,10 @@ from pet_finetune.units import LENGTH_UNITS, is_energy_unit, length_to_angstrom
 
 from .base import Expects, Fraction, Ignored, OneOf, OptionalText, Section, ignored_field
 from .target import (
-    CartesianType,
-    GradientOptions,
     Reader,
     TargetOptions,
-    TargetType,
     expand_gradient,
 )
-
-__all__ = [
-    "CartesianType",
-    "DatasetOptions",
-    "ExtraDataOptions",
-    "GradientOptions",
-    "IndexedSet",
-    "SetOptions",
-    "SystemsOptions",
-    "TargetOptions",
-    "TargetType",
-    "expand_dataset",
-    "expand_datasets",
-    "expand_set",
-    "quantity_is_assumed",
-]
 
 
 def _length_unit(value: Any) -> str:
@@ -117,9 +98,7 @@ class SystemsOptions(Section):
     read_from: Annotated[str, Expects("the path of one file", _one_file, {"type": "string"})] = (
         Field(description="Path of a file that ASE reads; may hold many frames.")
     )
-    reader: Reader = Field(
-        default=None, description="The library that reads the file; only ASE is used."
-    )
+    reader: Reader = None
     length_unit: LengthUnit = Field(
         default="angstrom", description="Unit of positions and cells in the file."
     )
@@ -162,9 +141,7 @@ class ExtraDataOptions(Section):
     key: OptionalText = Field(
         default="", description="Name in the file; empty means the option's name."
     )
-    reader: Reader = Field(
-        default=None, description="The library that reads the file; only ASE is used."
-    )
+    reader: Reader = None
     quantity: Ignored = ignored_field("charges and spins are plain integers.")
     unit: Ignored = ignored_field("charges and spins are plain integers.")
     sample_kind: Ignored = ignored_field("there is one value for each structure.")

@@ -34,17 +34,6 @@ from .finetune_sections import (
     Unfreeze,
 )
 
-__all__ = [
-    "DEFAULT_TARGET_MODULES",
-    "METATRAIN_KEYS",
-    "METHOD_KEYS",
-    "METHOD_SHORTHANDS",
-    "FinetuneConfig",
-    "FinetuneMethod",
-    "FinetuneOptions",
-    "LegacyStart",
-]
-
 FinetuneMethod = Literal["full", "lora", "prompt", "heads"]
 
 #: The projections LoRA adapts unless told otherwise: those of attention and of the MLP.

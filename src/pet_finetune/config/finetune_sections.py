@@ -24,15 +24,6 @@ from .base import (
 from .dataset import DatasetOptions
 from .target import expand_switch
 
-__all__ = [
-    "AnchorOptions",
-    "LastLayerOptions",
-    "PretrainOptions",
-    "ReplayOptions",
-    "RetentionOptions",
-    "Unfreeze",
-]
-
 #: Strength of each anchor where none is given; see docs/keeping.md.
 DEFAULT_STRENGTHS = {"l2sp": 30.0, "ewc": 100.0}
 
@@ -122,7 +113,7 @@ class ReplayOptions(Section):
 class AnchorOptions(Section):
     """A spring between the weights and the foundation's. In a file also just the type."""
 
-    short_forms = ("string",)
+    short_forms, short_for = ("string",), "type"
 
     type: Annotated[Literal["l2sp", "ewc"], OneOf()] = Field(
         description="`l2sp`: every weight is held alike; `ewc`: each by how much the foundation's "
@@ -140,11 +131,6 @@ class AnchorOptions(Section):
         default=256,
         description="With `ewc`: at most this many of them, chosen by the seed.",
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _type_alone(cls, value: Any) -> Any:
-        return {"type": value} if isinstance(value, str) else value
 
     @property
     def factor(self) -> float:
@@ -205,7 +191,7 @@ class Unfreeze(Section):
     number of epochs ``every``.
     """
 
-    short_forms = ("integer",)
+    short_forms, short_for = ("integer",), "every"
 
     every: PositiveInt | None = Field(
         default=None,
@@ -218,13 +204,6 @@ class Unfreeze(Section):
         "train, and what: `heads`, `embeddings`, `all`, or modules of the network such as "
         "`gnn_layers.1`. What trains once goes on training.",
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _epochs_alone(cls, value: Any) -> Any:
-        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-            return value
-        return {"every": value}
 
 
 def _temperatures(value: Any) -> tuple[float, ...]:

@@ -21,15 +21,6 @@ from .rewriting import apply_start, rewrite
 from .run_options import Options
 from .yaml_file import read_yaml, read_yaml_document
 
-__all__ = [
-    "EvaluationOptions",
-    "LoadedOptions",
-    "is_evaluation",
-    "load_evaluation",
-    "load_options",
-    "parse_options",
-]
-
 _DATA_SECTIONS = ("training_set", "validation_set", "test_set")
 #: Stands in for a training set that is wrong, so that the rest can be checked.
 _PLACEHOLDER = {"systems": {"read_from": "-"}, "targets": {"energy": {}}}

@@ -15,7 +15,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pet_finetune.errors import ConfigError, did_you_mean
 
@@ -26,24 +26,11 @@ from .run_options import Options
 from .training import TrainingOptions
 from .yaml_file import neighbours, parse_override, read_yaml
 
-if TYPE_CHECKING:
-    pass
-
-__all__ = [
-    "DEFAULTS",
-    "NamedRun",
-    "read_json",
-    "read_named_runs",
-    "run_names",
-]
-
 #: The entry whose settings all others share.
 DEFAULTS = "defaults"
 
 _TRAINING: Path = ("architecture", "training")
-
 _FINETUNE: Path = (*_TRAINING, "finetune")
-
 _CONFIG: Path = (*_FINETUNE, "config")
 
 #: Settings and the one option that each stands for.

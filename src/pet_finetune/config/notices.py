@@ -14,8 +14,6 @@ from .finetune import METHOD_KEYS
 from .problems import Path, format_path
 from .run_options import Options
 
-__all__ = ["notices"]
-
 
 def notices(options: Options, raw: Mapping[str, Any]) -> Iterator[str]:
     """Yield one line for each remark.

@@ -18,16 +18,6 @@ from .finetune import METHOD_SHORTHANDS
 from .problems import is_nullable, section_in
 from .run_options import Options
 
-__all__ = [
-    "OptionEntry",
-    "SCHEMA_FILE",
-    "entries_below",
-    "option_entries",
-    "options_reference",
-    "options_schema",
-    "schema_line",
-]
-
 #: The JSON schema as it is shipped.
 SCHEMA_FILE = Path(__file__).parents[1] / "options.schema.json"
 

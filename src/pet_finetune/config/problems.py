@@ -8,28 +8,11 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from pet_finetune.errors import ConfigError, did_you_mean
 
 from .base import is_ignored
-
-__all__ = [
-    "Path",
-    "Problem",
-    "allowed_keys",
-    "config_error",
-    "describe",
-    "format_path",
-    "is_nullable",
-    "problems_of",
-    "section_in",
-    "sections_in",
-    "visible_path",
-    "where_it_belongs",
-    "without_tags",
-]
 
 
 def without_tags(location: Sequence[str | int]) -> tuple[str | int, ...]:
@@ -77,16 +60,12 @@ def _step(annotations: list[Any], key: str | int) -> list[Any]:
         for part in _parts(annotation):
             if isinstance(part, type) and issubclass(part, BaseModel):
                 if key in part.model_fields:
-                    found.append(_whole(part.model_fields[str(key)]))
+                    found.append(part.model_fields[str(key)].annotation)
             elif get_origin(part) is dict:
                 found.append(get_args(part)[1])
             elif get_origin(part) is tuple and isinstance(key, int):
                 found.append(get_args(part)[0])
     return found
-
-
-def _whole(field: FieldInfo) -> Any:
-    return field.annotation
 
 
 def _at(root: type[BaseModel], location: Sequence[str | int]) -> list[Any]:
@@ -128,19 +107,22 @@ def where_it_belongs(root: type[BaseModel], name: str) -> str:
 
     ``""`` if none is called so, or several as near.
     """
-    found = [path for path, _ in _walk(root, "") if path.rsplit(".", 1)[-1] == name]
+    found = [path for path in option_paths(root) if path.rsplit(".", 1)[-1] == name]
     depth = min((path.count(".") for path in found), default=0)
     nearest = [path for path in found if path.count(".") == depth]
     return nearest[0] if len(nearest) == 1 else ""
 
 
-def _walk(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
+def option_paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Dotted names of all options below a section."""
     for name, field in section.model_fields.items():
         path = f"{prefix}{name}"
-        yield path, field
+        yield path
         inner, held = section_in(field.annotation)
         if inner is not None:
-            yield from _walk(inner, f"{path}{held and ('.' + held if held != '[]' else '')}.")
+            yield from option_paths(
+                inner, f"{path}{held and ('.' + held if held != '[]' else '')}."
+            )
 
 
 Model = TypeVar("Model", bound=BaseModel)

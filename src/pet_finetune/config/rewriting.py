@@ -14,12 +14,6 @@ from typing import Any
 from .finetune import METHOD_KEYS, METHOD_SHORTHANDS
 from .problems import Path, Problem, format_path
 
-__all__ = [
-    "Rewriting",
-    "apply_start",
-    "rewrite",
-]
-
 _TRAINING: Path = ("architecture", "training")
 
 _FINETUNE: Path = (*_TRAINING, "finetune")

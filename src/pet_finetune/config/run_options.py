@@ -28,13 +28,6 @@ from .dataset import DatasetOptions, IndexedSet, SetOptions, expand_datasets, ex
 from .finetune import METHOD_KEYS, FinetuneOptions
 from .training import TrainingOptions
 
-__all__ = [
-    "ArchitectureOptions",
-    "LongRangeOptions",
-    "ModelOptions",
-    "Options",
-]
-
 
 class LongRangeOptions(Section):
     """A Coulomb sum over all atoms, of learned charges, as features (extra `long-range`)."""

@@ -17,17 +17,6 @@ from pet_finetune.units import own_unit, to_own_unit
 
 from .base import Expects, OneOf, OptionalText, PositiveInt, Section
 
-__all__ = [
-    "CartesianType",
-    "GRADIENT_QUANTITIES",
-    "GradientOptions",
-    "Reader",
-    "TargetOptions",
-    "TargetType",
-    "expand_gradient",
-    "expand_switch",
-]
-
 _SWITCHES = {
     True: "on",
     False: "off",
@@ -70,7 +59,11 @@ def _reader(value: Any) -> str | None:
 #: What the units of the derivatives of an energy are units of.
 GRADIENT_QUANTITIES = {"forces": "force", "stress": "pressure", "virial": "energy"}
 
-Reader = Annotated[str | None, Expects("'ase'", _reader)]
+Reader = Annotated[
+    str | None,
+    Expects("'ase'", _reader),
+    Field(description="The library that reads the file; only ASE is used."),
+]
 
 
 class GradientOptions(Section):
@@ -88,9 +81,7 @@ class GradientOptions(Section):
         "`auto`: used if any frame has it.",
     )
     read_from: OptionalText = Field(default="", description="Path; empty means that of the target.")
-    reader: Reader = Field(
-        default=None, description="The library that reads the file; only ASE is used."
-    )
+    reader: Reader = None
     key: OptionalText = Field(
         default="", description="Name in the file; empty means the option's name."
     )
@@ -170,9 +161,7 @@ class TargetOptions(Section):
     read_from: OptionalText = Field(
         default="", description="Path of the file; empty means that of the structures."
     )
-    reader: Reader = Field(
-        default=None, description="The library that reads the file; only ASE is used."
-    )
+    reader: Reader = None
     key: OptionalText = Field(
         default="", description="Name in the file; empty means the target's name."
     )

@@ -35,14 +35,6 @@ from .training_sections import (
     WeightMean,
 )
 
-__all__ = [
-    "BaselineOptions",
-    "BestModelMetric",
-    "EarlyStopping",
-    "FixedBaselines",
-    "TrainingOptions",
-]
-
 #: Weight of the energy per atom beside forces where the options give no weights. There are 3 N
 #: forces for one energy, and their errors are tens of times larger: with equal weights the energy
 #: hardly counts.
@@ -138,7 +130,7 @@ class BaselineOptions(Section):
 class EarlyStopping(Section):
     """When to stop before the last epoch. In a file also just the patience."""
 
-    short_forms = ("integer",)
+    short_forms, short_for = ("integer",), "patience"
 
     patience: PositiveInt = Field(
         default=20, description="Stop after this many epochs without improvement."
@@ -148,13 +140,6 @@ class EarlyStopping(Section):
         description="Smallest relative decrease of the metric that counts as improvement: 0.01 is "
         "one per cent.",
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _patience_alone(cls, value: Any) -> Any:
-        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-            return value
-        return {"patience": value}
 
 
 class TrainingOptions(Section):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from .base import (
     Expects,
@@ -18,21 +18,6 @@ from .base import (
     Section,
     Share,
 )
-
-__all__ = [
-    "GradientLosses",
-    "LabelNoise",
-    "LossOptions",
-    "LossSchedule",
-    "LossStage",
-    "LossTerm",
-    "LossType",
-    "MixedPrecision",
-    "RotationalConsistency",
-    "TargetLoss",
-    "WeightMean",
-    "first_epoch",
-]
 
 LossType = Literal["mse", "mae", "huber"]
 
@@ -46,7 +31,7 @@ def _reduction(value: Any) -> str:
 class LossTerm(Section):
     """The loss of one quantity. In a file also just its type."""
 
-    short_forms = ("string",)
+    short_forms, short_for = ("string",), "type"
 
     type: Annotated[LossType, OneOf()] = Field(
         default="mse",
@@ -60,11 +45,6 @@ class LossTerm(Section):
     reduction: Annotated[Literal["mean"], Expects("'mean'", _reduction)] = Field(
         default="mean", description="How the values of a batch are combined; only `mean`."
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _type_alone(cls, value: Any) -> Any:
-        return {"type": value} if isinstance(value, str) else value
 
 
 class GradientLosses(Section):
@@ -178,7 +158,7 @@ LossSchedule = Annotated[tuple[LossStage, ...], BeforeValidator(_as_list)]
 class RotationalConsistency(Section):
     """A loss of what predictions change by when the structure is rotated."""
 
-    short_forms = ("number",)
+    short_forms, short_for = ("number",), "weight"
 
     weight: PositiveFloat = Field(
         default=1.0,
@@ -190,13 +170,6 @@ class RotationalConsistency(Section):
         description="Part of each batch that is rotated once more and predicted again; a step "
         "takes somewhat more than as much longer.",
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _weight_alone(cls, value: Any) -> Any:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            return value
-        return {"weight": value}
 
 
 class LabelNoise(Section):

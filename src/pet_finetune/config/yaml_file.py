@@ -4,20 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import yaml  # type: ignore[import-untyped, unused-ignore]
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from pet_finetune.errors import ConfigError
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig, ListConfig
-
-__all__ = [
-    "neighbours",
-    "parse_override",
-    "read_yaml",
-    "read_yaml_document",
-    "to_yaml",
-]
 
 
 def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -37,9 +30,6 @@ def read_yaml_document(
     path: str | Path, overrides: Sequence[str] = ()
 ) -> dict[str, Any] | list[Any]:
     """What :func:`read_yaml` reads, where a list is as good as a section."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     config = _load(path)
     problems = [problem for text in overrides if (problem := _override(config, text))]
     if problems:
@@ -58,15 +48,10 @@ def read_yaml_document(
 
 def to_yaml(tree: dict[str, Any]) -> str:
     """Plain values as the text of a YAML file."""
-    from omegaconf import OmegaConf
-
     return OmegaConf.to_yaml(OmegaConf.create(tree))
 
 
 def _load(path: str | Path) -> DictConfig | ListConfig:
-    import yaml  # type: ignore[import-untyped, unused-ignore]
-    from omegaconf import OmegaConf
-    from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
     try:
         # The reader in C recurses, and a file of nothing but brackets ends the process.
@@ -108,8 +93,6 @@ def parse_override(text: str) -> tuple[str, Any]:
     Raises:
         ConfigError: if it is none.
     """
-    from omegaconf import DictConfig, OmegaConf
-
     holder = OmegaConf.create({})
     assert isinstance(holder, DictConfig)
     key, equals, value = text.partition("=")
@@ -123,10 +106,6 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 def _override(config: DictConfig | ListConfig, text: str) -> str | None:
     """Apply one override; return what is wrong with it, if anything."""
-    import yaml  # type: ignore[import-untyped, unused-ignore]
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     key, equals, value = text.partition("=")
     key = key.strip()
     if not equals or not key:
@@ -143,8 +122,6 @@ def _override(config: DictConfig | ListConfig, text: str) -> str | None:
 
 def _yaml_problem(error: Exception, path: Path) -> str:
     """Place and cause of a YAML error, continuing a sentence that starts with the file."""
-    import yaml  # type: ignore[import-untyped, unused-ignore]
-
     if not isinstance(error, yaml.MarkedYAMLError):
         return f": is no YAML: {_first_line(error)}."
     mark = error.problem_mark or error.context_mark

@@ -10,7 +10,7 @@ import sqlite3
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ase.db
 import numpy as np
@@ -26,18 +26,6 @@ from pet_finetune.files import replacing
 from pet_finetune.log import get_logger
 
 from .complete import check_sqlite
-
-if TYPE_CHECKING:
-    from ase import Atoms
-
-__all__ = [
-    "count_rows",
-    "is_database",
-    "is_lmdb",
-    "restore_exact",
-    "rows_of",
-    "write_exact",
-]
 
 _logger = get_logger(__name__)
 

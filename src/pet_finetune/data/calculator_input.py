@@ -27,19 +27,6 @@ from pet_finetune.log import get_logger
 from .neighbors import NeighborList, edge_vectors, neighbor_list
 from .structure import DEFAULT_CHARGE_KEYS, DEFAULT_SPIN_KEYS, usual_integer
 
-__all__ = [
-    "Contacts",
-    "MISSING_CELL",
-    "MovingAtoms",
-    "Origin",
-    "SkinNeighbors",
-    "charge_and_spin",
-    "check_atoms",
-    "find_contacts",
-    "misses_a_cell",
-    "molecules_in",
-]
-
 _logger = get_logger(__name__)
 
 #: What :func:`misses_a_cell` found, in words.

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+from ase import Atoms
 
 from pet_finetune.errors import DataError
 from pet_finetune.log import get_logger
 
 from .text import CELL_WORDS
-
-if TYPE_CHECKING:
-    from ase import Atoms
-
-__all__ = ["check_complete", "check_sqlite", "check_frames"]
 
 _logger = get_logger(__name__)
 

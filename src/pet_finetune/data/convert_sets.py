@@ -9,10 +9,11 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from ase import Atoms
 
 from pet_finetune.errors import DataError
 from pet_finetune.files import check_file, replacing
@@ -26,14 +27,6 @@ from .metatrain_sets import VERSION, Folder, is_metatrain_set, zip_count
 from .packing import Frames, identity_of, locked, pack, set_frames
 from .symbols import as_types
 from .text import to_text
-
-if TYPE_CHECKING:
-    from ase import Atoms
-
-__all__ = [
-    "Converted",
-    "convert",
-]
 
 _logger = get_logger(__name__)
 

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from ase import Atoms
 from torch import Tensor
 
 from pet_finetune.config.dataset import DatasetOptions
@@ -26,24 +26,6 @@ from .metatrain_sets import (
 )
 from .stated_units import StatedUnits
 from .structure import list_frames
-
-if TYPE_CHECKING:
-    from ase import Atoms
-
-
-__all__ = [
-    "Gradient",
-    "Reading",
-    "energy_column",
-    "frame_numbers",
-    "gradient_of",
-    "isolated_frames",
-    "log_isolated",
-    "log_partial",
-    "property_column",
-    "sets_of_isolated_atoms",
-    "without_unconverged",
-]
 
 _logger = get_logger(__name__)
 

@@ -22,18 +22,6 @@ from .structure import Structure
 if TYPE_CHECKING:
     from .loader import Loader
 
-__all__ = [
-    "Beside",
-    "count_packs",
-    "deal",
-    "distorted",
-    "in_blocks",
-    "number_beside",
-    "pack",
-    "random_rotations",
-    "rotate_batch",
-]
-
 #: Structures that lie one behind the other and are read together, and how many such blocks are
 #: mixed.
 BLOCK, MIXED = 1024, 64

@@ -12,9 +12,10 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
+from ase import Atoms
 from ase.data import atomic_masses
 from ase.io.extxyz import key_val_str_to_dict, read_xyz
 
@@ -25,11 +26,6 @@ from .outputs import is_cp2k_comment, wrong_in_cp2k
 from .structure import ASYMMETRIC, ROUNDING, asymmetry
 from .symbols import UNUSED_TYPES, SymbolLayout, element_of, is_dummy
 from .text import NamedText, as_number, cell_in_words
-
-if TYPE_CHECKING:
-    from ase import Atoms
-
-__all__ = ["read_extxyz"]
 
 _logger = get_logger(__name__)
 

@@ -14,9 +14,10 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ase.io
+from ase import Atoms
 from ase.io.formats import UnknownFileTypeError, filetype, ioformats
 
 from pet_finetune.errors import DataError, did_you_mean
@@ -48,16 +49,6 @@ from .text import (
     unpacked_name,
     what_else,
 )
-
-if TYPE_CHECKING:
-    from ase import Atoms
-
-__all__ = [
-    "FrameFile",
-    "forget_files",
-    "read_file",
-    "read_frames",
-]
 
 _logger = get_logger(__name__)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from ase import Atoms
 from torch import Tensor
 
 from pet_finetune.errors import DataError, did_you_mean
@@ -15,20 +16,6 @@ from pet_finetune.keys import TargetSpec
 from pet_finetune.log import get_logger
 
 from .structure import ASYMMETRIC, ROUNDING, as_integer, asymmetry, list_frames, place
-
-if TYPE_CHECKING:
-    from ase import Atoms
-
-__all__ = [
-    "Column",
-    "Shape",
-    "find_value",
-    "shape_of",
-    "to_forces",
-    "to_scalar",
-    "to_stress",
-    "weights_of",
-]
 
 #: Makes an array of the expected shape of the raw one, given the number of atoms; raises
 #: ValueError with the shapes that are allowed.

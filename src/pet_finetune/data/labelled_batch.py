@@ -19,18 +19,6 @@ from pet_finetune.keys import LabelKind, label_kind
 from .neighbors import NeighborList, edge_vectors, structure_neighbors
 from .structure import Structure, atoms_to_structure
 
-__all__ = [
-    "LabelledBatch",
-    "Whole",
-    "batch_from_atoms",
-    "collate",
-    "collate_labelled",
-    "num_known",
-    "on_device",
-    "one_ahead",
-    "prepare",
-]
-
 
 @dataclass(frozen=True, eq=False)
 class Whole:

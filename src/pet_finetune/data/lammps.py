@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import atomic_masses, atomic_numbers, chemical_symbols
 
@@ -14,11 +15,6 @@ from pet_finetune.errors import DataError
 from pet_finetune.log import get_logger
 
 from .symbols import element_of
-
-if TYPE_CHECKING:
-    from ase import Atoms
-
-__all__ = ["LAMMPS", "lammps_units", "looks_like_lammps_data", "with_elements"]
 
 _logger = get_logger(__name__)
 

@@ -23,8 +23,6 @@ from .neighbors import structure_neighbors
 from .structure import Structure
 from .structure_sets import OF_ELEMENT, SAMPLE, OnDisk, label_names
 
-__all__ = ["Loader"]
-
 _logger = get_logger(__name__)
 
 

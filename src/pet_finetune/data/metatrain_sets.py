@@ -12,31 +12,15 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import numpy as np
+from ase import Atoms
 
 from pet_finetune.errors import DataError, damage_explained
 from pet_finetune.files import read_object
 from pet_finetune.log import get_logger
 from pet_finetune.progress import Watch
-
-if TYPE_CHECKING:
-    from ase import Atoms
-
-__all__ = [
-    "ABOUT",
-    "VERSION",
-    "Folder",
-    "Values",
-    "identity_of_set",
-    "is_large",
-    "is_metatrain_set",
-    "read_about",
-    "read_metatrain_set",
-    "zip_count",
-    "zip_frames",
-]
 
 _logger = get_logger(__name__)
 _INDEX = ("ns.npy", "na.npy")

@@ -20,15 +20,6 @@ from pet_finetune.errors import DataError
 
 from .structure import Structure
 
-__all__ = [
-    "NeighborList",
-    "edge_vectors",
-    "expected_neighbors",
-    "find_pairs",
-    "neighbor_list",
-    "structure_neighbors",
-]
-
 #: Å, beyond which atoms and cell vectors are no structure of anything; and how many cells an atom
 #: may lie outside of its own. At 1e5, float64 positions still have 1e-11 of it.
 _FARTHEST = 1e5

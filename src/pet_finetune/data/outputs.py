@@ -12,27 +12,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from ase import Atoms
 from ase.units import Hartree
 
 from pet_finetune.errors import DataError
 from pet_finetune.log import get_logger
 
 from .calculator_input import molecules_in
-
-if TYPE_CHECKING:
-    from ase import Atoms
-
-__all__ = [
-    "clean_outcar",
-    "doubtful_frames",
-    "hint_of",
-    "is_cp2k",
-    "is_cp2k_comment",
-    "wrong_in_cp2k",
-]
 
 _logger = get_logger(__name__)
 

@@ -14,9 +14,10 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
+from ase import Atoms
 from ase.stress import voigt_6_to_full_3x3_stress
 
 from pet_finetune.caches import cache_folders
@@ -30,11 +31,6 @@ from .ase_databases import count_rows, is_database, rows_of
 from .metatrain_sets import ABOUT, VERSION, Folder, is_large, read_about, zip_count, zip_frames
 from .stated_units import is_statement
 from .structure import check_geometry, place
-
-if TYPE_CHECKING:
-    from ase import Atoms
-
-__all__ = ["Frames", "identity_of", "locked", "pack", "packed", "set_frames"]
 
 _logger = get_logger(__name__)
 _PROGRESS, _SIZES = "progress.json", "sizes.bin"

@@ -14,8 +14,6 @@ from pet_finetune.keys import label_kind, weights_key
 
 from .structure import Structure, place
 
-__all__ = ["Predicted"]
-
 _VERSION = 1
 # Of the structures themselves; all other arrays are named "<model>:<label>".
 _PLAIN = ("sizes", "numbers", "positions", "cells", "pbc", "frames", "source_index", "sources")

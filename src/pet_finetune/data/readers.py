@@ -31,12 +31,6 @@ from .stored import stored_set
 from .structure import Structure, atoms_to_structure, log_odd_charges
 from .structure_sets import OnDisk, of_species
 
-__all__ = [
-    "PROBE",
-    "probe_structures",
-    "read_structures",
-]
-
 _logger = get_logger(__name__)
 
 #: What files of forces alone lack, and options need not name.

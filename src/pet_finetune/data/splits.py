@@ -22,8 +22,6 @@ from .readers import read_structures
 from .structure import Structure, list_frames, structures_fingerprint
 from .structure_sets import OnDisk, joined
 
-__all__ = ["SplitPart", "Splits", "load_splits", "make_splits"]
-
 _FORMAT = "pet-finetune splits"
 _VERSION = 1
 _SETS = ("train", "validation", "test")

@@ -11,18 +11,14 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+
+from ase import Atoms
 
 from pet_finetune.errors import DataError, UnitError
 from pet_finetune.log import get_logger
 from pet_finetune.units import to_own_unit
 
 from .metatrain_sets import Folder
-
-if TYPE_CHECKING:
-    from ase import Atoms
-
-__all__ = ["StatedUnits", "is_statement"]
 
 _logger = get_logger(__name__)
 

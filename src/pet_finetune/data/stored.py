@@ -31,8 +31,6 @@ from .structure import (
     place,
 )
 
-__all__ = ["ABSENT", "PARTLY", "WHOLE", "Stored", "StoredLabel", "stored_set"]
-
 #: Atoms that a pass over the arrays looks at together, and structures after whose reading their
 #: pages are let go.
 _ATOMS_TOGETHER, _RELEASE = 1_000_000, 50_000

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,21 +15,6 @@ from torch import Tensor
 from pet_finetune.errors import DataError
 from pet_finetune.keys import LabelKind
 from pet_finetune.log import get_logger
-
-if TYPE_CHECKING:
-    from ase import Atoms
-
-__all__ = [
-    "Structure",
-    "as_integer",
-    "atoms_to_structure",
-    "check_charges",
-    "check_geometry",
-    "list_frames",
-    "log_odd_charges",
-    "place",
-    "structures_fingerprint",
-]
 
 _logger = get_logger(__name__)
 #: Where a total charge is looked for in ``atoms.info`` when the options name no key.

@@ -19,18 +19,6 @@ from .labelled_batch import num_known
 from .stored import ABSENT, PARTLY, WHOLE
 from .structure import Structure, structures_fingerprint
 
-__all__ = [
-    "OnDisk",
-    "check_species",
-    "evenly_spread",
-    "find_species",
-    "joined",
-    "label_names",
-    "of_species",
-    "sampled",
-    "taken",
-]
-
 T = TypeVar("T")
 
 _logger = get_logger(__name__)

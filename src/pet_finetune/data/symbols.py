@@ -10,24 +10,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
+from ase import Atoms
 from ase.data import atomic_numbers, chemical_symbols
 
 from pet_finetune.errors import DataError
-
-if TYPE_CHECKING:
-    from ase import Atoms
-
-__all__ = [
-    "NAMING",
-    "SymbolLayout",
-    "UNUSED_TYPES",
-    "as_types",
-    "element_of",
-    "is_dummy",
-    "with_named_elements",
-]
 
 #: What is said of types that are given for nothing.
 UNUSED_TYPES = "the file itself names the elements; the types that are given are not used"

@@ -18,21 +18,6 @@ import numpy as np
 from pet_finetune.errors import DataError
 from pet_finetune.log import get_logger
 
-__all__ = [
-    "CELL_WORDS",
-    "NamedBytes",
-    "NamedText",
-    "arrays_of",
-    "as_number",
-    "cell_in_words",
-    "is_binary",
-    "load_bytes",
-    "to_text",
-    "unpacked",
-    "unpacked_name",
-    "what_else",
-]
-
 _logger = get_logger(__name__)
 
 _PACKED = (".gz", ".bz2", ".xz")

@@ -30,8 +30,6 @@ from .structure import Structure
 if TYPE_CHECKING:
     from ase.db.core import Database
 
-__all__ = ["PREDICTION_ENDINGS", "PredictionWriter", "check_prediction_path", "numbered"]
-
 _logger = get_logger(__name__)
 _XYZ = (".xyz", ".extxyz")
 _DB = ".db"

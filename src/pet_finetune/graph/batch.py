@@ -18,20 +18,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-__all__ = [
-    "Batch",
-    "Edges",
-    "Layout",
-    "Neighborhood",
-    "Rectangle",
-    "join_graphs",
-    "make_layout",
-    "renumbered",
-    "repeat_batch",
-    "rotate_graphs",
-    "rotate_rows",
-]
-
 
 class Rectangle(NamedTuple):
     """Where each token sits in the padded rectangle that attention works on.

@@ -11,11 +11,6 @@ from .finding import Finding, Frames, frames_of
 from .near_frames import FrameStep
 from .subject import Entry, Subject, compositions, element_fit
 
-__all__ = [
-    "check_levels",
-    "check_outliers",
-]
-
 #: A shift of a whole file by more, eV an atom, is none of temperature or phase; and how many times
 #: the spread within the files it must be.
 _SHIFT, _SPREADS = 0.3, 6.0

@@ -20,15 +20,6 @@ from pet_finetune.data.structure import Structure
 from pet_finetune.graph import Batch
 from pet_finetune.model import Potential
 
-__all__ = [
-    "METHODS",
-    "Estimate",
-    "Load",
-    "duration",
-    "estimate",
-    "load_of",
-]
-
 #: Edges that a measured step should have: enough to be no overhead, few enough for seconds.
 _EDGES, _MOST_ATOMS = 8000, 400
 #: Structures, and atoms in them, that edges are counted on.

@@ -11,25 +11,6 @@ import numpy as np
 
 from pet_finetune.units import to_own_unit
 
-__all__ = [
-    "Candidate",
-    "Declared",
-    "Evidence",
-    "FORMS",
-    "NO_VIRIAL",
-    "PER_ATOM",
-    "Reading",
-    "TURNED",
-    "UNITS",
-    "VIRIAL",
-    "assumed_unit",
-    "best_of",
-    "is_sure",
-    "log_ratio",
-    "readings_of",
-    "undecided",
-]
-
 #: Units that programs write, with what each costs beside the assumed one, before evidence.
 UNITS: Mapping[str, Mapping[str, float]] = {
     "energy": {"kcal/mol": 0, "kJ/mol": 0, "Hartree": 0, "Ry": 0, "eV": 0, "meV": 1},

@@ -8,8 +8,6 @@ from typing import Any, Literal
 
 from pet_finetune.data.structure import Structure
 
-__all__ = ["SEVERITIES", "Finding", "Frames", "frames_of", "list_frames", "worst_first"]
-
 Severity = Literal["error", "warning", "note"]
 
 #: From the one that stops a run to the one that is only worth knowing.

@@ -18,16 +18,6 @@ from .evidence import Evidence
 from .finding import Finding, frames_of
 from .subject import Entry, Subject, compositions, element_fit
 
-__all__ = [
-    "Answer",
-    "ask",
-    "baseline_shift",
-    "check_compared",
-    "check_references",
-    "check_residuals",
-    "units_of",
-]
-
 _BATCH_ATOMS, _SAME_PLACE = 256, 1e-3
 #: Pearson correlations above which a slope says something, and from which on it says it well.
 _CORRELATED, _WELL = 0.7, 0.9

@@ -15,17 +15,6 @@ from .finding import Finding, Frames, frames_of
 from .near_frames import within
 from .subject import REACH, Entry, Subject, composition
 
-__all__ = [
-    "Twins",
-    "check_distances",
-    "check_duplicates",
-    "check_extent",
-    "check_lengths",
-    "check_loneliness",
-    "check_periodicity",
-    "find_twins",
-]
-
 #: Å between fingerprints: the same frame up to the rounding of files, and a copy that was
 #: displaced so little that it tells nothing new. MD frames 1 fs apart differ by about 0.01.
 _SAME, _NEAR = 1e-4, 0.01

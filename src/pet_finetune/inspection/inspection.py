@@ -50,18 +50,6 @@ from .subject import Subject, subject_of
 from .suggestion import Suggestion
 from .unit_checks import check_units, in_found_units
 
-__all__ = [
-    "Foundation",
-    "Inspection",
-    "Preflight",
-    "cells_of",
-    "declared_units",
-    "energy_of",
-    "inspect_sets",
-    "problem_of",
-    "read_checked",
-]
-
 
 @dataclass(frozen=True)
 class Foundation:

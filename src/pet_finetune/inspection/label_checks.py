@@ -9,13 +9,6 @@ import numpy as np
 from .finding import Finding, Frames, frames_of
 from .subject import Entry, Subject
 
-__all__ = [
-    "check_charges_used",
-    "check_completeness",
-    "check_forces",
-    "check_mechanics",
-]
-
 #: eV/Å: an atom in a thermal structure feels 1 to 5, in a violent collision up to 30.
 _ABSURD = 50.0
 

@@ -5,23 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from ase import Atoms
 
 from pet_finetune.data.frame_files import read_frames
 from pet_finetune.data.label_columns import Shape, find_value, to_forces, to_scalar, to_stress
 from pet_finetune.data.structure_sets import evenly_spread
 
 from .finding import Finding, Frames
-
-if TYPE_CHECKING:
-    from ase import Atoms
-
-__all__ = [
-    "fits",
-    "target_of_file",
-]
 
 #: Words in a name, without that of the label itself, which say that it is another quantity.
 _OTHER = re.compile(

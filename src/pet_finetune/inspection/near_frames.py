@@ -10,23 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.spatial import cKDTree
 
 from .subject import Entry
-
-if TYPE_CHECKING:
-    from .subject import Entry
-
-__all__ = [
-    "FrameStep",
-    "near_pairs",
-    "neighbours",
-    "steps",
-    "within",
-]
 
 _NEIGHBOURS = 3
 

@@ -22,16 +22,6 @@ from .subject import Entry, Subject, element_fit
 if TYPE_CHECKING:
     from .inspection import Inspection
 
-__all__ = [
-    "Facts",
-    "Range",
-    "SetFacts",
-    "as_dict",
-    "facts_of",
-    "references_of",
-    "render",
-]
-
 #: eV an atom, below which energies of bonds stay.
 _COHESIVE = 15.0
 

@@ -19,8 +19,6 @@ from pet_finetune.data.neighbors import expected_neighbors, find_pairs
 from .evidence import Evidence
 from .subject import Entry, compositions
 
-__all__ = ["PairModel", "fit_pairs"]
-
 #: What each Gaussian contributes to a frame: see :func:`_design`.
 _Design = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from ase import Atoms
 
 from pet_finetune.config import DatasetOptions
 from pet_finetune.data.calculator_input import MISSING_CELL, misses_a_cell
@@ -20,15 +20,6 @@ from pet_finetune.errors import DataError
 
 from .finding import Finding, Frames
 from .label_names import fits
-
-if TYPE_CHECKING:
-    from ase import Atoms
-
-__all__ = [
-    "check_cells",
-    "read_anyway",
-    "sets_left_out",
-]
 
 _SAMPLE = 100
 

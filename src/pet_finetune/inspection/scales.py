@@ -14,8 +14,6 @@ from .near_frames import FrameStep
 from .pair_model import PairModel
 from .subject import Entry, compositions
 
-__all__ = ["evidence_of"]
-
 #: Force constants of bonds of hydrogen, eV/Å²: slopes of the force along the bond against its
 #: length in molecules and liquids (rMD17 ethanol, 3BPA, water, PBE0 molecules: 30 to 34, 42 to 46,
 #: 38 to 50), which agree with those of vibrational spectra (3000, 3400 and 3600 per cm).

@@ -14,19 +14,6 @@ from pet_finetune.data.structure import Structure
 from pet_finetune.errors import DataError
 from pet_finetune.keys import forces_key, stress_key
 
-__all__ = [
-    "Entry",
-    "NEAR",
-    "REACH",
-    "Subject",
-    "composition",
-    "compositions",
-    "element_fit",
-    "fingerprint",
-    "most_different",
-    "subject_of",
-]
-
 #: How far neighbours are looked for, Å, and how many of them are kept for each atom.
 REACH, NEAR = 5.0, 20
 

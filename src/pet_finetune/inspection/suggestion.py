@@ -12,8 +12,6 @@ from .estimate import Estimate, Load, duration
 from .evidence import NO_VIRIAL, PER_ATOM, VIRIAL
 from .finding import Finding
 
-__all__ = ["Suggestion", "with_found_units", "suggest", "training_section"]
-
 #: Steps after which little more is learned from small sets (docs/methods-table.md has 150 to 600,
 #: and 600 are still better than 150), and bounds on the epochs that make them up.
 _STEPS, _FEWEST_EPOCHS, _MOST_EPOCHS = 3000, 20, 200

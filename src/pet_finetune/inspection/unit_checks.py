@@ -32,12 +32,6 @@ from .pair_model import PairModel, fit_pairs
 from .scales import evidence_of
 from .subject import Entry, Subject
 
-__all__ = [
-    "check_units",
-    "forms_of",
-    "in_found_units",
-]
-
 _NAMES = {"energy": "energies", "force": "forces", "stress": "stresses"}
 
 _MOST_NAMED = 4
