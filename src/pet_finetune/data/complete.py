@@ -28,6 +28,8 @@ _BEGINNINGS = {
     "cif": re.compile(r"^\s*_atom_site_(?:label|type_symbol)\s*$(?:(?!^\s*data_)[\s\S])*", re.M),
     "vasp-xml": re.compile(r"<calculation>"),
 }
+#: The cell that a PDB file has where there is none.
+_UNITY = re.compile(r"^CRYST1(?: +1\.0+){3}(?: +90\.0+){3}", re.M)
 _WHOLE = re.compile(r"\s*\d+(?:\s+\d+)*\s*(?:!.*)?")
 _POSITION = re.compile(
     r"\s*[-+]?\d*\.\d+(?:[eE][-+]?\d+)?(?:\s+[-+]?\d*\.?\d+(?:[eE][-+]?\d+)?){2}"
@@ -166,13 +168,34 @@ def check_frames(kind: str, text: str, frames: Sequence[Atoms], source: str) -> 
                 "Remove them, or write their elements."
             )
         _check_occupancies(atoms, where)
-    bare = kind in _WITHOUT_CELL and not any(a.pbc.any() or a.cell.any() for a in frames)
+    if kind == "proteindatabank":
+        _check_cryst1(text, frames, source)
+    bare = (
+        kind in _WITHOUT_CELL
+        and not _UNITY.search(text)
+        and not any(a.pbc.any() or a.cell.any() for a in frames)
+    )
     found = CELL_WORDS.search(text[:20_000]) if bare else None
     if found is not None:
         raise DataError(
             f"{source} seems to hold a cell ({' '.join(found[0].split())[:60]!r}), which is lost "
             f"in reading the format {kind!r}: the structure would be a molecule in vacuum. "
             "Convert it to extended xyz with a Lattice, or remove the cell if it is one."
+        )
+
+
+def _check_cryst1(text: str, frames: Sequence[Atoms], source: str) -> None:
+    """Undo the cell of 1 Å that stands for none, and tell of symmetry that is not applied."""
+    for atoms in frames if _UNITY.search(text) else ():
+        atoms.set_cell(None)
+        atoms.pbc = False
+    group = re.search(r"^CRYST1.{49}([A-Z] [^\n]{,9})", text, re.M)
+    if group is not None and group[1].split() not in (["P", "1"], ["P", "1", "1"]):
+        _logger.warning(
+            "%s names the space group %s, and holds the atoms of one asymmetric unit alone if that "
+            "is meant: they are read as they stand. Write all atoms of the cell, as a CIF is read",
+            source,
+            " ".join(group[1].split()[:4]),
         )
 
 

@@ -38,6 +38,8 @@ _MATRIX = re.compile(
     r"(?<![\w-])(Lattice|stress|virial)\s*=\s*"
     r"(\"[^\"]*\"|'[^']*'|\{[^}]*\}|\[\s*\[.*?\]\s*\]|\[[^\]]*\]|[^\s\"'{\[]\S*)"
 )
+# Keys that have one meaning, of which ASE takes the last.
+_ONCE = re.compile(r"(?<!\S)(Lattice|Properties|pbc|energy|stress|virial)\s*=")
 _FORTRAN = re.compile(r"(?<![A-Za-z])(\d*\.?\d+)[dD]([-+]?\d+)(?![A-Za-z])")
 _FORTRAN_REAL = re.compile(r"[-+]?(?:\d+\.\d*|\.\d+)[dD][-+]?\d{1,3}")
 # The comment says that the frame is a molecule.
@@ -332,6 +334,10 @@ class _Reader:
         """The comment as ASE reads it, with matrices in the forms that have one meaning."""
         if self.plain:
             return {}
+        names = _ONCE.findall(comment)
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            self._fail(self.start + 1, f"{twice} stands more than once: remove the wrong ones")
         found = dict(key_val_str_to_dict(_MATRIX.sub(self._matrix, comment)))
         for key, value in found.items():
             if isinstance(value, str) and _FORTRAN_REAL.fullmatch(value):

@@ -161,7 +161,7 @@ def _parse(
         except Exception as error:  # ASE's many readers raise whatever they meet
             raise _unreadable(error, kind, source, text, bool(format)) from error
     if not frames:
-        raise DataError(f"{source} holds no structures ASE can find.{hint_of(text)}")
+        raise DataError(f"{source} holds no structures ASE can find.{hint_of(text, kind)}")
     if kind in LAMMPS:
         with_elements(kind, text, frames, types, source)
     elif types and kind not in ("extxyz", "xyz"):
@@ -230,10 +230,17 @@ def _unreadable(error: Exception, kind: str, source: str, text: str, given: bool
         more = " The line `Atoms # full` of a data file names the style of its columns."
     elif kind == "lammps-dump-text" and "ITEM: BOX BOUNDS\n" in text:
         more = " `ITEM: BOX BOUNDS` has to say how the box ends: `ITEM: BOX BOUNDS pp pp pp`."
+    elif kind == "cif":
+        more = " Each atom of a CIF needs the symbol of its element and three numbers, not `?`."
+    elif kind == "vasp":
+        more = " The line before the numbers of atoms names their elements: Si O."
+    elif kind == "vasp-xdatcar":
+        more = " Each configuration has as many rows as the numbers of atoms say."
     elif kind == "vasp-out":
         more = " The vasprun.xml of the same calculation holds the same and is read as well."
     return DataError(
-        f"ASE cannot read {source} ({type(error).__name__}: {reason}).{hint_of(text)} It was taken "
+        f"ASE cannot read {source} ({type(error).__name__}: {reason}).{hint_of(text, kind)} It "
+        f"was taken "
         f"for the format {kind!r} ({how}).{more} Extended xyz (.xyz, .extxyz) always works."
     )
 

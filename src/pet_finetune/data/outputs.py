@@ -42,6 +42,8 @@ _FAILED = re.compile(
     r"|was not enough SCF cycles to converge"  # ABINIT
     r"|SCC is NOT converged"  # DFTB+
 )
+#: A piece without hydrogen and carbon that has more atoms is a crystal rather than a molecule.
+_CLUSTER = 8
 #: In a table of names and values (``info``, ``key_value_pairs``): false means the same.
 _FLAGS = re.compile(r"(?i)(?:is_|scf_|electronic_)*converged(?:_scf|_electronic)?$")
 
@@ -82,6 +84,18 @@ _CODES: Mapping[str, _Code] = {
 }
 
 
+#: What a finished run writes at the end.
+_LAST_WORDS = {
+    "espresso-out": "JOB DONE",
+    "gaussian-out": "Normal termination",
+    "orca-output": "ORCA TERMINATED NORMALLY",
+    "aims-output": "Have a nice day",
+    "vasp-out": "General timing and accounting",
+    "vasp-xml": "</modeling>",
+    "castep-castep": "Total time",
+}
+
+
 def is_cp2k(text: str) -> bool:
     """Whether a text is the output of CP2K, which ASE has no reader for."""
     return "CP2K|" in text[:20000]
@@ -89,7 +103,7 @@ def is_cp2k(text: str) -> bool:
 
 def is_cp2k_comment(comment: str) -> bool:
     """Whether the comment of an XYZ frame is that of CP2K's trajectories."""
-    return re.match(r"\s*i\s*=\s*\d+,\s*time\s*=\s*[-\d.]+", comment) is not None
+    return re.match(r"\s*i\s*=\s*\d+,\s*(?:time\s*=\s*[-\d.]+|E\s*=)", comment) is not None
 
 
 def wrong_in_cp2k(source: str, atoms: Atoms) -> str:
@@ -102,7 +116,8 @@ def wrong_in_cp2k(source: str, atoms: Atoms) -> str:
         atoms: its first frame.
     """
     moving = re.search(r"(?i)(?:^|[-_.])(frc|force|vel)", Path(source).name)
-    if moving is None and molecules_in(atoms) == 1:
+    solid = len(atoms) > _CLUSTER and not np.isin(atoms.numbers, (1, 6)).any()
+    if moving is None and not solid and molecules_in(atoms) == 1:
         return ""
     what = (
         "forces or velocities stand in it in place of positions, as its name says"
@@ -116,11 +131,22 @@ def wrong_in_cp2k(source: str, atoms: Atoms) -> str:
     )
 
 
-def hint_of(text: str) -> str:
-    """For a message about an output that cannot be read: that its SCF failed, or nothing."""
+def hint_of(text: str, kind: str = "") -> str:
+    """For a message about an output that cannot be read: its SCF failed, or it is cut off.
+
+    Args:
+        text: of the file.
+        kind: ASE's name of the format.
+    """
     found = _FAILED.search(text)
     if found is None:
-        return ""
+        last = _LAST_WORDS.get(kind, "")
+        if last in text:
+            return ""
+        return (
+            f" It does not end with {last!r} as finished runs do: it is cut off. Remove what is "
+            "behind its last whole step."
+        )
     return f" It says on line {_line(text, found.start())}: {_whole_line(text, found)!r}."
 
 
@@ -145,7 +171,27 @@ def doubtful_frames(kind: str, text: str, frames: Sequence[Atoms]) -> dict[int, 
         found |= _failures(kind, text, frames)
     if kind in _CODES:
         found |= dict(_unfinished(frames))
+    if kind == "gaussian-out" and "Input orientation:" not in text:
+        found |= dict(_turned(frames))
     return found
+
+
+def _turned(frames: Sequence[Atoms]) -> Iterator[tuple[int, str]]:
+    """Frames of Gaussian whose forces belong to the input's axes, and positions to others."""
+    for number, atoms in enumerate(frames):
+        forces = {} if atoms.calc is None else atoms.calc.results
+        if "forces" not in forces or atoms.pbc.any():
+            continue
+        arms = atoms.positions - atoms.positions.mean(axis=0)
+        torques = np.cross(arms, forces["forces"])
+        if np.linalg.norm(torques.sum(axis=0)) > 0.02 * np.linalg.norm(torques, axis=1).sum():
+            yield (
+                number,
+                (
+                    "its forces are along other axes than its positions (Standard orientation): "
+                    "compute with NoSymm, or #P, which prints the input orientation"
+                ),
+            )
 
 
 def _unfinished(frames: Sequence[Atoms]) -> Iterator[tuple[int, str]]:

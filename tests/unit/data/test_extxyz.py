@@ -289,6 +289,7 @@ def test_exponents_of_fortran_in_the_comment():
     assert atoms.info == {"tag": "12D34", "note": "1.5Dx"}
 
 
+SILICON = bulk("Si", cubic=True) * (2, 1, 1)
 CP2K = "3\n i = 0, time = 0.5, E = -17.2\nO 0 0 0\nH 0.96 0 0\nH 0 0.96 0\n"
 
 
@@ -303,6 +304,16 @@ def test_trajectories_of_cp2k_lose_no_cell(caplog):
     assert read(two.replace("-17.2", '-17.2 Lattice="9 0 0 0 9 0 0 0 9"'))[0].pbc.all()
     with pytest.raises(DataError, match="forces or velocities"):
         read_extxyz(CP2K, "run/WATER-frc-1.xyz")
+    assert "no cell" in refused(two.replace("time = 0.5, ", ""))  # of an optimisation
+    rows = (
+        f"{s} {p[0]} {p[1]} {p[2]}" for s, p in zip(SILICON.symbols, SILICON.positions, strict=True)
+    )
+    assert "no cell" in refused("16\n i = 1, E = -63.1\n" + "\n".join(rows) + "\n")
+
+
+def test_a_key_of_one_meaning_stands_once():
+    message = refused(WATER.replace("energy=-1.5", "energy=-1.5 energy=-2.5"))
+    assert "energy stands more than once" in message
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])

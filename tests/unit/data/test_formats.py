@@ -374,3 +374,42 @@ def test_a_box_without_its_bounds_is_named(tmp_path):
     (tmp_path / "a.dump").write_text(text.replace("1 1 0.0", "1 O 0.0").replace("2 2 1.0", "2 H 1"))
     with pytest.raises(DataError, match="BOX BOUNDS pp pp pp"):
         read_frames(tmp_path / "a.dump")
+
+
+ATOM = "ATOM      1  O   HOH A   1       0.000   0.000   0.100  1.00  0.00           O\n"
+
+
+def test_a_unit_cell_of_1_angstrom_in_a_pdb_is_none(tmp_path):
+    line = "CRYST1    1.000    1.000    1.000  90.00  90.00  90.00 P 1           1\n"
+    (tmp_path / "a.pdb").write_text(line + ATOM + "END\n")
+    (atoms,) = read_frames(tmp_path / "a.pdb")
+    assert not atoms.pbc.any()
+    assert not atoms.cell.any()
+
+
+@pytest.mark.parametrize(("group", "told"), [("P 1", False), ("P 21 21 21", True), ("", False)])
+def test_symmetry_that_a_pdb_asks_for_is_told_of(tmp_path, package_log, group, told):
+    line = f"CRYST1   10.000   10.000   10.000  90.00  90.00  90.00 {group:11s}   4\n"
+    (tmp_path / "a.pdb").write_text(line + ATOM + "END\n")
+    (atoms,) = read_frames(tmp_path / "a.pdb")
+    assert atoms.pbc.all()
+    assert ("space group P 21 21 21" in package_log.text) == told
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.cif", "data_x\n_cell_length_a 5\n_cell_length_b 5\n_cell_length_c 5\n"
+         "_cell_angle_alpha 90\n_cell_angle_beta 90\n_cell_angle_gamma 90\nloop_\n"
+         "_atom_site_label\n_atom_site_fract_x\n_atom_site_fract_y\n_atom_site_fract_z\n"
+         "Si1 0 0 ?\n", "three numbers, not `?`"),
+        ("POSCAR", "mine\n1.0\n0 2 2\n2 0 2\n2 2 0\n2\nDirect\n0 0 0\n.2 .2 .2\n",
+         "names their elements"),
+        ("XDATCAR", "x\n 1\n 5 0 0\n 0 5 0\n 0 0 5\n Si\n 2\nDirect configuration=     1\n 0 0 0\n"
+         " .2 .2 .2\nDirect configuration=     2\n 0 0 0\n", "as many rows"),
+        ("a.out", "     Program PWSCF v.7.2 starts on\n     celldm(1)= 10.\n", "it is cut off"),
+    ],
+)  # fmt: skip
+def test_what_ase_says_in_riddles_is_explained(tmp_path, name, content, words):
+    (tmp_path / name).write_text(content)
+    assert words in refused(tmp_path / name)

@@ -12,6 +12,7 @@ from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from pet_finetune.config import DatasetOptions
+from pet_finetune.data.frame_files import read_file
 from pet_finetune.data.outputs import clean_outcar, doubtful_frames
 from pet_finetune.data.readers import read_structures
 from pet_finetune.errors import DataError
@@ -296,3 +297,32 @@ def test_a_structure_without_an_energy_at_the_end_of_a_run_is_doubtful():
     assert list(doubtful_frames("gaussian-out", "x", frames)) == [2]
     frames[0].calc = SinglePointCalculator(frames[0], energy=-1.0)  # a mixed workflow
     assert doubtful_frames("gaussian-out", "x", frames) == {}
+
+
+def gaussian_forces(turned: bool) -> str:
+    """A molecule in its standard orientation with forces along other axes, or the same."""
+    rows = {8: (0.0, 0.0, 0.12), 1: (0.0, 0.76, -0.48), 2: (0.0, -0.76, -0.48)}
+    text = (
+        " Entering Gaussian System, Link 0=g16\n                         Standard orientation:\n"
+        " ----\n Center     Atomic      Atomic             Coordinates (Angstroms)\n"
+        " Number     Number       Type             X           Y           Z\n ----\n"
+    )
+    for n, (key, place) in enumerate(rows.items(), 1):
+        x, y, z = place
+        text += f"{n:7d}{8 if key == 8 else 1:11d}{0:12d}{x:16.6f}{y:12.6f}{z:12.6f}\n"
+    text += " ----\n SCF Done:  E(RB3LYP) =  -76.40     A.U. after    9 cycles\n"
+    text += " Center     Atomic                   Forces (Hartrees/Bohr)\n"
+    text += " Number     Number              X              Y              Z\n ----\n"
+    forces = ((0.0, 0.0, 0.02), (0.0, 0.005, -0.01), (0.0, -0.005, -0.01))
+    for n, (x, y, z) in enumerate(forces, 1):
+        x, y, z = (z, x, y) if turned else (x, y, z)
+        text += f"{n:7d}{8 if n == 1 else 1:9d}{x:23.9f}{y:15.9f}{z:15.9f}\n"
+    return text + " ----\n Normal termination of Gaussian 16\n"
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_forces_of_gaussian_along_other_axes_are_no_labels(tmp_path, turned):
+    (tmp_path / "a.log").write_text(gaussian_forces(turned))
+    content = read_file(tmp_path / "a.log")
+    assert "forces" in content.frames[0].calc.results
+    assert [("NoSymm" in reason) for reason in content.doubtful.values()] == [True] * turned
