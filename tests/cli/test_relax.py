@@ -9,7 +9,7 @@ from pathlib import Path
 import ase.io
 import numpy as np
 import pytest
-from ase.constraints import FixAtoms
+from ase.constraints import ExternalForce, FixAtoms, Hookean
 from ase.filters import FrechetCellFilter
 from ase.optimize import BFGS
 
@@ -182,6 +182,21 @@ def test_what_cannot_be_is_told_before_the_first_step(relax, arguments, words):
     assert done.code == 1
     assert words in done.err
     assert not Path("relaxed.xyz").exists()
+
+
+@pytest.mark.parametrize(
+    "constraint", [ExternalForce(0, 1, 0.5), Hookean(a1=0, a2=1, rt=1.0, k=5.0)]
+)
+def test_constraints_that_add_energy_are_kept_and_not_part_of_the_labels(relax, constraint):
+    atoms = ethanol()
+    atoms.set_constraint(constraint)
+    ase.io.write("held.traj", atoms)
+    assert relax(*FEW, structures="held.traj").code == 0
+    (after,) = ase.io.read("relaxed.xyz", ":")
+    assert type(constraint).__name__ in str(after.info["constraints"])
+    energy = after.get_potential_energy()
+    after.calc = PETCalculator("base.ckpt")
+    assert energy == pytest.approx(after.get_potential_energy(), abs=1e-5)
 
 
 def test_a_file_that_is_there_stays(relax):

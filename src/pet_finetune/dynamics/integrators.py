@@ -23,14 +23,25 @@ _KINDS = ("FixAtoms", "FixCartesian", "FixScaled", "FixedPlane", "FixedLine", "F
 _OF_SINGLE = (constraints.FixAtoms, constraints.FixCartesian)
 
 
-def constraint_problems(atoms: Atoms) -> list[str]:
-    """What of the constraints no simulation can keep, one line each."""
+def constraint_problems(atoms: Atoms, simulated: bool = True) -> list[str]:
+    """What of the constraints cannot be kept, one line each.
+
+    Args:
+        atoms: the structure.
+        simulated: whether it is to be kept by momenta too, and not in a relaxation alone.
+    """
     kinds = sorted({type(c).__name__ for c in atoms.constraints} - {*_KINDS})
-    if kinds:
+    if simulated and kinds:
         return [
             f"the constraints {', '.join(kinds)} are for relaxations: ASE's integrators do not "
             f"keep them, or cannot count them. Take them out; those that can be simulated are "
             f"{', '.join(_KINDS)}."
+        ]
+    modes = (c.mode for c in atoms.constraints if isinstance(c, constraints.FixedMode))
+    if simulated and any(np.ptp(atoms.get_masses()[_moved_by(mode)]) > 1e-6 for mode in modes):
+        return [
+            "the constraint FixedMode holds together atoms of several masses, and ASE takes the "
+            "same part from momenta as from positions, which heats them. Take it out."
         ]
     if len(atoms.constraints) < 2:
         return []
@@ -45,6 +56,12 @@ def constraint_problems(atoms: Atoms) -> list[str]:
         f"the constraints ({names}) act on the same atoms, and ASE applies one after the other, so "
         "that none of them would hold exactly. Leave one of them out."
     ]
+
+
+def _moved_by(mode: np.ndarray) -> np.ndarray:
+    """Which atoms a mode moves, [n] bool."""
+    moved: np.ndarray = np.abs(mode.reshape(-1, 3)).max(axis=1) > 1e-12
+    return moved
 
 
 def degrees_of_freedom(atoms: Atoms, momentum_kept: bool) -> int:

@@ -209,7 +209,7 @@ def _check(
         problems.append(f"-o {output}: there is no folder '{output.parent}'.")
     for number, atoms in frames:
         where = f"frame {number} of {structures}"
-        problems += [f"{where}: {problem}" for problem in constraint_problems(atoms)]
+        problems += [f"{where}: {problem}" for problem in constraint_problems(atoms, False)]
         if settings.cell and not (atoms.pbc.all() and atoms.cell.rank == 3):
             problems.append(f"{where}: --cell needs a structure that is periodic in all directions")
         if calculator is not None:

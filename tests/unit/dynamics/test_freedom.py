@@ -181,3 +181,16 @@ def test_constraints_that_no_simulation_keeps_are_refused() -> None:
     assert "MirrorForce are for relaxations" in constraint_problems(held(MirrorForce(0, 1)))[0]
     both = held(FixAtoms([0]), FixBondLengths([[0, 1]]))
     assert "act on the same atoms" in constraint_problems(both)[0]
+
+
+def test_a_mode_of_atoms_of_several_masses_is_for_relaxations() -> None:
+    several = held(FixedMode(np.eye(9, 3)))  # two carbons and an oxygen
+    assert "FixedMode" in constraint_problems(several)[0]
+    assert not constraint_problems(several, simulated=False)
+    assert not constraint_problems(held(FixedMode(np.eye(9, 3)[:, [0, 1, 1]]), atoms=one_kind()))
+
+
+def one_kind() -> Atoms:
+    atoms = ethanol()
+    atoms.set_masses(np.ones(9))
+    return atoms
