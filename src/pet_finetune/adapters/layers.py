@@ -120,7 +120,8 @@ class LoraLinear(Adapted):
 
     def updated_weight(self) -> Tensor:
         """The base weight with the adapter, [out, in], differentiable; whatever is merged."""
-        return self.base_weight() + self.delta()
+        # One operation; the base's bits stay as they are where B is zero.
+        return torch.addmm(self.base_weight(), self.lora_B, self.lora_A, alpha=self.scaling)
 
     def effective_weight(self) -> Tensor:
         """W + s B A, [out, in]; W alone where the adapter is disabled or goes apart."""

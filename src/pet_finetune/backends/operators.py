@@ -85,9 +85,9 @@ def _norm_double_backward(
 def _attention(qkv: Tensor, bias: Tensor, starts: Tensor, heads: int, scale: float) -> Tensor:
     num_atoms = len(starts) - 1
     centers = torch.arange(num_atoms, device=starts.device).repeat_interleave(starts.diff())
-    layout = make_layout(centers, num_atoms, rectangle=True)
-    assert layout.rectangle is not None
-    return attend(qkv, layout.rectangle, pad_keys(bias, layout), heads, scale)
+    layout = make_layout(centers, num_atoms, rectangles=True)
+    assert layout.rectangles is not None
+    return attend(qkv, layout.rectangles, pad_keys(bias, layout), heads, scale)
 
 
 def _empty_attention(qkv: Tensor, bias: Tensor, starts: Tensor, heads: int, scale: float) -> Tensor:

@@ -2,8 +2,7 @@
 
 Tokens live in one flat array: first a centre token per atom, then a token per edge. Linear
 layers, norms and activations work on that array and never touch padding, and so does the fused
-attention. Attention by plain torch operations needs a rectangle of [n_atoms, 1 + most neighbours]
-slots.
+attention. Attention by plain torch operations needs padded rectangles.
 
 :class:`Edges` holds all whose size depends on where the atoms are. It is made beside the network,
 so that what is left of the network is a function of tensors that tracing can follow.
@@ -19,19 +18,24 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 
-class Rectangle(NamedTuple):
-    """Where each token sits in the padded rectangle that attention works on.
+class Rectangles(NamedTuple):
+    """Where each token sits in the padded rectangles that attention works on.
 
-    Its width is 1 + the largest number of neighbours.
+    A rectangle has a row for each of its atoms and a column for each token of the one with most.
+    Atoms with many neighbours have one of their own, so that few slots are empty.
 
     Attributes:
-        token_of_slot: [n_atoms, width], index of the flat token in each slot (0 in empty ones).
-        slot_of_token: [n_atoms + n_edges], index of the slot that holds each flat token.
-        empty: [n_atoms * width] bool, whether a slot holds no token.
+        slots: of each rectangle [atoms, width] int64, the flat token in each slot; in empty ones
+            the atom's own centre.
+        slot_of_token: [n_atoms + n_edges] int64, where each flat token is among the slots of all
+            rectangles, one behind the other.
+        token_of_slot: [n_slots] int64, all of ``slots``.
+        empty: [n_slots] bool, whether a slot holds no token.
     """
 
-    token_of_slot: Tensor
+    slots: list[Tensor]
     slot_of_token: Tensor
+    token_of_slot: Tensor
     empty: Tensor
 
 
@@ -41,11 +45,11 @@ class Layout(NamedTuple):
     Attributes:
         starts: [n_atoms + 1] int64, first edge of each atom and, last, the number of edges; atoms
             without edges are allowed.
-        rectangle: for attention by plain torch operations; None where nothing needs it.
+        rectangles: for attention by plain torch operations; None where nothing needs them.
     """
 
     starts: Tensor
-    rectangle: Rectangle | None
+    rectangles: Rectangles | None
 
 
 class Edges(NamedTuple):
@@ -91,33 +95,91 @@ class Neighborhood(NamedTuple):
     layout: Layout
 
 
-def make_layout(centers: Tensor, num_atoms: int, rectangle: bool) -> Layout:
+def make_layout(centers: Tensor, num_atoms: int, rectangles: bool) -> Layout:
     """The tokens of each atom.
 
     Args:
         centers: [n_edges] int64, the centre atom of each edge, sorted.
         num_atoms: number of atoms.
-        rectangle: whether attention needs it.
+        rectangles: whether attention needs them.
     """
     atoms = torch.arange(num_atoms + 1, device=centers.device)
     starts = torch.searchsorted(centers.contiguous(), atoms)
-    return Layout(starts, _rectangle(centers, starts) if rectangle else None)
+    return Layout(starts, _rectangles(centers, starts) if rectangles else None)
 
 
-def _rectangle(centers: Tensor, starts: Tensor) -> Rectangle:
-    num_atoms, num_edges = starts.size(0) - 1, centers.size(0)
-    device = centers.device
-    width = 1
-    if num_edges > 0:
-        width += int(starts.diff().max())
-    edges = torch.arange(num_edges, device=device)
-    atoms = torch.arange(num_atoms, device=device)
-    edge_slots = centers * width + 1 + edges - starts[centers]
-    slot_of_token = torch.cat([atoms * width, edge_slots])
-    token_of_slot = torch.full((num_atoms * width,), -1, dtype=torch.int64, device=device)
-    token_of_slot[slot_of_token] = torch.arange(num_atoms + num_edges, device=device)
-    slots = token_of_slot.clamp_min(0).view(num_atoms, width)
-    return Rectangle(slots, slot_of_token, token_of_slot < 0)
+def _rectangles(centers: Tensor, starts: Tensor) -> Rectangles:
+    num_atoms, device = starts.size(0) - 1, starts.device
+    counts, order = starts.diff().sort(stable=True)
+    slots: list[Tensor] = []
+    firsts: list[Tensor] = []
+    empty: list[Tensor] = []
+    begin, before = 0, 0
+    for end, width in _cuts(counts, num_atoms + centers.size(0)):
+        atoms, columns = order[begin:end].unsqueeze(1), torch.arange(width, device=device)
+        missing = columns > counts[begin:end].unsqueeze(1)
+        tokens = starts[atoms] + columns + (num_atoms - 1)
+        slots.append(torch.where(missing | (columns == 0), atoms, tokens))
+        empty.append(missing.flatten())
+        firsts.append(before + width * torch.arange(end - begin, device=device))
+        before += width * (end - begin)
+        begin = end
+    first = torch.empty_like(order).index_copy(0, order, torch.cat(firsts))
+    edges = torch.arange(centers.size(0), device=device)
+    slot_of_token = torch.cat([first, first[centers] + 1 + edges - starts[centers]])
+    token_of_slot = torch.cat([tokens.flatten() for tokens in slots])
+    return Rectangles(slots, slot_of_token, token_of_slot, torch.cat(empty))
+
+
+def _cuts(counts: Tensor, num_tokens: int) -> list[tuple[int, int]]:
+    """Where to cut the atoms, ascending by neighbours: the end and the width of each rectangle.
+
+    One, two, four or eight rectangles, as few as leave hardly a slot empty. Each has two atoms:
+    a compiled graph would take a size of one for a constant.
+
+    Args:
+        counts: [n_atoms] int64, neighbours, ascending.
+        num_tokens: of all of them.
+    """
+    num_atoms = counts.size(0)
+    if num_atoms == 0:
+        return [(0, 1)]
+    # Few places, for reading numbers from a GPU takes time: sixteenths, ever finer to the end.
+    parts, left = [part * num_atoms // 16 for part in range(1, 15)], num_atoms // 16
+    while left > 1:
+        parts.append(num_atoms - left)
+        left = left // 2
+    ends: list[int] = []
+    for part in parts:
+        if 0 < part // 2 * 2 <= num_atoms - 2:
+            ends.append(part // 2 * 2)
+    ends.append(num_atoms)
+    places = torch.tensor(ends, device=counts.device)
+    widths: list[int] = (1 + counts[places - 1]).tolist()
+    chosen = [len(ends) - 1]
+    least = _num_slots(chosen, ends, widths)
+    while len(chosen) < 8:
+        spare, count = least - num_tokens, len(chosen)
+        if spare <= 0.15 * num_tokens or spare < 1024:  # more launches would cost more than those
+            break
+        for _ in range(count):
+            best = chosen
+            for new in range(len(ends)):
+                cut = sorted(chosen + [new])
+                if _num_slots(cut, ends, widths) < least:
+                    best, least = cut, _num_slots(cut, ends, widths)
+            chosen = best
+        if len(chosen) == count:
+            break
+    return [(ends[i], widths[i] if len(chosen) == 1 else max(2, widths[i])) for i in chosen]
+
+
+def _num_slots(chosen: list[int], ends: list[int], widths: list[int]) -> int:
+    slots, begin = 0, 0
+    for i in chosen:
+        slots += (ends[i] - begin) * widths[i]
+        begin = ends[i]
+    return slots
 
 
 def renumbered(kept: Tensor, reverse: Tensor) -> Tensor:

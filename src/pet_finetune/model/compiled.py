@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pet_finetune.backends import EAGER, using
 from pet_finetune.backends.graphs import CannotCompile, Graph, compiled_graph, is_compiled
-from pet_finetune.graph import Batch, Edges, Layout, Rectangle
+from pet_finetune.graph import Batch, Edges, Layout, Rectangles
 from pet_finetune.log import get_logger
 
 from .potential import Potential
@@ -188,7 +188,8 @@ class Sizes:
     listed: int = 101
     within: int = 89
     kept: int = 71
-    width: int = 17
+    rectangles: tuple[int, ...] = (11, 13, 19, 23, 31, 47, 53, 59)
+    widths: tuple[int, ...] = (17, 29, 37, 43, 61, 67, 73, 79)
 
     def batch(self, graph: Batch) -> tuple[list[Tensor], list[Sequence[int]]]:
         """The tensors of a batch of the same form with these sizes, and which axes are free."""
@@ -197,13 +198,15 @@ class Sizes:
         within, kept = edges.within, edges.kept
         count = self.listed if within is None else self.within
         count = count if kept is None else self.kept
-        rectangle = edges.layout.rectangle
-        if rectangle is not None:
-            slots = self.atoms * self.width
-            rectangle = Rectangle(
-                rectangle.token_of_slot.new_zeros(self.atoms, self.width),
-                rectangle.slot_of_token.new_zeros(self.atoms + count),
-                rectangle.empty.new_zeros(slots),
+        rectangles = edges.layout.rectangles
+        if rectangles is not None:
+            shapes = list(zip(self.rectangles, self.widths, strict=True))[: len(rectangles.slots)]
+            slots = sum(atoms * width for atoms, width in shapes)
+            rectangles = Rectangles(
+                [rectangles.token_of_slot.new_zeros(*shape) for shape in shapes],
+                rectangles.slot_of_token.new_zeros(self.atoms + count),
+                rectangles.token_of_slot.new_zeros(slots),
+                rectangles.empty.new_zeros(slots),
             )
         starts = edges.layout.starts.new_zeros(self.atoms + 1)
         own = Edges(
@@ -212,7 +215,7 @@ class Sizes:
             centers=edges.centers.new_zeros(count),
             neighbors=edges.neighbors.new_zeros(count),
             reverse=edges.reverse.new_zeros(count),
-            layout=Layout(starts, rectangle),
+            layout=Layout(starts, rectangles),
         )
         rows = {
             "numbers": self.atoms,
@@ -228,8 +231,8 @@ class Sizes:
         }
         fields = {name: self._rows(getattr(graph, name), count) for name, count in rows.items()}
         leaves = [t for t in tree_flatten(Batch(**fields, edges=own))[0] if t is not None]
-        wide = (self.atoms, self.width)
-        return leaves, [(0, 1) if tuple(t.shape) == wide else _first_axis(t) for t in leaves]
+        wide = set(zip(self.rectangles, self.widths, strict=True))
+        return leaves, [(0, 1) if tuple(t.shape) in wide else _first_axis(t) for t in leaves]
 
     def label(self, label: Tensor, per_atom: bool) -> tuple[Tensor, Sequence[int]]:
         """The same of a label."""

@@ -23,11 +23,11 @@ def weigh_keys(factors: Tensor, layout: Layout, smallest: float = SMALLEST_FACTO
         smallest: factors below it count as it.
 
     Returns:
-        [n_edges]; where the layout has a rectangle, padded as
+        [n_edges]; where the layout has rectangles, padded as
         :func:`~pet_finetune.backends.reference.pad_keys` pads it.
     """
     logarithms = torch.log(factors.clamp_min(smallest))
-    return logarithms if layout.rectangle is None else pad_keys(logarithms, layout)
+    return logarithms if layout.rectangles is None else pad_keys(logarithms, layout)
 
 
 class Attention(Accelerated, nn.Module):
@@ -73,17 +73,17 @@ class Attention(Accelerated, nn.Module):
         if not torch.jit.is_scripting():
             if self.backend.fused:
                 return self._fused(tokens, layout.starts, bias, norm, memory)
-        rectangle = layout.rectangle
-        assert rectangle is not None
+        where = layout.rectangles
+        assert where is not None
         qkv = self.input_linear(tokens if norm is None else apply_rows(tokens, norm))
         # What is exported predicts. On a CPU the plain form is the faster one.
         once = qkv.is_cuda and qkv.dtype == bias.dtype
         if not torch.jit.is_scripting():
             once = once and memory == Memory.INPUTS_ONLY
         if once:
-            mixed = attend_once(qkv, rectangle, bias, self.num_heads, self.scale)
+            mixed = attend_once(qkv, where, bias, self.num_heads, self.scale)
         else:
-            mixed = attend(qkv, rectangle, bias, self.num_heads, self.scale)
+            mixed = attend(qkv, where, bias, self.num_heads, self.scale)
         if self.prompt is not None:  # two conditions, for TorchScript compiles both parts of `and`
             if self.prompt.enabled:
                 of_prompt = self.input_linear(self.prompt.adaption_prompt)

@@ -129,10 +129,10 @@ class NeighborhoodBuilder(Accelerated, nn.Module):
             kept = torch.nonzero(near.distances <= radii).squeeze(-1)
             reverse = renumbered(kept, reverse)
             centers, neighbors = centers[kept], neighbors[kept]
-        rectangle = True
+        rectangles = True
         if not torch.jit.is_scripting():
-            rectangle = not self.backend.fused
-        layout = make_layout(centers, batch.numbers.size(0), rectangle)
+            rectangles = not self.backend.fused
+        layout = make_layout(centers, batch.numbers.size(0), rectangles)
         return Edges(within, kept, centers, neighbors, reverse, layout)
 
     def radii(self, distances: Tensor, centers: Tensor, num_atoms: int) -> Tensor:

@@ -25,20 +25,20 @@ def randoms(*shapes, dtype=torch.float64, seed=0):
     return [torch.randn(*s, generator=generator, dtype=dtype).requires_grad_() for s in shapes]
 
 
-def layout_of(counts, rectangle=False):
+def layout_of(counts, rectangles=False):
     centers = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    return make_layout(centers, len(counts), rectangle)
+    return make_layout(centers, len(counts), rectangles)
 
 
 def attention_pair(counts, heads):
     """The fused attention and its reference, as functions of (qkv, factors)."""
-    layout, padded = layout_of(counts), layout_of(counts, rectangle=True)
+    layout, padded = layout_of(counts), layout_of(counts, rectangles=True)
 
     def fused(qkv, factors):
         return kernels.attention(qkv, weigh_keys(factors, layout), layout.starts, heads, 0.3)
 
     def plain(qkv, factors):
-        return attend(qkv, padded.rectangle, weigh_keys(factors, padded), heads, 0.3)
+        return attend(qkv, padded.rectangles, weigh_keys(factors, padded), heads, 0.3)
 
     return fused, plain
 

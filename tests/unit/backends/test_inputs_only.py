@@ -104,7 +104,7 @@ def test_attention(dtype, norm, counts):
     attention, norm = layers(lambda: Attention(WIDTH, 4, 1.0), norm, dtype)
     attention.requires_grad_(False)
     centers = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    layout = make_layout(centers, len(counts), rectangle=False)
+    layout = make_layout(centers, len(counts), rectangles=False)
     before = None if norm is None else norm.op()
     tokens = randoms(len(counts) + sum(counts), WIDTH, dtype=dtype)
     factors = randoms(sum(counts), dtype=dtype, seed=1).detach().sigmoid().requires_grad_()

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from pet_finetune.backends.reference import (
+    Attention,
+    Gate,
+    Norm,
     attend,
     attend_once,
     pad_keys,
@@ -13,6 +18,7 @@ from pet_finetune.backends.reference import (
     permute_rows,
     unpad_rows,
 )
+from pet_finetune.backends.twice import twice
 from pet_finetune.graph import Layout, make_layout
 
 
@@ -24,8 +30,8 @@ def rows(count, seed=0, width=2):
 def layout(counts):
     """Slots of atoms with the given numbers of neighbours, and how many tokens they hold."""
     centers = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    rectangle = make_layout(centers, len(counts), rectangle=True).rectangle
-    return rectangle, len(counts) + len(centers)
+    rectangles = make_layout(centers, len(counts), rectangles=True).rectangles
+    return rectangles, len(counts) + len(centers)
 
 
 def check_twice(function, inputs):
@@ -49,7 +55,7 @@ LAYOUTS = pytest.mark.parametrize("counts", [[2, 0, 3], [2, 2], [0, 0]], ids=str
 def test_pad_puts_each_row_into_its_slot_and_nothing_else(counts):
     where, tokens = layout(counts)
     x = rows(tokens)
-    padded = pad_rows(x, where).flatten(0, 1)
+    padded = pad_rows(x, where)
     assert torch.equal(padded[where.slot_of_token], x)
     in_use = torch.zeros(len(padded), dtype=torch.bool)
     in_use[where.slot_of_token] = True
@@ -62,19 +68,81 @@ def test_unpad_takes_them_back(counts):
     where, tokens = layout(counts)
     x = rows(tokens)
     assert torch.equal(unpad_rows(pad_rows(x, where), where), x)
-    shape = where.token_of_slot.shape
-    padded = rows(shape.numel(), seed=1)
-    check_twice(lambda r: unpad_rows(r.view(*shape, 2), where), padded)
+    check_twice(lambda r: unpad_rows(r, where), rows(len(where.empty), seed=1))
 
 
 @LAYOUTS
 def test_pad_and_unpad_are_adjoint(counts):
     where, tokens = layout(counts)
-    x, y = rows(tokens), rows(where.token_of_slot.numel(), seed=1)
-    y = y.view(*where.token_of_slot.shape, 2)
+    x, y = rows(tokens), rows(len(where.empty), seed=1)
     left = (pad_rows(x, where) * y).sum()
     right = (x * unpad_rows(y, where)).sum()
     torch.testing.assert_close(left, right)
+
+
+def numbers(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+
+
+#: Formulas, and the shapes of what they take.
+FORMULAS = {
+    "silu": (Gate("silu"), [(5, 6)]),
+    "swiglu": (Gate("swiglu"), [(5, 6)]),
+    "rms norm": (Norm("rms_norm", 0.1), [(5, 6), (6,)]),
+    "layer norm": (Norm("layer_norm", 0.1), [(5, 6), (6,), (6,)]),
+}
+
+
+@pytest.fixture(params=[*FORMULAS, "attention"])
+def formula(request):
+    if request.param == "attention":
+        where, tokens = layout([2, 0, 3, 0])
+        inputs = [numbers(tokens, 3 * 4), numbers(len(where.empty), seed=1)]
+        with torch.no_grad():
+            inputs[1].masked_fill_(where.empty, -torch.inf)
+        return Attention(where, 2, 0.4), inputs
+    made, shapes = FORMULAS[request.param]
+    return made, [numbers(*shape, seed=seed) for seed, shape in enumerate(shapes)]
+
+
+def derivatives(function, inputs, towards, again=False):
+    """A function, its gradient, and the gradient of that; which can be differentiated again or not.
+
+    A written second derivative is used where it cannot.
+    """
+    out = function(*inputs)
+    first = torch.autograd.grad(out, inputs, towards, create_graph=True)
+    cotangents = [numbers(*f.shape, seed=7 + i).detach() for i, f in enumerate(first)]
+    pairs = [(f, c) for f, c in zip(first, cotangents, strict=True) if f.requires_grad]
+    second = torch.autograd.grad(
+        [f for f, _ in pairs], [*inputs, towards], [c for _, c in pairs], create_graph=again,
+        allow_unused=True,
+    )  # fmt: skip
+    return [out, *first, *(torch.zeros(()) if s is None else s for s in second)]
+
+
+def test_written_derivatives_are_those_of_autograd(formula):
+    made, inputs = formula
+    towards = numbers(*made.plain(*inputs).shape, seed=5)
+    found = [t.detach() for t in derivatives(partial(twice, made), inputs, towards)]
+    expected = derivatives(made.plain, inputs, towards)
+    for own, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, other.detach().to(own))
+
+
+def test_third_derivatives_are_those_of_autograd(formula):
+    made, inputs = formula
+    towards = numbers(*made.plain(*inputs).shape, seed=5)
+
+    def third(function):
+        second = derivatives(function, inputs, towards, again=True)[-len(inputs) - 1 :]
+        total = sum((s**2).sum() for s in second if s.requires_grad)
+        return torch.autograd.grad(total, [*inputs, towards], allow_unused=True)
+
+    for own, other in zip(third(partial(twice, made)), third(made.plain), strict=True):
+        if other is not None:
+            torch.testing.assert_close(own, other)
 
 
 HEADS, HEAD = 2, 5
@@ -88,7 +156,7 @@ def attention_of(function, counts, dtype, *more):
     logarithms = torch.rand(sum(counts), generator=generator, dtype=dtype).log()
     logarithms[:1] = -34.5  # of an edge that is about to vanish
     inputs = qkv.requires_grad_(), logarithms.requires_grad_()
-    bias = pad_keys(logarithms, Layout(torch.empty(0), where))
+    bias = pad_keys(logarithms, Layout(torch.empty(len(counts) + 1), where))
     out = function(qkv, where, bias, HEADS, 0.4, *more)
     cotangent = torch.randn(out.shape, generator=generator, dtype=dtype)
     return out, *torch.autograd.grad((out * cotangent).sum(), inputs, allow_unused=True)

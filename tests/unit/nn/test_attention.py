@@ -33,7 +33,7 @@ def tokens_of(counts, seed=1):
 
 
 def attend(attention, tokens, factors, centers, num_atoms):
-    layout = make_layout(centers, num_atoms, rectangle=not attention.backend.fused)
+    layout = make_layout(centers, num_atoms, rectangles=not attention.backend.fused)
     return attention(tokens, layout, weigh_keys(factors, layout))
 
 

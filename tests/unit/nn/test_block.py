@@ -29,7 +29,7 @@ def inputs(d_node):
     centers = torch.tensor([0, 0, 2])
     nodes = torch.randn(3, d_node, generator=generator, dtype=torch.float64)
     edges = torch.randn(3, D_PET, generator=generator, dtype=torch.float64)
-    layout = make_layout(centers, 3, rectangle=not default_backend().fused)
+    layout = make_layout(centers, 3, rectangles=not default_backend().fused)
     return nodes, edges, layout, weigh_keys(torch.ones(3, dtype=torch.float64), layout)
 
 

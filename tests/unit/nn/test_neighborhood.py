@@ -28,10 +28,9 @@ def build(positions, list_cutoff=4.0, **changes):
     return batch, NeighborhoodBuilder(**{**PLAIN, **changes})(batch)
 
 
-def rectangle_of(neighborhood):
-    return make_layout(
-        neighborhood.centers, len(neighborhood.layout.starts) - 1, rectangle=True
-    ).rectangle
+def rectangles_of(neighborhood):
+    num_atoms = len(neighborhood.layout.starts) - 1
+    return make_layout(neighborhood.centers, num_atoms, rectangles=True).rectangles
 
 
 LINE = [[0.0, 0, 0], [1.0, 0, 0], [2.2, 0, 0], [9.0, 0, 0]]
@@ -82,28 +81,46 @@ def test_both_directions_of_a_pair_share_the_adaptive_radius(method):
 def test_atoms_without_neighbours_have_a_slot_of_their_own():
     _, neighborhood = build(LINE)
     tokens = torch.arange(4.0 + len(neighborhood.centers)).unsqueeze(1)
-    padded = pad_rows(tokens, rectangle_of(neighborhood))
-    assert padded.shape == (4, 3, 1)
-    assert padded[3].flatten().tolist() == [3.0, 0.0, 0.0]
-    assert padded[0].flatten().tolist() == [0.0, 4.0, 5.0]
-    assert torch.equal(unpad_rows(padded, rectangle_of(neighborhood)), tokens)
+    padded = pad_rows(tokens, rectangles_of(neighborhood))
+    rows = padded.view(4, 3).tolist()
+    assert [3.0, 0.0, 0.0] in rows
+    assert [0.0, 4.0, 5.0] in rows
+    assert torch.equal(unpad_rows(padded, rectangles_of(neighborhood)), tokens)
 
 
 @pytest.mark.parametrize("adaptive", [None, 4.0])
 def test_no_edges_at_all(adaptive):
     _, neighborhood = build([LINE[0], LINE[3]], num_neighbors_adaptive=adaptive)
     assert neighborhood.distances.shape == (0,)
-    assert rectangle_of(neighborhood).token_of_slot.shape[1] == 1
     tokens = torch.ones(2, 5)
-    assert torch.equal(pad_rows(tokens, rectangle_of(neighborhood)), tokens.unsqueeze(1))
+    assert torch.equal(pad_rows(tokens, rectangles_of(neighborhood)), tokens)
 
 
 def test_full_rectangles_have_no_empty_slots():
-    full = make_layout(torch.tensor([0, 0, 1, 1]), 2, rectangle=True)
-    assert not full.rectangle.empty.any()
-    assert full.rectangle.token_of_slot.shape[1] == 3
+    full = make_layout(torch.tensor([0, 0, 1, 1]), 2, rectangles=True)
+    assert not full.rectangles.empty.any()
+    assert [tuple(slots.shape) for slots in full.rectangles.slots] == [(2, 3)]
     assert full.starts.tolist() == [0, 2, 4]
-    assert make_layout(torch.tensor([0, 0, 1]), 2, True).rectangle.empty.nonzero().tolist() == [[5]]
+    assert int(make_layout(torch.tensor([0, 0, 1]), 2, True).rectangles.empty.sum()) == 1
+
+
+@pytest.mark.parametrize("crowded", [0, 1, 7, 300])
+def test_few_slots_are_empty_whoever_is_crowded(crowded):
+    """One rectangle for all would have ten slots a token where one atom has 200 neighbours."""
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.randint(10, 30, (1000,), generator=generator)
+    counts[torch.randperm(1000, generator=generator)[:crowded]] = 200
+    centers = torch.arange(1000).repeat_interleave(counts)
+    where = make_layout(centers, 1000, rectangles=True).rectangles
+    tokens = 1000 + len(centers)
+    assert len(where.empty) <= 1.15 * tokens
+    assert 1 < len(where.slots) <= 8
+    # Each token has one slot, and an atom's lie in one row, the centre first.
+    assert where.token_of_slot[where.slot_of_token].tolist() == list(range(tokens))
+    assert int((~where.empty).sum()) == tokens
+    owners = torch.cat([torch.arange(1000), centers])
+    for slots in where.slots:
+        assert torch.equal(owners[slots], slots[:, :1].expand_as(slots))
 
 
 def tensors_of(nested):

@@ -35,7 +35,7 @@ def tokens():
 def run(layer, tokens):
     centers = torch.arange(len(COUNTS)).repeat_interleave(torch.tensor(COUNTS))
     factors = torch.linspace(0.1, 1.0, sum(COUNTS), dtype=torch.float64)
-    layout = make_layout(centers, len(COUNTS), rectangle=not layer.backend.fused)
+    layout = make_layout(centers, len(COUNTS), rectangles=not layer.backend.fused)
     return layer(tokens, layout, weigh_keys(factors, layout))
 
 
