@@ -41,7 +41,7 @@ METHODS = ("tolist", "cpu", "numpy", "item", "__bool__", "__int__", "__float__",
 #: where a part of a batch is rotated again. Shorten this list.
 KNOWN = {
     "neighborhood.py:near", "neighborhood.py:_cuts", "neighborhood.py:keep_edges",
-    "augment.py:rotate_batch", "batch.py:first", "batch.py:rotate_graphs",
+    "epochs.py:rotate_batch", "batch.py:first", "batch.py:rotate_graphs",
 }  # fmt: skip
 SOURCES = Path(pet_finetune.__file__).parent
 
@@ -134,7 +134,7 @@ def test_a_step_of_md_reads_its_results_alone(monkeypatch):
             atoms.get_forces()
     results = {"calculator.py:calculate", "committee.py:to_numpy"}
     assert {where for where, _ in found} <= KNOWN | results | {
-        "moving.py:_holds"
+        "calculator_input.py:_holds"
     }  # of positions that are on the CPU
     assert sum(found[where, "__float__"] for where in results) == 1
 
