@@ -21,7 +21,8 @@ from torch.nn import functional
 
 from pet_finetune.graph import make_layout
 
-from .reference import RowOp, apply_rows, attend, pad_keys
+from .attention import attend, pad_keys
+from .reference import RowOp, apply_rows
 
 __all__ = ["OPERATORS", "PROLOGUES", "Operator", "register_fakes", "unpacked"]
 

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from pet_finetune.backends import Accelerated, RowOp, apply_rows, fused
+from pet_finetune.backends.attention import attend, attend_once, pad_keys
 from pet_finetune.backends.instructions import CannotRecord, Recorder, Rows
-from pet_finetune.backends.reference import attend, attend_once, pad_keys
 from pet_finetune.graph import Layout
 
 from .projection import Memory, packed_layer, project, record_linear
@@ -24,7 +24,7 @@ def weigh_keys(factors: Tensor, layout: Layout, smallest: float = SMALLEST_FACTO
 
     Returns:
         [n_edges]; where the layout has rectangles, padded as
-        :func:`~pet_finetune.backends.reference.pad_keys` pads it.
+        :func:`~pet_finetune.backends.attention.pad_keys` pads it.
     """
     logarithms = torch.log(factors.clamp_min(smallest))
     return logarithms if layout.rectangles is None else pad_keys(logarithms, layout)

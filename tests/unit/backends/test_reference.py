@@ -7,17 +7,15 @@ from functools import partial
 import pytest
 import torch
 
-from pet_finetune.backends.reference import (
+from pet_finetune.backends.attention import (
     Attention,
-    Gate,
-    Norm,
     attend,
     attend_once,
     pad_keys,
     pad_rows,
-    permute_rows,
     unpad_rows,
 )
+from pet_finetune.backends.reference import Gate, Norm, permute_rows
 from pet_finetune.backends.twice import twice
 from pet_finetune.graph import Layout, make_layout
 

@@ -7,7 +7,8 @@ import torch
 from ase import Atoms
 from torch.utils._pytree import tree_flatten
 
-from pet_finetune.backends.reference import pad_rows, permute_rows, unpad_rows
+from pet_finetune.backends.attention import pad_rows, unpad_rows
+from pet_finetune.backends.reference import permute_rows
 from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.graph import make_layout
 from pet_finetune.nn.neighborhood import NeighborhoodBuilder

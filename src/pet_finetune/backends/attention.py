@@ -1,0 +1,291 @@
+"""Attention within each atom's neighbourhood, by plain torch, in padded rectangles.
+
+TorchScript compiles these functions where they are part of an exported network.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from pet_finetune.graph import Layout, Rectangles
+
+from .twice import Formula, Gradients, Tensors, twice
+
+__all__ = ["Attention", "attend", "attend_once", "pad_keys", "pad_rows", "unpad_rows"]
+
+
+class _Pad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, row_of_slot, slot_of_row, empty):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(row_of_slot, slot_of_row, empty)
+        # A mask, which a compiler makes part of whatever reads the rectangle next.
+        mask = empty.view([-1] + [1] * (rows.dim() - 1))
+        return rows.index_select(0, row_of_slot).masked_fill(mask, 0.0)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return _Unpad.apply(grad, *ctx.saved_tensors), None, None, None
+
+
+class _Unpad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, padded, row_of_slot, slot_of_row, empty):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(row_of_slot, slot_of_row, empty)
+        return padded.index_select(0, slot_of_row)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return _Pad.apply(grad, *ctx.saved_tensors), None, None, None
+
+
+def pad_rows(rows: Tensor, where: Rectangles) -> Tensor:
+    """Tokens [n_atoms + n_edges, ...] to [n_slots, ...], zeros in empty slots."""
+    if torch.jit.is_scripting():
+        room = rows.new_zeros([where.empty.size(0)] + list(rows.shape[1:]))
+        return room.index_copy(0, where.slot_of_token, rows)
+    padded: Tensor = _Pad.apply(rows, where.token_of_slot, where.slot_of_token, where.empty)
+    return padded
+
+
+def unpad_rows(padded: Tensor, where: Rectangles) -> Tensor:
+    """The adjoint of :func:`pad_rows`: empty slots are dropped."""
+    if torch.jit.is_scripting():
+        return padded.index_select(0, where.slot_of_token)
+    out: Tensor = _Unpad.apply(padded, where.token_of_slot, where.slot_of_token, where.empty)
+    return out
+
+
+def pad_keys(logarithms: Tensor, layout: Layout) -> Tensor:
+    """What is added to the scores of each key, as :func:`attend` takes it.
+
+    Args:
+        logarithms: [n_edges], of the edges; the centres' are 0.
+        layout: with rectangles.
+
+    Returns:
+        [n_slots], with minus infinity in empty slots, so that nothing of a structure depends on
+        what else is in its batch.
+    """
+    where = layout.rectangles
+    assert where is not None
+    of_centers = logarithms.new_zeros(layout.starts.size(0) - 1)
+    padded = pad_rows(torch.cat([of_centers, logarithms]), where)
+    return padded.masked_fill(where.empty, -torch.inf)
+
+
+def attend(qkv: Tensor, where: Rectangles, bias: Tensor, heads: int, scale: float) -> Tensor:
+    """Softmax attention within each neighbourhood, by plain torch.
+
+    Plain matrix products and a softmax, because training on forces differentiates twice and
+    torch's fused attention does not.
+
+    Args:
+        qkv: [n_atoms + n_edges, 3 * width], centre tokens first.
+        where: rectangles of the layout.
+        bias: from :func:`pad_keys`.
+        heads: number of heads.
+        scale: of the scores.
+
+    Returns:
+        [n_atoms + n_edges, width].
+    """
+    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles both parts of `and`
+        if qkv.dtype == bias.dtype and not _autocasts(qkv.device.type):
+            return twice(Attention(where, heads, scale), qkv, bias)
+    mixed: list[Tensor] = []
+    for queries, keys, values, own in _by_heads(qkv, where, bias, heads):
+        scores = torch.matmul(queries * scale, keys.transpose(-2, -1)) + own
+        mixed.append(torch.matmul(scores.softmax(dim=-1), values).transpose(1, 2).flatten(2))
+    return _joined(mixed, where)
+
+
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def attend_once(
+    qkv: Tensor,
+    where: Rectangles,
+    bias: Tensor,
+    heads: int,
+    scale: float,
+    most_atoms: int = 65535,
+) -> Tensor:
+    """:func:`attend` by torch's fused attention, which can be differentiated once.
+
+    A mask that depends on positions would rule out its fastest kernels. So what is added to the
+    scores of a key is one more column of the keys, with ones in the queries.
+
+    Args:
+        qkv: as for :func:`attend`.
+        where: as for :func:`attend`.
+        bias: as for :func:`attend`.
+        heads: as for :func:`attend`.
+        scale: as for :func:`attend`.
+        most_atoms: in one call; on a GPU the derivative fails beyond.
+    """
+    mixed: list[Tensor] = []
+    for queries, keys, values, own in _by_heads(qkv, where, bias, heads):
+        width = values.size(3)
+        more = 8 - width % 8  # columns, the first of them for the bias: kernels like multiples of 8
+        # Empty slots have minus infinity, which would make NaN of the zeros in their rows.
+        column = (own.clamp_min(-1e4) / scale).transpose(2, 3).expand(-1, heads, -1, 1)
+        room = [queries.size(0), heads, queries.size(2), more - 1]
+        zeros, ones = queries.new_zeros(room), torch.ones_like(queries[..., :1])
+        queries = torch.cat([queries, ones, zeros], dim=-1)
+        keys = torch.cat([keys, column, zeros], dim=-1)
+        values = nn.functional.pad(values, [0, more])
+        parts: list[Tensor] = []
+        for q, k, v in zip(  # noqa: B905 - TorchScript knows no strict
+            queries.split(most_atoms), keys.split(most_atoms), values.split(most_atoms)
+        ):
+            parts.append(nn.functional.scaled_dot_product_attention(q, k, v, scale=scale))
+        mixed.append(torch.cat(parts)[..., :width].transpose(1, 2).flatten(2))
+    return _joined(mixed, where)
+
+
+def _by_heads(
+    qkv: Tensor, where: Rectangles, bias: Tensor, heads: int
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Of each rectangle queries, keys and values, [atoms, heads, slots, d], and the keys' bias."""
+    sizes = [slots.numel() for slots in where.slots]
+    padded = pad_rows(qkv, where).split(sizes)
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    for slots, rows, own in zip(where.slots, padded, bias.split(sizes)):  # noqa: B905
+        atoms, width = slots.shape
+        # Written out: -1 for the last would be ambiguous where there are no atoms.
+        split = rows.view(atoms, width, 3, heads, qkv.size(1) // (3 * heads)).permute(2, 0, 3, 1, 4)
+        parts.append((split[0], split[1], split[2], own.view(atoms, 1, 1, width)))
+    return parts
+
+
+def _joined(mixed: list[Tensor], where: Rectangles) -> Tensor:
+    """Of rectangles [atoms, slots, width] the tokens, [n_atoms + n_edges, width]."""
+    return unpad_rows(torch.cat([part.flatten(0, 1) for part in mixed]), where)
+
+
+class Attention(Formula):
+    """:func:`attend`, of queries, keys and values in one array and of the keys' bias.
+
+    In a rectangle of one head, with scores S = s Q K^T + b, P = softmax(S), O = P V and D = dO V^T:
+
+        G = P * (D - rowsum(P * D)),  dQ = s G K,  dK = s G^T Q,  dV = P^T dO,  db = G^T 1.
+
+    Of cotangents q, k, v, b of those four, with W = s (q K^T + Q k^T) + 1 b^T, centred by its mean
+    under P: E = P * W, Y = W * G + P * (dO v^T), H = Y - P * rowsum(Y),
+
+        to dO: P v + E V,  to Q: s (G k + H K),  to K: s (G^T q + H^T Q),
+        to V: E^T dO,  to b: H^T 1.
+
+    What is in empty slots of queries, keys and values reaches nothing that is read.
+
+    Args:
+        where: rectangles of the layout.
+        heads: number of heads.
+        scale: s.
+    """
+
+    def __init__(self, where: Rectangles, heads: int, scale: float) -> None:
+        self.where, self.heads, self.scale = where, heads, scale
+
+    def plain(self, *inputs: Tensor) -> Tensor:
+        """See :class:`Formula`."""
+        qkv, bias = inputs
+        mixed = []
+        for queries, keys, values, own in _by_heads(qkv, self.where, bias, self.heads):
+            scores = torch.matmul(queries * self.scale, keys.mT) + own
+            mixed.append(torch.matmul(scores.softmax(dim=-1), values).transpose(1, 2).flatten(2))
+        return _joined(mixed, self.where)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensors]:
+        """See :class:`Formula`."""
+        qkv, bias = inputs
+        mixed, kept = [], []
+        for slots, own in self._with(bias):
+            q, k, v = self._taken(qkv, slots, 3)
+            scores = self._square(torch.bmm(q, k.mT), slots)
+            weights = torch.add(own, scores, alpha=self.scale).softmax(-1)
+            mixed.append(torch.bmm(weights.flatten(0, 1), v))
+            kept.append(weights)
+        return self._tokens([[part] for part in mixed]), kept
+
+    def backward(self, grad: Tensor, inputs: Tensors, kept: Tensors) -> Gradients:
+        """See :class:`Formula`."""
+        qkv, _ = inputs
+        to_qkv, to_bias = [], []
+        for (slots, empty), weights in zip(self._with(self.where.empty), kept, strict=True):
+            (q, k, v), p = self._taken(qkv, slots, 3), weights.flatten(0, 1)
+            g = self._gradient(grad, slots, empty)
+            to_scores = _of_scores(torch.bmm(g, v.mT), p)
+            scaled = to_scores * self.scale
+            to_qkv.append([torch.bmm(scaled, k), torch.bmm(scaled.mT, q), torch.bmm(p.mT, g)])
+            to_bias.append(self._of_keys(to_scores, slots))
+        return self._tokens(to_qkv), torch.cat(to_bias)
+
+    def second(self, towards: Gradients, grad: Tensor, inputs: Tensors, kept: Tensors) -> Gradients:
+        """See :class:`Formula`."""
+        (qkv, _), (to_qkv, to_bias) = inputs, towards
+        assert to_qkv is not None
+        assert to_bias is not None
+        of_grad, of_qkv, of_bias = [], [], []
+        empties = (empty for _, empty in self._with(self.where.empty))
+        for (slots, cb), empty, weights in zip(self._with(to_bias), empties, kept, strict=True):
+            (q, k, v), p = self._taken(qkv, slots, 3), weights.flatten(0, 1)
+            cq, ck, cv = self._taken(to_qkv, slots, 3)
+            g = self._gradient(grad, slots, empty)
+            to_scores = _of_scores(torch.bmm(g, v.mT), p)
+            products = self._square(torch.baddbmm(torch.bmm(cq, k.mT), q, ck.mT), slots)
+            w = torch.add(cb, products, alpha=self.scale).flatten(0, 1)
+            w = w - (p * w).sum(-1, keepdim=True)
+            e = p * w
+            y = (p * torch.bmm(g, cv.mT)).addcmul_(w, to_scores)
+            h = torch.addcmul(y, p, y.sum(-1, keepdim=True), value=-1.0)
+            of_grad.append([torch.baddbmm(torch.bmm(p, cv), e, v)])
+            of_bias.append(self._of_keys(h, slots))
+            h, scaled = h * self.scale, to_scores * self.scale
+            of_q = torch.baddbmm(torch.bmm(scaled, ck), h, k)
+            of_k = torch.baddbmm(torch.bmm(scaled.mT, cq), h.mT, q)
+            of_qkv.append([of_q, of_k, torch.bmm(e.mT, g)])
+        return self._tokens(of_grad), self._tokens(of_qkv), torch.cat(of_bias)
+
+    def _with(self, flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each rectangle's slots, and its part of [n_slots] numbers as [atoms, 1, slots]."""
+        sizes = [slots.numel() for slots in self.where.slots]
+        for slots, own in zip(self.where.slots, flat.split(sizes), strict=True):
+            yield slots, own.view(slots.size(0), 1, slots.size(1))
+
+    def _taken(self, rows: Tensor, slots: Tensor, parts: int) -> Tensor:
+        """Tokens in their slots: [parts, heads * atoms, slots, d]."""
+        split = rows.view(rows.size(0), parts * self.heads, -1).transpose(0, 1)
+        atoms, width = slots.shape
+        taken = split.index_select(1, slots.flatten())
+        return taken.view(parts, self.heads * atoms, width, split.size(2))
+
+    def _gradient(self, grad: Tensor, slots: Tensor, empty: Tensor) -> Tensor:
+        """The gradient of the output, zero in empty slots."""
+        (taken,) = self._taken(grad, slots, 1)
+        of_heads = taken.view(self.heads, *slots.shape, -1)
+        return of_heads.masked_fill(empty.mT, 0.0).flatten(0, 1)
+
+    def _tokens(self, parts: list[list[Tensor]]) -> Tensor:
+        """The opposite of :meth:`_taken`; of each rectangle one array for each part."""
+        rows = [
+            (torch.stack(p) if len(p) > 1 else p[0]).view(len(p) * self.heads, -1, p[0].size(2))
+            for p in parts
+        ]
+        joined = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+        return joined.transpose(0, 1).index_select(0, self.where.slot_of_token).flatten(1)
+
+    def _square(self, scores: Tensor, slots: Tensor) -> Tensor:
+        """[heads * atoms, slots, slots] as [heads, atoms, slots, slots]."""
+        return scores.view(self.heads, slots.size(0), *scores.shape[1:])
+
+    def _of_keys(self, scores: Tensor, slots: Tensor) -> Tensor:
+        """The sum over heads and queries, [atoms * slots]."""
+        return self._square(scores, slots).sum((0, 2)).flatten()
+
+
+def _of_scores(grad: Tensor, weights: Tensor) -> Tensor:
+    """The gradient of scores, of that of their softmax."""
+    return torch._softmax_backward_data(grad, weights, -1, grad.dtype)
