@@ -1,0 +1,165 @@
+r"""Beside the peers: the same structures and the same processor seconds as our own defaults.
+
+    python -m benchmarks.peers --data DATA --work WORK --sets ethanol carbon --seconds 80
+
+Ours are the rows ``lora`` and ``full`` of ``benchmarks.recipe``, whose parts of the sets these are;
+``--seconds`` says what the longer of them took, start and all. Each peer trains as many epochs as
+fit into that, as two short runs of it tell. metatrain starts from the same checkpoint, at the
+learning rates that ``benchmarks.accuracy`` gives it (its own, 1e-4, is far too low for so few
+steps); MACE from nothing (64 channels, scalars and vectors, 5 A, second stage in the last quarter).
+Errors are those of the best model on structures that no run saw.
+
+MACE is no dependency: ``mace-torch`` has to be installed for its row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ase.io
+import numpy as np
+import yaml
+from ase import Atoms
+from benchmarks.accuracy import LEARNING_RATES
+from benchmarks.recipe import FOUNDATION, ROOT, SETS, section, write_set
+
+import pet_finetune as pf
+
+PEERS = ("metatrain-lora", "metatrain-full", "mace")
+SEED = 1
+
+
+def metatrain_command(peer: str, files: dict[str, Path], batch: int, epochs: int) -> list[str]:
+    """Writes the options into the working directory; what trains by them."""
+    if not Path("foundation.ckpt").exists():
+        pf.export(pf.load(FOUNDATION), "foundation.ckpt", format="metatrain")
+    method = peer.partition("-")[2]
+    finetune: dict[str, Any] = {"method": method, "read_from": "foundation.ckpt"}
+    if method == "lora":
+        modules = ["input_linear", "output_linear", "w_in", "w_out"]
+        finetune["config"] = {"rank": 8, "alpha": 8, "target_modules": modules}
+    training = {
+        "batch_size": batch, "num_epochs": epochs, "learning_rate": LEARNING_RATES[method],
+        "finetune": finetune,
+    }  # fmt: skip
+    options = {
+        "seed": SEED,
+        "device": "cpu",
+        "base_precision": 32,
+        "architecture": {"name": "pet", "training": training},
+        "training_set": section(files["train"]),
+        "validation_set": section(files["validation"]),
+    }
+    Path("options.yaml").write_text(yaml.safe_dump(options))
+    words = ["train", "options.yaml", "-o", "model.pt", "-r", "final_eval=false"]
+    return [sys.executable, "-m", "metatrain", *words]
+
+
+def mace_command(files: dict[str, Path], batch: int, epochs: int) -> list[str]:
+    """What trains a small MACE."""
+    for part in ("train", "validation"):  # MACE reads labels by names that ASE does not reserve
+        frames = ase.io.read(files[part], ":")
+        for atoms in frames:
+            atoms.info["REF_energy"] = atoms.get_potential_energy()
+            atoms.arrays["REF_forces"] = atoms.get_forces()
+            atoms.calc = None
+        ase.io.write(f"{part}.xyz", frames)
+    settings = {
+        "name": "mace", "train_file": "train.xyz", "valid_file": "validation.xyz", "E0s": "average",
+        "model": "MACE", "num_channels": 64, "max_L": 1, "r_max": 5.0, "batch_size": batch,
+        "valid_batch_size": 20, "max_num_epochs": epochs, "start_swa": max(1, 3 * epochs // 4),
+        "ema_decay": 0.99, "default_dtype": "float32", "device": "cpu", "seed": SEED,
+        "eval_interval": max(1, epochs // 20),
+    }  # fmt: skip
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    return [sys.executable, "-m", "mace.cli.run_train", *flags, "--swa", "--ema", "--amsgrad"]
+
+
+def trained(peer: str, name: str, epochs: int, folder: Path, work: Path, data: Path) -> float:
+    """Train in a process of its own, in ``folder``; its processor seconds."""
+    files, _ = write_set(name, None, data, work)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    os.chdir(folder)
+    batch = SETS[name].batch
+    if peer == "mace":
+        words = mace_command(files, batch, epochs)
+    else:
+        words = metatrain_command(peer, files, batch, epochs)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with Path("log").open("w") as log:
+        subprocess.run(words, stdout=log, stderr=log, env=environment, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime - before.ru_utime
+
+
+def errors(peer: str, folder: Path, frames: Sequence[Atoms]) -> dict[str, float]:
+    """Mean absolute errors, meV/atom and meV/A."""
+    if peer == "mace":
+        from mace.calculators import MACECalculator
+
+        model = next(iter(sorted(folder.glob("mace_stagetwo.model"))), folder / "mace.model")
+        calculator: Any = MACECalculator(model, device="cpu", default_dtype="float32")
+    else:
+        calculator = pf.PETCalculator(folder / "model.ckpt")
+    energies, forces = [], []
+    for atoms in frames:
+        moved = atoms.copy()
+        moved.calc = calculator
+        wrong = moved.get_potential_energy() - atoms.get_potential_energy()
+        energies.append(1e3 * abs(wrong) / len(atoms))
+        forces.append(1e3 * np.abs(moved.get_forces() - atoms.get_forces()).ravel())
+    return {
+        "energy_mae": float(np.mean(energies)),
+        "forces_mae": float(np.mean(np.concatenate(forces))),
+    }
+
+
+def main() -> None:
+    """Run what is missing, and print a row for each."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--work", type=Path, default=Path("runs/benchmarks/recipe"))
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=["ethanol", "carbon"])
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--seconds", type=float, default=80.0, help="of a processor, for each run")
+    arguments = parser.parse_args()
+    work, data = arguments.work.resolve(), arguments.data.resolve()
+    store = work / "peers.json"
+    rows: dict[str, Any] = json.loads(store.read_text()) if store.exists() else {}
+    for name in arguments.sets:
+        for peer in arguments.peers:
+            key = f"{name} {peer} {arguments.seconds:g}"
+            if key not in rows:
+                folder = work / f"peer-{os.getpid()}"
+                place = (folder, work, data)
+                one, four = (trained(peer, name, epochs, *place) for epochs in (1, 4))
+                epochs = max(4, 1 + int((arguments.seconds - one) / ((four - one) / 3)))
+                seconds = trained(peer, name, epochs, *place)
+                frames = ase.io.read(work / "sets" / f"{name}-test.xyz", ":")
+                rows[key] = {
+                    "epochs": epochs, "seconds": seconds, **errors(peer, folder, frames)
+                }  # fmt: skip
+                store.write_text(json.dumps(rows, indent=2))
+                os.chdir(work)
+                shutil.rmtree(folder)
+            row = rows[key]
+            print(
+                f"| {name} | {peer} | {row['epochs']} | {row['energy_mae']:.2f} | "
+                f"{row['forces_mae']:.1f} | {row['seconds']:.0f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
