@@ -4,6 +4,10 @@ r"""Which options make the lowest errors: recipes on sets that choose and sets t
         --sets ethanol carbon --seeds 0 1 2 --updates 600
     python -m benchmarks.recipe cost --data DATA --work WORK --updates 81 ...
     python -m benchmarks.recipe table --work WORK
+    python -m benchmarks.recipe plot --work WORK --recipes full
+
+``plot`` draws learning curves, ``curves.svg``: force errors against the structures trained on
+(``--sizes`` of ``run``), of the sets that have been run with more than one number of them.
 
 A recipe is a set of options; everything else is default. It runs at equal updates; with
 ``--like RECIPE``, as many updates as make the time of that recipe's (from the costs measured
@@ -21,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import os
 import resource
@@ -31,7 +36,6 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -40,8 +44,10 @@ import ase.io
 import numpy as np
 import torch
 import yaml
+from matplotlib.figure import Figure
 
 from pet_finetune.config import parse_options
+from pet_finetune.report.figures import log_ticks
 from pet_finetune.training.prepare import NO_ROOMS, prepare_run
 from pet_finetune.training.run_files import RunFiles
 
@@ -146,16 +152,17 @@ def section(file: Path) -> dict[str, Any]:
 
 
 def options_of(
-    name: str, recipe: dict[str, Any], seed: int, updates: int, arguments: argparse.Namespace
+    job: dict[str, Any], recipe: dict[str, Any], arguments: argparse.Namespace
 ) -> tuple[dict[str, Any], int]:
     """The options file of a run, and the number of structures it trains on."""
-    files, count = write_set(name, arguments.size, arguments.data, arguments.work)
+    name, updates = job["set"], job["asked"]
+    files, count = write_set(name, job["size"], arguments.data, arguments.work)
     start = {"read_from": str(FOUNDATION), "retention": "off", "new_elements": "nearest"}
     batch = recipe.get("batch_size", SETS[name].batch)
     epochs = max(1, round(updates / -(-count // batch)))
     common = {"batch_size": batch, "num_epochs": epochs, "finetune": start}
     options = {
-        "seed": seed,
+        "seed": job["seed"],
         "device": "cpu",
         "architecture": {"name": "pet", "training": merged(common, recipe)},
         "training_set": section(files["train"]),
@@ -166,23 +173,24 @@ def options_of(
 
 
 def cost_of(
-    name: str, recipe: dict[str, Any], seed: int, updates: int, arguments: argparse.Namespace
+    job: dict[str, Any], recipe: dict[str, Any], arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """Processor seconds of a step: the least mean of 20 steps in turn.
 
     Every 20th step with SOAP takes longer, and counts so.
     """
     torch.set_num_threads(1)
-    options, count = options_of(name, recipe, seed, updates, arguments)
+    options, count = options_of(job, recipe, arguments)
+    updates = job["asked"]
     with TemporaryDirectory() as folder:
         files = RunFiles(Path(folder))
         settings = parse_options(options).options
         device = torch.device("cpu")
         trainer = prepare_run(settings, files, None, device, NO_ROOMS, to_finish=False).trainer
         metrics = trainer.progress.metrics(list(trainer.objectives))
-        batches = chain.from_iterable(map(trainer.batches, range(updates)))
+        batches = itertools.chain.from_iterable(map(trainer.batches, range(updates)))
         taken = []
-        for batch in islice(batches, updates):
+        for batch in itertools.islice(batches, updates):
             started = time.process_time()
             trainer.step([batch], 1, metrics)
             taken.append(time.process_time() - started)
@@ -191,10 +199,10 @@ def cost_of(
 
 
 def carry_out(
-    name: str, recipe: dict[str, Any], seed: int, updates: int, arguments: argparse.Namespace
+    job: dict[str, Any], recipe: dict[str, Any], arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """Train in a process of its own; its errors, swing and processor seconds."""
-    options, count = options_of(name, recipe, seed, updates, arguments)
+    options, count = options_of(job, recipe, arguments)
     training = options["architecture"]["training"]
     folder = arguments.work / f"run-{os.getpid()}"
     shutil.rmtree(folder, ignore_errors=True)
@@ -234,29 +242,24 @@ def stored(work: Path) -> list[dict[str, Any]]:
 def run(arguments: argparse.Namespace, cost: bool) -> None:
     """Make the runs that are missing, one after the other."""
     recipes = recipes_of(arguments)
-    for seed in arguments.seeds:
-        for name in arguments.sets:
-            for recipe in arguments.recipes:
-                for wanted in arguments.updates:
-                    updates = wanted
-                    if arguments.like:
-                        costs = costs_of(stored(arguments.work))
-                        updates = round(wanted * costs[name, arguments.like] / costs[name, recipe])
-                    mark = {
-                        "set": name, "recipe": recipe, "seed": seed, "size": arguments.size,
-                        "asked": updates, "like": arguments.like, "cost": cost,
-                    }  # fmt: skip
-                    if any(mark.items() <= row.items() for row in stored(arguments.work)):
-                        continue
-                    make = cost_of if cost else carry_out
-                    row = mark | make(name, recipes[recipe], seed, updates, arguments)
-                    row["options"] = recipes[recipe]
-                    with (arguments.work / "results.jsonl").open("a") as file:
-                        file.write(json.dumps(row) + "\n")
-                    shown = (
-                        f"{name} {recipe}: {row['step'] * 1e3:.1f} ms" if cost else line_of([row])
-                    )
-                    print(shown, flush=True)
+    asked = (arguments.seeds, arguments.sets, arguments.recipes, arguments.updates, arguments.sizes)
+    for seed, name, recipe, updates, size in itertools.product(*asked):
+        if arguments.like:
+            costs = costs_of(stored(arguments.work))
+            updates = round(updates * costs[name, arguments.like] / costs[name, recipe])
+        job = {
+            "set": name, "recipe": recipe, "seed": seed, "size": size,
+            "asked": updates, "like": arguments.like, "cost": cost,
+        }  # fmt: skip
+        if any(job.items() <= row.items() for row in stored(arguments.work)):
+            continue
+        row = job | (cost_of if cost else carry_out)(job, recipes[recipe], arguments)
+        row["options"] = recipes[recipe]
+        with (arguments.work / "results.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(
+            f"{name} {recipe}: {row['step'] * 1e3:.1f} ms" if cost else line_of([row]), flush=True
+        )
 
 
 def costs_of(rows: list[dict[str, Any]]) -> dict[tuple[str, str], float]:
@@ -318,10 +321,40 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, *(line_of(groups[key]) for key in order)])
 
 
+def plot(rows: list[dict[str, Any]], recipes: list[str], path: Path) -> None:
+    """Force errors against the number of structures, both logarithmic; the longest runs of each."""
+    errors: dict[str, dict[str, dict[int, list[tuple[int, float]]]]] = {}
+    for row in rows:
+        if not row["cost"] and row["recipe"] in recipes:
+            curve = errors.setdefault(row["set"], {}).setdefault(row["recipe"], {})
+            point = (row["updates"], row["test"]["forces_mae"] * 1e3)
+            curve.setdefault(row["structures"], []).append(point)
+    shown = {name: curves for name, curves in errors.items() if max(map(len, curves.values())) > 1}
+    figure = Figure(figsize=(3.6 * len(shown), 3.4), layout="constrained")
+    for axes, (name, curves) in zip(
+        np.atleast_1d(figure.subplots(1, len(shown))), shown.items(), strict=True
+    ):
+        drawn: dict[int, float] = {}
+        for recipe, curve in curves.items():
+            longest = {size: max(points)[0] for size, points in curve.items()}
+            means = {
+                size: statistics.mean(error for count, error in points if count == longest[size])
+                for size, points in sorted(curve.items())
+            }
+            axes.loglog(list(means), list(means.values()), "o-", label=recipe)
+            drawn |= means
+        axes.set(title=name, xlabel="training structures", ylabel="force MAE, meV/Å")
+        log_ticks(axes.xaxis, list(drawn))
+        log_ticks(axes.yaxis, list(drawn.values()))
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(frameon=False)
+    figure.savefig(path)
+
+
 def main() -> None:
     """Run what is missing, or print what was found."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("action", choices=("run", "cost", "table"))
+    parser.add_argument("action", choices=("run", "cost", "table", "plot"))
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--work", type=Path, default=Path("runs/benchmarks/recipe"))
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
@@ -330,12 +363,14 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--updates", nargs="+", type=int, default=[600])
     parser.add_argument("--like", default="", help="as many updates as take the time of RECIPE's")
-    parser.add_argument("--size", type=int, help="structures to train on")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[None], help="to train on")
     arguments = parser.parse_args()
     arguments.work = arguments.work.resolve()
     arguments.work.mkdir(parents=True, exist_ok=True)
     if arguments.action == "table":
         print(table(stored(arguments.work)))
+    elif arguments.action == "plot":
+        plot(stored(arguments.work), arguments.recipes, arguments.work / "curves.svg")
     else:
         run(arguments, cost=arguments.action == "cost")
 
