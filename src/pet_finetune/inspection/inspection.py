@@ -21,7 +21,7 @@ from pet_finetune.training.feature import Feature, Plan
 from pet_finetune.training.starting_model import Start
 from pet_finetune.units import length_to_angstrom
 
-from .energy_checks import check_levels, check_outliers
+from .energy_checks import check_belonging, check_levels, check_outliers
 from .estimate import Estimate, Load
 from .evidence import Declared, Evidence
 from .finding import Finding, worst_first
@@ -210,6 +210,7 @@ def _check(
     yield from check_forces(mended)
     yield from check_mechanics(mended)
     yield from check_levels(mended)
+    yield from check_belonging(mended, paths)
     yield from check_outliers(mended, paths)
     entries = {id(entry.structure): entry for entry in mended.entries}
     yield from check_residuals([replace(a, entry=entries[id(a.entry.structure)]) for a in answers])

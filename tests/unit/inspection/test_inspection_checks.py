@@ -26,6 +26,25 @@ def test_crystals_are_clean(strained):
     assert not codes(look(strained), "error", "warning")
 
 
+def _next(structures):
+    """Each frame with the energy of the one before it."""
+    return [
+        relabel(one, energy=other.labels["energy"])
+        for one, other in zip(structures, [*structures[-7:], *structures[:-7]], strict=True)
+    ]
+
+
+def _two_levels(structures):
+    return [relabel(s, energy=s.labels["energy"] + k % 2) for k, s in enumerate(structures)]
+
+
+@pytest.mark.parametrize("spoil", [_next, _two_levels])
+def test_energies_of_other_frames_are_found(shared_dir, spoil):
+    sound = read(shared_dir / "data" / "ethanol_pbe_train1000.xyz")[:80]
+    assert "energies-apart" not in codes(look(sound))
+    assert "energies-apart" in codes(look(spoil(sound)))
+
+
 def _moved(structure: Structure, atom: int, to: int, distance: float) -> Structure:
     positions = structure.positions.clone()
     positions[atom] = positions[to] + torch.tensor([distance, 0.0, 0.0])
