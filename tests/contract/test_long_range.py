@@ -133,6 +133,12 @@ def test_other_ways_to_compute_agree(dtype: torch.dtype) -> None:
     found = laws.predict(model, FRAMES)
     with using(EAGER, model):
         laws.assert_close(found, laws.predict(model, FRAMES), tolerance)
+    with using(EAGER, model), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        rough = laws.predict(model.train(), FRAMES)
+    exact = laws.predict(model, FRAMES)
+    torch.testing.assert_close(rough.energy, exact.energy, rtol=0.1, atol=0.1)
+    assert rough.forces.isfinite().all()
+    model.eval()
     batch = batch_from_atoms(ethanol(), model.cutoff, dtype)
     assert StaticEnergy(model, "energy").predict(batch) is None
     assert CompiledEnergy(model, "energy").predict(batch) is None
@@ -149,6 +155,7 @@ def test_a_committee_and_a_last_layer_derive_the_whole_energy() -> None:
     alone = [laws.predict_batch(member, batch) for member in members]
     committee = Committee(members, "energy")
     assert committee.one_pass
+    assert committee._first.network.shared_layers is not None
     said = committee.predict(batch, "energy", forces=True, stress=True, spread=False)
     for name in ("energy", "forces", "stress"):
         mean = torch.stack([getattr(one, name) for one in alone]).mean(0)
