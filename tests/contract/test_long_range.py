@@ -18,6 +18,7 @@ from models import (
     crystal,
     ethanol,
     lone_atom,
+    property_potential,
     random_potential,
     slab,
     trained_adapter,
@@ -31,7 +32,7 @@ from pet_finetune.backends import EAGER, using
 from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
 from pet_finetune.committee.committee import Committee
 from pet_finetune.committee.llpr import predict_uncertain
-from pet_finetune.data import batch_from_atoms
+from pet_finetune.data import atoms_to_structure, batch_from_atoms
 from pet_finetune.errors import DataError, PetFinetuneError
 from pet_finetune.export.export import export_model
 from pet_finetune.graph import join_graphs
@@ -178,6 +179,20 @@ def test_a_committee_and_a_last_layer_derive_the_whole_energy() -> None:
     torch.testing.assert_close(of_members([crystal()]).forces[:, 1, 2], expected, rtol=0, atol=1e-6)
 
 
+def test_values_of_atoms_are_of_their_structure() -> None:
+    """A property's parts see all atoms, and sum to it."""
+    from metatensor.torch import sum_over_samples
+
+    from pet_finetune.export.tensormaps import tensor_maps
+
+    model = property_potential(**ON)
+    given = [atoms_to_structure(frame, index) for index, frame in enumerate(FRAMES)]
+    atomic = tensor_maps(model, given, {"dipole": "atom"})["dipole"]
+    whole = tensor_maps(model, given, ["dipole"])["dipole"].block().values
+    found = sum_over_samples(atomic, "atom").block().values
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-10)
+
+
 def test_training_differentiates_twice(model: Potential) -> None:
     """The gradient of a loss of forces and stress by a weight is a finite difference."""
     batch = batch_from_atoms([ethanol(), crystal()], model.cutoff)
@@ -210,8 +225,6 @@ def test_without_the_library_one_line_says_what_to_install(
 def test_structures_of_other_periodicity_are_refused(model: Potential) -> None:
     with pytest.raises(DataError, match="periodic in one or two directions"):
         laws.predict(model, [ethanol(), slab()])
-    from pet_finetune.data.structure import atoms_to_structure
-
     frames = [atoms_to_structure(atoms, index) for index, atoms in enumerate((ethanol(), slab()))]
     with pytest.raises(DataError, match="(?s)frame 1.*It is so in 1 of 2 structures"):
         check_known(frames, model)

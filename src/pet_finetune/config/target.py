@@ -134,7 +134,10 @@ def _target_type(value: Any) -> str | TargetType:
         if isinstance(cartesian, Mapping) and cartesian in ({"rank": 1}, {"rank": 2}):
             return TargetType(cartesian=CartesianType(rank=cartesian["rank"]))
     if isinstance(value, Mapping) and "spherical" in value:
-        raise ValueError("Spherical targets are not supported.")
+        raise ValueError(
+            "Spherical targets are not supported: give its Cartesian components (scalar, or cartesian of "
+            "rank 1 or 2)."
+        )
     raise ValueError
 
 

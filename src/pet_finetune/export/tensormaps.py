@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -204,7 +204,9 @@ def _of_batch(
             continue
         values = found.values
         if kind == "atom" and not spec.per_atom:
-            values = model.predict_property(_atoms_as_structures(batch), name)
+            raw = model.network(batch, [name])[name]
+            atomic = replace(spec, per_atom=True)
+            values = model._property(batch, atomic, raw, model._repulsion(batch), True).values
         values = values.reshape([-1, *[3] * spec.rank, spec.num_subtargets])
         if kind == "atom" or spec.per_atom:
             yield name, _Rows(values, _ATOM, atoms, _column(spec))
@@ -243,17 +245,6 @@ def _energy(
         virials = found.stress.double() * batch.volumes.double().view(-1, 1, 1)
         gradients["strain"] = (virials.unsqueeze(-1), systems)
     return _Rows(found.energy.unsqueeze(1), _SYSTEM, systems, _column(spec), gradients)
-
-
-def _atoms_as_structures(batch: Batch) -> Batch:
-    """The same neighbourhoods, with a structure for each atom: sums over it are its own values."""
-    owner = batch.structure_index
-    return batch._replace(
-        structure_index=torch.arange(batch.num_atoms, device=owner.device),
-        cells=batch.cells[owner],
-        charges=batch.charges[owner],
-        spins=batch.spins[owner],
-    )
 
 
 def _features(

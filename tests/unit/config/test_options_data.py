@@ -174,7 +174,7 @@ def test_energies_are_kept_in_ev_whatever_the_file_has() -> None:
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ({"type": {"spherical": {"irreps": []}}}, "Spherical targets are not supported."),
+        ({"type": {"spherical": {"irreps": []}}}, "Spherical targets are not supported: give"),
         ({"type": "vector"}, "expected 'scalar', {cartesian: {rank: 1}} or"),
         ({"type": {"cartesian": {"rank": 3}}}, "expected 'scalar', {cartesian: {rank: 1}} or"),
         ({"sample_kind": "atom_pair"}, "Targets for pairs of atoms are not supported."),
