@@ -135,8 +135,8 @@ def _target_type(value: Any) -> str | TargetType:
             return TargetType(cartesian=CartesianType(rank=cartesian["rank"]))
     if isinstance(value, Mapping) and "spherical" in value:
         raise ValueError(
-            "Spherical targets are not supported: give its Cartesian components (scalar, or cartesian of "
-            "rank 1 or 2)."
+            "Spherical targets are not supported: give Cartesian components (a scalar, or "
+            "cartesian of rank 1 or 2)."
         )
     raise ValueError
 
