@@ -16,12 +16,7 @@ from .run_options import Options
 
 
 def notices(options: Options, raw: Mapping[str, Any]) -> Iterator[str]:
-    """Yield one line for each remark.
-
-    Args:
-        options: valid options.
-        raw: what they were made from, which tells given values from defaults.
-    """
+    """Yield one line for each remark."""
     ignored = [format_path(path) for path in _ignored(options, ())]
     if ignored:
         yield f"accepted for metatrain's files, without effect here: {', '.join(ignored)}."

@@ -125,7 +125,7 @@ def option_paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
             )
 
 
-Model = TypeVar("Model", bound=BaseModel)
+SectionType = TypeVar("SectionType", bound=BaseModel)
 
 #: Keys and list positions from the top of the file to an option.
 Path = tuple[str | int, ...]
@@ -212,7 +212,9 @@ def problems_of(error: ValidationError, root: type[BaseModel], raw: Any) -> list
     ]
 
 
-def checked_section(section: type[Model], given: Mapping[str, Any], source: str) -> Model:
+def checked_section(
+    section: type[SectionType], given: Mapping[str, Any], source: str
+) -> SectionType:
     """A section of the options made from settings by their names.
 
     Args:

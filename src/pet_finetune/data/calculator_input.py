@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,10 +38,6 @@ _MANY, _DENSE = 12, 0.065
 
 def check_atoms(atoms: Atoms, species: Sequence[int]) -> None:
     """Refuse what no potential can be evaluated on, and elements that this one does not know.
-
-    Args:
-        atoms: one structure.
-        species: atomic numbers the model knows.
 
     Raises:
         DataError: no atoms, positions that are not finite, or a cell that cannot be.
@@ -125,15 +120,6 @@ def charge_and_spin(atoms: Atoms, max_charge: int, max_spin: int) -> tuple[int, 
 Origin = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-class _Fixed(NamedTuple):
-    """The parts of a batch that stay as they are while atoms and cell move."""
-
-    numbers: Tensor
-    structure_index: Tensor
-    charges: Tensor
-    spins: Tensor
-
-
 class MovingAtoms:
     """Makes batches of one structure; what has not changed since the last one is used again.
 
@@ -146,9 +132,8 @@ class MovingAtoms:
         self._neighbors = SkinNeighbors(cutoff, skin)
         self._latest: NeighborList | None = None
         self._pairs: NeighborList | None = None
-        self._numbers = np.empty(0, dtype=np.int64)
-        self._fixed: _Fixed | None = None
-        self._made_for: object = None
+        self._fixed: tuple[Tensor, ...] = ()
+        self._fixed_for: object = None
 
     def fresh(self) -> MovingAtoms:
         """Another one, which has seen no structure yet."""
@@ -169,35 +154,35 @@ class MovingAtoms:
         positions, cell, pbc = _geometry(atoms)
         pairs = self._neighbors.update(positions, cell, pbc)
         if self._pairs is None or pairs is not self._latest:
-            self._latest, self._pairs = pairs, _move(pairs, device)
-        cells = cell.unsqueeze(0)
-        if device.type != "cpu":
-            positions, cell = positions.to(device), cell.to(device)
+            self._latest = pairs
+            self._pairs = NeighborList(*(tensor.to(device) for tensor in pairs))
+        positions, cell = positions.to(device), cell.to(device)
         # Differences of positions are taken in double precision, whatever the model's.
         vectors = edge_vectors(positions, cell, self._pairs)
+        numbers, structure_index, charges, spins = self._kept(atoms, charge, spin, device)
         return Batch(
+            numbers=numbers,
             positions=positions.to(dtype),
             edge_vectors=vectors.to(dtype),
             centers=self._pairs.centers,
             neighbors=self._pairs.neighbors,
             reverse=self._pairs.reverse,
-            cells=cells.to(device=device, dtype=dtype),
-            **self._without_geometry(atoms, charge, spin, device)._asdict(),
+            structure_index=structure_index,
+            cells=cell.to(dtype).unsqueeze(0),
+            charges=charges,
+            spins=spins,
         )
 
-    def _without_geometry(
+    def _kept(
         self, atoms: Atoms, charge: int, spin: int, device: torch.device
-    ) -> _Fixed:
-        made_for = charge, spin, device
-        same = made_for == self._made_for and np.array_equal(atoms.numbers, self._numbers)
-        if self._fixed is None or not same:
-            self._numbers, self._made_for = atoms.numbers.astype(np.int64), made_for
-            self._fixed = _Fixed(
-                numbers=torch.tensor(self._numbers, device=device),
-                structure_index=torch.zeros(len(atoms), dtype=torch.int64, device=device),
-                charges=torch.tensor([charge], device=device),
-                spins=torch.tensor([spin], device=device),
-            )
+    ) -> tuple[Tensor, ...]:
+        """The parts of a batch that stay as they are while atoms and cell move."""
+        kept_for = charge, spin, device, atoms.numbers.tobytes()
+        if kept_for != self._fixed_for:
+            numbers = torch.tensor(atoms.numbers, dtype=torch.int64, device=device)
+            conditions = (torch.tensor([number], device=device) for number in (charge, spin))
+            self._fixed = numbers, torch.zeros_like(numbers), *conditions
+            self._fixed_for = kept_for
         return self._fixed
 
     def contacts(self, atoms: Atoms) -> Contacts | None:
@@ -228,15 +213,6 @@ def _geometry(atoms: Atoms) -> tuple[Tensor, Tensor, Tensor]:
     cell = np.where(pbc[:, None], np.asarray(atoms.cell.array, dtype=np.float64), 0.0)
     positions = np.array(atoms.positions, dtype=np.float64)
     return torch.from_numpy(positions), torch.from_numpy(cell), torch.from_numpy(pbc)
-
-
-def _move(pairs: NeighborList, device: torch.device) -> NeighborList:
-    return NeighborList(
-        pairs.centers.to(device),
-        pairs.neighbors.to(device),
-        pairs.shifts.to(device),
-        pairs.reverse.to(device),
-    )
 
 
 class SkinNeighbors:

@@ -24,7 +24,7 @@ from .ase_databases import count_rows, is_database
 from .extxyz import read_extxyz
 from .frame_files import read_file
 from .metatrain_sets import VERSION, Folder, is_metatrain_set, zip_count
-from .packing import Frames, identity_of, locked, pack, set_frames
+from .packing import FrameSource, identity_of, locked, pack, set_frames
 from .symbols import as_types
 from .text import to_text
 
@@ -100,7 +100,7 @@ def convert(
 
 def _frames_of(
     file: Path, format: str, types: Mapping[int, str] | None
-) -> tuple[Frames, int | None]:
+) -> tuple[FrameSource, int | None]:
     """How the frames of a file are read one after the other, and how many there are."""
     if is_metatrain_set(file):
         if file.is_dir():
@@ -188,7 +188,7 @@ def _convert_to_zip(
     file: Path,
     target: Path,
     key: str,
-    frames: Frames,
+    frames: FrameSource,
     names: Collection[str] | None,
     total: int | None,
 ) -> Converted:

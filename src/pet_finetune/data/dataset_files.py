@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from pet_finetune.log import get_logger
 from pet_finetune.units import length_to_angstrom, to_own_unit
 
 from .frame_files import read_file, read_frames
-from .label_columns import Column, Shape, shape_of, to_forces, to_scalar, to_stress
+from .label_columns import LABEL_SHAPES, Column, Shape, shape_of, to_scalar
 from .metatrain_sets import (
     Folder,
 )
@@ -30,27 +30,23 @@ from .structure import list_frames
 _logger = get_logger(__name__)
 
 
-@dataclass
-class Reading:
-    """The files of one data set, each read once, and the frames that are wanted."""
+class DatasetFiles:
+    """The files of one data set, each read once, and the frames that are wanted.
 
-    options: DatasetOptions
-    files: dict[str, Sequence[Atoms]] = field(default_factory=dict)
-    units: dict[str, StatedUnits] = field(default_factory=dict)
-    source: str = ""
-    frames: Sequence[Atoms] = field(default_factory=list)
-    chosen: list[int] = field(default_factory=list)
-    #: The frames of isolated atoms that are left out.
-    isolated: list[int] = field(default_factory=list)
-    #: Å per unit of length that the options name, and per unit of the positions in the file.
-    declared_length: float = 1.0
-    length: float = 1.0
+    Attributes:
+        source, frames: the file with the structures, and all frames in it.
+        chosen: numbers of the frames that are wanted.
+        isolated: those of isolated atoms that are left out.
+        declared_length: Å per unit of length that the options name.
+        length: Å per unit of the positions in the file.
+    """
 
-    def __post_init__(self) -> None:
-        systems = self.options.systems
-        self.source = systems.read_from
+    def __init__(self, options: DatasetOptions) -> None:
+        systems = options.systems
+        self.options, self.source = options, systems.read_from
         content = read_file(self.source, systems.format, systems.types)
-        self.frames = self.files[self.source] = content.frames
+        self.frames = content.frames
+        self._files, self._units = {self.source: self.frames}, dict[str, StatedUnits]()
         self.declared_length = length_to_angstrom(systems.length_unit)
         self.length = self.stated(self.source).factor(
             "length",
@@ -59,12 +55,10 @@ class Reading:
             systems.length_unit,
             default=self.declared_length == 1.0,
         )
-        count = len(self.frames)
-        given = self.options.indices
-        chosen = list(range(count)) if given is None else frame_numbers(given, count, self.source)
+        chosen = frame_numbers(options.indices, len(self.frames), self.source)
         chosen = without_unconverged(chosen, content.doubtful, self.source, systems.unconverged)
         # Without labels there is nothing that they could spoil: all frames are predicted.
-        leave_out = systems.isolated_atoms == "leave_out" and bool(self.options.targets)
+        leave_out = systems.isolated_atoms == "leave_out" and bool(options.targets)
         alone = set(isolated_frames(self.frames) if leave_out else ())
         self.isolated = [index for index in chosen if index in alone]
         self.chosen = [index for index in chosen if index not in alone]
@@ -73,22 +67,22 @@ class Reading:
 
     def stated(self, source: str) -> StatedUnits:
         """The units that a file that was read states."""
-        if source not in self.units:
-            self.units[source] = StatedUnits.of(self.files[source], source)
-        return self.units[source]
+        if source not in self._units:
+            self._units[source] = StatedUnits.of(self._files[source], source)
+        return self._units[source]
 
     def column(self, what: str, source: str, key: str, shape: Shape) -> Column:
         """The values of a name; ``source`` may be another file with the same frames."""
         source = source or self.source
-        if source not in self.files:
-            self.files[source] = read_file(source).frames
-            if len(self.files[source]) != len(self.frames):
+        if source not in self._files:
+            self._files[source] = read_file(source).frames
+            if len(self._files[source]) != len(self.frames):
                 raise DataError(
-                    f"The {what} come from {source}, which has {len(self.files[source])} frames, "
+                    f"The {what} come from {source}, which has {len(self._files[source])} frames, "
                     f"but {self.source} with the structures has {len(self.frames)}. They must "
                     "hold the same frames in the same order."
                 )
-        return Column(what, source, key, self.files[source], self.chosen, shape)
+        return Column(what, source, key, self._files[source], self.chosen, shape)
 
     def volumes(self) -> list[float]:
         """Volumes of the chosen frames in Å³, 0 where not periodic in all three directions."""
@@ -99,7 +93,7 @@ class Reading:
         ]
 
 
-def energy_column(reading: Reading, name: str, target: TargetOptions) -> tuple[Column, float]:
+def energy_column(reading: DatasetFiles, name: str, target: TargetOptions) -> tuple[Column, float]:
     """The energies of a target, and what makes them eV."""
     what = f"values of target {name!r}"
     column = reading.column(what, target.read_from, target.key or name, to_scalar)
@@ -108,7 +102,7 @@ def energy_column(reading: Reading, name: str, target: TargetOptions) -> tuple[C
     )
 
 
-def property_column(reading: Reading, spec: TargetSpec, target: TargetOptions) -> Column:
+def property_column(reading: DatasetFiles, spec: TargetSpec, target: TargetOptions) -> Column:
     """The values of a target that is no energy."""
     what = f"values of target {spec.name!r}"
     return reading.column(what, target.read_from, target.key or spec.name, shape_of(spec))
@@ -129,7 +123,7 @@ def log_partial(column: Column, found: int) -> None:
 class Gradient:
     """Forces, stress or virial of an energy."""
 
-    reading: Reading
+    reading: DatasetFiles
     kind: str
     target: str
     options: GradientOptions
@@ -193,13 +187,10 @@ class Gradient:
             )
 
 
-_SHAPES: Mapping[str, Shape] = {"forces": to_forces, "stress": to_stress, "virial": to_stress}
-
-
-def gradient_of(reading: Reading, kind: str, name: str, target: TargetOptions) -> Gradient:
+def gradient_of(reading: DatasetFiles, kind: str, name: str, target: TargetOptions) -> Gradient:
     """Forces, stress or virial of a target."""
     options = getattr(target, kind)
-    return Gradient(reading, kind, name, options, target.read_from, _SHAPES[kind])
+    return Gradient(reading, kind, name, options, target.read_from, LABEL_SHAPES[kind])
 
 
 #: An atom whose images are further away than this, in Angstrom, is alone.
@@ -317,11 +308,12 @@ def log_isolated(
     )
 
 
-def frame_numbers(given: tuple[int, ...] | str, count: int | None, source: str) -> list[int]:
-    """Frame numbers from the options: a list, or a text file with one a line.
+def frame_numbers(given: tuple[int, ...] | str | None, count: int | None, source: str) -> list[int]:
+    """Frame numbers from the options: a list, a text file with one a line, or all of them.
 
     Args:
-        given: the numbers, counted from 0, or the path of a file (``#`` starts a comment).
+        given: the numbers, counted from 0, or the path of a file (``#`` starts a comment);
+            None for all.
         count: how many frames there are, or None when that is checked later.
         source: the file the numbers belong to, for messages.
 
@@ -329,6 +321,8 @@ def frame_numbers(given: tuple[int, ...] | str, count: int | None, source: str) 
         DataError: missing or unreadable file, no numbers, repeated numbers, or numbers that are not
             below ``count``.
     """
+    if given is None:
+        return list(range(count or 0))
     origin = f"the indices of {source}"
     if isinstance(given, str):
         check_file(Path(given), "index file")

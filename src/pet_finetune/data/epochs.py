@@ -33,10 +33,6 @@ def in_blocks(count: int, rng: np.random.Generator) -> np.ndarray:
     Blocks of 1,024 neighbours come in random order, and the structures of each 64 of them are
     shuffled together: 65,536 structures from 64 places, which few and long reads bring. A set of
     fewer structures is shuffled as one in memory.
-
-    Args:
-        count: number of structures.
-        rng: source of randomness.
     """
     if count <= BLOCK * MIXED:
         return rng.permutation(count)

@@ -7,6 +7,7 @@ each is handed to ASE by itself.
 
 from __future__ import annotations
 
+import io
 import logging
 import re
 from collections import Counter
@@ -25,7 +26,7 @@ from pet_finetune.log import get_logger
 from .outputs import is_cp2k_comment, wrong_in_cp2k
 from .structure import ASYMMETRIC, ROUNDING, asymmetry
 from .symbols import UNUSED_TYPES, SymbolLayout, element_of, is_dummy
-from .text import NamedText, as_number, cell_in_words
+from .text import as_number, cell_in_words, named
 
 _logger = get_logger(__name__)
 
@@ -373,7 +374,7 @@ class _Reader:
     def _atoms(self, lines: Sequence[str], count: int) -> Atoms:
         """A frame by itself, as ASE reads it."""
         block = "\n".join([str(count), *lines, ""])
-        return next(read_xyz(NamedText(block, self.source), 0, self._parse))
+        return next(read_xyz(named(io.StringIO(block), self.source), 0, self._parse))
 
     def _second_try(self, error: Exception, lines: Sequence[str], count: int) -> Atoms:
         """The frame with exponents as Fortran writes them (1.0D-03); else what is wrong."""

@@ -7,6 +7,7 @@ modules beside: :mod:`.text`, :mod:`.complete`, :mod:`.extxyz`, :mod:`.lammps`, 
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 import tempfile
 import warnings
@@ -39,11 +40,10 @@ from .outputs import clean_outcar, doubtful_frames, hint_of, is_cp2k
 from .packing import packed
 from .symbols import NAMING, UNUSED_TYPES, as_types, with_named_elements
 from .text import (
-    NamedBytes,
-    NamedText,
     arrays_of,
     is_binary,
     load_bytes,
+    named,
     to_text,
     unpacked,
     unpacked_name,
@@ -192,7 +192,7 @@ def _guess(file: Path, source: str, data: bytes, text: str) -> str:
     name = str(file.with_name(unpacked_name(file)))
     head = text[:50_000].encode() if text else data[:50_000]
     try:
-        kind: str = filetype(NamedBytes(head, name))
+        kind: str = filetype(named(io.BytesIO(head), name))
     except UnknownFileTypeError:
         kind = ""
     if kind in ioformats and not (kind == "espresso-out" and is_cp2k(text)):
@@ -290,13 +290,12 @@ def _with_ase(
     """Frames that ASE finds in a piece of a file."""
     name = str(file.with_name(unpacked_name(file)))
     if from_memory:
-        stream: NamedBytes | NamedText
+        stream: io.BytesIO | io.StringIO
         if binary:
-            stream = NamedBytes(part if isinstance(part, bytes) else part.encode(), name)
-        elif isinstance(part, str):
-            stream = NamedText(part, name)
+            stream = named(io.BytesIO(part if isinstance(part, bytes) else part.encode()), name)
         else:
-            stream = NamedText(part.decode("latin-1"), name)
+            plain = part if isinstance(part, str) else part.decode("latin-1")
+            stream = named(io.StringIO(plain), name)
         yield from ase.io.iread(stream, ":", format=kind, **options)
         return
     as_it_is = isinstance(part, bytes) or part.encode(errors="ignore") == data

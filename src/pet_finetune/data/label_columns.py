@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -88,6 +88,15 @@ def shape_of(spec: TargetSpec) -> Shape:
         raise ValueError(allowed)
 
     return to_values
+
+
+#: The shapes of an energy and its derivatives.
+LABEL_SHAPES: Mapping[str, Shape] = {
+    "energy": to_scalar,
+    "forces": to_forces,
+    "stress": to_stress,
+    "virial": to_stress,
+}
 
 
 def find_value(atoms: Atoms, key: str) -> Any:
@@ -204,7 +213,7 @@ class Column:
             count: how many of the chosen frames lack it.
         """
         atoms = self.frames[index]
-        names = ", ".join(repr(name) for name in _names(atoms)) or "nothing but the structure"
+        names = ", ".join(map(repr, names_in(atoms))) or "nothing but the structure"
         return DataError(
             f"The {self.what} should be under {self.key!r} in {self.source}, but "
             f"{place(index)} has no such value ({count} of {len(self.chosen)} frames lack it). "
@@ -215,21 +224,12 @@ class Column:
     def suggestion(self, index: int) -> str:
         """Which other name of a frame may be meant, as a sentence with a leading space, or ""."""
         atoms = self.frames[index]
-        fitting = [name for name in _names(atoms) if self._fits(atoms, name)]
+        fitting = [name for name in names_in(atoms) if fits(atoms, name, self.shape)]
         near = did_you_mean(self.key, fitting)
         if near:
             return near
         inside = [name for name in fitting if self.key.casefold().rstrip("s") in name.casefold()]
         return f" Did you mean {inside[0]!r}?" if inside else ""
-
-    def _fits(self, atoms: Atoms, name: str) -> bool:
-        """Whether a value has numbers of the right shape."""
-        value = np.asarray(find_value(atoms, name))
-        try:
-            self.shape(value.astype(np.float64), len(atoms))
-        except (TypeError, ValueError):
-            return False
-        return value.dtype != bool
 
     def _shaped(self, raw: Any, index: int) -> np.ndarray:
         """A raw value as an array of the right shape."""
@@ -251,11 +251,21 @@ def _results(atoms: Atoms) -> dict[str, Any]:
     return getattr(atoms.calc, "results", {})
 
 
-def _names(atoms: Atoms) -> list[str]:
+def names_in(atoms: Atoms) -> list[str]:
     """Names of all values that come with a structure."""
     arrays = [name for name in atoms.arrays if name not in _STRUCTURE_ARRAYS]
     results = [name for name, value in _results(atoms).items() if value is not None]
     return list(dict.fromkeys([*map(str, atoms.info), *arrays, *results]))
+
+
+def fits(atoms: Atoms, name: str, shape: Shape) -> bool:
+    """Whether a value of a frame has numbers of the right shape."""
+    value = np.asarray(find_value(atoms, name))
+    try:
+        shape(value.astype(np.float64), len(atoms))
+    except (TypeError, ValueError):
+        return False
+    return value.dtype != bool  # a word of a comment stands for true in ASE
 
 
 def weights_of(

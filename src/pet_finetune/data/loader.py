@@ -71,15 +71,15 @@ class Loader:
         if not structures:
             raise DataError("There are no structures to load: the set is empty.")
         _check_sizes(batch_size, max_atoms_per_batch, seed)
-        #: The structures, in the order given.
+        #: The structures, in the order given, and the atoms of each, ``[n]``.
         self.structures: Sequence[Structure] = structures
         self._prepared: _OnTheFly | list[LabelledBatch]
         if isinstance(structures, OnDisk):
-            self._num_atoms = structures.num_atoms
+            self.num_atoms = structures.num_atoms
             self._prepared = _OnTheFly(structures, cutoff, dtype)
         else:
             self.structures = tuple(structures)
-            self._num_atoms = np.array([s.num_atoms for s in structures], dtype=np.int64)
+            self.num_atoms = np.array([s.num_atoms for s in structures], dtype=np.int64)
             self._prepared = []
             with Watch("neighbours of the structures", "structures", len(structures)) as watch:
                 for structure in structures:
@@ -99,7 +99,7 @@ class Loader:
         #: Which part of how many of each batch's share is made at the moment; the plan of an epoch.
         self._part, self._planned = (0, 1), (-1, list[np.ndarray]())
         self._turned: tuple[int, Tensor] | None = None
-        largest = int(self._num_atoms.max())
+        largest = int(self.num_atoms.max())
         if max_atoms_per_batch is not None and largest > max_atoms_per_batch:
             _logger.warning(
                 "max_atoms_per_batch is %d, but the largest structure has %d atoms; structures "
@@ -137,7 +137,7 @@ class Loader:
         if self.max_atoms_per_batch is not None:
             return self.max_atoms_per_batch
         assert self.batch_size is not None
-        return int(self._num_atoms.mean() * self.batch_size)
+        return int(self.num_atoms.mean() * self.batch_size)
 
     def shared(self, rank: int, size: int) -> Loader:
         """The same batches, of each of which this process has a part.
@@ -145,10 +145,6 @@ class Loader:
         The structures of a batch are dealt out so that all processes have about as many edges
         and atoms to compute. What the parts make together does not depend on how many there are. A
         process may have no structure of a batch with few.
-
-        Args:
-            rank: which process this is, from 0.
-            size: how many there are.
         """
         other = copy.copy(self)
         other._share = (rank, size)
@@ -176,12 +172,12 @@ class Loader:
         other = self.view()
         if isinstance(self.structures, OnDisk):
             other.structures = part = self.structures.sample(count, self.seed)
-            other._num_atoms = part.num_atoms
+            other.num_atoms = part.num_atoms
             other._prepared = _OnTheFly(part, self.cutoff, self.dtype)
         else:
             chosen = _spread(self.structures, count, label)
             other.structures = [self.structures[k] for k in chosen]
-            other._num_atoms = self._num_atoms[chosen]
+            other.num_atoms = self.num_atoms[chosen]
             other._prepared = [self._prepared[k] for k in chosen]
         other._turned = None
         if what:
@@ -204,11 +200,10 @@ class Loader:
         if self._planned[0] != epoch:
             self._planned = epoch, self._plan(epoch)
         members = self._planned[1][index]
-        rotations = self._rotations(epoch) if self.augment else None
         try:
             for number in range(count):
                 self._part = (number, count)
-                yield self._collate(members, rotations, (self._share, self._part))
+                yield self.collate(members, epoch, (self._share, self._part))
         finally:
             self._part = (0, 1)
 
@@ -216,11 +211,6 @@ class Loader:
     def shares(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Which process of how many has its share of the batches here, and the part of that."""
         return self._share, self._part
-
-    @property
-    def num_atoms(self) -> np.ndarray:
-        """Atoms of each structure, ``[n]``."""
-        return self._num_atoms
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -233,7 +223,7 @@ class Loader:
             assert self.batch_size is not None
             return -(-len(self.structures) // self.batch_size)
         return count_packs(
-            self._order(epoch), self._num_atoms, self.max_atoms_per_batch, self.min_atoms_per_batch
+            self._order(epoch), self.num_atoms, self.max_atoms_per_batch, self.min_atoms_per_batch
         )
 
     def __len__(self) -> int:
@@ -251,10 +241,9 @@ class Loader:
             epoch: number of the epoch, at least 0.
             start_batch: number of batches to leave out at the start, to go on mid-epoch.
         """
-        rotations = self._rotations(epoch) if self.augment else None
         first, step = self._dealt
         for members in self._plan(epoch)[start_batch + first :: step]:
-            yield self._collate(members, rotations, (self._share,))
+            yield self.collate(members, epoch, (self._share,))
 
     def collate(
         self, members: np.ndarray, epoch: int, shares: Sequence[tuple[int, int]] = ()
@@ -266,11 +255,6 @@ class Loader:
             epoch: number of the epoch, at least 0.
             shares: which process of how many has its share of it, and which part of that it is.
         """
-        return self._collate(members, self._rotations(epoch) if self.augment else None, shares)
-
-    def _collate(
-        self, members: np.ndarray, rotations: Tensor | None, shares: Sequence[tuple[int, int]]
-    ) -> LabelledBatch:
         positions, whole = np.arange(len(members)), True
         for number, count in shares:
             if count > 1:
@@ -281,7 +265,8 @@ class Loader:
             batch = collate_labelled([self._prepared[member] for member in own.tolist()])
         else:
             batch = self._prepared[int(members[0])].first(0)
-        batch = batch if rotations is None else rotate_batch(batch, rotations[own])
+        if self.augment:
+            batch = rotate_batch(batch, self._rotations(epoch)[own])
         return batch if whole else replace(batch, whole=self._whole(members, positions))
 
     def _whole(self, members: np.ndarray, positions: np.ndarray) -> Whole:
@@ -292,7 +277,7 @@ class Loader:
                 name: numbers for name in self.structures.label_names
                 if (numbers := self.structures.num_known(name, members, self.augment)).any()
             }  # fmt: skip
-            return Whole(positions, self._num_atoms[members], known, frames, sources)
+            return Whole(positions, self.num_atoms[members], known, frames, sources)
         all_of_it = [self._prepared[member] for member in members.tolist()]
         names = dict.fromkeys(name for one in all_of_it for name in one.labels)
         counts = {
@@ -305,7 +290,7 @@ class Loader:
         }  # fmt: skip
         return Whole(
             positions,
-            self._num_atoms[members],
+            self.num_atoms[members],
             {name: np.array(numbers) for name, numbers in counts.items()},
             tuple(frame for one in all_of_it for frame in one.frames),
             tuple(source for one in all_of_it for source in one.sources),
@@ -313,7 +298,7 @@ class Loader:
 
     def _work(self, members: np.ndarray) -> np.ndarray:
         """Edges and atoms of structures: how long they take; on disk only atoms are known."""
-        atoms = self._num_atoms[members]
+        atoms = self.num_atoms[members]
         return atoms if isinstance(self._prepared, _OnTheFly) else atoms + self._edges[members]
 
     @cached_property
@@ -334,7 +319,7 @@ class Loader:
         """Which structures make up each batch of an epoch."""
         order = self._order(epoch)
         if self.max_atoms_per_batch is not None:
-            return pack(order, self._num_atoms, self.max_atoms_per_batch, self.min_atoms_per_batch)
+            return pack(order, self.num_atoms, self.max_atoms_per_batch, self.min_atoms_per_batch)
         assert self.batch_size is not None
         return np.split(order, range(self.batch_size, len(order), self.batch_size))
 

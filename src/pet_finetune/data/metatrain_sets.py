@@ -51,9 +51,6 @@ def identity_of_set(path: Path) -> str:
 def read_metatrain_set(path: Path) -> Sequence[Atoms]:
     """The frames of a set, with labels in ``info`` (of structures) and ``arrays`` (of atoms).
 
-    Args:
-        path: the folder or the zip.
-
     Returns:
         A list, or of a large folder the :class:`Folder`, whose frames stay on disk.
 
@@ -171,8 +168,6 @@ class Folder(Sequence["Atoms"]):
                 array._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
     def _frame(self, index: int) -> Atoms:
-        from ase import Atoms
-
         rows = self.rows(index)
         cell = np.zeros((3, 3)) if self.cells is None else np.array(self.cells[index], np.float64)
         frame = Atoms(np.array(self.numbers[rows]), np.array(self.positions[rows], np.float64),
@@ -321,8 +316,6 @@ def zip_frames(path: Path, first: int = 0) -> Iterator[tuple[int, Atoms]]:
 
 def _entry(archive: zipfile.ZipFile, index: int, fields: list[str]) -> Atoms:
     """One structure with its labels."""
-    from ase import Atoms
-
     if "system.mta" not in fields:
         raise DataError(f"{archive.filename}, structure {index} has no system.mta.")
     parts = _arrays(archive.read(f"{index}/system.mta"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,20 +31,21 @@ _PAIR_BYTES = 120
 _MOST_CELLS = 1e5
 
 
-@dataclass(frozen=True, eq=False)
-class NeighborList:
+class NeighborList(NamedTuple):
     """All directed pairs within a cutoff, sorted by centre, then neighbour, then cell shift.
 
     An atom is its own neighbour through a periodic image, never through shift (0, 0, 0).
+
+    Attributes:
+        centers: index of the central atom, ``[e]`` int64.
+        neighbors: index of the neighbouring atom, ``[e]`` int64.
+        shifts: cell shift of the neighbour, ``[e, 3]`` int64.
+        reverse: index of the edge from neighbour to centre with the opposite shift, ``[e]`` int64.
     """
 
-    #: Index of the central atom, ``[e]`` int64.
     centers: Tensor
-    #: Index of the neighbouring atom, ``[e]`` int64.
     neighbors: Tensor
-    #: Cell shift of the neighbour, ``[e, 3]`` int64.
     shifts: Tensor
-    #: Index of the edge from neighbour to centre with the opposite shift, ``[e]`` int64.
     reverse: Tensor
 
     @property

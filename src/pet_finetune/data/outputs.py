@@ -110,10 +110,6 @@ def wrong_in_cp2k(source: str, atoms: Atoms) -> str:
     """Why a trajectory of CP2K is no set of molecules, with what to do; empty if it may be one.
 
     Its files of positions, velocities and forces look alike, and none of them says a cell.
-
-    Args:
-        source: the file.
-        atoms: its first frame.
     """
     moving = re.search(r"(?i)(?:^|[-_.])(frc|force|vel)", Path(source).name)
     solid = len(atoms) > _CLUSTER and not np.isin(atoms.numbers, (1, 6)).any()

@@ -43,9 +43,9 @@ _OF_ATOMS = frozenset({"forces", "energies", "stresses", "charges", "magmoms"})
 #: Pieces of a file that tell it from others, and their bytes.
 _PIECES, _PIECE = 256, 65536
 
-#: Frames from a position on (before which there is a number of others), each with the position
+#: FrameSource from a position on (before which there is a number of others), each with the position
 #: behind it.
-Frames = Callable[[int, int], "Iterator[tuple[int, Atoms]]"]
+FrameSource = Callable[[int, int], "Iterator[tuple[int, Atoms]]"]
 
 
 def identity_of(path: Path) -> str:
@@ -93,7 +93,7 @@ def packed(path: Path) -> Folder | None:
     return Folder(target, str(path))
 
 
-def set_frames(path: Path) -> Frames:
+def set_frames(path: Path) -> FrameSource:
     """How the frames of a database or of a zip of metatrain's are read."""
     if is_database(path):
         return lambda position, done: rows_of(path, position)
@@ -104,7 +104,7 @@ def pack(
     target: Path,
     key: str,
     source: str,
-    frames: Frames,
+    frames: FrameSource,
     *,
     names: Collection[str] | None = None,
     total: int | None = None,
@@ -160,7 +160,7 @@ def _pack(
     target: Path,
     key: str,
     source: str,
-    frames: Frames,
+    frames: FrameSource,
     names: Collection[str] | None,
     total: int | None,
 ) -> int:

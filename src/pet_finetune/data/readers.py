@@ -17,7 +17,7 @@ from pet_finetune.log import get_logger
 from pet_finetune.progress import Watch
 
 from .dataset_files import (
-    Reading,
+    DatasetFiles,
     energy_column,
     gradient_of,
     log_isolated,
@@ -62,7 +62,7 @@ def read_structures(
             required label that is not in the file, and a target that no frame has.
         UnitError: an unknown unit.
     """
-    reading = Reading(options)
+    reading = DatasetFiles(options)
     _log_isolated(reading, offer_baselines)
     if isinstance(reading.frames, Folder):
         stored = stored_set(reading, reading.frames, _in_memory)
@@ -70,7 +70,7 @@ def read_structures(
     return _in_memory(reading)
 
 
-def _in_memory(reading: Reading) -> list[Structure]:
+def _in_memory(reading: DatasetFiles) -> list[Structure]:
     """The chosen frames with their labels."""
     options = reading.options
     labels: list[dict[str, Tensor]] = [{} for _ in reading.chosen]
@@ -104,7 +104,7 @@ def _in_memory(reading: Reading) -> list[Structure]:
 
 
 def _read_target(
-    reading: Reading, name: str, target: TargetOptions
+    reading: DatasetFiles, name: str, target: TargetOptions
 ) -> dict[str, Sequence[Tensor | None]]:
     """All labels of one target, by label name, one value or None for each chosen frame."""
     _check_name(name)
@@ -129,7 +129,7 @@ def _read_target(
 
 
 def _read_weights(
-    reading: Reading,
+    reading: DatasetFiles,
     name: str,
     target: TargetOptions,
     labels: Mapping[str, Sequence[Tensor | None]],
@@ -167,7 +167,7 @@ def _read_weights(
 
 
 def _check_energies(
-    reading: Reading, column: Column, labels: Mapping[str, Sequence[Tensor | None]]
+    reading: DatasetFiles, column: Column, labels: Mapping[str, Sequence[Tensor | None]]
 ) -> None:
     """Let frames go without an energy that have forces or a stress, and say so.
 
@@ -208,7 +208,7 @@ def _check_energies(
 
 
 def _read_property(
-    reading: Reading, spec: TargetSpec, target: TargetOptions
+    reading: DatasetFiles, spec: TargetSpec, target: TargetOptions
 ) -> list[Tensor | None]:
     """Values of a target that is no energy; None in frames that lack it."""
     column = property_column(reading, spec, target)
@@ -224,21 +224,18 @@ def _read_property(
     found = sum(value is not None for value in values)
     if not found:
         if usable is not None and not any(usable):
-            raise _not_periodic(reading, what)
+            raise DataError(
+                f"The {what} are asked for, but no frame of {reading.source} is periodic in all "
+                "three directions (pbc and a cell), so that none has a volume. Leave the target "
+                "out."
+            )
         raise column.missing(reading.chosen[0], len(values))
     if found < len(values):
         log_partial(column, found)
     return values
 
 
-def _not_periodic(reading: Reading, what: str) -> DataError:
-    return DataError(
-        f"The {what} are asked for, but no frame of {reading.source} is periodic in all three "
-        "directions (pbc and a cell), so that none has a volume. Leave the target out."
-    )
-
-
-def _log_isolated(reading: Reading, offer_baselines: bool) -> None:
+def _log_isolated(reading: DatasetFiles, offer_baselines: bool) -> None:
     """Name the isolated atoms that are left out, and their energies where these are offered."""
     if not reading.isolated:
         return
@@ -258,7 +255,7 @@ def _log_isolated(reading: Reading, offer_baselines: bool) -> None:
     log_isolated(reading.source, reading.isolated, total, offers)
 
 
-def _read_integers(reading: Reading, name: ExtraName) -> Sequence[int | None]:
+def _read_integers(reading: DatasetFiles, name: ExtraName) -> Sequence[int | None]:
     """Charges or multiplicities from a named place; None lets the usual names decide."""
     options = reading.options.extra_data.get(name)
     if options is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -64,15 +64,7 @@ class Splits:
             name: {
                 "structures": len(getattr(self, name)),
                 "fingerprint": structures_fingerprint(getattr(self, name)),
-                "parts": [
-                    {
-                        "section": part.section,
-                        "number": part.number,
-                        "file": part.file,
-                        "frames": list(part.frames),
-                    }
-                    for part in self.parts[name]
-                ],
+                "parts": [asdict(part) for part in self.parts[name]],
             }
             for name in _SETS
         }
@@ -90,10 +82,6 @@ def make_splits(options: Options, seed: int) -> Splits:
     Frames named by ``indices`` of the validation or test set leave the training set first; then
     the fractions are drawn from what is left, from every training file separately. Drawn frames
     keep the order of the file.
-
-    Args:
-        options: the whole options.
-        seed: seed of the draw, at least 0.
 
     Raises:
         DataError: files that cannot be read (see :func:`~.readers.read_structures`), indices that

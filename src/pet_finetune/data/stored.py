@@ -19,7 +19,7 @@ from pet_finetune.errors import DataError
 from pet_finetune.keys import LabelKind, forces_key, label_kind, stress_key, weights_key
 from pet_finetune.progress import Watch
 
-from .dataset_files import Reading, energy_column, gradient_of, property_column
+from .dataset_files import DatasetFiles, energy_column, gradient_of, property_column
 from .label_columns import Column, Shape
 from .metatrain_sets import Folder
 from .structure import (
@@ -69,6 +69,13 @@ class StoredLabel:
 
 class Stored:
     """The structures of a folder, as options read them.
+
+    Attributes:
+        num_atoms: of each structure, ``[n]``.
+        species: atomic numbers that occur, ascending.
+        atoms_of: atoms of each species, ``[n, species]``.
+        states: for each label what is known of it in each structure, ``[n]``.
+        conditions: charge and spin, ``[n, 2]``.
 
     Args:
         folder: their arrays.
@@ -286,7 +293,9 @@ def _state(values: np.ndarray, starts: np.ndarray | None) -> np.ndarray:
     return np.select([infinite, every, some], [_INFINITE, ABSENT, PARTLY], WHOLE).astype(np.int8)
 
 
-def stored_set(reading: Reading, folder: Folder, judge: Callable[[Reading], object]) -> Stored:
+def stored_set(
+    reading: DatasetFiles, folder: Folder, judge: Callable[[DatasetFiles], object]
+) -> Stored:
     """The structures of a folder, all that are chosen looked at.
 
     Some of them are read as those of a file are, which judges names, shapes and units; what can be
@@ -294,7 +303,9 @@ def stored_set(reading: Reading, folder: Folder, judge: Callable[[Reading], obje
     """
     chosen, options = np.array(reading.chosen), reading.options
     spread = np.unique(np.linspace(0, len(chosen) - 1, _JUDGED).round().astype(np.int64))
-    judge(_with_chosen(reading, chosen[spread].tolist()))
+    some = copy.copy(reading)
+    some.chosen = chosen[spread].tolist()
+    judge(some)
     labels = [
         label for name, target in options.targets.items()
         for label in _stored_labels(reading, folder, name, target)
@@ -315,15 +326,8 @@ def stored_set(reading: Reading, folder: Folder, judge: Callable[[Reading], obje
     return stored
 
 
-def _with_chosen(reading: Reading, chosen: list[int]) -> Reading:
-    """The same files, of which fewer frames are wanted."""
-    other = copy.copy(reading)
-    other.chosen = chosen
-    return other
-
-
 def _stored_labels(
-    reading: Reading, folder: Folder, name: str, target: TargetOptions
+    reading: DatasetFiles, folder: Folder, name: str, target: TargetOptions
 ) -> Iterator[StoredLabel]:
     """Where the labels of a target are in a folder."""
     found: list[tuple[str, Column, float, bool, bool, bool]]
@@ -360,7 +364,7 @@ def _stored_labels(
 
 
 def _stored_condition(
-    reading: Reading,
+    reading: DatasetFiles,
     folder: Folder,
     options: ExtraDataOptions | None,
     name: str,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
-from typing import Protocol, TypeVar, overload
+from typing import TypeVar, overload
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from pet_finetune.keys import label_kind
 from pet_finetune.log import get_logger
 
 from .labelled_batch import num_known
-from .stored import ABSENT, PARTLY, WHOLE
+from .stored import ABSENT, PARTLY, WHOLE, Stored
 from .structure import Structure, structures_fingerprint
 
 T = TypeVar("T")
@@ -28,35 +28,8 @@ _logger = get_logger(__name__)
 SAMPLE, OF_ELEMENT = 1_000, 50
 
 
-class Store(Protocol):
-    """Structures by number, and what is known of all of them.
-
-    Attributes:
-        num_atoms: ``[n]``.
-        species: atomic numbers that occur, ascending.
-        atoms_of: atoms of each species, ``[n, species]``.
-        states: for each label what is known of it in each structure, ``[n]``.
-        conditions: charge and spin, ``[n, 2]``.
-    """
-
-    num_atoms: np.ndarray
-    species: np.ndarray
-    atoms_of: np.ndarray
-    states: dict[str, np.ndarray]
-    conditions: np.ndarray
-
-    def structure(self, row: int) -> Structure:
-        """The structure with a number."""
-
-    def places(self, rows: np.ndarray) -> tuple[list[int], list[str]]:
-        """``Structure.index`` and ``Structure.source`` of some, without reading them."""
-
-    def identity(self) -> str:
-        """Text that changes when the content does."""
-
-
 class _Listed:
-    """Structures in memory beside others on disk."""
+    """Structures in memory beside others on disk, with what :class:`~.stored.Stored` has."""
 
     def __init__(self, structures: Sequence[Structure]) -> None:
         self._structures = structures
@@ -74,17 +47,18 @@ class _Listed:
         self.conditions = np.array([(s.charge, s.spin) for s in structures], dtype=np.float64)
 
     def structure(self, row: int) -> Structure:
-        """The structure with a number."""
         return self._structures[row]
 
     def places(self, rows: np.ndarray) -> tuple[list[int], list[str]]:
-        """Numbers and files of some structures."""
         chosen = [self._structures[row] for row in rows.tolist()]
         return [s.index for s in chosen], [s.source for s in chosen]
 
     def identity(self) -> str:
-        """Text that changes when the content does."""
         return structures_fingerprint(self._structures)
+
+
+#: Structures by number, and what is known of all of them.
+Store = Stored | _Listed
 
 
 class OnDisk(Sequence[Structure]):

@@ -87,9 +87,6 @@ def is_dummy(label: str) -> bool:
 def as_types(given: Mapping[int, str]) -> dict[int, str]:
     """A mapping of atom types to elements, checked.
 
-    Args:
-        given: element by the number of the type, from 1.
-
     Raises:
         DataError: a value that is no element.
     """
@@ -127,11 +124,7 @@ class SymbolLayout:
 
     @staticmethod
     def of(comment: str) -> SymbolLayout:
-        """The columns that a comment names; element and position without it.
-
-        Args:
-            comment: the second line of the frame.
-        """
+        """The columns that a comment names; element and position without it."""
         found = _PROPERTIES.search(comment)
         words = (found[1] if found else _DEFAULT).split(":")
         kinds, species, others = "", None, {}

@@ -12,11 +12,14 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from pet_finetune.errors import DataError
 from pet_finetune.log import get_logger
+
+Stream = TypeVar("Stream", io.StringIO, io.BytesIO)
 
 _logger = get_logger(__name__)
 
@@ -107,20 +110,10 @@ _CELLS = (
 _EXPONENT = str.maketrans("dD", "ee")  # as Fortran writes it
 
 
-class NamedText(io.StringIO):
-    """Text in memory under the name of its file, which some of ASE's readers ask for."""
-
-    def __init__(self, text: str, name: str) -> None:
-        super().__init__(text)
-        self.name = name
-
-
-class NamedBytes(io.BytesIO):
-    """Bytes in memory under the name of their file."""
-
-    def __init__(self, data: bytes, name: str) -> None:
-        super().__init__(data)
-        self.name = name
+def named(stream: Stream, name: str) -> Stream:
+    """Text or bytes in memory under the name of their file, which some of ASE's readers ask for."""
+    stream.name = name
+    return stream
 
 
 def unpacked_name(file: Path) -> str:
@@ -189,10 +182,6 @@ def to_text(data: bytes, source: str) -> str:
 
     What is not UTF-8 and has no mark is Latin-1, in which every byte has a meaning; elements,
     numbers and names of labels are the same in both.
-
-    Args:
-        data: the content of the file.
-        source: the file, for the log.
     """
     encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
     try:
@@ -206,12 +195,7 @@ def to_text(data: bytes, source: str) -> str:
 
 
 def arrays_of(file: Path, data: bytes) -> str:
-    """What a file of numbers without a meaning of their own holds, in words; else empty.
-
-    Args:
-        file: its name.
-        data: its content.
-    """
+    """What a file of numbers without a meaning of their own holds, in words; else empty."""
     if data.startswith(b"\x89HDF\r\n\x1a\n"):
         return "tables of HDF5"
     if data.startswith(b"\x93NUMPY"):

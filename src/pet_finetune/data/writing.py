@@ -111,12 +111,7 @@ class PredictionWriter:
     def add(
         self, structures: Sequence[Structure], values: Sequence[Mapping[str, np.ndarray]]
     ) -> None:
-        """Write more structures.
-
-        Args:
-            structures: in the order of the file.
-            values: for each the predictions under the names of their labels.
-        """
+        """Write more structures."""
         with self._explained():
             for structure, own in zip(structures, values, strict=True):
                 self._write(structure, own)

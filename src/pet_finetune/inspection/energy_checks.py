@@ -9,7 +9,7 @@ import numpy as np
 
 from .finding import Finding, Frames, frames_of
 from .near_frames import FrameStep
-from .subject import Entry, Subject, compositions, element_fit
+from .subject import Entry, Subject, compositions, element_fit, rms
 
 #: A shift of a whole file by more, eV an atom, is none of temperature or phase; and how many times
 #: the spread within the files it must be.
@@ -231,14 +231,9 @@ def _against_composition(entries: Sequence[Entry]) -> Iterator[tuple[Entry, floa
         off = energies - np.median(energies)
         low, high = np.quantile(energies, [0.05, 0.95])
         limit = max(0.05, 4.0 * float(high - low), 15.0 * _spread(energies))
-        forces = [_force(e) for e in own]
+        forces = [0.0 if e.forces is None else rms(e.forces) for e in own]
         hot = 1.3 * float(np.quantile(forces, 0.9))
         for entry, value, force in zip(own, off.tolist(), forces, strict=True):
             explained = value > 0 and 0.0 < hot < force  # of high energy, as its forces are
             if abs(value) > limit and not explained:
                 yield entry, value
-
-
-def _force(entry: Entry) -> float:
-    """Root mean square of the forces' components, eV/Å; 0 without forces."""
-    return 0.0 if entry.forces is None else float(np.sqrt((entry.forces**2).mean()))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -101,43 +100,12 @@ def _edges_of(structures: Sequence[Structure], cutoff: float) -> tuple[int, int,
     return edges, atoms, most
 
 
-def _heads_only(model: Potential, target: str) -> None:
-    freeze(model, default_modules_to_save(model.network, target))
-
-
-def _all_weights(model: Potential, target: str) -> None:
-    freeze(model, train=None)
-
-
-def _adapters(model: Potential, target: str) -> None:
-    inject(model, AdapterConfig(targets=[target]))
-
-
 #: How each method chooses what trains, in a copy of the model.
-METHODS: dict[str, Callable[[Potential, str], None]] = {
-    "full": _all_weights,
-    "lora": _adapters,
-    "heads": _heads_only,
+METHODS: dict[str, Callable[[Potential, str], object]] = {
+    "full": lambda model, target: freeze(model, train=None),
+    "lora": lambda model, target: inject(model, AdapterConfig(targets=[target])),
+    "heads": lambda model, target: freeze(model, default_modules_to_save(model.network, target)),
 }
-
-
-class _Kept:
-    """Counts the bytes that a computation keeps for its backward pass, each storage once."""
-
-    def __init__(self) -> None:
-        self.storages: dict[int, int] = {}
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        self.storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    def hooks(self) -> AbstractContextManager[None]:
-        return torch.autograd.graph.saved_tensors_hooks(self, lambda tensor: tensor)
-
-    @property
-    def bytes(self) -> int:
-        return sum(self.storages.values())
 
 
 def estimate(
@@ -226,11 +194,18 @@ def _measure(
     stress: bool,
 ) -> Estimate:
     model.train()
-    kept = _Kept()
+    kept: dict[int, int] = {}  # bytes of each storage that the backward pass needs
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    saved = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     parameters = [p for p in model.network.parameters() if p.requires_grad]
     seconds = []
     for attempt in range(3):
-        with kept.hooks() if attempt == 0 else torch.enable_grad():
+        with saved if attempt == 0 else torch.enable_grad():
             started = time.perf_counter()
             said = model.predict(batch, target, forces=forces, stress=stress, create_graph=True)
             loss = said.energy.square().sum()
@@ -249,5 +224,5 @@ def _measure(
     weights = sum(p.numel() * p.element_size() for p in model.network.parameters())
     trained = sum(p.numel() * p.element_size() for p in parameters)
     of_batch = whole / max(1, load.structures) * min(batch_size, load.structures)
-    memory = weights + 3 * trained + kept.bytes * of_batch / edges
+    memory = weights + 3 * trained + sum(kept.values()) * of_batch / edges
     return Estimate(method, sum(p.numel() for p in parameters), epoch, memory / _MIB)

@@ -173,6 +173,11 @@ def _reading(chosen: Sequence[tuple[str, str, float, float, int]]) -> Reading:
     return Reading(units, logs, prior, {quantity: sign for quantity, *_, sign in chosen})
 
 
+def digits(value: float) -> str:
+    """A number without an exponent where it fits."""
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
 def log_ratio(seen: np.ndarray, expected: np.ndarray, floor: float) -> tuple[float, float, int]:
     """Median of the logarithms of ratios, its uncertainty, and the sign (0: unclear).
 
@@ -208,12 +213,6 @@ _SURE = 16.0
 _EXCLUDED = 4.0
 
 TURNED = "the other sign"
-
-_WRITTEN = {
-    "energy": ("kcal/mol", "kJ/mol", "Hartree", "Ry", "eV"),
-    "force": ("kcal/mol/A", "kJ/mol/A", "Hartree/Bohr", "Ry/Bohr", "eV/A"),
-    "stress": ("GPa", "kbar", "Hartree/Bohr^3", "Ry/Bohr^3", "eV/A^3"),
-}
 
 
 @dataclass(frozen=True)
@@ -263,7 +262,11 @@ def best_of(readings: Sequence[Candidate], forms: Sequence[Candidate]) -> list[C
 
 def _is_written(reading: Reading) -> bool:
     """Whether all units are those that programs write."""
-    return all(reading.units[q] in _WRITTEN[q] for q in _changed(reading))
+    return all(_is_usual(q, reading.units[q]) for q in _changed(reading))
+
+
+def _is_usual(quantity: str, unit: str) -> bool:
+    return UNITS[quantity].get(unit) == 0
 
 
 def _is_of_one(reading: Reading) -> bool:
@@ -313,7 +316,7 @@ def undecided(
             if quantity in reading.units
             and reading.signs[quantity] > 0
             and quantity in _changed(reading)
-            and reading.units[quantity] in _WRITTEN[quantity]
+            and _is_usual(quantity, reading.units[quantity])
         ]
         if not said:
             names += [
@@ -327,7 +330,7 @@ def undecided(
         if names:
             found[quantity] = list(dict.fromkeys(names))
     together = [r.units["energy"] for r in (c.reading for c in near) if _is_of_one(r)]
-    together = [unit for unit in together if unit in _WRITTEN["energy"]]
+    together = [unit for unit in together if _is_usual("energy", unit)]
     if together and not found and not said:
         found["all"] = list(dict.fromkeys(together))
     return found

@@ -16,7 +16,7 @@ from pet_finetune.model import Potential
 
 from .evidence import Evidence
 from .finding import Finding, frames_of
-from .subject import Entry, Subject, compositions, element_fit
+from .subject import Entry, Subject, element_fit, rms
 
 _BATCH_ATOMS, _SAME_PLACE = 256, 1e-3
 #: Pearson correlations above which a slope says something, and from which on it says it well.
@@ -81,7 +81,9 @@ def ask(
 
 def _is_too_large(entry: Entry, model: Potential) -> bool:
     """Whether predicting it would take more than about a GB."""
-    return _edges(entry, model.cutoff) * model.hypers.d_pet >= _MOST_NUMBERS
+    near = expected_neighbors(entry.positions, entry.cell, entry.pbc, model.cutoff)
+    near = near if entry.pbc.any() else min(entry.size - 1.0, near)
+    return entry.size * near * model.hypers.d_pet >= _MOST_NUMBERS
 
 
 def check_compared(model: Potential, subject: Subject) -> Iterator[Finding]:
@@ -98,12 +100,6 @@ def check_compared(model: Potential, subject: Subject) -> Iterator[Finding]:
             "Compare them with `pet-finetune eval`, on a machine with enough memory.",
             {"count": len(large)},
         )
-
-
-def _edges(entry: Entry, cutoff: float) -> float:
-    """About how many a structure has."""
-    near = expected_neighbors(entry.positions, entry.cell, entry.pbc, cutoff)
-    return entry.size * min(entry.size - 1.0 if not entry.pbc.any() else near, near)
 
 
 def _predict(model: Potential, target: str, entries: Sequence[Entry]) -> Iterator[Answer]:
@@ -130,7 +126,11 @@ def units_of(answers: Sequence[Answer]) -> dict[str, list[Evidence]]:
         files.setdefault(answer.entry.file, []).append(answer)
     found = {}
     for file, own in files.items():
-        pieces = (_force_slope(own), _energy_slope(own), _stress_slope(own))
+        pieces = (
+            _slope_of([(a.entry.forces, a.forces) for a in own], "force", "forces"),
+            _energy_slope(own),
+            _slope_of([(a.entry.stress, a.stress) for a in own], "stress", "stresses"),
+        )
         found[file] = [piece for piece in pieces if piece is not None]
     return found
 
@@ -151,12 +151,15 @@ def _slope(labels: np.ndarray, said: np.ndarray, quantity: str, name: str) -> Ev
     return Evidence({quantity: -1.0}, log, sigma, text, sign, absolute=True)
 
 
-def _force_slope(answers: Sequence[Answer]) -> Evidence | None:
-    pairs = [(a.entry.forces, a.forces) for a in answers if a.entry.forces is not None]
-    if len(pairs) < _FEWEST:
+def _slope_of(
+    pairs: Sequence[tuple[np.ndarray | None, np.ndarray | None]], quantity: str, name: str
+) -> Evidence | None:
+    """Of labels against predictions, where there are both."""
+    known = [(label, said) for label, said in pairs if label is not None and said is not None]
+    if len(known) < _FEWEST:
         return None
-    labels, said = (np.concatenate([p[k].ravel() for p in pairs]) for k in (0, 1))
-    return _slope(labels, said, "force", "forces")
+    labels, said = (np.concatenate([p[k].ravel() for p in known]) for k in (0, 1))
+    return _slope(labels, said, quantity, name)
 
 
 def _energy_slope(answers: Sequence[Answer]) -> Evidence | None:
@@ -170,23 +173,10 @@ def _energy_slope(answers: Sequence[Answer]) -> Evidence | None:
     return _slope(labels, said, "energy", "differences of energies")
 
 
-def _stress_slope(answers: Sequence[Answer]) -> Evidence | None:
-    pairs = [(a.entry.stress, a.stress) for a in answers if a.entry.stress is not None]
-    known = [(label, said) for label, said in pairs if label is not None and said is not None]
-    if len(known) < _FEWEST:
-        return None
-    labels, said = (np.concatenate([p[k].ravel() for p in known]) for k in (0, 1))
-    return _slope(labels, said, "stress", "stresses")
-
-
 def _left(answers: Sequence[Answer], energies: Sequence[float]) -> np.ndarray:
     """Given energies less a sum over elements that is fitted to them, eV an atom."""
-    elements = sorted({int(z) for a in answers for z in a.entry.elements[0]})
-    fractions = compositions([a.entry for a in answers], elements)
-    values = np.array([e / a.entry.size for e, a in zip(energies, answers, strict=True)])
-    weights, *_ = np.linalg.lstsq(fractions, values, rcond=1e-8)
-    left: np.ndarray = values - fractions @ weights
-    return left
+    values = [e / a.entry.size for e, a in zip(energies, answers, strict=True)]
+    return element_fit([a.entry for a in answers], values)[2]
 
 
 def baseline_shift(answers: Sequence[Answer]) -> float | None:
@@ -198,12 +188,7 @@ def baseline_shift(answers: Sequence[Answer]) -> float | None:
 
 
 def check_references(answers: Sequence[Answer], kept: bool) -> Iterator[Finding]:
-    """Energies relative to other references than the foundation's, where its baselines stay.
-
-    Args:
-        answers: of the foundation.
-        kept: whether the run keeps the foundation's baselines.
-    """
+    """Energies relative to other references than the foundation's, where its baselines stay."""
     shift = baseline_shift(answers)
     if kept and shift is not None and abs(shift) > _REFERENCES:
         yield Finding(
@@ -260,5 +245,4 @@ def check_residuals(answers: Sequence[Answer]) -> Iterator[Finding]:
 def _force_error(answer: Answer) -> float:
     """Root mean square error of the forces, over their size plus that of a thermal force."""
     assert answer.entry.forces is not None
-    error = float(np.sqrt(((answer.forces - answer.entry.forces) ** 2).mean()))
-    return error / (0.3 + float(np.sqrt((answer.forces**2).mean())))
+    return rms(answer.forces - answer.entry.forces) / (0.3 + rms(answer.forces))

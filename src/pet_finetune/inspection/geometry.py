@@ -13,7 +13,7 @@ from pet_finetune.units import to_own_unit
 
 from .finding import Finding, Frames, frames_of
 from .near_frames import within
-from .subject import REACH, Entry, Subject, composition
+from .subject import NOBLE, REACH, Entry, Subject, composition, rms
 
 #: Å between fingerprints: the same frame up to the rounding of files, and a copy that was
 #: displaced so little that it tells nothing new. MD frames 1 fs apart differ by about 0.01.
@@ -49,7 +49,7 @@ def _same_far(pair: Twins) -> bool:
     if one.pbc.any() or one.size > 300:
         return True
     near, far = np.sort(pdist(one.positions)), np.sort(pdist(two.positions))
-    return bool(np.sqrt(((near - far) ** 2).mean()) < max(_NEAR, 3.0 * pair.distance))
+    return rms(near - far) < max(_NEAR, 3.0 * pair.distance)
 
 
 def check_duplicates(subject: Subject) -> Iterator[Finding]:
@@ -117,7 +117,7 @@ def _contradictions(same: Sequence[Twins]) -> Iterator[Finding]:
         # Of crystals only the near shells are known to be equal: far ones change forces a little.
         if one.forces is not None and two.forces is not None and not one.pbc.any():
             lengths = [np.sort(np.linalg.norm(f, axis=1)) for f in (one.forces, two.forces)]
-            force = float(np.sqrt(((lengths[0] - lengths[1]) ** 2).mean()))
+            force = rms(lengths[0] - lengths[1])
         if energy > _ENERGY or force > _FORCE:
             found += [one, two]
             largest = max(largest, energy)
@@ -144,13 +144,12 @@ _COMPRESSED = 0.8
 #: liquids and solids, some at 30 GPa, lie between 0.78 and 1.04.
 _SHORT, _LONG = 0.62, 1.35
 _USUAL = (0.7, 1.15)
-_NOBLE = (2, 10, 18, 36, 54, 86)
 
 
 def check_lengths(subject: Subject) -> Iterator[Finding]:
     """Positions in Bohr or nm, by the nearest distances beside the covalent radii (ASE's table)."""
     for file, entries in subject.files.items():
-        gaps = [e.gaps[~np.isin(e.numbers, _NOBLE)] for e in entries if e.size > 1]
+        gaps = [e.gaps[~np.isin(e.numbers, NOBLE)] for e in entries if e.size > 1]
         found = np.concatenate([*gaps, np.zeros(0)])
         found = found[np.isfinite(found)]
         if len(found) < 4:

@@ -17,7 +17,7 @@ from pet_finetune.config.options_reference import schema_line
 from pet_finetune.config.yaml_file import to_yaml
 from pet_finetune.data.splits import make_splits
 from pet_finetune.data.structure import Structure
-from pet_finetune.data.structure_sets import find_species, of_species, sampled
+from pet_finetune.data.structure_sets import find_species, of_species
 from pet_finetune.device import choose_device
 from pet_finetune.elements import symbol_of
 from pet_finetune.errors import ConfigError, DataError, PetFinetuneError
@@ -31,7 +31,7 @@ from pet_finetune.training.starting_model import read_start
 
 from . import Finding, Foundation, Inspection, inspect_sets
 from .estimate import Load, estimate, load_of
-from .inspection import cells_of, declared_units, energy_of
+from .inspection import cells_of, declared_units, energy_of, looked_at
 from .label_names import target_of_file
 from .read_anyway import read_anyway, sets_left_out
 from .suggestion import Suggestion, suggest, training_section, with_found_units
@@ -184,7 +184,7 @@ def _read(request: Request) -> tuple[dict[str, Sequence[Structure]], list[Findin
         except DataError as error:
             failed = Finding("error", "unreadable", str(error))
         else:
-            return {name: _looked_at(getattr(splits, name), name) for name in _SETS}, []
+            return looked_at(splits), []
     sets: dict[str, Sequence[Structure]] = {}
     findings: list[Finding] = []
     for name, chosen in zip(
@@ -201,10 +201,6 @@ def _read(request: Request) -> tuple[dict[str, Sequence[Structure]], list[Findin
     if not request.whole and not findings:
         findings.append(failed)
     return sets, findings
-
-
-def _looked_at(structures: Sequence[Structure], name: str) -> Sequence[Structure]:
-    return sampled(structures, f"the look at {name}")
 
 
 def _energy_target(model: Potential, target: str | None) -> str | None:

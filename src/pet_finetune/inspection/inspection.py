@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from pet_finetune.config import DatasetOptions, Options
-from pet_finetune.config.target import TargetOptions
 from pet_finetune.data.splits import Splits, make_splits
 from pet_finetune.data.structure import Structure, check_charges
 from pet_finetune.data.structure_sets import check_species, sampled
@@ -246,18 +245,14 @@ def energy_of(options: Options) -> str | None:
 
 def declared_units(datasets: Iterable[DatasetOptions], target: str | None) -> dict[str, Declared]:
     """What the options say of the units of an energy's files."""
-    return {
-        data.systems.read_from: _declared(
-            data.targets[target], length_to_angstrom(data.systems.length_unit)
-        )
-        for data in datasets
-        if target is not None and target in data.targets
-    }
-
-
-def _declared(target: TargetOptions, length: float) -> Declared:
-    forces, stress = (target.gradient_factor(kind, length) for kind in ("forces", "stress"))
-    return Declared(target.factor, length, forces, stress, named=bool(target.unit))
+    found = {}
+    for data in datasets:
+        if target is not None and target in data.targets:
+            own, length = data.targets[target], length_to_angstrom(data.systems.length_unit)
+            forces, stress = (own.gradient_factor(kind, length) for kind in ("forces", "stress"))
+            named = bool(own.unit)
+            found[data.systems.read_from] = Declared(own.factor, length, forces, stress, named)
+    return found
 
 
 def cells_of(options: Options) -> list[Finding]:
@@ -285,6 +280,14 @@ def read_checked(options: Options, seed: int) -> Splits:
         raise DataError(_listed(findings)) from error
 
 
+def looked_at(splits: Splits) -> dict[str, Sequence[Structure]]:
+    """The three sets; of large ones on disk a part."""
+    return {
+        name: sampled(getattr(splits, name), f"the look at the {name} set")
+        for name in ("train", "validation", "test")
+    }
+
+
 class Preflight(Feature):
     """The feature that inspects the data of a new run before anything is trained on them."""
 
@@ -298,10 +301,7 @@ class Preflight(Feature):
             DataError: what would break the run, all of it.
         """
         options, splits, start = plan.options, plan.splits, plan.start
-        sets = {
-            name: sampled(getattr(splits, name), f"the look at the {name} set")
-            for name in ("train", "validation", "test")
-        }
+        sets = looked_at(splits)
         target = energy_of(options)
         known = tuple(z for z in start.model.species if z not in start.new_species)
         foundation = Foundation(
@@ -315,7 +315,11 @@ class Preflight(Feature):
         )
         declared = declared_units(options.datasets(), target)
         inspection = inspect_sets(sets, target, declared, foundation, cells_of(options))
-        _tell(inspection)
+        for finding in inspection.findings:
+            if finding.severity == "warning":
+                _logger.warning("data: %s", finding.text)
+            elif finding.severity == "note":
+                _logger.info("data: %s", finding.text)
         problem = problem_of(inspection.errors)
         if problem is not None:
             raise problem
@@ -330,15 +334,6 @@ def _reference(start: Start, target: str | None) -> str | None:
     added = {*start.fresh, *start.inherited}
     own = [n for n, spec in start.model.targets.items() if spec.is_energy and n not in added]
     return own[0] if own else None
-
-
-def _tell(inspection: Inspection) -> None:
-    """Warnings and notes into the log, a line each."""
-    for finding in inspection.findings:
-        if finding.severity == "warning":
-            _logger.warning("data: %s", finding.text)
-        elif finding.severity == "note":
-            _logger.info("data: %s", finding.text)
 
 
 def problem_of(errors: Sequence[Finding]) -> PetFinetuneError | None:

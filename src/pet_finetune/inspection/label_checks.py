@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from .finding import Finding, Frames, frames_of
-from .subject import Entry, Subject
+from .subject import Entry, Subject, rms
 
 #: eV/Å: an atom in a thermal structure feels 1 to 5, in a violent collision up to 30.
 _ABSURD = 50.0
@@ -108,7 +108,7 @@ def check_forces(subject: Subject) -> Iterator[Finding]:
             "Take the forces out of these frames: frames without forces are fine.",
             {"count": len(unexplained)},
         )
-    size = _mean_size(forced)
+    size = rms(*[e.forces for e in forced if e.forces is not None])
     if forced and 0.0 < size < _RELAXED and len(forced) > 2:
         yield Finding(
             "note",
@@ -139,7 +139,7 @@ def check_forces(subject: Subject) -> Iterator[Finding]:
 def check_mechanics(subject: Subject) -> Iterator[Finding]:
     """Net forces, and for molecules net torques, which no potential has."""
     forced = [e for e in subject.entries if e.forces is not None and e.size > 1]
-    size = _mean_size(forced)
+    size = rms(*[e.forces for e in forced if e.forces is not None])
     limit = max(_NOISE, _NOISE_PART * size)
     pushed = {id(e): _net_force(e) for e in forced}
     moving = [e for e in forced if pushed[id(e)] > limit]
@@ -221,12 +221,6 @@ def _largest(entry: Entry) -> float:
     if entry.forces is None:
         return 0.0
     return float(np.linalg.norm(entry.forces, axis=1).max())
-
-
-def _mean_size(entries: Sequence[Entry]) -> float:
-    """Root mean square of the components of all forces, eV/Å."""
-    values = [e.forces.ravel() for e in entries if e.forces is not None]
-    return float(np.sqrt((np.concatenate(values) ** 2).mean())) if values else 0.0
 
 
 def _net_force(entry: Entry) -> float:

@@ -11,7 +11,13 @@ import numpy as np
 from ase import Atoms
 
 from pet_finetune.data.frame_files import read_frames
-from pet_finetune.data.label_columns import Shape, find_value, to_forces, to_scalar, to_stress
+from pet_finetune.data.label_columns import (
+    LABEL_SHAPES,
+    find_value,
+    fits,
+    names_in,
+    to_stress,
+)
 from pet_finetune.data.structure_sets import evenly_spread
 
 from .finding import Finding, Frames
@@ -31,13 +37,6 @@ _FREE_GAP = 1e-3
 #: Columns of three numbers an atom that are known and no forces.
 _NO_FORCES = frozenset({"positions", "momenta", "velocities", "velo", "vel", "dipoles", "magmoms"})
 
-_SHAPES: Mapping[str, Shape] = {
-    "energy": to_scalar,
-    "forces": to_forces,
-    "stress": to_stress,
-    "virial": to_stress,
-}
-
 
 def target_of_file(
     path: str | Path, format: str = "", types: Mapping[int, str] | None = None
@@ -51,7 +50,7 @@ def target_of_file(
     keys: dict[str, str | None] = {}
     findings: list[Finding] = []
     passed: list[str] = []
-    for kind in _SHAPES:
+    for kind in LABEL_SHAPES:
         own, others = _find_keys(frames, kind, keys.get("energy") or "")
         keys[kind] = own[0] if own else None
         if kind == "energy":
@@ -59,7 +58,7 @@ def target_of_file(
         if len(own) > 1:
             findings.append(_several(str(path), kind, own))
     if keys["energy"] is None:
-        names = ", ".join(_names(frames[0])) or "nothing but the structure"
+        names = ", ".join(names_in(frames[0])) or "nothing but the structure"
         if passed:
             names += f" (of which {', '.join(passed)} is no total energy by its name)"
         findings.append(
@@ -253,8 +252,8 @@ def _candidates(frames: Sequence[Atoms], kind: str) -> tuple[list[str], list[str
     found: list[str] = []
     passed: list[str] = []
     for atoms in (frames[0], frames[-1]):
-        for name in _names(atoms):
-            if stem not in name.casefold() or not fits(atoms, name, kind):
+        for name in names_in(atoms):
+            if stem not in name.casefold() or not fits(atoms, name, LABEL_SHAPES[kind]):
                 continue
             words = name.casefold().replace(stem, " ").replace("-", "_")
             (passed if _OTHER.search(words) else found).append(name)
@@ -270,25 +269,3 @@ def _same_values(frames: Sequence[Atoms], one: str, two: str) -> bool:
         if not np.array_equal(np.asarray(values[0]), np.asarray(values[1])):
             return False
     return True
-
-
-def _names(atoms: Atoms) -> list[str]:
-    results = getattr(atoms.calc, "results", {})
-    arrays = [name for name in atoms.arrays if name not in ("numbers", "positions")]
-    return list(dict.fromkeys([*map(str, atoms.info), *arrays, *results]))
-
-
-def fits(atoms: Atoms, name: str, kind: str) -> bool:
-    """Whether a value has the shape of a label.
-
-    Args:
-        atoms: a frame.
-        name: of the value in it.
-        kind: energy, forces, stress or virial.
-    """
-    value = np.asarray(find_value(atoms, name))
-    try:
-        _SHAPES[kind](value.astype(np.float64), len(atoms))
-    except (TypeError, ValueError):
-        return False
-    return value.dtype != bool  # a word of a comment stands for true in ASE

@@ -17,7 +17,7 @@ from pet_finetune.elements import symbol_of
 
 from .estimate import Load, duration
 from .finding import SEVERITIES, Finding
-from .subject import Entry, Subject, element_fit
+from .subject import Entry, Subject, element_fit, rms
 
 if TYPE_CHECKING:
     from .inspection import Inspection
@@ -105,10 +105,6 @@ class Facts:
     files: dict[str, int]
     skipped: int
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
-
 
 def facts_of(subject: Subject) -> Facts:
     """Count and measure."""
@@ -144,16 +140,10 @@ def _set_facts(entries: Sequence[Entry]) -> SetFacts:
         references=references_of(labelled),
         forces=len(forced),
         force=Range.of([np.linalg.norm(f, axis=1).max() for f in forced]),
-        force_rms=_rms(forced),
+        force_rms=rms(*forced) if forced else None,
         stress=len(stressed),
-        stress_rms=_rms(stressed),
+        stress_rms=rms(*stressed) if stressed else None,
     )
-
-
-def _rms(arrays: Sequence[np.ndarray]) -> float | None:
-    if not arrays:
-        return None
-    return float(np.sqrt((np.concatenate([a.ravel() for a in arrays]) ** 2).mean()))
 
 
 _STYLES = {"error": "bold red", "warning": "bold yellow", "note": "bold cyan"}
@@ -163,7 +153,7 @@ def as_dict(inspection: Inspection) -> dict[str, Any]:
     """Plain values of everything."""
     suggestion = inspection.suggestion
     return {
-        "facts": inspection.facts.as_dict(),
+        "facts": asdict(inspection.facts),
         "findings": [finding.as_dict() for finding in inspection.findings],
         "compared": inspection.compared,
         "errors_before": inspection.errors_before,

@@ -16,8 +16,8 @@ from scipy.sparse import csc_matrix
 
 from pet_finetune.data.neighbors import expected_neighbors, find_pairs
 
-from .evidence import Evidence
-from .subject import Entry, compositions
+from .evidence import Evidence, digits
+from .subject import NOBLE, Entry, compositions, rms
 
 #: What each Gaussian contributes to a frame: see :func:`_design`.
 _Design = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
@@ -38,8 +38,6 @@ _FEWEST = 8
 #: Force on an atom over the sum of exp(-10 (d - 0.95)) / R along its pairs, d being a distance in
 #: sums R of covalent radii, eV. Between 0.5 and 8 in 16 published sets of solids and hot water.
 _REPULSION, _REPULSION_SIGMA = 2.2, 0.85
-#: Elements without bonds, whose covalent radii say nothing of where atoms meet.
-_NOBLE = (2, 10, 18, 36, 54, 86)
 #: Energies and stresses over those of the model: 0.5 to 7 and 0.6 to 2 in the same sets.
 _ENERGY, _ENERGY_SIGMA = 1.6, 0.75
 _STRESS, _STRESS_SIGMA = 1.1, 0.75
@@ -89,7 +87,7 @@ class PairModel:
         if abs(correlation) < 0.5 or size == 0.0:
             return None
         text = (
-            f"the forces push atoms apart as a repulsion of {_digits(size)} eV does at the sum of "
+            f"the forces push atoms apart as a repulsion of {digits(size)} eV does at the sum of "
             f"the covalent radii (0.5 to 10 expected)"
         )
         log = float(np.log(abs(size) / _REPULSION))
@@ -98,7 +96,7 @@ class PairModel:
 
     def _of_energies(self, entries: Sequence[Entry]) -> Evidence | None:
         """Spread of the energies of equal compositions and volumes beside that of the model."""
-        chosen = [k for k, e in enumerate(entries) if e.energy is not None and _displaced(e)]
+        chosen = [k for k, e in enumerate(entries) if e.energy is not None and displaced(e)]
         if self.agreement < _CORRELATED or len(chosen) < _FEWEST:
             return None
         known = [entries[k] for k in chosen]
@@ -116,7 +114,7 @@ class PairModel:
             return None
         sign = int(np.sign(correlation)) if abs(correlation) > _SAME else 0
         text = (
-            f"the energies of frames differ {_digits(seen / said)} times as much as a pair "
+            f"the energies of frames differ {digits(seen / said)} times as much as a pair "
             "potential fitted to the forces says (0.4 to 4 expected)"
         )
         log = float(np.log(seen / said / _ENERGY))
@@ -126,7 +124,7 @@ class PairModel:
     def _of_stresses(self, entries: Sequence[Entry]) -> Evidence | None:
         """Shear, which displaced atoms make, by its size; shear and pressure by their sign."""
         chosen = [k for k, e in enumerate(entries) if e.stress is not None and e.volume > 0.0]
-        chosen = [k for k in chosen if _displaced(entries[k])]
+        chosen = [k for k in chosen if displaced(entries[k])]
         if self.agreement < _CORRELATED or len(chosen) < _FEWEST:
             return None
         labels = np.stack([entries[k].stress for k in chosen])  # type: ignore[misc]
@@ -149,7 +147,7 @@ class PairModel:
         sign = int(np.sign(alike)) if abs(alike) > 0.5 else 0
         ratio = float(np.median(seen / np.maximum(said, 1e-12)))
         text = (
-            f"the shear stress is {_digits(ratio)} times that of a pair potential fitted to the "
+            f"the shear stress is {digits(ratio)} times that of a pair potential fitted to the "
             f"forces (0.4 to 4 expected; correlation of stress and pressure {alike:.2f})"
         )
         log = float(np.log(ratio / _STRESS))
@@ -174,10 +172,10 @@ def fit_pairs(entries: Sequence[Entry]) -> PairModel | None:
     if len(frames) < 2:
         return None
     # Each frame counts alike: else a few hot ones would say what the energies of all others are.
-    sizes = np.array([float(np.sqrt((_forces(e) ** 2).mean())) for e in chosen])
+    sizes = np.array([rms(_forces(e)) for e in chosen])
     if not sizes.any():
         return None
-    shares = 1.0 / np.maximum(sizes, _SMALL * float(np.sqrt((sizes**2).mean())))
+    shares = 1.0 / np.maximum(sizes, _SMALL * rms(sizes))
     kinds = _kinds_of(chosen)
     made = [_design(entry, kinds) for entry in chosen]
     scaled = [one[0] * share for one, share in zip(made, shares, strict=True)]
@@ -225,11 +223,10 @@ def _fits(entry: Entry) -> bool:
     return near * entry.size < _PAIRS and float(entry.nearest.min()) > 0.1
 
 
-def _displaced(entry: Entry) -> bool:
+def displaced(entry: Entry) -> bool:
     """Whether the atoms are so far from their places that this rules energies and stresses."""
     near = float(np.median(entry.nearest))
-    force = float(np.sqrt((_forces(entry) ** 2).mean()))
-    return bool(np.isfinite(near)) and force * near > _DISPLACED
+    return bool(np.isfinite(near)) and rms(_forces(entry)) * near > _DISPLACED
 
 
 def _kinds_of(entries: Sequence[Entry]) -> dict[tuple[int, int], int]:
@@ -267,7 +264,7 @@ def _design(entry: Entry, kinds: dict[tuple[int, int], int]) -> _Design:
     forces = np.empty((entry.size, 3, count * width))
     push = np.empty((entry.size, 3))
     repulsion = -np.exp(-10.0 * (length / sums - 0.95)) / sums
-    noble = np.isin(entry.numbers, _NOBLE)
+    noble = np.isin(entry.numbers, NOBLE)
     repulsion[noble[first] | noble[second]] = 0.0
     for axis in range(3):
         pulls = _sums(first * count + number, unit[:, axis], slopes, entry.size * count)
@@ -318,7 +315,3 @@ def _cosine(one: np.ndarray, two: np.ndarray) -> float:
     """Correlation of two vectors whose means are zero."""
     size = float(np.linalg.norm(one) * np.linalg.norm(two))
     return float(one @ two) / size if size > 0.0 else 0.0
-
-
-def _digits(value: float) -> str:
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"

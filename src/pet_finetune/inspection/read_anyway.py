@@ -12,14 +12,13 @@ from pet_finetune.config import DatasetOptions
 from pet_finetune.data.calculator_input import MISSING_CELL, misses_a_cell
 from pet_finetune.data.dataset_files import frame_numbers, isolated_frames, sets_of_isolated_atoms
 from pet_finetune.data.frame_files import read_file, read_frames
-from pet_finetune.data.label_columns import find_value
+from pet_finetune.data.label_columns import LABEL_SHAPES, find_value, fits
 from pet_finetune.data.readers import read_structures
 from pet_finetune.data.structure import Structure
 from pet_finetune.data.structure_sets import evenly_spread, sampled
 from pet_finetune.errors import DataError
 
 from .finding import Finding, Frames
-from .label_names import fits
 
 _SAMPLE = 100
 
@@ -40,12 +39,9 @@ def read_anyway(dataset: DatasetOptions) -> tuple[Sequence[Structure], list[Find
     plain = Finding("error", "unreadable", reason, (Frames(source),))
     try:
         frames = read_frames(source, dataset.systems.format, dataset.systems.types)
-        chosen = dataset.indices
-        numbers = (
-            (range if isinstance(frames, list) else _some)(len(frames))
-            if chosen is None
-            else frame_numbers(chosen, len(frames), source)
-        )
+        numbers: Sequence[int] = frame_numbers(dataset.indices, len(frames), source)
+        if dataset.indices is None:  # of a large set on disk a part
+            numbers = numbers if isinstance(frames, list) else evenly_spread(range(len(frames)))
     except DataError:
         return [], [plain]
     broken = {number: why for number in numbers if (why := _broken(frames[number], dataset))}
@@ -57,11 +53,6 @@ def read_anyway(dataset: DatasetOptions) -> tuple[Sequence[Structure], list[Find
     except DataError:
         return [], [plain]
     return structures, [*told, *_tell(source, broken)]
-
-
-def _some(count: int) -> Sequence[int]:
-    """Numbers of the frames that are looked at of a large set on disk."""
-    return evenly_spread(range(count))
 
 
 def _isolated(dataset: DatasetOptions) -> list[Finding]:
@@ -104,13 +95,7 @@ def _without_failed(dataset: DatasetOptions) -> tuple[DatasetOptions, list[Findi
     systems = dataset.systems
     try:
         content = read_file(systems.read_from, systems.format, systems.types)
-        count = len(content.frames)
-        chosen = dataset.indices
-        numbers = (
-            list(range(count))
-            if chosen is None
-            else frame_numbers(chosen, count, systems.read_from)
-        )
+        numbers = frame_numbers(dataset.indices, len(content.frames), systems.read_from)
     except DataError:
         return dataset, []  # reading it says why
     failed = [number for number in numbers if number in content.doubtful]
@@ -145,22 +130,17 @@ def _broken(atoms: Atoms, dataset: DatasetOptions) -> str:
         for kind, key in wanted.items():
             raw = find_value(atoms, key)
             if raw is None:
-                if kind == "energy" and not _has_derivative(atoms, wanted):
+                others = [key for other, key in wanted.items() if other != "energy"]
+                if kind == "energy" and all(find_value(atoms, key) is None for key in others):
                     return "missing-energy"
                 continue
             if isinstance(raw, str):
                 return "no-number"
-            if not fits(atoms, key, kind):
+            if not fits(atoms, key, LABEL_SHAPES[kind]):
                 return "wrong-shape"
             if not np.isfinite(np.asarray(raw, dtype=float)).all():
                 return f"not-finite-{kind}"
     return ""
-
-
-def _has_derivative(atoms: Atoms, wanted: Mapping[str, str]) -> bool:
-    """Whether a frame without an energy has forces or a stress to train on."""
-    keys = [key for kind, key in wanted.items() if kind != "energy"]
-    return any(find_value(atoms, key) is not None for key in keys)
 
 
 _WORDS = {

@@ -9,10 +9,10 @@ import numpy as np
 from pet_finetune.data.neighbors import find_pairs
 from pet_finetune.units import energy_to_ev
 
-from .evidence import Evidence, log_ratio
+from .evidence import Evidence, digits, log_ratio
 from .near_frames import FrameStep
-from .pair_model import PairModel
-from .subject import Entry, compositions
+from .pair_model import PairModel, displaced
+from .subject import Entry, compositions, element_fit, rms
 
 #: Force constants of bonds of hydrogen, eV/Å²: slopes of the force along the bond against its
 #: length in molecules and liquids (rMD17 ethanol, 3BPA, water, PBE0 molecules: 30 to 34, 42 to 46,
@@ -35,8 +35,6 @@ _BULK_MODULUS = 0.6
 #: atom times the root of their number, over root mean square force times nearest distance. The
 #: medians of 17 published sets lie between 0.15 and 2.7, half of them between 0.25 and 0.7.
 _DISORDER, _DISORDER_SIGMA = 0.45, 0.9
-#: eV: force times distance from which on atoms count as displaced.
-_DISPLACED = 0.15
 #: The tension that crystals withstand, times the volume of an atom, eV: in 17 published sets 95 of
 #: 100 frames stay below 1.8.
 _TENSION = 2.5
@@ -84,15 +82,9 @@ def _compare(energies: np.ndarray, works: np.ndarray, quantity: str, of: str) ->
     log, sigma, sign = log_ratio(energies, works, 0.12)
     text = (
         f"between {len(works)} pairs of neighbouring frames the energy changes by "
-        f"{_number(np.exp(log) * (sign or 1))} times the work of the {of} (1 expected)"
+        f"{digits(np.exp(log) * (sign or 1))} times the work of the {of} (1 expected)"
     )
     return Evidence({"energy": -1.0, quantity: 1.0}, log, sigma, text, sign)
-
-
-def _number(value: float) -> str:
-    """Three digits, without an exponent where they fit."""
-    size = abs(value)
-    return f"{value:.3g}" if size < 1000 else f"{value:.0f}"
 
 
 def _work(steps: Sequence[FrameStep]) -> Evidence | None:
@@ -146,7 +138,7 @@ def _all_electron(entries: Sequence[Entry]) -> Evidence | None:
     if all(abs(log + np.log(energy_to_ev(unit))) > 0.03 for unit in units):
         return None
     text = (
-        f"the energies are {_number(middle)} times the total energies in eV that atoms with all "
+        f"the energies are {digits(middle)} times the total energies in eV that atoms with all "
         "their electrons have (1 expected)"
     )
     return Evidence({"energy": -1.0}, log, 0.03, text, absolute=True)
@@ -163,18 +155,16 @@ def _sizes(entries: Sequence[Entry]) -> Evidence | None:
     if len(known) < _FEWEST_STEPS or np.log(sizes).std() < 0.15:
         return None
     elements = sorted({int(z) for e in known for z in e.elements[0]})
-    fractions = compositions(known, elements)
-    if len(known) < 2 * np.linalg.matrix_rank(fractions) + 4:
+    if len(known) < 2 * np.linalg.matrix_rank(compositions(known, elements)) + 4:
         return None
     energies = np.array([e.energy or 0.0 for e in known])
     left = []
     for values in (energies / sizes, energies):
-        weights, *_ = np.linalg.lstsq(fractions, values, rcond=1e-8)
-        rest = np.median(np.abs(values - fractions @ weights))
+        rest = np.median(np.abs(element_fit(known, values)[2]))
         left.append(max(1e-9, float(rest)) / max(1e-9, float(np.median(np.abs(values)))))
     text = (
         "as energies of whole structures they are explained by a sum over the elements "
-        f"{_number(left[0] / left[1])} times as badly as if they were per atom (below 1 expected)"
+        f"{digits(left[0] / left[1])} times as badly as if they were per atom (below 1 expected)"
     )
     return Evidence({"energy": 0.0}, float(np.log(left[0] / left[1])), 0.5, text, one_sided=True)
 
@@ -207,7 +197,7 @@ def _bonds(entries: Sequence[Entry]) -> Iterator[Evidence]:
         constant = float(np.polyfit(length, pull, 1)[0])
         log = float(np.log(abs(constant) / usual))
         text = (
-            f"the force constant of {name} bonds is {_number(constant)} eV/A^2 (about "
+            f"the force constant of {name} bonds is {digits(constant)} eV/A^2 (about "
             f"{usual:.0f} expected)"
         )
         sigma = 0.3 if correlation > 0.9 else 0.5
@@ -220,7 +210,7 @@ def _largest_forces(entries: Sequence[Entry]) -> Evidence | None:
     size = float(np.sqrt(np.mean(squares))) if squares else 0.0
     if size <= _LARGEST_FORCE:
         return None
-    text = f"the root mean square force is {_number(size)} eV/A (below {_LARGEST_FORCE:g} expected)"
+    text = f"the root mean square force is {digits(size)} eV/A (below {_LARGEST_FORCE:g} expected)"
     log = float(np.log(size / _LARGEST_FORCE))
     return Evidence({"force": -1.0}, log, 0.3, text, one_sided=True)
 
@@ -238,7 +228,7 @@ def _bulk_modulus(steps: Sequence[FrameStep]) -> Evidence | None:
     positive = float((moduli > 0).mean())
     sign = 1 if positive > 0.75 else -1 if positive < 0.25 else 0
     text = (
-        f"the stress changes with the logarithm of the volume by {_number(middle)} eV/A^3 (a bulk "
+        f"the stress changes with the logarithm of the volume by {digits(middle)} eV/A^3 (a bulk "
         "modulus, 0.01 to 3 expected)"
     )
     return Evidence({"stress": -1.0}, float(np.log(abs(middle) / _BULK_MODULUS)), 1.2, text, sign)
@@ -253,7 +243,7 @@ def _largest_stresses(entries: Sequence[Entry]) -> Evidence | None:
     if size <= _LARGEST_VIRIAL:
         return None
     text = (
-        f"the root mean square stress times the volume of an atom is {_number(size)} eV (below "
+        f"the root mean square stress times the volume of an atom is {digits(size)} eV (below "
         f"{_LARGEST_VIRIAL:g} expected)"
     )
     log = float(np.log(size / _LARGEST_VIRIAL))
@@ -267,12 +257,9 @@ def _disorder(entries: Sequence[Entry]) -> Evidence | None:
     """
     ratios = []
     for entry in entries:
-        if entry.forces is None or entry.stress is None or entry.size < 2:
+        if entry.forces is None or entry.stress is None or entry.size < 2 or not displaced(entry):
             continue
-        force = float(np.sqrt((entry.forces**2).mean()))
-        near = float(np.median(entry.nearest))
-        if not np.isfinite(near) or force * near < _DISPLACED:
-            continue
+        force, near = rms(entry.forces), float(np.median(entry.nearest))
         shear = entry.stress - np.trace(entry.stress) / 3.0 * np.eye(3)
         virial = float(np.sqrt((shear**2).sum() / 5.0)) * entry.volume
         ratios.append(virial / np.sqrt(entry.size) / (force * near))
@@ -282,7 +269,7 @@ def _disorder(entries: Sequence[Entry]) -> Evidence | None:
     if middle < 1e-12:
         return None
     text = (
-        f"the shear stress is {_number(middle)} times what forces and distances make of it (0.1 to "
+        f"the shear stress is {digits(middle)} times what forces and distances make of it (0.1 to "
         "4 expected)"
     )
     log = float(np.log(middle / _DISORDER))
@@ -305,7 +292,7 @@ def _tension(entries: Sequence[Entry]) -> Evidence | None:
     if most <= _TENSION:
         return None
     text = (
-        f"tension times the volume of an atom reaches {_number(most)} eV (below {_TENSION:g} "
+        f"tension times the volume of an atom reaches {digits(most)} eV (below {_TENSION:g} "
         "expected)"
     )
     log, turned = (float(np.log(max(v, 1e-6) / _TENSION)) for v in (most, pressed))

@@ -24,6 +24,8 @@ _MOST_NEAR, _LEAST_REACH = 600.0, 0.3
 #: What tells neighbours of different elements apart: Å added for each element before theirs.
 _APART = 0.4
 
+#: Elements without bonds, whose covalent radii say nothing of where atoms meet.
+NOBLE = (2, 10, 18, 36, 54, 86)
 #: Larger sets are thinned out evenly to so many atoms: each check stays a matter of seconds.
 _MOST_ATOMS = 500_000
 
@@ -128,12 +130,7 @@ class Subject:
 
 
 def subject_of(sets: Mapping[str, Sequence[Structure]], target: str | None) -> Subject:
-    """Get structures ready to be looked at.
-
-    Args:
-        sets: structures by set.
-        target: the energy whose labels are looked at.
-    """
+    """Get structures ready to be looked at."""
     atoms = sum(s.num_atoms for structures in sets.values() for s in structures)
     step = max(1, -(-atoms // _MOST_ATOMS))
     kept = {name: structures[::step] for name, structures in sets.items()}
@@ -234,48 +231,42 @@ def fingerprint(numbers: np.ndarray, shells: np.ndarray, volume: float) -> np.nd
     Returns:
         ``[elements * k * 8 + 1]`` float32.
     """
-    parts = []
-    for element in np.unique(numbers):
-        distances = np.sort(shells[numbers == element], axis=0)
-        at = np.linspace(0.0, len(distances) - 1.0, _QUANTILES)
-        low = np.floor(at).astype(int)
-        high = np.minimum(low + 1, len(distances) - 1)
-        part = (at - low)[:, None]
-        parts.append(((1.0 - part) * distances[low] + part * distances[high]).ravel())
-    vector = np.concatenate(parts)
+    at = np.linspace(0.0, 1.0, _QUANTILES)
+    own = (shells[numbers == element] for element in np.unique(numbers))
+    vector = np.concatenate([np.quantile(distances, at, axis=0).ravel() for distances in own])
     edge = np.cbrt(volume / len(numbers))
     return np.append(vector / np.sqrt(len(vector)), edge).astype(np.float32)
 
 
-_RIDGE = 1e-8
+def rms(*arrays: np.ndarray) -> float:
+    """Root mean square of all numbers; 0 without any."""
+    values = np.concatenate([array.ravel() for array in arrays]) if arrays else np.zeros(1)
+    return float(np.sqrt((values**2).mean()))
 
 
 def compositions(entries: Sequence[Entry], elements: Sequence[int]) -> np.ndarray:
     """Fractions of the elements in each structure, ``[n, n_elements]``."""
-    columns = np.full(max(elements, default=0) + 1, len(elements))
-    columns[list(elements)] = np.arange(len(elements))
-    found = np.zeros((len(entries), len(elements) + 1))  # the last one is of all other elements
-    for row, entry in zip(found, entries, strict=True):
-        own, counts = entry.elements
-        known = np.where(own < len(columns), columns[np.minimum(own, len(columns) - 1)], -1)
-        row[known] = counts / entry.size
-    return found[:, :-1]
+    return np.stack([np.bincount(e.numbers, minlength=119)[elements] / e.size for e in entries])
 
 
-def element_fit(entries: Sequence[Entry]) -> tuple[list[int], np.ndarray, np.ndarray]:
+def element_fit(
+    entries: Sequence[Entry], values: Sequence[float] | np.ndarray | None = None
+) -> tuple[list[int], np.ndarray, np.ndarray]:
     """Energies as a sum over atoms: least squares, per atom, of the smallest norm.
 
     Args:
-        entries: with energies.
+        entries: the structures.
+        values: eV an atom; None for the labels.
 
     Returns:
         The elements, their energies in eV, and what is left over for each entry, eV an atom.
     """
     elements = sorted({int(z) for e in entries for z in e.elements[0]})
     fractions = compositions(entries, elements)
-    energies = np.array([(e.energy or 0.0) / e.size for e in entries])
-    weights, *_ = np.linalg.lstsq(fractions, energies, rcond=_RIDGE)
-    return elements, weights, energies - fractions @ weights
+    if values is None:
+        values = [(e.energy or 0.0) / e.size for e in entries]
+    weights, *_ = np.linalg.lstsq(fractions, np.asarray(values), rcond=1e-8)
+    return elements, weights, values - fractions @ weights
 
 
 def most_different(structures: Sequence[Structure], most: int) -> list[Structure]:
@@ -298,18 +289,13 @@ def most_different(structures: Sequence[Structure], most: int) -> list[Structure
         groups.setdefault(entry.formula + bytes(entry.pbc), []).append(entry)
     members = list(groups.values())
     if len(members) > most:
-        members = [members[one] for one in _farthest(_compositions(members), most)]
+        first = compositions([group[0] for group in members], range(119))
+        members = [members[one] for one in _farthest(first, most)]
     kept: set[int] = set()
     for group, share in zip(members, _shares([len(group) for group in members], most), strict=True):
         vectors = np.stack([entry.fingerprint for entry in group])
         kept |= {id(group[one].structure) for one in _farthest(vectors, share)}
     return [structure for structure in structures if id(structure) in kept]
-
-
-def _compositions(groups: Sequence[Sequence[Entry]]) -> np.ndarray:
-    """The part that each element has of the atoms of each group, ``[groups, elements]``."""
-    counts = [np.bincount(group[0].numbers, minlength=119) for group in groups]
-    return np.stack([count / count.sum() for count in counts])
 
 
 def _shares(sizes: Sequence[int], most: int) -> list[int]:

@@ -177,10 +177,6 @@ def in_found_units(subject: Subject, findings: Iterable[Finding]) -> Subject:
     """The labels as they are if the units were found, so that other checks can go on.
 
     Files whose units are in doubt without it being clear what they are lose their labels.
-
-    Args:
-        subject: as it was read.
-        findings: of :func:`check_units`.
     """
     factors: dict[str, Mapping[str, float] | None] = {}
     for finding in findings:

@@ -175,7 +175,7 @@ def test_a_piece_of_a_large_frame_is_measured(monkeypatch, model):
         "_measure",
         lambda *args: sizes.append(int(args[3].num_atoms)) or plain(*args),
     )
-    monkeypatch.setattr(estimate_module, "METHODS", {"full": estimate_module._all_weights})
+    monkeypatch.setattr(estimate_module, "METHODS", {"full": estimate_module.METHODS["full"]})
     load = load_of([whole], [], model.cutoff)
     estimate(model, "energy", [whole], load, 1, forces=True, stress=True)
     assert sizes == [400]
