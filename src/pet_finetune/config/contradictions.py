@@ -179,17 +179,18 @@ def _check_target_names(options: Options) -> Iterator[Problem]:
         (*_FINETUNE, "inherit_heads"): training.finetune.inherit_heads,
     }
     known = list(options.target_specs())
-    found = [
-        ((*path, name), name, "of this name") for path, names in named.items() for name in names
-    ]
+    unknown = "the data have no target of this name."
+    found = [((*path, name), name, unknown) for path, names in named.items() for name in names]
     path: Path = (*_TRAINING, "per_structure_targets")
-    found += [(path, name, repr(name)) for name in training.per_structure_targets]
+    found += [
+        (path, name, f"the data have no target {name!r}.")
+        for name in training.per_structure_targets
+    ]
     for path, name, words in found:
         if name not in known:
             yield Problem(
                 path,
-                f"the data have no target {words}.{did_you_mean(name, known)} "
-                f"Targets: {', '.join(known)}.",
+                f"{words}{did_you_mean(name, known)} Targets: {', '.join(known)}.",
                 also=(("training_set",),),
             )
 
