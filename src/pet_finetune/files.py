@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pet_finetune.errors import DataError, did_you_mean
+from pet_finetune.errors import DataError, PetFinetuneError, did_you_mean
 
 
 @contextmanager
@@ -50,6 +50,24 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
     """
     with replacing(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def writing_explained(folder: Path, kind: type[PetFinetuneError]) -> Iterator[None]:
+    """Say of a failed write which output folder it was for and what to do.
+
+    Args:
+        folder: of a run.
+        kind: of the error to raise.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise kind(
+            f"Cannot write to the output folder '{folder}': {error.strerror or error}. Make room, "
+            "or choose another with -o FOLDER; a run that has saved its state goes on with "
+            "--restart."
+        ) from error
 
 
 def check_room(folder: Path, size: int) -> None:

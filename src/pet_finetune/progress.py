@@ -1,21 +1,22 @@
-"""Showing that something goes on: a bar on a terminal, a line each minute in a log.
+"""Showing that something goes on (a bar, a line each minute in a log), and ending it politely.
 
 Whatever may take long is done while a :class:`Watch` is open. All open ones share one place on the
 terminal, in which the innermost is seen; a bar of its own kind (:func:`start_bar`) takes that place
-while it is drawn.
+while it is drawn. Ctrl-C and SIGTERM are noted, and acted on between two steps.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
 
 from . import processes
@@ -23,10 +24,6 @@ from .log import FILE_ONLY, get_logger, last_line, stderr_console
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TextColumn
-
-
-import signal
-from types import FrameType
 
 #: The eye needs no more, drawing takes time from the steps, and numbers to show from a GPU's queue.
 REDRAWS_PER_SECOND = 4

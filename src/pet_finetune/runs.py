@@ -22,7 +22,7 @@ from pydantic import BaseModel
 from pet_finetune import processes
 from pet_finetune.config import Options
 from pet_finetune.errors import DataError, RunError
-from pet_finetune.files import read_object
+from pet_finetune.files import read_object, writing_explained
 from pet_finetune.locks import FileLock, Holder
 from pet_finetune.log import get_logger
 
@@ -63,7 +63,7 @@ class RunFolder:
         wanted = (root or OUTPUTS) / name
         for number in itertools.count():
             path = wanted.with_name(f"{wanted.name}.{number}") if number else wanted
-            with _explained(path):
+            with writing_explained(path, RunError):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 try:
                     path.mkdir()
@@ -80,7 +80,7 @@ class RunFolder:
             RunError: another process works in it, or it cannot be written to.
         """
         lock = FileLock(path / LOCK)
-        with _explained(path):
+        with writing_explained(path, RunError):
             path.mkdir(parents=True, exist_ok=True)
             free = lock.acquire()
         if not free:
@@ -129,12 +129,7 @@ def undisturbed(folder: Path) -> Iterator[None]:
     Raises:
         RunError: a process works in it. One that cannot be written to is taken for free.
     """
-    lock = FileLock(folder / LOCK)
-    try:
-        free = lock.acquire()
-    except OSError:
-        yield
-        return
+    lock, free = _asked(folder)
     if not free:
         raise _in_use(folder, lock)
     try:
@@ -145,14 +140,21 @@ def undisturbed(folder: Path) -> Iterator[None]:
 
 def works_elsewhere(folder: Path) -> bool:
     """Whether a process other than this one works in a folder."""
-    lock = FileLock(folder / LOCK)
-    try:
-        free = not lock.path.exists() or lock.acquire()
-    except OSError:
+    if not (folder / LOCK).exists():
         return False
+    lock, free = _asked(folder)
     lock.release()
     me, other = Holder.me(), lock.holder
     return not free and (other is None or (other.host, other.pid) != (me.host, me.pid))
+
+
+def _asked(folder: Path) -> tuple[FileLock, bool]:
+    """The lock of a folder, taken where that can be, and whether nobody else has it."""
+    lock = FileLock(folder / LOCK)
+    try:
+        return lock, lock.acquire()
+    except OSError:  # it cannot be written to
+        return lock, True
 
 
 def _in_use(folder: Path, lock: FileLock) -> RunError:
@@ -160,18 +162,6 @@ def _in_use(folder: Path, lock: FileLock) -> RunError:
         f"The folder '{folder}' is in use by {lock.holder or 'another process'}. Wait for it or "
         "stop it, or choose another folder with -o FOLDER."
     )
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Say of a folder that cannot be made or written to which it is and what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(
-            f"Cannot write to the output folder '{path}': {error.strerror or error}. Choose "
-            "another with -o FOLDER."
-        ) from error
 
 
 def starts_of(record: Mapping[str, Any]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .reading import check_folders, check_models
+from .arguments import check_folders, check_models
 
 _EXAMPLES = """\
 examples:

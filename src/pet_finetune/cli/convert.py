@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .reading import check_data
+from .arguments import check_data
 
 _EXAMPLES = """\
 examples:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pet_finetune.errors import ConfigError
 
 from . import named
-from .reading import (
+from .arguments import (
     MODEL,
     add_reading_arguments,
     check_data,

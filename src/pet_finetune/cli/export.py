@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .reading import MODEL, check_folders, check_models
+from .arguments import MODEL, check_folders, check_models
 
 _EXAMPLES = """\
 examples:

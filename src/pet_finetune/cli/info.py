@@ -7,7 +7,7 @@ import json
 
 from pet_finetune.progress import clear
 
-from .reading import MODEL, check_models
+from .arguments import MODEL, check_models
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

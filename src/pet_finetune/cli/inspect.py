@@ -8,7 +8,14 @@ from pathlib import Path
 from pet_finetune.errors import ConfigError
 from pet_finetune.progress import clear
 
-from .reading import MODEL, add_reading_arguments, check_data, check_models, check_sets, systems_of
+from .arguments import (
+    MODEL,
+    add_reading_arguments,
+    check_data,
+    check_models,
+    check_sets,
+    systems_of,
+)
 
 _EXAMPLES = """\
 examples:

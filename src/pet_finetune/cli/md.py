@@ -8,7 +8,7 @@ from typing import Any
 
 from pet_finetune.errors import ConfigError, DynamicsError
 
-from .reading import (
+from .arguments import (
     MODEL,
     OF_MODEL,
     add_model_arguments,

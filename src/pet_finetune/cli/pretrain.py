@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .reading import MODEL, add_reading_arguments, check_data, check_models, systems_of
+from .arguments import MODEL, add_reading_arguments, check_data, check_models, systems_of
 
 _EXAMPLES = """\
 examples:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .reading import (
+from .arguments import (
     MODEL,
     add_model_arguments,
     add_reading_arguments,

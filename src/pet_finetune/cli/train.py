@@ -9,7 +9,7 @@ from pathlib import Path
 from pet_finetune.errors import ConfigError, TrainingError
 
 from . import named
-from .reading import MODEL, check_models, check_sets
+from .arguments import MODEL, check_models, check_sets
 
 _LAST = "last.ckpt"
 _EXAMPLES = """\

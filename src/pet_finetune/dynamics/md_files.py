@@ -6,8 +6,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from pet_finetune.errors import DynamicsError, damage_explained
-from pet_finetune.files import replacing, write_whole
+from pet_finetune.files import replacing, write_whole, writing_explained
 from pet_finetune.log import get_logger
 
 from .carried import carried, from_ase, to_traj
@@ -74,7 +73,7 @@ class MDFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._template: Atoms | None = None
-        with self._explained():
+        with writing_explained(self.folder, DynamicsError):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / ".writable").touch()
             (folder / ".writable").unlink()
@@ -96,18 +95,6 @@ class MDFiles:
     def __truediv__(self, name: str) -> Path:
         return self.folder / name
 
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Say of a failed write which folder it was for and what to do."""
-        try:
-            yield
-        except OSError as error:
-            raise DynamicsError(
-                f"Cannot write to the output folder '{self.folder}': {error.strerror or error}. "
-                f"Make room, or choose another with -o FOLDER; a run that has saved its state goes "
-                f"on with --restart {self.folder}."
-            ) from error
-
     @staticmethod
     def check_free(folder: Path) -> None:
         """Make sure that a new run in ``folder`` overwrites no older one.
@@ -123,12 +110,12 @@ class MDFiles:
 
     def write(self, name: str, text: str) -> None:
         """Write a text file in one step: it is whole or as it was."""
-        with self._explained():
+        with writing_explained(self.folder, DynamicsError):
             write_whole(self / name, text)
 
     def write_start(self, atoms: Atoms, settings: Mapping[str, Any]) -> None:
         """Keep what the run starts from: the structure with all it carries, and settings."""
-        with self._explained():
+        with writing_explained(self.folder, DynamicsError):
             with replacing(self / START) as partial:
                 ase.io.write(partial, to_traj(atoms), format="traj")
             digest = sha256((self / START).read_bytes()).hexdigest()  # the format has no checksum
@@ -189,7 +176,10 @@ class MDFiles:
         """Add a row to the log and a frame to the trajectory; a heading comes with the first."""
         values = {name: getattr(row, attribute) for name, attribute in _COLUMNS.items()}
         cells = {name: _cell(value) for name, value in values.items() if value is not None}
-        with self._explained(), (self / TABLE).open("a", newline="", encoding="utf-8") as stream:
+        with (
+            writing_explained(self.folder, DynamicsError),
+            (self / TABLE).open("a", newline="", encoding="utf-8") as stream,
+        ):
             writer = csv.DictWriter(stream, cells.keys(), lineterminator="\n")
             if stream.tell() == 0:
                 writer.writeheader()
@@ -198,7 +188,7 @@ class MDFiles:
 
     def write_frames(self, name: str, frames: Sequence[Atoms], append: bool = False) -> None:
         """Write frames as extended XYZ, which every program reads."""
-        with self._explained():
+        with writing_explained(self.folder, DynamicsError):
             ase.io.write(self / name, frames, format="extxyz", append=append)
 
     def read_rows(self) -> dict[str, np.ndarray]:
@@ -223,7 +213,7 @@ class MDFiles:
         lengths = [_length(self / name) for name in (TRAJECTORY, TABLE)]
         content = io.BytesIO()
         np.savez(content, allow_pickle=False, **state, lengths=np.array(lengths))
-        with self._explained():
+        with writing_explained(self.folder, DynamicsError):
             write_whole(self / STATE, content.getvalue())
 
     def load_state(self) -> dict[str, np.ndarray]:
@@ -241,7 +231,7 @@ class MDFiles:
             with np.load(self / STATE, allow_pickle=False) as file:
                 state = dict(file)
             trajectory, table = (int(length) for length in state["lengths"])
-        with self._explained():
+        with writing_explained(self.folder, DynamicsError):
             for name, length in ((TRAJECTORY, trajectory), (TABLE, table)):
                 if _length(self / name) < length:
                     raise DynamicsError(

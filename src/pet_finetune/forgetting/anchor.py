@@ -24,6 +24,7 @@ from pet_finetune.errors import ConfigError
 from pet_finetune.graph import Batch
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential, Prediction
+from pet_finetune.model.inference import evaluating
 from pet_finetune.nn.embedding import ROWS
 from pet_finetune.rng import Stream
 from pet_finetune.training.feature import Feature, Plan, Step, TrainingRun
@@ -32,7 +33,6 @@ from pet_finetune.training.objectives import Objective
 from .replay import objective_of, read_unlabelled, sample
 
 _logger = get_logger(__name__)
-# The random stream of the labels that the Fisher information draws.
 
 
 def anchored_parameters(model: Potential) -> dict[str, nn.Parameter]:
@@ -41,16 +41,15 @@ def anchored_parameters(model: Potential) -> dict[str, nn.Parameter]:
     Those of adapted layers count by what they do to the layer's weight, and embeddings of
     elements that the foundation lacks are free.
     """
-    free = (*(f"{path}." for path, _ in lora_layers(model)), *_new_rows(model))
+    free = (
+        *(f"{path}." for path, _ in lora_layers(model)),
+        *(f"{path}.{ROWS}" for path, _ in grown_tables(model)),
+    )
     return {
         name: parameter
         for name, parameter in model.network.named_parameters()
         if parameter.requires_grad and not name.startswith(free)
     }
-
-
-def _new_rows(model: Potential) -> list[str]:
-    return [f"{path}.{ROWS}" for path, _ in grown_tables(model)]
 
 
 def reference_weights(model: Potential) -> dict[str, Tensor]:
@@ -131,22 +130,15 @@ def fisher_information(
     """
     loader = Loader(structures, model.cutoff, batch_size=1, dtype=model.dtype)
     generator = torch.Generator().manual_seed(seed * 16 + Stream.ANCHOR)
-    training = model.training
-    model.eval()
-    try:
-        with _adapted_weights_train(model) as weights:
-            total = {name: torch.zeros_like(p) for name, p in weights.items()}
-            for batch in on_device(loader, model.device, model.dtype):
-                wanted = {objective.target: (objective.forces, False)}
-                predictions = model.predict_many(batch.graph, wanted, create_graph=True)
-                sample = _sampled(batch.graph, predictions[objective.target], objective, generator)
-                gradients = torch.autograd.grad(
-                    sample, list(weights.values()), materialize_grads=True
-                )
-                for sums, gradient in zip(total.values(), gradients, strict=True):
-                    sums += gradient**2
-    finally:
-        model.train(training)
+    wanted = {objective.target: (objective.forces, False)}
+    with evaluating(model), _adapted_weights_train(model) as weights:
+        total = {name: torch.zeros_like(p) for name, p in weights.items()}
+        for batch in on_device(loader, model.device, model.dtype):
+            predictions = model.predict_many(batch.graph, wanted, create_graph=True)
+            sample = _sampled(batch.graph, predictions[objective.target], objective, generator)
+            gradients = torch.autograd.grad(sample, list(weights.values()), materialize_grads=True)
+            for sums, gradient in zip(total.values(), gradients, strict=True):
+                sums += gradient**2
     return {name: (sums / len(structures)).cpu() for name, sums in total.items()}
 
 

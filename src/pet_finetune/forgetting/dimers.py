@@ -19,6 +19,7 @@ from pet_finetune.extras import drawn, plotting
 from pet_finetune.graph import Batch
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
+from pet_finetune.model.inference import evaluating
 from pet_finetune.training.feature import Feature, Plan, TrainingRun
 from pet_finetune.training.run_files import DIMERS, RunFiles
 
@@ -79,15 +80,10 @@ def dimer_curves(model: Potential, target: str, species: Iterable[int]) -> Dimer
     pairs = pairs_of(species)
     lengths = torch.cat([distances(), torch.tensor([_APART], dtype=torch.float64)])
     parts = []
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for some in torch.tensor(pairs).split(_PAIRS_AT_ONCE):
-                batch = _dimers(some, lengths).to(model.device, model.dtype)
-                parts.append(model.predict(batch, target, forces=False).energy.cpu())
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad():
+        for some in torch.tensor(pairs).split(_PAIRS_AT_ONCE):
+            batch = _dimers(some, lengths).to(model.device, model.dtype)
+            parts.append(model.predict(batch, target, forces=False).energy.cpu())
     energies = torch.cat(parts).view(len(pairs), len(lengths))
     return DimerCurves(pairs, energies[:, :-1] - energies[:, -1:])
 

@@ -37,7 +37,6 @@ from pet_finetune.training.starting_model import FoundationEnergies, named_energ
 _logger = get_logger(__name__)
 #: The name that stands for the run's own training set.
 TRAINING = "training"
-# An independent random stream of a run's seed.
 
 
 def known_foundation(plan: Plan) -> FoundationEnergies:

@@ -10,7 +10,18 @@ from torch import Tensor, nn
 
 from pet_finetune.graph import Batch
 
-__all__ = ["autograd_possible"]
+__all__ = ["autograd_possible", "evaluating"]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A model in evaluation mode, and back in the mode that it was in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 @contextmanager

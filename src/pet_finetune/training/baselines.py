@@ -63,11 +63,6 @@ def _counts(structures: Sequence[Structure], species: Sequence[int]) -> Tensor:
     return torch.stack([(s.numbers.unsqueeze(1) == wanted).sum(0) for s in structures])
 
 
-def _predicted_energies(model: Potential, loader: Loader, target: str) -> Tensor:
-    """Energies that the model predicts, baseline included, [n_structures] float64."""
-    return predicted(model, loader, lambda batch: model.predict(batch, target, forces=False).energy)
-
-
 def _given(options: Options, target: str, model: Potential, fitted: Tensor) -> Tensor:
     """Fitted baselines with those overridden that the options fix."""
     given = options.training.stated_baselines.get(target)
@@ -80,49 +75,6 @@ def _given(options: Options, target: str, model: Potential, fitted: Tensor) -> T
         if number in model.species:
             values[model.species.index(number)] = energy
     return values
-
-
-def _fit(
-    options: Options,
-    model: Potential,
-    target: str,
-    loader: Loader,
-    mode: str,
-    unknown: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """New baselines, and the labels' energies less the baselines' share, eV a structure.
-
-    ``unknown``, [n_species], marks elements that are new to the model: fitted in every mode.
-    """
-    if mode != "fit":
-        loader = loader.sampled(most=_ENOUGH, label=target)
-    structures = loader.structures
-    labels = torch.stack(
-        [s.labels.get(target, torch.tensor(math.nan, dtype=torch.float64)) for s in structures]
-    ).reshape(-1)
-    known = ~labels.isnan()
-    counts = _counts(structures, model.species)
-    old = model.composition.get(target).cpu()
-    free = _free(options, model, target, mode, unknown)
-    start = torch.zeros_like(old) if mode == "fit" else old
-    if bool(known.any()) and bool(free.any()):
-        # Fixed species leave the fit: their share goes to the other side.
-        explained = counts.to(torch.float64) @ (_given(options, target, model, start) - start)
-        if mode != "fit":
-            explained = explained + _predicted_energies(model, loader, target)
-        step = torch.zeros_like(old)
-        ridge = _ridge(options.training.baseline.ridge, unknown & (mode != "fit"))
-        step[free] = fit_composition(
-            counts[known][:, free],
-            (labels - explained)[known],
-            ridge[free],
-            counts[known].sum(1),
-        )
-        new = start + step
-    else:
-        new = old
-    new = _given(options, target, model, new)
-    return new, (labels - counts.to(torch.float64) @ new)[known]
 
 
 def _free(options: Options, model: Potential, target: str, mode: str, unknown: Tensor) -> Tensor:
@@ -205,13 +157,10 @@ def prepare_baselines(
                 f"none for '{target}'."
             )
         old = model.composition.get(target).cpu().clone()
-        if spec.is_energy:
-            new, left = _fit(options, model, target, loader, mode, unknown)
-        else:
-            free = _free(options, model, target, mode, unknown)
-            ridge = _ridge(options.training.baseline.ridge, unknown & (mode != "fit"))
-            fix = partial(_given, options, target, model)
-            new, left = fit_property(model, spec, loader, mode != "fit", free, ridge, fix)
+        free = _free(options, model, target, mode, unknown)
+        ridge = _ridge(options.training.baseline.ridge, unknown & (mode != "fit"))
+        fix = partial(_given, options, target, model)
+        new, left = _fit(model, spec, loader, mode != "fit", free, ridge, fix)
         if spec.rank == 0:
             model.composition.set(target, new)
         if target in fresh:
@@ -250,7 +199,7 @@ def _rows(
     ]
 
 
-def fit_property(
+def _fit(
     model: Potential,
     spec: TargetSpec,
     loader: Loader,
@@ -259,11 +208,11 @@ def fit_property(
     ridge: Tensor,
     fix: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """New baselines, and the labels less their share as the loss counts errors.
+    """New baselines, and the labels less their share as the loss counts errors; energies whole.
 
     Args:
         model: about to be trained.
-        spec: a target that is no energy.
+        spec: the target.
         loader: of the training set.
         shift: whether the baselines move by what the model's own predictions leave over, rather
             than start from nothing.
@@ -276,45 +225,53 @@ def fit_property(
     """
     if shift:
         loader = loader.sampled(most=_ENOUGH, label=spec.name)
-    species = model.composition.species_index.cpu()
-    numbers = torch.cat([s.numbers for s in loader.structures])
-    atoms = torch.tensor([s.num_atoms for s in loader.structures])
-    volumes = torch.tensor([s.volume for s in loader.structures], dtype=torch.float64)
-    labels = _labels(spec, loader)
-    new = torch.zeros(0)
-    left = labels
+    structures = list(loader.structures)
+    labels = _labels(spec, structures)
+    new, left = torch.zeros(0), labels
     if spec.rank == 0:
-        owners = torch.arange(len(atoms)).repeat_interleave(atoms)
-        rows = torch.arange(len(numbers)) if spec.per_atom else owners
         labels = labels.reshape(len(labels), -1)
-        old = model.composition.get(spec.name).cpu().reshape(len(model.species), -1)
-        start = old.expand(-1, spec.num_subtargets).clone() if shift else None
-        if start is None:
-            start = torch.zeros(len(model.species), spec.num_subtargets, dtype=torch.float64)
+        counts = _counts(structures, model.species)
+        index = model.composition.species_index.cpu()[torch.cat([s.numbers for s in structures])]
 
         def share(baselines: Tensor) -> Tensor:
             """Their part in each label, [n_labels, num_subtargets]."""
-            return torch.zeros_like(labels).index_add(0, rows, baselines[species[numbers]])
+            return baselines[index] if spec.per_atom else counts.to(torch.float64) @ baselines
 
+        fits = bool((~labels.isnan()).any()) and bool(free.any())
+        old = model.composition.get(spec.name).cpu().reshape(len(model.species), -1)
+        start = old.expand(-1, spec.num_subtargets).clone()
+        if fits and not shift:
+            start = torch.zeros_like(start)
+        # Fixed species leave the fit: their share goes to the other side.
         explained = share(fix(start) - start)
-        if shift:
-            values = predicted(
-                model, loader, lambda batch: model.predict_property(batch, spec.name)
-            )
+        if fits and shift:
+            values = predicted(model, loader, partial(_answer, model, spec))
             explained = explained + values.to(torch.float64).reshape(labels.shape)
-        step = _step(spec, labels - explained, species[numbers], rows, free, ridge)
+        step = torch.zeros_like(start)
+        if fits:
+            step = _step(spec, labels - explained, index, counts, free, ridge)
         new = fix(start + torch.where(free.unsqueeze(1), step, 0.0))
         left = labels - share(new)
         if spec.num_subtargets == 1:
             new = new.squeeze(1)
-    left = counted(spec, left, atoms, volumes)
+    if not spec.is_energy:
+        atoms = torch.tensor([s.num_atoms for s in structures])
+        volumes = torch.tensor([s.volume for s in structures], dtype=torch.float64)
+        left = counted(spec, left, atoms, volumes)
     return new, left[~left.isnan()]
 
 
-def _labels(spec: TargetSpec, loader: Loader) -> Tensor:
+def _answer(model: Potential, spec: TargetSpec, batch: Batch) -> Tensor:
+    """What a model says of a target, baseline included."""
+    if spec.is_energy:
+        return model.predict(batch, spec.name, forces=False).energy
+    return model.predict_property(batch, spec.name)
+
+
+def _labels(spec: TargetSpec, structures: Sequence[Structure]) -> Tensor:
     """All labels, [n_structures, ...] or [n_atoms, ...] float64, NaN where unknown."""
     parts = []
-    for structure in loader.structures:
+    for structure in structures:
         rows = structure.num_atoms if spec.per_atom else 1
         unknown = torch.full((rows, *spec.shape), math.nan, dtype=torch.float64)
         parts.append(structure.labels.get(spec.name, unknown).reshape(unknown.shape))
@@ -342,22 +299,20 @@ def predicted(model: Potential, loader: Loader, ask: Callable[[Batch], Tensor]) 
 
 
 def _step(
-    spec: TargetSpec, left: Tensor, species: Tensor, rows: Tensor, free: Tensor, ridge: Tensor
+    spec: TargetSpec, left: Tensor, index: Tensor, counts: Tensor, free: Tensor, ridge: Tensor
 ) -> Tensor:
     """What the baselines gain, [n_species, num_subtargets], zero where nothing is known."""
     step = torch.zeros(len(free), spec.num_subtargets, dtype=torch.float64)
-    for index, values in enumerate(left.unbind(1)):
+    for column, values in enumerate(left.unbind(1)):
         known = ~values.isnan()
         if spec.per_atom:
             count = torch.zeros(len(free), dtype=torch.float64)
-            count = count.index_add(0, species, known.to(torch.float64))
-            total = torch.zeros_like(count).index_add(0, species, values.nan_to_num(nan=0.0))
-            step[:, index] = total / count.clamp_min(1.0)
-        elif bool(known.any()) and bool(free.any()):
-            one_hot = torch.nn.functional.one_hot(species, len(free))
-            counts = torch.zeros(len(left), len(free), dtype=torch.int64)
-            counts = counts.index_add(0, rows, one_hot)[known]
-            step[free, index] = fit_composition(
-                counts[:, free], values[known], ridge[free], counts.sum(1)
+            count = count.index_add(0, index, known.to(torch.float64))
+            total = torch.zeros_like(count).index_add(0, index, values.nan_to_num(nan=0.0))
+            step[:, column] = total / count.clamp_min(1.0)
+        elif bool(known.any()):
+            some = counts[known]
+            step[free, column] = fit_composition(
+                some[:, free], values[known], ridge[free], some.sum(1)
             )
     return step

@@ -22,6 +22,7 @@ from pet_finetune.data.labelled_batch import LabelledBatch, on_device
 from pet_finetune.graph import Batch, rotate_graphs
 from pet_finetune.keys import forces_key, label_kind, stress_key
 from pet_finetune.model import Potential, Prediction, Property
+from pet_finetune.model.inference import evaluating
 from pet_finetune.rng import Stream
 
 from .feature import Feature, Step, TrainingRun
@@ -152,20 +153,14 @@ def rotational_spread(
         seed: of the orientations.
     """
     generator = torch.Generator().manual_seed(seed)
-    training = model.training
-    model.eval()
     sums, structures, components = [0.0, 0.0], 0, 0
-    try:
+    with evaluating(model):
         for batch in on_device(batches, model.device, model.dtype):
             energies, forces = _in_orientations(model, batch.graph, target, count, generator)
             sums[0] += _deviation(energies / batch.graph.atoms_per_structure)
             sums[1] += _deviation(forces)
-            structures, components = (
-                structures + batch.graph.num_structures,
-                components + forces[0].numel(),
-            )
-    finally:
-        model.train(training)
+            structures += batch.graph.num_structures
+            components += forces[0].numel()
     return Spread(sums[0] / structures, sums[1] / components)
 
 

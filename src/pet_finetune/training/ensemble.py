@@ -40,7 +40,14 @@ from .run_files import (
     SPLITS,
     RunFiles,
 )
-from .sets import AFTER, evaluate_sets, load_data, options_of_member, wanted_derivatives
+from .sets import (
+    AFTER,
+    evaluate_sets,
+    load_data,
+    options_of_member,
+    primary_set,
+    wanted_derivatives,
+)
 from .starting_model import read_start
 from .tables import calibration_table, committee_table, show
 
@@ -110,7 +117,8 @@ def train_ensemble(
         )
 
     outcomes = _train_members(size, train_one)
-    stopped = [number for number in range(size) if not _finished(outcomes.get(number))]
+    finished_ones = {member for member, one in outcomes.items() if one.result.finished}
+    stopped = [member for member in range(size) if member not in finished_ones]
     if stopped:
         if processes.first():
             rooms.report(files.folder)
@@ -132,10 +140,6 @@ def train_ensemble(
     outcome = processes.from_first(finished)
     assert outcome is not None, "the first process has it"
     return outcome
-
-
-def _finished(outcome: TrainOutcome | None) -> bool:
-    return outcome is not None and outcome.result.finished
 
 
 def _train_members(size: int, train_one: Callable[[int], TrainOutcome]) -> dict[int, TrainOutcome]:
@@ -228,7 +232,9 @@ def _finish(
     curves = {kind: Curves.of(found, found.factor) for kind, found in deviations.items()}
     calibration = Calibration(**{kind: curve.factor for kind, curve in curves.items()})
     write_committee(files.folder, names, calibration)
-    _take_predictions(member_folder(files.folder, 0), files.folder)
+    said = member_folder(files.folder, 0) / PREDICTIONS  # of the starting model, by its side
+    if said.exists():
+        shutil.copy2(said, files.folder / PREDICTIONS)
     after: Errors = {}
     if options.final_eval:
         after = evaluate_sets(files, AFTER, committee, data, wanted)
@@ -246,17 +252,11 @@ def _finish(
     return TrainOutcome(files.folder, outcomes[-1].result, before, after, table)
 
 
-def _take_predictions(member: Path, folder: Path) -> None:
-    """Copy what the starting model says; predictions of a committee are put beside it."""
-    if (member / PREDICTIONS).exists():
-        shutil.copy2(member / PREDICTIONS, folder / PREDICTIONS)
-
-
 def _show(outcomes: Sequence[TrainOutcome], after: Errors, curves: Mapping[str, Curves]) -> Table:
     """Print the tables of errors (returned) and of the calibration, for the log file too."""
     tables = [calibration_table(curves)]
-    shown = next((name for name in ("test", "validation", "train") if name in after), None)
-    if shown is not None:
+    if after:
+        shown = primary_set(after)
         (target,) = after[shown]
         members = [outcome.after[shown][target] for outcome in outcomes]
         title = f"errors on the {shown} set"

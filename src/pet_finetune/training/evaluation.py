@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,10 +113,19 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class _Set:
-    """Structures, and how their files were read."""
+    """What is evaluated together.
+
+    Attributes:
+        structures: of the set.
+        targets: that are compared.
+        systems: by file that was read, how.
+        output: where predictions are written, if anywhere.
+    """
 
     structures: Sequence[Structure]
-    systems: Mapping[str, SystemsOptions] = field(default_factory=dict)
+    targets: Sequence[str]
+    systems: Mapping[str, SystemsOptions]
+    output: str | None
 
 
 def open_model(
@@ -155,12 +164,11 @@ def evaluate_files(
             is asked for and the label is not named.
         how: what else to do.
     """
-    numbers = [str(index) for index in range(len(files))]
-    _check_outputs(how, numbers, files)
+    outputs = _outputs(how, [str(index) for index in range(len(files))])
     model, adapted = open_model(checkpoint, adapter, device)
     spec = chosen_target(model, target, adapted)
-    sets, marks = {}, {}
-    for file, name, number in zip(files, names or map(str, files), numbers, strict=True):
+    sets = {}
+    for file, name, output in zip(files, names or map(str, files), outputs, strict=True):
         options = _file_options(file, spec, labels)
         key = options.targets[spec.name].key
         if (
@@ -170,9 +178,9 @@ def evaluate_files(
         ):
             _logger.info("%s has no %r: nothing is compared, only predicted", file, key)
             options = options.model_copy(update={"targets": {}})
-        sets[name] = _read([options])
-        marks[name] = number
-    return _evaluate(model, sets, [spec.name], how, marks)
+        systems = _systems([options])
+        sets[name] = _Set(read_structures(options), [spec.name], systems, output)
+    return _evaluate(model, sets.items(), how)
 
 
 def _any_has(options: DatasetOptions, name: str) -> bool:
@@ -190,12 +198,7 @@ def read_labelled(
     files: Sequence[str | Path], spec: TargetSpec, labels: LabelNames
 ) -> Sequence[Structure]:
     """The structures of whole files, with the labels of one target."""
-    return _read([_file_options(file, spec, labels) for file in files]).structures
-
-
-def _read(datasets: Sequence[DatasetOptions]) -> _Set:
-    structures = joined([read_structures(dataset) for dataset in datasets])
-    return _Set(structures, _systems(datasets))
+    return joined([read_structures(_file_options(file, spec, labels)) for file in files])
 
 
 def _systems(datasets: Sequence[DatasetOptions]) -> dict[str, SystemsOptions]:
@@ -238,23 +241,24 @@ def evaluate_datasets(
             "predictions with -o predictions.xyz."
         )
     marks = [str(index) for index in range(len(datasets))]
-    _check_outputs(how, marks, [dataset.systems.read_from for dataset in datasets])
+    outputs = _outputs(how, marks)
     model, adapted = open_model(checkpoint, adapter, device)
-    result = EvaluationResult({})
-    for dataset, mark in zip(datasets, marks, strict=True):
-        known = [name for name in dataset.targets if name in model.targets]
-        if dataset.targets and target is None:
-            targets = known or [model.target(next(iter(dataset.targets))).name]
-        else:
-            targets = [chosen_target(model, target, adapted).name]
-        name = dataset.systems.read_from
-        if name in result.errors:
-            name = f"{name} ({mark})"
-        many = len(datasets) > 1
-        one = _evaluate(model, {name: _read([dataset])}, targets, how, {name: mark}, several=many)
-        result.errors.update(one.errors)
-        result.spreads.update(one.spreads)
-    return result
+
+    def sets() -> Iterator[tuple[str, _Set]]:
+        """One after the other is read."""
+        named: set[str] = set()
+        for dataset, mark, output in zip(datasets, marks, outputs, strict=True):
+            known = [name for name in dataset.targets if name in model.targets]
+            if dataset.targets and target is None:
+                targets = known or [model.target(next(iter(dataset.targets))).name]
+            else:
+                targets = [chosen_target(model, target, adapted).name]
+            name = dataset.systems.read_from
+            shown = f"{name} ({mark})" if name in named else name
+            named.add(name)
+            yield shown, _Set(read_structures(dataset), targets, _systems([dataset]), output)
+
+    return _evaluate(model, sets(), how)
 
 
 @torch.inference_mode(False)
@@ -288,8 +292,7 @@ def evaluate_options(
             f"training_set.targets has no '{target}'.{did_you_mean(target, specs)} "
             f"Targets: {', '.join(specs)}."
         )
-    files = [dataset.systems.read_from for dataset in options.datasets()]
-    _check_outputs(how, ["train", "validation", "test"], files)
+    _outputs(how, ["validation", "test"])
     model, _ = open_model(checkpoint, adapter, device or options.device)
     targets = [name for name in specs if name in model.targets and target in (None, name)]
     if not targets:
@@ -299,8 +302,13 @@ def evaluate_options(
     splits = make_splits(options, options.seed if options.seed is not None else seed or 0)
     systems = _systems(options.datasets())
     held_out = {"validation": splits.validation, "test": splits.test}
-    sets = {name: _Set(some, systems) for name, some in held_out.items() if some}
-    return _evaluate(model, sets or {"train": _Set(splits.train, systems)}, targets, how)
+    shown = {name: some for name, some in held_out.items() if some} or {"train": splits.train}
+    outputs = _outputs(how, list(shown))
+    sets = {
+        name: _Set(some, targets, systems, output)
+        for (name, some), output in zip(shown.items(), outputs, strict=True)
+    }
+    return _evaluate(model, sets.items(), how)
 
 
 #: ASE's names of what the quantity of a direct prediction is.
@@ -336,42 +344,35 @@ def _file_options(file: str | Path, spec: TargetSpec, labels: LabelNames) -> Dat
     return options.options.training_set[0]
 
 
-def _check_outputs(
-    how: EvaluationSettings, marks: Sequence[str], files: Sequence[str | Path]
-) -> None:
-    """Refuse a place for predictions before the model is opened."""
+def _outputs(how: EvaluationSettings, marks: Sequence[str]) -> list[str | None]:
+    """Where the predictions of each set go, with its mark where there are several.
+
+    A place that cannot be is refused; ask before the model is opened.
+    """
     if how.output is None:
-        return
-    paths = [how.output] if len(files) == 1 else [numbered(how.output, mark) for mark in marks]
+        return [None] * len(marks)
+    paths = [how.output] if len(marks) == 1 else [numbered(how.output, mark) for mark in marks]
     for path in {how.output, *paths}:
         check_prediction_path(path)
+    return list(paths)
 
 
 def _evaluate(
-    model: Potential,
-    sets: Mapping[str, _Set],
-    targets: list[str],
-    how: EvaluationSettings,
-    marks: Mapping[str, str] | None = None,
-    *,
-    several: bool = False,
+    model: Potential, sets: Iterable[tuple[str, _Set]], how: EvaluationSettings
 ) -> EvaluationResult:
-    """Errors on sets of structures; ``marks`` are added to the name of the output of each."""
+    """Errors on sets of structures, by their names."""
     result = EvaluationResult({})
     errors, spreads = result.errors, result.spreads
-    for name, chosen in sets.items():
-        structures = chosen.structures
+    for name, chosen in sets:
+        structures, targets = chosen.structures, chosen.targets
         if not structures:
             raise DataError(f"'{name}' holds no structures.")
         check_known(structures, model)
         loader = Loader(structures, model.cutoff, batch_size=how.batch_size, dtype=model.dtype)
-        path = how.output
-        if path is not None and (several or len(sets) > 1):
-            path = numbered(path, (marks or {}).get(name, name))
         kept = result.predictions.setdefault(name, []) if how.keep else None
         comparison = Comparison()
         errors[name] = errors_and_predictions(
-            model, loader, targets, path, chosen.systems, kept, comparison
+            model, loader, targets, chosen.output, chosen.systems, kept, comparison
         )
         found = {t: comparison.of(t)["energy"] for t in targets if "energy" in comparison.of(t)}
         if found:

@@ -15,6 +15,7 @@ from pet_finetune.data.labelled_batch import LabelledBatch, on_device
 from pet_finetune.data.loader import Loader
 from pet_finetune.keys import TargetSpec, forces_key, stress_key
 from pet_finetune.model import Potential, Prediction, Property
+from pet_finetune.model.inference import evaluating
 from pet_finetune.progress import Watch
 
 #: Factor and unit in which each kind of error of an energy is shown.
@@ -155,24 +156,19 @@ def evaluate(
     if isinstance(batches, Loader) and keep is None:
         batches, deals = batches.dealt(processes.rank(), processes.size()), True
     layers = {} if isinstance(model, Committee) else fresh(model)
-    training = model.training
-    model.eval()
     total = len(batches.structures) if isinstance(batches, Loader) and not deals else None
-    with Watch("predictions", "structures", total) as watch:
-        try:
-            for batch in on_device(batches, model.device, model.dtype):
-                predictions: Mapping[str, Prediction | Property]
-                if isinstance(model, Committee):  # of an energy, and has no other targets
-                    predictions = model.predict_many(batch.graph, wanted)
-                else:
-                    predictions = predict_uncertain(model, batch.graph, wanted, layers)
-                for name, prediction in predictions.items():
-                    metrics[name].update(batch, prediction)
-                if keep is not None:
-                    keep(batch, predictions)
-                watch.step(batch.graph.num_structures)
-        finally:
-            model.train(training)
+    with evaluating(model), Watch("predictions", "structures", total) as watch:
+        for batch in on_device(batches, model.device, model.dtype):
+            predictions: Mapping[str, Prediction | Property]
+            if isinstance(model, Committee):  # of an energy, and has no other targets
+                predictions = model.predict_many(batch.graph, wanted)
+            else:
+                predictions = predict_uncertain(model, batch.graph, wanted, layers)
+            for name, prediction in predictions.items():
+                metrics[name].update(batch, prediction)
+            if keep is not None:
+                keep(batch, predictions)
+            watch.step(batch.graph.num_structures)
     return {name: own.pooled() for name, own in metrics.items()} if deals else metrics
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.table import Table
 from torch.autograd.profiler_util import EventList
@@ -39,7 +40,7 @@ from pet_finetune.runs import RunFolder, own_folder
 from .metrics import Metrics, evaluate
 from .prepare import NO_ROOMS, Rooms, prepare_run
 from .run_files import LOG, PROFILE, TRACE, RunFiles
-from .tables import show
+from .tables import operation_table, profile_lines, show, stage_table
 from .trainer import Trainer
 
 _logger = get_logger(__name__)
@@ -71,21 +72,6 @@ class Operation:
 
 
 @dataclass(frozen=True)
-class PeakMemory:
-    """Peaks over the warm-up and the timed steps, MiB; None where the system does not say.
-
-    Attributes:
-        process: of the process (on a GPU run too: the part in the computer's main memory).
-        process_before: what the process held before the first step.
-        gpu: of the tensors on the GPU; None on a CPU.
-    """
-
-    process: float | None
-    process_before: float | None
-    gpu: float | None
-
-
-@dataclass(frozen=True)
 class TrainingProfile:
     """What a few steps of a run cost. Times are in seconds; counts are means over the steps.
 
@@ -96,7 +82,9 @@ class TrainingProfile:
         stages: mean time of each stage in a step, in the order in which they begin; they add up
             to a step. The profiler says how they share it.
         structures, atoms, edges: of a batch; edges are directed, within the cutoff.
-        memory: its peaks.
+        memory: peaks over the warm-up and the timed steps, MiB; None where the system does not
+            say: of the ``process`` (on a GPU run too: its part in the computer's main memory), what
+            it held before the first step, ``process_before``, and of the tensors on the ``gpu``.
         operations: the most expensive ones first.
         steps_per_epoch: of training.
         validation_seconds: of an epoch's validation, from its first batches.
@@ -113,7 +101,7 @@ class TrainingProfile:
     structures: float
     atoms: float
     edges: float
-    memory: PeakMemory
+    memory: dict[str, float | None]
     operations: list[Operation]
     steps_per_epoch: int
     validation_seconds: float
@@ -140,42 +128,33 @@ class TrainingProfile:
         }
 
 
-@dataclass(frozen=True)
-class _Step:
-    """A step that was taken."""
-
-    seconds: float
-    structures: int
-    atoms: int
-    edges: int
-
-
 class _Steps:
     """The steps of a run, one after the other, for as many epochs as it takes."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self._metrics = {name: Metrics(name) for name in trainer.objectives}
-        self._batches = self._endless()
+        epochs = cycle(range(trainer.options.num_epochs))
+        self._batches = chain.from_iterable(map(trainer.batches, epochs))
         self._memory = Arena()
         self._batches_of_step = trainer.options.gradient_accumulation_steps
         self._device = trainer.model.device
-
-    def _endless(self) -> Iterator[LabelledBatch]:
-        for epoch in cycle(range(self._trainer.options.num_epochs)):
-            yield from self._trainer.batches(epoch)
 
     def synchronize(self) -> None:
         """Wait until a GPU has done all that was asked of it."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    def take(self, count: int) -> list[_Step]:
-        """Take some steps; the learning rate stays that of the run's next step."""
-        with self._memory.reused():  # as in Trainer.fit
-            return [self._one() for _ in range(count)]
+    def take(self, count: int) -> np.ndarray:
+        """Take some steps; the learning rate stays that of the run's next step.
 
-    def _one(self) -> _Step:
+        Returns:
+            [count, 4], of each step its seconds, structures, atoms and edges.
+        """
+        with self._memory.reused():  # as in Trainer.fit
+            return np.array([self._one() for _ in range(count)])
+
+    def _one(self) -> tuple[float, ...]:
         started, sizes = time.perf_counter(), []
 
         def counted(batch: LabelledBatch) -> LabelledBatch:
@@ -186,7 +165,7 @@ class _Steps:
         count = self._batches_of_step
         self._trainer.step(map(counted, islice(self._batches, count)), count, self._metrics)
         self.synchronize()
-        return _Step(time.perf_counter() - started, *map(sum, zip(*sizes, strict=True)))
+        return time.perf_counter() - started, *map(sum, zip(*sizes, strict=True))
 
 
 def check_steps(steps: int) -> None:
@@ -218,9 +197,9 @@ def profile_steps(trainer: Trainer, steps: int, trace: Path) -> TrainingProfile:
     running = _Steps(trainer)
     running.take(WARMUP_STEPS)
     taken = running.take(steps)
-    memory = PeakMemory(peak_resident_mib(), before, peak_gpu_mib(device))
+    peaks = {"process": peak_resident_mib(), "process_before": before, "gpu": peak_gpu_mib(device)}
     shares, operations = _trace(running, device, trace)
-    seconds = sum(step.seconds for step in taken) / steps
+    seconds, structures, atoms, edges = taken.mean(0).tolist()
     return TrainingProfile(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -228,12 +207,12 @@ def profile_steps(trainer: Trainer, steps: int, trace: Path) -> TrainingProfile:
         warmup_steps=WARMUP_STEPS,
         steps=steps,
         traced_steps=_TRACED_STEPS,
-        step_seconds=[step.seconds for step in taken],
+        step_seconds=taken[:, 0].tolist(),
         stages={name: share * seconds for name, share in shares.items()},
-        structures=sum(step.structures for step in taken) / steps,
-        atoms=sum(step.atoms for step in taken) / steps,
-        edges=sum(step.edges for step in taken) / steps,
-        memory=memory,
+        structures=structures,
+        atoms=atoms,
+        edges=edges,
+        memory=peaks,
         operations=operations,
         steps_per_epoch=trainer.num_steps(trainer.progress.epoch),
         validation_seconds=_validation_seconds(trainer, running),
@@ -266,7 +245,7 @@ def _trace(
         taken = running.take(_TRACED_STEPS)
     profiler.export_chrome_trace(str(path))
     stages = stage_seconds(profiler.events() or (), "CUDA" if on_gpu else "CPU")
-    total = max(sum(step.seconds for step in taken), sum(stages.values()))
+    total = max(float(taken[:, 0].sum()), sum(stages.values()))
     stages[OTHER] = total - sum(stages.values())
     shares = {name: seconds / total for name, seconds in stages.items()}
     return shares, _operations(profiler.key_averages(), device)
@@ -288,24 +267,6 @@ def _operations(events: EventList, device: torch.device) -> list[Operation]:
         Operation(name, count / _TRACED_STEPS, seconds / _TRACED_STEPS, seconds / total)
         for seconds, count, name in sorted(found, reverse=True)[:_OPERATIONS]
     ]
-
-
-_LONGEST_NAME = 48
-
-# What a user would look for, or could change, to make a stage shorter.
-_STAGES = {
-    "batch": "cut, rotate and move the batch (batch_size)",
-    "energies": "the network, forwards (size of the model, cutoff)",
-    "derivatives": "forces and stress, by autograd (which of them is asked for)",
-    "replay": "structures that the foundation knows (finetune.replay)",
-    "rotations": "predictions in another orientation (rotational_consistency)",
-    "anchor": "distance from the foundation (finetune.anchor)",
-    "loss": "errors and their weights",
-    "backward": "gradient of the loss (what trains: finetune.method)",
-    "update": "clipping, optimiser, running average (what trains, ema)",
-    "metrics": "sums of the errors shown",
-    OTHER: "everything else",
-}
 
 
 @torch.inference_mode(False)
@@ -337,35 +298,29 @@ def profile_run(
     check_steps(steps)
     device = choose_device(options.device)
     with own_folder(folder) as path:
-        return _profile_in(RunFiles(path), options, device, steps, notices, source, rooms)
-
-
-def _profile_in(
-    files: RunFiles,
-    options: Options,
-    device: torch.device,
-    steps: int,
-    notices: Sequence[str],
-    source: str | Path,
-    rooms: Rooms,
-) -> TrainingProfile:
-    """Profile in a folder of the run's own."""
-    files.check_free(source)
-    setup_logging(file=files.folder / LOG)
-    for notice in notices:
-        _logger.warning(notice)
-    try:
-        run = prepare_run(options, files, None, device, rooms, to_finish=False)
-        _logger.info("profile: nothing of what these steps train is kept")
-        profile = profile_steps(run.trainer, steps, files.folder / TRACE)
-    except PetFinetuneError as error:
-        _logger.error("%s", error, extra=FILE_ONLY)
-        raise
-    content = {**profile.as_dict(), "versions": versions()}
-    files.write(PROFILE, json.dumps(content, indent=2) + "\n")
-    _tell(_stage_table(profile), [*_totals(profile), f"all numbers: {files.folder / PROFILE}"])
-    _tell(_operation_table(profile), _trace_notes(profile, files))
-    return profile
+        files = RunFiles(path)
+        files.check_free(source)
+        setup_logging(file=path / LOG)
+        for notice in notices:
+            _logger.warning(notice)
+        try:
+            run = prepare_run(options, files, None, device, rooms, to_finish=False)
+            _logger.info("profile: nothing of what these steps train is kept")
+            profile = profile_steps(run.trainer, steps, path / TRACE)
+        except PetFinetuneError as error:
+            _logger.error("%s", error, extra=FILE_ONLY)
+            raise
+        content = {**profile.as_dict(), "versions": versions()}
+        files.write(PROFILE, json.dumps(content, indent=2) + "\n")
+        _tell(stage_table(profile), [*profile_lines(profile), f"all numbers: {path / PROFILE}"])
+        traced = [
+            f"from {profile.traced_steps} more steps under torch's profiler, which slows the small "
+            "ones",
+            f"timeline: {path / TRACE}",
+            "open it at https://ui.perfetto.dev, or in Chrome at chrome://tracing",
+        ]
+        _tell(operation_table(profile), traced)
+        return profile
 
 
 def _tell(table: Table, notes: Sequence[str]) -> None:
@@ -375,90 +330,3 @@ def _tell(table: Table, notes: Sequence[str]) -> None:
     clear()
     print(text, end="\n\n")
     _logger.info("profile\n%s\n%s", shown, text, extra=FILE_ONLY)
-
-
-def _stage_table(profile: TrainingProfile) -> Table:
-    """How long each stage takes."""
-    table = Table(
-        title=f"a training step, mean of {profile.steps} ({_machine(profile)})",
-        title_justify="left",
-    )
-    table.add_column("stage")
-    table.add_column("ms", justify="right")
-    table.add_column("share", justify="right")
-    table.add_column("what it is (what changes it)")
-    whole = sum(profile.stages.values())
-    for name, seconds in profile.stages.items():
-        share = f"{seconds / whole:.1%}"
-        table.add_row(name, f"{seconds * 1e3:.2f}", share, _STAGES.get(name, ""))
-    table.add_section()
-    fastest, slowest = min(profile.step_seconds) * 1e3, max(profile.step_seconds) * 1e3
-    table.add_row(
-        "step", f"{profile.seconds * 1e3:.2f}", "", f"between {fastest:.2f} and {slowest:.2f}"
-    )
-    return table
-
-
-def _machine(profile: TrainingProfile) -> str:
-    threads = "1 thread" if profile.threads == 1 else f"{profile.threads} threads"
-    return f"{profile.device}, {profile.dtype}, {threads}"
-
-
-def _totals(profile: TrainingProfile) -> list[str]:
-    """Throughput, sizes, memory and what an epoch takes, a line each."""
-    structures, atoms = (n / profile.seconds for n in (profile.structures, profile.atoms))
-    neighbors = profile.edges / profile.atoms
-    return [
-        f"speed: {structures:.4g} structures/s, {atoms:.4g} atoms/s",
-        f"batch: {profile.structures:.4g} structures, {profile.atoms:.4g} atoms, "
-        f"{profile.edges:.6g} edges ({neighbors:.3g} neighbours an atom)",
-        f"epoch: {profile.steps_per_epoch} steps and validation "
-        f"({profile.validation_seconds:.3g} s), {profile.epoch_seconds:.3g} s",
-        f"memory: {_memory_text(profile)}",
-    ]
-
-
-def _memory_text(profile: TrainingProfile) -> str:
-    memory = profile.memory
-    parts = []
-    if memory.gpu is not None:
-        parts.append(f"{memory.gpu:.0f} MiB of the GPU at the peak")
-    if memory.process is not None:
-        text = f"{memory.process:.0f} MiB of the process at the peak"
-        if memory.process_before is not None:
-            grown = max(0.0, memory.process - memory.process_before)
-            text += f", {grown:.0f} MiB more than before the first step"
-        parts.append(text)
-    return "; ".join(parts) or "this system does not say"
-
-
-def _trace_notes(profile: TrainingProfile, files: RunFiles) -> list[str]:
-    """Where the operations come from, and the way to see them all."""
-    return [
-        f"from {profile.traced_steps} more steps under torch's profiler, which slows the small "
-        "ones",
-        f"timeline: {files.folder / TRACE}",
-        "open it at https://ui.perfetto.dev, or in Chrome at chrome://tracing",
-    ]
-
-
-def _operation_table(profile: TrainingProfile) -> Table:
-    """The most expensive operations."""
-    table = Table(title="the most expensive operations", title_justify="left")
-    table.add_column("operation")
-    for name in ("calls a step", "ms a step", "share"):
-        table.add_column(name, justify="right")
-    for operation in profile.operations:
-        table.add_row(
-            _short(operation.name),
-            f"{operation.calls:.0f}",
-            f"{operation.seconds * 1e3:.2f}",
-            f"{operation.share:.1%}",
-        )
-    return table
-
-
-def _short(name: str) -> str:
-    """The telling end of a long name."""
-    name = name.removeprefix("aten::").removeprefix("autograd::engine::evaluate_function: ")
-    return name if len(name) <= _LONGEST_NAME else f"…{name[1 - _LONGEST_NAME :]}"

@@ -9,8 +9,8 @@ import math
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from pet_finetune.data.structure_sets import find_species
 from pet_finetune.device import versions
 from pet_finetune.elements import symbol_of
 from pet_finetune.errors import CheckpointError, DataError, TrainingError
-from pet_finetune.files import read_object, read_table, write_whole
+from pet_finetune.files import read_object, read_table, write_whole, writing_explained
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 
@@ -104,7 +104,7 @@ class RunFiles:
         self._writes = processes.first()
         if not self._writes:
             return
-        with self._explained():
+        with writing_explained(self.folder, TrainingError):
             folder.mkdir(parents=True, exist_ok=True)
             probe = folder / ".writable"
             probe.touch()
@@ -124,18 +124,6 @@ class RunFiles:
     def adapter(self) -> Path:
         """The folder of the best adapter."""
         return self.folder / ADAPTER
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Say of a failed write which folder it was for and what to do."""
-        try:
-            yield
-        except OSError as error:
-            raise TrainingError(
-                f"Cannot write to the output folder '{self.folder}': {error.strerror or error}. "
-                "Make room, or choose another with -o FOLDER; a run that has saved its state goes "
-                "on with --restart."
-            ) from error
 
     def check_free(self, options_file: str | Path = "") -> None:
         """Make sure that a new run overwrites neither an older one nor the user's options file.
@@ -166,7 +154,7 @@ class RunFiles:
         """Remove what a run left that was killed before it could be gone on with."""
         if not self._writes:
             return
-        with self._explained():
+        with writing_explained(self.folder, TrainingError):
             for path in (self.folder / name for name in _TAKEN_ALONG):
                 if path.is_dir():
                     shutil.rmtree(path)
@@ -178,7 +166,7 @@ class RunFiles:
         if not self._writes:
             return
         self.check_free()
-        with self._explained():
+        with writing_explained(self.folder, TrainingError):
             for path in (other / name for name in _TAKEN_ALONG):
                 if path.is_dir():
                     shutil.copytree(path, self.folder / path.name, dirs_exist_ok=True)
@@ -204,7 +192,7 @@ class RunFiles:
         """Write a file in one step: it is whole or as it was."""
         if not self._writes:
             return
-        with self._explained():
+        with writing_explained(self.folder, TrainingError):
             write_whole(self.folder / name, content)
 
     def tell(self, facts: Mapping[str, Any]) -> None:
@@ -237,7 +225,7 @@ class RunFiles:
             return
         row = columns_of(record)
         path = self.folder / TABLE
-        with self._explained():
+        with writing_explained(self.folder, TrainingError):
             heading = _heading(path)
             with path.open("a", newline="", encoding="utf-8") as stream:
                 # Errors that are not computed after every epoch leave their cells empty.
@@ -288,7 +276,7 @@ class RunFiles:
             heading, rows = read_table(path)
         except DataError as error:
             aside = path.with_name(f"{path.name}.damaged")
-            with self._explained():
+            with writing_explained(self.folder, TrainingError):
                 path.replace(aside)
             _logger.warning("%s It is now '%s'; a new table is begun.", error, aside)
             return

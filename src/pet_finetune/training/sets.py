@@ -24,6 +24,7 @@ from pet_finetune.graph import Batch
 from pet_finetune.keys import forces_key, stress_key
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential, Prediction
+from pet_finetune.model.inference import evaluating
 from pet_finetune.rng import MemberStream, Stream
 
 from .feature import Feature
@@ -223,13 +224,9 @@ def label_with(
     loader = evaluation_loader(structures, model)
     wanted = dict.fromkeys(targets, (True, True))
     labels: list[dict[str, Tensor]] = []
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in on_device(loader, model.device, model.dtype):
             labels += _labels(batch.graph, model.predict_many(batch.graph, wanted))
-    finally:
-        model.train(training)
     return [replace(s, labels=own) for s, own in zip(structures, labels, strict=True)]
 
 

@@ -26,10 +26,11 @@ from pet_finetune.data.structure_sets import find_species, joined
 from pet_finetune.errors import ConfigError, did_you_mean
 from pet_finetune.keys import TargetSpec
 from pet_finetune.log import get_logger
-from pet_finetune.model import Potential, Prediction
+from pet_finetune.model import Potential
 from pet_finetune.model.fingerprint import weights_fingerprint
 
 from .extend import add_new_elements, add_targets
+from .step import differences
 
 _logger = get_logger(__name__)
 
@@ -255,29 +256,16 @@ def rounding_told(options: Options, model: Potential, loader: Loader) -> Iterato
     if bits is None or not options.is_finetuning or not energies:
         yield
         return
-    target = energies[0]
-    before = _predict(model, loader, target)
-    yield
-    after = _predict(model, loader, target)
-    batch = next(iter(loader.view())).graph
-    atoms = batch.atoms_per_structure.to(after.energy)
-    energy = ((after.energy - before.energy) / atoms).square().mean().sqrt()
-    assert after.forces is not None
-    assert before.forces is not None
-    change, size = after.forces - before.forces, before.forces
-    _logger.info(
-        "holding the frozen weights in %d bits is not exact: on the first batch it changes "
-        "energies by %.2f meV/atom and forces by %.1f meV/A (%.1f %% of them), root mean squares",
-        bits,
-        1000 * float(energy),
-        1000 * float(change.square().mean().sqrt()),
-        100 * float(change.norm() / size.norm().clamp_min(1e-12)),
-    )
-
-
-def _predict(model: Potential, loader: Loader, target: str) -> Prediction:
+    wanted = {energies[0]: (True, False)}
     batch = next(iter(loader.view())).graph.to(model.device)
-    return model.predict(batch, target)
+    before = model.predict_targets(batch, wanted)
+    yield
+    after = model.predict_targets(batch, wanted)
+    _logger.info(
+        "holding the frozen weights in %d bits is not exact: on the first batch %s",
+        bits,
+        differences(after, before, batch),
+    )
 
 
 @dataclass(frozen=True)

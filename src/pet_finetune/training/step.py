@@ -25,6 +25,7 @@ from pet_finetune.backends import EAGER, FUSED, FUSED_BFLOAT16, using
 from pet_finetune.backends.fused import multiplies_bfloat16
 from pet_finetune.graph import Batch
 from pet_finetune.model import Potential, Prediction, Property
+from pet_finetune.model.inference import evaluating
 
 _MEV = 1000.0
 
@@ -67,19 +68,23 @@ def precision_errors(
         wanted: for each target, whether forces and stress are computed.
         precision: as for :func:`mixed`.
     """
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         exact = model.predict_targets(batch, wanted)
         with mixed(precision, model):
             rough = model.predict_targets(batch, wanted)
-    finally:
-        model.train(training)
-    parts = [_errors(rough[name], exact[name], batch) for name in wanted]
-    return f"{precision}: first batch against float32: {'; '.join(parts)}"
+    return f"{precision}: first batch against float32: {differences(rough, exact, batch)}"
 
 
-def _errors(rough: Prediction | Property, exact: Prediction | Property, batch: Batch) -> str:
+def differences(
+    rough: Mapping[str, Prediction | Property],
+    exact: Mapping[str, Prediction | Property],
+    batch: Batch,
+) -> str:
+    """How far predictions of a batch by target are from others, in words."""
+    return "; ".join(_difference(rough[name], exact[name], batch) for name in exact)
+
+
+def _difference(rough: Prediction | Property, exact: Prediction | Property, batch: Batch) -> str:
     if isinstance(rough, Property) or isinstance(exact, Property):
         assert isinstance(rough, Property)
         assert isinstance(exact, Property)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from functools import cached_property, partial
 from itertools import islice
 from typing import Any
@@ -98,7 +98,6 @@ class Trainer:
                 f"min_atoms_per_batch ({options.min_atoms_per_batch}) leaves out every batch: "
                 "choose a smaller number, or a larger max_atoms_per_batch."
             )
-        self._energies = [name for name, o in self.objectives.items() if o.energy]
         self.features: tuple[Feature, ...] = ()
         for feature in features:
             self.add(feature, (kept or {}).get(feature.name))
@@ -117,47 +116,31 @@ class Trainer:
         Raises:
             TrainingError: the loss or its gradient is not a number.
         """
-        early = self.options.early_stopping
+        early, progress, finished = self.options.early_stopping, self.progress, True
         self._guard = InterruptGuard()
-        stopped_early = self.progress.patience_ran_out(early)  # when such a run is resumed
-        self._log_precision()
+        stopped_early = progress.patience_ran_out(early)  # when such a run is resumed
+        precision = self.options.precision
+        if precision is not None:  # say what the first batch loses to fewer digits
+            graph = next(self.batches(0)).graph
+            _logger.info("%s", precision_errors(self.model, graph, self.wanted, precision))
         same_tensors([*self.model.parameters(), *self.model.buffers()])
         with ExitStack() as stack:
             stack.enter_context(self._guard)
             stack.enter_context(Arena().reused())
-            stack.callback(self._close)
-            while self.progress.epoch < self.options.num_epochs and not stopped_early:
-                record = self._run_epoch()
-                if record is None:
-                    self._save()
-                    return self._result(finished=False, stopped_early=False)
-                stopped_early = self.progress.patience_ran_out(early)
-                last = stopped_early or self.progress.epoch == self.options.num_epochs
-                if last or self.progress.epoch % self.options.checkpoint_interval == 0:
-                    self._save()
-        return self._result(finished=True, stopped_early=stopped_early)
+            for feature in reversed(self.features):
+                stack.callback(feature.close)
+            while finished and progress.epoch < self.options.num_epochs and not stopped_early:
+                finished = self._run_epoch()
+                stopped_early = finished and progress.patience_ran_out(early)
+                last = stopped_early or progress.epoch == self.options.num_epochs
+                if not finished or last or progress.epoch % self.options.checkpoint_interval == 0:
+                    for feature in self.features:
+                        feature.save()
+        best = progress.best_epoch, progress.best_metric
+        return TrainingResult(finished, progress.epoch, *best, stopped_early)
 
-    def _save(self) -> None:
-        for feature in self.features:
-            feature.save()
-
-    def _close(self) -> None:
-        for feature in self.features:
-            feature.close()
-
-    def _log_precision(self) -> None:
-        """Say what the first batch loses to fewer digits. Changes nothing of the run."""
-        precision = self.options.precision
-        if precision is not None:
-            batch = next(self.batches(0))
-            _logger.info("%s", precision_errors(self.model, batch.graph, self.wanted, precision))
-
-    def _result(self, finished: bool, stopped_early: bool) -> TrainingResult:
-        p = self.progress
-        return TrainingResult(finished, p.epoch, p.best_epoch, p.best_metric, stopped_early)
-
-    def _run_epoch(self) -> EpochRecord | None:
-        """One epoch, from the batch where the progress stands; None when interrupted."""
+    def _run_epoch(self) -> bool:
+        """One epoch, from the batch where the progress stands; False when interrupted."""
         progress = self.progress
         started = time.perf_counter() - progress.seconds
         self.model.train()
@@ -168,7 +151,12 @@ class Trainer:
         while progress.batch < num_batches:
             size = min(self.options.gradient_accumulation_steps, num_batches - progress.batch)
             result = self.step(islice(batches, size), size, metrics)
-            self._count(result)
+            progress.loss_sum += result.loss
+            for name, value in result.extra.items():
+                progress.extra_sums[name] = progress.extra_sums.get(name, 0.0) + value
+            progress.batch += result.batches
+            progress.step += 1
+            progress.structures += result.structures
             progress.seconds = time.perf_counter() - started
             mean_loss, rate = progress.loss_sum / progress.batch, progress.structures_per_second
             ended = StepProgress(progress.batch, num_batches, mean_loss, metrics, rate)
@@ -177,19 +165,10 @@ class Trainer:
             # Alone, what came during this step counts now: nobody else has to know of it.
             if result.stop or (processes.size() == 1 and self._guard.requested):
                 progress.epoch_metrics = {n: m.pooled().state() for n, m in metrics.items()}
-                return None
+                return False
         metrics = {name: own.pooled() for name, own in metrics.items()}
-        return self._end_epoch(metrics, num_batches, started)
-
-    def _count(self, result: StepResult) -> None:
-        """Add an update to the progress."""
-        progress = self.progress
-        progress.loss_sum += result.loss
-        for name, value in result.extra.items():
-            progress.extra_sums[name] = progress.extra_sums.get(name, 0.0) + value
-        progress.batch += result.batches
-        progress.step += 1
-        progress.structures += result.structures
+        self._end_epoch(metrics, num_batches, started)
+        return True
 
     @cached_property
     def total_steps(self) -> int:
@@ -197,10 +176,9 @@ class Trainer:
         return self.options.num_epochs * max(1, self.num_steps(0))
 
     def _scheduled_step(self) -> float:
-        """How many of :attr:`total_steps` are done.
+        """How many of :attr:`total_steps` are done; every epoch is as long a part of the schedule.
 
-        Where epochs differ in length, each is the same part of the schedule, so that none has to
-        be cut into batches before its time.
+        So none has to be cut into batches before its time.
         """
         epoch, batches = self.progress.epoch, self.progress.batch
         each = self.total_steps // self.options.num_epochs
@@ -293,7 +271,7 @@ class Trainer:
             if type(feature).losses is Feature.losses:
                 continue
             with stage(feature.name):
-                with self._precision():
+                with mixed(self.options.precision, self.model):
                     terms = feature.losses(step)
                 if not feature.shared:
                     terms = {name: batch.share * term for name, term in terms.items()}
@@ -312,14 +290,17 @@ class Trainer:
     ) -> tuple[Tensor, Mapping[str, Prediction | Property]]:
         """The loss of a batch and its predictions; arguments as above."""
         objectives = objectives_at(self.objectives, self.options, self.progress.epoch)
-        noisy = self._noisy(batch, index)
+        seed = (self.training.seed, self.progress.epoch, index)
+        energies = [name for name, own in objectives.items() if own.energy]
+        noisy = add_label_noise(batch, energies, self.options.label_noise, seed)
         if self._compiled is not None:
             with stage("compiled step"):
                 found = self._compiled(noisy, objectives, parameters)
                 if found is not None:
                     add_part(parameters, found.gradients, size)
                     return found.loss, found.predictions
-        with stage("energies"), self._precision():  # the potential marks the derivatives within
+        # The potential marks the derivatives within.
+        with stage("energies"), mixed(self.options.precision, self.model):
             predictions = self.model.predict_targets(batch.graph, self.wanted, create_graph=True)
         with stage("loss"):
             loss = batch_loss(noisy, predictions, objectives)
@@ -336,16 +317,7 @@ class Trainer:
             return None
         return CompiledStep(self.model, self.wanted, self.options.precision)
 
-    def _precision(self) -> AbstractContextManager[object]:
-        return mixed(self.options.precision, self.model)
-
-    def _noisy(self, batch: LabelledBatch, index: int) -> LabelledBatch:
-        seed = (self.training.seed, self.progress.epoch, index)
-        return add_label_noise(batch, self._energies, self.options.label_noise, seed)
-
-    def _end_epoch(
-        self, metrics: dict[str, Metrics], num_batches: int, started: float
-    ) -> EpochRecord:
+    def _end_epoch(self, metrics: dict[str, Metrics], num_batches: int, started: float) -> None:
         """Validate, remember the best, report."""
         progress = self.progress
         rate = progress.structures_per_second
@@ -385,7 +357,6 @@ class Trainer:
                 progress.best_metric, progress.best_epoch = metric, progress.epoch
             for feature in self.features:
                 feature.epoch_ended(record)
-        return record
 
     def _validation_loss(self) -> float:
         return mean_loss(self.model, self.validation.view(), self.objectives, self.options)
