@@ -31,9 +31,9 @@ from pet_finetune.config.problems import checked_section
 from pet_finetune.data.convert_sets import convert
 from pet_finetune.data.frame_files import read_frames
 from pet_finetune.dynamics.md_checks import ModelChoice
+from pet_finetune.dynamics.md_run import restart_md, run_md
 from pet_finetune.dynamics.relaxation import RelaxSettings, relax_structures
 from pet_finetune.dynamics.settings import MDSettings
-from pet_finetune.dynamics.simulate import restart_md, run_md
 from pet_finetune.errors import ConfigError
 from pet_finetune.export.export import (
     ExportOutcome,

@@ -15,7 +15,7 @@ from pet_finetune.inspection.inspection import Preflight, read_checked
 from pet_finetune.launchers import find_launch
 from pet_finetune.pretraining import pretrained
 from pet_finetune.report.report_file import report_or_warn
-from pet_finetune.training import compare_runs, launch, run
+from pet_finetune.training import compare_runs, run
 from pet_finetune.training.feature import Feature
 from pet_finetune.training.prepare import Rooms
 from pet_finetune.training.profile import TrainingProfile, profile_run
@@ -75,8 +75,8 @@ def train(
 
 
 def train_as_told(job: Path) -> TrainOutcome:
-    """What each process does that ``device: 4`` started; :mod:`pet_finetune.training.launch`."""
-    return launch.train_as_told(job, train)
+    """What each process does that ``device: 4`` started; :mod:`pet_finetune.training.run`."""
+    return run.train_as_told(job, train)
 
 
 def train_named(runs: Sequence[NamedRun], source: str | Path, **settings: Any) -> int:

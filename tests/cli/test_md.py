@@ -18,7 +18,7 @@ from models import crystal, ethanol, random_potential, trained_adapter
 from pet_finetune import calculator
 from pet_finetune.adapters import save_adapter
 from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
-from pet_finetune.dynamics import simulate as workflow
+from pet_finetune.dynamics import md_run as workflow
 from pet_finetune.dynamics.measure import MDDisplay
 from pet_finetune.model.orientations import predict_mean
 

@@ -33,9 +33,9 @@ class AdapterConfig:
         use_dora: train lengths and directions apart (:class:`~.layers.DoraLinear`).
         rank_pattern, alpha_pattern: other ranks and alphas for the layers whose path ends like
             the key, or matches it as a regular expression; the first match counts.
-        quant_bits: hold the frozen weights in 4 or 8 bits (:mod:`~.quantized`); None keeps them.
-        num_prompts: prompt tuning with this many tokens a layer (:mod:`~.prompts`) in place of
-            low-rank updates, whose settings then mean nothing; 0 for none.
+        quant_bits: hold the frozen weights in 4 or 8 bits (:mod:`.quantize`); None keeps them.
+        num_prompts: prompt tuning with this many tokens a layer in place of low-rank updates, whose
+            settings then mean nothing; 0 for none.
     """
 
     rank: int = 8

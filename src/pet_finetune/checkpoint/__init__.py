@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pet_finetune.model.fingerprint import weights_fingerprint
 
+from .build import Checkpoint
 from .legacy_state_dict import load_oldest_start
 from .native import save_checkpoint
-from .opening import Checkpoint, load, load_checkpoint, open_adapted, open_committee, open_potential
+from .opening import load, load_checkpoint, open_adapted, open_committee, open_potential
 
 __all__ = [
     "Checkpoint",

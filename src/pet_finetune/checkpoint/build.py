@@ -1,9 +1,11 @@
-"""Making a :class:`Potential` from the parts that every kind of checkpoint comes down to."""
+"""An opened checkpoint, and the :class:`Potential` made of what all kinds of files come down to."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
@@ -13,6 +15,23 @@ from pet_finetune.config import ModelOptions
 from pet_finetune.errors import CheckpointError
 from pet_finetune.keys import TargetSpec
 from pet_finetune.model.potential import Potential
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint file, opened."""
+
+    #: The potential, in eV and angstrom, on the CPU, in evaluation mode.
+    model: Potential
+    #: Who wrote the file.
+    kind: Literal["pet-finetune", "metatrain"]
+    #: Where the weights come from, as far as the file says.
+    provenance: dict[str, Any]
+    #: What is needed to resume the run that wrote the file; None where it cannot be resumed.
+    training: dict[str, Any] | None
+    path: Path
+    #: What the user should know about the conversion, one line each; logged as well.
+    notices: tuple[str, ...] = ()
 
 
 def model_options(values: Mapping[str, Any], where: str) -> ModelOptions:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,11 +11,12 @@ from torch import Tensor
 
 from pet_finetune.errors import CheckpointError, UnitError
 from pet_finetune.model import Potential
+from pet_finetune.model.pet import HEAD_GROUPS
 from pet_finetune.units import length_to_angstrom
 
 from .allowed_names import Inert
 from .archive import TorchArchive, plain_value
-from .build import build_potential, model_options
+from .build import Checkpoint, build_potential, model_options
 from .metatrain_llpr import LLPR, read_llpr
 from .stored_targets import StoredTarget, usable_targets
 from .upgrade import RawCheckpoint, merge_lora_layers, upgrade
@@ -42,22 +42,12 @@ _IGNORED = (
 )
 
 
-@dataclass(frozen=True)
-class MetatrainModel:
-    """A converted checkpoint: the model in eV and angstrom, and what is known about its origin."""
-
-    model: Potential
-    provenance: dict[str, Any] = field(default_factory=dict)
-    #: What the user should know about the conversion, one line each.
-    notices: tuple[str, ...] = ()
-
-
 def is_metatrain(content: Any) -> bool:
     """Whether what a file holds looks like a checkpoint of metatrain, of any architecture."""
     return isinstance(content, dict) and "architecture_name" in content
 
 
-def read_metatrain(archive: TorchArchive, content: Mapping[str, Any]) -> MetatrainModel:
+def read_metatrain(archive: TorchArchive, content: Mapping[str, Any]) -> Checkpoint:
     """Convert a checkpoint of metatrain's PET.
 
     The weights of the best epoch are used, as metatrain does to fine-tune and to export.
@@ -99,7 +89,8 @@ def read_metatrain(archive: TorchArchive, content: Mapping[str, Any]) -> Metatra
     if wrapper is not content:
         factors = {stored.spec.name: stored.factor for stored in targets}
         read_llpr(archive, wrapper, model, factors, notices)
-    return MetatrainModel(model, _provenance(content, written), tuple(notices))
+    provenance = _provenance(content, written)
+    return Checkpoint(model, "metatrain", provenance, None, archive.path, tuple(notices))
 
 
 def is_of_numbers(content: Any) -> bool:
@@ -134,7 +125,11 @@ def read_raw(
         CheckpointError: if it is of another architecture or lacks a part.
     """
     where = str(archive.path)
-    _check_architecture(content, where)
+    if content.get("architecture_name") != "pet":
+        raise CheckpointError(
+            f"{where}: this is a checkpoint of metatrain's architecture "
+            f"{content.get('architecture_name')!r}, and only 'pet' can be read."
+        )
     version = _version(content, where)
     data = content.get("model_data")
     if not isinstance(data, dict) or not isinstance(data.get("model_hypers"), dict):
@@ -168,16 +163,6 @@ def _unwrapped(content: Mapping[str, Any], where: str) -> Mapping[str, Any]:
             "no such model. Use the checkpoint it was made from."
         )
     return inside
-
-
-def _check_architecture(content: Mapping[str, Any], where: str) -> None:
-    name = content.get("architecture_name")
-    if name == "pet":
-        return
-    raise CheckpointError(
-        f"{where}: this is a checkpoint of metatrain's architecture {name!r}, and only 'pet' can "
-        "be read."
-    )
 
 
 def _version(content: Mapping[str, Any], where: str) -> int:
@@ -260,13 +245,12 @@ def _network(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
 
 def _without_other_heads(network: dict[str, Tensor], targets: set[str]) -> dict[str, Tensor]:
     """Leave out the heads of targets that are not converted."""
-    groups = ("node_heads.", "edge_heads.", "node_last_layers.", "edge_last_layers.")
-    kept = {}
-    for name, weight in network.items():
-        if name.startswith(groups) and name.split(".")[1] not in targets:
-            continue
-        kept[name] = weight
-    return kept
+    groups = tuple(f"{group}." for group in HEAD_GROUPS)
+    return {
+        name: weight
+        for name, weight in network.items()
+        if not name.startswith(groups) or name.split(".")[1] in targets
+    }
 
 
 def _check_species_table(model: Potential, network: Mapping[str, Tensor], where: str) -> None:

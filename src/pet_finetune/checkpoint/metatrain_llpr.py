@@ -28,11 +28,9 @@ _ENSEMBLE = "llpr_ensemble_layers.{}.weight"
 
 def uncertainty_name(target: str) -> str:
     """Metatrain's name of the uncertainty of a target."""
-    return "energy_uncertainty" if target == "energy" else f"{_aux(target)}_uncertainty"
-
-
-def _aux(target: str) -> str:
-    return f"mtt::aux::{target.replace('mtt::', '')}"
+    if target == "energy":
+        return "energy_uncertainty"
+    return f"mtt::aux::{target.replace('mtt::', '')}_uncertainty"
 
 
 def read_llpr(

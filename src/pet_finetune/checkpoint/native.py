@@ -28,7 +28,7 @@ import copy
 import os
 import pickle
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +53,10 @@ from pet_finetune.model.last_layer import LastLayer
 from pet_finetune.nn.quantized import QUANTIZED_PART, dense_state
 
 from .archive import TorchArchive, plain_value
-from .build import build_potential, model_options
+from .build import Checkpoint, build_potential, model_options
 
 FORMAT = "pet-finetune"
 VERSION = 1
-
-
-@dataclass(frozen=True)
-class NativeCheckpoint:
-    """What one of our files holds."""
-
-    model: Potential
-    provenance: dict[str, Any]
-    training: dict[str, Any] | None
 
 
 def is_native(content: Any) -> bool:
@@ -144,7 +135,7 @@ def save_checkpoint(
 
 def read_native(
     archive: TorchArchive, content: Mapping[str, Any], keep_adapter: bool = False
-) -> NativeCheckpoint:
+) -> Checkpoint:
     """Read a file in our format.
 
     Args:
@@ -169,7 +160,8 @@ def read_native(
             adapter = _as_lora(adapter, str(path), resumes=keep_adapter)
             _restore_adapter(model, adapter, content["weights"])
             model = model if keep_adapter else merged_copy(model)
-        return NativeCheckpoint(model, dict(content["provenance"]), content["training"])
+        provenance = dict(content["provenance"])
+        return Checkpoint(model, "pet-finetune", provenance, content["training"], path)
     except CheckpointError:
         raise
     except PetFinetuneError as error:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -20,28 +18,12 @@ from pet_finetune.model import Potential
 
 from .allowed_names import StoredTensor
 from .archive import TorchArchive
+from .build import Checkpoint
 from .metatrain import is_metatrain, is_of_numbers, read_metatrain, read_numbers
 from .native import is_native, read_native
 from .stored_targets import StoredTarget
 
 _log = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint file, opened."""
-
-    #: The potential, in eV and angstrom, on the CPU, in evaluation mode.
-    model: Potential
-    #: Who wrote the file.
-    kind: Literal["pet-finetune", "metatrain"]
-    #: Where the weights come from, as far as the file says.
-    provenance: dict[str, Any]
-    #: What is needed to resume the run that wrote the file; None where it cannot be resumed.
-    training: dict[str, Any] | None
-    path: Path
-    #: What the user should know about the conversion, one line each; logged as well.
-    notices: tuple[str, ...] = ()
 
 
 @torch.inference_mode(False)
@@ -59,26 +41,15 @@ def load_checkpoint(path: str | os.PathLike[str], *, keep_adapter: bool = False)
         CheckpointError: with one line saying what the file is instead, or what is wrong.
     """
     with TorchArchive(path) as archive, damage_explained(archive.damaged):
-        path = archive.path
         content = archive.content()
         if is_native(content):
-            native = read_native(archive, content, keep_adapter)
-            return Checkpoint(
-                native.model, "pet-finetune", native.provenance, native.training, path
-            )
+            return read_native(archive, content, keep_adapter)
         if not is_metatrain(content):
-            raise CheckpointError(f"{path}: {_what_it_is(content)}")
+            raise CheckpointError(f"{archive.path}: {_what_it_is(content)}")
         converted = read_metatrain(archive, content)
     for notice in converted.notices:
-        _log.info("%s: %s", path, notice)
-    return Checkpoint(
-        model=converted.model,
-        kind="metatrain",
-        provenance=converted.provenance,
-        training=None,
-        path=path,
-        notices=converted.notices,
-    )
+        _log.info("%s: %s", converted.path, notice)
+    return converted
 
 
 @torch.inference_mode(False)

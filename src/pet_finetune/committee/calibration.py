@@ -17,7 +17,7 @@ from pet_finetune.data.labelled_batch import LabelledBatch, on_device
 from pet_finetune.extras import plotting
 from pet_finetune.keys import forces_key, stress_key
 
-from .committee import Committee, CommitteePrediction
+from .committee import Committee, CommitteePrediction, to_numpy
 
 #: Confidence levels of a coverage curve, those of the uncertainty toolbox.
 LEVELS = np.linspace(0.0, 1.0, 100)
@@ -113,7 +113,7 @@ class Comparison:
     def of(self, target: str) -> dict[str, Deviations]:
         """What was found for a target, by kind: energies per atom, components of the others."""
         return {
-            kind: Deviations(*(_numpy(torch.cat(values)) for values in zip(*parts, strict=True)))
+            kind: Deviations(*(to_numpy(torch.cat(values)) for values in zip(*parts, strict=True)))
             for (name, kind), parts in self._found.items()
             if name == target and any(len(errors) for errors, _ in parts)
         }
@@ -133,11 +133,6 @@ def collect(
     for batch in on_device(batches, committee.device, committee.dtype):
         comparison.add(batch, committee.predict_many(batch.graph, wanted))
     return comparison.of(committee.target)
-
-
-def _numpy(values: Tensor) -> np.ndarray:
-    array: np.ndarray = values.detach().to("cpu", torch.float64).numpy()
-    return array
 
 
 @dataclass(frozen=True, eq=False)

@@ -157,10 +157,8 @@ def with_uncertainty(
         members: whether forces and stress of the members are derived, as far as those of the
             prediction are there. Each member takes a derivative of its own.
     """
-    features = prediction.features
-    assert features is not None, "it was predicted with features_of"
-    sums = features.new_zeros(batch.num_structures, features.shape[1], dtype=torch.float64)
-    sums = sums.index_add(0, batch.structure_index, features.double())
+    assert prediction.features is not None, "it was predicted with features_of"
+    sums = _features(batch, model.target(target), prediction)
     forces = stress = None
     if members and layer.num_members and prediction.forces is not None:
         gradients = _gradients(model, batch, target, layer)
@@ -169,7 +167,7 @@ def with_uncertainty(
             stress = torch.stack([prediction.stress + stress_of(batch, g) for g in gradients])
     said = Prediction(
         energy=prediction.energy + layer.deviations(sums).T,
-        atom_energies=prediction.atom_energies + layer.deviations(features).T,
+        atom_energies=prediction.atom_energies + layer.deviations(prediction.features).T,
         forces=forces,
         stress=stress,
     )

@@ -78,7 +78,8 @@ def carried(atoms: Atoms) -> tuple[Atoms, list[str]]:
     for key, value in atoms.info.items():
         if key in _OF_STEP:
             continue
-        kept = None if _is_result(key) else _as_text(key, value)
+        result = not isinstance(key, str) or key in _RESULTS or _LABEL.search(key)
+        kept = None if result else _as_text(key, value)
         if kept is None:
             left.append(str(key))
         else:
@@ -87,10 +88,6 @@ def carried(atoms: Atoms) -> tuple[Atoms, list[str]]:
     if others:
         out.info[CONSTRAINTS] = _as_json([constraint.todict() for constraint in others])
     return out, left
-
-
-def _is_result(key: Any) -> bool:
-    return not isinstance(key, str) or key in _RESULTS or bool(_LABEL.search(key))
 
 
 def _survives(atoms: Atoms, name: str, array: np.ndarray) -> bool:
@@ -246,9 +243,3 @@ def _gathered(constraints: Iterable[Any]) -> list[Any]:
     gathered: list[Any] = [FixAtoms(sorted(set(whole)))] if whole else []
     gathered += [FixCartesian(sorted(set(found)), mask) for mask, found in indices.items()]
     return [*gathered, *others]
-
-
-def plain_constraints(atoms: Atoms) -> list[dict[str, Any]]:
-    """The constraints as plain values, for comparing and for files."""
-    plain: list[dict[str, Any]] = json.loads(encode([c.todict() for c in atoms.constraints]))
-    return plain

@@ -99,7 +99,9 @@ def _kept_motions(atoms: Atoms) -> np.ndarray:
     forces between atoms do no work along them, and those of constraints neither.
     """
     count, weights = len(atoms), np.sqrt(atoms.get_masses())[:, None]
-    if any(isinstance(c, constraints.Hookean) and _is_tether(c) for c in atoms.constraints):
+    springs = [c.todict() for c in atoms.constraints if isinstance(c, constraints.Hookean)]
+    # One that holds an atom to a place rather than to another atom.
+    if any(not isinstance(s["kwargs"]["a2"], (int, np.integer)) for s in springs):
         return np.zeros((3 * count, 0))
     axes = np.eye(3)
     velocities = [np.broadcast_to(axis, (count, 3)) for axis in axes]
@@ -120,11 +122,6 @@ def _kept_motions(atoms: Atoms) -> np.ndarray:
     _, sizes, right = np.linalg.svd(np.stack(changes, axis=1), full_matrices=False)
     kept: np.ndarray = rigid @ right[sizes < 1e-6].T
     return kept
-
-
-def _is_tether(constraint: constraints.Hookean) -> bool:
-    """Whether a spring holds an atom to a place rather than to another atom."""
-    return not isinstance(constraint.todict()["kwargs"]["a2"], (int, np.integer))
 
 
 def temperature(atoms: Atoms, freedom: int) -> float:

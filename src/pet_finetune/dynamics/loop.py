@@ -224,7 +224,8 @@ def simulate(
         show(row)
         if time.monotonic() - run.saved > _SECONDS_BETWEEN_STATES:
             run.save()
-        if _lost(row, settings):
+        limit, found = settings.stop_uncertainty, row.forces_uncertainty
+        if limit is not None and found is not None and found > limit:
             reason = "uncertain"
             break
     run.save()
@@ -255,11 +256,6 @@ def _prepared(
     return run
 
 
-def _lost(row: Measurement, settings: MDSettings) -> bool:
-    limit, found = settings.stop_uncertainty, row.forces_uncertainty
-    return limit is not None and found is not None and found > limit
-
-
 #: Angstrom; no two nuclei come nearer in any matter a potential knows (the bond of H2 is 0.74).
 CLOSEST = 0.4
 
@@ -287,7 +283,8 @@ class Stability:
         forces = atoms.get_forces()
         broken = np.flatnonzero(~np.isfinite(forces).all(axis=1))
         if len(broken):
-            return f"the forces on {len(broken)} atoms are not finite, first {_at(atoms, broken)}"
+            first = atom_name(atoms, int(broken[0]))
+            return f"the forces on {len(broken)} atoms are not finite, first {first}"
         contacts = self.contacts()
         if contacts.distance < CLOSEST:
             assert contacts.closest is not None
@@ -315,7 +312,3 @@ class Stability:
 def atom_name(atoms: Atoms, index: int) -> str:
     """Such as ``atom 5 (H)``, counted from 0."""
     return f"atom {index} ({atoms[index].symbol})"
-
-
-def _at(atoms: Atoms, indices: np.ndarray) -> str:
-    return atom_name(atoms, int(indices[0]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pet_finetune.errors import did_you_mean
@@ -153,10 +153,6 @@ class MDSettings:
         if self.max_temperature is None:
             changes["max_temperature"] = max(10.0 * self.temperature, 2000.0)
         return replace(self, **changes)
-
-    def plain(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
 
 def _option(name: str) -> str:

@@ -20,12 +20,13 @@ from pet_finetune.config import RotationalConsistency, TrainingOptions
 from pet_finetune.data.epochs import random_rotations, rotate_batch
 from pet_finetune.data.labelled_batch import LabelledBatch, on_device
 from pet_finetune.graph import Batch, rotate_graphs
-from pet_finetune.keys import forces_key, label_kind, stress_key
-from pet_finetune.model import Potential, Prediction, Property
+from pet_finetune.keys import label_kind
+from pet_finetune.model import Potential
 from pet_finetune.model.inference import evaluating
 from pet_finetune.rng import Stream
 
 from .feature import Feature, Step, TrainingRun
+from .metrics import labelled_values
 from .objectives import Objective, batch_loss, derivatives, objectives_at
 
 
@@ -63,7 +64,12 @@ class ConsistencyLoss:
     def __call__(self, step: Step) -> Tensor:
         """The weighted loss of the rotated structures, a scalar."""
         count = math.ceil(self.consistency.fraction * step.batch.size)
-        said = _labelled(step.batch, _as_labels(step.predictions)).first(count)
+        own = {
+            key: values.detach()
+            for target, prediction in step.predictions.items()
+            for key, _, values, _ in labelled_values(target, prediction)
+        }
+        said = _labelled(step.batch, own).first(count)
         rotations = self._rotations(step, count)
         if said.whole is not None:
             rotations = rotations[said.whole.rows(per_atom=False)]
@@ -113,18 +119,6 @@ def _labelled(batch: LabelledBatch, labels: dict[str, Tensor]) -> LabelledBatch:
             known[name] = np.full(len(whole.atoms), math.prod(label.shape[1:])) * rows
         whole = replace(whole, known=known)
     return replace(batch, labels=labels, whole=whole)
-
-
-def _as_labels(predictions: Mapping[str, Prediction | Property]) -> dict[str, Tensor]:
-    """Predictions under the names of the labels that they are predictions of."""
-    labels: dict[str, Tensor | None] = {}
-    for name, prediction in predictions.items():
-        if isinstance(prediction, Property):
-            labels[name] = prediction.values
-            continue
-        labels[name] = prediction.energy
-        labels[forces_key(name)], labels[stress_key(name)] = prediction.forces, prediction.stress
-    return {name: value.detach() for name, value in labels.items() if value is not None}
 
 
 @dataclass(frozen=True)

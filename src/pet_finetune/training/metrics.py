@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -73,23 +73,17 @@ class Metrics:
     @torch.no_grad()
     def update(self, batch: LabelledBatch, prediction: Prediction | Property) -> None:
         """Add the errors of one batch; labels that are NaN do not count, such predictions do."""
-        label = batch.labels.get(self.target)
+        atoms = batch.graph.atoms_per_structure
         if isinstance(prediction, Property):
             self.spec = prediction.spec
-            if label is not None:
-                errors = prediction.values - label
-                errors = shown(prediction.spec, errors, batch.graph.atoms_per_structure)
-                self._add("value", errors, ~label.isnan())
-            return
-        if label is not None:
-            errors = (prediction.energy - label) / batch.graph.atoms_per_structure
-            self._add("energy", errors, ~label.isnan())
-        label = batch.labels.get(forces_key(self.target))
-        if label is not None and prediction.forces is not None:
-            self._add("forces", prediction.forces - label, ~label.isnan())
-        label = batch.labels.get(stress_key(self.target))
-        if label is not None and prediction.stress is not None:
-            self._add("stress", prediction.stress - label, ~label.isnan())
+        for key, kind, values, _ in labelled_values(self.target, prediction):
+            label = batch.labels.get(key)
+            if label is None:
+                continue
+            errors = values - label
+            if kind in ("value", "energy"):
+                errors = shown(self.spec, errors, atoms)
+            self._add(kind, errors, ~label.isnan())
 
     def shown(self, kind: str) -> tuple[str, float, str]:
         """What to call a kind of error, and factor and unit in which it is shown."""
@@ -127,6 +121,24 @@ class Metrics:
             for kind in self.kinds
             for name, value in (("mae", self.mae(kind)), ("rmse", self.rmse(kind)))
         }
+
+
+def labelled_values(
+    target: str, prediction: Prediction | Property
+) -> Iterator[tuple[str, str, Tensor, bool]]:
+    """All that is predicted of a target.
+
+    Yields:
+        The name of its labels, the kind of error, the values, and whether their rows are atoms.
+    """
+    if isinstance(prediction, Property):
+        yield target, "value", prediction.values, prediction.spec.per_atom
+        return
+    yield target, "energy", prediction.energy, False
+    if prediction.forces is not None:
+        yield forces_key(target), "forces", prediction.forces, True
+    if prediction.stress is not None:
+        yield stress_key(target), "stress", prediction.stress, False
 
 
 # Of a run: by the name of the set and the target.

@@ -24,7 +24,7 @@ from pet_finetune.keys import forces_key, stress_key, uncertainty_key
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential, Prediction, Property
 
-from .metrics import Metrics, evaluate
+from .metrics import Metrics, evaluate, labelled_values
 
 _logger = get_logger(__name__)
 
@@ -48,17 +48,7 @@ class PredictionRecorder:
     def add(self, batch: LabelledBatch, predictions: Mapping[str, Prediction | Property]) -> None:
         """Keep what a model says of the next batch."""
         for target, prediction in predictions.items():
-            if isinstance(prediction, Property):
-                self._keep(target, prediction.values, prediction.spec.per_atom)
-                continue
-            for kind, key, per_atom in (
-                ("energy", target, False),
-                ("forces", forces_key(target), True),
-                ("stress", stress_key(target), False),
-            ):
-                values = getattr(prediction, kind)
-                if values is None:
-                    continue
+            for key, kind, values, per_atom in labelled_values(target, prediction):
                 self._keep(key, values, per_atom)
                 if isinstance(prediction, CommitteePrediction) and prediction.knows(kind):
                     self._keep(key + SPREAD, prediction.spread(kind), per_atom)
@@ -99,18 +89,12 @@ def split_predictions(
         for result, row in zip(results, rows, strict=True):
             result[name] = (row if per_atom else row[0]).numpy()
 
+    flat = (batch.volumes <= 0).view(-1, 1, 1)
     for target, prediction in predictions.items():
-        if isinstance(prediction, Property):
-            put(target, prediction.values, prediction.spec.per_atom)
-            continue
-        put(target, prediction.energy, False)
+        for key, kind, values, per_atom in labelled_values(target, prediction):
+            put(key, values.masked_fill(flat, torch.nan) if kind == "stress" else values, per_atom)
         if isinstance(prediction, CommitteePrediction):
             put(uncertainty_key(target), prediction.uncertainty("energy"), False)
-        if prediction.forces is not None:
-            put(forces_key(target), prediction.forces, True)
-        if prediction.stress is not None:
-            known = (batch.volumes > 0).view(-1, 1, 1)
-            put(stress_key(target), prediction.stress.masked_fill(~known, torch.nan), False)
     return results
 
 

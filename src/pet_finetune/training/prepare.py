@@ -161,7 +161,8 @@ def prepare_run(
         looks = rooms.inspect() if check and processes.first() else ()
         for feature in [*looks, *features]:
             feature.check(plan)
-    _check_structures(options, splits, model)
+    structures = joined([splits.train, splits.validation, splits.test])
+    check_known(structures, model, ADVICE if options.is_finetuning else "")
     forget_files()
     data = load_data(options, trained_on, model, own_seed, dtype)
     # The input is sound: compiling, should the operators need it, is not in vain.
@@ -219,12 +220,6 @@ def _check_metric(options: Options, splits: Splits) -> None:
     labels = label_names(splits.validation or splits.train)
     wanted = wanted_derivatives(options, splits.train)
     check_metric(options.training.best_model_metric, labels, wanted, energies)
-
-
-def _check_structures(options: Options, splits: Splits, model: Potential) -> None:
-    """Make sure that the model can compute all structures."""
-    structures = joined([splits.train, splits.validation, splits.test])
-    check_known(structures, model, ADVICE if options.is_finetuning else "")
 
 
 def _begin(

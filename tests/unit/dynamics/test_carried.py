@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,17 @@ from ase.constraints import (
     FixSubsetCom,
     Hookean,
 )
+from ase.io.jsonio import encode
 
 from models import crystal, ethanol
-from pet_finetune.dynamics.carried import carried, from_ase, plain_constraints
+from pet_finetune.dynamics.carried import carried, from_ase
 from pet_finetune.dynamics.md_files import START, MDFiles
 from pet_finetune.errors import DataError
+
+
+def plain_constraints(atoms: Atoms) -> Any:
+    return json.loads(encode([constraint.todict() for constraint in atoms.constraints]))
+
 
 ARRAYS: dict[str, np.ndarray] = {
     "masses": np.linspace(1.5, 20.0, 9),

@@ -140,7 +140,7 @@ def _go_on(files: MDFiles, model: Mapping[str, Any], steps: int | None) -> MDRes
 
 def _record(model: ModelChoice, settings: MDSettings, before: Mapping[str, Any]) -> dict[str, Any]:
     """What ``md.json`` says of a run, given what it said before."""
-    plain = {"model": asdict(model.absolute()), "settings": settings.plain()}
+    plain = {"model": asdict(model.absolute()), "settings": asdict(settings)}
     return {**plain, STARTED: starts_of(before)}
 
 
