@@ -35,30 +35,36 @@ from benchmarks.recipe import FOUNDATION, ROOT, SETS, section, write_set
 import pet_finetune as pf
 
 PEERS = ("metatrain-lora", "metatrain-full", "mace")
-SEED = 1
+SEED, TARGET = 1, "energy/ft"
 
 
 def metatrain_command(peer: str, files: dict[str, Path], batch: int, epochs: int) -> list[str]:
     """Writes the options into the working directory; what trains by them."""
-    if not Path("foundation.ckpt").exists():
-        pf.export(pf.load(FOUNDATION), "foundation.ckpt", format="metatrain")
+    foundation = pf.load(FOUNDATION)
+    pf.export(foundation, "foundation.ckpt", format="metatrain")
     method = peer.partition("-")[2]
+    # A target of its own: of one that it knows metatrain keeps the baseline. Heads that it inherits
+    # are of use with the scale that they were trained with.
     finetune: dict[str, Any] = {"method": method, "read_from": "foundation.ckpt"}
+    finetune["inherit_heads"] = {TARGET: "energy"}
     if method == "lora":
         modules = ["input_linear", "output_linear", "w_in", "w_out"]
         finetune["config"] = {"rank": 8, "alpha": 8, "target_modules": modules}
     training = {
         "batch_size": batch, "num_epochs": epochs, "learning_rate": LEARNING_RATES[method],
         "finetune": finetune,
+        "fixed_scaling_weights": {TARGET: float(foundation.potential.scale.get("energy"))},
     }  # fmt: skip
     options = {
         "seed": SEED,
         "device": "cpu",
         "base_precision": 32,
         "architecture": {"name": "pet", "training": training},
-        "training_set": section(files["train"]),
-        "validation_set": section(files["validation"]),
     }
+    for part in ("train", "validation"):
+        found = section(files[part])
+        found["targets"] = {TARGET: found["targets"]["energy"]}
+        options["training_set" if part == "train" else "validation_set"] = found
     Path("options.yaml").write_text(yaml.safe_dump(options))
     words = ["train", "options.yaml", "-o", "model.pt", "-r", "final_eval=false"]
     return [sys.executable, "-m", "metatrain", *words]
@@ -111,7 +117,7 @@ def errors(peer: str, folder: Path, frames: Sequence[Atoms]) -> dict[str, float]
         model = next(iter(sorted(folder.glob("mace_stagetwo.model"))), folder / "mace.model")
         calculator: Any = MACECalculator(model, device="cpu", default_dtype="float32")
     else:
-        calculator = pf.PETCalculator(folder / "model.ckpt")
+        calculator = pf.PETCalculator(folder / "model.ckpt", target=TARGET)
     energies, forces = [], []
     for atoms in frames:
         moved = atoms.copy()
