@@ -9,7 +9,13 @@ import pytest
 import torch
 from laws import predict
 
-from models import ethanol, property_potential, random_potential, trained_adapter
+from models import (
+    ethanol,
+    property_potential,
+    random_potential,
+    trained_adapter,
+    with_last_layer,
+)
 from pet_finetune import load_checkpoint
 from pet_finetune.adapters import save_adapter
 from pet_finetune.checkpoint import save_checkpoint
@@ -84,6 +90,13 @@ def test_a_committee(command, here: Path) -> None:
     answer = command("export", "base.ckpt", "--adapter", "a0", "--adapter", "nowhere")
     assert answer.code == 1
     assert "There is no adapter in 'nowhere'" in answer.err
+
+
+def test_an_uncertainty_that_engines_are_not_told_is_named(command, here: Path) -> None:
+    save_checkpoint("sure.ckpt", with_last_layer(property_potential(), "charges"))
+    answer = command("export", "sure.ckpt", "-o", "out.pt")
+    assert answer.code == 0, answer.err
+    assert "The last-layer uncertainty (LLPR) of 'charges' is not in the file" in answer.err
 
 
 @pytest.mark.parametrize(

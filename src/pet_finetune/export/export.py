@@ -143,6 +143,13 @@ def _write_metatomic(
     energy = _energy(potential, target, of_adapter)
     outputs = choose_outputs(potential, energy, of_adapter or None)
     _say_left_out([name for name in potential.targets if name not in outputs.values()])
+    unsaid = [t for t in potential.uncertainties if not potential.target(t).is_energy]
+    if unsaid:
+        _LOG.warning(
+            "The last-layer uncertainty (LLPR) of %s is not in the file: engines are told that of "
+            "energies. --format metatrain keeps it.",
+            ", ".join(f"'{target}'" for target in unsaid),
+        )
     check = ModelCheck(potentials, _structures(potential), outputs, outside, calibration)
     reach, inside = interaction_range(potential), potential.dtype
     floating = str(outside).removeprefix("torch.")
