@@ -17,7 +17,8 @@ from ase import Atoms
 
 from pet_finetune.checkpoint import load_checkpoint
 from pet_finetune.checkpoint.to_metatrain import save_metatrain
-from pet_finetune.data import batch_from_atoms
+from pet_finetune.data import atoms_to_structure, batch_from_atoms
+from pet_finetune.export.tensormaps import output_names, tensor_maps
 from pet_finetune.model.prediction import forces_of, with_leaves
 
 pytest.importorskip("metatrain", reason="metatrain comes with the test extra")
@@ -67,6 +68,21 @@ def test_predictions_are_metatrains(row: str, tmp_path: Path) -> None:
         charges.bias.zero_()
     without = model.predict(batch_from_atoms(frames, model.cutoff)).energy.numpy()
     assert np.abs(without - expected.energies).max() > 1e-3  # they matter
+
+
+@pytest.mark.parametrize("row", ["feedforward", "residual"])
+def test_features_of_atoms_are_metatrains(row: str, tmp_path: Path) -> None:
+    """The backbone's are those before long-range features come to them."""
+    theirs, frames = oracle(row), frames_of(row)
+    model = load_checkpoint(save(theirs, tmp_path / "random.ckpt")).model
+    systems = [_system(atoms, theirs, torch.float64) for atoms in frames]
+    names = [n for n in output_names(model) if "feature" in n and "edge" not in n]
+    assert {"mtt::feature::node_backbone.0", "mtt::feature::node_heads.energy.0"} <= set(names)
+    found = tensor_maps(model, [atoms_to_structure(atoms) for atoms in frames], names)
+    for name in names:
+        expected = theirs(systems, {name: ModelOutput(sample_kind="atom")})[name].block().values
+        values = found[name].block().values
+        torch.testing.assert_close(values, expected.detach(), rtol=0, atol=1e-9, msg=name)
 
 
 @pytest.mark.parametrize("row", ROWS)

@@ -262,6 +262,13 @@ def _features(
         layer.register_forward_hook(lambda _module, _given, out: layers.append(out))
         for layer in network.gnn_layers
     ]
+    before: list[tuple[Tensor, Tensor]] = []  # the backbone's, where long-range features come after
+    if network.long_range_featurizer is not None:
+        hooks.append(
+            network.long_range_featurizer.register_forward_hook(
+                lambda _module, given, _out: before.extend(given[0])
+            )
+        )
     try:
         readouts = network.features(batch, neighborhood)
     finally:
@@ -270,7 +277,8 @@ def _features(
     pairs: Tensor | None = None
     for name, kind in wanted.items():
         if name.startswith(_FEATURE):
-            values, of_edges = _part(network, name.removeprefix(_FEATURE), layers, readouts)
+            part = name.removeprefix(_FEATURE)
+            values, of_edges = _part(network, part, layers, before or readouts, readouts)
             if of_edges and pairs is None:
                 pairs = _pairs(batch, neighborhood, structures, atoms)
             if of_edges:
@@ -289,7 +297,11 @@ def _features(
 
 
 def _part(
-    network: Any, part: str, layers: Sequence[Any], readouts: Sequence[tuple[Tensor, Tensor]]
+    network: Any,
+    part: str,
+    layers: Sequence[Any],
+    backbone: Sequence[tuple[Tensor, Tensor]],
+    readouts: Sequence[tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, bool]:
     """The output of a part of the network, and whether its rows are edges."""
     layer = re.fullmatch(r"gnn_layers\.(\d+)_(node|edge)", part)
@@ -298,7 +310,7 @@ def _part(
         return layers[int(layer[1])][of_edges], of_edges
     group, *middle, index = part.split(".")
     of_edges = group.startswith("edge")
-    values = readouts[int(index)][of_edges]
+    values = (readouts if middle else backbone)[int(index)][of_edges]
     if middle:
         values = getattr(network, group)[".".join(middle)][int(index)](values)
     return values, of_edges

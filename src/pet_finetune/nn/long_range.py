@@ -105,10 +105,7 @@ class LongRangeFeaturizer(nn.Module):
             own, positions = charges[atom:last], batch.positions[atom:last]
             cell = batch.cells[index]
             if periodic[index] == 0:
-                all_pairs = torch.combinations(torch.arange(last - atom, device=own.device))
-                between = positions[all_pairs[:, 1]] - positions[all_pairs[:, 0]]
-                lengths = torch.linalg.vector_norm(between, dim=1)
-                potential = self.direct_calculator(own, cell, positions, all_pairs, lengths)
+                potential = self.of_molecule(own, positions)
             elif periodic[index] == 3:
                 own_pairs, lengths = pairs[edge:last_edge] - atom, distances[edge:last_edge]
                 if self.training:
@@ -124,6 +121,16 @@ class LongRangeFeaturizer(nn.Module):
             found.append(potential)
             atom, edge = last, last_edge
         return torch.cat(found)
+
+    def of_molecule(self, charges: Tensor, positions: Tensor) -> Tensor:
+        """What ``direct_calculator`` says of all pairs, without a row of charges for each."""
+        atoms = torch.arange(charges.size(0), device=charges.device)
+        one, other = torch.combinations(atoms).unbind(1)
+        lengths = torch.linalg.vector_norm(positions[other] - positions[one], dim=1)
+        coulomb = self.direct_calculator.potential
+        values = coulomb.from_dist(lengths) * (1.0 - coulomb.f_cutoff(lengths))
+        matrix = values.new_zeros(len(atoms), len(atoms)).index_put((one, other), values)
+        return (matrix + matrix.T) @ charges / 2.0
 
     def _let_go(self) -> None:
         """Forget the graph of the last structure, which torch-pme's mesh holds on to.
