@@ -230,6 +230,7 @@ def test_structures_of_other_periodicity_are_refused(model: Potential) -> None:
         check_known(frames, model)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_the_exported_model_is_the_model(dtype: str, tmp_path: Path) -> None:
