@@ -12,11 +12,11 @@ from models import random_potential
 from pet_finetune.adapters import AdapterConfig, freeze, inject
 from pet_finetune.config import TargetLoss, TrainingOptions
 from pet_finetune.data import Loader
-from pet_finetune.training import Trainer
 from pet_finetune.training.baselines import fit_composition
 from pet_finetune.training.feature import Feature, Step
 from pet_finetune.training.objectives import Objective
 from pet_finetune.training.prepare import own_features
+from pet_finetune.training.trainer import Trainer
 from pet_finetune.training.weights import Averaging
 from tiny_data import molecules, structures_of
 

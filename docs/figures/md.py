@@ -17,8 +17,7 @@ from pathlib import Path
 
 import ase.io
 
-from pet_finetune.dynamics import MDSettings
-from pet_finetune.dynamics.md_run import ModelChoice, run_md
+from pet_finetune.api import MDSettings, ModelChoice, run_md
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

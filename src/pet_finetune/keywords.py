@@ -10,13 +10,14 @@ import copy
 import inspect
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ase import Atoms
+from pydantic import BaseModel
 
 from pet_finetune.adapters import AdaptedPotential
 from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
@@ -35,26 +36,6 @@ from pet_finetune.data.ase_databases import write_exact
 from pet_finetune.errors import ConfigError
 from pet_finetune.model import Potential
 from pet_finetune.model.fingerprint import weights_fingerprint
-
-__all__ = [
-    "Anchor",
-    "Arguments",
-    "Dora",
-    "Full",
-    "Heads",
-    "Keywords",
-    "Lora",
-    "Method",
-    "Model",
-    "Prompt",
-    "Qlora",
-    "Replay",
-    "Retention",
-    "as_files",
-    "as_model",
-    "checkpoint_of",
-    "is_structures",
-]
 
 #: A checkpoint, or a model that was loaded.
 Model = str | os.PathLike[str] | AdaptedPotential | Potential
@@ -75,6 +56,25 @@ class Keywords:
     #: The section under ``architecture.training.finetune``.
     place: ClassVar[str] = ""
 
+    def __init_subclass__(cls, place: str = "", schema: type[BaseModel] | None = None) -> None:
+        """Note what the class is a section of, and describe it as the schema does."""
+        cls.place = place or cls.place
+        if schema is not None:
+            cls._describe(schema, schema.model_fields)
+
+    @classmethod
+    def _describe(cls, schema: type[BaseModel], names: Collection[str]) -> None:
+        """Give the class the arguments, defaults and descriptions that the schema has."""
+        fields = {name: f for name, f in schema.model_fields.items() if name in names}
+        empty, kind = inspect.Parameter.empty, inspect.Parameter.KEYWORD_ONLY
+        parameters = [
+            inspect.Parameter(name, kind, default=empty if f.is_required() else f.default)
+            for name, f in fields.items()
+        ]
+        cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        lines = [f"    {name}: {f.description}" for name, f in fields.items()]
+        cls.__doc__ = "\n".join([f"{cls.__doc__}\n", "Args:", *lines])
+
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
 
@@ -84,91 +84,53 @@ class Keywords:
         return f"{type(self).__name__}({given})"
 
 
-class Method(Keywords):
+class Method(Keywords, place="config"):
     """How the weights are changed: ``finetune.method`` and its settings ``finetune.config``."""
 
-    place = "config"
     name: ClassVar[str] = ""
+
+    def __init_subclass__(cls) -> None:
+        """The method is called as the class is."""
+        super().__init_subclass__()
+        cls.name = cls.__name__.lower()
+        base, given = METHOD_SHORTHANDS.get(cls.name, (cls.name, {}))
+        cls._describe(FinetuneConfig, [k for k in METHOD_KEYS[base] if k not in given])  # type: ignore[index]
 
 
 class Lora(Method):
     """Low-rank updates of the linear layers, and the heads."""
 
-    name = "lora"
-
 
 class Dora(Method):
     """LoRA with the lengths of the weights' rows trained apart from their directions."""
-
-    name = "dora"
 
 
 class Qlora(Method):
     """LoRA over frozen weights in 4 or 8 bits."""
 
-    name = "qlora"
-
 
 class Prompt(Method):
     """Learned tokens in the attention layers, and the heads."""
-
-    name = "prompt"
 
 
 class Heads(Method):
     """Only the heads."""
 
-    name = "heads"
-
 
 class Full(Method):
     """All weights."""
 
-    name = "full"
 
-
-class Replay(Keywords):
+class Replay(Keywords, place="replay", schema=ReplayOptions):
     """Train on what the foundation knows beside the new data."""
 
-    place = "replay"
 
-
-class Anchor(Keywords):
+class Anchor(Keywords, place="anchor", schema=AnchorOptions):
     """Hold the weights near those of the foundation."""
 
-    place = "anchor"
 
-
-class Retention(Keywords):
+class Retention(Keywords, place="retention", schema=RetentionOptions):
     """The report on what was forgotten."""
-
-    place = "retention"
-
-
-def _describe(cls: type[Keywords], schema: Any, names: Sequence[str]) -> None:
-    """Give a class the arguments, defaults and descriptions that the schema has."""
-    fields = {name: schema.model_fields[name] for name in schema.model_fields if name in names}
-    kind = inspect.Parameter.KEYWORD_ONLY
-    parameters = [
-        inspect.Parameter(
-            name, kind, default=inspect.Parameter.empty if f.is_required() else f.default
-        )
-        for name, f in fields.items()
-    ]
-    cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    lines = [f"    {name}: {f.description}" for name, f in fields.items()]
-    cls.__doc__ = "\n".join([f"{cls.__doc__}\n", "Args:", *lines])
-
-
-for _method in (Lora, Dora, Qlora, Prompt, Heads, Full):
-    _name, _given = METHOD_SHORTHANDS.get(_method.name, (_method.name, {}))
-    _describe(_method, FinetuneConfig, [k for k in METHOD_KEYS[_name] if k not in _given])  # type: ignore[index]
-for _section, _schema in (
-    (Replay, ReplayOptions),
-    (Anchor, AnchorOptions),
-    (Retention, RetentionOptions),
-):
-    _describe(_section, _schema, list(_schema.model_fields))
 
 
 @dataclass

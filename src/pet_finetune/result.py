@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,21 +97,15 @@ def result_of(outcome: TrainOutcome, options: Options, folder: Path | None) -> F
             raise ConfigError(f"finetune: interrupted; the members so far are in '{place}'.")
         base = options.finetune.read_from or ""
         found: AdaptedPotential | Committee = open_committee(base, place)
-
-        def calculator(**settings: Any) -> PETCalculator:
-            return PETCalculator(base, adapters=place, **settings)
-
+        calculator = partial(PETCalculator, base, adapters=place)
     else:
         if not (place / BEST).exists():
             raise CheckpointError(
                 "finetune: interrupted before the first epoch; there is no model."
             )
-        best = found = load(place / BEST)
+        found = load(place / BEST)
         adapter = read_adapter(place / ADAPTER) if (place / ADAPTER).is_dir() else None
-
-        def calculator(**settings: Any) -> PETCalculator:
-            return PETCalculator(best, **settings)
-
+        calculator = partial(PETCalculator, found)
     if not outcome.result.finished and folder is None:
         _logger.warning("The run had no folder of its own (folder=...) and cannot be gone on with.")
     if folder is None and outcome.table is not None:  # its notes name files that are removed

@@ -27,8 +27,7 @@ from pet_finetune.committee.committee import Calibration
 from pet_finetune.committee.committee_files import COMMITTEE_FILE, read_committee, write_committee
 from pet_finetune.data.predicted import Predicted
 from pet_finetune.data.structure import atoms_to_structure
-from pet_finetune.dynamics import MDFiles
-from pet_finetune.dynamics.md_files import STATE
+from pet_finetune.dynamics.md_files import STATE, MDFiles
 from pet_finetune.errors import PetFinetuneError
 from pet_finetune.training.run_files import KEPT, RunFiles
 from unit.checkpoint.checkpoint_files import metatrain_content, small_model, write_metatrain

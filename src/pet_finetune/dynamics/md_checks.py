@@ -15,11 +15,11 @@ from pet_finetune.config.problems import config_error
 from pet_finetune.data.calculator_input import MISSING_CELL, check_atoms, misses_a_cell
 from pet_finetune.data.frame_files import read_frames
 from pet_finetune.data.stated_units import StatedUnits
+from pet_finetune.dynamics.settings import MDSettings
 from pet_finetune.errors import DataError, PetFinetuneError
 from pet_finetune.hub import find_model
 from pet_finetune.log import get_logger
 
-from . import MDSettings
 from .carried import from_ase
 from .integrators import constraint_problems, degrees_of_freedom, keeps_momentum
 from .loop import CLOSEST, atom_name

@@ -16,6 +16,10 @@ from ase import Atoms
 from ase.optimize import FIRE
 from rich.table import Table
 
+from pet_finetune.dynamics.loop import Outcome, simulate
+from pet_finetune.dynamics.md_files import MDFiles
+from pet_finetune.dynamics.measure import Summary, summarize
+from pet_finetune.dynamics.settings import MDSettings
 from pet_finetune.errors import DynamicsError, PetFinetuneError
 from pet_finetune.extras import drawn
 from pet_finetune.log import FILE_ONLY, get_logger, setup_logging
@@ -24,7 +28,6 @@ from pet_finetune.report.curves import simulation_svg
 from pet_finetune.runs import STARTED, own_folder, starts_of
 from pet_finetune.training.tables import show
 
-from . import MDFiles, MDSettings, Outcome, Summary, simulate, summarize
 from .integrators import degrees_of_freedom, draw_velocities, keeps_momentum, temperature
 from .md_checks import ModelChoice, check_start
 from .md_files import FINAL, LOG, PLOT, RESULTS, TRAJECTORY

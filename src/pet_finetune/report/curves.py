@@ -41,10 +41,8 @@ def simulation_svg(
     panels = [_draw_energy, _draw_temperature]
     if "volume_A3" in rows and np.ptp(rows["volume_A3"]) > 0:
         panels.append(_draw_volume)
-    if "max_forces_uncertainty_eV_A" in rows:
+    if "max_forces_uncertainty_eV_A" in rows or "energy_uncertainty_eV" in rows:
         panels.append(_draw_uncertainty)
-    elif "energy_uncertainty_eV" in rows:
-        panels.append(_draw_energy_uncertainty)
     # Letters as letters and names by a fixed rule: the same log gives the same file.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "simulation", "font.size": 9}):
         height = 1.9 * len(panels) + 0.5
@@ -103,21 +101,17 @@ def _draw_volume(axis: Any, time: np.ndarray, rows: Mapping[str, np.ndarray], of
 
 
 def _draw_uncertainty(axis: Any, time: np.ndarray, rows: Mapping[str, np.ndarray], of: Any) -> None:
-    values = 1000.0 * rows["max_forces_uncertainty_eV_A"]
-    axis.plot(time, values, color="tab:purple", linewidth=0.7)
+    """Of the forces, where it is known; else of the energy."""
+    if "max_forces_uncertainty_eV_A" in rows:
+        values, limit = rows["max_forces_uncertainty_eV_A"], of["limit"]
+        axis.set_ylabel("largest force\nuncertainty (meV/Å)")
+        if limit is not None:
+            axis.axhline(1000.0 * limit, color="0.3", linestyle="--", linewidth=0.9)
+    else:
+        values = rows["energy_uncertainty_eV"] / of["atoms"]
+        axis.set_ylabel("uncertainty of\nthe energy (meV/atom)")
+    axis.plot(time, 1000.0 * values, color="tab:purple", linewidth=0.7)
     axis.set_ylim(bottom=0.0)
-    axis.set_ylabel("largest force\nuncertainty (meV/Å)")
-    if of["limit"] is not None:
-        axis.axhline(1000.0 * of["limit"], color="0.3", linestyle="--", linewidth=0.9)
-
-
-def _draw_energy_uncertainty(
-    axis: Any, time: np.ndarray, rows: Mapping[str, np.ndarray], of: Any
-) -> None:
-    values = 1000.0 * rows["energy_uncertainty_eV"] / of["atoms"]
-    axis.plot(time, values, color="tab:purple", linewidth=0.7)
-    axis.set_ylim(bottom=0.0)
-    axis.set_ylabel("uncertainty of\nthe energy (meV/atom)")
 
 
 def learning_curves(run: RunRecord) -> list[str]:

@@ -25,7 +25,7 @@ from pet_finetune.model import Potential, Prediction, Property
 from pet_finetune.model.compiled import Sizes, Weights, distance, predictions_of, tensors_of
 from pet_finetune.nn.quantized import num_quantized
 
-from .objectives import Objective, Part, loss_parts, sum_of_known
+from .objectives import LossPart, Objective, loss_parts, sum_of_known
 from .step import mixed
 
 _LOG = get_logger(__name__)
@@ -106,7 +106,7 @@ class _Form:
     leaves: tuple[bool, ...]
     single: bool
     labels: tuple[str, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[LossPart, ...]
 
     def key(self) -> str:
         """The same for the same form in another process."""
@@ -282,7 +282,7 @@ class CompiledStep:
         return [*weights, *leaves, values[-1]], [*[()] * len(weights), *free, ()]
 
 
-def _bare(part: Part) -> Part:
+def _bare(part: LossPart) -> LossPart:
     """The term without weights and scale, which may be others in another run or epoch."""
     loss = part.objective.loss
     terms = {
@@ -296,11 +296,13 @@ def _bare(part: Part) -> Part:
     return replace(part, objective=objective, term=term, weight=0.0)
 
 
-def _scaled(part: Part, scale: Tensor) -> Part:
+def _scaled(part: LossPart, scale: Tensor) -> LossPart:
     return replace(part, objective=replace(part.objective, scale=scale))
 
 
-def _numbers(parts: Sequence[Part], counts: Sequence[Tensor | int], device: torch.device) -> Tensor:
+def _numbers(
+    parts: Sequence[LossPart], counts: Sequence[Tensor | int], device: torch.device
+) -> Tensor:
     """What the sum of each term is multiplied with, and its scale: [2, n_parts] float64."""
     given = [[part.weight for part in parts], [part.objective.scale for part in parts]]
     numbers = torch.tensor(given, dtype=torch.float64).to(device, non_blocking=True)

@@ -179,6 +179,9 @@ class Logger(Feature):
         Raises:
             ConfigError: it is not installed.
         """
+        self._check_library()
+
+    def _check_library(self) -> None:
         problem = missing_extra(self.library, self.name)
         if problem is not None:
             raise ConfigError(f"architecture.training.log: {self.name} {problem}")
@@ -187,9 +190,7 @@ class Logger(Feature):
         """Open it in the process that writes the run's files."""
         if not processes.first():
             return
-        problem = missing_extra(self.library, self.name)
-        if problem is not None:  # of a run that goes on elsewhere
-            raise ConfigError(f"architecture.training.log: {self.name} {problem}")
+        self._check_library()  # of a run that goes on elsewhere, too
         self._open = self._tried(self.begin)
 
     def epoch_ended(self, record: EpochRecord) -> None:

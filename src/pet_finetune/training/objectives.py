@@ -97,7 +97,7 @@ def _values(errors: Tensor, term: LossTerm) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Part:
+class LossPart:
     """One term of the loss of a batch: a mean over the labels of one name.
 
     Attributes:
@@ -113,7 +113,7 @@ class Part:
     weight: float
 
 
-def loss_parts(labels: Iterable[str], objectives: Mapping[str, Objective]) -> list[Part]:
+def loss_parts(labels: Iterable[str], objectives: Mapping[str, Objective]) -> list[LossPart]:
     """The terms of the loss of a batch that has labels of these names."""
     parts, known = [], set(labels)
     for name, objective in objectives.items():
@@ -124,7 +124,7 @@ def loss_parts(labels: Iterable[str], objectives: Mapping[str, Objective]) -> li
             (stress_key(name), objective.stress, loss.stress_term()),
         ]
         parts += [
-            Part(label, objective, term, term.weight)
+            LossPart(label, objective, term, term.weight)
             for label, asked, term in wanted
             if asked and label in known
         ]
@@ -132,7 +132,7 @@ def loss_parts(labels: Iterable[str], objectives: Mapping[str, Objective]) -> li
 
 
 def sum_of_known(
-    part: Part,
+    part: LossPart,
     graph: Batch,
     labels: Mapping[str, Tensor],
     predictions: Mapping[str, Prediction | Property],

@@ -9,10 +9,11 @@ import math
 import platform
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import torch
 
@@ -82,6 +83,22 @@ def columns_of(record: EpochRecord) -> dict[str, str]:
     return row | {name: f"{value:.6g}" for name, value in record.columns.items()}
 
 
+_P = ParamSpec("_P")
+
+
+def _by_the_first(
+    write: Callable[Concatenate[RunFiles, _P], None],
+) -> Callable[Concatenate[RunFiles, _P], None]:
+    """A method that does nothing in processes that write no files."""
+
+    @wraps(write)
+    def written(files: RunFiles, /, *arguments: _P.args, **named: _P.kwargs) -> None:
+        if files._writes:
+            write(files, *arguments, **named)
+
+    return written
+
+
 class RunFiles:
     """Writes the files of one run; of several processes that train together, the first one does.
 
@@ -125,14 +142,13 @@ class RunFiles:
         """The folder of the best adapter."""
         return self.folder / ADAPTER
 
+    @_by_the_first
     def check_free(self, options_file: str | Path = "") -> None:
         """Make sure that a new run overwrites neither an older one nor the user's options file.
 
         Raises:
             TrainingError: it would.
         """
-        if not self._writes:
-            return
         if self.last.exists():
             raise TrainingError(
                 f"The output folder '{self.folder}' holds a run already. Choose another with "
@@ -150,10 +166,9 @@ class RunFiles:
                 f"choose another folder than '{self.folder}' with -o FOLDER."
             )
 
+    @_by_the_first
     def start_over(self) -> None:
         """Remove what a run left that was killed before it could be gone on with."""
-        if not self._writes:
-            return
         with writing_explained(self.folder, TrainingError):
             for path in (self.folder / name for name in _TAKEN_ALONG):
                 if path.is_dir():
@@ -161,10 +176,9 @@ class RunFiles:
                 else:
                     path.unlink(missing_ok=True)
 
+    @_by_the_first
     def take_over(self, other: Path) -> None:
         """Copy what a run in the folder ``other`` has written so far, to go on with it here."""
-        if not self._writes:
-            return
         self.check_free()
         with writing_explained(self.folder, TrainingError):
             for path in (other / name for name in _TAKEN_ALONG):
@@ -173,25 +187,22 @@ class RunFiles:
                 elif path.exists():
                     shutil.copy2(path, self.folder / path.name)
 
+    @_by_the_first
     def keep_best(self, model: Potential, record: EpochRecord) -> None:
         """Write the best model and, where there is one, its adapter."""
-        if not self._writes:
-            return
         provenance = {**self.provenance, "epoch": record.epoch, "metric": record.metric}
         if active_adapter(model) is not None:
             save_adapter(model, self.adapter, self.base_name)
         save_checkpoint(self.best, model, provenance=provenance)
 
+    @_by_the_first
     def keep_last(self, model: Potential, training: dict[str, Any]) -> None:
         """Write the state of the run."""
-        if not self._writes:
-            return
         save_checkpoint(self.last, model, provenance=self.provenance, training=training)
 
+    @_by_the_first
     def write(self, name: str, content: str | bytes) -> None:
         """Write a file in one step: it is whole or as it was."""
-        if not self._writes:
-            return
         with writing_explained(self.folder, TrainingError):
             write_whole(self.folder / name, content)
 
@@ -205,12 +216,11 @@ class RunFiles:
             return read_object(self.folder / ABOUT)
         return {}
 
+    @_by_the_first
     def keep_predictions(
         self, recorder: PredictionRecorder, name: str, model: Potential | Committee
     ) -> None:
         """Write what a model, ``before`` or ``after``, says of a set beside what others say."""
-        if not self._writes:
-            return
         path, known = self.folder / PREDICTIONS, None
         if path.exists():
             try:
@@ -219,10 +229,9 @@ class RunFiles:
                 _logger.warning("%s They are left out.", error)
         self.write(PREDICTIONS, with_model(known, recorder, name, model).to_bytes())
 
+    @_by_the_first
     def add_row(self, record: EpochRecord) -> None:
         """Add an epoch to ``train.csv``; the heading is written with the first."""
-        if not self._writes:
-            return
         row = columns_of(record)
         path = self.folder / TABLE
         with writing_explained(self.folder, TrainingError):
@@ -236,10 +245,9 @@ class RunFiles:
                     writer.writeheader()
                 writer.writerow(row)
 
+    @_by_the_first
     def write_kept(self, content: dict[str, Any]) -> None:
         """Write what the run keeps of its foundation; tensors and plain values."""
-        if not self._writes:
-            return
         stream = io.BytesIO()  # torch's own writer ends in C++ where a disk is full
         torch.save(content, stream)
         self.write(KEPT, stream.getvalue())
@@ -261,6 +269,7 @@ class RunFiles:
             ) from error
         return content
 
+    @_by_the_first
     def drop_rows_after(self, epoch: int) -> None:
         """Forget rows of epochs that a resumed run will do again, and half-written ones.
 
@@ -270,7 +279,7 @@ class RunFiles:
             epoch: the last one that is done.
         """
         path = self.folder / TABLE
-        if not self._writes or not path.exists():
+        if not path.exists():
             return
         try:
             heading, rows = read_table(path)

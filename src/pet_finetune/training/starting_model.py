@@ -122,9 +122,7 @@ def with_stated_numbers(options: Options) -> Options:
             name: stored.scale for name, stored in found.items() if stored.relative is None
         }
         _all_there("fixed_scaling_weights", path, specs, numbers, "one scale for all elements")
-    changed = training.model_copy(update=numbers)
-    architecture = options.architecture.model_copy(update={"training": changed})
-    return options.model_copy(update={"architecture": architecture})
+    return options.with_training(**numbers)
 
 
 def _in_file(

@@ -19,7 +19,6 @@ from ase.constraints import (
 )
 
 from models import crystal, ethanol
-from pet_finetune.dynamics import MDSettings
 from pet_finetune.dynamics.integrators import (
     constraint_problems,
     degrees_of_freedom,
@@ -28,6 +27,7 @@ from pet_finetune.dynamics.integrators import (
     make_integrator,
     temperature,
 )
+from pet_finetune.dynamics.settings import MDSettings
 
 
 def fixed() -> Atoms:

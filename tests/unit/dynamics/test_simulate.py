@@ -14,9 +14,10 @@ from ase.constraints import FixAtoms, FixBondLengths, FixCartesian, FixCom, Hook
 
 from models import crystal, ethanol, random_potential
 from pet_finetune import PETCalculator
-from pet_finetune.dynamics import MDFiles, MDSettings, Outcome, simulate
 from pet_finetune.dynamics.integrators import draw_velocities
-from pet_finetune.dynamics.md_files import START, STATE, STOPPED, TABLE, TRAJECTORY
+from pet_finetune.dynamics.loop import Outcome, simulate
+from pet_finetune.dynamics.md_files import START, STATE, STOPPED, TABLE, TRAJECTORY, MDFiles
+from pet_finetune.dynamics.settings import MDSettings
 from pet_finetune.errors import DynamicsError
 from pet_finetune.model import Potential
 

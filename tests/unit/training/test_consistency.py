@@ -10,8 +10,7 @@ import torch
 from models import random_potential
 from pet_finetune.config import RotationalConsistency, TargetLoss, TrainingOptions
 from pet_finetune.data import Loader, rotate_batch
-from pet_finetune.training import rotational_spread
-from pet_finetune.training.consistency import ConsistencyLoss
+from pet_finetune.training.consistency import ConsistencyLoss, rotational_spread
 from pet_finetune.training.feature import Step
 from pet_finetune.training.objectives import Objective
 from tiny_data import molecules, structures_of

@@ -11,10 +11,10 @@ from models import random_potential
 from pet_finetune.config import TargetLoss, TrainingOptions
 from pet_finetune.data import Loader
 from pet_finetune.errors import TrainingError
-from pet_finetune.training import Trainer
 from pet_finetune.training import profile as profile_module
 from pet_finetune.training.objectives import Objective
 from pet_finetune.training.profile import OTHER, profile_steps
+from pet_finetune.training.trainer import Trainer
 from tiny_data import molecules, structures_of
 
 TRAIN = structures_of(molecules(7))

@@ -18,7 +18,8 @@ from pet_finetune.data.neighbors import structure_neighbors
 from pet_finetune.errors import TrainingError
 from pet_finetune.keys import TargetSpec
 from pet_finetune.model import Property
-from pet_finetune.training import Metrics, prepare_baselines
+from pet_finetune.training.baselines import prepare_baselines
+from pet_finetune.training.metrics import Metrics
 from pet_finetune.training.objectives import Objective, batch_loss, best_metric, check_metric
 
 BY_NAME = {spec.name: spec for spec in PROPERTIES}

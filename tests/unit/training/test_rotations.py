@@ -10,7 +10,7 @@ from ase import Atoms
 from models import random_potential
 from pet_finetune.data import Loader, random_rotations
 from pet_finetune.data.labelled_batch import batch_from_atoms
-from pet_finetune.training import rotational_spread
+from pet_finetune.training.consistency import rotational_spread
 from tiny_data import molecules, structures_of
 from trainers import without_directions
 

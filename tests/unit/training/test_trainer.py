@@ -12,9 +12,9 @@ import torch
 from pet_finetune.config import TrainingOptions
 from pet_finetune.data import Loader
 from pet_finetune.errors import TrainingError
-from pet_finetune.training import Trainer
 from pet_finetune.training.metrics import Metrics
 from pet_finetune.training.objectives import best_window
+from pet_finetune.training.trainer import Trainer
 from trainers import (
     TRAIN,
     assert_identical,
