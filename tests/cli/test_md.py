@@ -191,6 +191,9 @@ def test_structures_that_the_model_cannot_move(md) -> None:
     answer = md(structure="near.xyz")
     assert answer.code == 1
     assert "near.xyz: atom 3 (H) and atom 4 (H) are 0.20 A apart" in answer.err
+    near.positions[4] = np.nan
+    ase.io.write("nan.xyz", near)
+    assert "nan.xyz: The positions of 1 of 9 atoms are NaN" in md(structure="nan.xyz").err
 
 
 def test_velocities_of_a_file(md) -> None:

@@ -160,10 +160,13 @@ def test_a_damaged_file_leaves_its_part_out(here, train, command):
     [
         (["nowhere"], "There is no folder 'nowhere'"),
         (["."], "holds no run: there is no train.csv, results.json or last.ckpt"),
+        (["moved"], "'moved' holds a simulation"),
         (["a", "b", "-o", "page.html"], "-o page.html is one file, but 2 runs are named"),
     ],
 )
 def test_what_cannot_be_reported_is_said(here, command, arguments, words):
+    (here / "moved").mkdir()
+    (here / "moved" / "md.json").write_text("{}")
     answer = command("report", *arguments)
     assert answer.code == 1
     assert words in answer.err

@@ -92,10 +92,14 @@ def convert(
     key = f"{identity_of(file)} {format} {sorted((types or {}).items())} {names} {VERSION}"
     frames, total = _frames_of(file, format, types)
     if target.suffix == ".zip":
-        return _convert_to_zip(file, target, key, frames, names, total)
-    made = not (target / "ns.npy").exists()
-    count = pack(target, key, str(source), frames, names=names, total=total)
-    return Converted(target, count, tuple(Folder(target).labels), made)
+        done = _convert_to_zip(file, target, key, frames, names, total)
+    else:
+        made = not (target / "ns.npy").exists()
+        count = pack(target, key, str(source), frames, names=names, total=total)
+        done = Converted(target, count, tuple(Folder(target).labels), made)
+    if missing := sorted({*(names or ())} - {*done.labels}):
+        _logger.warning("no frame of %s has %s as numbers", source, ", ".join(missing))
+    return done
 
 
 def _frames_of(

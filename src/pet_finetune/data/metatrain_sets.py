@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import mmap
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -122,9 +122,13 @@ class Folder(Sequence["Atoms"]):
         if not count:
             raise DataError(f"{path} is empty: it holds no structures.")
         self.path, self.source, self.ends = path, source or str(path), ends
-        about = read_about(path)
-        self.notes: dict[str, str] = about.get("notes", {})
-        shapes: dict[str, Any] = about.get("labels", {})
+        with damage_explained(lambda met: DataError(f"{path / ABOUT} is damaged: {met}.")):
+            about = read_about(path)
+            self.notes: dict[str, str] = dict(about.get("notes", {}))
+            shapes = {
+                name: (bool(one["of_atoms"]), tuple(map(int, one["shape"])))
+                for name, one in about.get("labels", {}).items()
+            }
         self._maps: list[np.memmap] = []
         atoms = int(ends[-1])
         self.positions = self._mapped(path / "x.bin", (atoms, 3), "<f4")
@@ -200,12 +204,9 @@ class Folder(Sequence["Atoms"]):
         self._maps.append(array)
         return array.view(np.ndarray)
 
-    def _label(self, file: Path, shape: Mapping[str, Any] | None) -> Values:
+    def _label(self, file: Path, known: tuple[bool, tuple[int, ...]] | None) -> Values:
         """The values of a label; more digits of numbers of structures stand beside them."""
-        if shape is not None:
-            of_atoms, inner = bool(shape["of_atoms"]), tuple(shape["shape"])
-        else:
-            of_atoms, inner = self._guessed(file)
+        of_atoms, inner = self._guessed(file) if known is None else known
         rows = int(self.ends[-1]) if of_atoms else len(self)
         array = self._mapped(file, (rows, *inner), "<f4")
         exact = file.with_suffix(".npy")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ase import Atoms
 
 from pet_finetune.calculator import PETCalculator
@@ -213,7 +214,8 @@ def _of_structure(atoms: Atoms, structure: str | Path, settings: MDSettings) -> 
         )
     of_constraints = constraint_problems(atoms)
     problems += [f"{structure}: {problem}" for problem in of_constraints]
-    if not of_constraints and degrees_of_freedom(atoms, keeps_momentum(settings)) < 1:
+    sound = not of_constraints and np.isfinite(atoms.positions).all()  # else it is told elsewhere
+    if sound and degrees_of_freedom(atoms, keeps_momentum(settings)) < 1:
         problems.append(
             f"{structure}: nothing can move: its constraints, and motions of the whole that stay "
             "as they are, leave no degree of freedom."

@@ -253,6 +253,11 @@ def read_run(folder: Path, leave_out: Collection[str] = ()) -> RunRecord:
     """
     if not folder.is_dir():
         raise DataError(f"There is no folder '{folder}'. Name the folder of a run.")
+    if (folder / "md.json").exists() and not (folder / TABLE).exists():
+        raise DataError(
+            f"'{folder}' holds a simulation of `md`, which has its own figures (md.svg, "
+            f"{RESULTS}). Reports are made of runs of `train`."
+        )
     members = sorted(path for path in folder.glob("member_*") if path.is_dir())
     if not members and not any((folder / name).exists() for name in _MARKS):
         raise DataError(

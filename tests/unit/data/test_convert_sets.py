@@ -185,6 +185,20 @@ def test_chosen_labels_alone_are_kept(tmp_path, data):
     assert set(convert(data, tmp_path / "set", labels=["energy"]).labels) == {"energy"}
 
 
+def test_a_label_that_no_frame_has_is_told_of(tmp_path, data, caplog):
+    convert(data, tmp_path / "set", labels=["energy", "nergy"])
+    assert "has nergy as numbers" in caplog.text
+
+
+@pytest.mark.parametrize("harm", ['{"labels": {"energy": {}}', '{"labels": 3', '{"notes": [1]'])
+def test_a_damaged_description_is_told(tmp_path, data, harm):
+    convert(data, tmp_path / "set")
+    about = tmp_path / "set" / ABOUT
+    about.write_text(harm + ', "version": 1}')
+    with pytest.raises(DataError, match="is damaged"):
+        Folder(tmp_path / "set")
+
+
 def test_a_set_of_another_version_is_refused(tmp_path, data):
     convert(data, tmp_path / "set")
     about = tmp_path / "set" / ABOUT
