@@ -29,7 +29,13 @@ from pet_finetune.progress import Watch
 from .ase_databases import is_database, is_lmdb, rows_of
 from .complete import check_complete, check_frames
 from .extxyz import read_extxyz
-from .lammps import LAMMPS, lammps_units, looks_like_lammps_data, with_elements
+from .lammps import (
+    LAMMPS,
+    lammps_units,
+    looks_like_lammps_data,
+    with_elements,
+    with_type_numbers,
+)
 from .metatrain_sets import (
     Folder,
     identity_of_set,
@@ -195,7 +201,8 @@ def _guess(file: Path, source: str, data: bytes, text: str) -> str:
         kind: str = filetype(named(io.BytesIO(head), name))
     except UnknownFileTypeError:
         kind = ""
-    if kind in ioformats and not (kind == "espresso-out" and is_cp2k(text)):
+    # Every name that ends with .out is one of Quantum ESPRESSO's to ASE.
+    if kind in ioformats and not (kind == "espresso-out" and "PWSCF" not in text):
         return kind
     if is_cp2k(text):
         raise DataError(
@@ -230,8 +237,17 @@ def _unreadable(error: Exception, kind: str, source: str, text: str, given: bool
         more = " The line `Atoms # full` of a data file names the style of its columns."
     elif kind == "lammps-dump-text" and "ITEM: BOX BOUNDS\n" in text:
         more = " `ITEM: BOX BOUNDS` has to say how the box ends: `ITEM: BOX BOUNDS pp pp pp`."
+    elif kind == "cif" and "Spacegroup" in type(error).__name__:
+        more = (
+            " ASE needs the name of the space group beside its operations: add the line "
+            "_symmetry_space_group_name_H-M 'P -1' with the right one, or write all atoms as P 1."
+        )
     elif kind == "cif":
         more = " Each atom of a CIF needs the symbol of its element and three numbers, not `?`."
+    elif kind == "cp2k-dcd":
+        more = (
+            " A DCD says no elements: write its frames as extended xyz with MDAnalysis or MDTraj."
+        )
     elif kind == "vasp":
         more = " The line before the numbers of atoms names their elements: Si O."
     elif kind == "vasp-xdatcar":
@@ -267,6 +283,7 @@ def _frames(
         text = text.replace("(SCF not fully converged!)", "(Wavefunction not fully converged!)")
     elif kind in LAMMPS:
         options |= lammps_units(kind, text, source)
+        text = with_type_numbers(text) if kind == "lammps-data" else text
     form = ioformats[kind]
     from_memory = form.acceptsfd and kind != "json"
     parts: list[str | bytes] = list(_records(kind, text)) if text else [data]

@@ -172,6 +172,20 @@ def _types_of_data(text: str, source: str) -> dict[int, str]:
     return types
 
 
+def with_type_numbers(text: str) -> str:
+    """A data file with numbers in the place of its labels of types, which ASE does not know."""
+    labels = {label: str(n) for n, (label, _) in _section(text, "Atom Type Labels").items()}
+    if not labels:
+        return text
+    # In the rows of atoms behind one or two whole numbers, in those of masses in the first place.
+    return re.sub(
+        r"^([ \t]*(?:\d+[ \t]+){0,2})(\S+)(?=[ \t]+[-+.\d])",
+        lambda found: found[1] + labels.get(found[2], found[2]),
+        text,
+        flags=re.M,
+    )
+
+
 def _section(text: str, name: str) -> dict[int, tuple[str, str]]:
     """Value and comment by number, of a section of a data file."""
     found = re.search(rf"^\s*{name}\s*(?:#.*)?\n\s*\n((?:\s*\d+\s+\S+.*\n?)+)", text, re.M)

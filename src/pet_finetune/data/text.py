@@ -190,7 +190,7 @@ def to_text(data: bytes, source: str) -> str:
         text = data.decode("latin-1")
         _logger.info("%s is not UTF-8; it is read as Latin-1", source)
     if "\r" in text:
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
+        text = text.replace("\r\r\n", "\n").replace("\r\n", "\n").replace("\r", "\n")
     return text
 
 

@@ -413,3 +413,30 @@ def test_symmetry_that_a_pdb_asks_for_is_told_of(tmp_path, package_log, group, t
 def test_what_ase_says_in_riddles_is_explained(tmp_path, name, content, words):
     (tmp_path / name).write_text(content)
     assert words in refused(tmp_path / name)
+
+
+def test_labels_of_types_in_a_data_file_of_lammps(tmp_path):
+    (tmp_path / "data.nacl").write_text(
+        "LAMMPS\n\n2 atoms\n2 atom types\n0 5 xlo xhi\n0 5 ylo yhi\n0 5 zlo zhi\n\n"
+        "Atom Type Labels\n\n1 Na\n2 Cl\n\nMasses\n\nNa 22.99\nCl 35.45\n\n"
+        "Atoms # charge\n\n1 Cl -1.0 0 0 0\n2 Na 1.0 2.5 2.5 2.5\n"
+    )
+    (atoms,) = read_frames(tmp_path / "data.nacl")
+    assert atoms.get_chemical_symbols() == ["Cl", "Na"]
+    assert atoms.positions[1].tolist() == [2.5, 2.5, 2.5]
+
+
+def test_an_output_of_another_program_is_none_of_quantum_espresso(tmp_path):
+    (tmp_path / "x.out").write_text("  Psi4: An Open-Source Package\n  Final Energy: -76.4\n")
+    message = refused(tmp_path / "x.out")
+    assert "neither name nor content says which format it is" in message
+
+
+def test_operations_of_a_cif_without_a_name(tmp_path):
+    (tmp_path / "a.cif").write_text(
+        "data_x\n_cell_length_a 5\n_cell_length_b 5\n_cell_length_c 5\n_cell_angle_alpha 90\n"
+        "_cell_angle_beta 90\n_cell_angle_gamma 90\nloop_\n_symmetry_equiv_pos_as_xyz\n'x,y,z'\n"
+        "'-x,-y,-z'\nloop_\n_atom_site_label\n_atom_site_fract_x\n_atom_site_fract_y\n"
+        "_atom_site_fract_z\nFe1 0.1 0.1 0.1\n"
+    )
+    assert "name of the space group" in refused(tmp_path / "a.cif")
