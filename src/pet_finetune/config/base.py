@@ -190,7 +190,6 @@ def _text_list(value: Any) -> tuple[str, ...]:
 
 
 _INTEGER, _NUMBER = {"type": "integer"}, {"type": "number"}
-
 _OPEN = {**_NUMBER, "exclusiveMinimum": 0}
 
 PositiveInt = Annotated[int, Expects("a positive integer", integer(1), {**_INTEGER, "minimum": 1})]
@@ -208,19 +207,14 @@ AtomsOrAuto = Annotated[
         {"anyOf": [{"const": "auto"}, {**_INTEGER, "minimum": 1}]},
     ),
 ]
-
 NonNegativeInt = Annotated[
     int, Expects("a non-negative integer", integer(0), {**_INTEGER, "minimum": 0})
 ]
-
 Number = Annotated[float, Expects("a number", real_number(), _NUMBER)]
-
 PositiveFloat = Annotated[float, Expects("a positive number", real_number(above=0.0), _OPEN)]
-
 NonNegativeFloat = Annotated[
     float, Expects("a non-negative number", real_number(0.0), {**_NUMBER, "minimum": 0})
 ]
-
 Fraction = Annotated[
     float,
     Expects(
@@ -229,7 +223,6 @@ Fraction = Annotated[
         {**_NUMBER, "minimum": 0, "exclusiveMaximum": 1},
     ),
 ]
-
 OpenFraction = Annotated[
     float,
     Expects(
@@ -238,7 +231,6 @@ OpenFraction = Annotated[
         {**_OPEN, "exclusiveMaximum": 1},
     ),
 ]
-
 Share = Annotated[
     float,
     Expects(
@@ -247,21 +239,16 @@ Share = Annotated[
         {**_OPEN, "maximum": 1},
     ),
 ]
-
 Flag = Annotated[
     bool,
     Expects("true or false", _flag, {"enum": [True, False, "on", "off", "yes", "no"]}),
 ]
-
 Text = Annotated[str, Expects("text", _text, {"type": "string"})]
-
 OptionalText = Annotated[str, Expects("text", _optional_text, {"type": ["string", "null"]})]
-
 TextList = Annotated[
     tuple[str, ...],
     Expects("a name or a list of names", _text_list, {"type": ["string", "array"]}),
 ]
-
 Ignored = Annotated[Any, Expects("any value", lambda value: value)]
 
 _IGNORED: dict[str, Any] = {"ignored": True}

@@ -15,9 +15,7 @@ from .run_options import Options
 from .training_sections import first_epoch
 
 _MODEL: Path = ("architecture", "model")
-
 _TRAINING: Path = ("architecture", "training")
-
 _FINETUNE: Path = (*_TRAINING, "finetune")
 
 

@@ -63,7 +63,6 @@ def _one_file(value: Any) -> str:
 
 
 LengthUnit = Annotated[str, Expects("a unit of length", _length_unit)]
-
 Indices = Annotated[
     tuple[int, ...] | str,
     Expects(
@@ -247,7 +246,7 @@ def _expand_target(name: Any, target: Any, source: Any) -> Any:
     _complete_direct(str(name), target)
     declared = base_name(str(name)) == "energy" or target.get("quantity") == "energy"
     _complete_quantity(str(name), target)
-    energy = declared and _is_one_energy(target)
+    energy = declared and target["quantity"] == "energy" and _is_one_number(target)
     virial = expand_gradient(target.get("virial"))
     virial_given = isinstance(virial, Mapping) and virial.get("mode", "on") != "off"
     defaults = {"forces": energy, "stress": energy and not virial_given, "virial": False}
@@ -291,11 +290,6 @@ def _complete_quantity(name: str, target: dict[str, Any]) -> None:
         target["quantity"] = "energy"
     elif not target.get("quantity"):
         target["quantity"] = "energy" if base_name(name) == "energy" else ""
-
-
-def _is_one_energy(target: Mapping[str, Any]) -> bool:
-    """Whether a target is one energy for each structure, as far as what is given says."""
-    return target["quantity"] == "energy" and _is_one_number(target)
 
 
 def _is_one_number(target: Mapping[str, Any]) -> bool:

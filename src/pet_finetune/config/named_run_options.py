@@ -44,7 +44,6 @@ _SHORT: dict[str, Path] = {
     "peft_use_dora": (*_CONFIG, "use_dora"),
     "max_grad_norm": (*_TRAINING, "grad_clip_norm"),
 }
-
 #: Settings of the data, and the set that each makes or, for names and units, describes.
 _DATA: dict[str, Path] = {
     "dataset_path": ("training_set",),
@@ -55,9 +54,7 @@ _DATA: dict[str, Path] = {
     **{name: (name,) for name in ("length_unit", "energy_unit", "energy_key", "forces_key",
                                   "stress_key")},
 }  # fmt: skip
-
 _DEFAULT_FRACTION = 0.1
-
 #: Sections whose options may be named without the way there.
 _SECTIONS: tuple[tuple[Any, Path], ...] = (
     (Options, ()),
@@ -65,9 +62,7 @@ _SECTIONS: tuple[tuple[Any, Path], ...] = (
     (FinetuneOptions, _FINETUNE),
     (FinetuneConfig, _CONFIG),
 )
-
 _LORA_METHODS = ("lora", "dora", "qlora")
-
 #: What stands for "not quantised" in such files.
 _UNQUANTISED = (16, 32, 64)
 

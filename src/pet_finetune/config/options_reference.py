@@ -33,7 +33,6 @@ Besides the forms below, `training_set` and `systems` may be just a path, `force
 `virial` just `on`, `off`, `auto` or a path, a loss just its type, `early_stopping` just its
 patience, and `unfreeze` just its number of epochs.
 """
-
 _IGNORED_HEADING = """
 ## Accepted without effect
 
@@ -42,9 +41,7 @@ metatrain's files may contain these; they are read and a notice says so.
 | option | why |
 |---|---|
 """
-
 _DATA = ("training_set", "validation_set", "test_set")
-
 #: Sections described once, though they occur in several places.
 _SAME_AS = {
     "architecture.training.finetune.retention.read_from": "training_set",

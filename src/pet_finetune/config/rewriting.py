@@ -15,9 +15,7 @@ from .finetune import METHOD_KEYS, METHOD_SHORTHANDS
 from .problems import Path, Problem, format_path
 
 _TRAINING: Path = ("architecture", "training")
-
 _FINETUNE: Path = (*_TRAINING, "finetune")
-
 _CONFIG: Path = (*_FINETUNE, "config")
 
 #: Names of the first PET code with the same meaning as one of today's.
@@ -26,13 +24,11 @@ _RENAMED_TRAINING = {
     "INITIAL_LR": "learning_rate",
     "STRUCTURAL_BATCH_SIZE": "batch_size",
 }
-
 _LEGACY_START = {
     "MODEL_TO_START_WITH": "model",
     "ALL_SPECIES_PATH": "all_species",
     "SELF_CONTRIBUTIONS_PATH": "self_contributions",
 }
-
 _PEFT_NAMES = {
     "r": "rank",
     "lora_alpha": "alpha",
@@ -249,9 +245,7 @@ def _per_atom_of(rewriting: Rewriting, target: dict[str, Any], path: Path) -> No
 
 
 _READ_FROM: Path = (*_FINETUNE, "read_from")
-
 _METHOD: Path = (*_FINETUNE, "method")
-
 _NEED_A_MODEL = ("replay", "anchor")
 
 
@@ -283,7 +277,9 @@ def apply_start(rewriting: Rewriting, checkpoint: str | None, *, require_start: 
         finetune["method"] = _choose_method(rewriting, finetune, checkpoint)
     starts = legacy or read_from is not None
     changing = [method for method in METHOD_KEYS if method != "full"]
-    if not starts and require_start and finetune["method"] in changing:
+    if starts or not require_start:
+        return
+    if finetune["method"] in changing:
         rewriting.problems.append(
             Problem(
                 _METHOD,
@@ -292,16 +288,15 @@ def apply_start(rewriting: Rewriting, checkpoint: str | None, *, require_start: 
                 "scratch.",
             )
         )
-    if not starts and require_start:
-        for name in _NEED_A_MODEL:
-            if finetune.get(name) is not None:
-                rewriting.problems.append(
-                    Problem(
-                        (*_FINETUNE, name),
-                        "keeps what a model knew that training starts from, but none is given. "
-                        "Give its checkpoint with -c or finetune.read_from, or remove the section.",
-                    )
+    for name in _NEED_A_MODEL:
+        if finetune.get(name) is not None:
+            rewriting.problems.append(
+                Problem(
+                    (*_FINETUNE, name),
+                    "keeps what a model knew that training starts from, but none is given. "
+                    "Give its checkpoint with -c or finetune.read_from, or remove the section.",
                 )
+            )
 
 
 def _merge_checkpoint(

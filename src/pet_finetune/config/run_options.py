@@ -145,7 +145,6 @@ DEFAULT_LEARNING_RATES = {
     "prompt": 1e-3,
     "heads": 1e-3,
 }
-
 #: The same with other optimisers, where they differ, from a sweep with AdamW
 #: (docs/methods-table.md): at 5e-4 full fine-tuning is unstable on crystals and water.
 ADAMW_LEARNING_RATES = {"scratch": 5e-4, "full": 2e-4}

@@ -28,10 +28,8 @@ from pet_finetune.log import get_logger
 from .complete import check_sqlite
 
 _logger = get_logger(__name__)
-
 #: Key of a row's data under which everything but the bare structure stands.
 _KEY = "pet_finetune_frame"
-
 # Results stay valid when these are set afterwards, as labels of the same structure often are.
 _NO_GEOMETRY = {"initial_charges", "initial_magmoms"}
 
@@ -138,7 +136,6 @@ def _storable(value: Any) -> Any:
 
 
 _SQLITE = b"SQLite format 3\0"
-
 _LMDB = (".aselmdb", ".lmdb")
 
 

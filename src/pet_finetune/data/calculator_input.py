@@ -30,7 +30,6 @@ _logger = get_logger(__name__)
 
 #: What :func:`misses_a_cell` found, in words.
 MISSING_CELL = "separate molecules fill a box as a liquid or crystal does, and there is no cell"
-
 #: So many molecules, and atoms per cubic Angstrom of the box around them, are no gas and no cluster
 #: (a round drop of water fills half of its box, to 0.05).
 _MANY, _DENSE = 12, 0.065

@@ -29,10 +29,8 @@ from .symbols import as_types
 from .text import to_text
 
 _logger = get_logger(__name__)
-
 #: Bytes of text that are read together.
 _TEXT = 1 << 23
-
 _XYZ = (".xyz", ".extxyz")
 #: Of files, which folders are not called like.
 _ENDINGS = (*_XYZ, ".db", ".traj", ".json", ".aselmdb", ".h5", ".hdf5", ".npz", ".cif", ".pt")

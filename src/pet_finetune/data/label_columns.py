@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from ase import Atoms
+from ase.stress import voigt_6_to_full_3x3_stress
 from torch import Tensor
 
 from pet_finetune.errors import DataError, did_you_mean
@@ -49,8 +50,7 @@ def to_stress(raw: np.ndarray, num_atoms: int) -> np.ndarray:
     Only the symmetric part of a matrix is kept: a strain turns nothing.
     """
     if raw.shape == (6,):
-        xx, yy, zz, yz, xz, xy = raw
-        return np.array([[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]])
+        return np.asarray(voigt_6_to_full_3x3_stress(raw))
     if raw.shape not in ((3, 3), (9,)):
         raise ValueError("(3, 3), (9,) or in Voigt order xx yy zz yz xz xy (6,)")
     matrix = raw.reshape(3, 3)

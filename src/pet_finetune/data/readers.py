@@ -32,10 +32,8 @@ from .structure import Structure, atoms_to_structure, log_odd_charges
 from .structure_sets import OnDisk, of_species
 
 _logger = get_logger(__name__)
-
 #: What files of forces alone lack, and options need not name.
 _USUAL = "energy"
-
 #: MACE's name of the weights of structures.
 _USUAL_WEIGHT = "config_weight"
 
@@ -275,7 +273,6 @@ def _check_name(name: str) -> None:
 
 #: How options and messages call the set.
 PROBE = "probe"
-
 _FILE = Path(__file__).with_name("probe.xyz")
 
 

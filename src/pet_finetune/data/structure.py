@@ -19,7 +19,6 @@ from pet_finetune.log import get_logger
 _logger = get_logger(__name__)
 #: Where a total charge is looked for in ``atoms.info`` when the options name no key.
 DEFAULT_CHARGE_KEYS = ("charge", "total_charge")
-
 #: The same for the spin multiplicity 2S+1.
 DEFAULT_SPIN_KEYS = ("spin", "spin_multiplicity", "multiplicity")
 

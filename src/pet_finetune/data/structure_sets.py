@@ -22,7 +22,6 @@ from .structure import Structure, structures_fingerprint
 T = TypeVar("T")
 
 _logger = get_logger(__name__)
-
 #: Structures that stand for a set where a look at all of them takes too long, and those of an
 #: element of which there are at least so many among them.
 SAMPLE, OF_ELEMENT = 1_000, 50

@@ -18,25 +18,18 @@ from pet_finetune.errors import DataError
 
 #: What is said of types that are given for nothing.
 UNUSED_TYPES = "the file itself names the elements; the types that are given are not used"
-
 # Masses in u of what chemists give a letter of its own (AME2020).
 _HYDROGEN = {"D": 2.01410177812, "T": 3.01604928199}
-
 _DUMMIES = frozenset({"X", "Xx", "Du", "Bq", "Gh", "Lp", "Vac", "Va", "Q"})
-
 # A basis without a nucleus: H: in ORCA, H-Bq in Gaussian, bqH in NWChem, Gh(H) and @H in Psi4.
 _GHOST = re.compile(
     r"(?i)(?:@|gh\(|bq|ghost).*|[a-z]{1,2}(?::|\(?[-_.]?(?:bq|ghost)\)?|[-_.]gh)\d*$"
 )
-
 _LABEL = re.compile(r"([A-Za-z]{1,2})(?:[0-9]+[+-]?|[+-][0-9]*|[_.:-].*)'*$")
-
 _ISOTOPE = re.compile(r"([0-9]{1,3})([A-Za-z]{1,2})$")
 
 _DEFAULT = "species:S:1:pos:R:3"
-
 _PROPERTIES = re.compile(r"""Properties\s*=\s*["']?([^\s"']+)""")
-
 #: Names under which programs write elements beside ``species``.
 _ELEMENTS = frozenset(
     {"z", "numbers", "atomic_number", "atomic_numbers", "element", "elements", "symbol", "symbols"}
@@ -139,13 +132,11 @@ class SymbolLayout:
 
 #: ASE's names of the formats whose atoms have names.
 NAMING = frozenset({"gromacs", "gromos", "proteindatabank"})
-
 # Residues whose atoms are named by element and place, so that CA is a carbon, and HG a hydrogen.
 _RESIDUES = re.compile(
     "A(LA|RG|SN|SP|SH|CE)|CY[SXM]|GL[NUYH]|HI[SDEP]|HS[DEP]|ILE|L(EU|YS|YN)|M(ET|SE)|NM[EA]|PHE"
     "|PRO|SER|T(HR|RP|YR)|VAL|[DR]?[ACGTU]|HOH|WAT|SOL|SPCE?|TI?P[345]?"
 )
-
 _HEAVIEST = 94  # of elements that such files hold
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from .finding import Finding, Frames, frames_of
 from .near_frames import FrameStep
-from .subject import Entry, Subject, compositions, element_fit, rms
+from .subject import Entry, Subject, compositions, element_fit, rms, robust_spread
 
 #: A shift of a whole file by more, eV an atom, is none of temperature or phase; and how many times
 #: the spread within the files it must be.
@@ -37,11 +37,6 @@ def check_levels(subject: Subject) -> Iterator[Finding]:
                 yield from _compare_files(levels, name, files[name])
     for file, entries in files.items():
         yield from _split_levels(file, entries)
-
-
-def _spread(values: np.ndarray) -> float:
-    """A standard deviation that outliers do not change, from the median absolute deviation."""
-    return 1.4826 * float(np.median(np.abs(values - np.median(values)))) if len(values) else 0.0
 
 
 @dataclass(frozen=True)
@@ -81,7 +76,7 @@ def _compare_files(first: _Levels, second: str, others: Sequence[Entry]) -> Iter
     energies = np.array([(e.energy or 0.0) / e.size for e in known])
     left = (energies - fractions @ weights)[inside]
     shift = float(np.median(left) - np.median(rest))
-    spread = max(_spread(rest), _spread(left))
+    spread = max(robust_spread(rest), robust_spread(left))
     if abs(shift) < max(_SHIFT, _SPREADS * spread):
         return
     yield Finding(
@@ -113,7 +108,7 @@ def _split_levels(file: str, entries: Sequence[Entry]) -> Iterator[Finding]:
         cut = int(steps.argmax())
         low, high = energies[order[: cut + 1]], energies[order[cut + 1 :]]
         fewest = max(3, len(own) // 20)
-        width = max(_spread(low), _spread(high), 1e-6)
+        width = max(robust_spread(low), robust_spread(high), 1e-6)
         if min(len(low), len(high)) >= fewest and steps[cut] > max(
             2 * _SHIFT, 2 * _SPREADS * width
         ):
@@ -214,7 +209,7 @@ def _against_neighbours(entries: Sequence[Entry], steps: Sequence[FrameStep]) ->
     }
     if len(offs) < 10:
         return {}
-    limit = max(0.03, 20.0 * _spread(np.array([off for off, _ in offs.values()])))
+    limit = max(0.03, 20.0 * robust_spread(np.array([off for off, _ in offs.values()])))
     return {k: off for k, (off, unsure) in offs.items() if abs(off) > max(limit, 2.0 * unsure)}
 
 
@@ -230,7 +225,7 @@ def _against_composition(entries: Sequence[Entry]) -> Iterator[tuple[Entry, floa
         energies = np.array([(e.energy or 0.0) / e.size for e in own])
         off = energies - np.median(energies)
         low, high = np.quantile(energies, [0.05, 0.95])
-        limit = max(0.05, 4.0 * float(high - low), 15.0 * _spread(energies))
+        limit = max(0.05, 4.0 * float(high - low), 15.0 * robust_spread(energies))
         forces = [0.0 if e.forces is None else rms(e.forces) for e in own]
         hot = 1.3 * float(np.quantile(forces, 0.9))
         for entry, value, force in zip(own, off.tolist(), forces, strict=True):

@@ -36,12 +36,9 @@ UNITS: Mapping[str, Mapping[str, float]] = {
         "bar": 4,
     },
 }
-
 _QUANTITIES = {"energy": "energy", "force": "force", "stress": "pressure"}
-
 #: Each quantity that is not in the assumed unit costs this, less where it goes with the energy's.
 _OTHER, _SAME_ENERGY = 3.0, 0.5
-
 _SIGN = 3.0
 
 
@@ -199,19 +196,15 @@ def log_ratio(seen: np.ndarray, expected: np.ndarray, floor: float) -> tuple[flo
 #: What is no unit: a virial under the name of a stress and the other way round, and energies that
 #: were divided by the number of atoms.
 VIRIAL, NO_VIRIAL, PER_ATOM = "eV (a virial)", "eV/A^3 (no virial)", "eV an atom"
-
 FORMS = (VIRIAL, NO_VIRIAL, PER_ATOM)
 
 #: How much better another reading must be, and how near others are worth naming beside it.
 _MARGIN, _TIE = 9.0, 3.0
-
 #: How much worse every reading with the other sign must be for a sign to stop a run.
 _SURE = 16.0
-
 #: How much worse the units that programs write must explain the evidence than those that are
 #: assumed, for these to be believed.
 _EXCLUDED = 4.0
-
 TURNED = "the other sign"
 
 

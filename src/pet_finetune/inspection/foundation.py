@@ -16,7 +16,7 @@ from pet_finetune.model import Potential
 
 from .evidence import Evidence
 from .finding import Finding, frames_of
-from .subject import Entry, Subject, element_fit, rms
+from .subject import Entry, Subject, element_fit, rms, robust_spread
 
 _BATCH_ATOMS, _SAME_PLACE = 256, 1e-3
 #: Pearson correlations above which a slope says something, and from which on it says it well.
@@ -212,7 +212,7 @@ def check_residuals(answers: Sequence[Answer]) -> Iterator[Finding]:
         rest = [(a.entry.energy or 0.0) - a.energy for a in labelled]
         left = _left(labelled, rest)
         left -= np.median(left)
-        limit = max(_ENERGY, _ROBUST * 1.4826 * float(np.median(np.abs(left))))
+        limit = max(_ENERGY, _ROBUST * robust_spread(left))
         for answer, value in zip(labelled, left.tolist(), strict=True):
             if abs(value) > limit:
                 off[id(answer)] = (f"energy {value:+.3g} eV an atom", answer)
@@ -220,7 +220,7 @@ def check_residuals(answers: Sequence[Answer]) -> Iterator[Finding]:
     if len(forced) >= 10:
         logs = np.log([max(1e-6, relative) for _, relative in forced])
         middle = float(np.median(logs))
-        spread = max(0.25, 1.4826 * float(np.median(np.abs(logs - middle))))
+        spread = max(0.25, robust_spread(logs))
         for (answer, _), log in zip(forced, logs.tolist(), strict=True):
             if log - middle > _FORCE * spread:
                 text = f"forces {np.exp(log - middle):.0f} times as far off as usual"

@@ -37,7 +37,6 @@ from .read_anyway import read_anyway, sets_left_out
 from .suggestion import Suggestion, suggest, training_section, with_found_units
 
 _logger = get_logger(__name__)
-
 _SETS = ("train", "validation", "test")
 
 

@@ -232,7 +232,6 @@ def _errors(answers: Sequence[Answer]) -> dict[str, float]:
 
 
 _logger = get_logger(__name__)
-
 # A small part of what the first epoch takes; what fits into it is spread over all sets.
 _SECONDS = 5.0
 

@@ -11,13 +11,10 @@ from .subject import Entry, Subject, rms
 
 #: eV/Å: an atom in a thermal structure feels 1 to 5, in a violent collision up to 30.
 _ABSURD = 50.0
-
 #: Forces and sums of directions that count as zero.
 _ZERO, _BALANCED = 1e-9, 0.05
-
 #: eV/Å: below, a set of forces is that of relaxed structures.
 _RELAXED = 0.05
-
 #: Noise, in eV/Å and as a part of the root mean square force, that a net force stands for.
 _NOISE, _NOISE_PART = 1e-3, 5e-3
 

@@ -30,10 +30,8 @@ _OTHER = re.compile(
     r"|shift|offset|ref_?atom|isolated|baseline|std|var|unc|err|resid|diff|delta|weight|mask|unit"
     r"|pred|mean|_id(_|$)|internal|enthal|entrop|gibbs|pot_?ham|solv|embed|vib|rot|trans"
 )
-
 #: eV an atom by which energy and free energy may differ without a word.
 _FREE_GAP = 1e-3
-
 #: Columns of three numbers an atom that are known and no forces.
 _NO_FORCES = frozenset({"positions", "momenta", "velocities", "velo", "vel", "dipoles", "magmoms"})
 

@@ -17,13 +17,10 @@ from scipy.spatial import cKDTree
 from .subject import Entry
 
 _NEIGHBOURS = 3
-
 #: Pairs of one file, and atoms in them, that are looked at; each costs the same.
 _MOST_PAIRS, _MOST_ATOMS = 4000, 1_000_000
-
 #: Frames further apart (root mean square, Å) say nothing: the potential is not quadratic so far.
 _FAR = 0.6
-
 #: The same for the largest strain.
 _STRAINED = 0.1
 
@@ -185,10 +182,8 @@ def _crystal(one: Entry, two: Entry) -> tuple[np.ndarray, np.ndarray, np.ndarray
 #: A search tree is no help in hundreds of dimensions, so it is built on this many principal axes
 #: of a sample. Distances along a few axes are never longer than the whole ones.
 _AXES, _SAMPLE = 8, 256
-
 #: Candidates along these axes, of which the whole distances are taken.
 _CANDIDATES = 16
-
 #: Numbers that are held at once while distances are taken.
 _CHUNK = 4_000_000
 

@@ -17,7 +17,7 @@ from scipy.sparse import csc_matrix
 from pet_finetune.data.neighbors import expected_neighbors, find_pairs
 
 from .evidence import Evidence, digits
-from .subject import NOBLE, Entry, compositions, rms
+from .subject import NOBLE, Entry, compositions, rms, robust_spread
 
 #: What each Gaussian contributes to a frame: see :func:`_design`.
 _Design = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
@@ -106,7 +106,7 @@ class PairModel:
         labels = np.array([(e.energy or 0.0) / e.size for e in known])
         pair = np.stack([labels, self.energies[chosen]])
         left = pair - pair @ np.linalg.pinv(trivial.T, rcond=1e-8) @ trivial.T
-        seen, said = (1.4826 * float(np.median(abs(v - np.median(v)))) for v in left)
+        seen, said = map(robust_spread, left)
         if not seen > 1e-9 * float(abs(labels).max()) or not said > 0.0:
             return None
         correlation = float(np.corrcoef(left)[0, 1])

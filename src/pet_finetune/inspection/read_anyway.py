@@ -36,23 +36,19 @@ def read_anyway(dataset: DatasetOptions) -> tuple[Sequence[Structure], list[Find
     except DataError as error:
         reason = str(error)
     source = dataset.systems.read_from
-    plain = Finding("error", "unreadable", reason, (Frames(source),))
     try:
         frames = read_frames(source, dataset.systems.format, dataset.systems.types)
         numbers: Sequence[int] = frame_numbers(dataset.indices, len(frames), source)
         if dataset.indices is None:  # of a large set on disk a part
             numbers = numbers if isinstance(frames, list) else evenly_spread(range(len(frames)))
+        broken = {number: why for number in numbers if (why := _broken(frames[number], dataset))}
+        sound = tuple(number for number in numbers if number not in broken)
+        if broken and sound:
+            structures = read_structures(dataset.model_copy(update={"indices": sound}))
+            return structures, [*told, *_tell(source, broken)]
     except DataError:
-        return [], [plain]
-    broken = {number: why for number in numbers if (why := _broken(frames[number], dataset))}
-    sound = [number for number in numbers if number not in broken]
-    if not broken or not sound:
-        return [], [plain]
-    try:
-        structures = read_structures(dataset.model_copy(update={"indices": tuple(sound)}))
-    except DataError:
-        return [], [plain]
-    return structures, [*told, *_tell(source, broken)]
+        pass  # what was wrong at first is all there is to say
+    return [], [Finding("error", "unreadable", reason, (Frames(source),))]
 
 
 def _isolated(dataset: DatasetOptions) -> list[Finding]:

@@ -16,11 +16,9 @@ from pet_finetune.keys import forces_key, stress_key
 
 #: How far neighbours are looked for, Å, and how many of them are kept for each atom.
 REACH, NEAR = 5.0, 20
-
 #: Neighbours of an atom within reach, beyond which a structure is too dense to be matter: there
 #: they are looked for less far, so that a wrong unit of length is found before memory runs out.
 _MOST_NEAR, _LEAST_REACH = 600.0, 0.3
-
 #: What tells neighbours of different elements apart: Å added for each element before theirs.
 _APART = 0.4
 
@@ -242,6 +240,11 @@ def rms(*arrays: np.ndarray) -> float:
     """Root mean square of all numbers; 0 without any."""
     values = np.concatenate([array.ravel() for array in arrays]) if arrays else np.zeros(1)
     return float(np.sqrt((values**2).mean()))
+
+
+def robust_spread(values: np.ndarray) -> float:
+    """A standard deviation that outliers do not change, from the median absolute deviation."""
+    return 1.4826 * float(np.median(np.abs(values - np.median(values)))) if len(values) else 0.0
 
 
 def compositions(entries: Sequence[Entry], elements: Sequence[int]) -> np.ndarray:

@@ -33,7 +33,6 @@ from .scales import evidence_of
 from .subject import Entry, Subject
 
 _NAMES = {"energy": "energies", "force": "forces", "stress": "stresses"}
-
 _MOST_NAMED = 4
 
 
