@@ -28,10 +28,9 @@ from pet_finetune.config.finetune import (
     FinetuneOptions,
 )
 from pet_finetune.config.finetune_sections import AnchorOptions, ReplayOptions, RetentionOptions
-from pet_finetune.config.load import LoadedOptions, parse_options
+from pet_finetune.config.load import LoadedOptions, parse_options, read_yaml
 from pet_finetune.config.problems import format_path
 from pet_finetune.config.run_options import Options
-from pet_finetune.config.yaml_file import read_yaml
 from pet_finetune.data.ase_databases import write_exact
 from pet_finetune.errors import ConfigError
 from pet_finetune.model import Potential

@@ -175,8 +175,8 @@ def _named(arguments: argparse.Namespace) -> int:
         )
     runs = named.read_runs(arguments, str(arguments.output or named.ROOT))
     if arguments.show_options:
+        from pet_finetune.config.load import to_yaml
         from pet_finetune.config.options_reference import schema_line
-        from pet_finetune.config.yaml_file import to_yaml
 
         for entry in runs:
             print(schema_line(), end="")

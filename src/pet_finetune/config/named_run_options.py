@@ -20,11 +20,10 @@ from typing import Any
 from pet_finetune.errors import ConfigError, did_you_mean
 
 from .finetune import FinetuneConfig, FinetuneOptions
-from .load import LoadedOptions, parse_options
+from .load import LoadedOptions, neighbours, parse_options, parse_override, read_yaml
 from .problems import Path, format_path
 from .run_options import Options
 from .training import TrainingOptions
-from .yaml_file import neighbours, parse_override, read_yaml
 
 #: The entry whose settings all others share.
 DEFAULTS = "defaults"

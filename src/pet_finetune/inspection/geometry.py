@@ -1,4 +1,4 @@
-"""Checks of the structures themselves: too close, alone, of mixed periodicity, or there twice."""
+"""Checks of the structures themselves: too close, alone, of mixed periodicity, charged, twice."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from .subject import NOBLE, REACH, Entry, Subject, composition, rms
 #: Å between fingerprints: the same frame up to the rounding of files, and a copy that was
 #: displaced so little that it tells nothing new. MD frames 1 fs apart differ by about 0.01.
 _SAME, _NEAR = 1e-4, 0.01
+
 #: eV an atom, and eV/Å of the root mean square force: same frames, different labels.
 _ENERGY, _FORCE = 2e-3, 0.02
 
@@ -136,6 +137,7 @@ def _contradictions(same: Sequence[Twins]) -> Iterator[Finding]:
 
 #: Å. Two atoms at one place have no direction between them; no bond is shorter than 0.74 Å.
 _SAME_PLACE, _CLOSE = 1e-3, 0.6
+
 #: The shortest distance over the sum of the covalent radii. Below, a bond is compressed as it is
 #: in very hot or shocked matter.
 _COMPRESSED = 0.8
@@ -143,6 +145,7 @@ _COMPRESSED = 0.8
 #: Bounds on the median of nearest distances over sums of covalent radii. 31 sets of molecules,
 #: liquids and solids, some at 30 GPa, lie between 0.78 and 1.04.
 _SHORT, _LONG = 0.62, 1.35
+
 _USUAL = (0.7, 1.15)
 
 
@@ -311,3 +314,39 @@ def check_periodicity(subject: Subject) -> Iterator[Finding]:
 
 def _count(items: Sequence[object]) -> str:
     return f"{len(items)} frame{'s' if len(items) != 1 else ''}"
+
+
+def check_charges_used(subject: Subject, conditioned: bool) -> Iterator[Finding]:
+    """Charges and spins in the file that the model is not told."""
+    if conditioned:
+        return
+    charged = [e for e in subject.entries if e.structure.charge != 0]
+    spins = {e.structure.spin for e in subject.entries}
+    if charged:
+        kinds = sorted({e.structure.charge for e in subject.entries})
+        several = len(kinds) > 1
+        yield Finding(
+            "warning" if several else "note",
+            "unused-charge",
+            f"{len(charged)} frames are charged (total charges {', '.join(map(str, kinds))}), and "
+            "the model is not told",
+            frames_of(e.structure for e in charged),
+            "Structures of different charge look the same to it, though their energies and forces "
+            "differ."
+            if several
+            else "It learns this one charge, and no other.",
+            "Keep one charge a model, or use a model with system_conditioning.",
+            {"charges": kinds},
+        )
+    if len(spins) > 1:
+        yield Finding(
+            "note",
+            "unused-spin",
+            f"the frames have several spin multiplicities ({', '.join(map(str, sorted(spins)))}), "
+            "and the model is not told",
+            (),
+            "It learns what is between them where the same structure occurs with several.",
+            "Nothing, where each structure has its ground state; else use a model with "
+            "system_conditioning.",
+            {"spins": sorted(spins)},
+        )

@@ -12,9 +12,8 @@ import torch
 
 from pet_finetune.backends import choose_backend, ready, use_backend
 from pet_finetune.config import DatasetOptions, Options
-from pet_finetune.config.load import LoadedOptions, parse_options
+from pet_finetune.config.load import LoadedOptions, parse_options, to_yaml
 from pet_finetune.config.options_reference import schema_line
-from pet_finetune.config.yaml_file import to_yaml
 from pet_finetune.data.splits import make_splits
 from pet_finetune.data.structure import Structure
 from pet_finetune.data.structure_sets import find_species, of_species

@@ -34,6 +34,7 @@ from .foundation import (
     units_of,
 )
 from .geometry import (
+    check_charges_used,
     check_distances,
     check_duplicates,
     check_extent,
@@ -41,7 +42,7 @@ from .geometry import (
     check_loneliness,
     check_periodicity,
 )
-from .label_checks import check_charges_used, check_completeness, check_forces, check_mechanics
+from .label_checks import check_completeness, check_forces, check_mechanics
 from .near_frames import near_pairs, steps
 from .overview import Facts, facts_of, render
 from .read_anyway import check_cells, read_anyway

@@ -11,10 +11,13 @@ from .subject import Entry, Subject, rms
 
 #: eV/Å: an atom in a thermal structure feels 1 to 5, in a violent collision up to 30.
 _ABSURD = 50.0
+
 #: Forces and sums of directions that count as zero.
 _ZERO, _BALANCED = 1e-9, 0.05
+
 #: eV/Å: below, a set of forces is that of relaxed structures.
 _RELAXED = 0.05
+
 #: Noise, in eV/Å and as a part of the root mean square force, that a net force stands for.
 _NOISE, _NOISE_PART = 1e-3, 5e-3
 
@@ -174,42 +177,6 @@ def check_mechanics(subject: Subject) -> Iterator[Finding]:
             "Check that positions and forces are in the same axes: programs that reorient the "
             "molecule may print one of them turned.",
             {"count": len(turning), "noise": typical},
-        )
-
-
-def check_charges_used(subject: Subject, conditioned: bool) -> Iterator[Finding]:
-    """Charges and spins in the file that the model is not told."""
-    if conditioned:
-        return
-    charged = [e for e in subject.entries if e.structure.charge != 0]
-    spins = {e.structure.spin for e in subject.entries}
-    if charged:
-        kinds = sorted({e.structure.charge for e in subject.entries})
-        several = len(kinds) > 1
-        yield Finding(
-            "warning" if several else "note",
-            "unused-charge",
-            f"{len(charged)} frames are charged (total charges {', '.join(map(str, kinds))}), and "
-            "the model is not told",
-            frames_of(e.structure for e in charged),
-            "Structures of different charge look the same to it, though their energies and forces "
-            "differ."
-            if several
-            else "It learns this one charge, and no other.",
-            "Keep one charge a model, or use a model with system_conditioning.",
-            {"charges": kinds},
-        )
-    if len(spins) > 1:
-        yield Finding(
-            "note",
-            "unused-spin",
-            f"the frames have several spin multiplicities ({', '.join(map(str, sorted(spins)))}), "
-            "and the model is not told",
-            (),
-            "It learns what is between them where the same structure occurs with several.",
-            "Nothing, where each structure has its ground state; else use a model with "
-            "system_conditioning.",
-            {"spins": sorted(spins)},
         )
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from ase.data import atomic_numbers
 
 from pet_finetune.checkpoint import load_checkpoint
-from pet_finetune.config.yaml_file import read_yaml
+from pet_finetune.config.load import read_yaml
 from pet_finetune.errors import ConfigError, DataError, PetFinetuneError
 from pet_finetune.files import read_object, read_table
 from pet_finetune.keys import forces_key, stress_key
