@@ -329,9 +329,11 @@ class _Batches:
             {"energy": energy, "forces": own}
             for energy, own in zip(found.energy.tolist(), forces, strict=True)
         ]
-        for k, one in enumerate(several):
-            if found.stress is not None and one.atoms.pbc.all():
-                of_each[k]["stress"] = full_3x3_to_voigt_6_stress(to_numpy(found.stress[k]))
+        if found.stress is not None:
+            stresses = full_3x3_to_voigt_6_stress(to_numpy(found.stress))
+            for results, one, stress in zip(of_each, several, stresses, strict=True):
+                if one.atoms.pbc.all():
+                    results["stress"] = stress
         return of_each
 
 
