@@ -51,6 +51,15 @@ def seed_everything(seed: int | None) -> int:
     return seed
 
 
+def torch_generator(*place: int) -> torch.Generator:
+    """A generator on the CPU that gives the same numbers everywhere.
+
+    Args:
+        place: what they depend on: the run's seed, epoch and batch, and the :class:`Stream`.
+    """
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
+
+
 def generator_states(device: torch.device) -> dict[str, Any]:
     """The states of torch's generators, of which dropout draws, for :func:`set_generators`.
 

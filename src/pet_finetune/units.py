@@ -109,16 +109,6 @@ def is_energy_unit(unit: object) -> bool:
     return isinstance(unit, str) and _folded(unit) in known
 
 
-def force_to_ev_per_angstrom(energy_unit: str, length_unit: str) -> float:
-    """Return how many eV/Å one ``energy_unit / length_unit`` is."""
-    return energy_to_ev(energy_unit) / length_to_angstrom(length_unit)
-
-
-def stress_to_ev_per_angstrom3(energy_unit: str, length_unit: str) -> float:
-    """Return how many eV/Å³ one ``energy_unit / length_unit**3`` is."""
-    return energy_to_ev(energy_unit) / length_to_angstrom(length_unit) ** 3
-
-
 def _force(unit: str) -> float:
     """eV/Å in one unit of force, an energy over a length."""
     energy, divided, length = unit.rpartition("/")
@@ -127,7 +117,7 @@ def _force(unit: str) -> float:
             f"Unknown force unit {unit!r}. A force is an energy over a length, for instance eV/A, "
             "Hartree/Bohr or kcal/mol/A."
         )
-    return force_to_ev_per_angstrom(energy.strip(" ()"), length)
+    return energy_to_ev(energy.strip(" ()")) / length_to_angstrom(length)
 
 
 def _pressure(unit: str) -> float:
@@ -138,7 +128,8 @@ def _pressure(unit: str) -> float:
     length = volume.strip()
     for power in ("^3", "**3", "³", "3"):
         if length.endswith(power):
-            return stress_to_ev_per_angstrom3(energy.strip(" ()"), length.removesuffix(power))
+            size = length_to_angstrom(length.removesuffix(power))
+            return energy_to_ev(energy.strip(" ()")) / size**3
     raise UnitError(
         f"Unknown pressure unit {unit!r}. A pressure is an energy over a cubed length, for "
         f"instance eV/A^3, or one of: {', '.join(PRESSURE_UNITS)}."

@@ -51,6 +51,14 @@ class Adapter:
     name: str = ""
 
     @property
+    def base_in_words(self) -> str:
+        """To which base it belongs, for messages."""
+        return (
+            f"'{self.name}' belongs to the base '{self.base_name or 'unnamed'}' "
+            f"(fingerprint {str(self.fingerprint)[:12]})"
+        )
+
+    @property
     def num_parameters(self) -> int:
         """How many numbers it holds."""
         return sum(tensor.numel() for tensor in self.tensors.values())
@@ -91,8 +99,7 @@ def check_base(adapter: Adapter, fingerprint: str) -> None:
     """
     if adapter.fingerprint not in (None, fingerprint):
         raise AdapterError(
-            f"The adapter '{adapter.name}' belongs to the base '{adapter.base_name or 'unnamed'}' "
-            f"(fingerprint {str(adapter.fingerprint)[:12]}), but this model has the fingerprint "
+            f"The adapter {adapter.base_in_words}, but this model has the fingerprint "
             f"{fingerprint[:12]}. Open it with the checkpoint it was trained from."
         )
 

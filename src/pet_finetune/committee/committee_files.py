@@ -113,8 +113,8 @@ def _common_energy(adapters: Sequence[Adapter], base: Potential, wanted: str | N
             first.fingerprint != other.fingerprint
         ):
             raise AdapterError(
-                f"The adapters of a committee share one base, but {_with_base(first)} and "
-                f"{_with_base(other)}. Leave one of them out."
+                f"The adapters of a committee share one base, but {first.base_in_words} and "
+                f"{other.base_in_words}. Leave one of them out."
             )
         common &= _targets(other, base).keys()
         if not common:
@@ -136,13 +136,6 @@ def _common_energy(adapters: Sequence[Adapter], base: Potential, wanted: str | N
             f"({energies or 'none'}); name the one to use."
         )
     return energy
-
-
-def _with_base(adapter: Adapter) -> str:
-    return (
-        f"'{adapter.name}' belongs to the base '{adapter.base_name or 'unnamed'}' "
-        f"(fingerprint {str(adapter.fingerprint)[:12]})"
-    )
 
 
 def write_committee(folder: str | Path, members: Sequence[str], calibration: Calibration) -> Path:

@@ -15,7 +15,7 @@ from pet_finetune.errors import DataError
 from pet_finetune.keys import label_kind
 from pet_finetune.log import get_logger
 from pet_finetune.progress import Watch
-from pet_finetune.rng import Stream
+from pet_finetune.rng import Stream, torch_generator
 
 from .epochs import count_packs, deal, in_blocks, pack, random_rotations, rotate_batch
 from .labelled_batch import LabelledBatch, Whole, collate_labelled, num_known, prepare
@@ -336,8 +336,7 @@ class Loader:
     def _rotations(self, epoch: int) -> Tensor:
         """One rotation per structure, whatever batch it falls into; ``[len(structures), 3, 3]``."""
         if self._turned is None or self._turned[0] != epoch:
-            sequence = np.random.SeedSequence([self.seed, epoch, Stream.ROTATIONS])
-            generator = torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
+            generator = torch_generator(self.seed, epoch, Stream.ROTATIONS)
             self._turned = epoch, random_rotations(len(self.structures), generator, self.dtype)
         return self._turned[1]
 

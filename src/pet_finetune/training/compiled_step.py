@@ -293,7 +293,7 @@ def _bare(part: LossPart) -> LossPart:
         part.objective, scale=1.0, loss=loss.model_copy(update={"weight": 0.0, **terms})
     )
     term = part.term.model_copy(update={"weight": 0.0})
-    return replace(part, objective=objective, term=term, weight=0.0)
+    return replace(part, objective=objective, term=term)
 
 
 def _scaled(part: LossPart, scale: Tensor) -> LossPart:
@@ -304,7 +304,7 @@ def _numbers(
     parts: Sequence[LossPart], counts: Sequence[Tensor | int], device: torch.device
 ) -> Tensor:
     """What the sum of each term is multiplied with, and its scale: [2, n_parts] float64."""
-    given = [[part.weight for part in parts], [part.objective.scale for part in parts]]
+    given = [[part.term.weight for part in parts], [part.objective.scale for part in parts]]
     numbers = torch.tensor(given, dtype=torch.float64).to(device, non_blocking=True)
     known = torch.stack([torch.as_tensor(count, device=device) for count in counts])
     return torch.stack([numbers[0] / known.clamp_min(1), numbers[1]])

@@ -16,54 +16,45 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pet_finetune.config import RotationalConsistency, TrainingOptions
 from pet_finetune.data.epochs import random_rotations, rotate_batch
 from pet_finetune.data.labelled_batch import LabelledBatch, on_device
 from pet_finetune.graph import Batch, rotate_graphs
 from pet_finetune.keys import label_kind
 from pet_finetune.model import Potential
 from pet_finetune.model.inference import evaluating
-from pet_finetune.rng import Stream
+from pet_finetune.rng import Stream, torch_generator
 
 from .feature import Feature, Step, TrainingRun
 from .metrics import labelled_values
-from .objectives import Objective, batch_loss, derivatives, objectives_at
+from .objectives import batch_loss, derivatives, objectives_at
 
 
-class ConsistencyLoss:
-    """The loss of structures just seen, rotated, labelled with what was just said of them.
+class RotationalAgreement(Feature):
+    """The feature ``rotational_consistency``: structures just seen, rotated, beside each batch.
 
-    A rotated structure counts ``weight`` times as much as a labelled one: the loss is a mean over
-    the rotated ones times their share of the batch. Without the share, a few structures with a
-    large weight have most of the gradient, and its noise spoils the training.
+    Their labels are what was just said of them. A rotated structure counts ``weight`` times as much
+    as a labelled one: the loss is a mean over the rotated ones times their share of the batch.
+    Without the share, a few structures with a large weight have most of the gradient, and its noise
+    spoils the training. Types and weights, and ``loss_schedule``, are those of the run.
 
     The gradient goes through the second orientation alone. Over many steps each of the two has
     that place as often, so it points where the gradient through both would, at half the length
     and little more than half the price.
-
-    Args:
-        model: is trained.
-        objectives: of the run; types and weights hold here, too.
-        consistency: how much of it.
-        options: ``architecture.training``, whose ``loss_schedule`` holds here, too.
-        seed: of the run.
     """
 
-    def __init__(
-        self,
-        model: Potential,
-        objectives: Mapping[str, Objective],
-        consistency: RotationalConsistency,
-        options: TrainingOptions,
-        seed: int,
-    ) -> None:
-        self.model, self.objectives, self.consistency = model, dict(objectives), consistency
-        self._options, self._seed = options, seed
-        self._wanted = derivatives(self.objectives)
+    name = "rotations"
+    shared = True
 
-    def __call__(self, step: Step) -> Tensor:
-        """The weighted loss of the rotated structures, a scalar."""
-        count = math.ceil(self.consistency.fraction * step.batch.size)
+    def start(self, trainer: TrainingRun, kept: Mapping[str, Any] | None) -> None:
+        """Note the run."""
+        self._trainer = trainer
+
+    def losses(self, step: Step) -> Mapping[str, Tensor]:
+        """The weighted loss of the rotated structures."""
+        trainer = self._trainer
+        consistency = trainer.options.rotational_consistency
+        assert consistency is not None, "the run does not ask for it"
+        count = math.ceil(consistency.fraction * step.batch.size)
         own = {
             key: values.detach()
             for target, prediction in step.predictions.items()
@@ -74,39 +65,16 @@ class ConsistencyLoss:
         if said.whole is not None:
             rotations = rotations[said.whole.rows(per_atom=False)]
         rotated = rotate_batch(said, rotations.to(said.graph.cells.device))
-        predictions = self.model.predict_targets(rotated.graph, self._wanted, create_graph=True)
-        objectives = objectives_at(self.objectives, self._options, step.epoch)
-        share = count / step.batch.size
-        return self.consistency.weight * share * batch_loss(rotated, predictions, objectives)
+        wanted = derivatives(trainer.objectives)
+        predictions = trainer.model.predict_targets(rotated.graph, wanted, create_graph=True)
+        objectives = objectives_at(trainer.objectives, trainer.options, step.epoch)
+        weight = consistency.weight * count / step.batch.size
+        return {self.name: weight * batch_loss(rotated, predictions, objectives)}
 
     def _rotations(self, step: Step, count: int) -> Tensor:
-        """On the CPU whatever the model is on: the same rotations everywhere."""
-        sequence = np.random.SeedSequence([self._seed, step.epoch, step.index, Stream.CONSISTENCY])
-        generator = torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
-        return random_rotations(count, generator)
-
-
-class RotationalAgreement(Feature):
-    """The feature ``rotational_consistency``: a :class:`ConsistencyLoss` beside each batch."""
-
-    name = "rotations"
-    shared = True
-
-    def start(self, trainer: TrainingRun, kept: Mapping[str, Any] | None) -> None:
-        """Take objectives and seed from the run."""
-        options = trainer.options
-        assert options.rotational_consistency is not None, "the run does not ask for it"
-        self._loss = ConsistencyLoss(
-            trainer.model,
-            trainer.objectives,
-            options.rotational_consistency,
-            options,
-            trainer.training.seed,
-        )
-
-    def losses(self, step: Step) -> Mapping[str, Tensor]:
-        """The loss of the rotated structures."""
-        return {self.name: self._loss(step)}
+        """The same on every process, whatever device the model is on."""
+        place = self._trainer.training.seed, step.epoch, step.index
+        return random_rotations(count, torch_generator(*place, Stream.CONSISTENCY))
 
 
 def _labelled(batch: LabelledBatch, labels: dict[str, Tensor]) -> LabelledBatch:

@@ -171,10 +171,14 @@ def _members_in(folder: Path) -> list[Path]:
 
 def _check_free(files: RunFiles, source: str | Path) -> None:
     files.check_free(source)
-    if _members_in(files.folder):
+    _check_no_members(files.folder)
+
+
+def _check_no_members(folder: Path) -> None:
+    if _members_in(folder):
         raise TrainingError(
-            f"The output folder '{files.folder}' holds an ensemble already. Choose another with "
-            f"-o FOLDER, or go on with that one: --restart {files.folder}."
+            f"The output folder '{folder}' holds an ensemble already. Choose another with "
+            f"-o FOLDER, or go on with that one: --restart {folder}."
         )
 
 
@@ -187,11 +191,7 @@ def _take_over(last: Path, folder: Path) -> None:
             "finetune.ensemble from the options to go on with it, or start a new run."
         )
     if old.resolve() != folder.resolve():
-        if _members_in(folder):
-            raise TrainingError(
-                f"The output folder '{folder}' holds an ensemble already: choose another with "
-                "-o FOLDER."
-            )
+        _check_no_members(folder)
         with undisturbed(old):
             for member in _members_in(old):
                 shutil.copytree(member, folder / member.name)

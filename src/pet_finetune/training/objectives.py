@@ -103,14 +103,12 @@ class LossPart:
     Attributes:
         label: the name of the labels.
         objective: what is asked of their target.
-        term: the type of the loss.
-        weight: of the term.
+        term: the type and the weight of the loss.
     """
 
     label: str
     objective: Objective
     term: LossTerm
-    weight: float
 
 
 def loss_parts(labels: Iterable[str], objectives: Mapping[str, Objective]) -> list[LossPart]:
@@ -124,7 +122,7 @@ def loss_parts(labels: Iterable[str], objectives: Mapping[str, Objective]) -> li
             (stress_key(name), objective.stress, loss.stress_term()),
         ]
         parts += [
-            LossPart(label, objective, term, term.weight)
+            LossPart(label, objective, term)
             for label, asked, term in wanted
             if asked and label in known
         ]
@@ -187,7 +185,7 @@ def batch_loss(
     for part in loss_parts(batch.labels, objectives):
         count = torch.as_tensor(batch.num_known(part.label)).clamp_min(1)
         known = sum_of_known(part, batch.graph, batch.labels, predictions)
-        total = total + part.weight * (known / count)
+        total = total + part.term.weight * (known / count)
     return total
 
 

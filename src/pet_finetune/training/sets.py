@@ -20,17 +20,16 @@ from pet_finetune.data.loader import Loader
 from pet_finetune.data.splits import Splits
 from pet_finetune.data.structure import Structure
 from pet_finetune.data.structure_sets import label_names, taken
-from pet_finetune.graph import Batch
 from pet_finetune.keys import forces_key, stress_key
 from pet_finetune.log import get_logger
-from pet_finetune.model import Potential, Prediction
+from pet_finetune.model import Potential
 from pet_finetune.model.inference import evaluating
-from pet_finetune.rng import MemberStream, Stream
+from pet_finetune.rng import MemberStream, Stream, torch_generator
 
 from .feature import Feature
 from .metrics import Errors, evaluate
 from .objectives import Objective
-from .predictions import PredictionRecorder
+from .predictions import PredictionRecorder, split_predictions
 from .run_files import RunFiles
 
 _logger = get_logger(__name__)
@@ -226,26 +225,17 @@ def label_with(
     labels: list[dict[str, Tensor]] = []
     with evaluating(model):
         for batch in on_device(loader, model.device, model.dtype):
-            labels += _labels(batch.graph, model.predict_many(batch.graph, wanted))
+            said = split_predictions(batch.graph, model.predict_many(batch.graph, wanted))
+            for own, volume in zip(said, batch.graph.volumes.tolist(), strict=True):
+                flat = () if volume > 0 else {stress_key(target) for target in targets}
+                labels.append(
+                    {
+                        name: torch.tensor(values, dtype=torch.float64)
+                        for name, values in own.items()
+                        if name not in flat
+                    }
+                )
     return [replace(s, labels=own) for s, own in zip(structures, labels, strict=True)]
-
-
-def _labels(batch: Batch, predictions: Mapping[str, Prediction]) -> list[dict[str, Tensor]]:
-    """The predictions for each structure of a batch, as its labels."""
-    labels: list[dict[str, Tensor]] = [{} for _ in range(batch.num_structures)]
-    atoms, volumes = batch.atoms_per_structure.tolist(), batch.volumes.tolist()
-    for target, prediction in predictions.items():
-        assert prediction.forces is not None
-        assert prediction.stress is not None
-        energies = prediction.energy.to("cpu", torch.float64)
-        forces = prediction.forces.to("cpu", torch.float64).split(atoms)
-        stresses = prediction.stress.to("cpu", torch.float64)
-        for index, own in enumerate(labels):
-            own[target] = energies[index].clone()
-            own[forces_key(target)] = forces[index].clone()
-            if volumes[index] > 0:
-                own[stress_key(target)] = stresses[index].clone()
-    return labels
 
 
 def relabelled(
@@ -291,9 +281,7 @@ def add_label_noise(
     """
     if not noise.energy and not noise.forces:
         return batch
-    sequence = np.random.SeedSequence([*seed, Stream.NOISE])
-    # On the CPU and in float64 whatever the labels are: the same numbers everywhere.
-    generator = torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
+    generator = torch_generator(*seed, Stream.NOISE)  # float64 whatever the labels are
     labels = dict(batch.labels)
     for target in sorted(targets):
         for name, width in ((target, noise.energy), (forces_key(target), noise.forces)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from models import random_potential
 from pet_finetune.config import RotationalConsistency, TargetLoss, TrainingOptions
 from pet_finetune.data import Loader, rotate_batch
-from pet_finetune.training.consistency import ConsistencyLoss, rotational_spread
+from pet_finetune.training.consistency import RotationalAgreement, rotational_spread
 from pet_finetune.training.feature import Step
 from pet_finetune.training.objectives import Objective
 from tiny_data import molecules, structures_of
@@ -33,8 +34,22 @@ def seen_by(model, epoch=0, index=0):
 
 
 def loss_of(model, **options):
-    consistency = RotationalConsistency(**options)
-    return ConsistencyLoss(model, {"energy": OBJECTIVE}, consistency, TrainingOptions(), seed=5)
+    settings = TrainingOptions(rotational_consistency=RotationalConsistency(**options))
+    feature = RotationalAgreement()
+    feature.start(
+        SimpleNamespace(
+            model=model,
+            objectives={"energy": OBJECTIVE},
+            options=settings,
+            training=SimpleNamespace(seed=5),
+        ),
+        None,
+    )
+    return feature
+
+
+def value_of(feature, seen):
+    return feature.losses(seen)["rotations"]
 
 
 def test_it_is_the_loss_against_the_turned_prediction():
@@ -52,28 +67,29 @@ def test_it_is_the_loss_against_the_turned_prediction():
     forces = (rotated.forces - forward) / 2.0
     assert float((back - said.forces[:atoms]).detach().abs().max()) > 1e-6
     expected = 4.0 * (3 / 6) * (3.0 * (energies**2).mean() + 0.5 * forces.abs().mean())
-    torch.testing.assert_close(term(seen), expected)
+    torch.testing.assert_close(value_of(term, seen), expected)
 
 
 def test_it_vanishes_where_only_lengths_count():
     model = without_directions(random_potential())
-    assert loss_of(model)(seen_by(model)).item() < 1e-12
+    assert value_of(loss_of(model), seen_by(model)).item() < 1e-12
     model = random_potential()
-    assert loss_of(model)(seen_by(model)).item() > 1e-9
+    assert value_of(loss_of(model), seen_by(model)).item() > 1e-9
 
 
 def test_the_gradient_is_that_of_the_second_orientation_alone():
     model = random_potential()
     seen = seen_by(model)
     assert seen.predictions["energy"].energy.requires_grad
-    loss_of(model)(seen).backward()  # the graph of what was seen is never asked for
+    value_of(loss_of(model), seen).backward()  # the graph of what was seen is never asked for
     seen.predictions["energy"].energy.sum().backward()
 
 
 def test_rotations_depend_on_the_place_in_the_run_alone():
     model = random_potential()
     values = [
-        loss_of(model)(seen_by(model, *place)).item() for place in [(0, 0), (0, 1), (1, 0), (0, 0)]
+        value_of(loss_of(model), seen_by(model, *place)).item()
+        for place in [(0, 0), (0, 1), (1, 0), (0, 0)]
     ]
     assert values[0] == values[3]
     assert len(set(values)) == 3
@@ -88,7 +104,7 @@ def test_at_least_one_structure_and_at_most_all(fraction):
         counted.append(batch.num_structures) or predict(batch, *a, **k)
     )
     seen = seen_by(model)
-    loss_of(model, fraction=fraction)(seen)
+    value_of(loss_of(model, fraction=fraction), seen)
     assert counted == [6, 1 if fraction < 0.5 else 6]
 
 
