@@ -16,6 +16,7 @@ from ase.optimize import BFGS
 from models import crystal, ethanol
 from pet_finetune import PETCalculator
 from pet_finetune.dynamics import relaxation as workflow
+from pet_finetune.errors import DataError
 
 FEW = ("--steps", 4, "--fmax", 1e-8)
 
@@ -131,6 +132,28 @@ def test_ctrl_c_leaves_what_is_done(relax, monkeypatch):
     assert done.code == 130
     assert "1 of 2 structures are in relaxed.xyz" in done.err
     assert len(ase.io.read("relaxed.xyz", ":")) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "words"), [(DataError("too far"), "too far"), (MemoryError(), "fit into the memory")]
+)
+def test_a_structure_that_cannot_be_computed_takes_no_other_with_it(
+    relax, monkeypatch, error, words
+):
+    calculate = workflow._Batches._calculate
+
+    def refuses(self, several):
+        if any(one.number == 1 for one in several):
+            raise error
+        return calculate(self, several)
+
+    monkeypatch.setattr(workflow._Batches, "_calculate", refuses)
+    ase.io.write("three.xyz", [ethanol() for _ in range(3)])
+    done = relax(*FEW, structures="three.xyz")
+    assert done.code == 1
+    assert "1 of 3 structures of three.xyz could not be relaxed:\nframe 1: " in done.err
+    assert words in done.err
+    assert [a.info["relax_frame"] for a in ase.io.read("relaxed.xyz", ":")] == [0, 2]
 
 
 @pytest.mark.parametrize("optimizer", ["fire", "bfgs"])

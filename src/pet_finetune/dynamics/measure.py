@@ -13,7 +13,7 @@ from ase.md.md import MolecularDynamics
 from rich.progress import TextColumn
 
 from pet_finetune.log import get_logger
-from pet_finetune.progress import REDRAWS_PER_SECOND, progress_bar, start_bar, stop_bar
+from pet_finetune.progress import REDRAWS_PER_SECOND, Watch, progress_bar, start_bar, stop_bar
 
 from .integrators import conserved_quantity, temperature
 
@@ -173,12 +173,14 @@ class MDDisplay:
         self._steps, self._done, self._atoms = steps, done, atoms
         self._first: float | None = None
         self._began = self._moved = time.monotonic()
+        self._watch = Watch("simulating", "steps", steps)  # a line each minute in a log
         self._bar = progress_bar(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
             TextColumn("{task.fields[words]}"),
         )
 
     def __enter__(self) -> MDDisplay:
+        self._watch.__enter__()
         if self._bar is not None:
             start_bar(self._bar)
             self._task = self._bar.add_task("md", total=self._steps, completed=self._done, words="")
@@ -192,12 +194,14 @@ class MDDisplay:
     ) -> None:
         if self._bar is not None:
             stop_bar(self._bar)
+        self._watch.__exit__(kind, error, trace)
 
     def step(self, row: Measurement) -> None:
         """Show a step, unless one was shown only just now."""
         if row.conserved is not None and self._first is None:
             self._first = row.conserved
         now = time.monotonic()
+        self._watch.done = row.step
         last = row.step >= self._steps
         if self._bar is not None and (last or now - self._moved > 1 / REDRAWS_PER_SECOND):
             self._moved = now

@@ -141,7 +141,12 @@ def relax_structures(
     waiting = deque(frames)
     underway: list[_Underway] = []
     batches = _Batches(calculator)
-    watch = Watch(f"relaxing {structures}", "structures", len(frames))
+
+    def what() -> str:
+        steps = [one.steps for one in underway]
+        return f"relaxing {structures}" + (f", at step {max(steps)}" if steps else "")
+
+    watch = Watch(what, "structures", len(frames))
     with InterruptGuard() as guard, watch:
         while (waiting or underway) and not guard.requested:
             while waiting and batches.room(underway, waiting[0][1]):
@@ -233,6 +238,9 @@ class _Underway:
         atoms: moved in place.
         calculator: which computes it.
         settings: when it is relaxed.
+
+    Attributes:
+        steps: that were made.
     """
 
     def __init__(
@@ -240,7 +248,9 @@ class _Underway:
     ) -> None:
         self.number, self.atoms, self.neighbors = number, atoms, calculator.fresh_neighbors()
         self._species, self._settings = calculator.model.species, settings
-        self._steps, self._before = 0, 0.0
+        self.steps, self._before = 0, 0.0
+        #: Why it could not be computed.
+        self.problem: Exception | None = None
         pressure = settings.pressure * ase.units.GPa
         cell = settings.cell
         self._moving = FrechetCellFilter(atoms, scalar_pressure=pressure) if cell else atoms
@@ -251,32 +261,34 @@ class _Underway:
 
         Raises:
             DynamicsError: energy or forces are infinite.
-            PetFinetuneError: the next positions or cell cannot be computed.
+            PetFinetuneError: these or the next positions or cell cannot be computed.
         """
+        if self.problem is not None:
+            raise self.problem
         results = self.atoms.calc.results
         energy = results["energy"]
         if not (np.isfinite(energy) and np.isfinite(results["forces"]).all()):
             raise DynamicsError(
-                f"after {self._steps} steps the energy or the forces are infinite. The "
+                f"after {self.steps} steps the energy or the forces are infinite. The "
                 "structure is far from what the model knows; `inspect` looks for close contacts."
             )
-        if self._steps == 0:
+        if self.steps == 0:
             self._before = energy
         forces = np.linalg.norm(self._moving.get_forces(), axis=1)  # of the cell too
         converged = bool(forces.max() < self._settings.fmax)
-        if not converged and self._steps < self._settings.steps:
+        if not converged and self.steps < self._settings.steps:
             self._optimizer.step()
-            self._steps += 1
+            self.steps += 1
             check_atoms(self.atoms, self._species)
             return None
         out, _ = carried(self.atoms)
         out.calc = SinglePointCalculator(out, **results)
         out.info |= {
-            "relax_frame": self.number, "relax_steps": self._steps, "relax_converged": converged,
+            "relax_frame": self.number, "relax_steps": self.steps, "relax_converged": converged,
         }  # fmt: skip
         largest = float(np.linalg.norm(self.atoms.get_forces(), axis=1).max())
         gain = self._before - energy
-        return Relaxed(out, self.number, self._steps, converged, gain, largest)
+        return Relaxed(out, self.number, self.steps, converged, gain, largest)
 
 
 class _Batches:
@@ -295,7 +307,10 @@ class _Batches:
         return not underway or sum(len(one.atoms) for one in underway) + len(atoms) <= self._most
 
     def compute(self, several: Sequence[_Underway]) -> None:
-        """Give each its energy, forces and stress; in halves where the memory does not hold all."""
+        """Give each its energy, forces and stress, or the reason why it has none.
+
+        In halves where the memory does not hold all.
+        """
         count = sum(len(one.atoms) for one in several)
         if len(several) > 1 and count > self._most:
             half = len(several) // 2
@@ -304,9 +319,19 @@ class _Batches:
             return
         try:
             found = self._calculate(several)
+        except _FAILURES as error:
+            if len(several) == 1:
+                several[0].problem = error
+            else:  # whose fault it is
+                for one in several:
+                    self.compute([one])
+            return
         except (RuntimeError, MemoryError) as error:
-            if len(several) == 1 or not is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
+            if len(several) == 1:
+                several[0].problem = DynamicsError(f"{count} atoms do not fit into the memory.")
+                return
             self._most = count // 2
             self.compute(several)
             return
