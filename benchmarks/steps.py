@@ -47,6 +47,7 @@ NAMES = ("CH3CH2OH", "C6H6", "CH3COCH3", "H2O2")
 #: Molecules of the cells of water with about 243, 2,000 and 20,000 atoms.
 WATER = {"243": (3, 3, 9), "2,000": (8, 9, 9), "20,000": (17, 20, 20)}
 FRAMES = 1000
+_BEGAN = time.perf_counter()
 
 Row = tuple[str, str, float, float]
 
@@ -183,6 +184,16 @@ def evaluation(clock: Clock, quick: bool) -> Iterator[Row]:
     yield f"evaluation of {count:,} molecules", mode, *clock.measure(evaluate)
 
 
+def before(minutes: float, name: str, rows: Iterator[Row]) -> Iterator[Row]:
+    """Rows, each measured when it is asked for, until the time since the start is up."""
+    while time.perf_counter() - _BEGAN < 60 * minutes:
+        row = next(rows, None)
+        if row is None:
+            return
+        yield row
+    print(f"| {name}: the rest is left out, {minutes:g} minutes are over | | | |", flush=True)
+
+
 def main() -> None:
     """Measure and print the table, row by row."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -190,6 +201,7 @@ def main() -> None:
     parser.add_argument("--structures", help="a file to train on, instead of generated molecules")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=8.0, help="for each row, about")
+    parser.add_argument("--minutes", type=float, default=8.0, help="no row begins later")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does every row run?")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--only", choices=("training", "md", "evaluation"))
@@ -214,7 +226,7 @@ def main() -> None:
         for name, rows in made.items():
             if arguments.only not in (None, name):
                 continue
-            for what, mode, milliseconds, megabytes in rows:
+            for what, mode, milliseconds, megabytes in before(arguments.minutes, name, rows):
                 print(f"| {what} | {mode} | {milliseconds:.1f} | {megabytes:.0f} |", flush=True)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from models import PROPERTIES, crystal, ethanol, lone_atom, random_potential, slab, trained_adapter
-from pet_finetune import PETCalculator
+from pet_finetune import PETCalculator, graph
 from pet_finetune.adapters import freeze
 from pet_finetune.backends import graphs
 from pet_finetune.config import TargetLoss
@@ -131,12 +131,12 @@ def followed_only(monkeypatch):
     """The graphs as Inductor is given them, computed operation by operation."""
     made = []
 
-    def graph(what, key, device, function, inputs, free):
+    def follow(what, key, device, function, inputs, free):
         made.append(key)
         return graphs.followed(function, inputs, free)[0]
 
     for module in (compiled_step, compiled):
-        monkeypatch.setattr(module, "compiled_graph", graph)
+        monkeypatch.setattr(module, "compiled_graph", follow)
     return made
 
 
@@ -147,6 +147,22 @@ def test_one_graph_has_the_gradients_of_batches_of_all_sizes(kind, followed_only
     for frames in (FIRST, *OTHERS):
         check(kind, step, model, objectives, frames)
     assert len(followed_only) == 1
+
+
+@SLOW
+def test_atoms_in_two_rectangles_have_a_graph_of_their_own(followed_only, monkeypatch):
+    model, objectives = model_and_objectives("heads")
+    step = step_of(model, objectives)
+    check("heads", step, model, objectives, FIRST)
+
+    def cuts(counts, num_tokens):
+        half = len(counts) // 2
+        return [(half, int(counts[half - 1]) + 1), (len(counts), int(counts[-1]) + 1)]
+
+    monkeypatch.setattr(graph, "_cuts", cuts)  # as of batches with more empty slots than these
+    for frames in (FIRST, OTHERS[1]):
+        check("heads", step, model, objectives, frames)
+    assert len(followed_only) == 2
 
 
 @SLOW

@@ -102,8 +102,9 @@ class NeighborhoodBuilder(Accelerated, nn.Module):
             within = edges.within
         else:
             inside = torch.linalg.vector_norm(vectors, dim=-1) + self.tiny <= self.cutoff
-            if not bool(inside.all()):
-                within = torch.nonzero(inside).squeeze(-1)
+            near = torch.nonzero(inside).squeeze(-1)  # on a GPU one wait, as asking for all() is
+            if near.size(0) < centers.size(0):
+                within = near
         if within is not None:
             vectors, centers, neighbors = vectors[within], centers[within], neighbors[within]
         else:
@@ -111,12 +112,12 @@ class NeighborhoodBuilder(Accelerated, nn.Module):
             # longer neighbour list changes no bit.
             vectors = vectors.view(-1, 3)
         distances = torch.linalg.vector_norm(vectors, dim=-1) + self.tiny
-        near = Near(within, vectors, distances, centers, neighbors)
+        found = Near(within, vectors, distances, centers, neighbors)
         if not self.adaptive:
-            return near, None
+            return found, None
         per_atom = self.radii(distances, centers, batch.numbers.size(0))
         # Both directions of a pair must agree on being there, hence the mean of their radii.
-        return near, (per_atom[centers] + per_atom[neighbors]) / 2.0
+        return found, (per_atom[centers] + per_atom[neighbors]) / 2.0
 
     def choose(self, batch: Batch, near: Near, radii: Tensor | None) -> Edges:
         """Which of them count, by how long they are."""

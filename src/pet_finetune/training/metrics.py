@@ -168,9 +168,10 @@ def evaluate(
     if isinstance(batches, Loader) and keep is None:
         batches, deals = batches.dealt(processes.rank(), processes.size()), True
     layers = {} if isinstance(model, Committee) else fresh(model)
+    ready = None if isinstance(model, Committee) else model.network.neighborhood.with_edges
     total = len(batches.structures) if isinstance(batches, Loader) and not deals else None
     with evaluating(model), Watch("predictions", "structures", total) as watch:
-        for batch in on_device(batches, model.device, model.dtype):
+        for batch in on_device(batches, model.device, model.dtype, ready):
             predictions: Mapping[str, Prediction | Property]
             if isinstance(model, Committee):  # of an energy, and has no other targets
                 predictions = model.predict_many(batch.graph, wanted)
