@@ -22,7 +22,7 @@ from pet_finetune.caches import cache_folders
 from pet_finetune.errors import CheckpointError, PetFinetuneError, did_you_mean
 from pet_finetune.extras import missing_extra
 from pet_finetune.files import check_room, replacing, size_text
-from pet_finetune.locks import FileLock
+from pet_finetune.locks import only_one
 from pet_finetune.log import get_logger
 from pet_finetune.progress import Watch
 from pet_finetune.version import __version__
@@ -265,16 +265,11 @@ def _from_web(url: str) -> Path:
             _logger.info("%s: fetched before, %s", plain, place)
             return place
     place = places[-1]
-    place.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(place.parent / ".lock")
-    lock.wait()
-    try:
+    with only_one(place):
         if not place.is_file():  # else another process was faster
             with replacing(place) as partial:
                 _download(plain, partial, wanted)
             _logger.info("%s: kept as %s", plain, place)
-    finally:
-        lock.release()
     return place
 
 

@@ -19,6 +19,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -229,6 +230,20 @@ class FileLock:
             return os.fstat(file).st_mtime_ns
         finally:
             os.close(file)
+
+
+@contextlib.contextmanager
+def only_one(path: Path) -> Iterator[None]:
+    """Be the only process that makes a file or a folder; waits for another one, and says so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f"{path.name}.lock"))
+    if not lock.acquire():
+        _logger.info("%s is being made by %s; waiting", path, lock.holder or "another process")
+        lock.wait()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _give_signs(file: int, stop: threading.Event) -> None:

@@ -22,7 +22,7 @@ import torch
 from pet_finetune.caches import cache_folders, notice
 from pet_finetune.errors import ConfigError
 from pet_finetune.files import replacing
-from pet_finetune.locks import FileLock
+from pet_finetune.locks import only_one
 from pet_finetune.log import get_logger
 
 from .operators import register_fakes
@@ -161,23 +161,11 @@ def _on_path(folder: str) -> Iterator[None]:
         os.environ["PATH"] = before
 
 
-@contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
-    """Wait for another process that compiles the same library, so that no work is done twice."""
-    lock = FileLock(path.with_suffix(".lock"))
-    lock.wait()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _library(path: Path) -> Path:
     """The library's path, compiled first if need be."""
     if path.exists():  # perhaps in a folder that cannot be written
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _one_at_a_time(path):
+    with only_one(path):
         return path if path.exists() else _compiled(path)
 
 

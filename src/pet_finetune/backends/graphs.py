@@ -25,7 +25,7 @@ from torch import Tensor
 from pet_finetune.caches import cache_folders
 from pet_finetune.errors import PetFinetuneError
 from pet_finetune.files import replacing
-from pet_finetune.locks import FileLock
+from pet_finetune.locks import only_one
 from pet_finetune.log import get_logger
 
 __all__ = ["CannotCompile", "Graph", "compiled_graph", "followed", "is_compiled"]
@@ -82,13 +82,8 @@ def compiled_graph(
     try:
         if path.exists():
             return _loaded(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.with_suffix(".lock"))
-        lock.wait()  # for another process that compiles the same
-        try:
+        with only_one(path):
             return _loaded(path) if path.exists() else _compiled(path, function, inputs, free)
-        finally:
-            lock.release()
     except Exception as error:  # a compiler has more ways to fail than can be listed
         _LOG.debug("compiling failed", exc_info=True)
         # A file that is damaged, or that another build of torch made, shall not stay in the way.

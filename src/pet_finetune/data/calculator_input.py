@@ -119,24 +119,49 @@ def charge_and_spin(atoms: Atoms, max_charge: int, max_spin: int) -> tuple[int, 
 Origin = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
+@dataclass(frozen=True)
+class Contacts:
+    """The extremes of the distances in a structure.
+
+    Attributes:
+        closest: the two atoms nearest to each other (the same twice: an atom and its image);
+            None where no two are within reach.
+        distance: between them, in Å; infinite where there are none.
+        alone: atoms without another one within reach.
+    """
+
+    closest: tuple[int, int] | None
+    distance: float
+    alone: frozenset[int]
+
+
 class MovingAtoms:
     """Makes batches of one structure; what has not changed since the last one is used again.
 
+    The neighbour list is built up to ``cutoff + skin`` and kept for as long as no pair can have
+    come within the cutoff that was beyond the margin. Let F take the old cell to the new one, and u
+    be what each atom moved apart from that: a pair at distance d is then at least
+    ``s d - 2 max|u|`` apart, with s the smallest singular value of F. So MD at constant pressure
+    keeps its list too.
+
     Args:
         cutoff: up to which no edge may be missed, in Å.
-        skin: margin of the neighbour list, in Å.
+        skin: margin of the neighbour list, in Å, 0 or more; 0 builds a list at every move.
     """
 
     def __init__(self, cutoff: float, skin: float) -> None:
-        self._neighbors = SkinNeighbors(cutoff, skin)
-        self._latest: NeighborList | None = None
+        self._cutoff, self._skin = cutoff, skin
         self._pairs: NeighborList | None = None
+        #: Positions, cell and pbc that the list was built for.
+        self._built_for: tuple[Tensor, Tensor, Tensor]
+        #: The list on the device of the batches.
+        self._pairs_there: NeighborList | None = None
         self._fixed: tuple[Tensor, ...] = ()
         self._fixed_for: object = None
 
     def fresh(self) -> MovingAtoms:
         """Another one, which has seen no structure yet."""
-        return MovingAtoms(self._neighbors.cutoff, self._neighbors.skin)
+        return MovingAtoms(self._cutoff, self._skin)
 
     def batch(
         self, atoms: Atoms, charge: int, spin: int, device: torch.device, dtype: torch.dtype
@@ -144,28 +169,30 @@ class MovingAtoms:
         """The structure as the model's input; its edges reach as far as the skin.
 
         Args:
-            atoms: can be computed, see :func:`~.calculator_input.check_atoms`.
+            atoms: can be computed, see :func:`check_atoms`.
             charge: its total charge.
             spin: its multiplicity.
             device: of the batch.
             dtype: of the batch's floats.
         """
         positions, cell, pbc = _geometry(atoms)
-        pairs = self._neighbors.update(positions, cell, pbc)
-        if self._pairs is None or pairs is not self._latest:
-            self._latest = pairs
-            self._pairs = NeighborList(*(tensor.to(device) for tensor in pairs))
+        if self._pairs is None or not self._holds(positions, cell, pbc):
+            self._build(positions, cell, pbc)
+        if self._pairs_there is None:
+            assert self._pairs is not None
+            self._pairs_there = NeighborList(*(tensor.to(device) for tensor in self._pairs))
+        pairs = self._pairs_there
         positions, cell = positions.to(device), cell.to(device)
         # Differences of positions are taken in double precision, whatever the model's.
-        vectors = edge_vectors(positions, cell, self._pairs)
+        vectors = edge_vectors(positions, cell, pairs)
         numbers, structure_index, charges, spins = self._kept(atoms, charge, spin, device)
         return Batch(
             numbers=numbers,
             positions=positions.to(dtype),
             edge_vectors=vectors.to(dtype),
-            centers=self._pairs.centers,
-            neighbors=self._pairs.neighbors,
-            reverse=self._pairs.reverse,
+            centers=pairs.centers,
+            neighbors=pairs.neighbors,
+            reverse=pairs.reverse,
             structure_index=structure_index,
             cells=cell.to(dtype).unsqueeze(0),
             charges=charges,
@@ -186,131 +213,59 @@ class MovingAtoms:
 
     def contacts(self, atoms: Atoms) -> Contacts | None:
         """Of the structure computed last; None before the first."""
-        if self._latest is None:
+        if self._pairs is None:
             return None
         positions, cell, _ = _geometry(atoms)
-        return find_contacts(positions, cell, self._latest, self._neighbors.cutoff)
+        lengths = torch.linalg.vector_norm(edge_vectors(positions, cell, self._pairs), dim=1)
+        reached = set(self._pairs.centers[lengths < self._cutoff].tolist())
+        alone = frozenset(range(len(positions))) - reached
+        if not reached:
+            return Contacts(None, float("inf"), alone)
+        index = int(lengths.argmin())
+        closest = int(self._pairs.centers[index]), int(self._pairs.neighbors[index])
+        return Contacts(closest, float(lengths[index]), alone)
 
     @property
     def origin(self) -> Origin | None:
-        """What the neighbour list in use was built for; None before the first."""
-        origin = self._neighbors.origin
-        if origin is None:
+        """What the neighbour list in use was built for; None before the first.
+
+        The order of the pairs, and with it the last bit of every sum over them, depends on it.
+        """
+        if self._pairs is None:
             return None
-        positions, cell, pbc = (tensor.numpy().copy() for tensor in origin)
+        positions, cell, pbc = (tensor.numpy().copy() for tensor in self._built_for)
         return positions, cell, pbc
 
     def rebuild(self, origin: Origin) -> None:
         """Build the list of an :attr:`origin` again, to go on as if there had been no stop."""
-        positions, cell, pbc = (torch.from_numpy(np.array(array)) for array in origin)
-        self._neighbors.rebuild(positions, cell, pbc)
+        self._build(*(torch.from_numpy(np.array(array)) for array in origin))
 
-
-def _geometry(atoms: Atoms) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions, cell (zero where not periodic) and pbc of a structure."""
-    pbc = np.array(atoms.pbc, dtype=bool)
-    cell = np.where(pbc[:, None], np.asarray(atoms.cell.array, dtype=np.float64), 0.0)
-    positions = np.array(atoms.positions, dtype=np.float64)
-    return torch.from_numpy(positions), torch.from_numpy(cell), torch.from_numpy(pbc)
-
-
-class SkinNeighbors:
-    """The neighbour list of one moving structure, complete up to ``cutoff`` at every call.
-
-    It is built up to ``cutoff + skin`` and kept for as long as no pair can have come within the
-    cutoff that was beyond the margin. Let F take the old cell to the new one, and u be what each
-    atom moved apart from that: a pair at distance d is then at least ``s d - 2 max|u|`` apart,
-    with s the smallest singular value of F. So MD at constant pressure keeps its list too.
-
-    Args:
-        cutoff: the distance, in Å, up to which pairs must never be missed.
-        skin: the margin, in Å, 0 or more; 0 builds a list at every move.
-    """
-
-    def __init__(self, cutoff: float, skin: float) -> None:
-        self.cutoff = cutoff
-        self.skin = skin
-        self._pairs: NeighborList | None = None
-        self._positions = torch.empty(0, 3)
-        self._cell = torch.empty(3, 3)
-        self._pbc = torch.empty(3, dtype=torch.bool)
-
-    def update(self, positions: Tensor, cell: Tensor, pbc: Tensor) -> NeighborList:
-        """The list of a structure: the same object as last time where that still holds.
-
-        Args:
-            positions: ``[n, 3]`` float64 in Å.
-            cell: ``[3, 3]`` float64, cell vectors as rows in Å, zero where not periodic.
-            pbc: ``[3]`` bool.
-        """
-        if self._pairs is None or not self._holds(positions, cell, pbc):
-            self._pairs = neighbor_list(positions, cell, pbc, self.cutoff + self.skin)
-            self._positions, self._cell, self._pbc = positions.clone(), cell.clone(), pbc.clone()
-        return self._pairs
-
-    @property
-    def origin(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Positions, cell and pbc that the list at hand was built for; None before the first.
-
-        The order of the pairs, and with it the last bit of every sum over them, depends on these.
-        """
-        if self._pairs is None:
-            return None
-        return self._positions, self._cell, self._pbc
-
-    def rebuild(self, positions: Tensor, cell: Tensor, pbc: Tensor) -> None:
-        """Build the list of an :attr:`origin` again, to go on as if there had been no stop."""
-        self._pairs = None
-        self.update(positions, cell, pbc)
+    def _build(self, positions: Tensor, cell: Tensor, pbc: Tensor) -> None:
+        self._pairs = neighbor_list(positions, cell, pbc, self._cutoff + self._skin)
+        self._pairs_there = None
+        self._built_for = positions, cell, pbc
 
     def _holds(self, positions: Tensor, cell: Tensor, pbc: Tensor) -> bool:
         """Whether the list at hand has every pair within the cutoff."""
-        if positions.shape != self._positions.shape or not torch.equal(pbc, self._pbc):
+        old_positions, old_cell, old_pbc = self._built_for
+        if positions.shape != old_positions.shape or not torch.equal(pbc, old_pbc):
             return False
-        expected, shrinkage = self._positions, 1.0
-        if not torch.equal(cell, self._cell):
+        expected, shrinkage = old_positions, 1.0
+        if not torch.equal(cell, old_cell):
             if not bool(pbc.all()):
                 return False
-            deformation = torch.linalg.solve(self._cell, cell)
-            expected = self._positions @ deformation
+            deformation = torch.linalg.solve(old_cell, cell)
+            expected = old_positions @ deformation
             shrinkage = float(torch.linalg.svdvals(deformation).min())
         moved = positions - expected
         moved = moved - moved.mean(dim=0)  # only relative moves count
         furthest = float(torch.linalg.vector_norm(moved, dim=1).max())
-        return shrinkage * (self.cutoff + self.skin) - 2.0 * furthest >= self.cutoff
+        return shrinkage * (self._cutoff + self._skin) - 2.0 * furthest >= self._cutoff
 
 
-@dataclass(frozen=True)
-class Contacts:
-    """The extremes of the distances in a structure.
-
-    Attributes:
-        closest: the two atoms nearest to each other (the same twice: an atom and its image);
-            None where no two are within reach.
-        distance: between them, in Å; infinite where there are none.
-        alone: atoms without another one within reach.
-    """
-
-    closest: tuple[int, int] | None
-    distance: float
-    alone: frozenset[int]
-
-
-def find_contacts(positions: Tensor, cell: Tensor, pairs: NeighborList, reach: float) -> Contacts:
-    """Look through a neighbour list.
-
-    Args:
-        positions: ``[n, 3]`` in Å.
-        cell: ``[3, 3]``, cell vectors as rows in Å.
-        pairs: complete up to ``reach``.
-        reach: in Å.
-    """
-    lengths = torch.linalg.vector_norm(edge_vectors(positions, cell, pairs), dim=1)
-    near = lengths < reach
-    reached = set(pairs.centers[near].tolist())
-    alone = frozenset(range(len(positions))) - reached
-    if not reached:
-        return Contacts(None, float("inf"), alone)
-    index = int(lengths.argmin())
-    closest = int(pairs.centers[index]), int(pairs.neighbors[index])
-    return Contacts(closest, float(lengths[index]), alone)
+def _geometry(atoms: Atoms) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions, cell (zero where not periodic) and pbc of a structure, each a copy."""
+    pbc = np.array(atoms.pbc, dtype=bool)
+    cell = np.where(pbc[:, None], np.asarray(atoms.cell.array, dtype=np.float64), 0.0)
+    positions = np.array(atoms.positions, dtype=np.float64)
+    return torch.from_numpy(positions), torch.from_numpy(cell), torch.from_numpy(pbc)

@@ -17,6 +17,7 @@ from ase import Atoms
 
 from pet_finetune.errors import DataError
 from pet_finetune.files import check_file, replacing
+from pet_finetune.locks import only_one
 from pet_finetune.log import get_logger
 from pet_finetune.progress import Watch
 
@@ -24,7 +25,7 @@ from .ase_databases import count_rows, is_database
 from .extxyz import read_extxyz
 from .frame_files import read_file
 from .metatrain_sets import VERSION, Folder, is_metatrain_set, zip_count
-from .packing import FrameSource, identity_of, locked, pack, set_frames
+from .packing import FrameSource, identity_of, pack, set_frames
 from .symbols import as_types
 from .text import to_text
 
@@ -195,7 +196,7 @@ def _convert_to_zip(
     total: int | None,
 ) -> Converted:
     """Pack a folder beside the zip, and write the zip from it."""
-    with locked(target):
+    with only_one(target):
         if target.exists():
             with zipfile.ZipFile(target) as archive:
                 about = archive.comment.decode(errors="replace")

@@ -32,7 +32,6 @@ _logger = get_logger(__name__)
 
 _FLOAT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eEdD][-+]?\d+)?|[-+]?(?i:nan|inf)")
 # By the letter of a column in Properties.
-_ANYTHING = re.compile(r".*")
 _WORDS = {"R": (_FLOAT, "a number"), "I": (re.compile(r"[-+]?\d+"), "a whole number")}
 # Values of the keys for which ASE allows nine numbers and nothing else.
 _MATRIX = re.compile(
@@ -169,11 +168,7 @@ class _Reader:
         layout = SymbolLayout.of("" if self.plain else comment)
         if len(rows) < count or (rows and end >= len(self.lines) and not rows[-1].strip()):
             there = sum(bool(row.strip()) for row in rows)
-            raise DataError(
-                f"{self.source}: the last frame, {self.frame}, which begins on line "
-                f"{self.shown}, is cut off: it says it has {count} atoms, and {there} are "
-                f"there. Remove it (the lines from {self.shown} on), or write the file again."
-            )
+            self._cut_off(f"it says it has {count} atoms, and {there} are there")
         self._check_columns(rows, layout, first)
         self._cut_in_a_number(rows, end)
         rows, masses = self._with_elements(rows, layout, first, comment)
@@ -203,12 +198,11 @@ class _Reader:
         for number, row in enumerate(rows):
             width = len(row.split())
             if width < layout.width:
-                hint = ""
-                if row.strip().isdecimal() or not row.strip():
-                    hint = (
-                        f" The number of atoms on line {self.shown} is probably too large, or "
-                        "atoms are missing."
-                    )
+                hint = (
+                    f" The number of atoms on line {self.shown} is probably too large, or atoms "
+                    "are missing."
+                )
+                hint = hint if row.strip().isdecimal() or not row.strip() else ""
                 self._fail(
                     first + number,
                     f"{layout.width} columns are expected ({layout.names}), found "
@@ -225,26 +219,18 @@ class _Reader:
         """The file ends within the last row, where all rows have one length."""
         if self.ended or end < len(self.lines) or len(rows) < 3:
             return
-        lengths = {len(row) for row in rows[:-1]}
-        decimals = {len(row.rpartition(".")[2]) for row in rows[:-1]}
-        if (len(lengths) == 1 and len(rows[-1]) < min(lengths)) or (
-            len(decimals) == 1 and len(rows[-1].rpartition(".")[2]) < min(decimals)
-        ):
-            raise DataError(
-                f"{self.source}: the last frame, {self.frame}, which begins on line "
-                f"{self.shown}, is cut off: the file ends within a row, {_shown(rows[-1])}. "
-                f"Remove it (the lines from {self.shown} on), or write the file again."
-            )
+        for width in (len, lambda row: len(row.rpartition(".")[2])):
+            if len({width(row) for row in rows[:-1]}) == 1 and width(rows[-1]) < width(rows[0]):
+                self._cut_off(f"the file ends within a row, {_shown(rows[-1])}")
 
     def _with_elements(
         self, rows: list[str], layout: SymbolLayout, first: int, comment: str
     ) -> tuple[list[str], dict[int, float]]:
         """Rows with symbols of elements, and the masses of isotopes by atom."""
         masses: dict[int, float] = {}
-        if layout.species is None:
-            return rows, masses
-        self._agreeing(rows, layout, first)
-        if layout.numbered:
+        if layout.species is not None:
+            self._agreeing(rows, layout, first)
+        if layout.species is None or layout.numbered:
             return rows, masses
         changed = list(rows)
         typed = bool(self.types) or comment.lstrip().startswith("Atoms. Timestep")
@@ -265,16 +251,14 @@ class _Reader:
         """Stop where another column names another element than the column of symbols."""
         for number, row in enumerate(rows if layout.others else ()):
             words = row.split()
-            known = element_of(words[layout.species or 0])
+            species = words[layout.species or 0]
+            known = element_of(species)
             for name, column in layout.others.items():
                 other = element_of(words[column])
                 if known and other and known[0] != other[0]:
                     meaning = "" if words[column] == other[0] else f", which is {other[0]}"
-                    self._fail(
-                        first + number,
-                        f"species is {words[layout.species or 0]!r} and {name} is "
-                        f"{words[column]!r}{meaning}. Remove the column that is wrong",
-                    )
+                    what = f"species is {species!r} and {name} is {words[column]!r}{meaning}"
+                    self._fail(first + number, f"{what}. Remove the column that is wrong")
 
     def _element(self, label: str, line: int, typed: bool) -> tuple[str, float | None]:
         """Symbol and, for an isotope, mass."""
@@ -335,10 +319,9 @@ class _Reader:
         """The comment as ASE reads it, with matrices in the forms that have one meaning."""
         if self.plain:
             return {}
-        names = _ONCE.findall(comment)
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            self._fail(self.start + 1, f"{twice} stands more than once: remove the wrong ones")
+        twice = [name for name, count in Counter(_ONCE.findall(comment)).items() if count > 1]
+        if twice:
+            self._fail(self.start + 1, f"{twice[0]} stands more than once: remove the wrong ones")
         found = dict(key_val_str_to_dict(_MATRIX.sub(self._matrix, comment)))
         for key, value in found.items():
             if isinstance(value, str) and _FORTRAN_REAL.fullmatch(value):
@@ -391,13 +374,17 @@ class _Reader:
         layout, first = SymbolLayout.of("" if self.plain else lines[0]), self.start + 2
         for number, row in enumerate(lines[1:]):
             for column, (word, kind) in enumerate(zip(row.split(), layout.kinds, strict=False), 1):
-                pattern, what = _WORDS.get(kind, (_ANYTHING, ""))
-                if not pattern.fullmatch(word):
-                    self._fail(
-                        first + number, f"{what} is expected in column {column}, found {word!r}"
-                    )
+                if kind in _WORDS and not _WORDS[kind][0].fullmatch(word):
+                    what = f"{_WORDS[kind][1]} is expected in column {column}, found {word!r}"
+                    self._fail(first + number, what)
         reason = str(error).strip() or type(error).__name__
         self._fail(self.start + 1, f"ASE cannot read the frame: {reason}")
+
+    def _cut_off(self, what: str) -> NoReturn:
+        raise DataError(
+            f"{self.source}: the last frame, {self.frame}, which begins on line {self.shown}, is "
+            f"cut off: {what}. Remove it (the lines from {self.shown} on), or write the file again."
+        )
 
     def _fail(self, line: int, what: str) -> NoReturn:
         end = "" if what.endswith((".", "!")) else "."

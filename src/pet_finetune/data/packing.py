@@ -12,7 +12,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,7 +22,7 @@ from ase.stress import voigt_6_to_full_3x3_stress
 from pet_finetune.caches import cache_folders
 from pet_finetune.errors import DataError
 from pet_finetune.files import read_object, write_whole
-from pet_finetune.locks import FileLock
+from pet_finetune.locks import only_one
 from pet_finetune.log import get_logger
 from pet_finetune.progress import Watch
 
@@ -43,7 +42,7 @@ _OF_ATOMS = frozenset({"forces", "energies", "stresses", "charges", "magmoms"})
 #: Pieces of a file that tell it from others, and their bytes.
 _PIECES, _PIECE = 256, 65536
 
-#: FrameSource from a position on (before which there is a number of others), each with the position
+#: Frames from a position on (before which there is a number of others), each with the position
 #: behind it.
 FrameSource = Callable[[int, int], "Iterator[tuple[int, Atoms]]"]
 
@@ -125,7 +124,7 @@ def pack(
     Raises:
         DataError: a frame cannot be stored, the disk is full, or the folder holds something else.
     """
-    with locked(target):
+    with only_one(target):
         if target.is_dir() and any(target.iterdir()):
             if read_about(target).get("key") == key:
                 return int(np.load(target / "ns.npy"))
@@ -140,20 +139,6 @@ def pack(
                 f"Cannot write {target}: {error.strerror or error}. What is done stays beside it; "
                 "the same command goes on with it."
             ) from error
-
-
-@contextmanager
-def locked(target: Path) -> Iterator[None]:
-    """Be the only process that makes a file or folder; waits for another one."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(target.with_name(f"{target.name}.lock"))
-    if not lock.acquire():
-        _logger.info("%s is being made by %s; waiting", target, lock.holder or "another process")
-        lock.wait()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _pack(

@@ -79,6 +79,11 @@ def test_there_are_no_contacts_before_a_structure(calculator: PETCalculator) -> 
         PETCalculator(calculator.model, device="cpu").contacts()
 
 
+def edges(calculator: PETCalculator, atoms: Atoms) -> torch.Tensor:
+    """The centres of the edges that a calculator makes of a structure."""
+    return calculator._moving.batch(atoms, 0, 1, torch.device("cpu"), torch.float64).centers
+
+
 def test_a_neighbour_list_can_be_taken_over(calculator: PETCalculator) -> None:
     """The pairs of the earlier structure in their order, not those of the later one."""
     calculator.calculate(crystal())
@@ -90,9 +95,8 @@ def test_a_neighbour_list_can_be_taken_over(calculator: PETCalculator) -> None:
     np.testing.assert_array_equal(calculator.neighbor_origin[0], origin[0])
     fresh = PETCalculator(calculator.model, device="cpu")
     assert fresh.neighbor_origin is None
-    own = fresh._batch(atoms)
-    assert len(own.centers) != len(calculator._batch(atoms).centers)
+    assert len(edges(fresh, atoms)) != len(edges(calculator, atoms))
     fresh.neighbor_origin = origin
     fresh.calculate(atoms)
-    assert torch.equal(fresh._batch(atoms).centers, calculator._batch(atoms).centers)
+    assert torch.equal(edges(fresh, atoms), edges(calculator, atoms))
     np.testing.assert_array_equal(fresh.results["forces"], calculator.results["forces"])
