@@ -25,6 +25,8 @@ from .carried import from_ase
 from .integrators import constraint_problems, degrees_of_freedom, keeps_momentum
 from .loop import CLOSEST, atom_name
 
+_logger = get_logger(__name__)
+
 
 @dataclass(frozen=True)
 class ModelChoice:
@@ -86,9 +88,6 @@ class ModelChoice:
             checkpoint=str(find_model(self.checkpoint).resolve()),
             adapters=tuple(str(Path(folder).resolve()) for folder in self.adapters),
         )
-
-
-_logger = get_logger(__name__)
 
 
 def check_start(

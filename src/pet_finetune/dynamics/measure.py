@@ -17,6 +17,8 @@ from pet_finetune.progress import REDRAWS_PER_SECOND, Watch, progress_bar, start
 
 from .integrators import conserved_quantity, temperature
 
+_logger = get_logger(__name__)
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -156,7 +158,6 @@ def _line(
     return float(slope), float(error), float(around.std())
 
 
-_logger = get_logger(__name__)
 _LINES = 10
 
 

@@ -23,6 +23,8 @@ from pet_finetune.model.inference import evaluating
 from pet_finetune.training.feature import Feature, Plan, TrainingRun
 from pet_finetune.training.run_files import DIMERS, RunFiles
 
+_logger = get_logger(__name__)
+
 #: Angstrom.
 SHORTEST, LONGEST, STEP = 0.5, 6.0, 0.05
 #: Below this part of the sum of the covalent radii there must be a wall...
@@ -234,8 +236,6 @@ def draw_pair(
     axes.set_ylim(low - margin, high + margin)
     axes.axvspan(distances[0], row.wall, color=colours["wall"], linewidth=0)
 
-
-_logger = get_logger(__name__)
 
 _MEANING = {
     "kept": "kept",

@@ -42,6 +42,8 @@ from pet_finetune.training.run_files import (
     TABLE,
 )
 
+_logger = get_logger(__name__)
+
 #: Errors of one model: ``errors[set][target]["forces_mae"]``, in eV, Å and the targets' own units.
 ErrorTable = Mapping[str, Mapping[str, Mapping[str, float]]]
 #: The rows of a ``train.csv``; cells that are empty there are absent.
@@ -235,7 +237,6 @@ def _typeset(unit: str) -> str:
     return "/".join("Å" + part[1:] if part in ("A", "A²", "A³") else part for part in parts)
 
 
-_logger = get_logger(__name__)
 _T = TypeVar("_T")
 #: One of these is in every folder of a run.
 _MARKS = (TABLE, RESULTS, LAST, BEST, ABOUT, LOG)
