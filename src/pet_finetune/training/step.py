@@ -72,16 +72,8 @@ def precision_errors(
         exact = model.predict_targets(batch, wanted)
         with mixed(precision, model):
             rough = model.predict_targets(batch, wanted)
-    return f"{precision}: first batch against float32: {differences(rough, exact, batch)}"
-
-
-def differences(
-    rough: Mapping[str, Prediction | Property],
-    exact: Mapping[str, Prediction | Property],
-    batch: Batch,
-) -> str:
-    """How far predictions of a batch by target are from others, in words."""
-    return "; ".join(_difference(rough[name], exact[name], batch) for name in exact)
+    parts = [_difference(rough[name], exact[name], batch) for name in wanted]
+    return f"{precision}: first batch against float32: {'; '.join(parts)}"
 
 
 def _difference(rough: Prediction | Property, exact: Prediction | Property, batch: Batch) -> str:
