@@ -18,7 +18,8 @@ from pet_finetune.report.report_file import report_or_warn
 from pet_finetune.training import compare_runs, run
 from pet_finetune.training.feature import Feature
 from pet_finetune.training.prepare import Rooms
-from pet_finetune.training.profile import TrainingProfile, profile_run
+from pet_finetune.training.profile import profile_run
+from pet_finetune.training.profile_tables import TrainingProfile
 from pet_finetune.training.records import TrainOutcome
 from pet_finetune.training.run_files import BEST
 from pet_finetune.training.tables import show

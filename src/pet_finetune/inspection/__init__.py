@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from .evidence import Declared
 from .finding import Finding, Frames
-from .inspection import Foundation, Inspection, inspect_sets
-from .overview import as_dict, render
+from .inspection import Foundation, inspect_sets
+from .overview import Inspection, as_dict, render
 
 __all__ = [
     "Declared",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from pet_finetune.data.splits import Splits, make_splits
 from pet_finetune.data.structure import Structure, check_charges
 from pet_finetune.data.structure_sets import check_species, sampled
 from pet_finetune.errors import DataError, PetFinetuneError, SpeciesError
-from pet_finetune.log import get_logger, html_of
+from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
 from pet_finetune.progress import Watch
 from pet_finetune.training.extend import ADVICE
@@ -21,7 +21,6 @@ from pet_finetune.training.starting_model import Start
 from pet_finetune.units import length_to_angstrom
 
 from .energy_checks import check_belonging, check_levels, check_outliers
-from .estimate import Estimate, Load
 from .evidence import Declared, Evidence
 from .finding import Finding, worst_first
 from .foundation import (
@@ -44,10 +43,9 @@ from .geometry import (
 )
 from .label_checks import check_completeness, check_forces, check_mechanics
 from .near_frames import near_pairs, steps
-from .overview import Facts, facts_of, render
+from .overview import Inspection, facts_of
 from .read_anyway import check_cells, read_anyway
 from .subject import Subject, subject_of
-from .suggestion import Suggestion
 from .unit_checks import check_units, in_found_units
 
 
@@ -72,41 +70,6 @@ class Foundation:
     advice: str = ""
     seconds: float = 20.0
     keeps_baselines: bool = False
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What a look at the data gave.
-
-    Attributes:
-        facts: numbers.
-        findings: the worst first.
-        compared: structures that the foundation was asked about; 0 without one.
-        cost: what a run has to compute; None where it is not known.
-        estimates: of the methods.
-        measured: how the estimates were made.
-        suggestion: options for this data.
-        errors_before: of the foundation: ``forces_mae``, eV/Å, and ``energy_shift``, by how much
-            the labels lie above its energies, eV an atom.
-    """
-
-    facts: Facts
-    findings: tuple[Finding, ...]
-    compared: int = 0
-    cost: Load | None = None
-    estimates: tuple[Estimate, ...] = ()
-    measured: str = ""
-    suggestion: Suggestion | None = None
-    errors_before: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def errors(self) -> list[Finding]:
-        """What would break a run."""
-        return [finding for finding in self.findings if finding.severity == "error"]
-
-    def _repr_html_(self) -> str:
-        """For notebooks, what the command prints."""
-        return html_of(render(self))
 
 
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")  # absurd numbers are findings

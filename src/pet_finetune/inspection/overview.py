@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 from rich.console import Group, RenderableType
@@ -14,13 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from pet_finetune.elements import symbol_of
+from pet_finetune.log import html_of
 
-from .estimate import Load, duration
+from .estimate import Estimate, Load, duration
 from .finding import SEVERITIES, Finding
 from .subject import Entry, Subject, element_fit, rms
-
-if TYPE_CHECKING:
-    from .inspection import Inspection
+from .suggestion import Suggestion
 
 #: eV an atom, below which energies of bonds stay.
 _COHESIVE = 15.0
@@ -147,6 +146,41 @@ def _set_facts(entries: Sequence[Entry]) -> SetFacts:
 
 
 _STYLES = {"error": "bold red", "warning": "bold yellow", "note": "bold cyan"}
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a look at the data gave.
+
+    Attributes:
+        facts: numbers.
+        findings: the worst first.
+        compared: structures that the foundation was asked about; 0 without one.
+        cost: what a run has to compute; None where it is not known.
+        estimates: of the methods.
+        measured: how the estimates were made.
+        suggestion: options for this data.
+        errors_before: of the foundation: ``forces_mae``, eV/Å, and ``energy_shift``, by how much
+            the labels lie above its energies, eV an atom.
+    """
+
+    facts: Facts
+    findings: tuple[Finding, ...]
+    compared: int = 0
+    cost: Load | None = None
+    estimates: tuple[Estimate, ...] = ()
+    measured: str = ""
+    suggestion: Suggestion | None = None
+    errors_before: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def errors(self) -> list[Finding]:
+        """What would break a run."""
+        return [finding for finding in self.findings if finding.severity == "error"]
+
+    def _repr_html_(self) -> str:
+        """For notebooks, what the command prints."""
+        return html_of(render(self))
 
 
 def as_dict(inspection: Inspection) -> dict[str, Any]:

@@ -10,10 +10,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from itertools import chain, cycle, islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -39,8 +37,16 @@ from pet_finetune.runs import RunFolder, own_folder
 
 from .metrics import Metrics, evaluate
 from .prepare import NO_ROOMS, Rooms, prepare_run
+from .profile_tables import (
+    OTHER,
+    Operation,
+    TrainingProfile,
+    operation_table,
+    profile_lines,
+    stage_table,
+)
 from .run_files import LOG, PROFILE, TRACE, RunFiles
-from .tables import operation_table, profile_lines, show, stage_table
+from .tables import show
 from .trainer import Trainer
 
 _logger = get_logger(__name__)
@@ -49,83 +55,6 @@ WARMUP_STEPS = 3
 _TRACED_STEPS = 2
 _OPERATIONS = 15
 _VALIDATION_BATCHES = 5
-
-#: What a step does that is in no stage.
-OTHER = "other"
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One kind of operation under torch's profiler.
-
-    Attributes:
-        name: as torch calls it.
-        calls: in a step.
-        seconds: in a step, without the operations that it calls; on a GPU, of its kernels there.
-        share: of the time of all operations.
-    """
-
-    name: str
-    calls: float
-    seconds: float
-    share: float
-
-
-@dataclass(frozen=True)
-class TrainingProfile:
-    """What a few steps of a run cost. Times are in seconds; counts are means over the steps.
-
-    Attributes:
-        device, dtype, threads: what computes.
-        warmup_steps, steps, traced_steps: not counted, timed, under torch's profiler.
-        step_seconds: of each timed step.
-        stages: mean time of each stage in a step, in the order in which they begin; they add up
-            to a step. The profiler says how they share it.
-        structures, atoms, edges: of a batch; edges are directed, within the cutoff.
-        memory: peaks over the warm-up and the timed steps, MiB; None where the system does not
-            say: of the ``process`` (on a GPU run too: its part in the computer's main memory), what
-            it held before the first step, ``process_before``, and of the tensors on the ``gpu``.
-        operations: the most expensive ones first.
-        steps_per_epoch: of training.
-        validation_seconds: of an epoch's validation, from its first batches.
-    """
-
-    device: str
-    dtype: str
-    threads: int
-    warmup_steps: int
-    steps: int
-    traced_steps: int
-    step_seconds: list[float]
-    stages: dict[str, float]
-    structures: float
-    atoms: float
-    edges: float
-    memory: dict[str, float | None]
-    operations: list[Operation]
-    steps_per_epoch: int
-    validation_seconds: float
-
-    @property
-    def seconds(self) -> float:
-        """Mean time of a step."""
-        return sum(self.step_seconds) / len(self.step_seconds)
-
-    @property
-    def epoch_seconds(self) -> float:
-        """What an epoch takes: its steps and the validation; not writing the checkpoints."""
-        return self.steps_per_epoch * self.seconds + self.validation_seconds
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values: the attributes, and what follows from them."""
-        return {
-            **asdict(self),
-            "seconds_per_step": self.seconds,
-            "seconds_per_epoch": self.epoch_seconds,
-            "structures_per_second": self.structures / self.seconds,
-            "atoms_per_second": self.atoms / self.seconds,
-            "neighbors_per_atom": self.edges / self.atoms,
-        }
 
 
 class _Steps:

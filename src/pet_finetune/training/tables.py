@@ -1,11 +1,10 @@
-"""The tables of a run: baselines before it, errors before and after at its end; of a profile."""
+"""The tables of a run: baselines before it, errors before and after at its end."""
 
 from __future__ import annotations
 
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
@@ -18,9 +17,6 @@ from pet_finetune.progress import clear
 from .baselines import BaselineTable
 from .consistency import Spread
 from .metrics import Metrics
-
-if TYPE_CHECKING:
-    from .profile import TrainingProfile
 
 
 def _text(table: Table) -> str:
@@ -147,87 +143,3 @@ def spread_text(rotations: int, target: str, spread: Spread, errors: Metrics) ->
         f"{rotations} random orientations: {target} {1000 * spread.energy:.2f} meV/atom, forces "
         f"{1000 * spread.forces:.2f} meV/A{share} from the mean over them"
     )
-
-
-_LONGEST_NAME = 48
-
-# What a user would look for, or could change, to make a stage shorter.
-_STAGES = {
-    "batch": "cut, rotate and move the batch (batch_size)",
-    "energies": "the network, forwards (size of the model, cutoff)",
-    "derivatives": "forces and stress, by autograd (which of them is asked for)",
-    "replay": "structures that the foundation knows (finetune.replay)",
-    "rotations": "predictions in another orientation (rotational_consistency)",
-    "anchor": "distance from the foundation (finetune.anchor)",
-    "loss": "errors and their weights",
-    "backward": "gradient of the loss (what trains: finetune.method)",
-    "update": "clipping, optimiser, running average (what trains, ema)",
-    "metrics": "sums of the errors shown",
-    "other": "everything else",
-}
-
-
-def stage_table(profile: TrainingProfile) -> Table:
-    """How long each stage takes."""
-    threads = "1 thread" if profile.threads == 1 else f"{profile.threads} threads"
-    machine = f"{profile.device}, {profile.dtype}, {threads}"
-    title = f"a training step, mean of {profile.steps} ({machine})"
-    table = Table(title=title, title_justify="left")
-    table.add_column("stage")
-    table.add_column("ms", justify="right")
-    table.add_column("share", justify="right")
-    table.add_column("what it is (what changes it)")
-    whole = sum(profile.stages.values())
-    for name, seconds in profile.stages.items():
-        share = f"{seconds / whole:.1%}"
-        table.add_row(name, f"{seconds * 1e3:.2f}", share, _STAGES.get(name, ""))
-    table.add_section()
-    fastest, slowest = min(profile.step_seconds) * 1e3, max(profile.step_seconds) * 1e3
-    table.add_row(
-        "step", f"{profile.seconds * 1e3:.2f}", "", f"between {fastest:.2f} and {slowest:.2f}"
-    )
-    return table
-
-
-def profile_lines(profile: TrainingProfile) -> list[str]:
-    """Throughput, sizes, memory and what an epoch takes, a line each."""
-    structures, atoms = (n / profile.seconds for n in (profile.structures, profile.atoms))
-    neighbors = profile.edges / profile.atoms
-    return [
-        f"speed: {structures:.4g} structures/s, {atoms:.4g} atoms/s",
-        f"batch: {profile.structures:.4g} structures, {profile.atoms:.4g} atoms, "
-        f"{profile.edges:.6g} edges ({neighbors:.3g} neighbours an atom)",
-        f"epoch: {profile.steps_per_epoch} steps and validation "
-        f"({profile.validation_seconds:.3g} s), {profile.epoch_seconds:.3g} s",
-        f"memory: {_memory_text(profile)}",
-    ]
-
-
-def _memory_text(profile: TrainingProfile) -> str:
-    process, before, gpu = (profile.memory[name] for name in ("process", "process_before", "gpu"))
-    parts = [] if gpu is None else [f"{gpu:.0f} MiB of the GPU at the peak"]
-    if process is not None:
-        text = f"{process:.0f} MiB of the process at the peak"
-        if before is not None:
-            grown = max(0.0, process - before)
-            text += f", {grown:.0f} MiB more than before the first step"
-        parts.append(text)
-    return "; ".join(parts) or "this system does not say"
-
-
-def operation_table(profile: TrainingProfile) -> Table:
-    """The most expensive operations."""
-    table = Table(title="the most expensive operations", title_justify="left")
-    table.add_column("operation")
-    for name in ("calls a step", "ms a step", "share"):
-        table.add_column(name, justify="right")
-    for operation in profile.operations:
-        name = operation.name.removeprefix("aten::")
-        name = name.removeprefix("autograd::engine::evaluate_function: ")
-        table.add_row(
-            name if len(name) <= _LONGEST_NAME else f"…{name[1 - _LONGEST_NAME :]}",
-            f"{operation.calls:.0f}",
-            f"{operation.seconds * 1e3:.2f}",
-            f"{operation.share:.1%}",
-        )
-    return table

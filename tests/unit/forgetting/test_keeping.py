@@ -17,9 +17,8 @@ from models import random_potential
 from pet_finetune import forgetting
 from pet_finetune.config import TargetLoss, TrainingOptions
 from pet_finetune.data import Loader
-from pet_finetune.data.epochs import Beside
 from pet_finetune.forgetting.dimers import dimer_curves
-from pet_finetune.forgetting.replay import ReplayLoss, as_plain, from_plain
+from pet_finetune.forgetting.replay import Beside, ReplayLoss, as_plain, from_plain
 from pet_finetune.forgetting.retention import RetentionSet
 from pet_finetune.training.objectives import Objective, batch_loss
 from pet_finetune.training.sets import label_with, relabelled
