@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 
+import grimp
 import pytest
 
 import pet_finetune
@@ -44,3 +46,18 @@ def test_the_network_imports_neither_ase_nor_pydantic():
         "sys.exit(bool({'ase', 'pydantic', 'omegaconf', 'vesin'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def in_order(graph):
+    imports = {name: graph.find_modules_directly_imported_by(name) for name in graph.modules}
+    return list(TopologicalSorter(imports).static_order())
+
+
+def test_no_files_import_each_other_in_a_circle():
+    graph = grimp.build_graph("pet_finetune", cache_dir=None)  # imports for types count too
+    assert len(in_order(graph)) > 200
+    graph.add_import(
+        importer="pet_finetune.data.structure", imported="pet_finetune.training.trainer"
+    )
+    with pytest.raises(CycleError):
+        in_order(graph)
