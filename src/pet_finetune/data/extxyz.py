@@ -168,7 +168,7 @@ class _Reader:
         layout = SymbolLayout.of("" if self.plain else comment)
         if len(rows) < count or (rows and end >= len(self.lines) and not rows[-1].strip()):
             there = sum(bool(row.strip()) for row in rows)
-            self._cut_off(f"it says it has {count} atoms, and {there} are there")
+            self._cut_off(f"is cut off: it says it has {count} atoms, and {there} are there")
         self._check_columns(rows, layout, first)
         self._cut_in_a_number(rows, end)
         rows, masses = self._with_elements(rows, layout, first, comment)
@@ -221,7 +221,7 @@ class _Reader:
             return
         for width in (len, lambda row: len(row.rpartition(".")[2])):
             if len({width(row) for row in rows[:-1]}) == 1 and width(rows[-1]) < width(rows[0]):
-                self._cut_off(f"the file ends within a row, {_shown(rows[-1])}")
+                self._cut_off(f"is cut off: the file ends within a row, {_shown(rows[-1])}")
 
     def _with_elements(
         self, rows: list[str], layout: SymbolLayout, first: int, comment: str
@@ -382,8 +382,8 @@ class _Reader:
 
     def _cut_off(self, what: str) -> NoReturn:
         raise DataError(
-            f"{self.source}: the last frame, {self.frame}, which begins on line {self.shown}, is "
-            f"cut off: {what}. Remove it (the lines from {self.shown} on), or write the file again."
+            f"{self.source}: the last frame, {self.frame}, which begins on line {self.shown}, "
+            f"{what}. Remove it (the lines from {self.shown} on), or write the file again."
         )
 
     def _fail(self, line: int, what: str) -> NoReturn:
