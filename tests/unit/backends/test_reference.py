@@ -169,3 +169,20 @@ def test_fused_attention_is_the_plain_one(counts, scripted):
         for own, other in zip(found, expected, strict=True):
             torch.testing.assert_close(own, other, rtol=near, atol=near)
         assert float(expected[2].abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("function", [attend, attend_once])
+def test_rectangles_of_an_exported_model_are_the_same(function):
+    """With one crowded atom among many; forward, and the gradient by tokens."""
+    counts = torch.tensor([5] * 40 + [90] + [7] * 40)
+    centers = torch.arange(len(counts)).repeat_interleave(counts)
+    found = []
+    for make, attention in ((make_layout, attend), map(torch.jit.script, (make_layout, function))):
+        made = make(centers, len(counts), True)
+        assert [len(slots) > 1 for slots in made.rectangles.slots] == [True, True]
+        qkv = numbers(len(counts) + len(centers), 3 * HEADS * HEAD)
+        bias = pad_keys(torch.zeros(len(centers), dtype=torch.float64), Layout(*made))
+        out = attention(qkv, made.rectangles, bias, HEADS, 0.4)
+        found.append((out, *torch.autograd.grad((out**2).sum(), qkv)))
+    for own, other in zip(*found, strict=True):
+        torch.testing.assert_close(own, other)
