@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from pet_finetune.keys import LabelKind, forces_key, label_kind, stress_key, wei
 from pet_finetune.progress import Watch
 
 from .dataset_files import DatasetFiles, energy_column, gradient_of, property_column
-from .label_columns import Column, Shape
+from .label_columns import Column
 from .metatrain_sets import Folder
 from .structure import (
     DEFAULT_CHARGE_KEYS,
@@ -46,10 +46,8 @@ class StoredLabel:
 
     Attributes:
         label: its name in ``Structure.labels``.
-        key: its name in the folder.
-        what: in words, for messages.
-        factor: multiplies the values.
-        shape: brings those of one structure into shape.
+        column: its values in the folder.
+        factor: multiplies them.
         per_volume: whether it counts only where the structure has a volume.
         virial: whether it is divided by that volume, with the other sign.
         partial: whether single numbers may be unknown (NaN).
@@ -57,10 +55,8 @@ class StoredLabel:
     """
 
     label: str
-    key: str
-    what: str
+    column: Column
     factor: float
-    shape: Shape
     per_volume: bool = False
     virial: bool = False
     partial: bool = False
@@ -95,7 +91,7 @@ class Stored:
         spin: str | None = None,
     ) -> None:
         self.folder, self.kinds, self._length = folder, dict(kinds), length
-        self._labels = [(label, folder.labels[label.key]) for label in labels]
+        self._labels = [(label, folder.labels[label.column.key]) for label in labels]
         self._conditions = [
             None if key is None else folder.labels[key].array.reshape(len(folder), -1)[:, 0]
             for key in (charge, spin)
@@ -129,7 +125,7 @@ class Stored:
             raw = np.array(values.array[rows if values.of_atoms else row], np.float64)
             if np.isnan(raw).all():
                 continue
-            value = stored.shape(raw, rows.stop - rows.start) * stored.factor
+            value = stored.column.shape(raw, rows.stop - rows.start) * stored.factor
             value = -value / volume if stored.virial else value
             labels[stored.label] = torch.as_tensor(value, dtype=torch.float64)
             if stored.weights:
@@ -195,9 +191,9 @@ class Stored:
             if wrong.any():
                 first = place(int(rows[int(wrong.argmax())]), self.folder.source)
                 raise DataError(
-                    f"The {stored.what} ({stored.key!r}) are NaN or infinite in {int(wrong.sum())} "
-                    f"of {len(rows)} frames, first in {first}. Remove these frames or compute them "
-                    "again."
+                    f"The {stored.column.what} ({stored.column.key!r}) are NaN or infinite in "
+                    f"{int(wrong.sum())} of {len(rows)} frames, first in {first}. Remove these "
+                    "frames or compute them again."
                 )
         for target in energies:
             names = (target, forces_key(target), stress_key(target))
@@ -330,11 +326,10 @@ def _stored_labels(
     reading: DatasetFiles, folder: Folder, name: str, target: TargetOptions
 ) -> Iterator[StoredLabel]:
     """Where the labels of a target are in a folder."""
-    found: list[tuple[str, Column, float, bool, bool, bool]]
     own_weights: dict[str, str] = {}
     if target.is_energy:
         column, factor = energy_column(reading, name, target)
-        found = [(name, column, factor, False, False, True)]
+        found = [StoredLabel(name, column, factor, partial=True)]
         length = reading.length
         for kind, label, own in (
             ("forces", forces_key(name), factor / length),
@@ -345,12 +340,13 @@ def _stored_labels(
             if asked.options.wanted:
                 own_weights.setdefault(label, asked.options.weight_key)
                 volume, virial = kind != "forces", kind == "virial"
-                found.append((label, *asked.column(own), volume, virial, False))
+                found.append(StoredLabel(label, *asked.column(own), volume, virial))
     else:
         spec = target.spec(name)
         column = property_column(reading, spec, target)
-        found = [(name, column, target.factor, spec.per_volume, False, True)]
-    for label, column, factor, volume, virial, partial in found:
+        found = [StoredLabel(name, column, target.factor, spec.per_volume, partial=True)]
+    for one in found:
+        column = one.column
         if column.source != reading.source:
             raise DataError(
                 f"The {column.what} come from {column.source}, but {reading.source} is a large set "
@@ -358,9 +354,8 @@ def _stored_labels(
                 "written (`pet-finetune convert`)."
             )
         if column.key in folder.labels:
-            weights = tuple(filter(None, (target.weight_key, own_weights.get(label))))
-            yield StoredLabel(label, column.key, column.what, factor, column.shape, volume, virial,
-                              partial, weights)  # fmt: skip
+            weights = tuple(filter(None, (target.weight_key, own_weights.get(one.label))))
+            yield replace(one, weights=weights)
 
 
 def _stored_condition(
