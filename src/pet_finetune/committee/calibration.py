@@ -167,6 +167,15 @@ class Curves:
             for key, value in asdict(self).items()
         }
 
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> Curves:
+        """The opposite of :meth:`plain`."""
+        arrays: dict[str, Any] = {
+            key: np.array(value) if isinstance(value, list) else value
+            for key, value in values.items()
+        }
+        return cls(**arrays)
+
 
 def calibration_svg(curves: Mapping[str, Curves]) -> str:
     """Observed over expected coverage, one panel a kind, as SVG.

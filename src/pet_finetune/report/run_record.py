@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 from ase.data import atomic_numbers
 
 from pet_finetune.checkpoint import load_checkpoint
@@ -364,28 +363,19 @@ def _dimers(path: Path, verdicts: Mapping[str, str]) -> Dimers | None:
         return None
     lengths = max((lengths for lengths, _ in known.values()), key=len)
     rows = [
-        DimerRow(pair, energies, wall_distance(_numbers(pair)), verdicts[pair])
+        DimerRow(
+            pair, energies, wall_distance((atomic_numbers[a], atomic_numbers[b])), verdicts[pair]
+        )
         for pair, (own, energies) in known.items()
+        for a, b in [pair.split("-")]
         if own == lengths
     ]
     return Dimers(lengths, rows)
 
 
-def _numbers(pair: str) -> tuple[int, int]:
-    first, _, second = pair.partition("-")
-    return atomic_numbers[first], atomic_numbers[second]
-
-
-def _curves_of(calibration: Mapping[str, Any]) -> dict[str, Curves]:
+def _curves_of(calibration: Mapping[str, Mapping[str, Any]]) -> dict[str, Curves]:
     """Coverage curves as they stand in ``results.json``."""
-    found = {}
-    for name, curve in calibration.items():
-        plain: dict[str, Any] = {
-            key: np.array(value) if isinstance(value, list) else value
-            for key, value in curve.items()
-        }
-        found[name] = Curves(**plain)
-    return found
+    return {name: Curves.from_plain(curve) for name, curve in calibration.items()}
 
 
 def _committee(results: Mapping[str, Any], folder: Path) -> CommitteeRecord | None:
