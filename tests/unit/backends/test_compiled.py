@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -106,4 +107,18 @@ def test_of_several_processes_that_need_it_one_compiles(monkeypatch, tmp_path):
     path = tmp_path / "kernels" / "library.so"
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(compiled._library, [path] * 4)) == [path] * 4
+    assert compiles == [path]
+
+
+def test_a_damaged_library_is_compiled_again(monkeypatch, tmp_path):
+    path = tmp_path / "library.so"
+    path.write_bytes(b"as it was compiled")
+    compiles = []
+    monkeypatch.setattr(compiled, "_compiled", lambda path: compiles.append(path) or path)
+    assert compiled._library(path) == path  # of an earlier release, without a digest
+    path.with_suffix(".sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
+    assert compiled._library(path) == path
+    assert not compiles
+    path.write_bytes(b"as it was")
+    assert compiled._library(path) == path
     assert compiles == [path]
