@@ -8,8 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from .finding import Finding, Frames, frames_of
+from .inspected import (
+    InspectedDataset,
+    InspectedFrame,
+    compositions,
+    element_fit,
+    rms,
+    robust_spread,
+)
 from .near_frames import FrameStep
-from .subject import Entry, Subject, compositions, element_fit, rms, robust_spread
 
 #: A shift of a whole file by more, eV an atom, is none of temperature or phase; and how many times
 #: the spread within the files it must be.
@@ -21,13 +28,13 @@ _SAME, _NEARBY = 0.01, 0.25
 _TOGETHER, _APART, _FEWEST = 0.45, 0.5, 20
 
 
-def check_levels(subject: Subject) -> Iterator[Finding]:
+def check_levels(dataset: InspectedDataset) -> Iterator[Finding]:
     """Files, or parts of one, whose energies lie on different levels."""
     files = {
-        file: [e for e in entries if e.energy is not None and e.size > 1]
-        for file, entries in subject.files.items()
+        file: [e for e in frames if e.energy is not None and e.size > 1]
+        for file, frames in dataset.files.items()
     }
-    files = {file: entries for file, entries in files.items() if entries}
+    files = {file: frames for file, frames in files.items() if frames}
     names = list(files)
     first = max(names, key=lambda name: len(files[name]), default="")
     if len(names) > 1:
@@ -35,8 +42,8 @@ def check_levels(subject: Subject) -> Iterator[Finding]:
         for name in names:
             if name != first:
                 yield from _compare_files(levels, name, files[name])
-    for file, entries in files.items():
-        yield from _split_levels(file, entries)
+    for file, frames in files.items():
+        yield from _split_levels(file, frames)
 
 
 @dataclass(frozen=True)
@@ -56,13 +63,15 @@ class _Levels:
     rows: np.ndarray
 
 
-def _levels_of(file: str, entries: Sequence[Entry]) -> _Levels:
-    elements, weights, rest = element_fit(entries)
-    basis = np.linalg.svd(compositions(entries, elements), full_matrices=False)
+def _levels_of(file: str, frames: Sequence[InspectedFrame]) -> _Levels:
+    elements, weights, rest = element_fit(frames)
+    basis = np.linalg.svd(compositions(frames, elements), full_matrices=False)
     return _Levels(file, elements, weights, rest, basis[2][basis[1] > 1e-6 * basis[1][0]])
 
 
-def _compare_files(first: _Levels, second: str, others: Sequence[Entry]) -> Iterator[Finding]:
+def _compare_files(
+    first: _Levels, second: str, others: Sequence[InspectedFrame]
+) -> Iterator[Finding]:
     """How far the energies of a file are from what another one's elements say."""
     elements, weights, rest, rows = first.elements, first.weights, first.rest, first.rows
     known = [e for e in others if np.isin(e.elements[0], elements).all()]
@@ -92,12 +101,12 @@ def _compare_files(first: _Levels, second: str, others: Sequence[Entry]) -> Iter
     )
 
 
-def _split_levels(file: str, entries: Sequence[Entry]) -> Iterator[Finding]:
+def _split_levels(file: str, frames: Sequence[InspectedFrame]) -> Iterator[Finding]:
     """Frames of one composition whose energies fall into two groups with a wide gap between."""
-    groups: dict[bytes, list[Entry]] = {}
-    for entry in entries:
-        groups.setdefault(entry.formula, []).append(entry)
-    found: list[Entry] = []
+    groups: dict[bytes, list[InspectedFrame]] = {}
+    for frame in frames:
+        groups.setdefault(frame.formula, []).append(frame)
+    found: list[InspectedFrame] = []
     widest = 0.0
     for own in groups.values():
         if len(own) < 8:
@@ -129,7 +138,7 @@ def _split_levels(file: str, entries: Sequence[Entry]) -> Iterator[Finding]:
 
 
 def check_belonging(
-    subject: Subject, steps: Mapping[str, Sequence[FrameStep]]
+    dataset: InspectedDataset, steps: Mapping[str, Sequence[FrameStep]]
 ) -> Iterator[Finding]:
     """Files whose energies have nothing to do with their forces."""
     for file, taken in steps.items():
@@ -149,7 +158,7 @@ def check_belonging(
             f"between {len(pairs)} pairs of neighbouring frames the energies change by "
             f"{sizes[0]:.2g} eV, and the forces say {sizes[1]:.2g} eV, without any likeness "
             f"(correlation {together:.2f})",
-            frames_of(entry.structure for entry in subject.files[file]),
+            frames_of(frame.structure for frame in dataset.files[file]),
             "Energies of other frames, forces of atoms in another order, or two levels of theory "
             "frame by frame: what cannot both be learned.",
             "Compare one frame with the output of its calculation.",
@@ -164,31 +173,35 @@ def _said(step: FrameStep) -> float | None:
     return step.work if step.strain <= 1e-6 else None
 
 
-def check_outliers(subject: Subject, steps: Mapping[str, Sequence[FrameStep]]) -> Iterator[Finding]:
+def check_outliers(
+    dataset: InspectedDataset, steps: Mapping[str, Sequence[FrameStep]]
+) -> Iterator[Finding]:
     """Frames whose energy their neighbours, or all of the same composition, do not believe."""
-    found: dict[int, tuple[float, Entry]] = {}
-    for file, entries in subject.files.items():
-        for position, off in _against_neighbours(entries, steps.get(file, ())).items():
-            found[id(entries[position])] = (off, entries[position])
-        for entry, off in _against_composition(entries):
-            found.setdefault(id(entry), (off, entry))
+    found: dict[int, tuple[float, InspectedFrame]] = {}
+    for file, frames in dataset.files.items():
+        for position, off in _against_neighbours(frames, steps.get(file, ())).items():
+            found[id(frames[position])] = (off, frames[position])
+        for frame, off in _against_composition(frames):
+            found.setdefault(id(frame), (off, frame))
     if not found:
         return
     largest = max((off for off, _ in found.values()), key=abs)
     yield Finding(
         "warning",
         "energy-outliers",
-        f"{len(found)} of {len(subject.entries)} frames have an energy that neither their forces "
+        f"{len(found)} of {len(dataset.frames)} frames have an energy that neither their forces "
         f"nor similar frames explain, off by up to {largest:+.3g} eV an atom",
-        frames_of(entry.structure for _, entry in found.values()),
+        frames_of(frame.structure for _, frame in found.values()),
         "A calculation that ended in a wrong state or did not converge: a few such frames pull the "
         "baselines and rule a squared loss.",
         "Repeat these calculations or remove the frames; a huber loss limits the damage.",
-        {"frames": {f"{entry.file}:{entry.structure.index}": off for off, entry in found.values()}},
+        {"frames": {f"{frame.file}:{frame.structure.index}": off for off, frame in found.values()}},
     )
 
 
-def _against_neighbours(entries: Sequence[Entry], steps: Sequence[FrameStep]) -> dict[int, float]:
+def _against_neighbours(
+    frames: Sequence[InspectedFrame], steps: Sequence[FrameStep]
+) -> dict[int, float]:
     """Energies beside those that neighbouring frames and the work to them let expect, eV an atom.
 
     Only what is beyond the spread of all frames, and beyond what the work itself is unsure of.
@@ -213,12 +226,14 @@ def _against_neighbours(entries: Sequence[Entry], steps: Sequence[FrameStep]) ->
     return {k: off for k, (off, unsure) in offs.items() if abs(off) > max(limit, 2.0 * unsure)}
 
 
-def _against_composition(entries: Sequence[Entry]) -> Iterator[tuple[Entry, float]]:
+def _against_composition(
+    frames: Sequence[InspectedFrame],
+) -> Iterator[tuple[InspectedFrame, float]]:
     """Energies far outside those of all frames with the same atoms, eV an atom."""
-    groups: dict[bytes, list[Entry]] = {}
-    for entry in entries:
-        if entry.energy is not None and entry.size > 1:
-            groups.setdefault(entry.formula, []).append(entry)
+    groups: dict[bytes, list[InspectedFrame]] = {}
+    for frame in frames:
+        if frame.energy is not None and frame.size > 1:
+            groups.setdefault(frame.formula, []).append(frame)
     for own in groups.values():
         if len(own) < 10:
             continue
@@ -228,7 +243,7 @@ def _against_composition(entries: Sequence[Entry]) -> Iterator[tuple[Entry, floa
         limit = max(0.05, 4.0 * float(high - low), 15.0 * robust_spread(energies))
         forces = [0.0 if e.forces is None else rms(e.forces) for e in own]
         hot = 1.3 * float(np.quantile(forces, 0.9))
-        for entry, value, force in zip(own, off.tolist(), forces, strict=True):
+        for frame, value, force in zip(own, off.tolist(), forces, strict=True):
             explained = value > 0 and 0.0 < hot < force  # of high energy, as its forces are
             if abs(value) > limit and not explained:
-                yield entry, value
+                yield frame, value

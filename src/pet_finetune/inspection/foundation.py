@@ -16,7 +16,7 @@ from pet_finetune.model import Potential
 
 from .evidence import Evidence
 from .finding import Finding, frames_of
-from .subject import Entry, Subject, element_fit, rms, robust_spread
+from .inspected import InspectedDataset, InspectedFrame, element_fit, rms, robust_spread
 
 _BATCH_ATOMS, _SAME_PLACE = 256, 1e-3
 #: Pearson correlations above which a slope says something, and from which on it says it well.
@@ -31,37 +31,37 @@ _REFERENCES = 0.5
 
 
 @dataclass(frozen=True, eq=False)
-class Answer:
+class FoundationPrediction:
     """What a foundation predicts for a structure: eV, eV/Å, eV/Å³."""
 
-    entry: Entry
+    frame: InspectedFrame
     energy: float
     forces: np.ndarray
     stress: np.ndarray | None
 
 
 def ask(
-    model: Potential, target: str, subject: Subject, seconds: float, species: Sequence[int]
-) -> list[Answer]:
+    model: Potential, target: str, dataset: InspectedDataset, seconds: float, species: Sequence[int]
+) -> list[FoundationPrediction]:
     """Predict as many structures as there is time for, evenly spread over all of them.
 
     Args:
         model: it is not changed.
         target: the energy that is asked for.
-        subject: what is inspected.
+        dataset: what is inspected.
         seconds: after which no further batch is begun.
         species: elements that the model was trained on; structures with others are left out, and
             those that are so large that they would take all memory.
     """
     # Atoms at one place have no direction between them, and no forces that are numbers.
-    sound = [e for e in subject.entries if float(e.nearest.min()) > _SAME_PLACE]
+    sound = [e for e in dataset.frames if float(e.nearest.min()) > _SAME_PLACE]
     by_structure = {id(e.structure): e for e in sound}
     sound = [e for e in sound if not _is_too_large(e, model)]
     structures = of_species([e.structure for e in sound], species)
     # Every prefix of this order is spread over the whole set.
     order = np.argsort((np.arange(len(structures)) * 0.6180339887498949) % 1.0, kind="stable")
     started = time.perf_counter()
-    answers: list[Answer] = []
+    predictions: list[FoundationPrediction] = []
     chunk: list[int] = []
     training = model.training
     model.eval()
@@ -70,30 +70,30 @@ def ask(
         full = sum(structures[k].num_atoms for k in chunk) >= _BATCH_ATOMS
         if not full and place + 1 < len(order):
             continue
-        entries = [by_structure[id(structures[k])] for k in chunk]
-        answers += _predict(model, target, entries)
+        frames = [by_structure[id(structures[k])] for k in chunk]
+        predictions += _predict(model, target, frames)
         chunk = []
         if time.perf_counter() - started > seconds:
             break
     model.train(training)
-    return answers
+    return predictions
 
 
-def _is_too_large(entry: Entry, model: Potential) -> bool:
+def _is_too_large(frame: InspectedFrame, model: Potential) -> bool:
     """Whether predicting it would take more than about a GB."""
-    near = expected_neighbors(entry.positions, entry.cell, entry.pbc, model.cutoff)
-    near = near if entry.pbc.any() else min(entry.size - 1.0, near)
-    return entry.size * near * model.hypers.d_pet >= _MOST_NUMBERS
+    near = expected_neighbors(frame.positions, frame.cell, frame.pbc, model.cutoff)
+    near = near if frame.pbc.any() else min(frame.size - 1.0, near)
+    return frame.size * near * model.hypers.d_pet >= _MOST_NUMBERS
 
 
-def check_compared(model: Potential, subject: Subject) -> Iterator[Finding]:
+def check_compared(model: Potential, dataset: InspectedDataset) -> Iterator[Finding]:
     """Frames that are too large to be compared with a foundation."""
-    large = [e for e in subject.entries if _is_too_large(e, model)]
+    large = [e for e in dataset.frames if _is_too_large(e, model)]
     if large:
         yield Finding(
             "note",
             "not-compared",
-            f"{len(large)} of {len(subject.entries)} frames are not compared with the foundation: "
+            f"{len(large)} of {len(dataset.frames)} frames are not compared with the foundation: "
             f"they are too large for a look ({max(e.size for e in large):,} atoms)",
             frames_of(e.structure for e in large),
             "Their labels are checked by themselves only.",
@@ -102,34 +102,36 @@ def check_compared(model: Potential, subject: Subject) -> Iterator[Finding]:
         )
 
 
-def _predict(model: Potential, target: str, entries: Sequence[Entry]) -> Iterator[Answer]:
-    structures = [e.structure for e in entries]
+def _predict(
+    model: Potential, target: str, frames: Sequence[InspectedFrame]
+) -> Iterator[FoundationPrediction]:
+    structures = [e.structure for e in frames]
     loader = Loader(structures, model.cutoff, batch_size=len(structures), dtype=model.dtype)
     batch = next(iter(loader)).graph.to(device=model.device)
-    stress = any(e.stress is not None for e in entries)
+    stress = any(e.stress is not None for e in frames)
     prediction = model.predict(batch, target, forces=True, stress=stress)
     assert prediction.forces is not None
     energies = prediction.energy.detach().cpu().to(torch.float64).tolist()
     forces = prediction.forces.detach().cpu().to(torch.float64).numpy()
     stresses = None if prediction.stress is None else prediction.stress.detach().cpu().numpy()
     start = 0
-    for place, entry in enumerate(entries):
-        own = None if stresses is None or entry.stress is None else stresses[place]
-        yield Answer(entry, energies[place], forces[start : start + entry.size], own)
-        start += entry.size
+    for place, frame in enumerate(frames):
+        own = None if stresses is None or frame.stress is None else stresses[place]
+        yield FoundationPrediction(frame, energies[place], forces[start : start + frame.size], own)
+        start += frame.size
 
 
-def units_of(answers: Sequence[Answer]) -> dict[str, list[Evidence]]:
+def units_of(predictions: Sequence[FoundationPrediction]) -> dict[str, list[Evidence]]:
     """What the slopes of labels against predictions say of the units, by file."""
-    files: dict[str, list[Answer]] = {}
-    for answer in answers:
-        files.setdefault(answer.entry.file, []).append(answer)
+    files: dict[str, list[FoundationPrediction]] = {}
+    for prediction in predictions:
+        files.setdefault(prediction.frame.file, []).append(prediction)
     found = {}
     for file, own in files.items():
         pieces = (
-            _slope_of([(a.entry.forces, a.forces) for a in own], "force", "forces"),
+            _slope_of([(a.frame.forces, a.forces) for a in own], "force", "forces"),
             _energy_slope(own),
-            _slope_of([(a.entry.stress, a.stress) for a in own], "stress", "stresses"),
+            _slope_of([(a.frame.stress, a.stress) for a in own], "stress", "stresses"),
         )
         found[file] = [piece for piece in pieces if piece is not None]
     return found
@@ -162,34 +164,36 @@ def _slope_of(
     return _slope(labels, said, quantity, name)
 
 
-def _energy_slope(answers: Sequence[Answer]) -> Evidence | None:
+def _energy_slope(predictions: Sequence[FoundationPrediction]) -> Evidence | None:
     """Of what a sum over elements leaves over."""
-    labelled = [a for a in answers if a.entry.energy is not None and a.entry.size > 1]
-    elements = {int(z) for a in labelled for z in a.entry.elements[0]}
+    labelled = [a for a in predictions if a.frame.energy is not None and a.frame.size > 1]
+    elements = {int(z) for a in labelled for z in a.frame.elements[0]}
     if len(labelled) < _FEWEST + 3 * len(elements):
         return None
-    *_, labels = element_fit([a.entry for a in labelled])
+    *_, labels = element_fit([a.frame for a in labelled])
     said = _left(labelled, [a.energy for a in labelled])
     return _slope(labels, said, "energy", "differences of energies")
 
 
-def _left(answers: Sequence[Answer], energies: Sequence[float]) -> np.ndarray:
+def _left(predictions: Sequence[FoundationPrediction], energies: Sequence[float]) -> np.ndarray:
     """Given energies less a sum over elements that is fitted to them, eV an atom."""
-    values = [e / a.entry.size for e, a in zip(energies, answers, strict=True)]
-    return element_fit([a.entry for a in answers], values)[2]
+    values = [e / a.frame.size for e, a in zip(energies, predictions, strict=True)]
+    return element_fit([a.frame for a in predictions], values)[2]
 
 
-def baseline_shift(answers: Sequence[Answer]) -> float | None:
+def baseline_shift(predictions: Sequence[FoundationPrediction]) -> float | None:
     """Median of labels less predictions, eV an atom: how far the references of the atoms differ."""
     off = [
-        (a.entry.energy - a.energy) / a.entry.size for a in answers if a.entry.energy is not None
+        (a.frame.energy - a.energy) / a.frame.size
+        for a in predictions
+        if a.frame.energy is not None
     ]
     return float(np.median(off)) if off else None
 
 
-def check_references(answers: Sequence[Answer], kept: bool) -> Iterator[Finding]:
+def check_references(predictions: Sequence[FoundationPrediction], kept: bool) -> Iterator[Finding]:
     """Energies relative to other references than the foundation's, where its baselines stay."""
-    shift = baseline_shift(answers)
+    shift = baseline_shift(predictions)
     if kept and shift is not None and abs(shift) > _REFERENCES:
         yield Finding(
             "warning",
@@ -204,45 +208,45 @@ def check_references(answers: Sequence[Answer], kept: bool) -> Iterator[Finding]
         )
 
 
-def check_residuals(answers: Sequence[Answer]) -> Iterator[Finding]:
+def check_residuals(predictions: Sequence[FoundationPrediction]) -> Iterator[Finding]:
     """Frames whose labels are much further from the foundation than those of the others."""
-    labelled = [a for a in answers if a.entry.energy is not None and a.entry.size > 1]
-    off: dict[int, tuple[str, Answer]] = {}
+    labelled = [a for a in predictions if a.frame.energy is not None and a.frame.size > 1]
+    off: dict[int, tuple[str, FoundationPrediction]] = {}
     if len(labelled) >= 10:
-        rest = [(a.entry.energy or 0.0) - a.energy for a in labelled]
+        rest = [(a.frame.energy or 0.0) - a.energy for a in labelled]
         left = _left(labelled, rest)
         left -= np.median(left)
         limit = max(_ENERGY, _ROBUST * robust_spread(left))
-        for answer, value in zip(labelled, left.tolist(), strict=True):
+        for prediction, value in zip(labelled, left.tolist(), strict=True):
             if abs(value) > limit:
-                off[id(answer)] = (f"energy {value:+.3g} eV an atom", answer)
-    forced = [(a, _force_error(a)) for a in answers if a.entry.forces is not None]
+                off[id(prediction)] = (f"energy {value:+.3g} eV an atom", prediction)
+    forced = [(a, _force_error(a)) for a in predictions if a.frame.forces is not None]
     if len(forced) >= 10:
         logs = np.log([max(1e-6, relative) for _, relative in forced])
         middle = float(np.median(logs))
         spread = max(0.25, robust_spread(logs))
-        for (answer, _), log in zip(forced, logs.tolist(), strict=True):
+        for (prediction, _), log in zip(forced, logs.tolist(), strict=True):
             if log - middle > _FORCE * spread:
                 text = f"forces {np.exp(log - middle):.0f} times as far off as usual"
-                told = off.get(id(answer))
-                off[id(answer)] = (f"{told[0]}, {text}" if told else text, answer)
+                told = off.get(id(prediction))
+                off[id(prediction)] = (f"{told[0]}, {text}" if told else text, prediction)
     if not off:
         return
     worst = next(iter(off.values()))
     yield Finding(
         "warning",
         "foundation-outliers",
-        f"the labels of {len(off)} of {len(answers)} frames are much further from the foundation "
-        f"than the others' ({worst[1].entry.structure.where}: {worst[0]})",
-        frames_of(answer.entry.structure for _, answer in off.values()),
+        f"the labels of {len(off)} of {len(predictions)} frames are much further from the "
+        f"foundation than the others' ({worst[1].frame.structure.where}: {worst[0]})",
+        frames_of(prediction.frame.structure for _, prediction in off.values()),
         "A calculation in a wrong state, without convergence or with other settings; or a kind of "
         "structure that the foundation knows nothing of.",
         "Look at these frames first; repeat or remove what is wrong.",
-        {"frames": {a.entry.structure.where: text for text, a in off.values()}},
+        {"frames": {a.frame.structure.where: text for text, a in off.values()}},
     )
 
 
-def _force_error(answer: Answer) -> float:
+def _force_error(prediction: FoundationPrediction) -> float:
     """Root mean square error of the forces, over their size plus that of a thermal force."""
-    assert answer.entry.forces is not None
-    return rms(answer.forces - answer.entry.forces) / (0.3 + rms(answer.forces))
+    assert prediction.frame.forces is not None
+    return rms(prediction.forces - prediction.frame.forces) / (0.3 + rms(prediction.forces))

@@ -12,8 +12,8 @@ from pet_finetune.data.neighbors import find_pairs
 from pet_finetune.units import to_own_unit
 
 from .finding import Finding, Frames, frames_of
+from .inspected import NOBLE, REACH, InspectedDataset, InspectedFrame, composition, rms
 from .near_frames import within
-from .subject import NOBLE, REACH, Entry, Subject, composition, rms
 
 #: Å between fingerprints: the same frame up to the rounding of files, and a copy that was
 #: displaced so little that it tells nothing new. MD frames 1 fs apart differ by about 0.01.
@@ -27,18 +27,18 @@ _ENERGY, _FORCE = 2e-3, 0.02
 class Twins:
     """Two frames that are all but one, and how far they are apart, Å."""
 
-    one: Entry
-    two: Entry
+    one: InspectedFrame
+    two: InspectedFrame
     distance: float
 
 
-def find_twins(entries: Sequence[Entry]) -> list[Twins]:
+def find_twins(frames: Sequence[InspectedFrame]) -> list[Twins]:
     """Pairs of nearly equal structures, whatever their rotation and numbering.
 
     Structures with an atom that nothing is near are left out: what is beyond reach of the
     fingerprint may differ.
     """
-    whole = [e for e in entries if e.size > 1 and float(e.nearest.max()) < REACH]
+    whole = [e for e in frames if e.size > 1 and float(e.nearest.max()) < REACH]
     keys = [(composition(e), e.size, bool(e.pbc.any())) for e in whole]
     near = (Twins(whole[i], whole[j], d) for i, j, d in within(whole, keys, _NEAR))
     return [pair for pair in near if _same_far(pair)]
@@ -53,14 +53,14 @@ def _same_far(pair: Twins) -> bool:
     return rms(near - far) < max(_NEAR, 3.0 * pair.distance)
 
 
-def check_duplicates(subject: Subject) -> Iterator[Finding]:
+def check_duplicates(dataset: InspectedDataset) -> Iterator[Finding]:
     """Copies within the sets, leaks between them, and copies with other labels."""
-    found = find_twins(subject.entries)
-    yield from _leaks(subject, [t for t in found if t.one.set != t.two.set])
+    found = find_twins(dataset.frames)
+    yield from _leaks(dataset, [t for t in found if t.one.set != t.two.set])
     own = [t for t in found if t.one.set == t.two.set and t.distance < _SAME]
     again = list({id(t.two): t.two for t in own}.values())
     if again:
-        part = len(again) / len(subject.entries)
+        part = len(again) / len(dataset.frames)
         yield Finding(
             "warning" if part > 0.02 and len(again) > 2 else "note",
             "duplicates",
@@ -74,11 +74,11 @@ def check_duplicates(subject: Subject) -> Iterator[Finding]:
     yield from _contradictions([t for t in found if t.distance < _SAME])
 
 
-def _leaks(subject: Subject, across: Sequence[Twins]) -> Iterator[Finding]:
+def _leaks(dataset: InspectedDataset, across: Sequence[Twins]) -> Iterator[Finding]:
     """Frames of the held-out sets that are also trained on."""
-    order = list(subject.sets)
+    order = list(dataset.sets)
     for later in order[1:]:
-        found: dict[int, tuple[Entry, str, float]] = {}
+        found: dict[int, tuple[InspectedFrame, str, float]] = {}
         for twins in across:
             pair = {twins.one.set: twins.one, twins.two.set: twins.two}
             if later in pair:
@@ -91,13 +91,13 @@ def _leaks(subject: Subject, across: Sequence[Twins]) -> Iterator[Finding]:
             continue
         exact = sum(distance < _SAME for *_, distance in found.values())
         others = ", ".join(dict.fromkeys(other for _, other, _ in found.values()))
-        part = len(found) / len(subject.sets[later])
+        part = len(found) / len(dataset.sets[later])
         yield Finding(
             "warning",
             "leak",
-            f"{len(found)} of {len(subject.sets[later])} {later} frames ({part:.1%}) are in the "
+            f"{len(found)} of {len(dataset.sets[later])} {later} frames ({part:.1%}) are in the "
             f"{others} set too ({exact} exactly, {len(found) - exact} within {_NEAR} A)",
-            frames_of(entry.structure for entry, *_ in found.values()),
+            frames_of(frame.structure for frame, *_ in found.values()),
             "Errors on frames that were trained on look too small, and the best model is picked by "
             "them.",
             "Remove them from one of the sets; of a trajectory, cut whole pieces for each set.",
@@ -107,7 +107,7 @@ def _leaks(subject: Subject, across: Sequence[Twins]) -> Iterator[Finding]:
 
 def _contradictions(same: Sequence[Twins]) -> Iterator[Finding]:
     """Equal structures whose energies or forces differ."""
-    found: list[Entry] = []
+    found: list[InspectedFrame] = []
     largest = 0.0
     for twins in same:
         one, two = twins.one, twins.two
@@ -149,10 +149,10 @@ _SHORT, _LONG = 0.62, 1.35
 _USUAL = (0.7, 1.15)
 
 
-def check_lengths(subject: Subject) -> Iterator[Finding]:
+def check_lengths(dataset: InspectedDataset) -> Iterator[Finding]:
     """Positions in Bohr or nm, by the nearest distances beside the covalent radii (ASE's table)."""
-    for file, entries in subject.files.items():
-        gaps = [e.gaps[~np.isin(e.numbers, NOBLE)] for e in entries if e.size > 1]
+    for file, frames in dataset.files.items():
+        gaps = [e.gaps[~np.isin(e.numbers, NOBLE)] for e in frames if e.size > 1]
         found = np.concatenate([*gaps, np.zeros(0)])
         found = found[np.isfinite(found)]
         if len(found) < 4:
@@ -182,23 +182,23 @@ def check_lengths(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def check_extent(subject: Subject) -> Iterator[Finding]:
+def check_extent(dataset: InspectedDataset) -> Iterator[Finding]:
     """Structures that no neighbours can be found in: atoms far away, absurd cells or densities."""
-    if subject.broken:
+    if dataset.broken:
         yield Finding(
             "error",
             "impossible-structure",
-            f"{_count(subject.broken)} cannot be computed; {subject.broken[0][1]}",
-            frames_of(structure for structure, _ in subject.broken),
+            f"{_count(dataset.broken)} cannot be computed; {dataset.broken[0][1]}",
+            frames_of(structure for structure, _ in dataset.broken),
             "No neighbours can be found in them.",
             "Remove these frames, or mend what is wrong with them.",
-            {"reasons": {structure.where: why for structure, why in subject.broken}},
+            {"reasons": {structure.where: why for structure, why in dataset.broken}},
         )
 
 
-def check_distances(subject: Subject) -> Iterator[Finding]:
+def check_distances(dataset: InspectedDataset) -> Iterator[Finding]:
     """Atoms on top of each other, too close for any bond, or strongly compressed."""
-    shortest = [(float(e.nearest.min()), e) for e in subject.entries if e.size]
+    shortest = [(float(e.nearest.min()), e) for e in dataset.frames if e.size]
     same = [e for d, e in shortest if d < _SAME_PLACE]
     close = [(d, e) for d, e in shortest if _SAME_PLACE <= d < _CLOSE]
     if same:
@@ -226,7 +226,7 @@ def check_distances(subject: Subject) -> Iterator[Finding]:
         )
     light = [
         (float(e.gaps[e.numbers == 1].min()), e)
-        for e in subject.entries
+        for e in dataset.frames
         if (e.numbers == 1).any() and float(e.nearest.min()) >= _CLOSE
     ]
     pressed = [(gap, e) for gap, e in light if gap < _COMPRESSED]
@@ -245,13 +245,13 @@ def check_distances(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def check_loneliness(subject: Subject, cutoff: float | None) -> Iterator[Finding]:
+def check_loneliness(dataset: InspectedDataset, cutoff: float | None) -> Iterator[Finding]:
     """Atoms without a neighbour, which a model of finite reach knows by their baseline only."""
     reach = cutoff or REACH
     near = min(reach, REACH)
-    alone = {id(e): _alone(e, reach) for e in subject.entries if float(e.nearest.max()) > near}
-    single = [e for e in subject.entries if e.size == 1 and alone.get(id(e))]
-    lonely = [e for e in subject.entries if e.size > 1 and alone.get(id(e))]
+    alone = {id(e): _alone(e, reach) for e in dataset.frames if float(e.nearest.max()) > near}
+    single = [e for e in dataset.frames if e.size == 1 and alone.get(id(e))]
+    lonely = [e for e in dataset.frames if e.size > 1 and alone.get(id(e))]
     if single:
         yield Finding(
             "note",
@@ -280,23 +280,23 @@ def check_loneliness(subject: Subject, cutoff: float | None) -> Iterator[Finding
         )
 
 
-def _alone(entry: Entry, reach: float) -> int:
+def _alone(frame: InspectedFrame, reach: float) -> int:
     """How many atoms have no neighbour within reach, which may be further than was looked."""
     if reach <= REACH:
-        return int((entry.nearest > reach).sum())
-    where = entry.structure.where
+        return int((frame.nearest > reach).sum())
+    where = frame.structure.where
     (first,) = find_pairs(
-        entry.positions, entry.cell, entry.pbc, reach, "i", full=True, where=where
+        frame.positions, frame.cell, frame.pbc, reach, "i", full=True, where=where
     )
-    return entry.size - len(np.unique(first))
+    return frame.size - len(np.unique(first))
 
 
-def check_periodicity(subject: Subject) -> Iterator[Finding]:
+def check_periodicity(dataset: InspectedDataset) -> Iterator[Finding]:
     """Files in which some frames are periodic and others are not."""
-    for file, entries in subject.files.items():
-        kinds: dict[str, list[Entry]] = {}
-        for entry in entries:
-            kinds.setdefault("".join("FT"[int(axis)] for axis in entry.pbc), []).append(entry)
+    for file, frames in dataset.files.items():
+        kinds: dict[str, list[InspectedFrame]] = {}
+        for frame in frames:
+            kinds.setdefault("".join("FT"[int(axis)] for axis in frame.pbc), []).append(frame)
         if len(kinds) < 2:
             continue
         parts = ", ".join(f"{len(own)} with pbc {' '.join(kind)}" for kind, own in kinds.items())
@@ -316,14 +316,14 @@ def _count(items: Sequence[object]) -> str:
     return f"{len(items)} frame{'s' if len(items) != 1 else ''}"
 
 
-def check_charges_used(subject: Subject, conditioned: bool) -> Iterator[Finding]:
+def check_charges_used(dataset: InspectedDataset, conditioned: bool) -> Iterator[Finding]:
     """Charges and spins in the file that the model is not told."""
     if conditioned:
         return
-    charged = [e for e in subject.entries if e.structure.charge != 0]
-    spins = {e.structure.spin for e in subject.entries}
+    charged = [e for e in dataset.frames if e.structure.charge != 0]
+    spins = {e.structure.spin for e in dataset.frames}
     if charged:
-        kinds = sorted({e.structure.charge for e in subject.entries})
+        kinds = sorted({e.structure.charge for e in dataset.frames})
         several = len(kinds) > 1
         yield Finding(
             "warning" if several else "note",

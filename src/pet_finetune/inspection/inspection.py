@@ -24,7 +24,7 @@ from .energy_checks import check_belonging, check_levels, check_outliers
 from .evidence import Declared, Evidence
 from .finding import Finding, worst_first
 from .foundation import (
-    Answer,
+    FoundationPrediction,
     ask,
     baseline_shift,
     check_compared,
@@ -41,11 +41,11 @@ from .geometry import (
     check_loneliness,
     check_periodicity,
 )
+from .inspected import InspectedDataset, dataset_of
 from .label_checks import check_completeness, check_forces, check_mechanics
 from .near_frames import near_pairs, steps
 from .overview import Inspection, facts_of
 from .read_anyway import check_cells, read_anyway
-from .subject import Subject, subject_of
 from .unit_checks import check_units, in_found_units
 
 
@@ -90,42 +90,42 @@ def inspect_sets(
         known: findings from reading the files.
     """
     with Watch("neighbours of the structures"):
-        subject = subject_of(sets, target)
-    findings = [*known, *check_extent(subject)]
-    if not subject.entries:
-        return Inspection(facts_of(subject), tuple(worst_first(findings)))
+        dataset = dataset_of(sets, target)
+    findings = [*known, *check_extent(dataset)]
+    if not dataset.frames:
+        return Inspection(facts_of(dataset), tuple(worst_first(findings)))
     # What is cheap comes first: a model that is asked about positions in nm takes all memory.
-    lengths = list(check_lengths(subject))
+    lengths = list(check_lengths(dataset))
     odd = {frames.file for finding in lengths for frames in finding.where}
     findings += lengths
-    answers: list[Answer] = []
+    predictions: list[FoundationPrediction] = []
     if foundation is not None:
-        refused = list(_refused(subject, foundation))
+        refused = list(_refused(dataset, foundation))
         findings += refused
         # Of a charge that it has no embedding for a model can predict nothing.
         if foundation.target is not None and all(f.code != "unknown-charges" for f in refused):
-            findings += check_compared(foundation.model, subject.without(odd))
+            findings += check_compared(foundation.model, dataset.without(odd))
             with Watch("predictions of the foundation"):
-                answers = ask(
+                predictions = ask(
                     foundation.model,
                     foundation.target,
-                    subject.without(odd),
+                    dataset.without(odd),
                     foundation.seconds,
                     foundation.species,
                 )
     with Watch("checks of structures and labels"):
-        findings += _check(subject, declared, foundation, answers, lengths)
+        findings += _check(dataset, declared, foundation, predictions, lengths)
     return Inspection(
-        facts_of(subject),
+        facts_of(dataset),
         tuple(worst_first(findings)),
-        compared=len(answers),
-        errors_before=_errors(answers),
+        compared=len(predictions),
+        errors_before=_errors(predictions),
     )
 
 
-def _refused(subject: Subject, foundation: Foundation) -> Iterator[Finding]:
+def _refused(dataset: InspectedDataset, foundation: Foundation) -> Iterator[Finding]:
     """Structures that the model cannot compute: what training would refuse, as findings."""
-    structures = [entry.structure for entry in subject.entries]
+    structures = [frame.structure for frame in dataset.frames]
     hypers = foundation.model.hypers
     if foundation.known_too is not None:
         known = {*foundation.species, *foundation.known_too}
@@ -141,57 +141,59 @@ def _refused(subject: Subject, foundation: Foundation) -> Iterator[Finding]:
 
 
 def _check(
-    subject: Subject,
+    dataset: InspectedDataset,
     declared: Mapping[str, Declared],
     foundation: Foundation | None,
-    answers: Sequence[Answer],
+    predictions: Sequence[FoundationPrediction],
     lengths: Sequence[Finding],
 ) -> Iterator[Finding]:
     """Every check of structures and labels, but that of the lengths."""
     model = None if foundation is None else foundation.model
     conditioned = model is not None and model.hypers.system_conditioning
-    yield from check_distances(subject)
-    yield from check_loneliness(subject, None if model is None else model.cutoff)
-    yield from check_periodicity(subject)
-    yield from check_charges_used(subject, conditioned)
-    if subject.target is None:
-        yield from check_duplicates(subject)
+    yield from check_distances(dataset)
+    yield from check_loneliness(dataset, None if model is None else model.cutoff)
+    yield from check_periodicity(dataset)
+    yield from check_charges_used(dataset, conditioned)
+    if dataset.target is None:
+        yield from check_duplicates(dataset)
         return
-    pairs = {file: near_pairs(entries) for file, entries in subject.files.items()}
-    paths = {file: steps(entries, pairs[file]) for file, entries in subject.files.items()}
-    more: Mapping[str, Sequence[Evidence]] = units_of(answers)
+    pairs = {file: near_pairs(frames) for file, frames in dataset.files.items()}
+    paths = {file: steps(frames, pairs[file]) for file, frames in dataset.files.items()}
+    more: Mapping[str, Sequence[Evidence]] = units_of(predictions)
     doubtful = {frames.file for finding in lengths for frames in finding.where}
-    odd = list(check_units(subject, paths, declared, more, doubtful, pairs))
+    odd = list(check_units(dataset, paths, declared, more, doubtful, pairs))
     yield from odd
     # The rest as if the units were mended: else every frame would stand out.
-    mended = in_found_units(subject, [*lengths, *odd])
-    if mended is not subject:
-        paths = {file: steps(entries, pairs[file]) for file, entries in mended.files.items()}
+    mended = in_found_units(dataset, [*lengths, *odd])
+    if mended is not dataset:
+        paths = {file: steps(frames, pairs[file]) for file, frames in mended.files.items()}
     yield from check_duplicates(mended)
-    yield from check_references(answers, foundation is not None and foundation.keeps_baselines)
-    yield from check_completeness(subject)
+    yield from check_references(predictions, foundation is not None and foundation.keeps_baselines)
+    yield from check_completeness(dataset)
     yield from check_forces(mended)
     yield from check_mechanics(mended)
     yield from check_levels(mended)
     yield from check_belonging(mended, paths)
     yield from check_outliers(mended, paths)
-    entries = {id(entry.structure): entry for entry in mended.entries}
-    yield from check_residuals([replace(a, entry=entries[id(a.entry.structure)]) for a in answers])
+    frames = {id(frame.structure): frame for frame in mended.frames}
+    yield from check_residuals(
+        [replace(a, frame=frames[id(a.frame.structure)]) for a in predictions]
+    )
 
 
-def _errors(answers: Sequence[Answer]) -> dict[str, float]:
+def _errors(predictions: Sequence[FoundationPrediction]) -> dict[str, float]:
     """How far the foundation is from the labels before any training.
 
     The mean absolute error of the forces, eV/Å, and what lies between the references of the
     energies, eV an atom.
     """
     total = count = 0.0
-    for answer in answers:
-        if answer.entry.forces is not None:
-            total += float(abs(answer.forces - answer.entry.forces).sum())
-            count += answer.forces.size
+    for prediction in predictions:
+        if prediction.frame.forces is not None:
+            total += float(abs(prediction.forces - prediction.frame.forces).sum())
+            count += prediction.forces.size
     errors = {"forces_mae": total / count} if count else {}
-    shift = baseline_shift(answers)
+    shift = baseline_shift(predictions)
     return errors if shift is None else {**errors, "energy_shift": shift}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from .finding import Finding, Frames, frames_of
-from .subject import Entry, Subject, rms
+from .inspected import InspectedDataset, InspectedFrame, rms
 
 #: eV/Å: an atom in a thermal structure feels 1 to 5, in a violent collision up to 30.
 _ABSURD = 50.0
@@ -22,11 +22,11 @@ _RELAXED = 0.05
 _NOISE, _NOISE_PART = 1e-3, 5e-3
 
 
-def check_completeness(subject: Subject) -> Iterator[Finding]:
+def check_completeness(dataset: InspectedDataset) -> Iterator[Finding]:
     """Frames without forces, energies that never change, sets of one composition."""
-    entries = subject.entries
-    without = [e for e in entries if e.forces is None and e.size > 1]
-    several = [e for e in entries if e.size > 1]
+    frames = dataset.frames
+    without = [e for e in frames if e.forces is None and e.size > 1]
+    several = [e for e in frames if e.size > 1]
     if several and len(without) == len(several):
         yield Finding(
             "note",
@@ -41,17 +41,17 @@ def check_completeness(subject: Subject) -> Iterator[Finding]:
         yield Finding(
             "note",
             "partial-forces",
-            f"{len(without)} of {len(entries)} frames have no forces",
+            f"{len(without)} of {len(frames)} frames have no forces",
             frames_of(e.structure for e in without),
             "They count for the energy only.",
             "Nothing, if that is so in the reference data.",
             {"count": len(without)},
         )
-    for file, own in subject.files.items():
+    for file, own in dataset.files.items():
         yield from _constant_energies(file, own)
-    compositions = {e.formula for e in entries}
-    elements = {int(z) for e in entries for z in e.elements[0]}
-    energies = [e for e in entries if e.energy is not None]
+    compositions = {e.formula for e in frames}
+    elements = {int(z) for e in frames for z in e.elements[0]}
+    energies = [e for e in frames if e.energy is not None]
     if len(compositions) == 1 and len(energies) > 1 and len(elements) > 1:
         yield Finding(
             "note",
@@ -64,9 +64,9 @@ def check_completeness(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def _constant_energies(file: str, entries: Sequence[Entry]) -> Iterator[Finding]:
-    energies = [(e.energy, e.size) for e in entries if e.energy is not None]
-    moved = len({e.positions.tobytes() for e in entries}) > 1
+def _constant_energies(file: str, frames: Sequence[InspectedFrame]) -> Iterator[Finding]:
+    energies = [(e.energy, e.size) for e in frames if e.energy is not None]
+    moved = len({e.positions.tobytes() for e in frames}) > 1
     if len(energies) > 2 and moved and len({energy for energy, _ in energies}) == 1:
         yield Finding(
             "warning",
@@ -78,9 +78,9 @@ def _constant_energies(file: str, entries: Sequence[Entry]) -> Iterator[Finding]
         )
 
 
-def check_forces(subject: Subject) -> Iterator[Finding]:
+def check_forces(dataset: InspectedDataset) -> Iterator[Finding]:
     """Forces that are absurdly large, exactly zero without a reason, or all but zero."""
-    forced = [e for e in subject.entries if e.forces is not None]
+    forced = [e for e in dataset.frames if e.forces is not None]
     absurd = [e for e in forced if _largest(e) > _ABSURD]
     if absurd:
         largest = max(map(_largest, absurd))
@@ -121,7 +121,7 @@ def check_forces(subject: Subject) -> Iterator[Finding]:
         )
     blank = [
         e
-        for e in subject.entries
+        for e in dataset.frames
         if e.stress is not None and not e.stress.any() and _largest(e) > 0.0
     ]
     if blank:
@@ -136,9 +136,9 @@ def check_forces(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def check_mechanics(subject: Subject) -> Iterator[Finding]:
+def check_mechanics(dataset: InspectedDataset) -> Iterator[Finding]:
     """Net forces, and for molecules net torques, which no potential has."""
-    forced = [e for e in subject.entries if e.forces is not None and e.size > 1]
+    forced = [e for e in dataset.frames if e.forces is not None and e.size > 1]
     size = rms(*[e.forces for e in forced if e.forces is not None])
     limit = max(_NOISE, _NOISE_PART * size)
     pushed = {id(e): _net_force(e) for e in forced}
@@ -180,22 +180,22 @@ def check_mechanics(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def _largest(entry: Entry) -> float:
+def _largest(frame: InspectedFrame) -> float:
     """The longest force, eV/Å."""
-    if entry.forces is None:
+    if frame.forces is None:
         return 0.0
-    return float(np.linalg.norm(entry.forces, axis=1).max())
+    return float(np.linalg.norm(frame.forces, axis=1).max())
 
 
-def _net_force(entry: Entry) -> float:
+def _net_force(frame: InspectedFrame) -> float:
     """Size of independent noise on the components that makes as large a sum, eV/Å."""
-    assert entry.forces is not None
-    return float(np.linalg.norm(entry.forces.sum(axis=0))) / float(np.sqrt(3 * entry.size))
+    assert frame.forces is not None
+    return float(np.linalg.norm(frame.forces.sum(axis=0))) / float(np.sqrt(3 * frame.size))
 
 
-def _net_torque(entry: Entry) -> float:
+def _net_torque(frame: InspectedFrame) -> float:
     """The same for the torque about the centre, eV/Å."""
-    assert entry.forces is not None
-    arms = entry.positions - entry.positions.mean(axis=0)
-    torque = float(np.linalg.norm(np.cross(arms, entry.forces).sum(axis=0)))
+    assert frame.forces is not None
+    arms = frame.positions - frame.positions.mean(axis=0)
+    torque = float(np.linalg.norm(np.cross(arms, frame.forces).sum(axis=0)))
     return torque / max(1e-9, float(np.sqrt(2.0 * (arms**2).sum())))

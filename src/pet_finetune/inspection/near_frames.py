@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.spatial import cKDTree
 
-from .subject import Entry
+from .inspected import InspectedFrame
 
 _NEIGHBOURS = 3
 #: Pairs of one file, and atoms in them, that are looked at; each costs the same.
@@ -30,7 +30,7 @@ class FrameStep:
     """From one frame to a neighbouring one.
 
     Attributes:
-        one, two: positions of the frames among the entries.
+        one, two: positions of the frames among the frames.
         atoms: in each of them.
         energy: difference of the energies, eV.
         work: what the forces say it is, by the displacement at constant cell, eV.
@@ -55,20 +55,20 @@ class FrameStep:
     pressure: float
 
 
-def near_pairs(entries: Sequence[Entry]) -> list[tuple[int, int]]:
+def near_pairs(frames: Sequence[InspectedFrame]) -> list[tuple[int, int]]:
     """Positions of frames that hold the same atoms in the same order and are near each other.
 
     Args:
-        entries: with energies and forces; others are passed over.
+        frames: with energies and forces; others are passed over.
     """
     usable = [
         k
-        for k, e in enumerate(entries)
+        for k, e in enumerate(frames)
         if e.energy is not None and e.forces is not None and e.size > 1
         if e.pbc.all() or not e.pbc.any()
     ]
-    chosen = [entries[k] for k in usable]
-    keys = [(entry.numbers.tobytes(), bool(entry.pbc.all())) for entry in chosen]
+    chosen = [frames[k] for k in usable]
+    keys = [(frame.numbers.tobytes(), bool(frame.pbc.all())) for frame in chosen]
     found = sorted(neighbours(chosen, keys, _NEIGHBOURS), key=lambda pair: pair[2])
     pairs: list[tuple[int, int]] = []
     atoms = 0
@@ -80,24 +80,24 @@ def near_pairs(entries: Sequence[Entry]) -> list[tuple[int, int]]:
     return pairs
 
 
-def steps(entries: Sequence[Entry], pairs: Sequence[tuple[int, int]]) -> list[FrameStep]:
+def steps(frames: Sequence[InspectedFrame], pairs: Sequence[tuple[int, int]]) -> list[FrameStep]:
     """Steps between frames, as far as they are near enough and still have their labels.
 
     Args:
-        entries: of one file.
+        frames: of one file.
         pairs: from :func:`near_pairs`; they do not depend on what the labels are.
     """
     made = []
     for one, two in pairs:
-        if entries[one].forces is None or entries[one].energy is None:
+        if frames[one].forces is None or frames[one].energy is None:
             continue
-        step = _step(entries[one], entries[two], one, two)
+        step = _step(frames[one], frames[two], one, two)
         if step is not None:
             made.append(step)
     return made
 
 
-def _step(one: Entry, two: Entry, first: int, second: int) -> FrameStep | None:
+def _step(one: InspectedFrame, two: InspectedFrame, first: int, second: int) -> FrameStep | None:
     """The step between two frames, None where they lie too far apart."""
     moved = _crystal(one, two) if one.pbc.all() else _molecule(one, two)
     if moved is None:
@@ -135,14 +135,16 @@ def _step(one: Entry, two: Entry, first: int, second: int) -> FrameStep | None:
     )
 
 
-def _labels(entry: Entry) -> tuple[float, np.ndarray]:
+def _labels(frame: InspectedFrame) -> tuple[float, np.ndarray]:
     """Energy and forces of a frame that has both."""
-    assert entry.energy is not None
-    assert entry.forces is not None
-    return entry.energy, entry.forces
+    assert frame.energy is not None
+    assert frame.forces is not None
+    return frame.energy, frame.forces
 
 
-def _molecule(one: Entry, two: Entry) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _molecule(
+    one: InspectedFrame, two: InspectedFrame
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Displacement after the best superposition (Kabsch 1976), in the first frame's axes.
 
     With it no strain, and the rotation that turns rows of the second frame into those axes.
@@ -155,7 +157,9 @@ def _molecule(one: Entry, two: Entry) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return there @ turn - here, np.zeros((3, 3)), turn
 
 
-def _crystal(one: Entry, two: Entry) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+def _crystal(
+    one: InspectedFrame, two: InspectedFrame
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """The same for a crystal; None where a cell is flat.
 
     The cell's rotation is taken out, what is left of its change is the strain, and atoms move by
@@ -189,22 +193,22 @@ _CHUNK = 4_000_000
 
 
 def neighbours(
-    entries: Sequence[Entry], keys: Sequence[Hashable], count: int
+    frames: Sequence[InspectedFrame], keys: Sequence[Hashable], count: int
 ) -> Iterator[tuple[int, int, float]]:
-    """Pairs of entries with the same key whose fingerprints are near.
+    """Pairs of frames with the same key whose fingerprints are near.
 
     Those found are near ones, not in each case the very nearest.
 
     Args:
-        entries: what is paired.
-        keys: entries with different keys are not compared; equal keys imply equal elements.
-        count: how many neighbours of each entry are asked for, at most.
+        frames: what is paired.
+        keys: frames with different keys are not compared; equal keys imply equal elements.
+        count: how many neighbours of each frame are asked for, at most.
 
     Yields:
         Each pair once: two positions, the smaller one first, and their distance in Å.
     """
     for members in _groups(keys):
-        vectors = np.stack([entries[member].fingerprint for member in members])
+        vectors = np.stack([frames[member].fingerprint for member in members])
         asked = min(_CANDIDATES, len(members) - 1) + 1
         shadows = _shadows(vectors)
         _, found = cKDTree(shadows).query(shadows, k=asked)
@@ -218,23 +222,23 @@ def neighbours(
 
 
 def within(
-    entries: Sequence[Entry], keys: Sequence[Hashable], radius: float
+    frames: Sequence[InspectedFrame], keys: Sequence[Hashable], radius: float
 ) -> Iterator[tuple[int, int, float]]:
-    """Pairs of entries with the same key whose fingerprints are within a radius.
+    """Pairs of frames with the same key whose fingerprints are within a radius.
 
-    Each entry that has such a partner is in at least one pair; of many copies of one structure not
+    Each frame that has such a partner is in at least one pair; of many copies of one structure not
     all pairs come.
 
     Args:
-        entries: what is paired.
-        keys: entries with different keys are not compared; equal keys imply equal elements.
+        frames: what is paired.
+        keys: frames with different keys are not compared; equal keys imply equal elements.
         radius: in Å.
 
     Yields:
         Each pair once: two positions, the smaller one first, and their distance in Å.
     """
     for members in _groups(keys):
-        vectors = np.stack([entries[member].fingerprint for member in members])
+        vectors = np.stack([frames[member].fingerprint for member in members])
         shadows = _shadows(vectors)
         tree = cKDTree(shadows)
         open_rows, asked = np.arange(len(members)), _CANDIDATES

@@ -18,16 +18,16 @@ from pet_finetune.log import html_of
 
 from .estimate import Estimate, Load, duration
 from .finding import SEVERITIES, Finding
-from .subject import Entry, Subject, element_fit, rms
+from .inspected import InspectedDataset, InspectedFrame, element_fit, rms
 from .suggestion import Suggestion
 
 #: eV an atom, below which energies of bonds stay.
 _COHESIVE = 15.0
 
 
-def references_of(entries: Sequence[Entry]) -> str:
+def references_of(frames: Sequence[InspectedFrame]) -> str:
     """Whether the energies hold those of the free atoms, in words; empty without energies."""
-    energies = [abs(e.energy) / e.size for e in entries if e.energy is not None and e.size > 1]
+    energies = [abs(e.energy) / e.size for e in frames if e.energy is not None and e.size > 1]
     if not energies:
         return ""
     if float(np.median(energies)) < _COHESIVE:
@@ -105,33 +105,33 @@ class Facts:
     skipped: int
 
 
-def facts_of(subject: Subject) -> Facts:
+def facts_of(dataset: InspectedDataset) -> Facts:
     """Count and measure."""
-    files = {file: len(entries) for file, entries in subject.files.items()}
-    sets = {name: _set_facts(entries) for name, entries in subject.sets.items()}
-    return Facts(sets, files, subject.skipped)
+    files = {file: len(frames) for file, frames in dataset.files.items()}
+    sets = {name: _set_facts(frames) for name, frames in dataset.sets.items()}
+    return Facts(sets, files, dataset.skipped)
 
 
-def _set_facts(entries: Sequence[Entry]) -> SetFacts:
+def _set_facts(frames: Sequence[InspectedFrame]) -> SetFacts:
     structures: Counter[int] = Counter()
     atoms: Counter[int] = Counter()
-    for entry in entries:
-        numbers, counts = entry.elements
+    for frame in frames:
+        numbers, counts = frame.elements
         structures.update(numbers.tolist())
         atoms.update(dict(zip(numbers.tolist(), counts.tolist(), strict=True)))
-    sizes = Range.of([e.size for e in entries])
+    sizes = Range.of([e.size for e in frames])
     assert sizes is not None
-    labelled = [e for e in entries if e.energy is not None]
-    forced = [e.forces for e in entries if e.forces is not None]
-    stressed = [e.stress for e in entries if e.stress is not None]
-    nearest = np.array([e.nearest.min() for e in entries])
+    labelled = [e for e in frames if e.energy is not None]
+    forced = [e.forces for e in frames if e.forces is not None]
+    stressed = [e.stress for e in frames if e.stress is not None]
+    nearest = np.array([e.nearest.min() for e in frames])
     return SetFacts(
-        structures=len(entries),
-        atoms=int(sum(e.size for e in entries)),
+        structures=len(frames),
+        atoms=int(sum(e.size for e in frames)),
         elements={symbol_of(z): (structures[z], atoms[z]) for z in sorted(atoms)},
-        compositions=len({e.formula for e in entries}),
+        compositions=len({e.formula for e in frames}),
         sizes=sizes,
-        periodicity=dict(Counter(_KINDS[int(e.pbc.sum())] for e in entries)),
+        periodicity=dict(Counter(_KINDS[int(e.pbc.sum())] for e in frames)),
         nearest=Range.of(nearest[np.isfinite(nearest)]),
         energies=len(labelled),
         energy=Range.of([(e.energy or 0.0) / e.size for e in labelled]),

@@ -17,7 +17,7 @@ from scipy.sparse import csc_matrix
 from pet_finetune.data.neighbors import expected_neighbors, find_pairs
 
 from .evidence import Evidence, digits
-from .subject import NOBLE, Entry, compositions, rms, robust_spread
+from .inspected import NOBLE, InspectedFrame, compositions, rms, robust_spread
 
 #: What each Gaussian contributes to a frame: see :func:`_design`.
 _Design = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
@@ -55,7 +55,7 @@ class PairModel:
     """What the pair potential says of the frames it was fitted to.
 
     Attributes:
-        frames: positions among the entries of the file.
+        frames: positions among the frames of the file.
         agreement: correlation of its forces with the labels.
         energies: eV an atom, ``[n]``.
         stresses: eV/Å³, ``[n, 3, 3]``; NaN for frames without a volume.
@@ -63,18 +63,18 @@ class PairModel:
             correlates.
     """
 
-    frames: Sequence[int]
+    places: Sequence[int]
     agreement: float
     energies: np.ndarray
     stresses: np.ndarray
     repulsion: tuple[float, float]
 
-    def evidence(self, entries: Sequence[Entry]) -> list[Evidence]:
-        """What follows for the units of the entries.
+    def evidence(self, frames: Sequence[InspectedFrame]) -> list[Evidence]:
+        """What follows for the units of the frames.
 
         These may have other energies and stresses than those that the model was made of.
         """
-        own = [entries[k] for k in self.frames]
+        own = [frames[k] for k in self.places]
         forces, *others = self._of_forces(), self._of_energies(own), self._of_stresses(own)
         energies = others[0]
         if forces is not None and energies is not None and forces.sign * energies.sign < 0:
@@ -94,12 +94,12 @@ class PairModel:
         sign = 1 if size > 0 else -1
         return _evidence({"force": -1.0}, log, _REPULSION_SIGMA, text, sign, correlation)
 
-    def _of_energies(self, entries: Sequence[Entry]) -> Evidence | None:
+    def _of_energies(self, frames: Sequence[InspectedFrame]) -> Evidence | None:
         """Spread of the energies of equal compositions and volumes beside that of the model."""
-        chosen = [k for k, e in enumerate(entries) if e.energy is not None and displaced(e)]
+        chosen = [k for k, e in enumerate(frames) if e.energy is not None and displaced(e)]
         if self.agreement < _CORRELATED or len(chosen) < _FEWEST:
             return None
-        known = [entries[k] for k in chosen]
+        known = [frames[k] for k in chosen]
         trivial = _trivial(known)
         if len(chosen) < 1.5 * np.linalg.matrix_rank(trivial) + 4:
             return None
@@ -121,14 +121,14 @@ class PairModel:
         powers = {"energy": -1.0, "force": 1.0}
         return _evidence(powers, log, _ENERGY_SIGMA, text, sign, correlation)
 
-    def _of_stresses(self, entries: Sequence[Entry]) -> Evidence | None:
+    def _of_stresses(self, frames: Sequence[InspectedFrame]) -> Evidence | None:
         """Shear, which displaced atoms make, by its size; shear and pressure by their sign."""
-        chosen = [k for k, e in enumerate(entries) if e.stress is not None and e.volume > 0.0]
-        chosen = [k for k in chosen if displaced(entries[k])]
+        chosen = [k for k, e in enumerate(frames) if e.stress is not None and e.volume > 0.0]
+        chosen = [k for k in chosen if displaced(frames[k])]
         if self.agreement < _CORRELATED or len(chosen) < _FEWEST:
             return None
-        labels = np.stack([entries[k].stress for k in chosen])  # type: ignore[misc]
-        volumes = np.array([entries[k].volume / entries[k].size for k in chosen])
+        labels = np.stack([frames[k].stress for k in chosen])  # type: ignore[misc]
+        volumes = np.array([frames[k].volume / frames[k].size for k in chosen])
         pressures, shears = [], []
         for stress in (labels, self.stresses[chosen]):
             virials = stress * volumes[:, None, None]
@@ -162,14 +162,14 @@ def _evidence(
     return Evidence(powers, log, sigma, text, sign, wrong_sign=wrong, most=_MOST)
 
 
-def fit_pairs(entries: Sequence[Entry]) -> PairModel | None:
+def fit_pairs(frames: Sequence[InspectedFrame]) -> PairModel | None:
     """Fit the potential to the forces of frames that are spread over a file; None without any."""
-    able = [k for k, e in enumerate(entries) if e.forces is not None and e.size > 1]
-    atoms = sum(entries[k].size for k in able)
+    able = [k for k, e in enumerate(frames) if e.forces is not None and e.size > 1]
+    atoms = sum(frames[k].size for k in able)
     step = max(1, -(-len(able) // _FRAMES), -(-atoms // _ATOMS))
-    frames = [k for k in able[::step] if _fits(entries[k])]
-    chosen = [entries[k] for k in frames]
-    if len(frames) < 2:
+    places = [k for k in able[::step] if _fits(frames[k])]
+    chosen = [frames[k] for k in places]
+    if len(places) < 2:
         return None
     # Each frame counts alike: else a few hot ones would say what the energies of all others are.
     sizes = np.array([rms(_forces(e)) for e in chosen])
@@ -177,21 +177,21 @@ def fit_pairs(entries: Sequence[Entry]) -> PairModel | None:
         return None
     shares = 1.0 / np.maximum(sizes, _SMALL * rms(sizes))
     kinds = _kinds_of(chosen)
-    made = [_design(entry, kinds) for entry in chosen]
+    made = [_design(frame, kinds) for frame in chosen]
     scaled = [one[0] * share for one, share in zip(made, shares, strict=True)]
     labels = [_forces(e) * share for e, share in zip(chosen, shares, strict=True)]
     halves = [_equations(scaled[k::2], labels[k::2]) for k in (0, 1)]
-    normal, answer = halves[0][0] + halves[1][0], halves[0][1] + halves[1][1]
+    normal, prediction = halves[0][0] + halves[1][0], halves[0][1] + halves[1][1]
     if not normal.any():
         return None
-    weights = _solve(normal, answer)
+    weights = _solve(normal, prediction)
     # How well it agrees is asked of frames that it was not fitted to.
     apart = [_solve(*half) for half in halves]
     said = np.concatenate([one @ apart[1 - k % 2] for k, one in enumerate(scaled)])
     seen, push = np.concatenate([_forces(e) for e in chosen]), np.concatenate([m[3] for m in made])
     square = float(push @ push)
     return PairModel(
-        frames=frames,
+        places=places,
         agreement=_cosine(said, np.concatenate(labels)),
         energies=np.array([one[1] @ weights for one in made]),
         stresses=np.stack([one[2] @ weights for one in made]),
@@ -207,47 +207,47 @@ def _equations(
     return design.T @ design, design.T @ np.concatenate(labels)
 
 
-def _solve(normal: np.ndarray, answer: np.ndarray) -> np.ndarray:
+def _solve(normal: np.ndarray, prediction: np.ndarray) -> np.ndarray:
     """Weights, held small where the forces say nothing of them."""
     size = float(np.trace(normal))
     if size == 0.0:
-        return np.zeros(len(answer))
+        return np.zeros(len(prediction))
     held = normal + _RIDGE * size / len(normal) * np.eye(len(normal))
-    weights: np.ndarray = np.linalg.solve(held, answer)
+    weights: np.ndarray = np.linalg.solve(held, prediction)
     return weights
 
 
-def _fits(entry: Entry) -> bool:
+def _fits(frame: InspectedFrame) -> bool:
     """Whether its pairs are few enough, and none lies at one place."""
-    near = expected_neighbors(entry.positions, entry.cell, entry.pbc, _REACH)
-    return near * entry.size < _PAIRS and float(entry.nearest.min()) > 0.1
+    near = expected_neighbors(frame.positions, frame.cell, frame.pbc, _REACH)
+    return near * frame.size < _PAIRS and float(frame.nearest.min()) > 0.1
 
 
-def displaced(entry: Entry) -> bool:
+def displaced(frame: InspectedFrame) -> bool:
     """Whether the atoms are so far from their places that this rules energies and stresses."""
-    near = float(np.median(entry.nearest))
-    return bool(np.isfinite(near)) and rms(_forces(entry)) * near > _DISPLACED
+    near = float(np.median(frame.nearest))
+    return bool(np.isfinite(near)) and rms(_forces(frame)) * near > _DISPLACED
 
 
-def _kinds_of(entries: Sequence[Entry]) -> dict[tuple[int, int], int]:
+def _kinds_of(frames: Sequence[InspectedFrame]) -> dict[tuple[int, int], int]:
     """A number for each pair of elements; 0 for all where these are many."""
-    elements = sorted({int(z) for e in entries for z in e.elements[0]})
+    elements = sorted({int(z) for e in frames for z in e.elements[0]})
     pairs = [(a, b) for k, a in enumerate(elements) for b in elements[k:]]
     return {pair: n if len(pairs) <= _KINDS else 0 for n, pair in enumerate(pairs)}
 
 
-def _design(entry: Entry, kinds: dict[tuple[int, int], int]) -> _Design:
+def _design(frame: InspectedFrame, kinds: dict[tuple[int, int], int]) -> _Design:
     """What each Gaussian contributes to a frame.
 
     Returns:
         Forces ``[3 n, k]``, energy an atom ``[k]``, stress ``[3, 3, k]``; and the forces ``[3 n]``
         of the fixed repulsion.
     """
-    radii = covalent_radii[entry.numbers]
+    radii = covalent_radii[frame.numbers]
     reach = min(_REACH, _END * 2.0 * float(radii.max()))
     first, second, vector, length = find_pairs(
-        entry.positions, entry.cell, entry.pbc, reach, "ijDd", full=True,
-        where=entry.structure.where,
+        frame.positions, frame.cell, frame.pbc, reach, "ijDd", full=True,
+        where=frame.structure.where,
     )  # fmt: skip
     first, second = first.astype(np.int64), second.astype(np.int64)
     sums = radii[first] + radii[second]
@@ -256,28 +256,28 @@ def _design(entry: Entry, kinds: dict[tuple[int, int], int]) -> _Design:
     length, unit = length[inside], vector[inside] / length[inside, None]
     values, slopes = _gaussians(length / sums)
     slopes /= sums[:, None]
-    low, high = np.minimum(entry.numbers[first], entry.numbers[second]), np.maximum(
-        entry.numbers[first], entry.numbers[second]
+    low, high = np.minimum(frame.numbers[first], frame.numbers[second]), np.maximum(
+        frame.numbers[first], frame.numbers[second]
     )  # fmt: skip
     number = np.array([kinds[a, b] for a, b in zip(low.tolist(), high.tolist(), strict=True)])
     width, count = len(_CENTRES), max(kinds.values()) + 1
-    forces = np.empty((entry.size, 3, count * width))
-    push = np.empty((entry.size, 3))
+    forces = np.empty((frame.size, 3, count * width))
+    push = np.empty((frame.size, 3))
     repulsion = -np.exp(-10.0 * (length / sums - 0.95)) / sums
-    noble = np.isin(entry.numbers, NOBLE)
+    noble = np.isin(frame.numbers, NOBLE)
     repulsion[noble[first] | noble[second]] = 0.0
     for axis in range(3):
-        pulls = _sums(first * count + number, unit[:, axis], slopes, entry.size * count)
-        forces[:, axis] = pulls.reshape(entry.size, -1)
-        push[:, axis] = np.bincount(first, repulsion * unit[:, axis], minlength=entry.size)
-    energy = _sums(number, np.full(len(number), 0.5 / entry.size), values, count).ravel()
+        pulls = _sums(first * count + number, unit[:, axis], slopes, frame.size * count)
+        forces[:, axis] = pulls.reshape(frame.size, -1)
+        push[:, axis] = np.bincount(first, repulsion * unit[:, axis], minlength=frame.size)
+    energy = _sums(number, np.full(len(number), 0.5 / frame.size), values, count).ravel()
     stress = np.full((3, 3, count * width), np.nan)
-    if entry.volume > 0.0:
-        arms = unit * (length / (2.0 * entry.volume))[:, None]
+    if frame.volume > 0.0:
+        arms = unit * (length / (2.0 * frame.volume))[:, None]
         for row, column in np.ndindex(3, 3):
             both = _sums(number, arms[:, row] * unit[:, column], slopes, count)
             stress[row, column] = both.ravel()
-    return forces.reshape(3 * entry.size, -1), energy, stress, push.ravel()
+    return forces.reshape(3 * frame.size, -1), energy, stress, push.ravel()
 
 
 def _sums(groups: np.ndarray, factors: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
@@ -295,20 +295,20 @@ def _gaussians(distances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return bells * fade**2, -bells * fade * (away / _WIDTH**2 * fade + 2.0 / _END)
 
 
-def _trivial(entries: Sequence[Entry]) -> np.ndarray:
+def _trivial(frames: Sequence[InspectedFrame]) -> np.ndarray:
     """What forces say nothing of: fractions of the elements, and functions of the volume."""
-    elements = sorted({int(z) for e in entries for z in e.elements[0]})
-    columns = [compositions(entries, elements)]
-    volumes = np.array([e.volume / e.size for e in entries])
+    elements = sorted({int(z) for e in frames for z in e.elements[0]})
+    columns = [compositions(frames, elements)]
+    volumes = np.array([e.volume / e.size for e in frames])
     if volumes.min() > 0.0 and np.ptp(volumes) > 1e-3 * volumes.min():
         logs = np.log(volumes)
         columns.append(np.stack([logs, logs**2], axis=1))
     return np.concatenate(columns, axis=1)
 
 
-def _forces(entry: Entry) -> np.ndarray:
-    assert entry.forces is not None
-    return entry.forces.ravel()
+def _forces(frame: InspectedFrame) -> np.ndarray:
+    assert frame.forces is not None
+    return frame.forces.ravel()
 
 
 def _cosine(one: np.ndarray, two: np.ndarray) -> float:

@@ -10,9 +10,9 @@ from pet_finetune.data.neighbors import find_pairs
 from pet_finetune.units import energy_to_ev
 
 from .evidence import Evidence, digits, log_ratio
+from .inspected import InspectedFrame, compositions, element_fit, rms
 from .near_frames import FrameStep
 from .pair_model import PairModel, displaced
-from .subject import Entry, compositions, element_fit, rms
 
 #: Force constants of bonds of hydrogen, eV/Å²: slopes of the force along the bond against its
 #: length in molecules and liquids (rMD17 ethanol, 3BPA, water, PBE0 molecules: 30 to 34, 42 to 46,
@@ -43,7 +43,7 @@ _STEPS, _FEWEST_STEPS = 120, 8
 
 
 def evidence_of(
-    entries: Sequence[Entry],
+    frames: Sequence[InspectedFrame],
     steps: Sequence[FrameStep],
     pairs: PairModel | None = None,
     about: Collection[str] = ("energy", "force", "stress"),
@@ -51,26 +51,26 @@ def evidence_of(
     """All that a file says of its units.
 
     Args:
-        entries: of one file.
+        frames: of one file.
         steps: between neighbouring frames of it.
         pairs: the pair potential that was fitted to its forces.
         about: quantities that are asked about, of ``energy``, ``force``, ``stress``; evidence that
             speaks of none of them is left out.
     """
     found: list[Evidence | None] = []
-    modelled = [] if pairs is None else pairs.evidence(entries)
+    modelled = [] if pairs is None else pairs.evidence(frames)
     if "force" in about:
-        found += [*_bonds(entries), _largest_forces(entries)]
+        found += [*_bonds(frames), _largest_forces(frames)]
     if {"force", "energy"} & set(about):
         found.append(_work(steps))
     if "energy" in about:
-        found += [_all_electron(entries), _sizes(entries)]
+        found += [_all_electron(frames), _sizes(frames)]
     if {"energy", "stress"} & set(about):
         found.append(_pressing(steps))
     if "stress" in about:
-        found += [_bulk_modulus(steps), _largest_stresses(entries), _tension(entries)]
+        found += [_bulk_modulus(steps), _largest_stresses(frames), _tension(frames)]
     if {"stress", "force"} & set(about) and not any("stress" in e.powers for e in modelled):
-        found.append(_disorder(entries))
+        found.append(_disorder(frames))
     found += [piece for piece in modelled if set(about) & set(piece.powers)]
     return [piece for piece in found if piece is not None]
 
@@ -112,7 +112,7 @@ def _pressing(steps: Sequence[FrameStep]) -> Evidence | None:
     return _compare(energies[told], works[told], "stress", "stress")
 
 
-def _all_electron(entries: Sequence[Entry]) -> Evidence | None:
+def _all_electron(frames: Sequence[InspectedFrame]) -> Evidence | None:
     """Energies against those of all electrons of the atoms, for molecules without a cell.
 
     The sum over atoms of the Thomas-Fermi energy with the corrections of Scott and Schwinger,
@@ -121,12 +121,12 @@ def _all_electron(entries: Sequence[Entry]) -> Evidence | None:
     the units are taken to be total energies of all electrons; others say nothing.
     """
     ratios = []
-    for entry in entries:
-        if entry.energy is None or entry.pbc.any() or entry.numbers.max() < 3:
+    for frame in frames:
+        if frame.energy is None or frame.pbc.any() or frame.numbers.max() < 3:
             continue
-        z = entry.numbers.astype(float)
+        z = frame.numbers.astype(float)
         hartree = -0.768745 * z ** (7 / 3) + z**2 / 2 - 0.269900 * z ** (5 / 3)
-        ratios.append(entry.energy / (float(hartree.sum()) * energy_to_ev("Hartree")))
+        ratios.append(frame.energy / (float(hartree.sum()) * energy_to_ev("Hartree")))
     if len(ratios) < 3:
         return None
     low, middle, high = np.quantile(ratios, [0.1, 0.5, 0.9])
@@ -144,13 +144,13 @@ def _all_electron(entries: Sequence[Entry]) -> Evidence | None:
     return Evidence({"energy": -1.0}, log, 0.03, text, absolute=True)
 
 
-def _sizes(entries: Sequence[Entry]) -> Evidence | None:
+def _sizes(frames: Sequence[InspectedFrame]) -> Evidence | None:
     """Whether energies grow with the number of atoms, as those of whole structures do.
 
     A sum over elements is fitted to the energies of atoms and, as if these were per atom already,
     to the energies as they stand: one of the two leaves much less over.
     """
-    known = [e for e in entries if e.energy is not None and e.size > 1]
+    known = [e for e in frames if e.energy is not None and e.size > 1]
     sizes = np.array([float(e.size) for e in known])
     if len(known) < _FEWEST_STEPS or np.log(sizes).std() < 0.15:
         return None
@@ -169,21 +169,21 @@ def _sizes(entries: Sequence[Entry]) -> Evidence | None:
     return Evidence({"energy": 0.0}, float(np.log(left[0] / left[1])), 0.5, text, one_sided=True)
 
 
-def _bonds(entries: Sequence[Entry]) -> Iterator[Evidence]:
+def _bonds(frames: Sequence[InspectedFrame]) -> Iterator[Evidence]:
     """Force constants of bonds of hydrogen, from the forces along them."""
     lengths: dict[int, list[np.ndarray]] = {element: [] for element in _BONDS}
     pulls: dict[int, list[np.ndarray]] = {element: [] for element in _BONDS}
-    for entry in entries[:: max(1, len(entries) // 300)]:
-        if entry.forces is None or not (entry.numbers == 1).any():
+    for frame in frames[:: max(1, len(frames) // 300)]:
+        if frame.forces is None or not (frame.numbers == 1).any():
             continue
         atom, other, vector, distance = find_pairs(
-            entry.positions, entry.cell, entry.pbc, _BOND_REACH, "ijDd", full=True,
-            where=entry.structure.where,
+            frame.positions, frame.cell, frame.pbc, _BOND_REACH, "ijDd", full=True,
+            where=frame.structure.where,
         )  # fmt: skip
-        alone = np.bincount(atom, minlength=entry.size)[atom] == 1
+        alone = np.bincount(atom, minlength=frame.size)[atom] == 1
         for element in _BONDS:
-            bonds = alone & (entry.numbers[atom] == 1) & (entry.numbers[other] == element)
-            along = (entry.forces[atom[bonds]] * vector[bonds]).sum(axis=1) / distance[bonds]
+            bonds = alone & (frame.numbers[atom] == 1) & (frame.numbers[other] == element)
+            along = (frame.forces[atom[bonds]] * vector[bonds]).sum(axis=1) / distance[bonds]
             lengths[element].append(distance[bonds])
             pulls[element].append(along)
     for element, (name, usual) in _BONDS.items():
@@ -204,9 +204,9 @@ def _bonds(entries: Sequence[Entry]) -> Iterator[Evidence]:
         yield Evidence({"force": -1.0}, log, sigma, text, 1 if constant > 0 else -1)
 
 
-def _largest_forces(entries: Sequence[Entry]) -> Evidence | None:
+def _largest_forces(frames: Sequence[InspectedFrame]) -> Evidence | None:
     """Forces far larger than any thermal ones."""
-    squares = [(e.forces**2).mean() for e in entries if e.forces is not None]
+    squares = [(e.forces**2).mean() for e in frames if e.forces is not None]
     size = float(np.sqrt(np.mean(squares))) if squares else 0.0
     if size <= _LARGEST_FORCE:
         return None
@@ -234,10 +234,10 @@ def _bulk_modulus(steps: Sequence[FrameStep]) -> Evidence | None:
     return Evidence({"stress": -1.0}, float(np.log(abs(middle) / _BULK_MODULUS)), 1.2, text, sign)
 
 
-def _largest_stresses(entries: Sequence[Entry]) -> Evidence | None:
+def _largest_stresses(frames: Sequence[InspectedFrame]) -> Evidence | None:
     """Stresses far larger than any that crystals withstand."""
     squares = [
-        (e.stress**2).mean() * (e.volume / e.size) ** 2 for e in entries if e.stress is not None
+        (e.stress**2).mean() * (e.volume / e.size) ** 2 for e in frames if e.stress is not None
     ]
     size = float(np.sqrt(np.mean(squares))) if squares else 0.0
     if size <= _LARGEST_VIRIAL:
@@ -250,19 +250,19 @@ def _largest_stresses(entries: Sequence[Entry]) -> Evidence | None:
     return Evidence({"stress": -1.0}, log, 0.3, text, one_sided=True)
 
 
-def _disorder(entries: Sequence[Entry]) -> Evidence | None:
+def _disorder(frames: Sequence[InspectedFrame]) -> Evidence | None:
     """Stresses beside what the forces and the distances make of them.
 
     The shear of a cell of displaced atoms is a sum of random pulls, each a force times a distance.
     """
     ratios = []
-    for entry in entries:
-        if entry.forces is None or entry.stress is None or entry.size < 2 or not displaced(entry):
+    for frame in frames:
+        if frame.forces is None or frame.stress is None or frame.size < 2 or not displaced(frame):
             continue
-        force, near = rms(entry.forces), float(np.median(entry.nearest))
-        shear = entry.stress - np.trace(entry.stress) / 3.0 * np.eye(3)
-        virial = float(np.sqrt((shear**2).sum() / 5.0)) * entry.volume
-        ratios.append(virial / np.sqrt(entry.size) / (force * near))
+        force, near = rms(frame.forces), float(np.median(frame.nearest))
+        shear = frame.stress - np.trace(frame.stress) / 3.0 * np.eye(3)
+        virial = float(np.sqrt((shear**2).sum() / 5.0)) * frame.volume
+        ratios.append(virial / np.sqrt(frame.size) / (force * near))
     if len(ratios) < _FEWEST_STEPS:
         return None
     middle = float(np.median(ratios))
@@ -276,12 +276,12 @@ def _disorder(entries: Sequence[Entry]) -> Evidence | None:
     return Evidence({"stress": -1.0, "force": 1.0}, log, _DISORDER_SIGMA, text)
 
 
-def _tension(entries: Sequence[Entry]) -> Evidence | None:
+def _tension(frames: Sequence[InspectedFrame]) -> Evidence | None:
     """Crystals torn apart by more than any withstands, if the sign is right, and if it is not."""
     pulls = np.array(
         [
             np.linalg.eigvalsh(e.stress)[[0, -1]] * e.volume / e.size
-            for e in entries
+            for e in frames
             if e.stress is not None
         ]
     )

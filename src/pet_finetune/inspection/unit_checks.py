@@ -27,17 +27,17 @@ from .evidence import (
     undecided,
 )
 from .finding import Finding, Frames
+from .inspected import InspectedDataset, InspectedFrame
 from .near_frames import FrameStep, steps
 from .pair_model import PairModel, fit_pairs
 from .scales import evidence_of
-from .subject import Entry, Subject
 
 _NAMES = {"energy": "energies", "force": "forces", "stress": "stresses"}
 _MOST_NAMED = 4
 
 
 def check_units(
-    subject: Subject,
+    dataset: InspectedDataset,
     paths: Mapping[str, Sequence[FrameStep]],
     declared: Mapping[str, Declared],
     more: Mapping[str, Sequence[Evidence]],
@@ -49,7 +49,7 @@ def check_units(
     Units that the data cannot tell are asked about.
 
     Args:
-        subject: of which every file is judged by itself.
+        dataset: of which every file is judged by itself.
         paths: between neighbouring frames, by file.
         declared: units by file; eV and Å where a file is missing.
         more: what a foundation says, by file.
@@ -57,15 +57,15 @@ def check_units(
         pairs: of neighbouring frames, by file.
     """
     asked: dict[tuple[str, bool], tuple[list[str], dict[str, list[str]]]] = {}
-    for file, entries in subject.files.items():
-        held = [q for q in UNITS if any(_label(e, q) is not None for e in entries)]
+    for file, frames in dataset.files.items():
+        held = [q for q in UNITS if any(_label(e, q) is not None for e in frames)]
         if file in odd or not held:
             continue
         known = declared.get(file, Declared())
-        model = fit_pairs(entries)
-        evidence = [*evidence_of(entries, paths.get(file, ()), model), *more.get(file, ())]
+        model = fit_pairs(frames)
+        evidence = [*evidence_of(frames, paths.get(file, ()), model), *more.get(file, ())]
         readings = [Candidate(r, r.cost(evidence)) for r in readings_of(known, held)]
-        forms = forms_of(entries, paths.get(file, ()), pairs.get(file, ()), model, evidence)
+        forms = forms_of(frames, paths.get(file, ()), pairs.get(file, ()), model, evidence)
         found = best_of(readings, forms)
         best = found[0] if found else readings[0]
         if found:
@@ -80,8 +80,8 @@ def check_units(
         yield _ask(files, open_to, named)
 
 
-def _label(entry: Entry, quantity: str) -> object:
-    return {"energy": entry.energy, "force": entry.forces, "stress": entry.stress}[quantity]
+def _label(frame: InspectedFrame, quantity: str) -> object:
+    return {"energy": frame.energy, "force": frame.forces, "stress": frame.stress}[quantity]
 
 
 def _ask(files: Sequence[str], open_to: Mapping[str, Sequence[str]], named: bool) -> Finding:
@@ -172,7 +172,7 @@ def _factors(found: Sequence[Reading]) -> dict[str, float] | None:
     return {quantity: math.exp(log) for quantity, log in found[0].logs.items()}
 
 
-def in_found_units(subject: Subject, findings: Iterable[Finding]) -> Subject:
+def in_found_units(dataset: InspectedDataset, findings: Iterable[Finding]) -> InspectedDataset:
     """The labels as they are if the units were found, so that other checks can go on.
 
     Files whose units are in doubt without it being clear what they are lose their labels.
@@ -184,20 +184,20 @@ def in_found_units(subject: Subject, findings: Iterable[Finding]) -> Subject:
                 known = (finding.data or {}).get("factors") if finding.code == "units" else None
                 factors[frames.file] = known
     if not factors:
-        return subject
+        return dataset
     sets = {
-        name: tuple(_converted(e, factors[e.file]) if e.file in factors else e for e in entries)
-        for name, entries in subject.sets.items()
+        name: tuple(_converted(e, factors[e.file]) if e.file in factors else e for e in frames)
+        for name, frames in dataset.sets.items()
     }
-    return replace(subject, sets=sets)
+    return replace(dataset, sets=sets)
 
 
-def _converted(entry: Entry, factors: Mapping[str, float] | None) -> Entry:
+def _converted(frame: InspectedFrame, factors: Mapping[str, float] | None) -> InspectedFrame:
     if factors is None:
-        return replace(entry, energy=None, forces=None, stress=None)
-    energy, forces, stress = entry.energy, entry.forces, entry.stress
+        return replace(frame, energy=None, forces=None, stress=None)
+    energy, forces, stress = frame.energy, frame.forces, frame.stress
     return replace(
-        entry,
+        frame,
         energy=None if energy is None else energy * factors.get("energy", 1.0),
         forces=None if forces is None else forces * factors.get("force", 1.0),
         stress=None if stress is None else stress * factors.get("stress", 1.0),
@@ -260,7 +260,7 @@ _OTHER_FORM = 5.0
 
 
 def forms_of(
-    entries: Sequence[Entry],
+    frames: Sequence[InspectedFrame],
     path: Sequence[FrameStep],
     pairs: Sequence[tuple[int, int]],
     model: PairModel | None,
@@ -271,21 +271,21 @@ def forms_of(
     The factor differs from frame to frame, so that the evidence is taken anew.
     """
     made = []
-    volumes = [e.volume for e in entries if e.stress is not None and e.volume > 0.0]
+    volumes = [e.volume for e in frames if e.stress is not None and e.volume > 0.0]
     for name, power in ((VIRIAL, -1), (NO_VIRIAL, 1)) if volumes else ():
         turned = [
             e
             if e.stress is None or not e.volume
             else replace(e, stress=-e.stress * e.volume**power)
-            for e in entries
+            for e in frames
         ]
         log = power * math.log(float(np.median(volumes)))
         reading = Reading({"stress": name}, {"stress": log}, _OTHER_FORM, {"stress": -1})
         pieces = evidence_of(turned, steps(turned, pairs), model, ("stress",))
         made.append(_made(reading, pieces, evidence))
-    sizes = [e.size for e in entries if e.energy is not None]
+    sizes = [e.size for e in frames if e.energy is not None]
     if sizes and max(sizes) > 1:
-        whole = [e if e.energy is None else replace(e, energy=e.energy * e.size) for e in entries]
+        whole = [e if e.energy is None else replace(e, energy=e.energy * e.size) for e in frames]
         grown = [replace(step, energy=step.energy * step.atoms) for step in path]
         log = math.log(float(np.median(sizes)))
         reading = Reading({"energy": PER_ATOM}, {"energy": log}, _OTHER_FORM)

@@ -23,7 +23,7 @@ from pet_finetune.data.structure import (
     DEFAULT_SPIN_KEYS,
     atoms_to_structure,
 )
-from pet_finetune.inspection.subject import Entry, subject_of
+from pet_finetune.inspection.inspected import InspectedFrame, dataset_of
 from pet_finetune.rng import Stream
 
 from .work import DROPPED
@@ -206,15 +206,15 @@ def _energy(atoms: Atoms, calculator: PETCalculator) -> float:
     return float(calculator.results["energy"]) / len(atoms)
 
 
-def entry_of(atoms: Atoms) -> Entry:
+def entry_of(atoms: Atoms) -> InspectedFrame:
     """What inspection knows of a frame: distances and a fingerprint.
 
     Raises:
         DataError: no neighbours can be found in it.
     """
     structure = atoms_to_structure(atoms, 0, source=str(atoms.info.get(NAME, "")))
-    subject = subject_of({"frame": [structure]}, None)
-    return subject.sets["frame"][0]
+    dataset = dataset_of({"frame": [structure]}, None)
+    return dataset.sets["frame"][0]
 
 
 def _contacts(atoms: Atoms) -> str | None:

@@ -14,7 +14,7 @@ from pet_finetune.data.loader import Loader
 from pet_finetune.inspection import Foundation, inspect_sets
 from pet_finetune.inspection.estimate import Load, estimate, load_of
 from pet_finetune.inspection.foundation import ask
-from pet_finetune.inspection.subject import subject_of
+from pet_finetune.inspection.inspected import dataset_of
 from pet_finetune.inspection.suggestion import suggest, training_section
 from pet_finetune.units import energy_to_ev
 
@@ -80,9 +80,9 @@ def test_other_references_matter_where_baselines_are_kept(labelled, model, kept)
 
 
 def test_time_limits_what_is_asked(labelled, model, molecules_of):
-    subject = subject_of({"train": [*labelled, *labelled]}, "energy")
-    some = ask(model, "energy", subject, 0.0, model.species)
-    assert 0 < len(some) < len(subject.entries)
+    dataset = dataset_of({"train": [*labelled, *labelled]}, "energy")
+    some = ask(model, "energy", dataset, 0.0, model.species)
+    assert 0 < len(some) < len(dataset.frames)
 
 
 def test_asking_changes_nothing(labelled, model):

@@ -18,8 +18,8 @@ from pet_finetune.data.structure import Structure, atoms_to_structure
 from pet_finetune.inspection import Foundation, energy_checks, inspect_sets, near_frames
 from pet_finetune.inspection.estimate import _piece, estimate, load_of
 from pet_finetune.inspection.inspect_data import inspect_data, request_of_files
+from pet_finetune.inspection.inspected import _farthest, dataset_of, most_different
 from pet_finetune.inspection.near_frames import neighbours, within
-from pet_finetune.inspection.subject import _farthest, most_different, subject_of
 from tiny_data import write_frames
 
 
@@ -147,7 +147,7 @@ def test_one_frame_with_a_far_atom_is_named_and_the_others_are_looked_at(
 
 def test_dense_atoms_are_looked_at_within_a_short_reach():
     dense = scaled(copper(1), length=0.1)[0]
-    (entry,) = subject_of({"train": [dense]}, None).entries
+    (entry,) = dataset_of({"train": [dense]}, None).frames
     assert float(entry.nearest.max()) < 0.3
 
 
@@ -265,7 +265,7 @@ def test_frames_that_are_too_large_for_the_foundation_are_named(monkeypatch, mod
 
 def counted(monkeypatch, count):
     """How many times neighbours are sought, files fitted and pairs of frames compared."""
-    from pet_finetune.inspection import near_frames, pair_model, scales, subject
+    from pet_finetune.inspection import inspected, near_frames, pair_model, scales
 
     calls = dict.fromkeys(("neighbours", "atoms fitted", "steps"), 0)
 
@@ -278,7 +278,7 @@ def counted(monkeypatch, count):
 
         monkeypatch.setattr(module, name, called)
 
-    for module in (pair_model, scales, subject):
+    for module in (pair_model, scales, inspected):
         watch(module, "find_pairs", "neighbours", lambda *args: 1)
     watch(pair_model, "_design", "atoms fitted", lambda entry, kinds: entry.size)
     watch(near_frames, "_step", "steps", lambda *args: 1)

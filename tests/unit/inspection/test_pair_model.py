@@ -13,12 +13,12 @@ from ase.calculators.lj import LennardJones
 from inspected import copper, relabel
 from pet_finetune.data.structure import atoms_to_structure
 from pet_finetune.inspection import pair_model
+from pet_finetune.inspection.inspected import dataset_of
 from pet_finetune.inspection.pair_model import fit_pairs
-from pet_finetune.inspection.subject import subject_of
 
 
 def entries_of(structures):
-    return list(subject_of({"train": structures}, "energy").entries)
+    return list(dataset_of({"train": structures}, "energy").frames)
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ _MOST_ATOMS = 500_000
 
 
 @dataclass(frozen=True, eq=False)
-class Entry:
+class InspectedFrame:
     """A structure and the labels of the energy that is looked at, in eV and Å.
 
     Attributes:
@@ -88,52 +88,52 @@ class Entry:
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class InspectedDataset:
     """What is inspected.
 
     Attributes:
-        sets: entries by set (``train``, ``validation``, ``test``), in their order.
-        target: name of the energy whose labels the entries hold; None where there is none.
+        sets: frames by set (``train``, ``validation``, ``test``), in their order.
+        target: name of the energy whose labels the frames hold; None where there is none.
         skipped: structures that were left out because there are so many.
         broken: structures that no neighbours can be found in, with the reason.
     """
 
-    sets: Mapping[str, Sequence[Entry]]
+    sets: Mapping[str, Sequence[InspectedFrame]]
     target: str | None = None
     skipped: int = 0
     broken: Sequence[tuple[Structure, str]] = ()
 
     @cached_property
-    def entries(self) -> tuple[Entry, ...]:
+    def frames(self) -> tuple[InspectedFrame, ...]:
         """Of all sets."""
-        return tuple(entry for entries in self.sets.values() for entry in entries)
+        return tuple(frame for frames in self.sets.values() for frame in frames)
 
     @cached_property
-    def files(self) -> dict[str, list[Entry]]:
-        """Entries by the file they come from."""
-        found: dict[str, list[Entry]] = {}
-        for entry in self.entries:
-            found.setdefault(entry.file, []).append(entry)
+    def files(self) -> dict[str, list[InspectedFrame]]:
+        """Frames by the file they come from."""
+        found: dict[str, list[InspectedFrame]] = {}
+        for frame in self.frames:
+            found.setdefault(frame.file, []).append(frame)
         return found
 
-    def without(self, files: Collection[str]) -> Subject:
+    def without(self, files: Collection[str]) -> InspectedDataset:
         """The same, less what comes from some files."""
         if not files:
             return self
         sets = {
-            name: tuple(entry for entry in entries if entry.file not in files)
-            for name, entries in self.sets.items()
+            name: tuple(frame for frame in frames if frame.file not in files)
+            for name, frames in self.sets.items()
         }
         return replace(self, sets=sets)
 
 
-def subject_of(sets: Mapping[str, Sequence[Structure]], target: str | None) -> Subject:
+def dataset_of(sets: Mapping[str, Sequence[Structure]], target: str | None) -> InspectedDataset:
     """Get structures ready to be looked at."""
     atoms = sum(s.num_atoms for structures in sets.values() for s in structures)
     step = max(1, -(-atoms // _MOST_ATOMS))
     kept = {name: structures[::step] for name, structures in sets.items()}
     skipped = sum(map(len, sets.values())) - sum(map(len, kept.values()))
-    entries: dict[str, tuple[Entry, ...]] = {}
+    frames: dict[str, tuple[InspectedFrame, ...]] = {}
     broken = []
     for name, structures in kept.items():
         own = []
@@ -143,11 +143,11 @@ def subject_of(sets: Mapping[str, Sequence[Structure]], target: str | None) -> S
             except DataError as error:
                 broken.append((structure, str(error)))
         if own:
-            entries[name] = tuple(own)
-    return Subject(entries, target, skipped, tuple(broken))
+            frames[name] = tuple(own)
+    return InspectedDataset(frames, target, skipped, tuple(broken))
 
 
-def _entry(structure: Structure, name: str, target: str | None) -> Entry:
+def _entry(structure: Structure, name: str, target: str | None) -> InspectedFrame:
     numbers, positions = structure.numbers.numpy(), structure.positions.numpy()
     cell, pbc = structure.cell.numpy(), structure.pbc.numpy()
     labels = structure.labels
@@ -155,7 +155,7 @@ def _entry(structure: Structure, name: str, target: str | None) -> Entry:
     forces = labels.get(forces_key(target)) if target else None
     stress = labels.get(stress_key(target)) if target else None
     nearest, gaps, shells, lopsided = _surroundings(structure)
-    return Entry(
+    return InspectedFrame(
         structure=structure,
         set=name,
         numbers=numbers,
@@ -173,7 +173,7 @@ def _entry(structure: Structure, name: str, target: str | None) -> Entry:
 
 
 def _surroundings(structure: Structure) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Nearest distances, gaps, shells and lopsidedness, as in :class:`Entry`.
+    """Nearest distances, gaps, shells and lopsidedness, as in :class:`InspectedFrame`.
 
     Shells are ascending distances to the neighbours of each atom, each with a shift that depends on
     its element, ``[n, NEAR]``.
@@ -209,9 +209,9 @@ def _surroundings(structure: Structure) -> tuple[np.ndarray, np.ndarray, np.ndar
 _QUANTILES = 8
 
 
-def composition(entry: Entry) -> tuple[tuple[int, int], ...]:
+def composition(frame: InspectedFrame) -> tuple[tuple[int, int], ...]:
     """The reduced formula: elements and their counts without a common factor."""
-    elements, counts = entry.elements
+    elements, counts = frame.elements
     counts = counts // np.gcd.reduce(counts)
     return tuple(zip(elements.tolist(), counts.tolist(), strict=True))
 
@@ -247,27 +247,27 @@ def robust_spread(values: np.ndarray) -> float:
     return 1.4826 * float(np.median(np.abs(values - np.median(values)))) if len(values) else 0.0
 
 
-def compositions(entries: Sequence[Entry], elements: Sequence[int]) -> np.ndarray:
+def compositions(frames: Sequence[InspectedFrame], elements: Sequence[int]) -> np.ndarray:
     """Fractions of the elements in each structure, ``[n, n_elements]``."""
-    return np.stack([np.bincount(e.numbers, minlength=119)[elements] / e.size for e in entries])
+    return np.stack([np.bincount(e.numbers, minlength=119)[elements] / e.size for e in frames])
 
 
 def element_fit(
-    entries: Sequence[Entry], values: Sequence[float] | np.ndarray | None = None
+    frames: Sequence[InspectedFrame], values: Sequence[float] | np.ndarray | None = None
 ) -> tuple[list[int], np.ndarray, np.ndarray]:
     """Energies as a sum over atoms: least squares, per atom, of the smallest norm.
 
     Args:
-        entries: the structures.
+        frames: the structures.
         values: eV an atom; None for the labels.
 
     Returns:
-        The elements, their energies in eV, and what is left over for each entry, eV an atom.
+        The elements, their energies in eV, and what is left over for each frame, eV an atom.
     """
-    elements = sorted({int(z) for e in entries for z in e.elements[0]})
-    fractions = compositions(entries, elements)
+    elements = sorted({int(z) for e in frames for z in e.elements[0]})
+    fractions = compositions(frames, elements)
     if values is None:
-        values = [(e.energy or 0.0) / e.size for e in entries]
+        values = [(e.energy or 0.0) / e.size for e in frames]
     weights, *_ = np.linalg.lstsq(fractions, np.asarray(values), rcond=1e-8)
     return elements, weights, values - fractions @ weights
 
@@ -286,17 +286,17 @@ def most_different(structures: Sequence[Structure], most: int) -> list[Structure
     """
     if len(structures) <= most:
         return list(structures)
-    entries = subject_of({"all": structures}, None).sets.get("all", ())
-    groups: dict[bytes, list[Entry]] = {}
-    for entry in entries:
-        groups.setdefault(entry.formula + bytes(entry.pbc), []).append(entry)
+    frames = dataset_of({"all": structures}, None).sets.get("all", ())
+    groups: dict[bytes, list[InspectedFrame]] = {}
+    for frame in frames:
+        groups.setdefault(frame.formula + bytes(frame.pbc), []).append(frame)
     members = list(groups.values())
     if len(members) > most:
         first = compositions([group[0] for group in members], range(119))
         members = [members[one] for one in _farthest(first, most)]
     kept: set[int] = set()
     for group, share in zip(members, _shares([len(group) for group in members], most), strict=True):
-        vectors = np.stack([entry.fingerprint for entry in group])
+        vectors = np.stack([frame.fingerprint for frame in group])
         kept |= {id(group[one].structure) for one in _farthest(vectors, share)}
     return [structure for structure in structures if id(structure) in kept]
 
