@@ -22,8 +22,8 @@ from pet_finetune.data.readers import read_structures
 from pet_finetune.inspection.evidence import VIRIAL
 from pet_finetune.inspection.finding import Finding
 from pet_finetune.inspection.inspect_data import request_of_files
+from pet_finetune.inspection.inspected import InspectedDataset, InspectedFrame, dataset_of
 from pet_finetune.inspection.near_frames import near_pairs, steps
-from pet_finetune.inspection.subject import Entry, Subject, subject_of
 from pet_finetune.inspection.unit_checks import check_units
 from pet_finetune.units import to_own_unit
 
@@ -32,11 +32,11 @@ ENERGIES = ("kcal/mol", "Hartree", "Ry", PER_ATOM)
 FORCES = ("kcal/mol/A", "Hartree/Bohr", "-")
 STRESSES = ("GPa", "kbar", "-kbar", VIRIAL, "-")
 TOGETHER = {"kcal/mol": ("kcal/mol", "kcal/mol/A"), "Hartree": ("Hartree", "Hartree/Bohr")}
-Change = Callable[[Entry], Entry]
+Change = Callable[[InspectedFrame], InspectedFrame]
 
 
 def mistakes() -> Iterator[tuple[str, str, Change]]:
-    """Column, what should be named, and how an entry is spoiled."""
+    """Column, what should be named, and how a frame is spoiled."""
     yield "as is", "", lambda e: e
     for unit in ENERGIES:
         yield f"E {unit}".replace("eV an", "per"), f"energies in {unit}", _energy(unit)
@@ -51,7 +51,7 @@ def mistakes() -> Iterator[tuple[str, str, Change]]:
 
 
 def _energy(unit: str) -> Change:
-    def change(e: Entry) -> Entry:
+    def change(e: InspectedFrame) -> InspectedFrame:
         factor = 1 / e.size if unit == PER_ATOM else 1 / to_own_unit("energy", unit)
         return e if e.energy is None else replace(e, energy=e.energy * factor)
 
@@ -68,14 +68,14 @@ def _stress(unit: str) -> Change:
     sign = -1.0 if unit.startswith("-") or unit == VIRIAL else 1.0
     factor = sign if plain in ("", VIRIAL) else sign / to_own_unit("pressure", plain)
 
-    def change(e: Entry) -> Entry:
+    def change(e: InspectedFrame) -> InspectedFrame:
         volume = e.volume if unit == VIRIAL else 1.0
         return e if e.stress is None else replace(e, stress=e.stress * factor * volume)
 
     return change
 
 
-def _differ(one: Entry, two: Entry) -> bool:
+def _differ(one: InspectedFrame, two: InspectedFrame) -> bool:
     return one.energy != two.energy or any(
         a is not None and not np.array_equal(a, b)
         for a, b in ((one.forces, two.forces), (one.stress, two.stress))
@@ -118,16 +118,16 @@ def main() -> None:
         options = parse_options(dict(raw), require_start=False).options
         structures = read_structures(options.training_set[0])
         structures = structures[: arguments.frames or None]
-        subject = subject_of({"train": structures}, "energy")
-        entries = subject.files[str(file)]
-        pairs = {str(file): near_pairs(entries)}
+        dataset = dataset_of({"train": structures}, "energy")
+        frames = dataset.files[str(file)]
+        pairs = {str(file): near_pairs(frames)}
         words, notes = [], []
         for name, named, change in columns:
-            changed = tuple(map(change, entries))
-            if name != "as is" and not any(map(_differ, changed, entries)):
+            changed = tuple(map(change, frames))
+            if name != "as is" and not any(map(_differ, changed, frames)):
                 words.append("")  # there is no such label
                 continue
-            other: Subject = replace(subject, sets={"train": changed})
+            other: InspectedDataset = replace(dataset, sets={"train": changed})
             paths = {str(file): steps(changed, pairs[str(file)])}
             found = list(check_units(other, paths, {}, {}, (), pairs))
             words.append(judge(named, found))
