@@ -257,7 +257,9 @@ class Attention(Formula):
 
     def _taken(self, rows: Tensor, slots: Tensor, parts: int) -> Tensor:
         """Tokens in their slots: [parts, heads * atoms, slots, d]."""
-        split = rows.view(rows.size(0), parts * self.heads, -1).transpose(0, 1)
+        columns = parts * self.heads
+        # Written out: -1 for the last would be ambiguous where there are no atoms.
+        split = rows.view(rows.size(0), columns, rows.size(1) // columns).transpose(0, 1)
         atoms, width = slots.shape
         taken = split.index_select(1, slots.flatten())
         return taken.view(parts, self.heads * atoms, width, split.size(2))
@@ -265,7 +267,7 @@ class Attention(Formula):
     def _gradient(self, grad: Tensor, slots: Tensor, empty: Tensor) -> Tensor:
         """The gradient of the output, zero in empty slots."""
         (taken,) = self._taken(grad, slots, 1)
-        of_heads = taken.view(self.heads, *slots.shape, -1)
+        of_heads = taken.view(self.heads, *slots.shape, taken.size(2))
         return of_heads.masked_fill(empty.mT, 0.0).flatten(0, 1)
 
     def _tokens(self, parts: list[list[Tensor]]) -> Tensor:

@@ -27,7 +27,8 @@ def rows(count, seed=0, width=2):
 
 def layout(counts):
     """Slots of atoms with the given numbers of neighbours, and how many tokens they hold."""
-    centers = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    each = torch.tensor(counts, dtype=torch.int64)
+    centers = torch.arange(len(counts)).repeat_interleave(each)
     rectangles = make_layout(centers, len(counts), rectangles=True).rectangles
     return rectangles, len(counts) + len(centers)
 
@@ -92,10 +93,13 @@ FORMULAS = {
 }
 
 
-@pytest.fixture(params=[*FORMULAS, "attention"])
+ATTENTION = {"attention": [2, 0, 3, 0], "attention of no atoms": []}
+
+
+@pytest.fixture(params=[*FORMULAS, *ATTENTION])
 def formula(request):
-    if request.param == "attention":
-        where, tokens = layout([2, 0, 3, 0])
+    if request.param in ATTENTION:
+        where, tokens = layout(ATTENTION[request.param])
         inputs = [numbers(tokens, 3 * 4), numbers(len(where.empty), seed=1)]
         with torch.no_grad():
             inputs[1].masked_fill_(where.empty, -torch.inf)
