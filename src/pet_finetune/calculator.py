@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -330,17 +330,9 @@ class PETCalculator(Calculator):
             )
         self.reset()  # nothing of the last structure is left should this one be refused
         check_forked(self._device)
-        check_atoms(atoms, self._model.species)
-        asked = frozenset(properties or ())
-        charge, spin = self._charge_and_spin(atoms)
+        predict = partial(self._predict, stress=periodic, asked=frozenset(properties or ()))
         with self._arena.reused():
-            # The edges reach as far as the skin.
-            batch = self._moving.batch(atoms, charge, spin, self._device, self._model.dtype)
-            if len(self._rotations) == 1:
-                prediction = self._predict(batch, periodic, asked)
-            else:
-                predict = partial(self._predict, stress=periodic, asked=asked)
-                prediction = predict_mean(batch, self._rotations, predict)
+            prediction = self._in_orientations(self._batch(atoms, self._moving), predict)
         super().calculate(atoms, properties, system_changes)
         assert prediction.forces is not None
         energy = float(prediction.energy[0])
@@ -357,40 +349,45 @@ class PETCalculator(Calculator):
 
     @torch.inference_mode(False)
     def predict_together(
-        self, structures: Sequence[Atoms], neighbors: Sequence[MovingAtoms]
+        self,
+        structures: Sequence[Atoms],
+        neighbors: Sequence[MovingAtoms],
+        *,
+        stress: bool = True,
     ) -> Prediction:
         """Energies and forces of several structures in one batch, without uncertainties.
 
         Args:
-            structures: in any mix; stresses are computed if one is periodic, and are zero for
-                those that are not.
+            structures: in any mix.
             neighbors: of :meth:`fresh_neighbors`, one for each structure, for its next call too.
+            stress: whether stresses are computed if a structure is periodic; they are zero for
+                those that are not.
 
         Raises:
             PetFinetuneError: as :meth:`calculate`.
         """
         check_forked(self._device)
-        graphs = []
-        for atoms, own in zip(structures, neighbors, strict=True):
-            check_atoms(atoms, self._model.species)
-            charge, spin = self._charge_and_spin(atoms)
-            graphs.append(own.batch(atoms, charge, spin, self._device, self._model.dtype))
-        stress = any(bool(atoms.pbc.all()) for atoms in structures)
-
-        only_mean = {"spread": False} if isinstance(self._model, Committee) else {}
-
-        def predict(batch: Batch) -> Prediction:
-            return self._model.predict(batch, self._target, stress=stress, **only_mean)
-
-        batch = join_graphs(graphs)
+        batch = join_graphs(list(map(self._batch, structures, neighbors)))
+        stress = stress and any(bool(atoms.pbc.all()) for atoms in structures)
+        only_mean: dict[str, Any] = {"spread": False} if isinstance(self._model, Committee) else {}
+        predict = partial(self._model.predict, target=self._target, stress=stress, **only_mean)
         with self._arena.reused():
-            if len(self._rotations) == 1:
-                return predict(batch)
-            return predict_mean(batch, self._rotations, predict)
+            return self._in_orientations(batch, predict)
 
     def fresh_neighbors(self) -> MovingAtoms:
         """A neighbour list for one structure, to be used again while its atoms move."""
         return self._moving.fresh()
+
+    def _batch(self, atoms: Atoms, neighbors: MovingAtoms) -> Batch:
+        """A structure as the model's input; its edges reach as far as the skin."""
+        check_atoms(atoms, self._model.species)
+        charge, spin = self._charge_and_spin(atoms)
+        return neighbors.batch(atoms, charge, spin, self._device, self._model.dtype)
+
+    def _in_orientations(self, batch: Batch, predict: Callable[[Batch], Prediction]) -> Prediction:
+        if len(self._rotations) == 1:
+            return predict(batch)
+        return predict_mean(batch, self._rotations, predict)
 
     def _predict(self, batch: Batch, stress: bool, asked: frozenset[str]) -> Prediction:
         members = not OF_MEMBERS.isdisjoint(asked) or self._spread == "always"

@@ -89,10 +89,12 @@ class PETTorchSimModel(ModelInterface):
         frames = _frames(state)
         while len(self._moving) < len(frames):
             self._moving.append(self._calculator.fresh_neighbors())
-        prediction = self._calculator.predict_together(frames, self._moving[: len(frames)])
+        prediction = self._calculator.predict_together(
+            frames, self._moving[: len(frames)], stress=self._compute_stress
+        )
         assert prediction.forces is not None
         results = {"energy": prediction.energy, "forces": prediction.forces}
-        if self._compute_stress and prediction.stress is not None:
+        if prediction.stress is not None:
             results["stress"] = prediction.stress
         return {name: value.detach().to(self._dtype) for name, value in results.items()}
 

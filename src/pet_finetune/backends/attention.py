@@ -93,6 +93,11 @@ def attend(qkv: Tensor, where: Rectangles, bias: Tensor, heads: int, scale: floa
     if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles both parts of `and`
         if qkv.dtype == bias.dtype and not _autocasts(qkv.device.type):
             return twice(Attention(where, heads, scale), qkv, bias)
+    return _attend(qkv, where, bias, heads, scale)
+
+
+def _attend(qkv: Tensor, where: Rectangles, bias: Tensor, heads: int, scale: float) -> Tensor:
+    """:func:`attend`, with derivatives by autograd."""
     mixed: list[Tensor] = []
     for queries, keys, values, own in _by_heads(qkv, where, bias, heads):
         scores = torch.matmul(queries * scale, keys.transpose(-2, -1)) + own
@@ -192,11 +197,7 @@ class Attention(Formula):
     def plain(self, *inputs: Tensor) -> Tensor:
         """See :class:`Formula`."""
         qkv, bias = inputs
-        mixed = []
-        for queries, keys, values, own in _by_heads(qkv, self.where, bias, self.heads):
-            scores = torch.matmul(queries * self.scale, keys.mT) + own
-            mixed.append(torch.matmul(scores.softmax(dim=-1), values).transpose(1, 2).flatten(2))
-        return _joined(mixed, self.where)
+        return _attend(qkv, self.where, bias, self.heads, self.scale)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensors]:
         """See :class:`Formula`."""
