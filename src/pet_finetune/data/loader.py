@@ -20,7 +20,7 @@ from pet_finetune.rng import Stream, torch_generator
 from .epochs import count_packs, deal, in_blocks, pack, random_rotations, rotate_batch
 from .labelled_batch import LabelledBatch, Whole, collate_labelled, num_known, prepare
 from .neighbors import structure_neighbors
-from .structure import Structure
+from .structure import Structure, evenly_apart
 from .structure_sets import OF_ELEMENT, SAMPLE, OnDisk, label_names
 
 _logger = get_logger(__name__)
@@ -352,8 +352,7 @@ def _spread(structures: Sequence[Structure], count: int, label: str) -> np.ndarr
     chosen += [np.array(places) for places in at.values()]
     counts = [count, *[min(OF_ELEMENT, count // 10)] * len(at)]
     picked = [
-        places[np.linspace(0, len(places) - 1, min(most, len(places))).round().astype(np.int64)]
-        for places, most in zip(chosen, counts, strict=True)
+        places[evenly_apart(len(places), most)] for places, most in zip(chosen, counts, strict=True)
     ]
     return np.unique(np.concatenate(picked))
 

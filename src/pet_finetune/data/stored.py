@@ -28,6 +28,7 @@ from .structure import (
     Structure,
     as_integer,
     check_geometry,
+    evenly_apart,
     place,
 )
 
@@ -298,9 +299,8 @@ def stored_set(
     wrong with a single one is looked for in all.
     """
     chosen, options = np.array(reading.chosen), reading.options
-    spread = np.unique(np.linspace(0, len(chosen) - 1, _JUDGED).round().astype(np.int64))
     some = copy.copy(reading)
-    some.chosen = chosen[spread].tolist()
+    some.chosen = chosen[evenly_apart(len(chosen), _JUDGED)].tolist()
     judge(some)
     labels = [
         label for name, target in options.targets.items()

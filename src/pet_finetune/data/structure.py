@@ -94,6 +94,11 @@ def place(index: int, source: str = "") -> str:
     return f"frame {index} of {source}" if source else f"frame {index}"
 
 
+def evenly_apart(count: int, most: int) -> np.ndarray:
+    """At most so many of ``count`` positions, from the first to the last: ascending int64."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
+
+
 def atoms_to_structure(
     atoms: Atoms,
     index: int = 0,

@@ -22,6 +22,7 @@ from pet_finetune.data.structure import (
     DEFAULT_CHARGE_KEYS,
     DEFAULT_SPIN_KEYS,
     atoms_to_structure,
+    evenly_apart,
 )
 from pet_finetune.inspection.inspected import InspectedFrame, dataset_of
 from pet_finetune.rng import Stream
@@ -83,7 +84,7 @@ def tasks_of(frames: Sequence[Atoms], settings: PretrainOptions) -> list[Task]:
         # Short trajectories from many frames see more than a long one; below ten frames they see
         # none.
         most = max(1, int(_MOVED * new / (10 * len(hot))))
-        starts = spread(size, min(_MOST_STARTS, most))
+        starts = evenly_apart(size, min(_MOST_STARTS, most)).tolist()
         length = max(1, round(_MOVED * new / (len(starts) * len(hot))))
         planned += [("dynamics", s, length, t) for s in starts for t in hot]
         displaced = range(max(1, round(_DISPLACED * new / _PER_TASK)))
@@ -93,11 +94,6 @@ def tasks_of(frames: Sequence[Atoms], settings: PretrainOptions) -> list[Task]:
         Task(kind, number, start, count, temperature)
         for number, (kind, start, count, temperature) in enumerate(planned)
     ]
-
-
-def spread(size: int, most: int) -> list[int]:
-    """At most so many of a row of positions, evenly apart."""
-    return sorted({int(at) for at in np.linspace(0, size - 1, min(size, most)).round()})
 
 
 def explore(
@@ -206,7 +202,7 @@ def _energy(atoms: Atoms, calculator: PETCalculator) -> float:
     return float(calculator.results["energy"]) / len(atoms)
 
 
-def entry_of(atoms: Atoms) -> InspectedFrame:
+def inspected(atoms: Atoms) -> InspectedFrame:
     """What inspection knows of a frame: distances and a fingerprint.
 
     Raises:
@@ -223,7 +219,7 @@ def _contacts(atoms: Atoms) -> str | None:
         return "exploded"
     if len(atoms) == 1:
         return None
-    gaps = entry_of(atoms).gaps
+    gaps = inspected(atoms).gaps
     if gaps.min() < _CLOSE:
         return "atoms too close"
     return "flown apart" if gaps.max() > _FLOWN else None

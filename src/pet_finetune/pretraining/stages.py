@@ -26,6 +26,7 @@ from pet_finetune.data.structure import (
     DEFAULT_CHARGE_KEYS,
     DEFAULT_SPIN_KEYS,
     Structure,
+    evenly_apart,
 )
 from pet_finetune.errors import DataError, PetFinetuneError, TrainingError
 from pet_finetune.log import get_logger
@@ -38,7 +39,7 @@ from pet_finetune.training.resume import plain_errors
 from pet_finetune.training.run import train
 from pet_finetune.training.run_files import BEST, LAST
 
-from .explore import NAME, explore, spread, tasks_of
+from .explore import NAME, explore, tasks_of
 from .teacher import Teacher, teacher_of
 from .work import DROPPED, Work, digest
 
@@ -178,7 +179,7 @@ def _explored(
     settings: PretrainOptions,
 ) -> list[Atoms]:
     """Frames of the sane region."""
-    frames = [frames[one] for one in spread(len(frames), settings.n)]
+    frames = [frames[one] for one in evenly_apart(len(frames), settings.n)]
     tasks = tasks_of(frames, settings)
     _logger.info(
         "exploring from %d structures at %s K: %d trajectories, displaced frames, close pairs",

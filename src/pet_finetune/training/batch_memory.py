@@ -14,6 +14,7 @@ from pet_finetune import processes
 from pet_finetune.config import TrainingOptions
 from pet_finetune.data.labelled_batch import LabelledBatch
 from pet_finetune.data.loader import Loader
+from pet_finetune.data.structure import evenly_apart
 from pet_finetune.errors import is_out_of_memory
 from pet_finetune.log import get_logger
 from pet_finetune.model import Potential
@@ -154,8 +155,7 @@ def largest_batch(
 def _crowded(loader: Loader) -> np.ndarray:
     """Some structures, those with most edges an atom first."""
     count = len(loader.structures)
-    some = np.unique(np.linspace(0, count - 1, min(count, _TRIED)).round().astype(np.int64))
-    some = np.unique(np.append(some, int(loader.num_atoms.argmax())))
+    some = np.unique(np.append(evenly_apart(count, _TRIED), int(loader.num_atoms.argmax())))
     edges = [loader.collate(some[k : k + 1], 0).graph.num_edges for k in range(len(some))]
     return some[np.argsort(-np.array(edges) / loader.num_atoms[some], kind="stable")]
 
