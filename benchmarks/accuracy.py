@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import yaml
 
-from pet_finetune.checkpoint import load_checkpoint
+from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.data.labelled_batch import batch_from_atoms
 
 SIZES = {"50": (50, 60), "all": (480, 7)}  # training structures, epochs

@@ -29,8 +29,10 @@ from ase import Atoms
 from ase.build import molecule
 
 from pet_finetune import PETCalculator
-from pet_finetune.adapters import AdapterConfig, inject, save_adapter
-from pet_finetune.checkpoint import load_checkpoint
+from pet_finetune.adapters.adapter_config import AdapterConfig
+from pet_finetune.adapters.inject import inject
+from pet_finetune.adapters.peft_files import save_adapter
+from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.data.labelled_batch import batch_from_atoms
 
 FOUNDATION = Path(__file__).resolve().parents[1] / "checkpoints" / "pet-xtb-v0.ckpt"

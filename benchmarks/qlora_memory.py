@@ -23,11 +23,12 @@ import psutil
 import torch
 from ase.build import bulk
 
-from pet_finetune.adapters import AdapterConfig, inject
-from pet_finetune.config import ModelOptions
-from pet_finetune.data import batch_from_atoms
+from pet_finetune.adapters.adapter_config import AdapterConfig
+from pet_finetune.adapters.inject import inject
+from pet_finetune.config.run_options import ModelOptions
+from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.keys import TargetSpec
-from pet_finetune.model import Potential
+from pet_finetune.model.potential import Potential
 from pet_finetune.nn.quantized import held_bytes, quantize
 
 MIB = 1024**2

@@ -46,7 +46,7 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 
-from pet_finetune.config import parse_options
+from pet_finetune.config.load import parse_options
 from pet_finetune.report.figures import log_ticks
 from pet_finetune.training.prepare import NO_ROOMS, prepare_run
 from pet_finetune.training.run_files import RunFiles

@@ -18,12 +18,13 @@ import torch
 from benchmarks.speed.inputs import water_box
 from benchmarks.speed.memory import MemoryMeter
 
-from pet_finetune.adapters import AdapterConfig, inject
-from pet_finetune.backends import choose_backend, use_backend
-from pet_finetune.config import ModelOptions
+from pet_finetune.adapters.adapter_config import AdapterConfig
+from pet_finetune.adapters.inject import inject
+from pet_finetune.backends.choice import choose_backend, use_backend
+from pet_finetune.config.run_options import ModelOptions
 from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.keys import TargetSpec
-from pet_finetune.model import Potential
+from pet_finetune.model.potential import Potential
 
 WAYS = ("plain", "torch.utils.checkpoint", "gradient_checkpointing")
 REPEATS = 2

@@ -28,15 +28,25 @@ from benchmarks.speed.inputs import water_box
 from benchmarks.speed.memory import MemoryMeter
 
 from pet_finetune import PETCalculator
-from pet_finetune.adapters import AdapterConfig, inject
-from pet_finetune.backends import EAGER, Arena, choose_backend, loaded, prepare, use_backend, using
-from pet_finetune.config import ModelOptions, TargetLoss
-from pet_finetune.data import Loader, collate, structure_neighbors
-from pet_finetune.data.labelled_batch import LabelledBatch
+from pet_finetune.adapters.adapter_config import AdapterConfig
+from pet_finetune.adapters.inject import inject
+from pet_finetune.backends.arena import Arena
+from pet_finetune.backends.choice import (
+    EAGER,
+    choose_backend,
+    use_backend,
+    using,
+)
+from pet_finetune.backends.compiled import loaded, prepare
+from pet_finetune.config.run_options import ModelOptions
+from pet_finetune.config.training_sections import TargetLoss
+from pet_finetune.data.labelled_batch import LabelledBatch, collate
+from pet_finetune.data.loader import Loader
+from pet_finetune.data.neighbors import structure_neighbors
 from pet_finetune.data.structure import atoms_to_structure
 from pet_finetune.keys import TargetSpec
 from pet_finetune.log import setup_logging
-from pet_finetune.model import Potential
+from pet_finetune.model.potential import Potential
 from pet_finetune.training.compiled_step import CompiledStep
 from pet_finetune.training.objectives import Objective, batch_loss
 

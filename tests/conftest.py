@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from pet_finetune import backends
 from pet_finetune.backends import compiled
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -44,13 +43,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _kernels() -> None:
     """Every test computes as a user's run does: with the fused kernels where they can be built."""
-    backends.prepare()
+    compiled.prepare()
 
 
 @pytest.fixture
 def with_kernels() -> None:
     """Skip a test of the fused kernels where they are not in use; fail where they are required."""
-    if not backends.loaded():
+    if not compiled.loaded():
         missing = "the fused kernels are not in use here"
         required = os.environ.get(compiled.VARIABLE) == "require"
         pytest.fail(missing) if required else pytest.skip(missing)

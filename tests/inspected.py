@@ -14,9 +14,11 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from torch import Tensor
 
 from pet_finetune.config.load import parse_options
-from pet_finetune.data import Structure
 from pet_finetune.data.readers import read_structures
-from pet_finetune.inspection import Finding, Inspection, inspect_sets
+from pet_finetune.data.structure import Structure
+from pet_finetune.inspection.finding import Finding
+from pet_finetune.inspection.inspection import inspect_sets
+from pet_finetune.inspection.overview import Inspection
 from tiny_data import structures_of
 
 Structures = Sequence[Structure]

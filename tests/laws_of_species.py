@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from ase import Atoms
 
-from pet_finetune.data import batch_from_atoms
-from pet_finetune.model import Potential
+from pet_finetune.data.labelled_batch import batch_from_atoms
+from pet_finetune.model.potential import Potential
 
 
 def assert_same_energies(

@@ -11,12 +11,14 @@ import torch
 from ase import Atoms, units
 from ase.build import bulk, molecule
 
-from pet_finetune.adapters import AdapterConfig, inject, merged_copy
-from pet_finetune.config import ModelOptions
+from pet_finetune.adapters.adapter_config import AdapterConfig
+from pet_finetune.adapters.inject import inject
+from pet_finetune.adapters.merge import merged_copy
+from pet_finetune.config.run_options import ModelOptions
 from pet_finetune.keys import TargetSpec
-from pet_finetune.model import Potential
 from pet_finetune.model.fingerprint import target_fingerprints
 from pet_finetune.model.last_layer import LastLayer, cholesky_of
+from pet_finetune.model.potential import Potential
 
 SPECIES = (1, 6, 8, 14)
 SMALL: dict[str, Any] = {

@@ -16,7 +16,7 @@ from ase.calculators.morse import MorsePotential
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.stress import voigt_6_to_full_3x3_stress
 
-from pet_finetune.data import Structure, atoms_to_structure
+from pet_finetune.data.structure import Structure, atoms_to_structure
 
 #: What an atom adds to every energy, eV: large, as total energies are.
 ATOM_ENERGY = {1: -13.0, 6: -1030.0, 8: -2040.0, 14: -7800.0}

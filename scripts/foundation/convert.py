@@ -12,7 +12,8 @@ import argparse
 
 import torch
 
-from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
+from pet_finetune.checkpoint.native import save_checkpoint
+from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.model.fingerprint import weights_fingerprint
 
 

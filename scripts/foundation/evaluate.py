@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from ase import Atoms
 
-from pet_finetune import backends
-from pet_finetune.checkpoint import load_checkpoint
-from pet_finetune.data import Loader
+from pet_finetune.backends import compiled
+from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.data.labelled_batch import batch_from_atoms
+from pet_finetune.data.loader import Loader
 from pet_finetune.data.structure import atoms_to_structure
-from pet_finetune.model import Potential
+from pet_finetune.model.potential import Potential
 from pet_finetune.training.consistency import rotational_spread
 
 BATCH = 16
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rotated", type=int, default=200, help="structures rotated at random")
     arguments = parser.parse_args()
-    backends.prepare()
+    compiled.prepare()
     model = load_checkpoint(arguments.model).model.eval()
     known = set(model.species)
     frames = [f for f in ase.io.read(arguments.test, ":") if known.issuperset(f.numbers.tolist())]

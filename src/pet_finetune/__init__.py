@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         pretrain,
     )
     from pet_finetune.calculator import PETCalculator
-    from pet_finetune.checkpoint import load, load_checkpoint
+    from pet_finetune.checkpoint.opening import load, load_checkpoint
     from pet_finetune.keywords import (
         Anchor,
         Dora,
@@ -87,7 +87,7 @@ _HOMES = {
             "PretrainResult EvaluationResult EvaluationSettings LabelNames"
         ),
         "pet_finetune.calculator": "PETCalculator",
-        "pet_finetune.checkpoint": "load load_checkpoint",
+        "pet_finetune.checkpoint.opening": "load load_checkpoint",
         "pet_finetune.keywords": "Lora Dora Qlora Prompt Heads Full Replay Anchor Retention",
         "pet_finetune.training.feature": "Feature",
     }.items()

@@ -17,7 +17,7 @@ from typing import Any
 
 from ase import Atoms
 
-from pet_finetune.adapters import AdaptedPotential
+from pet_finetune.adapters.adapted import AdaptedPotential
 from pet_finetune.checkpoint.adapter_folders import (
     check_adapters,
     combine_adapters,
@@ -25,8 +25,7 @@ from pet_finetune.checkpoint.adapter_folders import (
     merge_adapter,
 )
 from pet_finetune.checkpoint.contents import checkpoint_facts, describe_checkpoint
-from pet_finetune.config import PretrainOptions
-from pet_finetune.config.finetune_sections import LastLayerOptions
+from pet_finetune.config.finetune_sections import LastLayerOptions, PretrainOptions
 from pet_finetune.config.problems import checked_section
 from pet_finetune.data.convert_sets import convert
 from pet_finetune.data.frame_files import read_frames
@@ -40,13 +39,17 @@ from pet_finetune.export.export import (
     export_model,
     export_table,
 )
-from pet_finetune.inspection import Inspection, as_dict, render
 from pet_finetune.inspection.inspect_data import (
     Request,
     inspect_data,
     request_of_files,
     request_of_options,
     write_suggestion,
+)
+from pet_finetune.inspection.overview import (
+    Inspection,
+    as_dict,
+    render,
 )
 from pet_finetune.keywords import (
     Arguments,
@@ -59,7 +62,7 @@ from pet_finetune.keywords import (
     is_structures,
 )
 from pet_finetune.log import get_logger, setup_logging
-from pet_finetune.pretraining import PretrainResult, pretrain_model
+from pet_finetune.pretraining.stages import PretrainResult, pretrain_model
 from pet_finetune.report.report_file import ReportServer, write_report
 from pet_finetune.result import FinetuneResult, result_of
 from pet_finetune.rooms import (

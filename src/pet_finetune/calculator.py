@@ -20,9 +20,10 @@ from ase.calculators.calculator import (
 )
 from ase.stress import full_3x3_to_voigt_6_stress
 
-from pet_finetune.adapters import AdaptedPotential
-from pet_finetune.backends import Arena, choose_backend, use_backend
-from pet_finetune.checkpoint import open_adapted, open_committee
+from pet_finetune.adapters.adapted import AdaptedPotential
+from pet_finetune.backends.arena import Arena
+from pet_finetune.backends.choice import choose_backend, use_backend
+from pet_finetune.checkpoint.opening import open_adapted, open_committee
 from pet_finetune.committee.committee import (
     COMMITTEE_PROPERTIES,
     OF_MEMBERS,
@@ -43,11 +44,12 @@ from pet_finetune.data.calculator_input import (
 from pet_finetune.device import check_forked, choose_device, choose_dtype
 from pet_finetune.errors import AdapterError, ConfigError, DataError
 from pet_finetune.graph import Batch, join_graphs
-from pet_finetune.model import Potential, Prediction
 from pet_finetune.model.direct import DirectTargets, NonConservative, direct_targets, predict_direct
 from pet_finetune.model.last_layer import LastLayer
 from pet_finetune.model.orientations import orientations as make_orientations
 from pet_finetune.model.orientations import predict_mean
+from pet_finetune.model.potential import Potential
+from pet_finetune.model.prediction import Prediction
 from pet_finetune.model.static_inference import FrozenEnergy
 
 #: Of what a structure has, this is not read by the potential.

@@ -19,8 +19,9 @@ from typing import Any, ClassVar
 from ase import Atoms
 from pydantic import BaseModel
 
-from pet_finetune.adapters import AdaptedPotential
-from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
+from pet_finetune.adapters.adapted import AdaptedPotential
+from pet_finetune.checkpoint.native import save_checkpoint
+from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.config.finetune import (
     METHOD_KEYS,
     METHOD_SHORTHANDS,
@@ -33,8 +34,8 @@ from pet_finetune.config.problems import format_path
 from pet_finetune.config.run_options import Options
 from pet_finetune.data.ase_databases import write_exact
 from pet_finetune.errors import ConfigError
-from pet_finetune.model import Potential
 from pet_finetune.model.fingerprint import weights_fingerprint
+from pet_finetune.model.potential import Potential
 
 #: A checkpoint, or a model that was loaded.
 Model = str | os.PathLike[str] | AdaptedPotential | Potential

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from pet_finetune.adapters import AdaptedPotential, Adapter, read_adapter
+from pet_finetune.adapters.adapted import AdaptedPotential
+from pet_finetune.adapters.at_rest import Adapter
+from pet_finetune.adapters.peft_files import read_adapter
 from pet_finetune.calculator import PETCalculator
-from pet_finetune.checkpoint import load, open_committee
+from pet_finetune.checkpoint.opening import load, open_committee
 from pet_finetune.committee.committee import Committee
-from pet_finetune.config import Options
+from pet_finetune.config.run_options import Options
 from pet_finetune.errors import CheckpointError, ConfigError
 from pet_finetune.log import get_logger, html_of
 from pet_finetune.report.curves import curves_html, plot_curves

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pet_finetune.config import Options
 from pet_finetune.config.named_run_options import NamedRun
+from pet_finetune.config.run_options import Options
 from pet_finetune.export.export import check_output_of_run, export_model, export_table
 from pet_finetune.inspection.inspection import Preflight, read_checked
 from pet_finetune.launchers import find_launch
-from pet_finetune.pretraining import pretrained
+from pet_finetune.pretraining.stages import pretrained
 from pet_finetune.report.report_file import report_or_warn
 from pet_finetune.training import compare_runs, run
 from pet_finetune.training.feature import Feature

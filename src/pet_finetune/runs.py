@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from pet_finetune import processes
-from pet_finetune.config import Options
+from pet_finetune.config.run_options import Options
 from pet_finetune.errors import DataError, RunError
 from pet_finetune.files import read_object, writing_explained
 from pet_finetune.locks import FileLock, Holder

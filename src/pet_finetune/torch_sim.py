@@ -15,7 +15,7 @@ from pet_finetune.committee.committee_files import Adapters
 from pet_finetune.data.calculator_input import MovingAtoms
 from pet_finetune.errors import PetFinetuneError
 from pet_finetune.extras import missing_extra
-from pet_finetune.model import Potential
+from pet_finetune.model.potential import Potential
 
 _lacking = missing_extra("torch_sim", "torch-sim")
 if _lacking is not None:

@@ -16,7 +16,7 @@ import torch
 import pet_finetune.api  # noqa: F401 - all is imported before a test changes a part of it
 from logs import logging_as_it_was
 from models import random_potential
-from pet_finetune.checkpoint import save_checkpoint
+from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.cli import main
 from pet_finetune.data.readers import probe_structures
 from pet_finetune.training.loggers import RunDisplay

@@ -15,7 +15,7 @@ import torch
 from ase import Atoms
 
 from models import random_potential
-from pet_finetune.checkpoint import save_checkpoint
+from pet_finetune.checkpoint.native import save_checkpoint
 from tiny_data import label, molecules, options, write_frames, write_options
 
 LORA = ("train", "options.yaml", "-c", "base.ckpt", "-o", "run")
@@ -94,7 +94,9 @@ def other_architecture():
 
 
 def made_adapter():
-    from pet_finetune.adapters import AdapterConfig, inject, save_adapter
+    from pet_finetune.adapters.adapter_config import AdapterConfig
+    from pet_finetune.adapters.inject import inject
+    from pet_finetune.adapters.peft_files import save_adapter
 
     model = random_potential(seed=4)
     inject(model, AdapterConfig(rank=1))

@@ -14,7 +14,7 @@ from ase.units import Bohr, Hartree
 
 from models import random_potential
 from pet_finetune import PETCalculator
-from pet_finetune.checkpoint import save_checkpoint
+from pet_finetune.checkpoint.native import save_checkpoint
 from tiny_data import crystals, molecules, write_frames
 
 

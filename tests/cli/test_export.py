@@ -17,8 +17,8 @@ from models import (
     with_last_layer,
 )
 from pet_finetune import load_checkpoint
-from pet_finetune.adapters import save_adapter
-from pet_finetune.checkpoint import save_checkpoint
+from pet_finetune.adapters.peft_files import save_adapter
+from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.cli import main
 from pet_finetune.keys import TargetSpec
 

@@ -28,8 +28,10 @@ from models import (
     trained_adapter,
     with_last_layer,
 )
-from pet_finetune.adapters import save_adapter
-from pet_finetune.checkpoint import load_checkpoint, save_checkpoint, to_metatrain
+from pet_finetune.adapters.peft_files import save_adapter
+from pet_finetune.checkpoint import to_metatrain
+from pet_finetune.checkpoint.native import save_checkpoint
+from pet_finetune.checkpoint.opening import load_checkpoint
 from tiny_data import data_section, options
 
 #: Of metatrain: two epochs on the data of the folder.

@@ -11,8 +11,8 @@ import pytest
 import torch
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from pet_finetune.checkpoint import load_checkpoint
-from pet_finetune.config import load_options
+from pet_finetune.checkpoint.opening import load_checkpoint
+from pet_finetune.config.load import load_options
 from tiny_data import data_section, molecules, options, write_frames, write_options
 
 

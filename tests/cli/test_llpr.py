@@ -15,7 +15,8 @@ from ase import Atoms
 import pet_finetune as pf
 from models import ethanol, random_potential, with_last_layer
 from pet_finetune import PETCalculator
-from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
+from pet_finetune.checkpoint.native import save_checkpoint
+from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.committee.llpr import fresh
 from pet_finetune.config.finetune_sections import LastLayerOptions
 from pet_finetune.config.load import load_options

@@ -16,8 +16,9 @@ from ase.constraints import FixAtoms, FixBondLengths
 
 from models import crystal, ethanol, random_potential, trained_adapter
 from pet_finetune import calculator
-from pet_finetune.adapters import save_adapter
-from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
+from pet_finetune.adapters.peft_files import save_adapter
+from pet_finetune.checkpoint.native import save_checkpoint
+from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.dynamics import md_run as workflow
 from pet_finetune.dynamics.measure import MDDisplay
 from pet_finetune.model.orientations import predict_mean

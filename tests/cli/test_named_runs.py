@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pet_finetune.checkpoint import load_checkpoint
+from pet_finetune.checkpoint.opening import load_checkpoint
 from tiny_data import molecules, write_frames
 
 DEFAULTS = {

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pet_finetune.adapters import read_adapter
-from pet_finetune.checkpoint import load_checkpoint
+from pet_finetune.adapters.peft_files import read_adapter
+from pet_finetune.checkpoint.opening import load_checkpoint
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "run-before-features"
 TIMES = ("seconds", "structures_per_second")

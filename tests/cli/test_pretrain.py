@@ -8,7 +8,7 @@ import pytest
 from ase.io import read
 
 import pet_finetune as pf
-from pet_finetune.checkpoint import load_checkpoint
+from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.errors import ConfigError
 
 EMT = "ase.calculators.emt:EMT"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pet_finetune.checkpoint import load_checkpoint
+from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.training.loggers import RunDisplay
 from tiny_data import molecules, options, write_frames, write_options
 

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from models import SMALL
-from pet_finetune.checkpoint import load_checkpoint, open_potential
+from pet_finetune.checkpoint.opening import load_checkpoint, open_potential
 from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.model.fingerprint import weights_fingerprint
 from tiny_data import epochs, options

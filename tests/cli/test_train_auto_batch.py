@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pet_finetune.checkpoint import load_checkpoint
-from pet_finetune.model import Potential
+from pet_finetune.checkpoint.opening import load_checkpoint
+from pet_finetune.model.potential import Potential
 from pet_finetune.training import batch_memory
 from tiny_data import options, write_options
 

@@ -12,7 +12,8 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from models import random_potential
-from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
+from pet_finetune.checkpoint.native import save_checkpoint
+from pet_finetune.checkpoint.opening import load_checkpoint
 from tiny_data import (
     crystals,
     data_section,

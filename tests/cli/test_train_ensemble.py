@@ -13,8 +13,8 @@ import yaml
 from ase.io import read
 
 from pet_finetune import PETCalculator
-from pet_finetune.adapters import read_adapter
-from pet_finetune.checkpoint import load_checkpoint
+from pet_finetune.adapters.peft_files import read_adapter
+from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.committee.committee_files import load_committee, read_committee
 from tiny_data import options, write_options
 

@@ -12,7 +12,8 @@ import torch
 import yaml
 
 from models import random_potential
-from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
+from pet_finetune.checkpoint.native import save_checkpoint
+from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.data.readers import probe_structures
 from pet_finetune.forgetting.retention import RetentionSet
 from pet_finetune.training.sets import label_with

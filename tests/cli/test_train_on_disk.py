@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pet_finetune.checkpoint import load_checkpoint
+from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.cli import main
 from pet_finetune.data import metatrain_sets
 from pet_finetune.data.frame_files import forget_files

@@ -8,7 +8,7 @@ import ase.io
 import pytest
 
 from pet_finetune import PETCalculator
-from pet_finetune.checkpoint import load_checkpoint
+from pet_finetune.checkpoint.opening import load_checkpoint
 from tiny_data import options, write_options
 
 START = ("train", "options.yaml", "-c", "base.ckpt")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pet_finetune.checkpoint import load_checkpoint
+from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.cli import main
 from tiny_data import options, write_options
 from together import together

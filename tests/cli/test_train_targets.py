@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from pet_finetune import PETCalculator
-from pet_finetune.adapters import read_adapter
-from pet_finetune.checkpoint import load_checkpoint, open_potential
-from pet_finetune.data import batch_from_atoms
+from pet_finetune.adapters.peft_files import read_adapter
+from pet_finetune.checkpoint.opening import load_checkpoint, open_potential
+from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.training.loggers import RunDisplay
 from tiny_data import crystals, epochs, molecules, options, write_frames, write_options
 

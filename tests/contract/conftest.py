@@ -7,7 +7,7 @@ import copy
 import pytest
 
 from models import KINDS, random_potential, trained_adapter
-from pet_finetune.model import Potential
+from pet_finetune.model.potential import Potential
 
 
 @pytest.fixture(params=KINDS)

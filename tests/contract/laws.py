@@ -20,25 +20,26 @@ import pytest
 import torch
 from ase import Atoms
 
-from pet_finetune.adapters import (
-    AdapterConfig,
+from pet_finetune.adapters.adapter_config import AdapterConfig
+from pet_finetune.adapters.inject import adapter_tensors, eject, inject
+from pet_finetune.adapters.layers import is_adapter_tensor
+from pet_finetune.adapters.merge import (
     adapters_disabled,
-    eject,
-    inject,
-    load_adapter,
     merge,
     merged_copy,
-    save_adapter,
     unmerge,
 )
-from pet_finetune.adapters.inject import adapter_tensors
-from pet_finetune.adapters.layers import is_adapter_tensor
-from pet_finetune.checkpoint import load_checkpoint, save_checkpoint, weights_fingerprint
-from pet_finetune.data import batch_from_atoms, random_rotations
+from pet_finetune.adapters.peft_files import load_adapter, save_adapter
+from pet_finetune.checkpoint.native import save_checkpoint
+from pet_finetune.checkpoint.opening import load_checkpoint
+from pet_finetune.data.epochs import random_rotations
+from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.errors import CheckpointError
 from pet_finetune.graph import Batch, rotate_graphs
-from pet_finetune.model import Potential, Prediction
+from pet_finetune.model.fingerprint import weights_fingerprint
 from pet_finetune.model.pet import HEAD_GROUPS
+from pet_finetune.model.potential import Potential
+from pet_finetune.model.prediction import Prediction
 
 
 def predict(

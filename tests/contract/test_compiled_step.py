@@ -14,10 +14,11 @@ import torch
 
 from models import PROPERTIES, crystal, ethanol, lone_atom, random_potential, slab, trained_adapter
 from pet_finetune import PETCalculator, graph
-from pet_finetune.adapters import freeze
+from pet_finetune.adapters.inject import freeze
 from pet_finetune.backends import graphs
-from pet_finetune.config import TargetLoss
-from pet_finetune.data import LabelledBatch, collate, structure_neighbors
+from pet_finetune.config.training_sections import TargetLoss
+from pet_finetune.data.labelled_batch import LabelledBatch, collate
+from pet_finetune.data.neighbors import structure_neighbors
 from pet_finetune.data.structure import atoms_to_structure
 from pet_finetune.errors import ConfigError
 from pet_finetune.model import compiled

@@ -32,8 +32,8 @@ from models import (
     with_last_layer,
 )
 from pet_finetune import PETCalculator
-from pet_finetune.adapters import save_adapter
-from pet_finetune.checkpoint import save_checkpoint
+from pet_finetune.adapters.peft_files import save_adapter
+from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.committee.committee import Calibration
 from pet_finetune.committee.committee_files import write_committee
 from pet_finetune.export.export import export_model

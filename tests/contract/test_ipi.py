@@ -15,8 +15,8 @@ from ase import Atoms
 
 from models import ethanol, random_potential, trained_adapter
 from pet_finetune import PETCalculator
-from pet_finetune.adapters import save_adapter
-from pet_finetune.checkpoint import save_checkpoint
+from pet_finetune.adapters.peft_files import save_adapter
+from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.export.export import export_model
 
 pytest.importorskip("ipi", reason="i-PI comes with the test extra")

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from models import METHODS, crystal, ethanol, random_potential, trained_adapter
-from pet_finetune.backends import EAGER, using
+from pet_finetune.backends.choice import EAGER, using
 from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.graph import Batch
-from pet_finetune.model import Potential
+from pet_finetune.model.potential import Potential
 
 # Widths that the fused projections take (multiples of 16), and the variants of a block.
 WIDE = {"d_pet": 32, "d_node": 48, "d_head": 16, "d_feedforward": 32, "num_heads": 2}

@@ -12,9 +12,10 @@ from ase import Atoms
 from ase.io import read
 
 from models import all_structures, apart, crystal, ethanol, lone_atom, random_potential, slab
-from pet_finetune.adapters import AdapterConfig, inject
-from pet_finetune.checkpoint import load_checkpoint
-from pet_finetune.model import Potential
+from pet_finetune.adapters.adapter_config import AdapterConfig
+from pet_finetune.adapters.inject import inject
+from pet_finetune.checkpoint.opening import load_checkpoint
+from pet_finetune.model.potential import Potential
 
 FRAMES = list(all_structures().values())
 SHAPES = pytest.mark.parametrize("make", [ethanol, crystal, slab], ids=lambda make: make.__name__)

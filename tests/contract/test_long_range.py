@@ -27,17 +27,20 @@ from models import (
 
 pytest.importorskip("torchpme", reason="torch-pme comes with the extra long-range")
 from pet_finetune import PETCalculator
-from pet_finetune.adapters import AdapterConfig, inject
-from pet_finetune.backends import EAGER, using
-from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
+from pet_finetune.adapters.adapter_config import AdapterConfig
+from pet_finetune.adapters.inject import inject
+from pet_finetune.backends.choice import EAGER, using
+from pet_finetune.checkpoint.native import save_checkpoint
+from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.committee.committee import Committee
 from pet_finetune.committee.llpr import predict_uncertain
-from pet_finetune.data import atoms_to_structure, batch_from_atoms
+from pet_finetune.data.labelled_batch import batch_from_atoms
+from pet_finetune.data.structure import atoms_to_structure
 from pet_finetune.errors import DataError, PetFinetuneError
 from pet_finetune.export.export import export_model
 from pet_finetune.graph import join_graphs
-from pet_finetune.model import Potential
 from pet_finetune.model.compiled import CompiledEnergy
+from pet_finetune.model.potential import Potential
 from pet_finetune.model.static_inference import StaticEnergy
 from pet_finetune.training.extend import check_known
 
@@ -265,7 +268,7 @@ def test_dynamics_with_a_calculator_conserves_the_energy() -> None:
 
 def test_copies_of_positions_go_where_the_edges_go() -> None:
     """A batch that is rotated, cut or joined says the same of positions and edge vectors."""
-    from pet_finetune.data import random_rotations
+    from pet_finetune.data.epochs import random_rotations
     from pet_finetune.graph import rotate_graphs
     from pet_finetune.model.orientations import copies
 

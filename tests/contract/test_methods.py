@@ -19,9 +19,11 @@ from models import (
     starting_model,
     trained_adapter,
 )
-from pet_finetune.adapters import AdapterConfig, eject, inject, merged_copy
+from pet_finetune.adapters.adapter_config import AdapterConfig
+from pet_finetune.adapters.inject import eject, inject
+from pet_finetune.adapters.merge import merged_copy
 from pet_finetune.errors import AdapterError
-from pet_finetune.model import Potential
+from pet_finetune.model.potential import Potential
 
 FRAMES = list(all_structures().values())
 

@@ -16,9 +16,12 @@ from ase import Atoms
 
 from laws_of_species import assert_same_energies
 from models import apart, crystal, ethanol, lone_atom, random_potential, trained_adapter
-from pet_finetune.adapters import AdapterConfig, inject, layers
+from pet_finetune.adapters import layers
+from pet_finetune.adapters.adapter_config import AdapterConfig
+from pet_finetune.adapters.inject import inject
 from pet_finetune.graph import Batch
-from pet_finetune.model import Potential, Prediction
+from pet_finetune.model.potential import Potential
+from pet_finetune.model.prediction import Prediction
 
 FRAMES = [ethanol(), crystal()]
 

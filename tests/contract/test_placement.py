@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from models import KINDS, METHODS, PROPERTIES, crystal, ethanol, random_potential, trained_adapter
-from pet_finetune.backends import EAGER, use_backend
-from pet_finetune.data import batch_from_atoms
+from pet_finetune.backends.choice import EAGER, use_backend
+from pet_finetune.data.labelled_batch import batch_from_atoms
 
 AWAY = torch.device("meta")
 

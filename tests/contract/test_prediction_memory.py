@@ -9,7 +9,7 @@ from ase.build import bulk
 from models import random_potential, trained_adapter
 from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.graph import Batch
-from pet_finetune.model import Potential
+from pet_finetune.model.potential import Potential
 
 WIDTH = 32
 # The proportions of metatrain's defaults.

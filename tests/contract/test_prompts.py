@@ -21,18 +21,19 @@ from models import (
     trained_adapter,
 )
 from models import apart as far_apart
-from pet_finetune.adapters import (
-    AdapterConfig,
-    inject,
+from pet_finetune.adapters.adapter_config import AdapterConfig
+from pet_finetune.adapters.inject import inject, trainable_report
+from pet_finetune.adapters.merge import merged_copy
+from pet_finetune.adapters.peft_files import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
     load_adapter,
-    merged_copy,
     read_adapter,
     save_adapter,
-    trainable_report,
     write_adapter,
 )
-from pet_finetune.adapters.peft_files import CONFIG_FILE, WEIGHTS_FILE
-from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
+from pet_finetune.checkpoint.native import save_checkpoint
+from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.committee.committee import Committee
 from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.errors import AdapterError

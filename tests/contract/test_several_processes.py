@@ -14,7 +14,8 @@ from logs import logging_as_it_was
 from models import random_potential
 from pet_finetune import processes
 from pet_finetune.api import ROOMS
-from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
+from pet_finetune.checkpoint.native import save_checkpoint
+from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.config.load import parse_options
 from pet_finetune.data.labelled_batch import LabelledBatch
 from pet_finetune.training import trainer

@@ -11,26 +11,24 @@ import torch
 from torch import Tensor
 
 from models import METHODS, QUANTISED, all_structures, random_potential, trained_adapter
-from pet_finetune.adapters import (
-    AdapterConfig,
+from pet_finetune.adapters.adapter_config import AdapterConfig
+from pet_finetune.adapters.at_rest import capture, install
+from pet_finetune.adapters.combine import combine
+from pet_finetune.adapters.inject import adapter_state, eject, inject
+from pet_finetune.adapters.merge import (
     adapters_disabled,
-    capture,
-    combine,
-    eject,
-    inject,
-    install,
-    load_adapter,
     merge,
     merged_copy,
-    save_adapter,
     unmerge,
 )
-from pet_finetune.adapters.inject import adapter_state
-from pet_finetune.checkpoint import load_checkpoint, save_checkpoint, weights_fingerprint
-from pet_finetune.data import batch_from_atoms
+from pet_finetune.adapters.peft_files import load_adapter, save_adapter
+from pet_finetune.checkpoint.native import save_checkpoint
+from pet_finetune.checkpoint.opening import load_checkpoint
+from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.errors import AdapterError
 from pet_finetune.keys import TargetSpec
-from pet_finetune.model import Potential
+from pet_finetune.model.fingerprint import weights_fingerprint
+from pet_finetune.model.potential import Potential
 
 FRAMES = list(all_structures().values())
 TARGETS = ("energy", "energy/pbe", "charges")

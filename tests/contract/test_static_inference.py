@@ -11,11 +11,16 @@ from ase import Atoms
 
 from models import METHODS, crystal, ethanol, heat, random_potential, trained_adapter
 from pet_finetune import PETCalculator
-from pet_finetune.backends import EAGER, FUSED_BFLOAT16, use_backend, using
+from pet_finetune.backends.choice import (
+    EAGER,
+    FUSED_BFLOAT16,
+    use_backend,
+    using,
+)
 from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.graph import Batch
-from pet_finetune.model import Potential
 from pet_finetune.model import static_inference as module
+from pet_finetune.model.potential import Potential
 from pet_finetune.model.static_inference import StaticEnergy
 
 WIDE = {"d_pet": 32, "d_node": 48, "d_head": 16, "d_feedforward": 32, "num_heads": 2}

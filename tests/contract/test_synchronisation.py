@@ -21,12 +21,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pet_finetune
 from models import crystal, ethanol, random_potential
 from pet_finetune import PETCalculator
-from pet_finetune.adapters import AdapterConfig, inject
-from pet_finetune.backends import EAGER, using
-from pet_finetune.config import ModelOptions, TrainingOptions
-from pet_finetune.data import batch_from_atoms
+from pet_finetune.adapters.adapter_config import AdapterConfig
+from pet_finetune.adapters.inject import inject
+from pet_finetune.backends.choice import EAGER, using
+from pet_finetune.config.run_options import ModelOptions
+from pet_finetune.config.training import TrainingOptions
+from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.keys import TargetSpec
-from pet_finetune.model import Potential
+from pet_finetune.model.potential import Potential
 from pet_finetune.training.optimizer import make_optimizer
 from trainers import make_trainer
 

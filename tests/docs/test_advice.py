@@ -12,7 +12,8 @@ import pytest
 
 import pet_finetune
 from pet_finetune.cli import make_parser
-from pet_finetune.config import Options, problems
+from pet_finetune.config import problems
+from pet_finetune.config.run_options import Options
 
 PACKAGE = Path(pet_finetune.__file__).parent
 _FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")

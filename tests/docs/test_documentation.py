@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from pet_finetune.cli import make_parser
-from pet_finetune.config import load_options
+from pet_finetune.config.load import load_options
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [*sorted((REPOSITORY / "docs").glob("*.md")), REPOSITORY / "README.md"]

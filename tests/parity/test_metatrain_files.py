@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import yaml
 
-from pet_finetune.config import Options, parse_options
 from pet_finetune.config.base import to_plain
-from pet_finetune.config.load import load_evaluation
+from pet_finetune.config.load import load_evaluation, parse_options
+from pet_finetune.config.run_options import Options
 from pet_finetune.errors import ConfigError
 
 expansion = pytest.importorskip("metatrain.utils.omegaconf")

@@ -13,15 +13,16 @@ import torch
 from ase.calculators.calculator import PropertyNotImplementedError
 
 from pet_finetune import PETCalculator
-from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
 from pet_finetune.checkpoint.metatrain_llpr import uncertainty_name
+from pet_finetune.checkpoint.native import save_checkpoint
+from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.committee.llpr import fit_last_layers, fresh
 from pet_finetune.config.finetune_sections import LastLayerOptions
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.structure import atoms_to_structure
 from pet_finetune.errors import CheckpointError
 from pet_finetune.export.export import export_model
-from pet_finetune.model import Potential
+from pet_finetune.model.potential import Potential
 from pet_finetune.units import to_own_unit
 
 pytest.importorskip("metatrain", reason="metatrain comes with the test extra")

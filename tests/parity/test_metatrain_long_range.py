@@ -15,9 +15,10 @@ import pytest
 import torch
 from ase import Atoms
 
-from pet_finetune.checkpoint import load_checkpoint
+from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.checkpoint.to_metatrain import save_metatrain
-from pet_finetune.data import atoms_to_structure, batch_from_atoms
+from pet_finetune.data.labelled_batch import batch_from_atoms
+from pet_finetune.data.structure import atoms_to_structure
 from pet_finetune.export.tensormaps import output_names, tensor_maps
 from pet_finetune.model.prediction import forces_of, with_leaves
 

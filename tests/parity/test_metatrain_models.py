@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from pet_finetune.checkpoint import load_checkpoint
-from pet_finetune.data import batch_from_atoms
-from pet_finetune.model import Potential
+from pet_finetune.checkpoint.opening import load_checkpoint
+from pet_finetune.data.labelled_batch import batch_from_atoms
+from pet_finetune.model.potential import Potential
 from pet_finetune.units import energy_to_ev
 
 pytest.importorskip("metatrain", reason="metatrain comes with the test extra")

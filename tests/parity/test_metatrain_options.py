@@ -6,18 +6,16 @@ from typing import Any
 
 import pytest
 
-from pet_finetune.config import (
-    DatasetOptions,
-    FinetuneOptions,
-    GradientOptions,
+from pet_finetune.config.dataset import DatasetOptions, SystemsOptions
+from pet_finetune.config.finetune import FinetuneOptions
+from pet_finetune.config.load import parse_options
+from pet_finetune.config.run_options import (
     LongRangeOptions,
     ModelOptions,
     Options,
-    SystemsOptions,
-    TargetOptions,
-    TrainingOptions,
-    parse_options,
 )
+from pet_finetune.config.target import GradientOptions, TargetOptions
+from pet_finetune.config.training import TrainingOptions
 
 base_hypers = pytest.importorskip("metatrain.share.base_hypers")
 documentation = pytest.importorskip("metatrain.pet.documentation")

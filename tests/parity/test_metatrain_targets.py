@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
-from pet_finetune.data import batch_from_atoms
+from pet_finetune.checkpoint.native import save_checkpoint
+from pet_finetune.checkpoint.opening import load_checkpoint
+from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.units import to_own_unit
 
 pytest.importorskip("metatrain", reason="metatrain comes with the test extra")

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from pet_finetune.checkpoint import load_checkpoint
-from pet_finetune.data import atoms_to_structure
+from pet_finetune.checkpoint.opening import load_checkpoint
+from pet_finetune.data.structure import atoms_to_structure
 from pet_finetune.export.tensormaps import output_names, tensor_maps
 
 pytest.importorskip("metatrain", reason="metatrain comes with the test extra")

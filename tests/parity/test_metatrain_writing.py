@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from pet_finetune.checkpoint import load_checkpoint
+from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.checkpoint.to_metatrain import save_metatrain
-from pet_finetune.data import batch_from_atoms
+from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.export.export import export_model
-from pet_finetune.model import Potential, Prediction
+from pet_finetune.model.potential import Potential
+from pet_finetune.model.prediction import Prediction
 from pet_finetune.units import to_own_unit
 
 pytest.importorskip("metatrain", reason="metatrain comes with the test extra")
@@ -155,6 +156,6 @@ def test_new_elements_and_the_contexts_of_metatrain(tmp_path: Path) -> None:
 
 
 def _saved(model: Potential, folder: Path) -> Path:
-    from pet_finetune.checkpoint import save_checkpoint
+    from pet_finetune.checkpoint.native import save_checkpoint
 
     return save_checkpoint(folder / "ours.ckpt", model)

@@ -11,21 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from models import METHODS, all_structures, random_potential, trained_adapter
-from pet_finetune.adapters import (
-    AdaptedPotential,
-    AdapterConfig,
-    inject,
-    load_adapter,
-    save_adapter,
-)
-from pet_finetune.adapters.adapter_config import DEFAULT_TARGETS, linear_layers
-from pet_finetune.adapters.inject import adapter_state
+from pet_finetune.adapters.adapted import AdaptedPotential
+from pet_finetune.adapters.adapter_config import DEFAULT_TARGETS, AdapterConfig, linear_layers
+from pet_finetune.adapters.inject import adapter_state, inject
 from pet_finetune.adapters.layers import is_adapter_tensor
 from pet_finetune.adapters.merge import lora_layers, merged_copy
-from pet_finetune.data import batch_from_atoms
+from pet_finetune.adapters.peft_files import load_adapter, save_adapter
+from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.errors import AdapterError
 from pet_finetune.graph import Batch
-from pet_finetune.model import Potential
+from pet_finetune.model.potential import Potential
 
 peft = pytest.importorskip("peft", reason="peft comes with the test extra")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pet_finetune.config import ModelOptions
+from pet_finetune.config.run_options import ModelOptions
 from pet_finetune.keys import TargetSpec
 from pet_finetune.model.pet import PET
 

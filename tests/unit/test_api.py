@@ -15,7 +15,7 @@ import pet_finetune as pf
 from logs import logging_as_it_was
 from models import random_potential
 from pet_finetune import keywords
-from pet_finetune.checkpoint import save_checkpoint
+from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.config.finetune import METHOD_KEYS, METHOD_SHORTHANDS, FinetuneConfig
 from pet_finetune.errors import ConfigError, DataError, TrainingError
 from tiny_data import molecules, options, write_options

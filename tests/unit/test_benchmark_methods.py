@@ -9,7 +9,7 @@ from benchmarks.methods.jobs import Job
 from benchmarks.methods.rows import ALL, FAMILIES, METHODS
 from benchmarks.methods.sets import SETS, split
 
-from pet_finetune.config import load_options
+from pet_finetune.config.load import load_options
 
 
 def job_of(method, data="ethanol"):

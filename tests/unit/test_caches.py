@@ -25,9 +25,9 @@ import getpass, pathlib, logging
 logging.basicConfig(format="%(message)s")
 import ase.config, matplotlib
 import torch._inductor.runtime.cache_dir_utils as inductor
-from pet_finetune import backends
-backends.prepare()
-backends.prepare()
+from pet_finetune.backends import compiled
+compiled.prepare()
+compiled.prepare()
 for folder in (pathlib.Path.home(), matplotlib.get_cachedir(), matplotlib.get_configdir()):
     assert os.access(folder, os.W_OK), folder
 assert getpass.getuser()

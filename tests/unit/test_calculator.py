@@ -20,11 +20,11 @@ from ase.optimize import BFGS
 
 from models import crystal, ethanol, heat, lone_atom, random_potential, slab, trained_adapter
 from pet_finetune import PETCalculator
-from pet_finetune.adapters import save_adapter
-from pet_finetune.checkpoint import save_checkpoint
-from pet_finetune.data import batch_from_atoms
+from pet_finetune.adapters.peft_files import save_adapter
+from pet_finetune.checkpoint.native import save_checkpoint
+from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.errors import AdapterError, ConfigError, DataError, PetFinetuneError, SpeciesError
-from pet_finetune.model import Potential
+from pet_finetune.model.potential import Potential
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from ase.stress import full_3x3_to_voigt_6_stress
 
 from models import crystal, ethanol, property_potential, random_potential, trained_adapter
 from pet_finetune import PETCalculator
-from pet_finetune.adapters import save_adapter
-from pet_finetune.checkpoint import save_checkpoint
-from pet_finetune.data import batch_from_atoms
+from pet_finetune.adapters.peft_files import save_adapter
+from pet_finetune.checkpoint.native import save_checkpoint
+from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.errors import ConfigError
 from pet_finetune.keys import TargetSpec
 

@@ -16,8 +16,8 @@ from models import (
     trained_adapter,
 )
 from pet_finetune import PETCalculator
-from pet_finetune.adapters import save_adapter
-from pet_finetune.checkpoint import save_checkpoint
+from pet_finetune.adapters.peft_files import save_adapter
+from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.errors import ConfigError
 from pet_finetune.model import orientations as module
 from pet_finetune.model.orientations import ORIENTATIONS, orientations

@@ -13,8 +13,9 @@ from ase.stress import voigt_6_to_full_3x3_stress
 
 from models import crystal, ethanol, heat, random_potential, slab
 from pet_finetune import PETCalculator
-from pet_finetune.data import batch_from_atoms, calculator_input
-from pet_finetune.model import Potential
+from pet_finetune.data import calculator_input
+from pet_finetune.data.labelled_batch import batch_from_atoms
+from pet_finetune.model.potential import Potential
 
 
 @pytest.fixture(scope="module")

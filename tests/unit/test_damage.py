@@ -20,9 +20,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models import ethanol, random_potential, trained_adapter, with_last_layer
-from pet_finetune.adapters import load_adapter, save_adapter
-from pet_finetune.adapters.peft_files import CONFIG_FILE, WEIGHTS_FILE, read_metadata
-from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
+from pet_finetune.adapters.peft_files import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    load_adapter,
+    read_metadata,
+    save_adapter,
+)
+from pet_finetune.checkpoint.native import save_checkpoint
+from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.committee.committee import Calibration
 from pet_finetune.committee.committee_files import COMMITTEE_FILE, read_committee, write_committee
 from pet_finetune.data.predicted import Predicted

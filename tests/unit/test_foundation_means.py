@@ -14,7 +14,7 @@ import torch
 
 from models import crystal, ethanol, random_potential
 from pet_finetune import PETCalculator
-from pet_finetune.checkpoint import save_checkpoint
+from pet_finetune.checkpoint.native import save_checkpoint
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from ase.io import write
 
 from logs import logging_as_it_was
 from pet_finetune.checkpoint.native import save_content
-from pet_finetune.data import read_frames
 from pet_finetune.data.ase_databases import write_exact
+from pet_finetune.data.frame_files import read_frames
 from pet_finetune.data.label_columns import find_value
 from pet_finetune.data.structure import atoms_to_structure
 from pet_finetune.data.writing import PredictionWriter

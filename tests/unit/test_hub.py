@@ -20,10 +20,12 @@ import pytest
 import pet_finetune as pf
 from models import random_potential
 from pet_finetune import hub
-from pet_finetune.checkpoint import load_checkpoint, save_checkpoint, weights_fingerprint
+from pet_finetune.checkpoint.native import save_checkpoint
+from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.errors import CheckpointError
 from pet_finetune.hub import SHIPPED, UPET_MODELS, find_model, is_address
 from pet_finetune.keywords import as_model, checkpoint_of
+from pet_finetune.model.fingerprint import weights_fingerprint
 
 SOURCES = Path(hub.__file__).resolve().parents[1]
 FILE = "models/pet-mad-s-v1.6.0.ckpt"

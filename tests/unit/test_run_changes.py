@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pet_finetune.config import parse_options
+from pet_finetune.config.load import parse_options
 from pet_finetune.runs import changed_options, with_defaults_of
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from pet_finetune import launchers, processes
-from pet_finetune.data import Loader
 from pet_finetune.data.epochs import deal
+from pet_finetune.data.loader import Loader
 from pet_finetune.device import choose_device
 from pet_finetune.errors import ConfigError, TrainingError
 from pet_finetune.training.step import add_gradients

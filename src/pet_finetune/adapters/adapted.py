@@ -11,8 +11,9 @@ from torch import Tensor
 
 from pet_finetune.errors import AdapterError, did_you_mean
 from pet_finetune.graph import Batch
-from pet_finetune.model import Potential, Prediction
 from pet_finetune.model.fingerprint import weights_fingerprint
+from pet_finetune.model.potential import Potential
+from pet_finetune.model.prediction import Prediction
 
 from .at_rest import Adapter, capture, check_base, install
 from .combine import combine
@@ -34,7 +35,7 @@ class AdaptedPotential:
 
     Attributes:
         potential: the model as it is now, for everything that takes a
-            :class:`~pet_finetune.model.Potential`.
+            :class:`~pet_finetune.model.potential.Potential`.
         source: the file that the base was read from; None where it was made otherwise.
     """
 

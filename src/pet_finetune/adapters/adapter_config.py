@@ -9,8 +9,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from pet_finetune.errors import AdapterError, did_you_mean
-from pet_finetune.model import PET
-from pet_finetune.model.pet import HEAD_GROUPS
+from pet_finetune.model.pet import HEAD_GROUPS, PET
 
 DEFAULT_TARGETS = (
     "attention.input_linear",

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pet_finetune.errors import AdapterError
-from pet_finetune.model import Potential
 from pet_finetune.model.fingerprint import weights_fingerprint
+from pet_finetune.model.potential import Potential
 
 from .adapter_config import AdapterConfig, resolve
 from .inject import (

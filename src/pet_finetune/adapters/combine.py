@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from pet_finetune.errors import AdapterError, did_you_mean
-from pet_finetune.model import Potential
+from pet_finetune.model.potential import Potential
 from pet_finetune.nn.embedding import ROWS
 
 from .at_rest import Adapter, install

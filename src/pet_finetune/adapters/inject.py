@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from pet_finetune.errors import AdapterError
 from pet_finetune.keys import TargetSpec
 from pet_finetune.log import get_logger
-from pet_finetune.model import Potential
 from pet_finetune.model.fingerprint import weights_fingerprint
+from pet_finetune.model.potential import Potential
 from pet_finetune.nn.embedding import ROWS
 from pet_finetune.nn.quantized import num_quantized
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pet_finetune.errors import AdapterError
-from pet_finetune.model import Potential
+from pet_finetune.model.potential import Potential
 from pet_finetune.nn.attention import Attention, PromptTokens
 from pet_finetune.nn.embedding import ROWS, GrownEmbedding
 from pet_finetune.nn.projection import Adapted, LowRankUpdate, plain_linear

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from pet_finetune.model import Potential
+from pet_finetune.model.potential import Potential
 from pet_finetune.nn.attention import PromptTokens
 from pet_finetune.nn.quantized import QuantizedLinear
 

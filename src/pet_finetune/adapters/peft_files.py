@@ -30,8 +30,8 @@ from pet_finetune.errors import AdapterError, DataError, damage_explained
 from pet_finetune.files import read_object, write_whole
 from pet_finetune.keys import TargetSpec
 from pet_finetune.log import get_logger
-from pet_finetune.model import Potential
 from pet_finetune.model.fingerprint import content_digest
+from pet_finetune.model.potential import Potential
 
 from .adapter_config import AdapterConfig
 from .at_rest import Adapter, capture, install

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pet_finetune.model import Potential
 from pet_finetune.model.pet import HEAD_GROUPS
+from pet_finetune.model.potential import Potential
 from pet_finetune.nn.quantized import QuantizedLinear, held_bytes, quantize
 
 from .adapter_config import AdapterConfig, replace_module

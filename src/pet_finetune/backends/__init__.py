@@ -5,38 +5,3 @@
 memory that a calculation uses again (:mod:`.arena`), whole networks as a list of instructions
 (:mod:`.instructions`), and functions of any network as graphs of torch's compiler (:mod:`.graphs`).
 """
-
-from .arena import Arena
-from .choice import (
-    EAGER,
-    FUSED,
-    FUSED_BFLOAT16,
-    Accelerated,
-    Backend,
-    choose_backend,
-    default_backend,
-    use_backend,
-    using,
-)
-from .compiled import loaded, prepare, ready
-from .operators import OPERATORS
-from .reference import RowOp, apply_rows
-
-__all__ = [
-    "EAGER",
-    "FUSED",
-    "FUSED_BFLOAT16",
-    "OPERATORS",
-    "Accelerated",
-    "Arena",
-    "Backend",
-    "RowOp",
-    "apply_rows",
-    "choose_backend",
-    "default_backend",
-    "loaded",
-    "prepare",
-    "ready",
-    "use_backend",
-    "using",
-]

@@ -11,15 +11,18 @@ from ase import Atoms
 from ase.data import covalent_radii
 from rich.table import Table
 
-from pet_finetune.adapters import Adapter, combine, install, merged_copy, read_adapter
-from pet_finetune.adapters.merge import lora_layers
-from pet_finetune.adapters.peft_files import write_adapter
+from pet_finetune.adapters.at_rest import Adapter, install
+from pet_finetune.adapters.combine import combine
+from pet_finetune.adapters.merge import lora_layers, merged_copy
+from pet_finetune.adapters.peft_files import read_adapter, write_adapter
 from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.errors import AdapterError
 from pet_finetune.files import size_text
-from pet_finetune.model import Potential
+from pet_finetune.model.fingerprint import weights_fingerprint
+from pet_finetune.model.potential import Potential
 
-from . import load_checkpoint, save_checkpoint, weights_fingerprint
+from .native import save_checkpoint
+from .opening import load_checkpoint
 
 # An update larger than the weight it adapts has forgotten it.
 _LARGE = 1.0

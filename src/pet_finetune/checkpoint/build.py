@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from pet_finetune.config import ModelOptions
+from pet_finetune.config.run_options import ModelOptions
 from pet_finetune.errors import CheckpointError
 from pet_finetune.keys import TargetSpec
 from pet_finetune.model.potential import Potential

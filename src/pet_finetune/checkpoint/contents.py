@@ -12,11 +12,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from pet_finetune.committee.llpr import fresh
-from pet_finetune.config import ModelOptions
+from pet_finetune.config.run_options import ModelOptions
 from pet_finetune.files import size_text
-from pet_finetune.model import Potential
+from pet_finetune.model.fingerprint import weights_fingerprint
+from pet_finetune.model.potential import Potential
 
-from . import load_checkpoint, weights_fingerprint
+from .opening import load_checkpoint
 
 #: A screen of 40 lines has room for as many trainings with a note, in lines of 80 characters.
 _GENERATIONS, _WIDTH = 12, 78

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pet_finetune.config import ModelOptions
+from pet_finetune.config.run_options import ModelOptions
 from pet_finetune.errors import CheckpointError
 from pet_finetune.keys import TargetSpec
-from pet_finetune.model import Potential
+from pet_finetune.model.potential import Potential
 
 from .allowed_names import StoredTensor
 from .archive import TorchArchive

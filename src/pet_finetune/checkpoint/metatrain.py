@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pet_finetune.errors import CheckpointError, UnitError
-from pet_finetune.model import Potential
 from pet_finetune.model.pet import HEAD_GROUPS
+from pet_finetune.model.potential import Potential
 from pet_finetune.units import length_to_angstrom
 
 from .allowed_names import Inert

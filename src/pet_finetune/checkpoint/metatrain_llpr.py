@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from pet_finetune.errors import CheckpointError
-from pet_finetune.model import Potential
 from pet_finetune.model.fingerprint import target_fingerprints
 from pet_finetune.model.last_layer import LastLayer, cholesky_of
+from pet_finetune.model.potential import Potential
 
 from .archive import TorchArchive
 from .native import stored_tensor

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pet_finetune.adapters import AdapterConfig, merged_copy, unmerge
+from pet_finetune.adapters.adapter_config import AdapterConfig
 from pet_finetune.adapters.inject import AdapterTarget, adapter_state, adapter_tensors, place
 from pet_finetune.adapters.layers import (
     grown_tables,
@@ -43,13 +43,14 @@ from pet_finetune.adapters.layers import (
     merge_new_rows,
     remove_prompts,
 )
+from pet_finetune.adapters.merge import merged_copy, unmerge
 from pet_finetune.adapters.quantize import quantize_base
 from pet_finetune.committee.llpr import fresh
 from pet_finetune.errors import CheckpointError, PetFinetuneError
 from pet_finetune.files import replacing
 from pet_finetune.keys import TargetSpec
-from pet_finetune.model import Potential
 from pet_finetune.model.last_layer import LastLayer
+from pet_finetune.model.potential import Potential
 from pet_finetune.nn.quantized import QUANTIZED_PART, dense_state
 
 from .archive import TorchArchive, plain_value

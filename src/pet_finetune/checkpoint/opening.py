@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 
-from pet_finetune.adapters import AdaptedPotential, active_adapter, load_adapter, merged_copy
+from pet_finetune.adapters.adapted import AdaptedPotential
+from pet_finetune.adapters.inject import active_adapter
+from pet_finetune.adapters.merge import merged_copy
+from pet_finetune.adapters.peft_files import load_adapter
 from pet_finetune.committee.committee import Committee
 from pet_finetune.committee.committee_files import Adapters, load_committee
 from pet_finetune.errors import CheckpointError, ConfigError, damage_explained
 from pet_finetune.log import get_logger
-from pet_finetune.model import Potential
+from pet_finetune.model.potential import Potential
 
 from .allowed_names import StoredTensor
 from .archive import TorchArchive

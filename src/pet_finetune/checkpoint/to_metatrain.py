@@ -22,8 +22,8 @@ from torch import Tensor
 from pet_finetune.committee.llpr import fresh
 from pet_finetune.errors import CheckpointError
 from pet_finetune.keys import TargetSpec, base_name, direct_quantity, output_name
-from pet_finetune.model import Potential
 from pet_finetune.model.pet import HEAD_GROUPS
+from pet_finetune.model.potential import Potential
 
 from .metatrain_llpr import wrapped_content
 from .native import save_content, stored_tensor

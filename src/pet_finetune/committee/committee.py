@@ -24,12 +24,12 @@ import torch
 from ase.stress import full_3x3_to_voigt_6_stress
 from torch import Tensor, nn
 
-from pet_finetune.config import ModelOptions
+from pet_finetune.config.run_options import ModelOptions
 from pet_finetune.errors import AdapterError
 from pet_finetune.graph import Batch, repeat_batch
-from pet_finetune.model import Potential, Prediction
 from pet_finetune.model.inference import autograd_possible
-from pet_finetune.model.prediction import forces_of, stress_of
+from pet_finetune.model.potential import Potential
+from pet_finetune.model.prediction import Prediction, forces_of, stress_of
 from pet_finetune.model.shared_layers import SharedLayers, Tokens
 from pet_finetune.nn.grouped import MemberRows
 

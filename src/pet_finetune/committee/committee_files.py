@@ -17,8 +17,8 @@ from pet_finetune.errors import AdapterError, ConfigError, DataError
 from pet_finetune.files import read_object, write_whole
 from pet_finetune.keys import TargetSpec, main_energy
 from pet_finetune.log import get_logger
-from pet_finetune.model import Potential
 from pet_finetune.model.fingerprint import content_digest, weights_fingerprint
+from pet_finetune.model.potential import Potential
 
 from .committee import Calibration, Committee
 

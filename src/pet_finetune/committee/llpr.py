@@ -21,12 +21,12 @@ from pet_finetune.errors import TrainingError
 from pet_finetune.graph import Batch
 from pet_finetune.keys import TargetSpec
 from pet_finetune.log import get_logger
-from pet_finetune.model import Potential, Prediction, Property
 from pet_finetune.model.fingerprint import target_fingerprints
 from pet_finetune.model.inference import autograd_possible
 from pet_finetune.model.last_layer import LastLayer, cholesky_of
 from pet_finetune.model.pet import features_key
-from pet_finetune.model.prediction import forces_of, stress_of, with_leaves
+from pet_finetune.model.potential import Potential
+from pet_finetune.model.prediction import Prediction, Property, forces_of, stress_of, with_leaves
 from pet_finetune.progress import Watch
 
 from .calibration import Curves, Deviations

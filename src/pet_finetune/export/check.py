@@ -18,13 +18,14 @@ from metatomic.torch import (
 )
 from torch import Tensor
 
-from pet_finetune.checkpoint import load_checkpoint
+from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.committee.llpr import LastLayerPrediction, fresh, predict_uncertain
 from pet_finetune.data.labelled_batch import collate
 from pet_finetune.data.neighbors import edge_vectors, structure_neighbors
 from pet_finetune.data.structure import Structure
 from pet_finetune.errors import CheckpointError
-from pet_finetune.model import Potential, Prediction, Property
+from pet_finetune.model.potential import Potential
+from pet_finetune.model.prediction import Prediction, Property
 
 from .targets import uncertainty_outputs
 

@@ -14,11 +14,14 @@ import torch
 from ase.data import chemical_symbols
 from rich.table import Table
 
-from pet_finetune.adapters import active_adapter, load_adapter, merged_copy
-from pet_finetune.checkpoint import Checkpoint, load_checkpoint, weights_fingerprint
+from pet_finetune.adapters.inject import active_adapter
+from pet_finetune.adapters.merge import merged_copy
+from pet_finetune.adapters.peft_files import load_adapter
+from pet_finetune.checkpoint.build import Checkpoint
+from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.committee.committee_files import COMMITTEE_FILE, Adapters, committee_members
 from pet_finetune.committee.llpr import fresh
-from pet_finetune.config import Options
+from pet_finetune.config.run_options import Options
 from pet_finetune.data.readers import probe_structures
 from pet_finetune.data.structure import Structure
 from pet_finetune.device import choose_dtype
@@ -27,7 +30,8 @@ from pet_finetune.files import check_writable, size_text
 from pet_finetune.hub import find_model
 from pet_finetune.keys import main_energy
 from pet_finetune.log import get_logger
-from pet_finetune.model import Potential
+from pet_finetune.model.fingerprint import weights_fingerprint
+from pet_finetune.model.potential import Potential
 from pet_finetune.version import __version__
 
 _LOG = get_logger(__name__)

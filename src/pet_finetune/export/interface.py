@@ -13,9 +13,9 @@ from metatomic.torch import ModelOutput, NeighborListOptions, System
 from torch import Tensor, nn
 
 from pet_finetune.graph import Batch
-from pet_finetune.model import Potential
 from pet_finetune.model.last_layer import LastLayer
 from pet_finetune.model.pet import features_key
+from pet_finetune.model.potential import Potential
 
 from .systems import flatten, integer_input, selected_rows
 from .targets import PlainTarget, Wanted, uncertainty_outputs

@@ -8,7 +8,7 @@ from metatensor.torch import Labels, TensorBlock, TensorMap
 from torch import Tensor, nn
 
 from pet_finetune.keys import DIRECT_FORCES, DIRECT_STRESS, base_name, output_name
-from pet_finetune.model import Potential
+from pet_finetune.model.potential import Potential
 
 
 def choose_outputs(

@@ -25,7 +25,8 @@ from pet_finetune.data.structure import Structure
 from pet_finetune.errors import ConfigError, did_you_mean
 from pet_finetune.graph import Batch, Neighborhood
 from pet_finetune.keys import TargetSpec, base_name
-from pet_finetune.model import Potential, Prediction
+from pet_finetune.model.potential import Potential
+from pet_finetune.model.prediction import Prediction
 from pet_finetune.nn.gnn_layer import sum_over_edges
 
 __all__ = ["output_names", "tensor_maps"]

@@ -15,7 +15,7 @@ from metatomic.torch import AtomisticModel, ModelCapabilities, ModelMetadata, Mo
 from pet_finetune.errors import CheckpointError
 from pet_finetune.files import check_room, replacing
 from pet_finetune.keys import TargetSpec
-from pet_finetune.model import Potential
+from pet_finetune.model.potential import Potential
 
 from .interface import ExportedPotential
 from .targets import uncertainty_outputs

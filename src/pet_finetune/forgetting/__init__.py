@@ -9,8 +9,6 @@ from .dimers import DimerReport
 from .replay import ReplayFeature
 from .retention import RetentionReport
 
-__all__ = ["AnchorFeature", "DimerReport", "ReplayFeature", "RetentionReport", "features"]
-
 
 def features() -> list[Feature]:
     """The features of this room; each does nothing where the options do not ask for it."""

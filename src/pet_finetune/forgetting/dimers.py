@@ -18,8 +18,8 @@ from pet_finetune.data.structure_sets import find_species
 from pet_finetune.extras import drawn, plotting
 from pet_finetune.graph import Batch
 from pet_finetune.log import get_logger
-from pet_finetune.model import Potential
 from pet_finetune.model.inference import evaluating
+from pet_finetune.model.potential import Potential
 from pet_finetune.training.feature import Feature, Plan, TrainingRun
 from pet_finetune.training.run_files import DIMERS, RunFiles
 

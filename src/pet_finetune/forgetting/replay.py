@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from pet_finetune.config import DatasetOptions, Options, TrainingOptions
+from pet_finetune.config.dataset import DatasetOptions
+from pet_finetune.config.run_options import Options
+from pet_finetune.config.training import TrainingOptions
 from pet_finetune.data.epochs import distorted
 from pet_finetune.data.frame_files import read_frames
 from pet_finetune.data.labelled_batch import LabelledBatch
@@ -26,7 +28,7 @@ from pet_finetune.errors import ConfigError, DataError
 from pet_finetune.inspection.inspected import most_different
 from pet_finetune.keys import forces_key, stress_key
 from pet_finetune.log import get_logger
-from pet_finetune.model import Potential
+from pet_finetune.model.potential import Potential
 from pet_finetune.progress import Watch
 from pet_finetune.rng import Stream
 from pet_finetune.training.extend import check_known

@@ -6,12 +6,12 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from pet_finetune.committee.committee import Committee
-from pet_finetune.config import Options
+from pet_finetune.config.run_options import Options
 from pet_finetune.data.readers import probe_structures
 from pet_finetune.data.structure import Structure
 from pet_finetune.errors import ConfigError
 from pet_finetune.log import get_logger
-from pet_finetune.model import Potential
+from pet_finetune.model.potential import Potential
 from pet_finetune.training.feature import Feature, Plan, TrainingRun
 from pet_finetune.training.loggers import describe
 from pet_finetune.training.metrics import Metrics, evaluate

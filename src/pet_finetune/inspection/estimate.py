@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pet_finetune.adapters import AdapterConfig, freeze, inject
-from pet_finetune.adapters.adapter_config import default_modules_to_save
+from pet_finetune.adapters.adapter_config import AdapterConfig, default_modules_to_save
+from pet_finetune.adapters.inject import freeze, inject
 from pet_finetune.data.labelled_batch import collate
 from pet_finetune.data.neighbors import find_pairs, structure_neighbors
 from pet_finetune.data.structure import Structure
 from pet_finetune.graph import Batch
-from pet_finetune.model import Potential
+from pet_finetune.model.potential import Potential
 
 #: Edges that a measured step should have: enough to be no overhead, few enough for seconds.
 _EDGES, _MOST_ATOMS = 8000, 400

@@ -12,7 +12,7 @@ import torch
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.neighbors import expected_neighbors
 from pet_finetune.data.structure_sets import of_species
-from pet_finetune.model import Potential
+from pet_finetune.model.potential import Potential
 
 from .evidence import Evidence
 from .finding import Finding, frames_of

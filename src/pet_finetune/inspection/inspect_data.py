@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
-from pet_finetune.backends import choose_backend, ready, use_backend
-from pet_finetune.config import DatasetOptions, Options
+from pet_finetune.backends.choice import choose_backend, use_backend
+from pet_finetune.backends.compiled import ready
+from pet_finetune.config.dataset import DatasetOptions
 from pet_finetune.config.load import LoadedOptions, parse_options, to_yaml
 from pet_finetune.config.options_reference import schema_line
+from pet_finetune.config.run_options import Options
 from pet_finetune.data.splits import make_splits
 from pet_finetune.data.structure import Structure
 from pet_finetune.data.structure_sets import find_species, of_species
@@ -23,15 +25,16 @@ from pet_finetune.errors import ConfigError, DataError, PetFinetuneError
 from pet_finetune.files import write_whole
 from pet_finetune.keys import forces_key, stress_key
 from pet_finetune.log import get_logger
-from pet_finetune.model import Potential
+from pet_finetune.model.potential import Potential
 from pet_finetune.progress import Watch
 from pet_finetune.training.extend import ADVICE
 from pet_finetune.training.starting_model import read_start
 
-from . import Finding, Foundation, Inspection, inspect_sets
 from .estimate import Load, estimate, load_of
-from .inspection import cells_of, declared_units, energy_of, looked_at
+from .finding import Finding
+from .inspection import Foundation, cells_of, declared_units, energy_of, inspect_sets, looked_at
 from .label_names import target_of_file
+from .overview import Inspection
 from .read_anyway import read_anyway, sets_left_out
 from .suggestion import Suggestion, suggest, training_section, with_found_units
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pet_finetune.config import DatasetOptions, Options
+from pet_finetune.config.dataset import DatasetOptions
+from pet_finetune.config.run_options import Options
 from pet_finetune.data.splits import Splits, make_splits
 from pet_finetune.data.structure import Structure, check_charges
 from pet_finetune.data.structure_sets import check_species, sampled
 from pet_finetune.errors import DataError, PetFinetuneError, SpeciesError
 from pet_finetune.log import get_logger
-from pet_finetune.model import Potential
+from pet_finetune.model.potential import Potential
 from pet_finetune.progress import Watch
 from pet_finetune.training.extend import ADVICE
 from pet_finetune.training.feature import Feature, Plan

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from ase import Atoms
 
-from pet_finetune.config import DatasetOptions
+from pet_finetune.config.dataset import DatasetOptions
 from pet_finetune.data.calculator_input import MISSING_CELL, misses_a_cell
 from pet_finetune.data.dataset_files import frame_numbers, isolated_frames, sets_of_isolated_atoms
 from pet_finetune.data.frame_files import read_file, read_frames

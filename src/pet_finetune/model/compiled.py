@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from pet_finetune.backends import EAGER, using
+from pet_finetune.backends.choice import EAGER, using
 from pet_finetune.backends.graphs import CannotCompile, Graph, compiled_graph, is_compiled
 from pet_finetune.graph import Batch, Edges, Layout, Rectangles
 from pet_finetune.log import get_logger

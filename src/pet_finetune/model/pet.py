@@ -10,7 +10,11 @@ from typing import TYPE_CHECKING, Final, Optional, cast
 import torch
 from torch import Tensor, nn
 
-from pet_finetune.backends import Accelerated, default_backend, use_backend
+from pet_finetune.backends.choice import (
+    Accelerated,
+    default_backend,
+    use_backend,
+)
 from pet_finetune.backends.fused import permute
 from pet_finetune.backends.instructions import CannotRecord, Part, Recorder, Rows
 from pet_finetune.backends.reference import permute_rows
@@ -30,7 +34,7 @@ from .shared_layers import SharedLayers, Tokens
 from .species_rows import pick_rows, species_table
 
 if TYPE_CHECKING:
-    from pet_finetune.config import ModelOptions
+    from pet_finetune.config.run_options import ModelOptions
 
 #: The parts of the network that belong to single targets.
 HEAD_GROUPS = ("node_heads", "edge_heads", "node_last_layers", "edge_last_layers")

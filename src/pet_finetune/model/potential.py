@@ -32,7 +32,7 @@ from .species_rows import sources_of, with_more, without
 from .zbl import ZBL, covalent_radii
 
 if TYPE_CHECKING:
-    from pet_finetune.config import ModelOptions
+    from pet_finetune.config.run_options import ModelOptions
 
 
 class Potential(nn.Module):

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pet_finetune.backends import FUSED
+from pet_finetune.backends.choice import FUSED
 from pet_finetune.backends.fused import weigh_edges
 from pet_finetune.backends.instructions import (
     CannotRecord,

@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from pet_finetune.backends import Accelerated, RowOp, apply_rows, fused
+from pet_finetune.backends import fused
 from pet_finetune.backends.attention import attend, attend_once, pad_keys
+from pet_finetune.backends.choice import Accelerated
 from pet_finetune.backends.instructions import CannotRecord, Recorder, Rows
+from pet_finetune.backends.reference import RowOp, apply_rows
 from pet_finetune.graph import Layout
 
 from .projection import Memory, packed_layer, project, record_linear

@@ -5,8 +5,9 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from pet_finetune.backends import Accelerated, RowOp, apply_rows
+from pet_finetune.backends.choice import Accelerated
 from pet_finetune.backends.instructions import Part, Recorder, Rows
+from pet_finetune.backends.reference import RowOp, apply_rows
 from pet_finetune.graph import Layout
 
 from .attention import Attention

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pet_finetune.backends import Accelerated
+from pet_finetune.backends.choice import Accelerated
 from pet_finetune.graph import Batch, Edges, Neighborhood, make_layout, renumbered
 
 from .cutoff import bump_step, cosine_step, grid_cutoffs, solver_cutoffs

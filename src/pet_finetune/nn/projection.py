@@ -13,9 +13,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from pet_finetune.backends import Accelerated, Backend, RowOp, apply_rows, fused
+from pet_finetune.backends import fused
+from pet_finetune.backends.choice import Accelerated, Backend
 from pet_finetune.backends.fused import MANY_ROWS, PackedLayer, settings
 from pet_finetune.backends.instructions import CannotRecord, Recorder, Row, Rows
+from pet_finetune.backends.reference import RowOp, apply_rows
 
 from .grouped import GroupedLinear
 from .rowwise import Prologue

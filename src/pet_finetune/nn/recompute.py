@@ -16,7 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pet_finetune.backends import EAGER, Accelerated, Backend, using
+from pet_finetune.backends.choice import (
+    EAGER,
+    Accelerated,
+    Backend,
+    using,
+)
 
 __all__ = ["recomputed"]
 

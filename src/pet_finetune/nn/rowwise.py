@@ -2,13 +2,15 @@
 
 Parameters, names and results are those of the torch modules they derive from. Each can also be
 made part of the linear layer that follows it, see :mod:`.projection`, for which it describes itself
-as a :class:`~pet_finetune.backends.RowOp`.
+as a :class:`~pet_finetune.backends.reference.RowOp`.
 """
 
 import torch
 from torch import Tensor, nn
 
-from pet_finetune.backends import Accelerated, RowOp, apply_rows, fused
+from pet_finetune.backends import fused
+from pet_finetune.backends.choice import Accelerated
+from pet_finetune.backends.reference import RowOp, apply_rows
 
 
 class Prologue(Accelerated, nn.Module):

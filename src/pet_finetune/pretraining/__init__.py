@@ -2,7 +2,3 @@
 
 Frames are explored with the foundation itself, thinned, labelled by a teacher, and trained on.
 """
-
-from .stages import PretrainResult, pretrain_model, pretrained
-
-__all__ = ["PretrainResult", "pretrain_model", "pretrained"]

@@ -15,9 +15,11 @@ from ase import Atoms
 
 from pet_finetune.caches import cache_folders
 from pet_finetune.calculator import PETCalculator
-from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
-from pet_finetune.config import Options, PretrainOptions
+from pet_finetune.checkpoint.native import save_checkpoint
+from pet_finetune.checkpoint.opening import load_checkpoint
+from pet_finetune.config.finetune_sections import PretrainOptions
 from pet_finetune.config.load import parse_options
+from pet_finetune.config.run_options import Options
 from pet_finetune.data.ase_databases import write_exact
 from pet_finetune.data.calculator_input import check_atoms
 from pet_finetune.data.frame_files import forget_files
@@ -30,8 +32,8 @@ from pet_finetune.data.structure import (
 )
 from pet_finetune.errors import DataError, PetFinetuneError, TrainingError
 from pet_finetune.log import get_logger
-from pet_finetune.model import Potential
 from pet_finetune.model.fingerprint import weights_fingerprint
+from pet_finetune.model.potential import Potential
 from pet_finetune.rng import Stream, seed_everything
 from pet_finetune.runs import RunFolder
 from pet_finetune.training.records import TrainOutcome

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from ase import Atoms
 
-from pet_finetune.config import PretrainOptions
+from pet_finetune.config.finetune_sections import PretrainOptions
 from pet_finetune.data.ase_databases import write_exact
 from pet_finetune.data.frame_files import read_frames
 from pet_finetune.data.structure import atoms_to_structure, structures_fingerprint

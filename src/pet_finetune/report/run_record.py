@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from ase.data import atomic_numbers
 
-from pet_finetune.checkpoint import load_checkpoint
+from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.config.load import read_yaml
 from pet_finetune.errors import ConfigError, DataError, PetFinetuneError
 from pet_finetune.files import read_object, read_table

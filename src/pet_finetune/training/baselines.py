@@ -11,7 +11,7 @@ import torch
 from ase.data import chemical_symbols
 from torch import Tensor
 
-from pet_finetune.config import Options
+from pet_finetune.config.run_options import Options
 from pet_finetune.config.training import BaselineOptions
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.structure import Structure
@@ -19,7 +19,8 @@ from pet_finetune.errors import TrainingError
 from pet_finetune.graph import Batch
 from pet_finetune.keys import TargetSpec, forces_key
 from pet_finetune.log import get_logger
-from pet_finetune.model import Potential, fit_composition
+from pet_finetune.model.composition import fit_composition
+from pet_finetune.model.potential import Potential
 from pet_finetune.progress import Watch
 
 from .metrics import counted
@@ -217,7 +218,7 @@ def _fit(
         shift: whether the baselines move by what the model's own predictions leave over, rather
             than start from nothing.
         free: [n_species], which of them are fitted.
-        ridge: [n_species], see :func:`~pet_finetune.model.fit_composition`.
+        ridge: [n_species], see :func:`~pet_finetune.model.composition.fit_composition`.
         fix: puts the baselines in that the options give.
 
     Returns:

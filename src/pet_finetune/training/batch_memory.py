@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from pet_finetune import processes
-from pet_finetune.config import TrainingOptions
+from pet_finetune.config.training import TrainingOptions
 from pet_finetune.data.labelled_batch import LabelledBatch
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.structure import evenly_apart
 from pet_finetune.errors import is_out_of_memory
 from pet_finetune.log import get_logger
-from pet_finetune.model import Potential
+from pet_finetune.model.potential import Potential
 from pet_finetune.profiling import forget_peak, peak_gpu_mib, peak_resident_mib, resident_mib
 from pet_finetune.progress import Watch
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from rich.table import Table
 
 from pet_finetune import launchers, processes
-from pet_finetune.config import Options
 from pet_finetune.config.load import read_yaml
 from pet_finetune.config.named_run_options import NamedRun
+from pet_finetune.config.run_options import Options
 from pet_finetune.device import choose_device
 from pet_finetune.errors import ConfigError, DataError, PetFinetuneError, did_you_mean
 from pet_finetune.files import read_object, read_table, size_text

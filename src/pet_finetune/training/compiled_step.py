@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from pet_finetune.backends import EAGER, using
+from pet_finetune.backends.choice import EAGER, using
 from pet_finetune.backends.graphs import CannotCompile, Graph, compiled_graph
-from pet_finetune.config import TrainingOptions
+from pet_finetune.config.training import TrainingOptions
 from pet_finetune.data.labelled_batch import LabelledBatch
 from pet_finetune.graph import Batch
 from pet_finetune.keys import label_kind
 from pet_finetune.log import get_logger
-from pet_finetune.model import Potential, Prediction, Property
 from pet_finetune.model.compiled import Sizes, Weights, distance, predictions_of, tensors_of
+from pet_finetune.model.potential import Potential
+from pet_finetune.model.prediction import Prediction, Property
 from pet_finetune.nn.quantized import num_quantized
 
 from .objectives import LossPart, Objective, loss_parts, sum_of_known

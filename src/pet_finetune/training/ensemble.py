@@ -12,12 +12,12 @@ from pathlib import Path
 from rich.table import Table
 
 from pet_finetune import processes
-from pet_finetune.backends import choose_backend, use_backend
+from pet_finetune.backends.choice import choose_backend, use_backend
 from pet_finetune.committee.calibration import Curves, calibration_svg, collect
 from pet_finetune.committee.committee import Calibration
 from pet_finetune.committee.committee_files import COMMITTEE_FILE, load_committee, write_committee
-from pet_finetune.config import Options
 from pet_finetune.config.load import read_yaml
+from pet_finetune.config.run_options import Options
 from pet_finetune.data.splits import load_splits
 from pet_finetune.device import choose_device, dtype_of_bits
 from pet_finetune.errors import TrainingError

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from pet_finetune.backends import choose_backend, use_backend
-from pet_finetune.checkpoint import open_potential
+from pet_finetune.backends.choice import choose_backend, use_backend
+from pet_finetune.checkpoint.opening import open_potential
 from pet_finetune.committee.calibration import Comparison, Deviations
-from pet_finetune.config import DatasetOptions, Options, SystemsOptions
+from pet_finetune.config.dataset import DatasetOptions, SystemsOptions
 from pet_finetune.config.load import parse_options
+from pet_finetune.config.run_options import Options
 from pet_finetune.data.frame_files import read_frames
 from pet_finetune.data.label_columns import find_value
 from pet_finetune.data.loader import Loader
@@ -27,7 +28,7 @@ from pet_finetune.device import choose_device
 from pet_finetune.errors import ConfigError, DataError, did_you_mean
 from pet_finetune.keys import TargetSpec, direct_quantity
 from pet_finetune.log import get_logger
-from pet_finetune.model import Potential
+from pet_finetune.model.potential import Potential
 
 from .consistency import Spread, rotational_spread
 from .extend import check_known

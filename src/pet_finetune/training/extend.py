@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from pet_finetune.config import Options
+from pet_finetune.config.run_options import Options
 from pet_finetune.data.splits import Splits
 from pet_finetune.data.structure import Structure, check_charges
 from pet_finetune.data.structure_sets import OnDisk, check_species, find_species, joined
@@ -13,7 +13,7 @@ from pet_finetune.elements import atomic_number, nearest_element, symbol_of
 from pet_finetune.errors import ConfigError, DataError, SpeciesError, did_you_mean
 from pet_finetune.keys import TargetSpec, direct_quantity
 from pet_finetune.log import get_logger
-from pet_finetune.model import Potential
+from pet_finetune.model.potential import Potential
 from pet_finetune.nn.long_range import PARTLY_PERIODIC
 
 _logger = get_logger(__name__)

@@ -16,14 +16,16 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from pet_finetune.checkpoint import Checkpoint
+from pet_finetune.checkpoint.build import Checkpoint
 from pet_finetune.committee.committee import Committee
-from pet_finetune.config import Options, TrainingOptions
+from pet_finetune.config.run_options import Options
+from pet_finetune.config.training import TrainingOptions
 from pet_finetune.data.labelled_batch import LabelledBatch
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.splits import Splits
 from pet_finetune.data.structure import Structure
-from pet_finetune.model import Potential, Prediction, Property
+from pet_finetune.model.potential import Potential
+from pet_finetune.model.prediction import Prediction, Property
 
 from .metrics import Metrics
 from .objectives import Objective

@@ -19,7 +19,7 @@ from typing import Any
 from rich.progress import TaskID, TextColumn
 
 from pet_finetune import processes
-from pet_finetune.config import Options
+from pet_finetune.config.run_options import Options
 from pet_finetune.errors import ConfigError
 from pet_finetune.extras import missing_extra
 from pet_finetune.log import FILE_ONLY, get_logger

@@ -14,8 +14,9 @@ from pet_finetune.committee.llpr import fresh, predict_uncertain
 from pet_finetune.data.labelled_batch import LabelledBatch, on_device
 from pet_finetune.data.loader import Loader
 from pet_finetune.keys import TargetSpec, forces_key, stress_key
-from pet_finetune.model import Potential, Prediction, Property
 from pet_finetune.model.inference import evaluating
+from pet_finetune.model.potential import Potential
+from pet_finetune.model.prediction import Prediction, Property
 from pet_finetune.progress import Watch
 
 #: Factor and unit in which each kind of error of an energy is shown.

@@ -17,13 +17,20 @@ import torch
 from torch import Tensor
 
 from pet_finetune import processes
-from pet_finetune.config import LossStage, LossTerm, TargetLoss, TrainingOptions, first_epoch
+from pet_finetune.config.training import TrainingOptions
+from pet_finetune.config.training_sections import (
+    LossStage,
+    LossTerm,
+    TargetLoss,
+    first_epoch,
+)
 from pet_finetune.data.labelled_batch import LabelledBatch, on_device
 from pet_finetune.data.loader import Loader
 from pet_finetune.errors import TrainingError
 from pet_finetune.graph import Batch
 from pet_finetune.keys import forces_key, stress_key, weights_key
-from pet_finetune.model import Potential, Prediction, Property
+from pet_finetune.model.potential import Potential
+from pet_finetune.model.prediction import Prediction, Property
 
 from .metrics import Metrics, counted
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pet_finetune.committee.calibration import Comparison
 from pet_finetune.committee.committee import Committee, CommitteePrediction
-from pet_finetune.config import SystemsOptions
+from pet_finetune.config.dataset import SystemsOptions
 from pet_finetune.data.labelled_batch import LabelledBatch
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.predicted import Predicted
@@ -22,7 +22,8 @@ from pet_finetune.data.writing import PredictionWriter
 from pet_finetune.graph import Batch
 from pet_finetune.keys import forces_key, stress_key, uncertainty_key
 from pet_finetune.log import get_logger
-from pet_finetune.model import Potential, Prediction, Property
+from pet_finetune.model.potential import Potential
+from pet_finetune.model.prediction import Prediction, Property
 
 from .metrics import Metrics, evaluate, labelled_values
 

@@ -11,10 +11,11 @@ import torch
 from omegaconf import OmegaConf
 
 from pet_finetune import processes
-from pet_finetune.adapters import trainable_report
-from pet_finetune.backends import choose_backend, use_backend
-from pet_finetune.config import Options, TrainingOptions
+from pet_finetune.adapters.inject import trainable_report
+from pet_finetune.backends.choice import choose_backend, use_backend
 from pet_finetune.config.options_reference import schema_line
+from pet_finetune.config.run_options import Options
+from pet_finetune.config.training import TrainingOptions
 from pet_finetune.data.frame_files import forget_files
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.splits import Splits, load_splits, make_splits
@@ -22,7 +23,7 @@ from pet_finetune.data.structure_sets import joined, label_names
 from pet_finetune.device import dtype_of_bits
 from pet_finetune.errors import TrainingError
 from pet_finetune.log import get_logger
-from pet_finetune.model import Potential
+from pet_finetune.model.potential import Potential
 from pet_finetune.rng import seed_everything
 
 from .baselines import BaselineTable, prepare_baselines

@@ -19,8 +19,8 @@ from rich.table import Table
 from torch.autograd.profiler_util import EventList
 from torch.profiler import ProfilerActivity
 
-from pet_finetune.backends import Arena
-from pet_finetune.config import Options
+from pet_finetune.backends.arena import Arena
+from pet_finetune.config.run_options import Options
 from pet_finetune.data.labelled_batch import LabelledBatch
 from pet_finetune.device import choose_device, versions
 from pet_finetune.errors import PetFinetuneError, TrainingError

@@ -10,12 +10,13 @@ from typing import Any
 
 from pet_finetune import processes
 from pet_finetune.adapters.layers import train_new_rows
-from pet_finetune.checkpoint import load_checkpoint
-from pet_finetune.config import EarlyStopping, Options
+from pet_finetune.checkpoint.opening import load_checkpoint
+from pet_finetune.config.run_options import Options
+from pet_finetune.config.training import EarlyStopping
 from pet_finetune.errors import TrainingError
 from pet_finetune.keys import TargetSpec
 from pet_finetune.log import get_logger
-from pet_finetune.model import Potential
+from pet_finetune.model.potential import Potential
 from pet_finetune.nn.embedding import ROWS
 from pet_finetune.runs import changed_options, undisturbed, with_defaults_of
 

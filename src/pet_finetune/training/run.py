@@ -23,9 +23,9 @@ from omegaconf import OmegaConf
 from rich.table import Table
 
 from pet_finetune import launchers, processes
-from pet_finetune.checkpoint import load_checkpoint
-from pet_finetune.config import Options
+from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.config.load import parse_options, read_yaml
+from pet_finetune.config.run_options import Options
 from pet_finetune.device import choose_device
 from pet_finetune.errors import ConfigError, PetFinetuneError, TrainingError
 from pet_finetune.files import size_text

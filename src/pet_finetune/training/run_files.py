@@ -18,12 +18,12 @@ from typing import Any, Concatenate, ParamSpec
 import torch
 
 from pet_finetune import processes
-from pet_finetune.adapters import active_adapter, save_adapter
-from pet_finetune.adapters.inject import TrainableReport
-from pet_finetune.checkpoint import save_checkpoint
+from pet_finetune.adapters.inject import TrainableReport, active_adapter
+from pet_finetune.adapters.peft_files import save_adapter
 from pet_finetune.checkpoint.archive import TorchArchive
+from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.committee.committee import Committee
-from pet_finetune.config import Options
+from pet_finetune.config.run_options import Options
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.predicted import Predicted
 from pet_finetune.data.splits import Splits
@@ -34,7 +34,7 @@ from pet_finetune.elements import symbol_of
 from pet_finetune.errors import CheckpointError, DataError, TrainingError
 from pet_finetune.files import read_object, read_table, write_whole, writing_explained
 from pet_finetune.log import get_logger
-from pet_finetune.model import Potential
+from pet_finetune.model.potential import Potential
 
 from .baselines import BaselineTable
 from .metrics import shown_unit

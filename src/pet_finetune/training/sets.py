@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from pet_finetune.committee.committee import Committee
-from pet_finetune.config import LabelNoise, Options
+from pet_finetune.config.run_options import Options
+from pet_finetune.config.training_sections import LabelNoise
 from pet_finetune.data.labelled_batch import LabelledBatch, on_device
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.splits import Splits
@@ -22,8 +23,8 @@ from pet_finetune.data.structure import Structure
 from pet_finetune.data.structure_sets import label_names, taken
 from pet_finetune.keys import forces_key, stress_key
 from pet_finetune.log import get_logger
-from pet_finetune.model import Potential
 from pet_finetune.model.inference import evaluating
+from pet_finetune.model.potential import Potential
 from pet_finetune.rng import MemberStream, Stream, torch_generator
 
 from .feature import Feature

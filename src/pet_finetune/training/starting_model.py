@@ -12,22 +12,22 @@ from ase.data import chemical_symbols
 from torch import Tensor
 from torch.nn import ModuleDict
 
-from pet_finetune.adapters import AdapterConfig, freeze, inject
-from pet_finetune.adapters.adapter_config import default_modules_to_save
+from pet_finetune.adapters.adapter_config import AdapterConfig, default_modules_to_save
+from pet_finetune.adapters.inject import freeze, inject
 from pet_finetune.adapters.layers import train_new_rows
-from pet_finetune.checkpoint import load_checkpoint, load_oldest_start
-from pet_finetune.checkpoint.opening import load_numbers
+from pet_finetune.checkpoint.legacy_state_dict import load_oldest_start
+from pet_finetune.checkpoint.opening import load_checkpoint, load_numbers
 from pet_finetune.checkpoint.stored_targets import StoredTarget
-from pet_finetune.config import Options
 from pet_finetune.config.finetune import METHOD_KEYS
+from pet_finetune.config.run_options import Options
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.splits import Splits
 from pet_finetune.data.structure_sets import find_species, joined
 from pet_finetune.errors import ConfigError, did_you_mean
 from pet_finetune.keys import TargetSpec
 from pet_finetune.log import get_logger
-from pet_finetune.model import Potential
 from pet_finetune.model.fingerprint import weights_fingerprint
+from pet_finetune.model.potential import Potential
 
 from .extend import add_new_elements, add_targets
 

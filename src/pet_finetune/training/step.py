@@ -21,11 +21,17 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from pet_finetune import processes
-from pet_finetune.backends import EAGER, FUSED, FUSED_BFLOAT16, using
+from pet_finetune.backends.choice import (
+    EAGER,
+    FUSED,
+    FUSED_BFLOAT16,
+    using,
+)
 from pet_finetune.backends.fused import multiplies_bfloat16
 from pet_finetune.graph import Batch
-from pet_finetune.model import Potential, Prediction, Property
 from pet_finetune.model.inference import evaluating
+from pet_finetune.model.potential import Potential
+from pet_finetune.model.prediction import Prediction, Property
 
 _MEV = 1000.0
 

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from pet_finetune import processes
-from pet_finetune.backends import Arena
-from pet_finetune.config import TrainingOptions
+from pet_finetune.backends.arena import Arena
+from pet_finetune.config.training import TrainingOptions
 from pet_finetune.data.labelled_batch import LabelledBatch, on_device
 from pet_finetune.data.loader import Loader
 from pet_finetune.errors import TrainingError
 from pet_finetune.log import get_logger
-from pet_finetune.model import Potential, Prediction, Property
+from pet_finetune.model.potential import Potential
+from pet_finetune.model.prediction import Prediction, Property
 from pet_finetune.profiling import each, stage
 from pet_finetune.progress import InterruptGuard, Watch
 from pet_finetune.rng import generator_states, seed_process, set_generators

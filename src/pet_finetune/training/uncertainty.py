@@ -10,14 +10,16 @@ import torch
 from rich.table import Table
 
 from pet_finetune import processes
-from pet_finetune.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from pet_finetune.checkpoint.build import Checkpoint
+from pet_finetune.checkpoint.native import save_checkpoint
+from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.committee.calibration import Curves
 from pet_finetune.committee.llpr import Fitted, fit_last_layers
 from pet_finetune.config.finetune_sections import LastLayerOptions
 from pet_finetune.data.loader import Loader
 from pet_finetune.errors import TrainingError
 from pet_finetune.log import FILE_ONLY, get_logger
-from pet_finetune.model import Potential
+from pet_finetune.model.potential import Potential
 
 from .evaluation import LabelNames, chosen_target, open_model, read_labelled
 from .extend import check_known

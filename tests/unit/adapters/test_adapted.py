@@ -9,12 +9,15 @@ import torch
 from laws import assert_differs, assert_same, predict
 
 from models import METHODS, crystal, ethanol, random_potential, trained_adapter
-from pet_finetune.adapters import AdaptedPotential, merged_copy, read_adapter, save_adapter
-from pet_finetune.adapters.peft_files import CONFIG_FILE, read_metadata
-from pet_finetune.checkpoint import load, save_checkpoint, weights_fingerprint
+from pet_finetune.adapters.adapted import AdaptedPotential
+from pet_finetune.adapters.merge import merged_copy
+from pet_finetune.adapters.peft_files import CONFIG_FILE, read_adapter, read_metadata, save_adapter
+from pet_finetune.checkpoint.native import save_checkpoint
+from pet_finetune.checkpoint.opening import load
 from pet_finetune.errors import AdapterError
 from pet_finetune.keys import TargetSpec
-from pet_finetune.model import Potential
+from pet_finetune.model.fingerprint import weights_fingerprint
+from pet_finetune.model.potential import Potential
 
 FRAMES = [ethanol(), crystal()]
 
@@ -75,7 +78,8 @@ def test_predicting_is_for_the_adapters_target(base: Potential, tmp_path):
     made = copy.deepcopy(base)
     made.add_target(TargetSpec("energy/pbe"), inherit_from="energy")
     fingerprint = weights_fingerprint(base)
-    from pet_finetune.adapters import AdapterConfig, inject
+    from pet_finetune.adapters.adapter_config import AdapterConfig
+    from pet_finetune.adapters.inject import inject
 
     inject(
         made,

@@ -10,20 +10,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models import all_structures, random_potential, trained_adapter
-from pet_finetune.adapters import (
-    active_adapter,
-    load_adapter,
-    merged_copy,
-    read_adapter,
-    save_adapter,
-    write_adapter,
-)
+from pet_finetune.adapters.inject import active_adapter
+from pet_finetune.adapters.merge import merged_copy
 from pet_finetune.adapters.peft_files import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     from_peft,
+    load_adapter,
     own_name,
+    read_adapter,
     read_metadata,
+    save_adapter,
+    write_adapter,
 )
 from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.errors import AdapterError
@@ -75,7 +73,8 @@ def test_an_adapter_brings_its_own_target(batch, tmp_path):
     model = random_potential()
     fingerprint = weights_fingerprint(model)
     model.add_target(TargetSpec("energy/pbe", description="PBE"), inherit_from="energy")
-    from pet_finetune.adapters import AdapterConfig, inject
+    from pet_finetune.adapters.adapter_config import AdapterConfig
+    from pet_finetune.adapters.inject import inject
 
     inject(
         model,

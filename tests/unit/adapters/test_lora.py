@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pet_finetune.adapters import LoraLinear
+from pet_finetune.adapters.layers import LoraLinear
 
 
 @pytest.fixture

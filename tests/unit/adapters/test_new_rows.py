@@ -10,10 +10,11 @@ from ase import Atoms
 
 from laws_of_species import assert_same_energies
 from models import all_structures, random_potential
-from pet_finetune.adapters import freeze, trainable_report
+from pet_finetune.adapters.inject import freeze, trainable_report
 from pet_finetune.adapters.layers import grown_tables, merge_new_rows, train_new_rows
-from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
-from pet_finetune.data import batch_from_atoms
+from pet_finetune.checkpoint.native import save_checkpoint
+from pet_finetune.checkpoint.opening import load_checkpoint
+from pet_finetune.data.labelled_batch import batch_from_atoms
 
 FRAMES = [Atoms("NCLi", [[0, 0, 0], [0, 0.3, 1.2], [1.5, 0, 0]]), *all_structures().values()]
 

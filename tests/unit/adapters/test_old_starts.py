@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from models import ethanol
-from pet_finetune.adapters import load_adapter
-from pet_finetune.checkpoint import load_checkpoint
+from pet_finetune.adapters.peft_files import load_adapter
+from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.errors import CheckpointError
 

@@ -13,7 +13,8 @@ from ase.build import bulk
 
 from models import random_potential
 from pet_finetune import PETCalculator
-from pet_finetune.backends import Arena, compiled
+from pet_finetune.backends import compiled
+from pet_finetune.backends.arena import Arena
 
 LARGE = 1_000_000  # numbers of 4 bytes
 MB = 1 << 20

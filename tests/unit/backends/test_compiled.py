@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from pet_finetune import backends
 from pet_finetune.backends import compiled
 from pet_finetune.errors import ConfigError
 
@@ -33,7 +32,7 @@ def messages(caplog):
 
 def test_they_can_be_switched_off(fresh, monkeypatch):
     monkeypatch.setenv(compiled.VARIABLE, "off")
-    assert not backends.prepare()
+    assert not compiled.prepare()
     assert messages(fresh) == ["Computing with plain torch operations (PET_FINETUNE_KERNELS=off)."]
 
 
@@ -42,20 +41,20 @@ def test_a_wrong_setting_is_an_error(fresh, monkeypatch):
     with pytest.raises(
         ConfigError, match=r"PET_FINETUNE_KERNELS: 'fast' is not one of auto, off, require"
     ):
-        backends.prepare()
+        compiled.prepare()
 
 
 def test_without_a_compiler_it_computes_plainly_and_says_so_once(fresh, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert not backends.prepare()
-    assert not backends.prepare()
+    assert not compiled.prepare()
+    assert not compiled.prepare()
     (said,) = messages(fresh)
     assert "need a C++ compiler" in said
 
 
 def test_a_failing_compiler_is_a_notice(fresh, monkeypatch):
     monkeypatch.setenv("CXX", "false")
-    assert not backends.prepare()
+    assert not compiled.prepare()
     assert "could not be built or loaded" in messages(fresh)[-1]
     assert not list(compiled._library_path().parent.glob("*.so"))
 
@@ -70,12 +69,12 @@ def test_required_kernels_that_cannot_be_had_are_an_error(compiler, reason, fres
     monkeypatch.setenv("CXX", compiler)
     for _ in range(2):
         with pytest.raises(ConfigError, match=f"KERNELS=require, but .*{reason}.*KERNELS=auto"):
-            backends.prepare()
-    assert not backends.loaded()
+            compiled.prepare()
+    assert not compiled.loaded()
 
 
 def test_a_gpu_has_no_use_for_them(fresh):
-    assert not backends.prepare("cuda")
+    assert not compiled.prepare("cuda")
     assert messages(fresh) == []
     assert not compiled._State.tried
 

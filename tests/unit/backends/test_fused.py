@@ -5,9 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pet_finetune.backends import EAGER, FUSED, use_backend
 from pet_finetune.backends import fused as kernels
 from pet_finetune.backends.attention import attend
+from pet_finetune.backends.choice import (
+    EAGER,
+    FUSED,
+    use_backend,
+)
 from pet_finetune.graph import make_layout
 from pet_finetune.nn.attention import weigh_keys
 from pet_finetune.nn.rowwise import SwiGLU

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pet_finetune.backends import FUSED, use_backend
+from pet_finetune.backends.choice import FUSED, use_backend
 from pet_finetune.backends.fused import PackedLayer
 from pet_finetune.graph import make_layout
 from pet_finetune.nn.attention import Attention, weigh_keys

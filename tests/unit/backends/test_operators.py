@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pet_finetune.backends import OPERATORS
 from pet_finetune.backends.fused import pack
-from pet_finetune.backends.operators import PROLOGUES, unpacked
+from pet_finetune.backends.operators import OPERATORS, PROLOGUES, unpacked
 
 pytestmark = pytest.mark.usefixtures("with_kernels")
 

@@ -13,9 +13,9 @@ import metatensor.torch as mts
 import torch
 from metatensor.torch import Labels, TensorBlock, TensorMap
 
-from pet_finetune.config import ModelOptions
+from pet_finetune.config.run_options import ModelOptions
 from pet_finetune.keys import TargetSpec
-from pet_finetune.model import Potential
+from pet_finetune.model.potential import Potential
 
 SMALL: dict[str, Any] = {
     "cutoff": 3.0,

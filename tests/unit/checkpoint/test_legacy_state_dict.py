@@ -7,9 +7,8 @@ import pytest
 import torch
 from checkpoint_files import SMALL, small_model
 
-from pet_finetune.checkpoint import load_oldest_start
-from pet_finetune.checkpoint.legacy_state_dict import infer_hypers
-from pet_finetune.config import ModelOptions
+from pet_finetune.checkpoint.legacy_state_dict import infer_hypers, load_oldest_start
+from pet_finetune.config.run_options import ModelOptions
 from pet_finetune.errors import CheckpointError
 
 ENERGIES = np.array([-13.6, -1030.0, -2040.0])

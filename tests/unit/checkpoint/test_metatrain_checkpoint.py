@@ -16,7 +16,7 @@ from checkpoint_files import (
     write_metatrain,
 )
 
-from pet_finetune.checkpoint import load_checkpoint
+from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.errors import CheckpointError
 from pet_finetune.keys import TargetSpec
 

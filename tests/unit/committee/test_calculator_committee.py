@@ -12,8 +12,8 @@ from ase.io import read, write
 
 from models import crystal, ethanol, random_potential, trained_adapter
 from pet_finetune import PETCalculator
-from pet_finetune.adapters import save_adapter
-from pet_finetune.checkpoint import save_checkpoint
+from pet_finetune.adapters.peft_files import save_adapter
+from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.committee.committee import Calibration
 from pet_finetune.committee.committee_files import write_committee
 from pet_finetune.errors import AdapterError, ConfigError

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from models import all_structures, apart, ethanol, lone_atom, random_potential, trained_adapter
-from pet_finetune.adapters import AdapterConfig, inject, merged_copy, save_adapter
+from pet_finetune.adapters.adapter_config import AdapterConfig
+from pet_finetune.adapters.inject import inject
+from pet_finetune.adapters.merge import merged_copy
+from pet_finetune.adapters.peft_files import save_adapter
 from pet_finetune.committee import committee
 from pet_finetune.committee.committee import Calibration, Committee
 from pet_finetune.committee.committee_files import (
@@ -21,9 +24,9 @@ from pet_finetune.committee.committee_files import (
 from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.errors import AdapterError
 from pet_finetune.keys import TargetSpec
-from pet_finetune.model import Potential
 from pet_finetune.model.fingerprint import weights_fingerprint
 from pet_finetune.model.pet import HEAD_GROUPS
+from pet_finetune.model.potential import Potential
 
 # Widths that the fused kernels take, beside those of `random_potential`, which they do not.
 WIDE = {"d_pet": 32, "d_node": 48, "d_head": 16, "d_feedforward": 32}

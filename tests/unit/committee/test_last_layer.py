@@ -21,9 +21,11 @@ from models import (
     with_last_layer,
 )
 from pet_finetune import PETCalculator
-from pet_finetune.adapters import merged_copy, save_adapter
-from pet_finetune.backends import EAGER, using
-from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
+from pet_finetune.adapters.merge import merged_copy
+from pet_finetune.adapters.peft_files import save_adapter
+from pet_finetune.backends.choice import EAGER, using
+from pet_finetune.checkpoint.native import save_checkpoint
+from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.committee.llpr import fresh, predict_uncertain
 from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.errors import CheckpointError

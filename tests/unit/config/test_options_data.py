@@ -6,14 +6,10 @@ from typing import Any
 
 import pytest
 
-from pet_finetune.config import (
-    DatasetOptions,
-    GradientOptions,
-    IndexedSet,
-    Options,
-    TargetOptions,
-    parse_options,
-)
+from pet_finetune.config.dataset import DatasetOptions, IndexedSet
+from pet_finetune.config.load import parse_options
+from pet_finetune.config.run_options import Options
+from pet_finetune.config.target import GradientOptions, TargetOptions
 from pet_finetune.errors import ConfigError
 from pet_finetune.keys import TargetSpec
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pet_finetune.config import load_options
+from pet_finetune.config.load import load_options
 from pet_finetune.errors import ConfigError
 
 # A file of a metatrain user, with every kind of shorthand and many of its options.

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from pet_finetune.config import Options, parse_options
+from pet_finetune.config.load import parse_options
+from pet_finetune.config.run_options import Options
 from pet_finetune.errors import ConfigError
 from tiny_data import data_section, options
 

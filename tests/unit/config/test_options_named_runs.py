@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pet_finetune.config import parse_options
+from pet_finetune.config.load import parse_options
 from pet_finetune.config.named_run_options import NamedRun, read_named_runs, run_names
 from pet_finetune.errors import ConfigError
 

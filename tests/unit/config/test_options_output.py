@@ -8,9 +8,10 @@ import pytest
 from omegaconf import OmegaConf
 from pydantic import BaseModel
 
-from pet_finetune.config import Options, parse_options
+from pet_finetune.config.load import parse_options
 from pet_finetune.config.options_reference import option_entries, options_reference
 from pet_finetune.config.problems import section_in
+from pet_finetune.config.run_options import Options
 from pet_finetune.errors import ConfigError
 
 PLAIN: dict[str, Any] = {

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pet_finetune.config import parse_options
+from pet_finetune.config.load import parse_options
 from pet_finetune.config.options_reference import (
     SCHEMA_FILE,
     entries_below,

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from pet_finetune.config import DEFAULT_TARGET_MODULES, FinetuneConfig, LoadedOptions, parse_options
+from pet_finetune.config.finetune import DEFAULT_TARGET_MODULES, FinetuneConfig
+from pet_finetune.config.load import LoadedOptions, parse_options
 from pet_finetune.errors import ConfigError
 
 FINETUNE = "architecture.training.finetune"

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from pet_finetune.config import ModelOptions, Options, parse_options
+from pet_finetune.config.load import parse_options
+from pet_finetune.config.run_options import ModelOptions, Options
 from pet_finetune.errors import ConfigError
 
 TRAINING_SET = {

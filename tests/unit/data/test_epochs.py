@@ -8,17 +8,12 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 
-from pet_finetune.data import (
-    atoms_to_structure,
-    collate,
-    find_species,
-    random_rotations,
-    rotate_batch,
-    structure_neighbors,
-)
-from pet_finetune.data.epochs import distorted
+from pet_finetune.data.epochs import distorted, random_rotations, rotate_batch
+from pet_finetune.data.labelled_batch import collate
+from pet_finetune.data.neighbors import structure_neighbors
 from pet_finetune.data.readers import probe_structures
-from pet_finetune.data.structure_sets import of_species
+from pet_finetune.data.structure import atoms_to_structure
+from pet_finetune.data.structure_sets import find_species, of_species
 from tiny_data import crystals, molecules, structures_of
 
 

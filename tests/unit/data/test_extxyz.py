@@ -11,8 +11,8 @@ import pytest
 from ase.build import bulk, molecule
 from ase.io import write
 
-from pet_finetune.data import read_frames
 from pet_finetune.data.extxyz import read_extxyz
+from pet_finetune.data.frame_files import read_frames
 from pet_finetune.data.symbols import element_of
 from pet_finetune.errors import DataError
 

@@ -10,8 +10,8 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 
 from pet_finetune.config.dataset import DatasetOptions
-from pet_finetune.data import read_frames, read_structures
-from pet_finetune.data.frame_files import read_file
+from pet_finetune.data.frame_files import read_file, read_frames
+from pet_finetune.data.readers import read_structures
 from pet_finetune.errors import DataError
 
 DUMP = """\

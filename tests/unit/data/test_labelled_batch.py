@@ -11,16 +11,16 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 
-from pet_finetune.data import (
-    Loader,
-    atoms_to_structure,
+from pet_finetune.data.labelled_batch import (
+    LabelledBatch,
     batch_from_atoms,
     collate,
-    edge_vectors,
-    structure_neighbors,
+    on_device,
+    one_ahead,
 )
-from pet_finetune.data.labelled_batch import LabelledBatch, on_device, one_ahead
-from pet_finetune.data.structure import Structure
+from pet_finetune.data.loader import Loader
+from pet_finetune.data.neighbors import edge_vectors, structure_neighbors
+from pet_finetune.data.structure import Structure, atoms_to_structure
 from pet_finetune.errors import DataError
 from tiny_data import molecules, structures_of
 

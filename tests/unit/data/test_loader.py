@@ -11,8 +11,11 @@ import pytest
 import torch
 from ase.build import molecule
 
-from pet_finetune.data import Loader, atoms_to_structure, collate, structure_neighbors
 from pet_finetune.data.epochs import count_packs, pack
+from pet_finetune.data.labelled_batch import collate
+from pet_finetune.data.loader import Loader
+from pet_finetune.data.neighbors import structure_neighbors
+from pet_finetune.data.structure import atoms_to_structure
 from pet_finetune.errors import DataError
 
 NAMES = ["H2O", "CH4", "CH3CH2OH", "OH", "C6H6", "NH3", "CO2", "H2", "C2H6", "HCN", "N2"]

@@ -9,8 +9,9 @@ from ase import Atoms
 from ase.build import bulk, fcc111, graphene, molecule
 from ase.neighborlist import neighbor_list as ase_neighbor_list
 
-from pet_finetune.data import atoms_to_structure, edge_vectors, neighbors, structure_neighbors
-from pet_finetune.data.neighbors import find_pairs
+from pet_finetune.data import neighbors
+from pet_finetune.data.neighbors import edge_vectors, find_pairs, structure_neighbors
+from pet_finetune.data.structure import atoms_to_structure
 from pet_finetune.errors import DataError
 
 

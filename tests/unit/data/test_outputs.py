@@ -11,7 +11,7 @@ import pytest
 from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from pet_finetune.config import DatasetOptions
+from pet_finetune.config.dataset import DatasetOptions
 from pet_finetune.data.frame_files import read_file
 from pet_finetune.data.outputs import clean_outcar, doubtful_frames
 from pet_finetune.data.readers import read_structures

@@ -13,7 +13,8 @@ from ase import Atoms
 from ase.build import bulk, molecule
 
 from pet_finetune.config.dataset import DatasetOptions
-from pet_finetune.data import collate, random_rotations, rotate_batch
+from pet_finetune.data.epochs import random_rotations, rotate_batch
+from pet_finetune.data.labelled_batch import collate
 from pet_finetune.data.neighbors import structure_neighbors
 from pet_finetune.data.readers import read_structures
 from pet_finetune.data.structure import Structure

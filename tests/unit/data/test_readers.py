@@ -15,7 +15,7 @@ from ase.io import write
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from pet_finetune.config.dataset import DatasetOptions
-from pet_finetune.data import read_structures
+from pet_finetune.data.readers import read_structures
 from pet_finetune.errors import DataError, UnitError
 
 RNG = np.random.default_rng(11)

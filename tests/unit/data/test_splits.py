@@ -10,8 +10,8 @@ import pytest
 from ase.build import molecule
 from ase.io import write
 
-from pet_finetune.config import Options
-from pet_finetune.data import load_splits, make_splits
+from pet_finetune.config.run_options import Options
+from pet_finetune.data.splits import load_splits, make_splits
 from pet_finetune.errors import DataError
 
 SETS = ("train", "validation", "test")

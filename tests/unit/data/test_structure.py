@@ -10,9 +10,14 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 
-from pet_finetune.data import Structure, atoms_to_structure, structures_fingerprint
 from pet_finetune.data.calculator_input import charge_and_spin
-from pet_finetune.data.structure import as_integer, check_charges
+from pet_finetune.data.structure import (
+    Structure,
+    as_integer,
+    atoms_to_structure,
+    check_charges,
+    structures_fingerprint,
+)
 from pet_finetune.errors import DataError
 
 

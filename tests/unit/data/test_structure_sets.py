@@ -10,21 +10,18 @@ import torch
 from ase.build import bulk, molecule
 
 from pet_finetune.config.load import parse_options
-from pet_finetune.data import (
-    Loader,
-    atoms_to_structure,
-    check_species,
-    find_species,
-    metatrain_sets,
-)
+from pet_finetune.data import metatrain_sets
 from pet_finetune.data.epochs import in_blocks
 from pet_finetune.data.frame_files import forget_files
+from pet_finetune.data.loader import Loader
 from pet_finetune.data.readers import read_structures
 from pet_finetune.data.splits import load_splits, make_splits
-from pet_finetune.data.structure import structures_fingerprint
+from pet_finetune.data.structure import atoms_to_structure, structures_fingerprint
 from pet_finetune.data.structure_sets import (
     OnDisk,
+    check_species,
     evenly_spread,
+    find_species,
     joined,
     label_names,
     sampled,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pet_finetune.data import read_frames
+from pet_finetune.data.frame_files import read_frames
 from pet_finetune.errors import DataError
 
 

@@ -19,7 +19,7 @@ from pet_finetune.dynamics.loop import Outcome, simulate
 from pet_finetune.dynamics.md_files import START, STATE, STOPPED, TABLE, TRAJECTORY, MDFiles
 from pet_finetune.dynamics.settings import MDSettings
 from pet_finetune.errors import DynamicsError
-from pet_finetune.model import Potential
+from pet_finetune.model.potential import Potential
 
 QUICK = MDSettings(timestep=0.1, steps=12, every=3, temperature=100.0)
 KINDS = {

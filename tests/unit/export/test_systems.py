@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from models import apart, crystal
-from pet_finetune.data import atoms_to_structure
 from pet_finetune.data.neighbors import structure_neighbors
+from pet_finetune.data.structure import atoms_to_structure
 from pet_finetune.export.systems import pair_up
 
 

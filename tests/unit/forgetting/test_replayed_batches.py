@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from pet_finetune.data import Loader
+from pet_finetune.data.loader import Loader
 from pet_finetune.forgetting.replay import Beside, number_beside
 from tiny_data import molecules, structures_of
 

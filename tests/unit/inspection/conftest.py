@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from inspected import copper, read
-from pet_finetune.data import Structure
+from pet_finetune.data.structure import Structure
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from inspected import codes, frames, look, relabel, scaled, the
-from pet_finetune.inspection import Declared, inspect_sets
-from pet_finetune.inspection.evidence import log_ratio
+from pet_finetune.inspection.evidence import Declared, log_ratio
+from pet_finetune.inspection.inspection import inspect_sets
 from pet_finetune.units import energy_to_ev, to_own_unit
 
 BOHR = to_own_unit("length", "bohr")

@@ -11,7 +11,8 @@ from ase.data import covalent_radii
 
 from laws_of_species import assert_same_energies
 from models import SPECIES, all_structures, random_potential
-from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
+from pet_finetune.checkpoint.native import save_checkpoint
+from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.errors import PetFinetuneError
 
 KINDS = {

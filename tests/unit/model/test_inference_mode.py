@@ -13,10 +13,10 @@ from ase import Atoms
 
 from models import crystal, ethanol, random_potential, trained_adapter
 from pet_finetune import PETCalculator, load
-from pet_finetune.adapters import save_adapter
-from pet_finetune.checkpoint import save_checkpoint
-from pet_finetune.data import batch_from_atoms
-from pet_finetune.model import Potential
+from pet_finetune.adapters.peft_files import save_adapter
+from pet_finetune.checkpoint.native import save_checkpoint
+from pet_finetune.data.labelled_batch import batch_from_atoms
+from pet_finetune.model.potential import Potential
 
 Mode = Callable[[], AbstractContextManager[None]]
 

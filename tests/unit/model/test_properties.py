@@ -16,10 +16,10 @@ from models import (
     random_potential,
     slab,
 )
-from pet_finetune.data import batch_from_atoms
+from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.errors import PetFinetuneError
 from pet_finetune.keys import TargetSpec
-from pet_finetune.model import Potential
+from pet_finetune.model.potential import Potential
 
 NAMES = [spec.name for spec in PROPERTIES]
 EACH = pytest.mark.parametrize("spec", PROPERTIES, ids=NAMES)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from models import KINDS, all_structures, ethanol, random_potential, trained_adapter
-from pet_finetune.adapters import merged_copy
-from pet_finetune.backends import EAGER, using
+from pet_finetune.adapters.merge import merged_copy
+from pet_finetune.backends.choice import EAGER, using
 from pet_finetune.data.labelled_batch import batch_from_atoms
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.*deprecated:DeprecationWarning")

@@ -10,11 +10,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from models import PROPERTIES, crystal, ethanol, random_potential, trained_adapter
-from pet_finetune.backends import EAGER, FUSED, use_backend
+from pet_finetune.backends.choice import (
+    EAGER,
+    FUSED,
+    use_backend,
+)
 from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.graph import Batch
-from pet_finetune.model import Potential
 from pet_finetune.model.direct import direct_targets, predict_direct
+from pet_finetune.model.potential import Potential
 
 #: Of a kernel each: widths that the fused operators take.
 WIDE = {"d_pet": 16, "d_node": 32, "d_head": 16, "d_feedforward": 16, "num_heads": 2}

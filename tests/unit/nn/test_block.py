@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from pet_finetune.backends import default_backend, use_backend
+from pet_finetune.backends.choice import default_backend, use_backend
 from pet_finetune.graph import Neighborhood, make_layout
 from pet_finetune.nn.attention import weigh_keys
 from pet_finetune.nn.block import NORMALIZATIONS, Block, FeedForward

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pet_finetune.backends import default_backend, use_backend
+from pet_finetune.backends.choice import default_backend, use_backend
 from pet_finetune.graph import make_layout
 from pet_finetune.nn.attention import Attention, weigh_keys
 

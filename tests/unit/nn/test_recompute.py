@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from models import crystal, ethanol, random_potential, trained_adapter
-from pet_finetune.backends import EAGER, use_backend
+from pet_finetune.backends.choice import EAGER, use_backend
 from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.nn.recompute import recomputed
 from pet_finetune.training.step import mixed

@@ -18,13 +18,14 @@ from logs import logging_as_it_was
 from models import ethanol, random_potential
 from pet_finetune import extras
 from pet_finetune.calculator import PETCalculator
-from pet_finetune.checkpoint import load_checkpoint, save_checkpoint
-from pet_finetune.config import PretrainOptions
+from pet_finetune.checkpoint.native import save_checkpoint
+from pet_finetune.checkpoint.opening import load_checkpoint
+from pet_finetune.config.finetune_sections import PretrainOptions
 from pet_finetune.config.problems import checked_section
 from pet_finetune.data.frame_files import read_frames
 from pet_finetune.errors import ConfigError, DataError, RunError, SpeciesError
-from pet_finetune.pretraining import PretrainResult, pretrain_model
 from pet_finetune.pretraining.explore import NAME, Task, explore, tasks_of
+from pet_finetune.pretraining.stages import PretrainResult, pretrain_model
 from pet_finetune.pretraining.teacher import Teacher, teacher_of
 from pet_finetune.pretraining.work import DROPPED, Work
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from models import SPECIES, property_potential, random_potential
-from pet_finetune.checkpoint import save_checkpoint
-from pet_finetune.config import parse_options
-from pet_finetune.data import Loader
+from pet_finetune.checkpoint.native import save_checkpoint
+from pet_finetune.config.load import parse_options
+from pet_finetune.data.loader import Loader
 from pet_finetune.errors import CheckpointError, ConfigError, TrainingError
 from pet_finetune.keys import TargetSpec
-from pet_finetune.model import Potential
+from pet_finetune.model.potential import Potential
 from pet_finetune.training import baselines
 from pet_finetune.training.baselines import prepare_baselines
 from pet_finetune.training.starting_model import with_stated_numbers

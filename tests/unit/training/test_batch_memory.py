@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pet_finetune.data import Loader
+from pet_finetune.data.loader import Loader
 from pet_finetune.training import batch_memory
 from pet_finetune.training.batch_memory import InParts, largest_batch
 from trainers import TRAIN, curve, make_trainer, watch, weights

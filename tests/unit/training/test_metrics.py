@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from models import random_potential
-from pet_finetune.data import Loader
+from pet_finetune.data.loader import Loader
 from pet_finetune.errors import TrainingError
-from pet_finetune.model import Prediction
+from pet_finetune.model.prediction import Prediction
 from pet_finetune.training.metrics import Metrics, evaluate
 from pet_finetune.training.objectives import best_metric, check_metric
 from tiny_data import crystals, molecules, structures_of

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from pet_finetune.config import TargetLoss
-from pet_finetune.config.training_sections import LossTerm
-from pet_finetune.data import collate, structure_neighbors
-from pet_finetune.model import Prediction
+from pet_finetune.config.training_sections import LossTerm, TargetLoss
+from pet_finetune.data.labelled_batch import collate
+from pet_finetune.data.neighbors import structure_neighbors
+from pet_finetune.model.prediction import Prediction
 from pet_finetune.training.objectives import Objective, batch_loss
 from tiny_data import crystals, molecules, structures_of
 

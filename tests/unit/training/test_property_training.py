@@ -11,13 +11,15 @@ import pytest
 import torch
 
 from models import PROPERTIES, SPECIES, crystal, ethanol, property_potential
-from pet_finetune.config import TargetLoss, parse_options
-from pet_finetune.data import Structure, atoms_to_structure, collate
+from pet_finetune.config.load import parse_options
+from pet_finetune.config.training_sections import TargetLoss
+from pet_finetune.data.labelled_batch import collate
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.neighbors import structure_neighbors
+from pet_finetune.data.structure import Structure, atoms_to_structure
 from pet_finetune.errors import TrainingError
 from pet_finetune.keys import TargetSpec
-from pet_finetune.model import Property
+from pet_finetune.model.prediction import Property
 from pet_finetune.training.baselines import prepare_baselines
 from pet_finetune.training.metrics import Metrics
 from pet_finetune.training.objectives import Objective, batch_loss, best_metric, check_metric

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from models import random_potential, trained_adapter
-from pet_finetune.checkpoint import load_checkpoint
+from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.errors import TrainingError
 from pet_finetune.training.metrics import Metrics
 from pet_finetune.training.records import EpochRecord

@@ -9,8 +9,8 @@ from functools import cache
 import pytest
 import torch
 
-from pet_finetune.config import TrainingOptions
-from pet_finetune.data import Loader
+from pet_finetune.config.training import TrainingOptions
+from pet_finetune.data.loader import Loader
 from pet_finetune.errors import TrainingError
 from pet_finetune.training.metrics import Metrics
 from pet_finetune.training.objectives import best_window
