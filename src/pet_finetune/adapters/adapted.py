@@ -202,7 +202,7 @@ class AdaptedPotential:
         """What the model says now, by default of the active adapter's energy.
 
         Args:
-            batch: as for :meth:`pet_finetune.model.Potential.predict`.
+            batch: as for :meth:`pet_finetune.model.potential.Potential.predict`.
             target: which energy; of several that the adapter has, ``energy`` without it.
             forces: whether forces are derived.
             stress: whether the stress is derived.

@@ -270,7 +270,7 @@ def train_new_rows(model: Potential, species: Sequence[int]) -> None:
     Tables that train whole are left as they are.
 
     Args:
-        model: knows the species (:meth:`~pet_finetune.model.Potential.add_species`).
+        model: knows the species (:meth:`~pet_finetune.model.potential.Potential.add_species`).
         species: atomic numbers; with none of them, nothing happens.
     """
     rows = [model.species.index(number) for number in species]

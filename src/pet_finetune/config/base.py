@@ -27,9 +27,14 @@ _FILLED_IN = {"type": "string", "pattern": "\\$\\{"}
 
 
 class Section(BaseModel):
-    """A group of options. Unknown keys are errors and values cannot be changed after loading."""
+    """A group of options. Unknown keys are errors and values cannot be changed after loading.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=False)
+    The text below a field is its description: in the reference, the schema and messages.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=False, use_attribute_docstrings=True
+    )
     #: JSON's names of what may stand in the place of the whole section, for its short forms.
     short_forms: ClassVar[tuple[str, ...]] = ()
     #: The option that a number or a text in the place of the section stands for.
@@ -40,6 +45,12 @@ class Section(BaseModel):
     def _spell_out(cls, value: Any) -> Any:
         bare = isinstance(value, (int, float, str)) and not isinstance(value, bool)
         return {cls.short_for: value} if cls.short_for and bare else value
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """Put descriptions on one line each."""
+        for one in cls.model_fields.values():
+            one.description = one.description and " ".join(one.description.split())
 
     @classmethod
     def __get_pydantic_json_schema__(

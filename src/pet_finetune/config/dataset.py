@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Tag, model_validator
 
 from pet_finetune.elements import atomic_number, symbol_of
 from pet_finetune.errors import UnitError, did_you_mean
@@ -94,36 +94,25 @@ class SystemsOptions(Section):
 
     short_forms = ("string",)
 
-    read_from: Annotated[str, Expects("the path of one file", _one_file, {"type": "string"})] = (
-        Field(description="Path of a file that ASE reads; may hold many frames.")
-    )
+    read_from: Annotated[str, Expects("the path of one file", _one_file, {"type": "string"})]
+    """Path of a file that ASE reads; may hold many frames."""
     reader: Reader = None
-    length_unit: LengthUnit = Field(
-        default="angstrom", description="Unit of positions and cells in the file."
-    )
-    format: OptionalText = Field(
-        default="",
-        description="ASE's name of the file's format (`ase info --formats` lists them), where the "
-        "name of the file does not tell; empty means that it is guessed from name and content.",
-    )
-    types: Types = Field(
-        default={},
-        description="Elements by number of the type of atom, for LAMMPS files that do not say "
-        "them: `{1: O, 2: H}`.",
-    )
-    unconverged: Annotated[Literal["drop", "error", "keep"], OneOf()] = Field(
-        default="drop",
-        description="Frames whose self-consistent field did not converge, as the output of the "
-        "code says: `drop`: left out, and named in the log; `error`: the run stops; `keep`: "
-        "trained on like all others.",
-    )
-    isolated_atoms: Annotated[Literal["leave_out", "train"], OneOf()] = Field(
-        default="leave_out",
-        description="Frames of a single atom without neighbours in a file of larger structures, "
-        "such as those of `config_type=IsolatedAtom`: `leave_out`: they are in no set, and the log "
-        "offers their energies for the `atomic_baseline` of a model from scratch; so are files of "
-        "nothing else beside others; `train`: trained on like all others.",
-    )
+    length_unit: LengthUnit = "angstrom"
+    """Unit of positions and cells in the file."""
+    format: OptionalText = ""
+    """ASE's name of the file's format (`ase info --formats` lists them), where the name of the file
+    does not tell; empty means that it is guessed from name and content."""
+    types: Types = {}
+    """Elements by number of the type of atom, for LAMMPS files that do not say them: `{1: O, 2:
+    H}`."""
+    unconverged: Annotated[Literal["drop", "error", "keep"], OneOf()] = "drop"
+    """Frames whose self-consistent field did not converge, as the output of the code says: `drop`:
+    left out, and named in the log; `error`: the run stops; `keep`: trained on like all others."""
+    isolated_atoms: Annotated[Literal["leave_out", "train"], OneOf()] = "leave_out"
+    """Frames of a single atom without neighbours in a file of larger structures, such as those of
+    `config_type=IsolatedAtom`: `leave_out`: they are in no set, and the log offers their energies
+    for the `atomic_baseline` of a model from scratch; so are files of nothing else beside others;
+    `train`: trained on like all others."""
 
 
 ExtraName = Annotated[Literal["charge", "spin_multiplicity"], OneOf()]
@@ -134,12 +123,10 @@ class ExtraDataOptions(Section):
 
     short_forms = ("string",)
 
-    read_from: OptionalText = Field(
-        default="", description="Path of the file; empty means that of the structures."
-    )
-    key: OptionalText = Field(
-        default="", description="Name in the file; empty means the option's name."
-    )
+    read_from: OptionalText = ""
+    """Path of the file; empty means that of the structures."""
+    key: OptionalText = ""
+    """Name in the file; empty means the option's name."""
     reader: Reader = None
     quantity: Ignored = ignored_field("charges and spins are plain integers.")
     unit: Ignored = ignored_field("charges and spins are plain integers.")
@@ -157,16 +144,15 @@ class DatasetOptions(Section):
 
     short_forms = ("string",)
 
-    systems: SystemsOptions = Field(description="The structures: a path, or the keys below.")
-    targets: dict[str, TargetOptions] = Field(
-        description="What to learn, by name: a path, or the keys below."
-    )
-    extra_data: dict[ExtraName, ExtraDataOptions] = Field(
-        default={},
-        description="`charge` and `spin_multiplicity` of the structures, for models conditioned "
-        "on them: a path, or the keys below.",
-    )
-    indices: Indices | None = Field(default=None, description="Use only these frames of the file.")
+    systems: SystemsOptions
+    """The structures: a path, or the keys below."""
+    targets: dict[str, TargetOptions]
+    """What to learn, by name: a path, or the keys below."""
+    extra_data: dict[ExtraName, ExtraDataOptions] = {}
+    """`charge` and `spin_multiplicity` of the structures, for models conditioned on them: a path,
+    or the keys below."""
+    indices: Indices | None = None
+    """Use only these frames of the file."""
 
     @model_validator(mode="before")
     @classmethod
@@ -177,9 +163,8 @@ class DatasetOptions(Section):
 class IndexedSet(Section):
     """A validation or test set made of frames of the training file."""
 
-    indices: Indices = Field(
-        description="Frame numbers in the training file, from 0, or a file holding them."
-    )
+    indices: Indices
+    """Frame numbers in the training file, from 0, or a file holding them."""
 
 
 def _kind_of_set(value: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from .base import (
     Expects,
@@ -33,25 +33,16 @@ class RetentionOptions(Section):
 
     short_forms = ("string", "boolean")
 
-    mode: Annotated[Literal["on", "off"], OneOf()] = Field(
-        default="on", description="`off`: no report on what was forgotten."
-    )
-    read_from: DatasetOptions | None = Field(
-        default=None,
-        description="Labelled structures of the foundation's own kind: a path, or a data set with "
-        "one target, which is one of the foundation's. Null: the foundation's own predictions on "
-        "the probe set that ships.",
-    )
-    max_structures: PositiveInt | None = Field(
-        default=None,
-        description="At most so many of them: the most different ones (farthest points). Null: "
-        "all.",
-    )
-    every: PositiveInt | None = Field(
-        default=None,
-        description="Epochs between two rows of `train.csv` with these errors. Null: some twenty "
-        "times a run.",
-    )
+    mode: Annotated[Literal["on", "off"], OneOf()] = "on"
+    """`off`: no report on what was forgotten."""
+    read_from: DatasetOptions | None = None
+    """Labelled structures of the foundation's own kind: a path, or a data set with one target,
+    which is one of the foundation's. Null: the foundation's own predictions on the probe set that
+    ships."""
+    max_structures: PositiveInt | None = None
+    """At most so many of them: the most different ones (farthest points). Null: all."""
+    every: PositiveInt | None = None
+    """Epochs between two rows of `train.csv` with these errors. Null: some twenty times a run."""
 
     @model_validator(mode="before")
     @classmethod
@@ -71,43 +62,26 @@ class RetentionOptions(Section):
 class ReplayOptions(Section):
     """What is replayed beside the user's data."""
 
-    read_from: DatasetOptions | None = Field(
-        default=None,
-        description="Real data of the pre-training kind: a path, or a data set with one target, "
-        "which is one of the foundation's. Null: the foundation labels `structures` itself.",
-    )
-    structures: TextList = Field(
-        default=("training",),
-        description="What the foundation labels before training starts: `training` (the training "
-        "structures and distorted copies of them), `probe` (the probe set that ships), paths of "
-        "files whose labels, if any, are not used, or a list of these.",
-    )
-    copies: NonNegativeInt = Field(
-        default=1, description="Distorted copies of each training structure."
-    )
-    rattle: NonNegativeFloat = Field(
-        default=0.1,
-        description="Standard deviation of each coordinate of the distorted copies, Å.",
-    )
-    strain: NonNegativeFloat = Field(
-        default=0.03,
-        description="Standard deviation of each component of the strain of distorted copies that "
-        "are periodic in all three directions.",
-    )
-    max_structures: PositiveInt | None = Field(
-        default=None,
-        description="At most so many of all these: the most different ones (farthest points). "
-        "Null: all.",
-    )
-    fraction: OpenFraction = Field(
-        default=0.25,
-        description="Part of all structures of a step that are replayed: beside a batch of 12, "
-        "0.25 means 4.",
-    )
-    weight: PositiveFloat = Field(
-        default=1.0,
-        description="Weight of the replayed structures' loss beside that of the user's.",
-    )
+    read_from: DatasetOptions | None = None
+    """Real data of the pre-training kind: a path, or a data set with one target, which is one of
+    the foundation's. Null: the foundation labels `structures` itself."""
+    structures: TextList = ("training",)
+    """What the foundation labels before training starts: `training` (the training structures and
+    distorted copies of them), `probe` (the probe set that ships), paths of files whose labels, if
+    any, are not used, or a list of these."""
+    copies: NonNegativeInt = 1
+    """Distorted copies of each training structure."""
+    rattle: NonNegativeFloat = 0.1
+    """Standard deviation of each coordinate of the distorted copies, Å."""
+    strain: NonNegativeFloat = 0.03
+    """Standard deviation of each component of the strain of distorted copies that are periodic in
+    all three directions."""
+    max_structures: PositiveInt | None = None
+    """At most so many of all these: the most different ones (farthest points). Null: all."""
+    fraction: OpenFraction = 0.25
+    """Part of all structures of a step that are replayed: beside a batch of 12, 0.25 means 4."""
+    weight: PositiveFloat = 1.0
+    """Weight of the replayed structures' loss beside that of the user's."""
 
 
 class AnchorOptions(Section):
@@ -115,22 +89,15 @@ class AnchorOptions(Section):
 
     short_forms, short_for = ("string",), "type"
 
-    type: Annotated[Literal["l2sp", "ewc"], OneOf()] = Field(
-        description="`l2sp`: every weight is held alike; `ewc`: each by how much the foundation's "
-        "predictions depend on it (diagonal Fisher information)."
-    )
-    strength: PositiveFloat | None = Field(
-        default=None,
-        description="Factor of the penalty. Null chooses: 30 for `l2sp`, 100 for `ewc`.",
-    )
-    structures: TextList = Field(
-        default=("probe",),
-        description="With `ewc`: the structures whose predictions count, given as for `replay`.",
-    )
-    samples: PositiveInt = Field(
-        default=256,
-        description="With `ewc`: at most this many of them, chosen by the seed.",
-    )
+    type: Annotated[Literal["l2sp", "ewc"], OneOf()]
+    """`l2sp`: every weight is held alike; `ewc`: each by how much the foundation's predictions
+    depend on it (diagonal Fisher information)."""
+    strength: PositiveFloat | None = None
+    """Factor of the penalty. Null chooses: 30 for `l2sp`, 100 for `ewc`."""
+    structures: TextList = ("probe",)
+    """With `ewc`: the structures whose predictions count, given as for `replay`."""
+    samples: PositiveInt = 256
+    """With `ewc`: at most this many of them, chosen by the seed."""
 
     @property
     def factor(self) -> float:
@@ -143,24 +110,17 @@ class LastLayerOptions(Section):
 
     short_forms = ("boolean",)
 
-    regularizer: PositiveFloat | None = Field(
-        default=None,
-        description="Added to the diagonal of the features' covariance. Null: the smallest power "
-        "of ten, from the rounding of the features on, with which it can be decomposed.",
-    )
+    regularizer: PositiveFloat | None = None
+    """Added to the diagonal of the features' covariance. Null: the smallest power of ten, from the
+    rounding of the features on, with which it can be decomposed."""
     calibration_method: Annotated[
         Literal["absolute_residuals", "squared_residuals", "crps"], OneOf()
-    ] = Field(
-        default="absolute_residuals",
-        description="How the factor is found on the validation set: from the mean of |error| / "
-        "uncertainty, from that of its square, or by the smallest continuous ranked probability "
-        "score.",
-    )
-    num_ensemble_members: NonNegativeInt = Field(
-        default=16,
-        description="Last layers that are drawn for each energy: their spread is an uncertainty of "
-        "forces and stress too. 0: none.",
-    )
+    ] = "absolute_residuals"
+    """How the factor is found on the validation set: from the mean of |error| / uncertainty, from
+    that of its square, or by the smallest continuous ranked probability score."""
+    num_ensemble_members: NonNegativeInt = 16
+    """Last layers that are drawn for each energy: their spread is an uncertainty of forces and
+    stress too. 0: none."""
 
 
 def _stages(value: Any) -> dict[int, tuple[str, ...]]:
@@ -193,17 +153,13 @@ class Unfreeze(Section):
 
     short_forms, short_for = ("integer",), "every"
 
-    every: PositiveInt | None = Field(
-        default=None,
-        description="Epochs after which one part more trains: first the heads, then the GNN "
-        "layers from the last to the first, then the embeddings.",
-    )
-    stages: UnfreezeStages | None = Field(
-        default=None,
-        description="Instead of `every`: how many epochs are done when something begins to "
-        "train, and what: `heads`, `embeddings`, `all`, or modules of the network such as "
-        "`gnn_layers.1`. What trains once goes on training.",
-    )
+    every: PositiveInt | None = None
+    """Epochs after which one part more trains: first the heads, then the GNN layers from the last
+    to the first, then the embeddings."""
+    stages: UnfreezeStages | None = None
+    """Instead of `every`: how many epochs are done when something begins to train, and what:
+    `heads`, `embeddings`, `all`, or modules of the network such as `gnn_layers.1`. What trains once
+    goes on training."""
 
 
 def _temperatures(value: Any) -> tuple[float, ...]:
@@ -217,37 +173,26 @@ def _temperatures(value: Any) -> tuple[float, ...]:
 class PretrainOptions(Section):
     """Continued pre-training on the user's own system, before fine-tuning."""
 
-    teacher: Text = Field(
-        default="gfn2",
-        description="Who labels the frames: `gfn2` or `gfn1` (GFN2-xTB, GFN1-xTB; the extra "
-        "`xtb`), an ASE calculator as `module:name`, or the path of a checkpoint.",
-    )
-    n: Annotated[int, Expects("an integer of at least 20", integer(20))] = Field(
-        default=2000, description="About how many frames the teacher labels."
-    )
+    teacher: Text = "gfn2"
+    """Who labels the frames: `gfn2` or `gfn1` (GFN2-xTB, GFN1-xTB; the extra `xtb`), an ASE
+    calculator as `module:name`, or the path of a checkpoint."""
+    n: Annotated[int, Expects("an integer of at least 20", integer(20))] = 2000
+    """About how many frames the teacher labels."""
     temperatures: Annotated[
         tuple[float, ...], Expects("a positive number or a list of them", _temperatures)
-    ] = Field(
-        default=(300.0, 600.0),
-        description="Of the molecular dynamics that explores new frames, K.",
-    )
-    epochs: PositiveInt = Field(default=10, description="Passes over the labelled frames.")
-    batch_size: PositiveInt = Field(default=10, description="Structures in a batch of them.")
-    learning_rate: PositiveFloat = Field(
-        default=2e-4, description="Highest learning rate of this training in full with `soap`."
-    )
-    max_force: PositiveFloat = Field(
-        default=20.0, description="Frames with a larger force on an atom are dropped, eV/A."
-    )
-    max_energy: PositiveFloat = Field(
-        default=1.0,
-        description="Frames so much above the structure that they began from are dropped, eV/atom.",
-    )
-    target: Text | None = Field(
-        default=None,
-        description="The energy of the foundation that is trained. Null: the only one, or "
-        "`energy`.",
-    )
-    seed: NonNegativeInt = Field(
-        default=0, description="Of dynamics, displacements, sets and training."
-    )
+    ] = (300.0, 600.0)
+    """Of the molecular dynamics that explores new frames, K."""
+    epochs: PositiveInt = 10
+    """Passes over the labelled frames."""
+    batch_size: PositiveInt = 10
+    """Structures in a batch of them."""
+    learning_rate: PositiveFloat = 2e-4
+    """Highest learning rate of this training in full with `soap`."""
+    max_force: PositiveFloat = 20.0
+    """Frames with a larger force on an atom are dropped, eV/A."""
+    max_energy: PositiveFloat = 1.0
+    """Frames so much above the structure that they began from are dropped, eV/atom."""
+    target: Text | None = None
+    """The energy of the foundation that is trained. Null: the only one, or `energy`."""
+    seed: NonNegativeInt = 0
+    """Of dynamics, displacements, sets and training."""

@@ -149,7 +149,9 @@ def _relaxed(schema: Any) -> Any:
         # The second: of a section, all of its defaults once more.
         if key in ("title", "ignored") or (key == "default" and isinstance(value, dict)):
             continue
-        if key in ("properties", "$defs"):
+        if key == "description" and isinstance(value, str):
+            relaxed[key] = " ".join(value.split())
+        elif key in ("properties", "$defs"):
             relaxed[key] = {name: _relaxed(part) for name, part in value.items()}
         else:
             relaxed["anyOf" if key == "oneOf" else key] = _relaxed(value)

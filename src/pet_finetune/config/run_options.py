@@ -32,25 +32,18 @@ from .training import TrainingOptions
 class LongRangeOptions(Section):
     """A Coulomb sum over all atoms, of learned charges, as features (extra `long-range`)."""
 
-    enable: Flag = Field(
-        default=False,
-        description="Add long-range features to the centre tokens. Structures must be periodic in "
-        "all directions or in none.",
-    )
-    use_ewald: Flag = Field(
-        default=False,
-        description="No effect, as in metatrain: periodic structures take Ewald's sum in training "
-        "and P3M otherwise.",
-    )
-    smearing: PositiveFloat = Field(
-        default=1.4, description="Width of the Gaussians that split the sum in two, Å."
-    )
-    kspace_resolution: PositiveFloat = Field(
-        default=1.33, description="Resolution of the reciprocal-space grid, Å."
-    )
-    interpolation_nodes: PositiveInt = Field(
-        default=5, le=5, description="Grid points of P3M's interpolation, 1 to 5."
-    )
+    enable: Flag = False
+    """Add long-range features to the centre tokens. Structures must be periodic in all directions
+    or in none."""
+    use_ewald: Flag = False
+    """No effect, as in metatrain: periodic structures take Ewald's sum in training and P3M
+    otherwise."""
+    smearing: PositiveFloat = 1.4
+    """Width of the Gaussians that split the sum in two, Å."""
+    kspace_resolution: PositiveFloat = 1.33
+    """Resolution of the reciprocal-space grid, Å."""
+    interpolation_nodes: PositiveInt = Field(default=5, le=5)
+    """Grid points of P3M's interpolation, 1 to 5."""
 
 
 class ModelOptions(Section):
@@ -59,79 +52,58 @@ class ModelOptions(Section):
     When training starts from a checkpoint, the checkpoint's own values are used.
     """
 
-    cutoff: PositiveFloat = Field(
-        default=4.5, description="Radius within which atoms see each other, Å."
-    )
-    num_neighbors_adaptive: PositiveFloat | None = Field(
-        default=None,
-        description="Aim at this many neighbours: each atom gets its own, shorter cutoff. "
-        "Null uses every neighbour within `cutoff`.",
-    )
-    adaptive_cutoff_method: Annotated[Literal["grid", "solver"], OneOf()] = Field(
-        default="solver",
-        description="How the adaptive cutoff is found: root finding (`solver`) or an average "
-        "over probe distances (`grid`, used by older models).",
-    )
-    cutoff_function: Annotated[Literal["Cosine", "Bump"], OneOf()] = Field(
-        default="Bump", description="Shape of the smooth step to zero at the cutoff."
-    )
-    cutoff_width: PositiveFloat = Field(default=0.5, description="Width of that step, Å.")
-    cutoff_width_adaptive: PositiveFloat = Field(
-        default=1.0, description="Width of the step used when counting neighbours adaptively, Å."
-    )
-    d_pet: PositiveInt = Field(
-        default=128, description="Width of an edge token; divisible by `num_heads`."
-    )
-    d_head: PositiveInt = Field(default=128, description="Width of the hidden layers of the heads.")
-    d_node: PositiveInt = Field(default=256, description="Width of a centre-atom token.")
-    d_feedforward: PositiveInt = Field(
-        default=256, description="Width of the hidden layer in a transformer block's MLP."
-    )
-    num_heads: PositiveInt = Field(
-        default=8, description="Attention heads of each attention layer."
-    )
-    num_attention_layers: PositiveInt = Field(
-        default=2, description="Transformer blocks in each message-passing layer."
-    )
-    num_gnn_layers: PositiveInt = Field(default=2, description="Message-passing layers.")
-    normalization: Annotated[Literal["RMSNorm", "LayerNorm"], OneOf()] = Field(
-        default="RMSNorm", description="Normalisation inside the transformer blocks."
-    )
-    activation: Annotated[Literal["SiLU", "SwiGLU"], OneOf()] = Field(
-        default="SwiGLU", description="Activation of the transformer's MLP."
-    )
-    attention_temperature: PositiveFloat = Field(
-        default=1.0, description="Divides the attention scores; below 1 sharpens them."
-    )
-    transformer_type: Annotated[Literal["PreLN", "PostLN"], OneOf()] = Field(
-        default="PreLN",
-        description="Normalise before (`PreLN`) or after (`PostLN`) attention and MLP.",
-    )
-    featurizer_type: Annotated[Literal["residual", "feedforward"], OneOf()] = Field(
-        default="feedforward",
-        description="One read-out after the last layer (`feedforward`) or one for each layer "
-        "(`residual`, the scheme of the first PET).",
-    )
-    zbl: Flag = Field(
-        default=False, description="Add the ZBL repulsion between nuclei at short distance."
-    )
-    long_range: LongRangeOptions = Field(
-        default=LongRangeOptions(), description="Features beyond the cutoff, through torch-pme."
-    )
-    system_conditioning: Flag = Field(
-        default=False, description="Let the total charge and spin multiplicity enter the network."
-    )
-    max_charge: NonNegativeInt = Field(
-        default=10, description="Largest absolute total charge the conditioning knows."
-    )
-    max_spin_multiplicity: PositiveInt = Field(
-        default=10, description="Largest spin multiplicity (2S + 1) the conditioning knows."
-    )
-    num_prompts: NonNegativeInt = Field(
-        default=0,
-        description="Learned tokens of each attention layer that every neighbourhood attends to. "
-        "Prompt tuning adds them to a trained model; 0, as in metatrain, has none.",
-    )
+    cutoff: PositiveFloat = 4.5
+    """Radius within which atoms see each other, Å."""
+    num_neighbors_adaptive: PositiveFloat | None = None
+    """Aim at this many neighbours: each atom gets its own, shorter cutoff. Null uses every
+    neighbour within `cutoff`."""
+    adaptive_cutoff_method: Annotated[Literal["grid", "solver"], OneOf()] = "solver"
+    """How the adaptive cutoff is found: root finding (`solver`) or an average over probe distances
+    (`grid`, used by older models)."""
+    cutoff_function: Annotated[Literal["Cosine", "Bump"], OneOf()] = "Bump"
+    """Shape of the smooth step to zero at the cutoff."""
+    cutoff_width: PositiveFloat = 0.5
+    """Width of that step, Å."""
+    cutoff_width_adaptive: PositiveFloat = 1.0
+    """Width of the step used when counting neighbours adaptively, Å."""
+    d_pet: PositiveInt = 128
+    """Width of an edge token; divisible by `num_heads`."""
+    d_head: PositiveInt = 128
+    """Width of the hidden layers of the heads."""
+    d_node: PositiveInt = 256
+    """Width of a centre-atom token."""
+    d_feedforward: PositiveInt = 256
+    """Width of the hidden layer in a transformer block's MLP."""
+    num_heads: PositiveInt = 8
+    """Attention heads of each attention layer."""
+    num_attention_layers: PositiveInt = 2
+    """Transformer blocks in each message-passing layer."""
+    num_gnn_layers: PositiveInt = 2
+    """Message-passing layers."""
+    normalization: Annotated[Literal["RMSNorm", "LayerNorm"], OneOf()] = "RMSNorm"
+    """Normalisation inside the transformer blocks."""
+    activation: Annotated[Literal["SiLU", "SwiGLU"], OneOf()] = "SwiGLU"
+    """Activation of the transformer's MLP."""
+    attention_temperature: PositiveFloat = 1.0
+    """Divides the attention scores; below 1 sharpens them."""
+    transformer_type: Annotated[Literal["PreLN", "PostLN"], OneOf()] = "PreLN"
+    """Normalise before (`PreLN`) or after (`PostLN`) attention and MLP."""
+    featurizer_type: Annotated[Literal["residual", "feedforward"], OneOf()] = "feedforward"
+    """One read-out after the last layer (`feedforward`) or one for each layer (`residual`, the
+    scheme of the first PET)."""
+    zbl: Flag = False
+    """Add the ZBL repulsion between nuclei at short distance."""
+    long_range: LongRangeOptions = LongRangeOptions()
+    """Features beyond the cutoff, through torch-pme."""
+    system_conditioning: Flag = False
+    """Let the total charge and spin multiplicity enter the network."""
+    max_charge: NonNegativeInt = 10
+    """Largest absolute total charge the conditioning knows."""
+    max_spin_multiplicity: PositiveInt = 10
+    """Largest spin multiplicity (2S + 1) the conditioning knows."""
+    num_prompts: NonNegativeInt = 0
+    """Learned tokens of each attention layer that every neighbourhood attends to. Prompt tuning
+    adds them to a trained model; 0, as in metatrain, has none."""
 
 
 _DEVICE = re.compile(r"auto|cpu|gpu|mps|cuda(:\d+)?|[1-9]\d*")
@@ -191,20 +163,17 @@ def _settings(value: Any) -> dict[str, Any] | None:
 class ArchitectureOptions(Section):
     """The network and its training."""
 
-    name: Annotated[Literal["pet"], Expects("'pet'", _architecture)] = Field(
-        default="pet", description="The architecture; always `pet`."
-    )
-    model: ModelOptions = Field(
-        default=ModelOptions(), description="Size and shape of a network trained from scratch."
-    )
-    training: TrainingOptions = Field(default=TrainingOptions(), description="The training run.")
+    name: Annotated[Literal["pet"], Expects("'pet'", _architecture)] = "pet"
+    """The architecture; always `pet`."""
+    model: ModelOptions = ModelOptions()
+    """Size and shape of a network trained from scratch."""
+    training: TrainingOptions = TrainingOptions()
+    """The training run."""
     atomic_types: Annotated[
         tuple[int, ...] | None, Expects("a list of atomic numbers, 1 to 118", _atomic_types)
-    ] = Field(
-        default=None,
-        description="Atomic numbers the model shall know. Null: those in the training data, and "
-        "those of the model it starts from.",
-    )
+    ] = None
+    """Atomic numbers the model shall know. Null: those in the training data, and those of the model
+    it starts from."""
 
     @model_validator(mode="before")
     @classmethod
@@ -215,47 +184,34 @@ class ArchitectureOptions(Section):
 class Options(Section):
     """Everything a run is told, as read from ``options.yaml``."""
 
-    seed: NonNegativeInt | None = Field(
-        default=None,
-        description="Start of all random numbers. Null draws one, which is written to the log.",
-    )
+    seed: NonNegativeInt | None = None
+    """Start of all random numbers. Null draws one, which is written to the log."""
     device: Annotated[
         str,
         Expects(
             "auto, cpu, cuda, cuda:0, mps, gpu or a number of processes",
             _device,
         ),
-    ] = Field(
-        default="auto",
-        description="Where to compute. `auto` and `gpu` choose what is there. A number trains with "
-        "so many processes, each on a GPU of its own, or all on the CPU where there is no GPU.",
-    )
-    base_precision: Annotated[Literal[32, 64], Expects("32 or 64", _precision)] = Field(
-        default=32, description="Bits of a floating-point number."
-    )
-    architecture: ArchitectureOptions = Field(
-        default=ArchitectureOptions(), description="The network and its training."
-    )
-    training_set: tuple[DatasetOptions, ...] = Field(
-        description="Data to learn from: a path, a section, or a list of sections."
-    )
-    validation_set: SetOptions = Field(
-        default=0.1,
-        description="Data to pick the best model with: a fraction of the training data, "
-        "`indices` into the training file, or data sets of its own. metatrain has no default.",
-    )
-    test_set: SetOptions = Field(
-        default=0.0, description="Data to judge the final model with; given like `validation_set`."
-    )
-    final_eval: Flag = Field(
-        default=True, description="Evaluate the final model on all three sets after training."
-    )
+    ] = "auto"
+    """Where to compute. `auto` and `gpu` choose what is there. A number trains with so many
+    processes, each on a GPU of its own, or all on the CPU where there is no GPU."""
+    base_precision: Annotated[Literal[32, 64], Expects("32 or 64", _precision)] = 32
+    """Bits of a floating-point number."""
+    architecture: ArchitectureOptions = ArchitectureOptions()
+    """The network and its training."""
+    training_set: tuple[DatasetOptions, ...]
+    """Data to learn from: a path, a section, or a list of sections."""
+    validation_set: SetOptions = 0.1
+    """Data to pick the best model with: a fraction of the training data, `indices` into the
+    training file, or data sets of its own. metatrain has no default."""
+    test_set: SetOptions = 0.0
+    """Data to judge the final model with; given like `validation_set`."""
+    final_eval: Flag = True
+    """Evaluate the final model on all three sets after training."""
     print_stats: Ignored = ignored_field("what the data hold is always checked and logged.")
-    wandb: Annotated[dict[str, Any] | None, Expects("settings of wandb.init", _settings)] = Field(
-        default=None,
-        description="Log to Weights & Biases too, with these arguments of `wandb.init`: `project`, "
-        "`name`, `mode: offline`, ... Needs the extra `wandb`. As in metatrain.",
-    )
+    wandb: Annotated[dict[str, Any] | None, Expects("settings of wandb.init", _settings)] = None
+    """Log to Weights & Biases too, with these arguments of `wandb.init`: `project`, `name`, `mode:
+    offline`, ... Needs the extra `wandb`. As in metatrain."""
 
     @model_validator(mode="before")
     @classmethod

@@ -75,26 +75,20 @@ class GradientOptions(Section):
 
     short_forms = ("string", "boolean")
 
-    mode: Annotated[Literal["on", "off", "auto"], OneOf()] = Field(
-        default="on",
-        description="`on`: must be in the file (frames without are masked), `off`: not used, "
-        "`auto`: used if any frame has it.",
-    )
-    read_from: OptionalText = Field(default="", description="Path; empty means that of the target.")
+    mode: Annotated[Literal["on", "off", "auto"], OneOf()] = "on"
+    """`on`: must be in the file (frames without are masked), `off`: not used, `auto`: used if any
+    frame has it."""
+    read_from: OptionalText = ""
+    """Path; empty means that of the target."""
     reader: Reader = None
-    key: OptionalText = Field(
-        default="", description="Name in the file; empty means the option's name."
-    )
-    unit: OptionalText = Field(
-        default="",
-        description="Unit in the file, for instance `Hartree/Bohr` or `GPa`; empty means the unit "
-        "of the energy over that of the length (of a stress: of the volume; of a virial: alone).",
-    )
-    weight_key: OptionalText = Field(
-        default="",
-        description="Name in the file of weights in the loss, beside that of the target: one for "
-        "each structure, of forces also one for each atom. Empty: all count alike.",
-    )
+    key: OptionalText = ""
+    """Name in the file; empty means the option's name."""
+    unit: OptionalText = ""
+    """Unit in the file, for instance `Hartree/Bohr` or `GPa`; empty means the unit of the energy
+    over that of the length (of a stress: of the volume; of a virial: alone)."""
+    weight_key: OptionalText = ""
+    """Name in the file of weights in the loss, beside that of the target: one for each structure,
+    of forces also one for each atom. Empty: all count alike."""
 
     @model_validator(mode="before")
     @classmethod
@@ -115,13 +109,15 @@ class GradientOptions(Section):
 class CartesianType(Section):
     """Shape of a Cartesian target."""
 
-    rank: PositiveInt = Field(description="1 for a vector, 2 for a 3x3 tensor.")
+    rank: PositiveInt
+    """1 for a vector, 2 for a 3x3 tensor."""
 
 
 class TargetType(Section):
     """How a target rotates with the structure, when it is no scalar."""
 
-    cartesian: CartesianType = Field(description="A vector or tensor in x, y, z components.")
+    cartesian: CartesianType
+    """A vector or tensor in x, y, z components."""
 
 
 def _target_type(value: Any) -> str | TargetType:
@@ -154,64 +150,43 @@ class TargetOptions(Section):
 
     short_forms = ("string",)
 
-    quantity: OptionalText = Field(
-        default="energy",
-        description="The physical quantity; `energy` can have forces and stress. Left out, it is "
-        "`force` or `pressure` for targets named `non_conservative_...`, and as in metatrain "
-        "`energy` for all others with one number for each structure (unless their `unit` is none "
-        "of an energy). Write `gap`, `dipole` or whatever it is for other properties.",
-    )
-    read_from: OptionalText = Field(
-        default="", description="Path of the file; empty means that of the structures."
-    )
+    quantity: OptionalText = "energy"
+    """The physical quantity; `energy` can have forces and stress. Left out, it is `force` or
+    `pressure` for targets named `non_conservative_...`, and as in metatrain `energy` for all others
+    with one number for each structure (unless their `unit` is none of an energy). Write `gap`,
+    `dipole` or whatever it is for other properties."""
+    read_from: OptionalText = ""
+    """Path of the file; empty means that of the structures."""
     reader: Reader = None
-    key: OptionalText = Field(
-        default="", description="Name in the file; empty means the target's name."
-    )
-    unit: OptionalText = Field(
-        default="",
-        description="Unit in the file. An `energy`, `length`, `force` or `pressure` is converted "
-        "to eV, A, eV/A or eV/A^3, and without a unit taken to be in it; other quantities stay as "
-        "they are.",
-    )
+    key: OptionalText = ""
+    """Name in the file; empty means the target's name."""
+    unit: OptionalText = ""
+    """Unit in the file. An `energy`, `length`, `force` or `pressure` is converted to eV, A, eV/A or
+    eV/A^3, and without a unit taken to be in it; other quantities stay as they are."""
     sample_kind: Annotated[
         Literal["system", "atom"], Expects("'system' or 'atom'", _sample_kind)
-    ] = Field(
-        default="system", description="One value for each structure (`system`) or for each atom."
-    )
+    ] = "system"
+    """One value for each structure (`system`) or for each atom."""
     type: Annotated[
         Literal["scalar"] | TargetType,
         Expects("'scalar', {cartesian: {rank: 1}} or {cartesian: {rank: 2}}", _target_type),
-    ] = Field(
-        default="scalar",
-        description="`scalar`, or `{cartesian: {rank: 1}}` for a vector (rank 2: a 3x3 tensor).",
-    )
-    num_subtargets: PositiveInt = Field(
-        default=1, description="Number of scalars, vectors or tensors that make up a value."
-    )
-    weight_key: OptionalText = Field(
-        default="",
-        description="Name in the file of the weights that structures have in the loss, for "
-        "instance `config_weight`; those of forces and stress too. A structure without one counts "
-        "1. Empty: all count alike.",
-    )
-    description: OptionalText = Field(
-        default="", description="Free text kept in the checkpoint, e.g. the level of theory."
-    )
-    forces: GradientOptions = Field(
-        default=GradientOptions(mode="off"),
-        description="Forces, the negative derivative of the energy by positions. "
-        "`auto` for energies.",
-    )
-    stress: GradientOptions = Field(
-        default=GradientOptions(mode="off"),
-        description="Stress with ASE's sign: derivative of the energy by strain, over the volume. "
-        "`auto` for energies.",
-    )
-    virial: GradientOptions = Field(
-        default=GradientOptions(mode="off"),
-        description="Virial, minus the stress times the volume; instead of `stress`.",
-    )
+    ] = "scalar"
+    """`scalar`, or `{cartesian: {rank: 1}}` for a vector (rank 2: a 3x3 tensor)."""
+    num_subtargets: PositiveInt = 1
+    """Number of scalars, vectors or tensors that make up a value."""
+    weight_key: OptionalText = ""
+    """Name in the file of the weights that structures have in the loss, for instance
+    `config_weight`; those of forces and stress too. A structure without one counts 1. Empty: all
+    count alike."""
+    description: OptionalText = ""
+    """Free text kept in the checkpoint, e.g. the level of theory."""
+    forces: GradientOptions = GradientOptions(mode="off")
+    """Forces, the negative derivative of the energy by positions. `auto` for energies."""
+    stress: GradientOptions = GradientOptions(mode="off")
+    """Stress with ASE's sign: derivative of the energy by strain, over the volume. `auto` for
+    energies."""
+    virial: GradientOptions = GradientOptions(mode="off")
+    """Virial, minus the stress times the volume; instead of `stress`."""
 
     @property
     def is_energy(self) -> bool:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Tag
 
 from .base import (
     Expects,
@@ -33,40 +33,36 @@ class LossTerm(Section):
 
     short_forms, short_for = ("string",), "type"
 
-    type: Annotated[LossType, OneOf()] = Field(
-        default="mse",
-        description="Mean squared error, mean absolute error, or Huber's mixture of both.",
-    )
-    weight: NonNegativeFloat = Field(default=1.0, description="Factor in the total loss.")
-    delta: PositiveFloat = Field(
-        default=1.0,
-        description="Huber: where squared turns to absolute, in units of the scaled target.",
-    )
-    reduction: Annotated[Literal["mean"], Expects("'mean'", _reduction)] = Field(
-        default="mean", description="How the values of a batch are combined; only `mean`."
-    )
+    type: Annotated[LossType, OneOf()] = "mse"
+    """Mean squared error, mean absolute error, or Huber's mixture of both."""
+    weight: NonNegativeFloat = 1.0
+    """Factor in the total loss."""
+    delta: PositiveFloat = 1.0
+    """Huber: where squared turns to absolute, in units of the scaled target."""
+    reduction: Annotated[Literal["mean"], Expects("'mean'", _reduction)] = "mean"
+    """How the values of a batch are combined; only `mean`."""
 
 
 class GradientLosses(Section):
     """Losses of the derivatives of an energy, by metatrain's names."""
 
-    positions: LossTerm | None = Field(default=None, description="Loss of the forces.")
-    strain: LossTerm | None = Field(default=None, description="Loss of the stress.")
+    positions: LossTerm | None = None
+    """Loss of the forces."""
+    strain: LossTerm | None = None
+    """Loss of the stress."""
 
 
 class TargetLoss(LossTerm):
     """The loss of one target and of its forces and stress."""
 
-    forces: LossTerm | None = Field(
-        default=None, description="Loss of the forces: a type, or these keys."
-    )
-    stress: LossTerm | None = Field(
-        default=None, description="Loss of the stress: a type, or these keys."
-    )
-    virial: LossTerm | None = Field(default=None, description="Another name of `stress`.")
-    gradients: GradientLosses = Field(
-        default=GradientLosses(), description="Another place for the losses of forces and stress."
-    )
+    forces: LossTerm | None = None
+    """Loss of the forces: a type, or these keys."""
+    stress: LossTerm | None = None
+    """Loss of the stress: a type, or these keys."""
+    virial: LossTerm | None = None
+    """Another name of `stress`."""
+    gradients: GradientLosses = GradientLosses()
+    """Another place for the losses of forces and stress."""
 
     def forces_term(self) -> LossTerm:
         """Loss of the forces, wherever it was given; mean squared error otherwise."""
@@ -126,25 +122,23 @@ def first_epoch(start: float, num_epochs: int) -> int:
 class WeightMean(Section):
     """Stochastic weight averaging (SWA, arXiv:1803.05407): the mean of many steps' weights."""
 
-    start: OpenFraction = Field(
-        default=0.75,
-        description="Part of the run after which averaging begins, with a whole epoch.",
-    )
-    learning_rate: PositiveFloat | None = Field(
-        default=None,
-        description="Constant learning rate from there on. Null goes on with the scheduler's.",
-    )
+    start: OpenFraction = 0.75
+    """Part of the run after which averaging begins, with a whole epoch."""
+    learning_rate: PositiveFloat | None = None
+    """Constant learning rate from there on. Null goes on with the scheduler's."""
 
 
 class LossStage(Section):
     """Factors on the weights of the loss from some part of the run on."""
 
-    start: Fraction = Field(
-        description="Part of the run after which the factors hold, from a whole epoch on."
-    )
-    energy: NonNegativeFloat = Field(default=1.0, description="Factor on the weight of energies.")
-    forces: NonNegativeFloat = Field(default=1.0, description="Factor on the weight of forces.")
-    stress: NonNegativeFloat = Field(default=1.0, description="Factor on the weight of stresses.")
+    start: Fraction
+    """Part of the run after which the factors hold, from a whole epoch on."""
+    energy: NonNegativeFloat = 1.0
+    """Factor on the weight of energies."""
+    forces: NonNegativeFloat = 1.0
+    """Factor on the weight of forces."""
+    stress: NonNegativeFloat = 1.0
+    """Factor on the weight of stresses."""
 
 
 def _as_list(value: Any) -> Any:
@@ -160,24 +154,18 @@ class RotationalConsistency(Section):
 
     short_forms, short_for = ("number",), "weight"
 
-    weight: PositiveFloat = Field(
-        default=1.0,
-        description="What a rotated structure counts beside a labelled one, with the types and "
-        "weights of `loss`; more than 2 can spoil the training.",
-    )
-    fraction: Share = Field(
-        default=0.5,
-        description="Part of each batch that is rotated once more and predicted again; a step "
-        "takes somewhat more than as much longer.",
-    )
+    weight: PositiveFloat = 1.0
+    """What a rotated structure counts beside a labelled one, with the types and weights of `loss`;
+    more than 2 can spoil the training."""
+    fraction: Share = 0.5
+    """Part of each batch that is rotated once more and predicted again; a step takes somewhat more
+    than as much longer."""
 
 
 class LabelNoise(Section):
     """Gaussian noise on the training labels, drawn anew in each epoch."""
 
-    energy: NonNegativeFloat = Field(
-        default=0.0, description="Standard deviation on the energy, eV/atom."
-    )
-    forces: NonNegativeFloat = Field(
-        default=0.0, description="Standard deviation on each force component, eV/Å."
-    )
+    energy: NonNegativeFloat = 0.0
+    """Standard deviation on the energy, eV/atom."""
+    forces: NonNegativeFloat = 0.0
+    """Standard deviation on each force component, eV/Å."""

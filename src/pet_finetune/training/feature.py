@@ -60,7 +60,7 @@ class Step:
     """A batch whose gradient has just been taken.
 
     Attributes:
-        epoch, index: of the batch, both from 0, as :meth:`pet_finetune.data.Loader.epoch` counts.
+        epoch, index: of the batch, both from 0, as :meth:`.data.loader.Loader.epoch` counts.
         batch: with its labels as they are.
         predictions: by target; their graph is gone.
     """
