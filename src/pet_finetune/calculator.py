@@ -44,6 +44,7 @@ from pet_finetune.data.calculator_input import (
 from pet_finetune.device import check_forked, choose_device, choose_dtype
 from pet_finetune.errors import AdapterError, ConfigError, DataError
 from pet_finetune.graph import Batch, join_graphs
+from pet_finetune.keys import Compile
 from pet_finetune.model.direct import DirectTargets, NonConservative, direct_targets, predict_direct
 from pet_finetune.model.last_layer import LastLayer
 from pet_finetune.model.orientations import orientations as make_orientations
@@ -89,7 +90,8 @@ class PETCalculator(Calculator):
             to obeying it. Each costs an evaluation.
         compile: ``on`` computes energy and derivatives by one graph that torch's compiler makes,
             once for a kind of model, in a minute or two; ``off`` never; ``auto`` by one that was
-            made before, on a GPU. Not of committees, direct heads and features.
+            made before, on a GPU. The first result is compared with one without the graph. Not of
+            committees, direct heads and features.
 
     Raises:
         PetFinetuneError: of the kind that says what is wrong with checkpoint, adapter, target,
@@ -116,7 +118,7 @@ class PETCalculator(Calculator):
         dtype: str | torch.dtype | None = None,
         skin: float = 0.5,
         orientations: int = 1,
-        compile: Literal["auto", "on", "off"] = "auto",
+        compile: Compile = "auto",
     ) -> None:
         super().__init__()
         if not skin >= 0.0:
@@ -371,10 +373,13 @@ class PETCalculator(Calculator):
         check_forked(self._device)
         batch = join_graphs(list(map(self._batch, structures, neighbors)))
         stress = stress and any(bool(atoms.pbc.all()) for atoms in structures)
-        only_mean: dict[str, Any] = {"spread": False} if isinstance(self._model, Committee) else {}
-        predict = partial(self._model.predict, target=self._target, stress=stress, **only_mean)
+        mean: Callable[..., Prediction]
+        if isinstance(self._model, Committee):
+            mean = partial(self._model.predict, target=self._target, spread=False)
+        else:
+            mean = self._energy().predict
         with self._arena.reused():
-            return self._in_orientations(batch, predict)
+            return self._in_orientations(batch, partial(mean, stress=stress))
 
     def fresh_neighbors(self) -> MovingAtoms:
         """A neighbour list for one structure, to be used again while its atoms move."""
@@ -415,9 +420,14 @@ class PETCalculator(Calculator):
             prediction = found[self._target]
             assert isinstance(prediction, Prediction)
             return prediction
+        return self._energy().predict(batch, stress=stress)
+
+    def _energy(self) -> FrozenEnergy:
+        """What computes the energy of one model."""
+        assert isinstance(self._model, Potential)
         if self._frozen is None:
             self._frozen = FrozenEnergy(self._model, self._target, self._compile)
-        return self._frozen.predict(batch, stress=stress)
+        return self._frozen
 
     def _charge_and_spin(self, atoms: Atoms) -> tuple[int, int]:
         if not self._conditioned:

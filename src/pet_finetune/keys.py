@@ -11,6 +11,9 @@ DIRECT_FORCES = ("non_conservative_force", "non_conservative_forces")
 #: The same for the stress.
 DIRECT_STRESS = ("non_conservative_stress",)
 
+#: Whether something is computed by a graph that torch's compiler made.
+Compile = Literal["auto", "on", "off"]
+
 _RANKS: Mapping[str, int] = {"scalar": 0, "vector": 1, "tensor": 2}
 
 

@@ -15,6 +15,7 @@ from pet_finetune.committee.committee_files import Adapters
 from pet_finetune.data.calculator_input import MovingAtoms
 from pet_finetune.errors import PetFinetuneError
 from pet_finetune.extras import missing_extra
+from pet_finetune.keys import Compile
 from pet_finetune.model.potential import Potential
 
 _lacking = missing_extra("torch_sim", "torch-sim")
@@ -41,6 +42,7 @@ class PETTorchSimModel(ModelInterface):
             too.
         compute_stress: whether stresses are computed, of structures that are periodic.
         skin: margin of the neighbour lists in Å; it changes speed, never results.
+        compile: as for the calculator.
 
     Raises:
         PetFinetuneError: as the calculator; or torch-sim is not installed.
@@ -57,11 +59,12 @@ class PETTorchSimModel(ModelInterface):
         dtype: str | torch.dtype | None = None,
         compute_stress: bool = True,
         skin: float = 0.5,
+        compile: Compile = "auto",
     ) -> None:
         super().__init__()
         self._calculator = PETCalculator(
             model, adapter=adapter, adapters=adapters, target=target, device=device, dtype=dtype,
-            skin=skin,
+            skin=skin, compile=compile,
         )  # fmt: skip
         self._device, self._dtype = self._calculator.device, self._calculator.dtype
         self._compute_stress, self._compute_forces = compute_stress, True

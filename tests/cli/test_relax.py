@@ -17,6 +17,7 @@ from models import crystal, ethanol
 from pet_finetune import PETCalculator
 from pet_finetune.dynamics import relaxation as workflow
 from pet_finetune.errors import DataError
+from pet_finetune.model.compiled import CompiledPredictions
 
 FEW = ("--steps", 4, "--fmax", 1e-8)
 
@@ -37,6 +38,18 @@ def relax(command, here: Path):
         return command("relax", "base.ckpt", structures, "-o", output, *arguments)
 
     return run
+
+
+def test_the_word_on_compiling_comes_to_who_decides(relax, command, monkeypatch):
+    words = []
+    monkeypatch.setattr(CompiledPredictions, "chosen", lambda model, word: words.append(word))
+    assert relax("--steps", 1, "--compile", "on").code == 0
+    assert command("eval", "base.ckpt", "relaxed.xyz", "--compile", "off").code == 0
+    run = ("md", "base.ckpt", "molecules.xyz", "-o", "run", "--steps", 1, "--every", 1)
+    assert command(*run, "--compile", "on").code == 0
+    assert command("md", "--restart", "run", "--steps", 2).code == 0
+    assert command("eval", "base.ckpt", "relaxed.xyz").code == 0
+    assert words == ["on", "off", "on", "on", "auto"]
 
 
 def test_each_frame_moves_as_with_ase(relax):

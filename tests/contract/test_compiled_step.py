@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import ase.io
 import numpy as np
 import pytest
 import torch
@@ -17,13 +18,14 @@ from pet_finetune import PETCalculator, graph
 from pet_finetune.adapters.inject import freeze
 from pet_finetune.backends import graphs
 from pet_finetune.config.training_sections import TargetLoss
-from pet_finetune.data.labelled_batch import LabelledBatch, collate
+from pet_finetune.data.labelled_batch import LabelledBatch, batch_from_atoms, collate
 from pet_finetune.data.neighbors import structure_neighbors
 from pet_finetune.data.structure import atoms_to_structure
 from pet_finetune.errors import ConfigError
 from pet_finetune.model import compiled
-from pet_finetune.training import compiled_step
+from pet_finetune.model.compiled import CompiledPredictions
 from pet_finetune.training.compiled_step import CompiledStep
+from pet_finetune.training.evaluation import EvaluationSettings, evaluate_files
 from pet_finetune.training.objectives import Objective, batch_loss
 from trainers import curve, make_trainer, watch
 
@@ -136,8 +138,7 @@ def followed_only(monkeypatch):
         made.append(key)
         return graphs.followed(function, inputs, free)[0]
 
-    for module in (compiled_step, compiled):
-        monkeypatch.setattr(module, "compiled_graph", follow)
+    monkeypatch.setattr(compiled, "compiled_graph", follow)
     return made
 
 
@@ -150,17 +151,18 @@ def test_one_graph_has_the_gradients_of_batches_of_all_sizes(kind, followed_only
     assert len(followed_only) == 1
 
 
+def halves(counts, num_tokens):
+    half = len(counts) // 2
+    return [(half, int(counts[half - 1]) + 1), (len(counts), int(counts[-1]) + 1)]
+
+
 @SLOW
 def test_atoms_in_two_rectangles_have_a_graph_of_their_own(followed_only, monkeypatch):
     model, objectives = model_and_objectives("heads")
     step = step_of(model, objectives)
     check("heads", step, model, objectives, FIRST)
 
-    def cuts(counts, num_tokens):
-        half = len(counts) // 2
-        return [(half, int(counts[half - 1]) + 1), (len(counts), int(counts[-1]) + 1)]
-
-    monkeypatch.setattr(graph, "_cuts", cuts)  # as of batches with more empty slots than these
+    monkeypatch.setattr(graph, "_cuts", halves)  # as of batches with more empty slots than these
     for frames in (FIRST, OTHERS[1]):
         check("heads", step, model, objectives, frames)
     assert len(followed_only) == 2
@@ -231,7 +233,7 @@ def test_wrong_gradients_are_noticed(followed_only, monkeypatch, caplog):
         graph = graphs.followed(function, inputs, free)[0]
         return lambda *values: [1.001 * out for out in graph(*values)]
 
-    monkeypatch.setattr(compiled_step, "compiled_graph", wrong)
+    monkeypatch.setattr(compiled, "compiled_graph", wrong)
     step = step_of(model, objectives)
     with caplog.at_level(logging.WARNING):
         assert step(batch_of(model, FIRST), objectives, list(model.parameters())) is None
@@ -275,8 +277,15 @@ def test_a_compiled_calculator_says_the_same(hypers, followed_only):
             found, expected = (c.get_property(name, atoms) for c in (own, other))
             np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-9)
     assert len(followed_only) == 2  # with a stress, and without
+    several = [ethanol(), slab()]
+    made = [
+        c.predict_together(several, [c.fresh_neighbors() for _ in several], stress=False)
+        for c in (own, other)
+    ]
+    torch.testing.assert_close(*(found.forces for found in made))
+    assert len(followed_only) == 3  # of several structures
     copy.deepcopy(own).get_property("energy", ethanol())
-    assert len(followed_only) == 3  # of its own potential
+    assert len(followed_only) == 4  # of its own potential
 
 
 def test_a_calculator_compiles_where_it_is_told_to(followed_only):
@@ -284,6 +293,47 @@ def test_a_calculator_compiles_where_it_is_told_to(followed_only):
     assert not followed_only
     with pytest.raises(ConfigError, match="compile: 'yes' is not one of auto, on, off"):
         PETCalculator(random_potential(**ONE), compile="yes")
+
+
+def test_a_compiled_evaluation_says_the_same(followed_only, tmp_path):
+    """Of an energy and of a property; frames with all kinds of neighbourhoods in each batch."""
+    model = random_potential(**ONE)
+    model.add_target(PROPERTIES[0])
+    model.double()
+    frames = [ethanol(), crystal(), slab(), lone_atom()]
+    ase.io.write(tmp_path / "frames.xyz", frames)
+    files = [tmp_path / "frames.xyz"]
+    for target in ("energy", PROPERTIES[0].name):
+        own, other = (
+            evaluate_files(
+                model, files, target=target, device="cpu",
+                how=EvaluationSettings(batch_size=3, keep=True, compile=word),
+            ).predictions[str(files[0])]
+            for word in ("on", "auto")
+        )  # fmt: skip
+        for found, expected in zip(own, other, strict=True):
+            assert found.keys() == expected.keys()
+            for name, values in expected.items():
+                np.testing.assert_allclose(found[name], values, rtol=1e-8, atol=1e-9)
+    assert len(followed_only) == 2  # the lone atom, a batch of its own, has no edges
+
+
+def test_atoms_in_two_rectangles_are_predicted_by_a_graph_of_their_own(followed_only, monkeypatch):
+    model = random_potential(**ONE)
+    found = CompiledPredictions(model)
+    batch, wanted = batch_from_atoms(crystal(), model.cutoff, model.dtype), {"energy": (True, True)}
+    expected = model.predict(batch, stress=True)
+    for _ in range(2):
+        torch.testing.assert_close(found.predict(batch, wanted)["energy"].forces, expected.forces)
+        monkeypatch.setattr(graph, "_cuts", halves)
+    assert len(followed_only) == 2
+
+
+def test_forces_that_vanish_are_no_obstacle(followed_only):
+    """Of a crystal at rest they are rounding errors, whose relative difference says nothing."""
+    expected = [torch.full((4, 3), 1e-9)]
+    assert compiled.distance([2e-9 + expected[0]], expected) > 1
+    assert compiled.distance([2e-9 + expected[0]], expected, 0.1) == pytest.approx(2e-8)
 
 
 FAILING = """

@@ -39,7 +39,7 @@ from pet_finetune.data.structure import atoms_to_structure
 from pet_finetune.errors import DataError, PetFinetuneError
 from pet_finetune.export.export import export_model
 from pet_finetune.graph import join_graphs
-from pet_finetune.model.compiled import CompiledEnergy
+from pet_finetune.model.compiled import CompiledPredictions
 from pet_finetune.model.potential import Potential
 from pet_finetune.model.static_inference import StaticEnergy
 from pet_finetune.training.extend import check_known
@@ -145,7 +145,7 @@ def test_other_ways_to_compute_agree(dtype: torch.dtype) -> None:
     model.eval()
     batch = batch_from_atoms(ethanol(), model.cutoff, dtype)
     assert StaticEnergy(model, "energy").predict(batch) is None
-    assert CompiledEnergy(model, "energy").predict(batch) is None
+    assert CompiledPredictions(model).predict(batch, {"energy": (True, False)}) is None
 
 
 def test_a_committee_and_a_last_layer_derive_the_whole_energy() -> None:

@@ -60,7 +60,7 @@ def compiled_graph(
     """The function, compiled: from the cache, or for the cache.
 
     Args:
-        what: the function in words, for the log.
+        what: what the function computes, for the log.
         key: what the function is made of, other than the code of this package.
         device: of the inputs.
         function: as for :func:`followed`.

@@ -18,7 +18,7 @@ MODEL = "a file of ours or metatrain's, an address (https://, hf://) or a name s
 
 
 #: What can be said of a model that moves atoms, beside its adapters.
-OF_MODEL = ("target", "device", "dtype", "orientations")
+OF_MODEL = ("target", "device", "dtype", "orientations", "compile")
 
 
 def add_model_arguments(
@@ -41,6 +41,16 @@ def add_model_arguments(
     parser.add_argument(
         "--orientations", type=int, metavar="N",
         help="forces as a mean over 2, 4, 12 or 24 orientations, for N times the time (default: 1)",
+    )  # fmt: skip
+    add_compile(parser)
+
+
+def add_compile(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Add ``--compile``."""
+    parser.add_argument(
+        "--compile", choices=("auto", "on", "off"),
+        help="predictions by a graph of torch's compiler: on makes it, once for a kind of model, "
+        "in a minute or two; auto (default) uses one that is there, on a GPU",
     )  # fmt: skip
 
 

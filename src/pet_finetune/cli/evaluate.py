@@ -12,6 +12,7 @@ from pet_finetune.errors import ConfigError
 from . import named
 from .arguments import (
     MODEL,
+    add_compile,
     add_reading_arguments,
     check_data,
     check_folders,
@@ -79,6 +80,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="structures predicted at once (default: 32)",
     )  # fmt: skip
     parser.add_argument("--device", help="auto, cpu or cuda (default: auto, or the options')")
+    add_compile(parser)
     parser.add_argument(
         "-r", "--override", action="append", default=[], metavar="KEY=VALUE",
         help="change an option; may be repeated",
@@ -186,7 +188,9 @@ def _settings(arguments: argparse.Namespace) -> EvaluationSettings:
 
     # With --config, -o is the folder of the runs.
     output = arguments.output if arguments.config is None else None
-    return EvaluationSettings(arguments.rotations, output, arguments.batch_size)
+    return EvaluationSettings(
+        arguments.rotations, output, arguments.batch_size, compile=arguments.compile or "auto"
+    )
 
 
 def _no_names(arguments: argparse.Namespace, source: str) -> None:

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import model_validator
 
+from pet_finetune.keys import Compile
+
 from .base import (
     AtomsOrAuto,
     Expects,
@@ -41,7 +43,7 @@ from .training_sections import (
 ENERGY_WEIGHT = 10.0
 
 BestModelMetric = Literal["mae_prod", "rmse_prod", "loss", "energy_mae", "forces_mae"]
-Compile = Literal["auto", "on", "off"]
+
 BaselineMode = Literal["auto", "refit", "fit", "keep", "values"]
 
 

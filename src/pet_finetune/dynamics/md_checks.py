@@ -19,6 +19,7 @@ from pet_finetune.data.stated_units import StatedUnits
 from pet_finetune.dynamics.settings import MDSettings
 from pet_finetune.errors import DataError, PetFinetuneError
 from pet_finetune.hub import find_model
+from pet_finetune.keys import Compile
 from pet_finetune.log import get_logger
 
 from .carried import from_ase
@@ -40,6 +41,7 @@ class ModelChoice:
         device: as in the options.
         dtype: ``float32`` or ``float64``; None for the model's own.
         orientations: as in the calculator.
+        compile: as in the calculator.
     """
 
     checkpoint: str
@@ -48,6 +50,7 @@ class ModelChoice:
     device: str = "auto"
     dtype: str | None = None
     orientations: int = 1
+    compile: Compile = "auto"
 
     @property
     def is_committee(self) -> bool:
@@ -77,6 +80,7 @@ class ModelChoice:
             device=self.device,
             dtype=self.dtype,
             orientations=self.orientations,
+            compile=self.compile,
             spread="always" if spread_of_forces else None,
             **which,
         )

@@ -6,7 +6,7 @@ depend on, which edges count, is found beside it, so that it does for structures
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,77 +17,165 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from pet_finetune.backends.choice import EAGER, using
 from pet_finetune.backends.graphs import CannotCompile, Graph, compiled_graph, is_compiled
 from pet_finetune.graph import Batch, Edges, Layout, Rectangles
+from pet_finetune.keys import Compile
 from pet_finetune.log import get_logger
+from pet_finetune.nn.quantized import num_quantized
 
 from .potential import Potential
 from .prediction import Prediction, Property
 
-__all__ = ["CompiledEnergy", "Sizes", "Weights", "distance", "predictions_of", "tensors_of"]
+__all__ = [
+    "CompiledPredictions", "Graphs", "Sizes", "Weights", "distance", "obstacle",
+    "predictions_of", "tensors_of",
+]  # fmt: skip
 
 _LOG = get_logger(__name__)
 #: For each target, whether forces and stress are computed.
 Wanted = Mapping[str, tuple[bool, bool]]
 #: How far compiled forces may be from plain ones, relative to their length.
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
+#: Forces count as this long at least, eV/A each: those of a perfect crystal are rounding errors.
+_SMALL = 0.1
 
 
-class CompiledEnergy:
-    """One energy of a potential that does not train, with its derivatives, by compiled graphs.
+class Graphs:
+    """Compiled graphs of a potential, one for each form of what they are given.
 
-    The first structure of each graph is computed without it, too: should the forces differ by more
-    than rounding explains, or should compiling fail, a warning says so and nothing is compiled from
-    then on. A potential whose modules are exchanged (by loading an adapter, say) needs a new one.
+    The first result of each is computed without it, too: should it differ by more than rounding
+    explains, or should compiling fail, a warning says so and nothing is compiled from then on.
 
     Args:
-        potential: in evaluation mode; held on to, not copied.
-        target: which energy.
+        potential: held on to, and so are its tensors as they are now.
+        what: the graphs compute, for the log: a plural.
+        judged: what of their results is compared.
         only_known: whether graphs are used that are there, and none is compiled.
     """
 
-    def __init__(self, potential: Potential, target: str, only_known: bool = False) -> None:
-        self._potential, self._target, self._only_known = potential, target, only_known
-        self._weights = Weights(potential)
-        self._graphs: dict[tuple[bool, bool], Graph | None] = {}
-        self._failed = False
+    def __init__(
+        self, potential: Potential, what: str, judged: str, only_known: bool = False
+    ) -> None:
+        self.weights = Weights(potential)
+        self._device, self._what, self._judged = potential.device, what, judged
+        self._only_known = only_known
+        self._made: dict[Hashable, Graph | None] = {}
+        self.failed = False
 
-    def predict(self, batch: Batch, *, stress: bool = False) -> Prediction | None:
-        """Energy and forces, and the stress; None where it has to be computed without a graph."""
-        if self._failed:
+    def get(self, form: Hashable, make: Callable[[], Graph | None]) -> Graph | None:
+        """The graph of a form; None where there is none.
+
+        Args:
+            form: all of what it computes but numbers.
+            make: makes it, with :meth:`make`.
+        """
+        if self.failed:
+            return None
+        if form not in self._made:
+            try:
+                self._made[form] = make()
+            except CannotCompile as error:
+                _LOG.warning("%s are computed without compiling: %s", self._what, error)
+                self.failed = True
+                return None
+        return self._made[form]
+
+    def make(
+        self,
+        key: str,
+        function: Graph,
+        values: Sequence[Tensor],
+        examples: tuple[Sequence[Tensor], Sequence[Sequence[int]]],
+        error: Callable[[Sequence[Tensor]], float],
+        tolerance: float,
+    ) -> Graph | None:
+        """Compile a function and compare it with itself; None where it would have to be compiled.
+
+        Args:
+            key: as for :func:`~pet_finetune.backends.graphs.compiled_graph`.
+            function: as there.
+            values: its first input.
+            examples: inputs for following it, and which of their axes are free.
+            error: how far results are from those of the function, relative to their length.
+            tolerance: of that.
+
+        Raises:
+            CannotCompile: the graph cannot be made, fails, or computes something else.
+        """
+        if self._only_known and not is_compiled(key, self._device):
+            return None
+        graph = compiled_graph(self._what, key, self._device, function, *examples)
+        try:
+            with torch.no_grad():
+                apart = error(list(graph(*values)))
+        except RuntimeError as failure:
+            raise CannotCompile(f"the compiled graph failed ({failure})") from failure
+        said = f"{self._judged} differ by {apart:.1e} of their length"
+        if apart > tolerance:
+            raise CannotCompile(f"compiled {said}")
+        _LOG.info("compiled %s: the first %s", self._what, said)
+        return graph
+
+
+class CompiledPredictions:
+    """Predictions of a potential that does not train, by compiled graphs.
+
+    A potential whose modules are exchanged (by loading an adapter, say) needs a new one.
+
+    Args:
+        potential: in evaluation mode; held on to, not copied.
+        only_known: whether graphs are used that are there, and none is compiled.
+    """
+
+    def __init__(self, potential: Potential, only_known: bool = False) -> None:
+        self._potential = potential
+        self._graphs = Graphs(potential, "predictions", "forces", only_known)
+
+    @classmethod
+    def chosen(cls, potential: Potential, compile: Compile) -> CompiledPredictions | None:
+        """Compiled predictions where the word has it so, else None.
+
+        Args:
+            potential: as for the class.
+            compile: ``on``, ``off``, or ``auto`` for graphs that were compiled before, on a GPU.
+        """
+        if compile == "off" or (compile == "auto" and potential.device.type == "cpu"):
+            return None
+        return cls(potential, only_known=compile == "auto")
+
+    def predict(self, batch: Batch, wanted: Wanted) -> dict[str, Prediction | Property] | None:
+        """As :meth:`Potential.predict_targets`; None where that has to do it.
+
+        Args:
+            batch: the structures.
+            wanted: for each target, whether forces and stress are computed.
+        """
+        if self._graphs.failed:
             return None
         with using(EAGER, self._potential):
-            graph = _all_within(self._potential.network.neighborhood.with_edges(batch))
+            graph = batch
+            if batch.edges is None or batch.edges.layout.rectangles is None:
+                graph = self._potential.network.neighborhood.with_edges(batch)
+            graph = _all_within(graph)
             assert graph.edges is not None
             if not len(graph.edges.centers):
                 return None
-            wanted = {self._target: (True, stress)}
-            leaves = [leaf for leaf in tree_flatten(graph)[0] if leaf is not None]
-            values = [*self._weights.values(), *leaves]
-            form = stress, graph.num_structures == 1
-            try:
-                if form not in self._graphs:
-                    self._graphs[form] = self._first(graph, values, wanted)
-            except CannotCompile as error:
-                _LOG.warning("predictions are computed without compiling: %s", error)
-                self._failed = True
-                return None
-        found = self._graphs[form]
+            leaves = tree_flatten(graph)[0]
+            values = [*self._graphs.weights.values(), *(t for t in leaves if t is not None)]
+            there = tuple(leaf is not None for leaf in leaves)  # one more for a further rectangle
+            form = (tuple(wanted.items()), graph.num_structures == 1, there)
+            found = self._graphs.get(form, lambda: self._make(form, graph, values, wanted))
         if found is None:
             return None
         with torch.no_grad():
-            made = predictions_of(self._potential, wanted, iter(found(*values)))
-        prediction = made[self._target]
-        assert isinstance(prediction, Prediction)
-        return prediction
+            return predictions_of(self._potential, wanted, iter(found(*values)))
 
-    def _first(self, graph: Batch, values: Sequence[Tensor], wanted: Wanted) -> Graph | None:
-        """Compile a graph and compare it with the function that it is made of."""
-        device = self._potential.device
-        key = self._weights.key("prediction", wanted, graph.num_structures == 1)
-        if self._only_known and not is_compiled(key, device):
-            return None
-        if self._potential.hypers.long_range.enable:
-            raise CannotCompile("the grids of long-range features have other sizes for other cells")
-        count = len(self._weights.named)
+    def _make(
+        self, form: Hashable, graph: Batch, values: Sequence[Tensor], wanted: Wanted
+    ) -> Graph | None:
+        problem = obstacle(self._potential)
+        if problem is not None:
+            raise CannotCompile(problem)
+        weights = self._graphs.weights
+        count = len(weights.named)
         all_leaves, structure = tree_flatten(graph)
         there = [leaf is not None for leaf in all_leaves]
 
@@ -95,22 +183,38 @@ class CompiledEnergy:
             taken = iter(values[count:])
             leaves = [next(taken) if own else None for own in there]
             batch: Batch = tree_unflatten(leaves, structure)
-            return tensors_of(self._weights.predict(values[:count], batch, wanted, False))
+            return tensors_of(weights.predict(values[:count], batch, wanted, False))
+
+        def judged(tensors: Sequence[Tensor]) -> list[Tensor]:
+            return _judged(predictions_of(self._potential, wanted, iter(tensors)))
+
+        def error(found: Sequence[Tensor]) -> float:
+            return distance(judged(found), judged(predict(*values)), _SMALL)
 
         leaves, free = Sizes(structures=1 if graph.num_structures == 1 else 5).batch(graph)
-        examples = [*values[:count], *leaves]
-        axes = [*[()] * count, *free]
-        compiled = compiled_graph("predictions", key, device, predict, examples, axes)
-        with torch.no_grad():
-            try:
-                found = list(compiled(*values))
-            except RuntimeError as failure:
-                raise CannotCompile(f"the compiled prediction failed ({failure})") from failure
-        error = distance(found[2:], predict(*values)[2:])
-        if error > _TOLERANCES[self._potential.dtype]:
-            raise CannotCompile(f"compiled forces differ by {error:.1e} of their length")
-        _LOG.info("compiled predictions: first forces differ by %.1e of their length", error)
-        return compiled
+        examples = [*values[:count], *leaves], [*[()] * count, *free]
+        key = weights.key("prediction", form)
+        tolerance = _TOLERANCES[self._potential.dtype]
+        return self._graphs.make(key, predict, values, examples, error, tolerance)
+
+
+def obstacle(potential: Potential) -> str | None:
+    """Why nothing of a potential can be compiled, or None."""
+    if potential.hypers.long_range.enable:
+        return "the grids of long-range features have other sizes for other cells"
+    if num_quantized(potential.network):
+        return "the base's weights are quantised"
+    return None
+
+
+def _judged(predictions: Mapping[str, Prediction | Property]) -> list[Tensor]:
+    """What tells best whether predictions are right: derivatives and properties, or energies."""
+    derived: list[Tensor | None] = []
+    for found in predictions.values():
+        own = [found.values] if isinstance(found, Property) else [found.forces, found.stress]
+        derived += own
+    tensors = [tensor for tensor in derived if tensor is not None]
+    return tensors or [p.atom_energies for p in predictions.values() if isinstance(p, Prediction)]
 
 
 def _all_within(graph: Batch) -> Batch:
@@ -281,11 +385,18 @@ def predictions_of(
     return predictions
 
 
-def distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """How far gradients are from others, relative to these; 0 where those are no numbers."""
+def distance(found: Sequence[Tensor], expected: Sequence[Tensor], least: float = 0.0) -> float:
+    """How far tensors are from others, relative to these; 0 where those are no numbers.
+
+    Args:
+        found: some tensors.
+        expected: others.
+        least: a mean square below that of this number counts as it.
+    """
     pairs = list(zip(found, expected, strict=True))
     apart = torch.stack([(one - other).double().square().sum() for one, other in pairs]).sum()
     length = torch.stack([other.double().square().sum() for other in expected]).sum()
     if not bool(length.isfinite()):
         return 0.0  # the loss is at fault, and the step will say so
-    return float((apart / length.clamp_min(1e-300)).sqrt())
+    least = max(least**2 * sum(other.numel() for other in expected), 1e-300)
+    return float((apart / length.clamp_min(least)).sqrt())

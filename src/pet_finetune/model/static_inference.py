@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,10 +17,11 @@ from pet_finetune.backends.instructions import (
     static_network,
 )
 from pet_finetune.graph import Batch
+from pet_finetune.keys import Compile
 from pet_finetune.nn.attention import SMALLEST_FACTOR, weigh_keys
 from pet_finetune.nn.neighborhood import TINY
 
-from .compiled import CompiledEnergy
+from .compiled import CompiledPredictions
 from .pet import PET
 from .potential import Potential
 from .prediction import Prediction
@@ -159,17 +160,13 @@ class FrozenEnergy:
     Args:
         potential: in evaluation mode; held on to, not copied.
         target: which energy.
-        compile: ``on``, ``off``, or ``auto`` for graphs that were compiled before, on a GPU.
+        compile: as for :meth:`CompiledPredictions.chosen`.
     """
 
-    def __init__(
-        self, potential: Potential, target: str, compile: Literal["auto", "on", "off"]
-    ) -> None:
+    def __init__(self, potential: Potential, target: str, compile: Compile) -> None:
         self._potential, self._target = potential, target
-        self._ways: list[CompiledEnergy | StaticEnergy] = [StaticEnergy(potential, target)]
-        if compile == "on" or (compile == "auto" and potential.device.type != "cpu"):
-            only_known = compile == "auto"
-            self._ways.insert(0, CompiledEnergy(potential, target, only_known))
+        self._compiled = CompiledPredictions.chosen(potential, compile)
+        self._static = StaticEnergy(potential, target)
 
     def predict(self, batch: Batch, *, stress: bool = False) -> Prediction:
         """Energy and forces, and the stress.
@@ -178,8 +175,12 @@ class FrozenEnergy:
             batch: the structures.
             stress: whether it is computed.
         """
-        for way in self._ways:
-            found = way.predict(batch, stress=stress)
+        if self._compiled is not None:
+            wanted = {self._target: (True, stress)}
+            found = self._compiled.predict(batch, wanted)
             if found is not None:
-                return found
+                return cast("Prediction", found[self._target])
+        listed = self._static.predict(batch, stress=stress)
+        if listed is not None:
+            return listed
         return self._potential.predict(batch, self._target, forces=True, stress=stress)

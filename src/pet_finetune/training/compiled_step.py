@@ -15,16 +15,22 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from pet_finetune.backends.choice import EAGER, using
-from pet_finetune.backends.graphs import CannotCompile, Graph, compiled_graph
+from pet_finetune.backends.graphs import Graph
 from pet_finetune.config.training import TrainingOptions
 from pet_finetune.data.labelled_batch import LabelledBatch
 from pet_finetune.graph import Batch
 from pet_finetune.keys import label_kind
 from pet_finetune.log import get_logger
-from pet_finetune.model.compiled import Sizes, Weights, distance, predictions_of, tensors_of
+from pet_finetune.model.compiled import (
+    Graphs,
+    Sizes,
+    distance,
+    obstacle,
+    predictions_of,
+    tensors_of,
+)
 from pet_finetune.model.potential import Potential
 from pet_finetune.model.prediction import Prediction, Property
-from pet_finetune.nn.quantized import num_quantized
 
 from .objectives import LossPart, Objective, loss_parts, sum_of_known
 from .step import mixed
@@ -65,13 +71,9 @@ def _obstacle(options: TrainingOptions, model: Potential) -> str | None:
     """What a compiled step cannot do, or None."""
     if options.gradient_checkpointing:
         return "gradient_checkpointing computes parts again, which a compiled graph decides itself"
-    if model.hypers.long_range.enable:
-        return "the grids of long-range features have other sizes for other cells"
-    if num_quantized(model.network):
-        return "the base's weights are quantised"
     if any(getattr(module, "dropout", 0.0) for module in model.network.modules()):
         return "dropout draws other numbers in each step"
-    return None
+    return obstacle(model)
 
 
 @dataclass(frozen=True)
@@ -114,20 +116,8 @@ class _Form:
         return repr((self.trained, self.leaves, self.single, self.labels, self.parts))
 
 
-@dataclass
-class _Known:
-    """The graph of a form, and which parameters it has gradients of."""
-
-    graph: Graph
-    depends: list[bool]
-
-
 class CompiledStep:
     """Computes predictions, loss and gradients by compiled graphs.
-
-    The first batch of each graph is computed without it, too: should the gradients differ by more
-    than rounding explains, or should compiling fail, a warning says so and nothing is compiled from
-    then on.
 
     Args:
         model: what trains.
@@ -139,9 +129,10 @@ class CompiledStep:
         self, model: Potential, wanted: Mapping[str, tuple[bool, bool]], precision: str | None
     ) -> None:
         self._model, self._wanted, self._precision = model, dict(wanted), precision
-        self._weights = Weights(model)
-        self._known: dict[str, _Known] = {}
-        self._failed = False
+        self._graphs = Graphs(model, "training steps", "gradients")
+        self._weights = self._graphs.weights
+        #: Of each form, which parameters the loss depends on.
+        self._depends: dict[str, list[bool]] = {}
 
     def __call__(
         self,
@@ -158,7 +149,7 @@ class CompiledStep:
             objectives: with the weights of now.
             parameters: of the model, those that gradients are wanted of.
         """
-        if self._failed:
+        if self._graphs.failed:
             return None
         with using(EAGER, self._model):
             graph = batch.graph
@@ -169,19 +160,14 @@ class CompiledStep:
                 return None
             form, values = self._form(graph, batch, objectives, parameters)
             key = form.key()
-            try:
-                if key not in self._known:
-                    self._known[key] = self._first(form, values, graph, batch)
-                known = self._known[key]
-            except CannotCompile as error:
-                _LOG.warning("training steps are computed without compiling: %s", error)
-                self._failed = True
-                return None
+            found = self._graphs.get(key, lambda: self._make(form, values, graph, batch))
+        if found is None:
+            return None
         with torch.no_grad():
-            loss, *rest = known.graph(*values)
+            loss, *rest = found(*values)
         left = iter(rest)
         predictions = predictions_of(self._model, self._wanted, left)
-        gradients = [next(left) if depends else None for depends in known.depends]
+        gradients = [next(left) if depends else None for depends in self._depends[key]]
         return Gradients(loss, predictions, gradients)
 
     def _form(
@@ -241,33 +227,24 @@ class CompiledStep:
 
         return step
 
-    def _first(
+    def _make(
         self, form: _Form, values: list[Tensor], graph: Batch, batch: LabelledBatch
-    ) -> _Known:
-        """Compile a graph and compare it with the function that it is made of."""
-        function = self._function(form)
+    ) -> Graph | None:
+        function, own = self._function(form), form.key()
         expected = list(function(*values))
         depends = [gradient is not None for gradient in expected[-len(form.trained) :]]
+        self._depends[own], count = depends, sum(depends)
 
         def filled(*values: Tensor) -> list[Tensor]:
             return [value for value in function(*values) if value is not None]
 
-        examples, free = self._examples(form, values, graph, batch)
-        key = self._weights.key("step", self._wanted, self._precision, form.key())
-        device = self._model.device
-        compiled = compiled_graph("the training step", key, device, filled, examples, free)
-        with torch.no_grad():
-            try:
-                found = list(compiled(*values))
-            except RuntimeError as failure:
-                raise CannotCompile(f"the compiled step failed ({failure})") from failure
-        count = sum(depends)
-        error = distance(found[-count:], [g for g in expected if g is not None][-count:])
-        rounds = _TOLERANCES[self._model.dtype] if self._precision is None else _TOLERANCE_MIXED
-        if error > rounds:
-            raise CannotCompile(f"compiled gradients differ by {error:.1e} of their length")
-        _LOG.info("compiled step: gradients of a first batch differ by %.1e of their length", error)
-        return _Known(compiled, depends)
+        def error(found: Sequence[Tensor]) -> float:
+            return distance(found[-count:], [g for g in expected if g is not None][-count:])
+
+        tolerance = _TOLERANCES[self._model.dtype] if self._precision is None else _TOLERANCE_MIXED
+        key = self._weights.key("step", self._wanted, self._precision, own)
+        examples = self._examples(form, values, graph, batch)
+        return self._graphs.make(key, filled, values, examples, error, tolerance)
 
     def _examples(
         self, form: _Form, values: list[Tensor], graph: Batch, batch: LabelledBatch

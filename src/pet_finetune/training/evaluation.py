@@ -26,8 +26,9 @@ from pet_finetune.data.structure_sets import evenly_spread, joined
 from pet_finetune.data.writing import check_prediction_path, numbered
 from pet_finetune.device import choose_device
 from pet_finetune.errors import ConfigError, DataError, did_you_mean
-from pet_finetune.keys import TargetSpec, direct_quantity
+from pet_finetune.keys import Compile, TargetSpec, direct_quantity
 from pet_finetune.log import get_logger
+from pet_finetune.model.compiled import CompiledPredictions
 from pet_finetune.model.potential import Potential
 
 from .consistency import Spread, rotational_spread
@@ -94,6 +95,7 @@ class EvaluationSettings:
         keep: whether predictions are part of the result.
         tensormaps: outputs that the result holds as tensor maps, as for
             :func:`pet_finetune.export.tensormaps.tensor_maps`; none of them without it.
+        compile: as for the calculator: predictions by compiled graphs where it says so.
     """
 
     rotations: int = 0
@@ -101,6 +103,7 @@ class EvaluationSettings:
     batch_size: int = 32
     keep: bool = False
     tensormaps: Sequence[str] | Mapping[str, str] | None = None
+    compile: Compile = "auto"
 
     def __post_init__(self) -> None:
         """Refuse what cannot be done before anything is opened."""
@@ -364,6 +367,7 @@ def _evaluate(
     """Errors on sets of structures, by their names."""
     result = EvaluationResult({})
     errors, spreads = result.errors, result.spreads
+    compiled = CompiledPredictions.chosen(model, how.compile)
     for name, chosen in sets:
         structures, targets = chosen.structures, chosen.targets
         if not structures:
@@ -373,7 +377,7 @@ def _evaluate(
         kept = result.predictions.setdefault(name, []) if how.keep else None
         comparison = Comparison()
         errors[name] = errors_and_predictions(
-            model, loader, targets, chosen.output, chosen.systems, kept, comparison
+            model, loader, targets, chosen.output, chosen.systems, kept, comparison, compiled
         )
         found = {t: comparison.of(t)["energy"] for t in targets if "energy" in comparison.of(t)}
         if found:

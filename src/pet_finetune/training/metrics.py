@@ -14,6 +14,7 @@ from pet_finetune.committee.llpr import fresh, predict_uncertain
 from pet_finetune.data.labelled_batch import LabelledBatch, on_device
 from pet_finetune.data.loader import Loader
 from pet_finetune.keys import TargetSpec, forces_key, stress_key
+from pet_finetune.model.compiled import CompiledPredictions
 from pet_finetune.model.inference import evaluating
 from pet_finetune.model.potential import Potential
 from pet_finetune.model.prediction import Prediction, Property
@@ -151,6 +152,7 @@ def evaluate(
     batches: Iterable[LabelledBatch],
     wanted: Mapping[str, tuple[bool, bool]],
     keep: Callable[[LabelledBatch, Mapping[str, Prediction | Property]], None] | None = None,
+    compiled: CompiledPredictions | None = None,
 ) -> dict[str, Metrics]:
     """Errors of a model on labelled batches.
 
@@ -160,6 +162,7 @@ def evaluate(
             loader out, unless they are kept, and must all call this.
         wanted: for each target, whether forces and stress are compared.
         keep: is given each batch and what the model says of it.
+        compiled: predicts in the model's place where no uncertainty is known.
 
     Returns:
         Metrics by target.
@@ -173,10 +176,13 @@ def evaluate(
     total = len(batches.structures) if isinstance(batches, Loader) and not deals else None
     with evaluating(model), Watch("predictions", "structures", total) as watch:
         for batch in on_device(batches, model.device, model.dtype, ready):
-            predictions: Mapping[str, Prediction | Property]
+            predictions: Mapping[str, Prediction | Property] | None = None
             if isinstance(model, Committee):  # of an energy, and has no other targets
                 predictions = model.predict_many(batch.graph, wanted)
-            else:
+            elif compiled is not None and layers.keys().isdisjoint(wanted):
+                predictions = compiled.predict(batch.graph, wanted)
+            if predictions is None:
+                assert isinstance(model, Potential)
                 predictions = predict_uncertain(model, batch.graph, wanted, layers)
             for name, prediction in predictions.items():
                 metrics[name].update(batch, prediction)

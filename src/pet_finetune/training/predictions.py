@@ -22,6 +22,7 @@ from pet_finetune.data.writing import PredictionWriter
 from pet_finetune.graph import Batch
 from pet_finetune.keys import forces_key, stress_key, uncertainty_key
 from pet_finetune.log import get_logger
+from pet_finetune.model.compiled import CompiledPredictions
 from pet_finetune.model.potential import Potential
 from pet_finetune.model.prediction import Prediction, Property
 
@@ -142,6 +143,7 @@ def errors_and_predictions(
     systems: Mapping[str, SystemsOptions],
     kept: list[dict[str, np.ndarray]] | None,
     comparison: Comparison,
+    compiled: CompiledPredictions | None = None,
 ) -> dict[str, Metrics]:
     """Errors on one set, and where they are wanted its predictions.
 
@@ -153,11 +155,12 @@ def errors_and_predictions(
         systems: by file that was read, how.
         kept: a list that takes the predictions of each structure.
         comparison: takes errors beside uncertainties.
+        compiled: predicts in the model's place.
     """
     labels = loader.label_names
     if path is None and kept is None:
         wanted = {t: (forces_key(t) in labels, stress_key(t) in labels) for t in targets}
-        return evaluate(model, loader, wanted, comparison.add)
+        return evaluate(model, loader, wanted, comparison.add, compiled)
     periodic = any(bool(structure.pbc.all()) for structure in evenly_spread(loader.structures))
     wanted = {
         t: (True, periodic) if model.targets[t].is_energy else (False, False) for t in targets
@@ -179,7 +182,7 @@ def errors_and_predictions(
             if writer is not None:
                 writer.add(list(islice(left, len(values))), values)
 
-        metrics = evaluate(model, loader, wanted, keep)
+        metrics = evaluate(model, loader, wanted, keep, compiled)
     if path is not None:
         _logger.info("predictions of %d structures: %s", len(loader.structures), path)
     return metrics
