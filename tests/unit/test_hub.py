@@ -359,7 +359,7 @@ def test_the_short_names_are_those_of_upet() -> None:
 def test_finding_a_model_imports_no_torch(server: Server, tmp_path: Path) -> None:
     server.publish(FILE)
     code = (
-        "import sys; from pet_finetune.cli.arguments import check_models\n"
+        "import sys; from pet_finetune.cli.common import check_models\n"
         "(path,) = check_models('pet-mad-s'); print(path); sys.exit('torch' in sys.modules)"
     )
     environment = {

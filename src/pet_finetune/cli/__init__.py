@@ -10,36 +10,28 @@ from pet_finetune.errors import PetFinetuneError, is_out_of_memory
 from pet_finetune.progress import Watch
 from pet_finetune.version import __version__
 
-from . import (
-    adapter,
-    convert,
-    evaluate,
-    export,
-    info,
-    inspect,
-    md,
-    options,
-    pretrain,
-    relax,
-    report,
-    train,
-    watch,
-)
+from .data import add_convert, add_inspect
+from .dynamics import add_md, add_relax
+from .evaluate import add_eval
+from .models import add_adapter, add_export, add_info
+from .options import add_options_command
+from .report import add_report, add_watch
+from .train import add_pretrain, add_train
 
 _COMMANDS = (
-    inspect,
-    pretrain,
-    train,
-    watch,
-    evaluate,
-    info,
-    md,
-    relax,
-    adapter,
-    report,
-    export,
-    convert,
-    options,
+    add_inspect,
+    add_pretrain,
+    add_train,
+    add_watch,
+    add_eval,
+    add_info,
+    add_md,
+    add_relax,
+    add_adapter,
+    add_report,
+    add_export,
+    add_convert,
+    add_options_command,
 )
 
 
@@ -58,8 +50,8 @@ def make_parser() -> argparse.ArgumentParser:
         help="print what makes the shell complete commands and options",
     )
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
-    for command in _COMMANDS:
-        command.add_parser(commands)
+    for add in _COMMANDS:
+        add(commands)
     return parser
 
 

@@ -3,36 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pet_finetune.errors import ConfigError
 
-from . import named
-from .arguments import (
-    MODEL,
-    add_compile,
-    add_reading_arguments,
-    check_data,
-    check_folders,
-    check_models,
-    check_sets,
-    systems_of,
-)
+from . import common
 
 if TYPE_CHECKING:
     from pet_finetune.api import EvaluationSettings, LabelNames
 
 _EXAMPLES = """\
-examples:
   pet-finetune eval options.yaml -c best_model.ckpt      the sets that the options name
   pet-finetune eval best_model.ckpt structures.xyz       whole files, in eV and Angstrom
   pet-finetune eval best_model.ckpt structures.xyz --energy-key REF_energy -o predicted.xyz
   pet-finetune eval best_model.ckpt eval.yaml            an options file of `mtt eval`
   pet-finetune eval --config finetune_configs.json --run-name ethanol_r8_dora [structures.xyz]
 """
-_YAML = {".yaml", ".yml"}
 #: Arguments that say how files are read; options files say it themselves.
 _OF_FILES = {
     "--energy-key": "key",
@@ -46,15 +33,16 @@ _OF_FILES = {
 }
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the command line."""
-    parser = commands.add_parser(
+def add_eval(commands: common.Commands) -> None:
+    """Add ``eval`` to the command line."""
+    parser = common.add_command(
+        commands,
         "eval",
-        help="errors of a model on labelled structures, and its predictions",
-        description="Compare a model's energies, forces, stresses and other targets with labels, "
+        _eval,
+        "errors of a model on labelled structures, and its predictions",
+        "Compare a model's energies, forces, stresses and other targets with labels, "
         "and write what it predicts.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        _EXAMPLES,
     )
     parser.add_argument(
         "first", nargs="?", metavar="OPTIONS|CHECKPOINT", help="an options file or a model"
@@ -62,7 +50,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "files", nargs="*", help="with a model: files of structures, or one options file"
     )
-    parser.add_argument("-c", "--checkpoint", help=f"with an options file: the model, {MODEL}")
+    parser.add_argument(
+        "-c", "--checkpoint", help=f"with an options file: the model, {common.MODEL}"
+    )
     parser.add_argument("--adapter", help="folder of an adapter of this model")
     parser.add_argument(
         "--target",
@@ -80,22 +70,18 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="structures predicted at once (default: 32)",
     )  # fmt: skip
     parser.add_argument("--device", help="auto, cpu or cuda (default: auto, or the options')")
-    add_compile(parser)
-    parser.add_argument(
-        "-r", "--override", action="append", default=[], metavar="KEY=VALUE",
-        help="change an option; may be repeated",
-    )  # fmt: skip
+    common.add_options(parser, {"compile": common.COMPILE})
+    common.add_override(parser)
     parser.add_argument(
         "-o",
         "--output",
         metavar="PATH",
         help="write the structures with the predictions to a file (.xyz, .extxyz, .db) or, with a "
         "slash behind (predictions/), as metatrain's memory-mapped arrays; with --config the "
-        f"folder above those of the runs (default: {named.ROOT})",
+        f"folder above those of the runs (default: {common.ROOT})",
     )
     _add_names(parser)
-    named.add_arguments(parser, several=False)
-    parser.set_defaults(run=run)
+    common.add_named_runs(parser, several=False)
 
 
 def _add_names(parser: argparse.ArgumentParser) -> None:
@@ -107,8 +93,10 @@ def _add_names(parser: argparse.ArgumentParser) -> None:
         "--energy-key", "--key", dest="key", metavar="NAME",
         help="the energies, or the values of another --target (default: energy, or its name)",
     )  # fmt: skip
-    for kind in ("forces", "stress", "virial"):
-        group.add_argument(f"--{kind}-key", metavar="NAME", help=f"the {kind}")
+    keys: dict[str, common.Option] = {
+        f"{kind}_key": (str, "NAME", f"the {kind}") for kind in ("forces", "stress", "virial")
+    }
+    common.add_options(group, keys)
     group.add_argument(
         "--energy-unit", "--unit", dest="energy_unit", metavar="UNIT",
         help="of the energies, or of the values of another --target (default: eV, or its own)",
@@ -118,25 +106,24 @@ def _add_names(parser: argparse.ArgumentParser) -> None:
         help="of positions and cells; forces and stresses are in the units that this and the "
         "energy's make (default: angstrom)",
     )  # fmt: skip
-    add_reading_arguments(group)
+    common.add_options(group, common.OF_SYSTEMS)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Carry the command out."""
+def _eval(arguments: argparse.Namespace) -> int:
     given = {"-c": arguments.checkpoint, "--adapter": arguments.adapter}
     clash = [name for name, value in given.items() if value is not None]
     first = arguments.first
-    if arguments.config is not None and first is not None and Path(first).suffix not in _YAML:
+    if arguments.config is not None and first is not None and Path(first).suffix not in common.YAML:
         first = None  # the first of the files to evaluate on
-    if named.check_arguments(arguments, first, clash):
+    if common.are_named_runs(arguments, first, clash):
         return _named(arguments)
     if arguments.first is None:
         raise ConfigError("eval: name a model and files: eval MODEL FILE..., or --config FILE.")
     files = arguments.files
-    if len(files) == 1 and Path(files[0]).suffix in _YAML and arguments.checkpoint is None:
+    if len(files) == 1 and Path(files[0]).suffix in common.YAML and arguments.checkpoint is None:
         # As `mtt eval model.pt eval.yaml`.
         arguments.first, arguments.checkpoint, arguments.files = files[0], arguments.first, []
-    if Path(arguments.first).suffix in _YAML:
+    if Path(arguments.first).suffix in common.YAML:
         return _with_options(arguments)
     if arguments.checkpoint is not None:
         raise ConfigError(
@@ -150,13 +137,12 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if not arguments.files:
         raise ConfigError("eval: name the files to evaluate on: eval MODEL FILE...")
-    check_models(arguments.first)
-    check_folders(arguments.adapter)
-    check_data(*arguments.files)
+    common.check_models(arguments.first)
+    common.check_folders(arguments.adapter)
+    common.check_data(*arguments.files)
     from pet_finetune.api import evaluate_files
-    from pet_finetune.log import setup_logging
 
-    setup_logging()
+    common.start_log()
     evaluate_files(
         arguments.first,
         arguments.files,
@@ -179,7 +165,7 @@ def _labels(arguments: argparse.Namespace) -> LabelNames:
         virial=arguments.virial_key,
         energy_unit=arguments.energy_unit,
         length_unit=arguments.length_unit,
-        systems=systems_of(arguments),
+        systems=common.systems_of(arguments),
     )
 
 
@@ -205,14 +191,13 @@ def _no_names(arguments: argparse.Namespace, source: str) -> None:
 
 def _named(arguments: argparse.Namespace) -> int:
     """Evaluate a run by its name: on files, or on its own validation and test sets."""
-    (entry,) = named.read_runs(arguments, arguments.output or named.ROOT)
+    (entry,) = common.read_runs(arguments, arguments.output or common.ROOT)
     files = [arguments.first, *arguments.files] if arguments.first is not None else []
     if not files:
         _no_names(arguments, f"the run '{entry.name}'")
     from pet_finetune.api import evaluate_named
-    from pet_finetune.log import setup_logging
 
-    setup_logging()
+    common.start_log()
     evaluate_named(
         entry,
         files,
@@ -236,14 +221,14 @@ def _with_options(arguments: argparse.Namespace) -> int:
             "too many. Write: eval options.yaml -c MODEL, or: eval MODEL FILE..."
         )
     _no_names(arguments, arguments.first)
-    check_models(arguments.checkpoint)
-    check_folders(arguments.adapter)
+    common.check_models(arguments.checkpoint)
+    common.check_folders(arguments.adapter)
     if is_evaluation(arguments.first):
         sets = load_evaluation(arguments.first, arguments.override)
-        check_sets(sets.datasets)
+        common.check_sets(sets.datasets)
         from pet_finetune.api import evaluate_datasets
 
-        _tell(sets.notices)
+        common.start_log(sets.notices)
         evaluate_datasets(
             sets.datasets,
             arguments.checkpoint,
@@ -254,10 +239,10 @@ def _with_options(arguments: argparse.Namespace) -> int:
         )
         return 0
     loaded = load_options(arguments.first, arguments.override, require_start=False)
-    check_sets(loaded.options.datasets())
+    common.check_sets(loaded.options.datasets())
     from pet_finetune.api import evaluate_options
 
-    _tell(loaded.notices)
+    common.start_log(loaded.notices)
     evaluate_options(
         loaded.options,
         arguments.checkpoint,
@@ -267,12 +252,3 @@ def _with_options(arguments: argparse.Namespace) -> int:
         how=_settings(arguments),
     )
     return 0
-
-
-def _tell(notices: Sequence[str]) -> None:
-    """Start the log with remarks on the options."""
-    from pet_finetune.log import get_logger, setup_logging
-
-    setup_logging()
-    for notice in notices:
-        get_logger(__name__).warning(notice)

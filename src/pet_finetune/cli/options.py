@@ -5,22 +5,24 @@ from __future__ import annotations
 import argparse
 import json
 
+from .common import Commands, add_command
+
 _EXAMPLES = """\
-examples:
   pet-finetune options                                  what there is
   pet-finetune options architecture.training.finetune   a branch with all that is below it
   pet-finetune options --schema > options.schema.json   for editors
 """
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the command line."""
-    parser = commands.add_parser(
+def add_options_command(commands: Commands) -> None:
+    """Add ``options`` to the command line."""
+    parser = add_command(
+        commands,
         "options",
-        help="what can stand in an options file",
-        description="Print the reference of the options, or their JSON schema.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        _options,
+        "what can stand in an options file",
+        "Print the reference of the options, or their JSON schema.",
+        _EXAMPLES,
     )
     parser.add_argument("branch", nargs="?", help="dotted name of an option or a section")
     parser.add_argument(
@@ -28,11 +30,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         action="store_true",
         help="print the JSON schema, which editors check options files with while one types",
     )
-    parser.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Carry the command out."""
+def _options(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.markup import escape
     from rich.padding import Padding

@@ -1,4 +1,4 @@
-"""``pet-finetune train``: fine-tune a checkpoint, or train from scratch."""
+"""``pet-finetune train`` and ``pretrain``."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from pathlib import Path
 
 from pet_finetune.errors import ConfigError, TrainingError
 
-from . import named
-from .arguments import MODEL, check_models, check_sets
+from . import common
 
 _LAST = "last.ckpt"
-_EXAMPLES = """\
-examples:
+_OF_TRAIN = """\
   pet-finetune train options.yaml -c best_model.ckpt     start from a checkpoint's weights
   pet-finetune train options.yaml -o model.pt            and export the model at the end
   pet-finetune train options.yaml --restart auto         go on with the newest run
@@ -26,37 +24,33 @@ _PROFILED_STEPS = 10
 _MODELS = {".pt", ".ckpt"}
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the command line."""
-    parser = commands.add_parser(
+def add_train(commands: common.Commands) -> None:
+    """Add ``train`` to the command line."""
+    parser = common.add_command(
+        commands,
         "train",
-        help="fine-tune a checkpoint, or train from scratch",
-        description="Train as an options file says (metatrain's layout).",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        _train,
+        "fine-tune a checkpoint, or train from scratch",
+        "Train as an options file says (metatrain's layout).",
+        _OF_TRAIN,
     )
     parser.add_argument("options", nargs="?", help="the options file, YAML")
-    parser.add_argument("-c", "--checkpoint", help=f"start a new run from these weights: {MODEL}")
+    parser.add_argument(
+        "-c", "--checkpoint", help=f"start a new run from these weights: {common.MODEL}"
+    )
     parser.add_argument(
         "--restart",
         metavar="auto|PATH",
         help="go on exactly where a run stopped: its last.ckpt or its folder; "
         "auto takes the newest, or starts a new run where there is none",
     )
-    parser.add_argument(
-        "-r",
-        "--override",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change an option; may be repeated",
-    )
+    common.add_override(parser)
     parser.add_argument(
         "-o",
         "--output",
         type=Path,
         help="folder of the run (default: outputs/DATE/TIME), or with --config the folder above "
-        f"those of the runs (default: {named.ROOT}); or a file to export the model to at the end: "
+        f"those of the runs (default: {common.ROOT}); or a file to export the model to at the end: "
         "model.pt for engines, model.ckpt for metatrain",
     )
     parser.add_argument(
@@ -73,8 +67,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         action="store_true",
         help="do not look at the data before training (pet-finetune inspect shows what is found)",
     )
-    named.add_arguments(parser, several=True)
-    parser.set_defaults(run=run)
+    common.add_named_runs(parser, several=True)
 
 
 def _steps(text: str) -> int:
@@ -87,12 +80,11 @@ def _steps(text: str) -> int:
         ) from None
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Carry the command out."""
-    given = {"-c": arguments.checkpoint, "--restart": arguments.restart,
+def _train(arguments: argparse.Namespace) -> int:
+    starts = {"-c": arguments.checkpoint, "--restart": arguments.restart,
              "--profile": arguments.profile}  # fmt: skip
-    clash = [name for name, value in given.items() if value is not None]
-    if named.check_arguments(arguments, arguments.options, clash):
+    clash = [name for name, value in starts.items() if value is not None]
+    if common.are_named_runs(arguments, arguments.options, clash):
         return _named(arguments)
     if arguments.options is None:
         raise ConfigError("train: name the options file: train options.yaml, or --config FILE.")
@@ -124,8 +116,8 @@ def run(arguments: argparse.Namespace) -> int:
     standing = given_folder or Path()
     standing = next(path for path in (standing, *standing.absolute().parents) if path.exists())
     if standing.is_dir():  # else the run says first that it cannot write there
-        check_sets(loaded.options.datasets())
-        check_models(loaded.options.finetune.read_from)
+        common.check_sets(loaded.options.datasets())
+        common.check_models(loaded.options.finetune.read_from)
     whole = loaded.options.is_committee
     folder = given_folder or (_run_of(restart, whole) if restart else None)
 
@@ -173,7 +165,7 @@ def _named(arguments: argparse.Namespace) -> int:
             f"-o: with --config it is the folder above those of the runs, but '{model}' is a file. "
             "Each run has its best_model.ckpt; `pet-finetune export` writes it for engines."
         )
-    runs = named.read_runs(arguments, str(arguments.output or named.ROOT))
+    runs = common.read_runs(arguments, str(arguments.output or common.ROOT))
     if arguments.show_options:
         from pet_finetune.config.load import to_yaml
         from pet_finetune.config.options_reference import schema_line
@@ -225,3 +217,76 @@ def _last_of(path: Path) -> Path:
     if not path.exists():
         raise TrainingError(f"--restart: there is no file '{path}'.")
     return path
+
+
+_OF_PRETRAIN = """\
+  pet-finetune pretrain structures.xyz -c foundation.ckpt -o pretrained.ckpt
+  pet-finetune pretrain structures.xyz -c foundation.ckpt --teacher larger.ckpt -n 1000 -o pretrained.ckpt
+  pet-finetune pretrain structures.xyz -c foundation.ckpt --teacher my_module:my_calculator -o pretrained.ckpt
+  pet-finetune train options.yaml -c pretrained.ckpt     then fine-tune from it
+The same command goes on where it was stopped.
+"""  # noqa: E501
+#: Settings of ``pretrain`` by the name of their argument.
+_PRETRAINING: dict[str, common.Option] = {
+    "n": (int, "N", "frames that the teacher labels (default: 2000)"),
+    "epochs": (int, "N", "passes over them (default: 10)"),
+    "batch_size": (int, "N", "structures in a batch of the training (default: 10)"),
+    "learning_rate": (float, "X", "of the training (default: 2e-4)"),
+    "max_force": (float, "X", "drop frames with larger forces, in eV/A (default: 20)"),
+    "max_energy": (
+        float,
+        "X",
+        "drop frames so much above the one they began from, in eV/atom (default: 1)",
+    ),
+    "seed": (int, "N", "of dynamics, displacements and training (default: 0)"),
+}
+
+
+def add_pretrain(commands: common.Commands) -> None:
+    """Add ``pretrain`` to the command line."""
+    parser = common.add_command(
+        commands,
+        "pretrain",
+        _pretrain,
+        "before fine-tuning: the foundation learns your system at a cheap level",
+        "Explore structures like yours with the foundation, label them with a cheap "
+        "teacher and train on them, so that fine-tuning needs fewer labels of your own.",
+        _OF_PRETRAIN,
+    )
+    parser.add_argument("structures", help="any file ASE reads; its labels are not used")
+    parser.add_argument("-c", "--checkpoint", required=True, help=f"the foundation: {common.MODEL}")
+    parser.add_argument("-o", "--output", required=True, help="the checkpoint to write")
+    parser.add_argument(
+        "--teacher", metavar="NAME",
+        help="gfn2 (default) or gfn1, which need tblite; an ASE calculator as module:name; or a "
+        "checkpoint",
+    )  # fmt: skip
+    common.add_options(parser, _PRETRAINING)
+    parser.add_argument(
+        "--temperatures", type=float, nargs="+", metavar="K",
+        help="of the molecular dynamics (default: 300 600 1000)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--work", metavar="DIR", help="folder of the stages (default: OUTPUT with .work)"
+    )
+    target: common.Option = (str, None, "which energy, where the foundation has several")
+    common.add_options(parser, {**common.OF_SYSTEMS, "target": target, "device": common.DEVICE})
+
+
+def _pretrain(arguments: argparse.Namespace) -> int:
+    common.check_data(arguments.structures)
+    common.check_models(arguments.checkpoint)
+    from pet_finetune.api import pretrain
+
+    common.start_log()
+    settings = common.given(arguments, (*_PRETRAINING, "teacher", "target", "device", "work"))
+    if arguments.temperatures is not None:
+        settings["temperatures"] = tuple(arguments.temperatures)
+    pretrain(
+        arguments.checkpoint,
+        arguments.structures,
+        output=arguments.output,
+        systems=common.systems_of(arguments),
+        **settings,
+    )
+    return 0

@@ -1,4 +1,4 @@
-"""``pet-finetune inspect``: a look at data before a run."""
+"""``pet-finetune inspect`` and ``convert``: data before a run."""
 
 from __future__ import annotations
 
@@ -8,35 +8,32 @@ from pathlib import Path
 from pet_finetune.errors import ConfigError
 from pet_finetune.progress import clear
 
-from .arguments import (
-    MODEL,
-    add_reading_arguments,
-    check_data,
-    check_models,
-    check_sets,
-    systems_of,
-)
+from . import common
 
-_EXAMPLES = """\
-examples:
+_OF_INSPECT = """\
   pet-finetune inspect data.xyz                          numbers, findings, a suggestion
   pet-finetune inspect data.xyz -c foundation.ckpt       and compared with a foundation
   pet-finetune inspect data.xyz -c foundation.ckpt --write-options options.yaml
   pet-finetune inspect train.xyz --validation val.xyz --test test.xyz
   pet-finetune inspect options.yaml                      the sets of an options file
 """
-_YAML = {".yaml", ".yml"}
+_OF_CONVERT = """\
+  pet-finetune convert data.xyz data/
+  pet-finetune convert omol.aselmdb data/ --labels energy forces
+  pet-finetune convert data.db data.zip
+"""
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the command line."""
-    parser = commands.add_parser(
+def add_inspect(commands: common.Commands) -> None:
+    """Add ``inspect`` to the command line."""
+    parser = common.add_command(
+        commands,
         "inspect",
-        help="look at data before a run: units, outliers, leaks, what it takes",
-        description="Say what is in the data and what is odd about it, estimate what a run takes, "
+        _inspect,
+        "look at data before a run: units, outliers, leaks, what it takes",
+        "Say what is in the data and what is odd about it, estimate what a run takes, "
         "and suggest options. Exit status 1 where a run would break.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        _OF_INSPECT,
     )
     parser.add_argument(
         "inputs",
@@ -45,16 +42,15 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="files of structures (the training data), and at most one options file (.yaml), "
         "which says how they are read and alone names the sets",
     )
-    parser.add_argument("-c", "--checkpoint", help=f"the foundation to compare with: {MODEL}")
     parser.add_argument(
-        "-r", "--override", action="append", default=[], metavar="KEY=VALUE",
-        help="with an options file: change an option; may be repeated",
-    )  # fmt: skip
+        "-c", "--checkpoint", help=f"the foundation to compare with: {common.MODEL}"
+    )
+    common.add_override(parser, "with an options file: ")
     parser.add_argument(
         "--validation", action="append", default=[], metavar="FILE", help="a validation file"
     )
     parser.add_argument("--test", action="append", default=[], metavar="FILE", help="a test file")
-    add_reading_arguments(parser)
+    common.add_options(parser, common.OF_SYSTEMS)
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument(
         "--write-options", metavar="FILE", help="write the suggested options, ready to train"
@@ -66,19 +62,15 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default=20.0,
         help="how long the foundation may predict; it sees a part of large sets (default: 20)",
     )
-    parser.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Carry the command out."""
-    options = [name for name in arguments.inputs if Path(name).suffix in _YAML]
+def _inspect(arguments: argparse.Namespace) -> int:
+    options = [name for name in arguments.inputs if Path(name).suffix in common.YAML]
     files = [name for name in arguments.inputs if name not in options]
     _check(arguments, options)
-    from pet_finetune.log import get_logger, setup_logging
-
-    setup_logging("WARNING" if arguments.json else "INFO")
-    check_data(*files, *arguments.validation, *arguments.test)
-    check_models(arguments.checkpoint)
+    log = common.start_log(level="WARNING" if arguments.json else "INFO")
+    common.check_data(*files, *arguments.validation, *arguments.test)
+    common.check_models(arguments.checkpoint)
     loaded = None
     if options:
         from pet_finetune.config.load import load_options
@@ -86,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         loaded = load_options(
             options[0], arguments.override, arguments.checkpoint, require_start=False
         )
-        check_sets(loaded.options.datasets() if not files else ())
+        common.check_sets(loaded.options.datasets() if not files else ())
     from pet_finetune.api import (
         inspect_data,
         request_of_files,
@@ -96,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if loaded is not None:
         for notice in loaded.notices:
-            get_logger(__name__).warning(notice)
+            log.warning(notice)
         request = request_of_options(loaded, files)
     else:
         request = request_of_files(
@@ -104,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.checkpoint,
             arguments.validation,
             arguments.test,
-            systems=systems_of(arguments),
+            systems=common.systems_of(arguments),
         )
     inspection = inspect_data(request, device=arguments.device, seconds=arguments.seconds)
     _print(inspection, arguments.json)
@@ -122,7 +114,7 @@ def _check(arguments: argparse.Namespace, options: list[str]) -> None:
             "inspect: the options file names the sets, so --validation and --test have no place. "
             "Leave them out, or leave the options file out."
         )
-    if options and systems_of(arguments):
+    if options and common.systems_of(arguments):
         raise ConfigError(
             "inspect: --format and --types say how files are read, but the options file says that "
             "of its own: `format` and `types` beside `read_from` of the systems."
@@ -146,3 +138,48 @@ def _print(inspection: object, as_json: bool) -> None:
 
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110)
     console.print(render(inspection))
+
+
+def add_convert(commands: common.Commands) -> None:
+    """Add ``convert`` to the command line."""
+    parser = common.add_command(
+        commands,
+        "convert",
+        _convert,
+        "data as a set that stays on disk, in a format of metatrain's",
+        "Write the structures of a file, with their labels under the same names and in "
+        "the same units, as metatrain's memory-mapped folder, or as its zip. Training reads such a "
+        "set from disk. What was stopped is gone on with by the same command.",
+        _OF_CONVERT,
+    )
+    parser.add_argument(
+        "source",
+        help="extended xyz, a database of ASE's (.db, .aselmdb), a set of metatrain's, or another "
+        "file that ASE reads",
+    )
+    parser.add_argument("output", help="a folder, or a file that ends with .zip")
+    parser.add_argument("--format", default="", help="ASE's name of the format of the source")
+    parser.add_argument(
+        "--labels",
+        nargs="+",
+        metavar="NAME",
+        help="names of the values to keep (default: all that are numbers)",
+    )
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    common.check_data(arguments.source)
+    from pet_finetune.api import convert
+
+    log = common.start_log()
+    done = convert(
+        arguments.source, arguments.output, format=arguments.format, labels=arguments.labels
+    )
+    log.info(
+        "%s %s %d structures with %s",
+        done.path,
+        "holds" if done.made else "is there already and holds",
+        done.structures,
+        ", ".join(done.labels) or "no labels",
+    )
+    return 0

@@ -1,4 +1,4 @@
-"""``pet-finetune md``: a first look at the dynamics of a model."""
+"""``pet-finetune md`` and ``relax``: a model moves atoms."""
 
 from __future__ import annotations
 
@@ -8,28 +8,17 @@ from typing import Any
 
 from pet_finetune.errors import ConfigError, DynamicsError
 
-from .arguments import (
-    MODEL,
-    OF_MODEL,
-    add_model_arguments,
-    add_reading_arguments,
-    check_data,
-    check_folders,
-    check_models,
-    model_of,
-    systems_of,
-)
+from . import common
 
 _STATE = "state.npz"
 _EXAMPLES = """\
-examples:
   pet-finetune md best_model.ckpt molecule.xyz --ensemble nve --steps 2000
   pet-finetune md best_model.ckpt box.xyz --ensemble npt --pressure 0.1 --minimize 200
   pet-finetune md foundation.ckpt box.xyz --adapter a0/ --adapter a1/ --adapter a2/
   pet-finetune md --restart auto                      go on with the newest simulation
 """
-#: Settings of a run by the name of their argument, with type, placeholder and help.
-_SETTINGS: dict[str, tuple[type, str, str]] = {
+#: Settings of a simulation by the name of their argument.
+_OF_MD: dict[str, common.Option] = {
     "ensemble": (str, "nve|nvt|npt", "what is kept constant (default: nvt)"),
     "temperature": (float, "K", "in K; of nve that of the first velocities (default: 300)"),
     "steps": (int, "N", "in all (default: 10000); with --restart more than before"),
@@ -48,37 +37,39 @@ _SETTINGS: dict[str, tuple[type, str, str]] = {
         "K",
         "above it the run is taken for exploded (default: ten times --temperature, at least 2000)",
     ),
-    "thermostat": (
-        str,
-        "NAME",
-        "of nvt: langevin (default), bussi or nose-hoover",
-    ),
+    "thermostat": (str, "NAME", "of nvt: langevin (default), bussi or nose-hoover"),
     "friction": (float, "X", "of langevin, in 1/ps (default: 10)"),
     "thermostat_time": (float, "FS", "of the other thermostats and npt, in fs (default: 100)"),
     "pressure": (float, "GPA", "of npt, in GPa; 1 bar is 0.0001 (default: 0)"),
-    "barostat": (
-        str,
-        "NAME",
-        "of npt: isotropic keeps the cell's shape (default), full does not",
-    ),
+    "barostat": (str, "NAME", "of npt: isotropic keeps the cell's shape (default), full does not"),
     "barostat_time": (float, "FS", "of npt, in fs (default: 1000)"),
 }
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the command line."""
-    parser = commands.add_parser(
+#: Settings of a relaxation.
+_OF_RELAX: dict[str, common.Option] = {
+    "fmax": (float, "EV/A", "largest force on an atom at the end (default: 0.05)"),
+    "steps": (int, "N", "the most for one structure (default: 500)"),
+    "optimizer": (str, "NAME", "fire (default), lbfgs or bfgs"),
+    "pressure": (float, "GPA", "outside, with --cell (default: 0)"),
+}
+
+
+def add_md(commands: common.Commands) -> None:
+    """Add ``md`` to the command line."""
+    parser = common.add_command(
+        commands,
         "md",
-        help="a first look at molecular dynamics with a model",
-        description="Simulate a structure with ASE's integrators: trajectory, log, plot of energy "
+        _md,
+        "a first look at molecular dynamics with a model",
+        "Simulate a structure with ASE's integrators: trajectory, log, plot of energy "
         "and temperature, and a clear message when it goes wrong.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        _EXAMPLES,
     )
-    parser.add_argument("checkpoint", nargs="?", help=MODEL)
+    parser.add_argument("checkpoint", nargs="?", help=common.MODEL)
     parser.add_argument("structure", nargs="?", help="any file ASE reads")
     parser.add_argument("--index", type=int, help="frame of the file, from 0 (default: the last)")
-    add_reading_arguments(parser)
+    common.add_options(parser, common.OF_SYSTEMS)
     parser.add_argument(
         "--restart",
         metavar="auto|FOLDER",
@@ -88,9 +79,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "-o", "--output", type=Path, help="folder of the run (default: outputs/DATE/TIME)"
     )
-    for name, (kind, shown, words) in _SETTINGS.items():
-        option = "--" + name.replace("_", "-")
-        parser.add_argument(option, type=kind, metavar=shown, help=words)
+    common.add_options(parser, _OF_MD)
     velocities = parser.add_mutually_exclusive_group()
     velocities.add_argument(
         "--keep-velocities", dest="velocities", action="store_const", const="keep",
@@ -100,15 +89,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--new-velocities", dest="velocities", action="store_const", const="new",
         help="draw them even where the file has some",
     )  # fmt: skip
-    add_model_arguments(parser, "whose uncertainty goes into the log")
-    parser.set_defaults(run=run)
+    common.add_model_arguments(parser, "whose uncertainty goes into the log")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Carry the command out."""
-    given = {name: getattr(arguments, name) for name in (*_SETTINGS, "velocities")}
-    given = {name: value for name, value in given.items() if value is not None}
-    model = model_of(arguments)
+def _md(arguments: argparse.Namespace) -> int:
+    settings, model = common.given(arguments, (*_OF_MD, "velocities")), common.model_of(arguments)
     start = arguments.checkpoint is not None and arguments.structure is not None
     found = None
     if arguments.restart == "auto":
@@ -121,43 +106,42 @@ def run(arguments: argparse.Namespace) -> int:
                 "`pet-finetune md`."
             )
     if found is not None:
-        return _restart(arguments, found, given, model)
+        return _restart(arguments, found, settings, model)
     if arguments.checkpoint is None or arguments.structure is None:
         raise ConfigError(
             "md: name a model and a structure: md MODEL STRUCTURE, or go on with --restart FOLDER."
         )
-    check_models(arguments.checkpoint)
-    check_folders(*arguments.adapter)
-    check_data(arguments.structure)
+    common.check_models(arguments.checkpoint)
+    common.check_folders(*arguments.adapter)
+    common.check_data(arguments.structure)
     from pet_finetune.api import MDSettings, ModelChoice, run_md
-    from pet_finetune.log import get_logger, setup_logging
 
-    setup_logging()
+    log = common.start_log()
     if arguments.restart is not None:
-        get_logger(__name__).info("--restart auto: there is no simulation yet; one is started.")
+        log.info("--restart auto: there is no simulation yet; one is started.")
     result = run_md(
         ModelChoice(arguments.checkpoint, **model),
         arguments.structure,
-        MDSettings(**given),
+        MDSettings(**settings),
         arguments.output,
         index=arguments.index,
-        **systems_of(arguments),
+        **common.systems_of(arguments),
     )
     return 130 if result.outcome.reason == "interrupted" else 0
 
 
 def _restart(
-    arguments: argparse.Namespace, folder: Path, given: dict[str, Any], model: dict[str, Any]
+    arguments: argparse.Namespace, folder: Path, settings: dict[str, Any], model: dict[str, Any]
 ) -> int:
     """Go on with a run; only its length and the place of its model may be said anew."""
-    steps = given.pop("steps", None)
-    unused = [f"--{name.replace('_', '-')}" for name in given if name != "velocities"]
+    steps = settings.pop("steps", None)
+    unused = [f"--{name.replace('_', '-')}" for name in settings if name != "velocities"]
     # What makes other forces of the same weights would not go on with the run either.
-    unused += [f"--{name}" for name in OF_MODEL if name in model and name != "device"]
-    unused += ["--keep-velocities or --new-velocities"] if "velocities" in given else []
+    unused += [f"--{name}" for name in common.OF_MODEL if name in model and name != "device"]
+    unused += ["--keep-velocities or --new-velocities"] if "velocities" in settings else []
     unused += ["the structure"] if arguments.structure is not None else []
     unused += ["--index"] if arguments.index is not None else []
-    unused += [f"--{name}" for name in systems_of(arguments)]
+    unused += [f"--{name}" for name in common.systems_of(arguments)]
     auto = arguments.restart == "auto"
     unused += ["-o"] if arguments.output is not None and not auto else []
     # The same command as at first, in the next job of a chain: its own settings are the run's.
@@ -169,12 +153,11 @@ def _restart(
             "--device can be given."
         )
     from pet_finetune.api import restart_md
-    from pet_finetune.log import get_logger, setup_logging
 
-    setup_logging()
+    log = common.start_log()
     if same:
         words = "--restart auto: going on with '%s' by its own settings; not read again: %s."
-        get_logger(__name__).info(words, folder, ", ".join(unused))
+        log.info(words, folder, ", ".join(unused))
     if arguments.checkpoint is not None:
         model["checkpoint"] = arguments.checkpoint
     result = restart_md(folder, model=model, steps=steps)
@@ -197,3 +180,43 @@ def _newest(root: Path | None, or_none: bool) -> Path | None:
             "structure that a new one starts with, or its folder: --restart FOLDER."
         )
     return found
+
+
+def add_relax(commands: common.Commands) -> None:
+    """Add ``relax`` to the command line."""
+    parser = common.add_command(
+        commands,
+        "relax",
+        _relax,
+        "relax structures with a model",
+        "Relax each structure of a file to the nearest minimum of the model's energy "
+        "with ASE's optimisers, with its cell where asked. Many are computed at once.",
+    )
+    parser.add_argument("checkpoint", help=common.MODEL)
+    parser.add_argument("structures", help="any file ASE reads; all of its frames are relaxed")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("relaxed.xyz"),
+        help="extended XYZ to write (default: relaxed.xyz)",
+    )  # fmt: skip
+    parser.add_argument("--index", type=int, help="one frame of the file, from 0 (default: all)")
+    common.add_options(parser, {**common.OF_SYSTEMS, **_OF_RELAX})
+    parser.add_argument("--cell", action="store_true", help="relax the cell with the atoms")
+    common.add_model_arguments(parser, "whose mean moves the atoms")
+
+
+def _relax(arguments: argparse.Namespace) -> int:
+    common.check_models(arguments.checkpoint)
+    common.check_folders(*arguments.adapter)
+    common.check_data(arguments.structures)
+    from pet_finetune.api import ModelChoice, RelaxSettings, relax_structures
+
+    common.start_log()
+    relax_structures(
+        ModelChoice(arguments.checkpoint, **common.model_of(arguments)),
+        arguments.structures,
+        arguments.output,
+        RelaxSettings(**common.given(arguments, (*_OF_RELAX, "cell"))),
+        index=arguments.index,
+        **common.systems_of(arguments),
+    )
+    return 0
