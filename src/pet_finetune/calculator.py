@@ -153,6 +153,9 @@ class PETCalculator(Calculator):
         self._model = potential.eval().requires_grad_(False)
         self._conditioned = potential.hypers.system_conditioning
         self._moving = MovingAtoms(potential.cutoff, float(skin))
+        # A CPU reads for nothing. Of adaptive cutoffs all edges would be several times too many.
+        adaptive = potential.hypers.num_neighbors_adaptive is not None
+        self._chooses = adaptive or self._device.type == "cpu"
         self._compile = compile
         self._choose()
         self._arena = Arena()
@@ -338,16 +341,7 @@ class PETCalculator(Calculator):
         with self._arena.reused():
             prediction = self._in_orientations(self._batch(atoms, self._moving), predict)
         super().calculate(atoms, properties, system_changes)
-        assert prediction.forces is not None
-        energy = float(prediction.energy[0])
-        self.results = {
-            "energy": energy,
-            "free_energy": energy,
-            "energies": to_numpy(prediction.atom_energies),
-            "forces": to_numpy(prediction.forces),
-        }
-        if prediction.stress is not None:
-            self.results["stress"] = full_3x3_to_voigt_6_stress(to_numpy(prediction.stress[0]))
+        self.results = _results(prediction)
         if isinstance(prediction, CommitteePrediction):
             self.results.update(committee_results(prediction))
 
@@ -389,7 +383,8 @@ class PETCalculator(Calculator):
         """A structure as the model's input; its edges reach as far as the skin."""
         check_atoms(atoms, self._model.species)
         charge, spin = self._charge_and_spin(atoms)
-        return neighbors.batch(atoms, charge, spin, self._device, self._model.dtype)
+        dtype = self._model.dtype
+        return neighbors.batch(atoms, charge, spin, self._device, dtype, self._chooses)
 
     def _in_orientations(self, batch: Batch, predict: Callable[[Batch], Prediction]) -> Prediction:
         if len(self._rotations) == 1:
@@ -451,6 +446,27 @@ class PETCalculator(Calculator):
         self.__dict__.update(state)
         self._device = choose_device(self._wanted_device)
         self._model.to(self._device)
+
+
+def _results(prediction: Prediction) -> dict[str, Any]:
+    """ASE's results of one structure, for which a GPU is waited for once."""
+    assert prediction.forces is not None
+    parts = [prediction.energy, prediction.atom_energies, prediction.forces.flatten()]
+    if prediction.stress is not None:
+        parts.append(prediction.stress.flatten())
+    count = len(prediction.forces)
+    numbers = to_numpy(torch.cat([part.detach().to(torch.float64) for part in parts]))
+    energy = float(numbers[0])
+    results = {
+        "energy": energy,
+        "free_energy": energy,
+        "energies": numbers[1 : 1 + count],
+        "forces": numbers[1 + count : 1 + 4 * count].reshape(count, 3),
+    }
+    if prediction.stress is not None:
+        stress = numbers[1 + 4 * count :].reshape(3, 3)
+        results["stress"] = full_3x3_to_voigt_6_stress(stress)
+    return results
 
 
 def _check_choice(option: str, value: str, allowed: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -39,12 +40,8 @@ READS = {
 }  # fmt: skip
 #: Ways of a tensor to plain numbers that torch's dispatcher does not hear of on a CPU.
 METHODS = ("tolist", "cpu", "numpy", "item", "__bool__", "__int__", "__float__", "__index__")
-#: What still waits: how many edges lie within the cutoff, how many slots the widest atom has, and
-#: where a part of a batch is rotated again. Shorten this list.
-KNOWN = {
-    "near", "_cuts", "keep_edges",
-    "rotate_batch", "first", "rotate_graphs",
-}  # fmt: skip
+#: What still waits in training: where a part of a batch is rotated again. Shorten this list.
+KNOWN = {"near", "_cuts", "keep_edges", "rotate_batch", "first", "rotate_graphs"}
 SOURCES = Path(pet_finetune.__file__).parent
 
 
@@ -127,22 +124,43 @@ def test_evaluation_reads_nothing_of_a_batch(monkeypatch):
     assert not found
 
 
-def test_a_step_of_md_reads_its_results_alone(monkeypatch):
-    """Between two builds of the neighbour list, and how many edges and slots there are.
-
-    Both are read while the GPU has next to nothing to do, and ASE takes the results in each step.
-    """
+def md_step(calculator, monkeypatch):
+    """What waits in a step between two builds of the neighbour list; forces before and after."""
     atoms = crystal()
-    atoms.calc = PETCalculator(random_potential(), device="cpu")
+    atoms.calc = calculator
+    forces = []
     for position in (0.0, 0.01):
         atoms.positions[0, 0] += position
         with listening(monkeypatch, atoms.calc.model) as found:
-            atoms.get_forces()
-    results = {"calculate", "to_numpy"}
-    assert sum(found[where, "__float__"] for where in results) == 1
-    on_the_cpu = results | {"_holds"}  # looks at positions that ASE has there
-    waits = {found_at: n for found_at, n in found.items() if found_at[0] not in on_the_cpu}
-    assert waits == {("near", "nonzero"): 1, ("_cuts", "tolist"): 1}
+            forces.append(atoms.get_forces())
+    # `_holds` looks at positions that ASE has on the CPU.
+    return {where: n for where, n in found.items() if where[0] != "_holds"}, np.stack(forces)
+
+
+def test_a_step_of_md_reads_its_results_alone_and_at_once(monkeypatch):
+    model = random_potential()
+    calculator = PETCalculator(model, device="cpu")
+    calculator._chooses = False  # as on a GPU
+    found, forces = md_step(calculator, monkeypatch)
+    assert found == {("to_numpy", "numpy"): 1}
+    chosen, expected = md_step(PETCalculator(model, device="cpu"), monkeypatch)
+    assert chosen == {("near", "nonzero"): 1, ("_cuts", "tolist"): 1, **found}
+    np.testing.assert_allclose(forces, expected, rtol=0, atol=1e-12)
+
+
+def test_the_edges_of_a_step_of_md_are_those_of_its_neighbour_list(monkeypatch):
+    """Which may have been built again, for other positions and other atoms."""
+    model = random_potential()
+    own, other = (PETCalculator(model, device="cpu") for _ in range(2))
+    own._chooses = False
+    atoms = crystal()
+    for change in (lambda: None, lambda: atoms.rattle(0.3, seed=1), lambda: atoms.pop()):
+        change()
+        with using(EAGER, own.model):
+            own.calculate(atoms)
+        other.calculate(atoms)
+        for name in ("forces", "stress", "energies"):
+            np.testing.assert_allclose(own.results[name], other.results[name], atol=1e-12)
 
 
 #: Operations that compute nothing: others start at least one kernel on a GPU.
