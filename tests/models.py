@@ -12,8 +12,7 @@ from ase import Atoms, units
 from ase.build import bulk, molecule
 
 from pet_finetune.adapters.adapter_config import AdapterConfig
-from pet_finetune.adapters.inject import inject
-from pet_finetune.adapters.merge import merged_copy
+from pet_finetune.adapters.inject import inject, merged_copy
 from pet_finetune.config.run_options import ModelOptions
 from pet_finetune.keys import TargetSpec
 from pet_finetune.model.fingerprint import target_fingerprints

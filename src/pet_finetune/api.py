@@ -18,13 +18,14 @@ from typing import Any
 from ase import Atoms
 
 from pet_finetune.adapters.adapted import AdaptedPotential
-from pet_finetune.checkpoint.adapter_folders import (
+from pet_finetune.checkpoint.contents import (
     check_adapters,
+    checkpoint_facts,
     combine_adapters,
     describe_adapter,
+    describe_checkpoint,
     merge_adapter,
 )
-from pet_finetune.checkpoint.contents import checkpoint_facts, describe_checkpoint
 from pet_finetune.config.finetune_sections import LastLayerOptions, PretrainOptions
 from pet_finetune.config.problems import checked_section
 from pet_finetune.data.convert_sets import convert
@@ -46,11 +47,7 @@ from pet_finetune.inspection.inspect_data import (
     request_of_options,
     write_suggestion,
 )
-from pet_finetune.inspection.overview import (
-    Inspection,
-    as_dict,
-    render,
-)
+from pet_finetune.inspection.overview import Inspection, as_dict, render
 from pet_finetune.keywords import (
     Arguments,
     Keywords,
@@ -63,6 +60,7 @@ from pet_finetune.keywords import (
 )
 from pet_finetune.log import get_logger, setup_logging
 from pet_finetune.pretraining.stages import PretrainResult, pretrain_model
+from pet_finetune.printing import show
 from pet_finetune.report.report_file import ReportServer, write_report
 from pet_finetune.result import FinetuneResult, result_of
 from pet_finetune.rooms import (
@@ -88,7 +86,6 @@ from pet_finetune.training.feature import Feature
 from pet_finetune.training.prepare import Rooms
 from pet_finetune.training.records import TrainOutcome
 from pet_finetune.training.run_files import RunFiles
-from pet_finetune.training.tables import show
 
 __all__ = [
     "add_uncertainty",

@@ -10,21 +10,6 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-__all__ = [
-    "AdapterError",
-    "CheckpointError",
-    "ConfigError",
-    "DataError",
-    "DynamicsError",
-    "PetFinetuneError",
-    "RunError",
-    "SpeciesError",
-    "TrainingError",
-    "UnitError",
-    "damage_explained",
-    "did_you_mean",
-]
-
 
 class PetFinetuneError(Exception):
     """Base of all errors this package raises for a reason the user can act on."""
@@ -92,10 +77,6 @@ def damage_explained(explain: Callable[[str], PetFinetuneError]) -> Iterator[Non
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     """Suggest the valid name nearest to ``name``.
-
-    Args:
-        name: what the user wrote.
-        allowed: the names that would have been accepted.
 
     Returns:
         ``" Did you mean 'x'?"`` (with the leading space, so it can be appended to a sentence), or

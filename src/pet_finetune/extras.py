@@ -46,10 +46,6 @@ def plotting() -> tuple[Any, Any]:
 def drawn(what: str, draw: Callable[[], object]) -> bool:
     """Draw a picture that its run can do without; whatever prevents it is a line in the log.
 
-    Args:
-        what: the picture, for the log.
-        draw: draws and writes it.
-
     Returns:
         Whether it is there.
     """

@@ -54,12 +54,7 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
 
 @contextmanager
 def writing_explained(folder: Path, kind: type[PetFinetuneError]) -> Iterator[None]:
-    """Say of a failed write which output folder it was for and what to do.
-
-    Args:
-        folder: of a run.
-        kind: of the error to raise.
-    """
+    """Say of a failed write which output folder it was for and what to do."""
     try:
         yield
     except OSError as error:
@@ -87,9 +82,6 @@ def check_room(folder: Path, size: int) -> None:
 def check_writable(path: Path) -> None:
     """Refuse a file that cannot be written, before work is spent on what would be in it.
 
-    Args:
-        path: the file; folders above it may be missing.
-
     Raises:
         OSError: it is a folder, or there can be no file of this name.
     """
@@ -112,9 +104,6 @@ def _sync(path: Path) -> None:
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file that this package wrote.
-
-    Args:
-        path: the file.
 
     Raises:
         FileNotFoundError: there is none.
@@ -142,9 +131,6 @@ def read_table(path: Path) -> tuple[list[str], list[list[str]]]:
 
     A row that is shorter or longer than the heading (half written, when a run was killed) is left
     out.
-
-    Args:
-        path: the file.
 
     Raises:
         FileNotFoundError: there is none.
@@ -174,10 +160,6 @@ def size_text(size: int) -> str:
 
 def check_file(file: Path, what: str) -> None:
     """Refuse a path that is no file, with the nearest name beside it.
-
-    Args:
-        file: the path.
-        what: what the file is, for the message.
 
     Raises:
         DataError: nothing is there, or a folder.

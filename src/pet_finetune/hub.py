@@ -323,13 +323,7 @@ def _wrong_sum(address: str, wanted: str, actual: str) -> CheckpointError:
 
 @contextmanager
 def _explained(address: str, server: str, by_hand: str) -> Iterator[None]:
-    """Turn what goes wrong between here and a server into one message.
-
-    Args:
-        address: what was asked for.
-        server: who was asked.
-        by_hand: a command that fetches it elsewhere.
-    """
+    """Turn what goes wrong between here and a server into one message."""
     try:
         yield
     except PetFinetuneError:

@@ -40,13 +40,10 @@ _LISTS = re.compile(r"#(?:, #)+")
 _SHOWN = 60
 
 
-def get_logger(name: str = "") -> logging.Logger:
+def get_logger(name: str = _ROOT) -> logging.Logger:
     """Return the logger ``pet_finetune.<name>``; a full module name is taken as it stands."""
-    if not name or name == _ROOT:
-        return logging.getLogger(_ROOT)
-    if name.startswith(f"{_ROOT}."):
-        return logging.getLogger(name)
-    return logging.getLogger(f"{_ROOT}.{name}")
+    inside = name == _ROOT or name.startswith(f"{_ROOT}.")
+    return logging.getLogger(name if inside else f"{_ROOT}.{name}")
 
 
 def setup_logging(level: int | str = "INFO", file: str | Path | None = None) -> logging.Logger:
@@ -213,11 +210,11 @@ def stderr_console() -> Console:
     return Console(stderr=True)
 
 
-def html_of(content: RenderableType, width: int = 110) -> str:
+def html_of(content: RenderableType) -> str:
     """What rich prints, as HTML for a notebook."""
     from rich.console import Console
 
-    console = Console(file=io.StringIO(), record=True, width=width)
+    console = Console(file=io.StringIO(), record=True, width=110)
     console.print(content)
     style = "line-height: 1.2; font-family: monospace; background: #fff; color: #000"
     return console.export_html(

@@ -200,10 +200,6 @@ def joined(launch: Launch | None, device: torch.device) -> Iterator[None]:
     Nothing happens without a launch, or where the processes work together already. An error in one
     of them ends all.
 
-    Args:
-        launch: from :func:`find_launch`.
-        device: of this process.
-
     Raises:
         TrainingError: the processes do not meet.
     """

@@ -14,9 +14,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from importlib.util import find_spec
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from . import processes
@@ -88,12 +88,7 @@ class Watch:
         _screen.open(self)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         _screen.close(self)
 
     def step(self, count: int = 1) -> None:
@@ -168,14 +163,14 @@ class _Screen:
         thread.join()
 
     def clear(self) -> None:
-        """Take away what is drawn."""
+        """Take what watches draw from the terminal, before something is printed."""
         with self._lock:
             bar, self._bar = self._bar, None
             if bar is not None:
                 bar.stop()
 
     def start(self, bar: Progress) -> None:
-        """Draw another bar."""
+        """Draw a bar of :func:`progress_bar`, in place of what watches draw."""
         with self._lock:
             self.clear()
             self._others.add(bar)
@@ -190,7 +185,7 @@ class _Screen:
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
-        """Show nothing while the context is open."""
+        """Leave the terminal to other processes while the context is open."""
         with self._lock:
             self.clear()
             self._hidden += 1
@@ -246,36 +241,11 @@ class _Screen:
 
 
 _screen = _Screen()
+clear, start_bar, stop_bar = _screen.clear, _screen.start, _screen.stop
+handed_over = _screen.hidden
 
-
-def _forget() -> None:
-    """In a process that was forked there is no thread, and nothing of it is drawn."""
-    global _screen
-    _screen = _Screen()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
-
-
-def clear() -> None:
-    """Take what watches draw from the terminal, before something is printed."""
-    _screen.clear()
-
-
-def start_bar(bar: Progress) -> None:
-    """Draw a bar of :func:`progress_bar`, in place of what watches draw."""
-    _screen.start(bar)
-
-
-def stop_bar(bar: Progress) -> None:
-    """Draw it no more; nothing happens where it is not drawn."""
-    _screen.stop(bar)
-
-
-def handed_over() -> AbstractContextManager[None]:
-    """Leave the terminal to other processes while the context is open."""
-    return _screen.hidden()
+if hasattr(os, "register_at_fork"):  # in the child there is no thread, and nothing is drawn
+    os.register_at_fork(after_in_child=lambda: vars(_screen).update(vars(_Screen())))
 
 
 #: What Python does with a signal unless it is told to ignore it.

@@ -14,15 +14,14 @@ from pet_finetune.export.export import check_output_of_run, export_model, export
 from pet_finetune.inspection.inspection import Preflight, read_checked
 from pet_finetune.launchers import find_launch
 from pet_finetune.pretraining.stages import pretrained
+from pet_finetune.printing import show
 from pet_finetune.report.report_file import report_or_warn
 from pet_finetune.training import compare_runs, run
 from pet_finetune.training.feature import Feature
 from pet_finetune.training.prepare import Rooms
-from pet_finetune.training.profile import profile_run
-from pet_finetune.training.profile_tables import TrainingProfile
+from pet_finetune.training.profile import TrainingProfile, profile_run
 from pet_finetune.training.records import TrainOutcome
 from pet_finetune.training.run_files import BEST
-from pet_finetune.training.tables import show
 
 # Packages with features of training that no other code names: deleting one takes its features away.
 _FEATURE_ROOMS = ("pet_finetune.forgetting",)

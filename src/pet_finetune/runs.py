@@ -302,10 +302,6 @@ def changed_options(options: Options, before: Mapping[str, Any]) -> Iterator[Cha
 
     An option that the run does not look at again is a change only where it is written out: a run
     goes on with an options file that says no more of its start.
-
-    Args:
-        options: those of now.
-        before: those of the run, as plain values.
     """
     now, then = dict(_flat(options.resolved())), dict(_flat(before))
     given = set(_given(options))
@@ -322,12 +318,7 @@ def changed_options(options: Options, before: Mapping[str, Any]) -> Iterator[Cha
 
 
 def with_defaults_of(options: Options, before: Mapping[str, Any]) -> Options:
-    """The options with which a run goes on that may have begun with other defaults.
-
-    Args:
-        options: those of now.
-        before: those of the run, as plain values.
-    """
+    """The options with which a run goes on that may have begun with other defaults."""
     training = options.training
     then = before.get("architecture", {}).get("training", {})
     left_out = {

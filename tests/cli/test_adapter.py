@@ -11,11 +11,7 @@ import torch
 
 from models import ethanol, trained_adapter
 from pet_finetune import PETCalculator, load, load_checkpoint
-from pet_finetune.adapters.peft_files import (
-    read_adapter,
-    save_adapter,
-    write_adapter,
-)
+from pet_finetune.adapters.peft_files import read_adapter, save_adapter, write_adapter
 from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.keys import TargetSpec
 

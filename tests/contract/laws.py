@@ -21,14 +21,16 @@ import torch
 from ase import Atoms
 
 from pet_finetune.adapters.adapter_config import AdapterConfig
-from pet_finetune.adapters.inject import adapter_tensors, eject, inject
-from pet_finetune.adapters.layers import is_adapter_tensor
-from pet_finetune.adapters.merge import (
+from pet_finetune.adapters.inject import (
+    adapter_tensors,
     adapters_disabled,
+    eject,
+    inject,
     merge,
     merged_copy,
     unmerge,
 )
+from pet_finetune.adapters.layers import is_adapter_tensor
 from pet_finetune.adapters.peft_files import load_adapter, save_adapter
 from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.checkpoint.opening import load_checkpoint

@@ -20,8 +20,7 @@ from models import (
     trained_adapter,
 )
 from pet_finetune.adapters.adapter_config import AdapterConfig
-from pet_finetune.adapters.inject import eject, inject
-from pet_finetune.adapters.merge import merged_copy
+from pet_finetune.adapters.inject import eject, inject, merged_copy
 from pet_finetune.errors import AdapterError
 from pet_finetune.model.potential import Potential
 

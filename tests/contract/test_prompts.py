@@ -22,8 +22,7 @@ from models import (
 )
 from models import apart as far_apart
 from pet_finetune.adapters.adapter_config import AdapterConfig
-from pet_finetune.adapters.inject import inject, trainable_report
-from pet_finetune.adapters.merge import merged_copy
+from pet_finetune.adapters.inject import inject, merged_copy, trainable_report
 from pet_finetune.adapters.peft_files import (
     CONFIG_FILE,
     WEIGHTS_FILE,

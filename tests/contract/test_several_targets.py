@@ -14,9 +14,11 @@ from models import METHODS, QUANTISED, all_structures, random_potential, trained
 from pet_finetune.adapters.adapter_config import AdapterConfig
 from pet_finetune.adapters.at_rest import capture, install
 from pet_finetune.adapters.combine import combine
-from pet_finetune.adapters.inject import adapter_state, eject, inject
-from pet_finetune.adapters.merge import (
+from pet_finetune.adapters.inject import (
+    adapter_state,
     adapters_disabled,
+    eject,
+    inject,
     merge,
     merged_copy,
     unmerge,

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from models import METHODS, all_structures, random_potential, trained_adapter
 from pet_finetune.adapters.adapted import AdaptedPotential
 from pet_finetune.adapters.adapter_config import DEFAULT_TARGETS, AdapterConfig, linear_layers
-from pet_finetune.adapters.inject import adapter_state, inject
+from pet_finetune.adapters.inject import adapter_state, inject, lora_layers, merged_copy
 from pet_finetune.adapters.layers import is_adapter_tensor
-from pet_finetune.adapters.merge import lora_layers, merged_copy
 from pet_finetune.adapters.peft_files import load_adapter, save_adapter
 from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.errors import AdapterError

@@ -109,7 +109,7 @@ def test_nothing_is_told_while_other_processes_tell(
 ) -> None:
     setup_logging()
     with Watch("waiting"):
-        with progress.handed_over():
+        with clock.screen.hidden():
             clock.pass_by(100)
         assert lines_of(capsys) == []
 

@@ -17,8 +17,7 @@ from pet_finetune.model.prediction import Prediction
 
 from .at_rest import Adapter, capture, check_base, install
 from .combine import combine
-from .inject import active_adapter, eject
-from .merge import merge, merged_copy, unmerge
+from .inject import active_adapter, eject, merge, merged_copy, unmerge
 from .peft_files import read_adapter, write_adapter
 from .quantize import restore_base, round_base
 

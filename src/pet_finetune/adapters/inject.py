@@ -1,8 +1,10 @@
-"""Putting an adapter into a potential and taking it out again; what of the potential trains."""
+"""Putting an adapter into a potential, merging it, taking it out; what of the potential trains."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +15,9 @@ from pet_finetune.keys import TargetSpec
 from pet_finetune.log import get_logger
 from pet_finetune.model.fingerprint import weights_fingerprint
 from pet_finetune.model.potential import Potential
+from pet_finetune.nn.attention import PromptTokens
 from pet_finetune.nn.embedding import ROWS
-from pet_finetune.nn.quantized import num_quantized
+from pet_finetune.nn.quantized import QuantizedLinear, num_quantized
 
 from .adapter_config import AdapterConfig, fitted, replace_module
 from .layers import (
@@ -23,6 +26,7 @@ from .layers import (
     add_prompts,
     drop_new_rows,
     is_adapter_tensor,
+    merge_new_rows,
     prompts,
     remove_prompts,
     train_new_rows,
@@ -311,3 +315,78 @@ def trainable_report(model: Potential) -> TrainableReport:
             kind = _kind(name)
             groups[kind] = groups.get(kind, 0) + parameter.numel()
     return TrainableReport(sum(groups.values()), model.num_parameters(), groups)
+
+
+def lora_layers(model: Potential) -> Iterator[tuple[str, LoraLinear]]:
+    """The adapted layers of a model with their paths in the network."""
+    for name, module in model.network.named_modules():
+        if isinstance(module, LoraLinear):
+            yield name, module
+
+
+def merge(model: Potential) -> None:
+    """Merge the adapter into the weights, in place; the outputs stay the same bit for bit.
+
+    Over a quantised base to rounding; the merged weights are floats until :func:`unmerge`. Prompts
+    have nothing to merge into and stay as they are.
+    """
+    for _, layer in lora_layers(model):
+        layer.merge()
+
+
+def unmerge(model: Potential) -> None:
+    """Undo :func:`merge`: the base weights come back bit for bit."""
+    for _, layer in lora_layers(model):
+        layer.unmerge()
+
+
+@contextmanager
+def adapters_disabled(model: Potential) -> Iterator[None]:
+    """Within this context the model is its base again, bit for bit; quantised where it is.
+
+    The low-rank updates or prompts are switched off, the heads trained beside them give way to
+    those they started from, and so do the baselines and scales.
+    """
+    state = adapter_state(model)
+    layers: list[LoraLinear | PromptTokens] = [layer for _, layer in lora_layers(model)]
+    if state.config.num_prompts:
+        layers += prompts(model).values()
+    before = [layer.enabled for layer in layers]
+    heads = {name: model.network.get_parameter(name) for name in state.saved}
+    trained = {name: parameter.detach().clone() for name, parameter in heads.items()}
+    targets = [target_of(model, name) for name in state.config.targets]
+    try:
+        for layer in layers:
+            layer.enabled = False
+        _copy_into(heads, state.saved)
+        for target in state.targets:
+            target.put_on(model)
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.enabled = enabled
+        _copy_into(heads, trained)
+        for target in targets:
+            target.put_on(model)
+
+
+@torch.no_grad()
+def _copy_into(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
+
+
+def merged_copy(model: Potential) -> Potential:
+    """An independent plain model, without adapters, that predicts the same bit for bit.
+
+    Over a quantised base, whose products are taken apart, the same to rounding. Prompts become part
+    of the network.
+    """
+    plain = copy.deepcopy(model)
+    plain.adapter = None
+    for path, layer in list(lora_layers(plain)):
+        replace_module(plain.network, path, layer.to_linear())
+    for path, module in list(plain.network.named_modules()):
+        if isinstance(module, QuantizedLinear):
+            replace_module(plain.network, path, module.to_linear(plain.dtype))
+    return merge_new_rows(plain)

@@ -212,9 +212,6 @@ class DoraLinear(LoraLinear):
     The lengths m, [out], start as those of the rows of W, and B starts at zero, so the factor is
     exactly 1 at the start. The norm in the denominator counts as a constant when gradients are
     taken, as the paper (section 4.3) and Hugging Face PEFT have it.
-
-    Args:
-        base, rank, alpha, dropout, use_rslora: as for :class:`LoraLinear`.
     """
 
     def __init__(

@@ -331,10 +331,6 @@ def from_peft(peft: dict[str, Any]) -> AdapterConfig:
 def check_method(peft: dict[str, Any], path: Path) -> None:
     """Refuse what would load but mean something else.
 
-    Args:
-        peft: content of the file.
-        path: of the file.
-
     Raises:
         AdapterError: another method, or settings that we do not have.
     """

@@ -72,10 +72,6 @@ def round_base(model: Potential, config: AdapterConfig) -> dict[str, Tensor]:
 
     For models that predict and must have their base back: :func:`restore_base`.
 
-    Args:
-        model: without adapter.
-        config: resolved, of the adapter that was trained over the quantised base.
-
     Returns:
         What the weights were, by the path of their layer.
     """

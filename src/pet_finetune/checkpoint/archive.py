@@ -12,7 +12,6 @@ import sys
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -20,8 +19,7 @@ import torch
 from pet_finetune.errors import CheckpointError, damage_explained
 from pet_finetune.hub import find_model
 
-from .allowed_names import Inert, StoredTensor
-from .safe_pickle import read_pickle
+from .safe_pickle import Inert, StoredTensor, read_pickle
 
 #: Bytes read at a time.
 _CHUNK = 1 << 24
@@ -58,12 +56,7 @@ class TorchArchive:
     def __enter__(self) -> TorchArchive:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._zip.close()
 
     def content(self) -> Any:

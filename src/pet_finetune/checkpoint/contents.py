@@ -1,22 +1,32 @@
-"""What is inside a checkpoint."""
+"""What is inside a checkpoint or an adapter folder; checking, merging and combining adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ase.data import chemical_symbols
+import torch
+from ase import Atoms
+from ase.data import chemical_symbols, covalent_radii
 from rich.markup import escape
 from rich.table import Table
 
+from pet_finetune.adapters.at_rest import Adapter, install
+from pet_finetune.adapters.combine import combine
+from pet_finetune.adapters.inject import lora_layers, merged_copy
+from pet_finetune.adapters.peft_files import read_adapter, write_adapter
 from pet_finetune.committee.llpr import fresh
 from pet_finetune.config.run_options import ModelOptions
+from pet_finetune.data.labelled_batch import batch_from_atoms
+from pet_finetune.errors import AdapterError
 from pet_finetune.files import size_text
 from pet_finetune.model.fingerprint import weights_fingerprint
 from pet_finetune.model.potential import Potential
+from pet_finetune.printing import facts_table
 
+from .native import save_checkpoint
 from .opening import load_checkpoint
 
 #: A screen of 40 lines has room for as many trainings with a note, in lines of 80 characters.
@@ -36,9 +46,6 @@ def describe_checkpoint(path: str | Path) -> tuple[Table, ...]:
     checkpoint = load_checkpoint(path)
     model = checkpoint.model
     size = checkpoint.path.stat().st_size
-    main = Table(title=str(path), title_justify="left", show_header=False)
-    main.add_column(style="bold")
-    main.add_column(overflow="fold")
     hypers = model.hypers
     rows = {
         "format": checkpoint.kind + (", can be resumed" if checkpoint.training else ""),
@@ -54,15 +61,18 @@ def describe_checkpoint(path: str | Path) -> tuple[Table, ...]:
             f"{target} (last layer, {facts['members'] or 'no'} members)"
             for target, facts in _uncertainties(model).items()
         )
-    for name, value in rows.items():
-        main.add_row(name, value)
     targets = Table(title="targets", title_justify="left")
     for name in ("name", "form", "quantity", "unit", "scale", "description"):
         targets.add_column(name)
     for spec in model.targets.values():
         scale = f"{float(model.scale.get(spec.name)):.6g}"
         targets.add_row(spec.name, spec.form, spec.quantity, spec.unit, scale, spec.description)
-    return main, targets, _baselines(checkpoint.model), _family(checkpoint.provenance)
+    return (
+        facts_table(path, rows),
+        targets,
+        _baselines(checkpoint.model),
+        _family(checkpoint.provenance),
+    )
 
 
 def _uncertainties(model: Potential) -> dict[str, dict[str, Any]]:
@@ -187,3 +197,211 @@ def checkpoint_facts(path: str | Path) -> dict[str, Any]:
         "uncertainties": _uncertainties(model),
         "provenance": checkpoint.provenance,
     }
+
+
+# An update larger than the weight it adapts has forgotten it.
+_LARGE = 1.0
+
+
+@dataclass(frozen=True)
+class AdapterFinding:
+    """One result of a check.
+
+    Attributes:
+        folder: of the adapter.
+        sound: False where the adapter cannot be used as it is.
+        text: what was found.
+    """
+
+    folder: str
+    sound: bool
+    text: str
+
+
+def describe_adapter(directory: str | Path) -> Table:
+    """A table of what an adapter folder holds.
+
+    Raises:
+        AdapterError: it cannot be read.
+    """
+    adapter = read_adapter(directory)
+    config = adapter.config
+    endings = sorted({".".join(path.split(".")[-2:]) for path in config.target_modules})
+    size = sum(path.stat().st_size for path in Path(directory).iterdir())
+    of_updates = {
+        "rank, alpha": f"{config.rank}, {config.alpha:g}" + _patterns(adapter),
+        "dropout": f"{config.dropout:g}",
+        "layers": f"{len(config.target_modules)}: {', '.join(endings)}",
+    }
+    rows = {
+        "method": _method(adapter),
+        **({} if config.num_prompts else of_updates),
+        "trained whole": ", ".join(config.modules_to_save or ()) or "nothing",
+        "parameters": f"{adapter.num_parameters:,}",
+        "size": size_text(size),
+        "base": f"{adapter.base_name or 'unnamed'} ({adapter.fingerprint or 'not recorded'})",
+        "targets": ", ".join(t.spec.name for t in adapter.targets) or "not recorded",
+    }
+    return facts_table(directory, rows)
+
+
+def _method(adapter: Adapter) -> str:
+    config = adapter.config
+    if config.num_prompts:
+        return f"prompts, {config.num_prompts} tokens in each attention layer"
+    name = "DoRA" if config.use_dora else "LoRA"
+    return f"rank-stabilised {name}" if config.use_rslora else name
+
+
+def _patterns(adapter: Adapter) -> str:
+    config = adapter.config
+    parts = [f"{key}: rank {rank}" for key, rank in config.rank_pattern.items()]
+    parts += [f"{key}: alpha {alpha:g}" for key, alpha in config.alpha_pattern.items()]
+    return f" ({'; '.join(parts)})" if parts else ""
+
+
+def merge_adapter(directory: str | Path, checkpoint: str | Path, output: str | Path) -> Path:
+    """Write base and adapter as one plain checkpoint.
+
+    Args:
+        directory: the adapter folder.
+        checkpoint: its base.
+        output: the new checkpoint; a file that exists is left alone.
+
+    Raises:
+        AdapterError: the adapter cannot be read, belongs to another base, or ``output`` exists.
+        CheckpointError: the base cannot be read, or the new file not be written.
+    """
+    if Path(output).exists():
+        raise AdapterError(f"'{output}' exists already. Choose another name with -o.")
+    adapter = read_adapter(directory)
+    base = load_checkpoint(checkpoint)
+    install(base.model, adapter)
+    provenance = {
+        "parent": base.path.stem,
+        "parent_fingerprint": adapter.fingerprint,
+        "parent_provenance": base.provenance,
+        "adapter": str(directory),
+    }
+    return save_checkpoint(output, merged_copy(base.model), provenance=provenance)
+
+
+def combine_adapters(
+    directories: Sequence[str | Path],
+    output: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    combination: str = "cat",
+    rank: int | None = None,
+    checkpoint: str | Path | None = None,
+) -> Path:
+    """Blend adapter folders into a new one.
+
+    Args:
+        directories: at least one.
+        output: the new folder; one that holds an adapter is left alone.
+        weights: one for each; equal ones that sum to 1 when left out.
+        combination: as for :func:`pet_finetune.adapters.combine`.
+        rank: likewise.
+        checkpoint: the base; needed where the weights do not sum to 1.
+
+    Raises:
+        AdapterError: the adapters cannot be read or do not go together, the number of weights is
+            another, or ``output`` holds an adapter.
+    """
+    weights = [1.0 / len(directories)] * len(directories) if weights is None else list(weights)
+    if len(weights) != len(directories):
+        raise AdapterError(
+            f"{len(directories)} adapters and {len(weights)} weights: give one weight for each."
+        )
+    if Path(output).is_dir() and any(Path(output).iterdir()):
+        raise AdapterError(f"'{output}' is not empty. Choose another folder with -o.")
+    parts = list(zip(map(read_adapter, directories), weights, strict=True))
+    base = None if checkpoint is None else load_checkpoint(checkpoint).model
+    mixed = combine(parts, combination, rank=rank, base=base, name=str(output))
+    return write_adapter(mixed, output)
+
+
+def check_adapters(
+    directories: Sequence[str | Path], checkpoint: str | Path | None = None
+) -> list[AdapterFinding]:
+    """Check adapter folders, alone, with their base where it is given, and with each other.
+
+    Args:
+        directories: at least one.
+        checkpoint: the base.
+
+    Raises:
+        CheckpointError: the base cannot be read.
+    """
+    base = None if checkpoint is None else load_checkpoint(checkpoint).model
+    findings, sound = [], []
+    for directory in directories:
+        try:
+            adapter = read_adapter(directory)
+            found = list(_check_alone(adapter))
+            if base is not None:
+                found += _check_on_base(adapter, base)
+        except AdapterError as error:
+            found = [AdapterFinding(str(directory), False, str(error))]
+        else:
+            sound.append(adapter)
+        findings += found
+    if len(sound) > 1:
+        findings.append(_check_blend(sound, base))
+    return findings
+
+
+def _check_alone(adapter: Adapter) -> Iterator[AdapterFinding]:
+    wrong = [name for name, value in adapter.tensors.items() if not bool(value.isfinite().all())]
+    if wrong:
+        text = f"{len(wrong)} tensors hold numbers that are not finite, such as {wrong[0]}."
+        yield AdapterFinding(adapter.name, False, text)
+        return
+    text = f"{len(adapter.tensors)} tensors, {adapter.num_parameters:,} numbers, all finite"
+    yield AdapterFinding(adapter.name, True, text)
+    factors = {n: t for n, t in adapter.tensors.items() if n.endswith(".lora_B")}
+    if factors and not any(t.any() for t in factors.values()):
+        yield AdapterFinding(
+            adapter.name, True, "the update is zero: the adapter was never trained"
+        )
+
+
+def _check_on_base(adapter: Adapter, base: Potential) -> Iterator[AdapterFinding]:
+    """Whether it fits, how large its update is, and whether predictions are numbers."""
+    model = merged_copy(base)
+    config = install(model, adapter)
+    yield AdapterFinding(adapter.name, True, f"fits the base ({weights_fingerprint(base)[:12]})")
+    with torch.no_grad():
+        ratios = {
+            path: float((layer.updated_weight() - layer.weight).norm() / layer.weight.norm())
+            for path, layer in lora_layers(model)
+        }
+    if ratios:
+        path, largest = max(ratios.items(), key=lambda item: item[1])
+        text = f"largest update: {100 * largest:.1f} % of the weight of {path}"
+        text += " (more than the weight itself: look at its errors)" if largest > _LARGE else ""
+        yield AdapterFinding(adapter.name, True, text)
+    pairs = [Atoms([z, z], [[0, 0, 0], [0, 0, 2.2 * covalent_radii[z]]]) for z in model.species]
+    batch = batch_from_atoms(pairs, model.cutoff, model.dtype)
+    wanted = {name: (model.target(name).is_energy, False) for name in config.targets}
+    for name, found in model.predict_targets(batch, wanted).items():
+        values = [value for value in vars(found).values() if isinstance(value, torch.Tensor)]
+        finite = all(bool(value.isfinite().all()) for value in values)
+        kinds = f"'{name}' and its forces" if wanted[name][0] else f"'{name}'"
+        text = f"{kinds} of a pair of atoms of each element: {'' if finite else 'not '}finite"
+        yield AdapterFinding(adapter.name, finite, text)
+
+
+def _check_blend(adapters: Sequence[Adapter], base: Potential | None) -> AdapterFinding:
+    """In which ways the adapters can be combined."""
+    possible, reason = [], ""
+    weight = 1.0 / len(adapters)
+    for combination in ("cat", "svd", "linear"):
+        try:
+            combine([(adapter, weight) for adapter in adapters], combination, base=base)
+            possible.append(combination)
+        except AdapterError as error:
+            reason = str(error)
+    text = f"can be combined by {', '.join(possible)}. " if possible else ""
+    return AdapterFinding("together", True, (text + reason).strip())

@@ -23,9 +23,9 @@ from pet_finetune.errors import CheckpointError
 from pet_finetune.keys import TargetSpec
 from pet_finetune.model.potential import Potential
 
-from .allowed_names import StoredTensor
 from .archive import TorchArchive
 from .build import build_potential
+from .safe_pickle import StoredTensor
 from .upgrade import NETWORK_PARTS, merge_lora_layers, rename_before_8
 
 _PREFIXES = ("backend.", "model.", "module.", "network.", "pet_model.")

@@ -14,10 +14,10 @@ from pet_finetune.model.pet import HEAD_GROUPS
 from pet_finetune.model.potential import Potential
 from pet_finetune.units import length_to_angstrom
 
-from .allowed_names import Inert
 from .archive import TorchArchive, plain_value
 from .build import Checkpoint, build_potential, model_options
 from .metatrain_llpr import LLPR, read_llpr
+from .safe_pickle import Inert
 from .stored_targets import StoredTarget, usable_targets
 from .upgrade import RawCheckpoint, merge_lora_layers, upgrade
 
@@ -51,10 +51,6 @@ def read_metatrain(archive: TorchArchive, content: Mapping[str, Any]) -> Checkpo
     """Convert a checkpoint of metatrain's PET.
 
     The weights of the best epoch are used, as metatrain does to fine-tune and to export.
-
-    Args:
-        archive: the open file.
-        content: what :meth:`TorchArchive.content` gave.
 
     Raises:
         CheckpointError: if it is of another architecture, holds no target that can be used, or is

@@ -36,14 +36,20 @@ import torch
 from torch import Tensor
 
 from pet_finetune.adapters.adapter_config import AdapterConfig
-from pet_finetune.adapters.inject import AdapterTarget, adapter_state, adapter_tensors, place
+from pet_finetune.adapters.inject import (
+    AdapterTarget,
+    adapter_state,
+    adapter_tensors,
+    merged_copy,
+    place,
+    unmerge,
+)
 from pet_finetune.adapters.layers import (
     grown_tables,
     is_adapter_tensor,
     merge_new_rows,
     remove_prompts,
 )
-from pet_finetune.adapters.merge import merged_copy, unmerge
 from pet_finetune.adapters.quantize import quantize_base
 from pet_finetune.committee.llpr import fresh
 from pet_finetune.errors import CheckpointError, PetFinetuneError

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from pet_finetune.adapters.adapted import AdaptedPotential
-from pet_finetune.adapters.inject import active_adapter
-from pet_finetune.adapters.merge import merged_copy
+from pet_finetune.adapters.inject import active_adapter, merged_copy
 from pet_finetune.adapters.peft_files import load_adapter
 from pet_finetune.committee.committee import Committee
 from pet_finetune.committee.committee_files import Adapters, load_committee
@@ -19,11 +18,11 @@ from pet_finetune.errors import CheckpointError, ConfigError, damage_explained
 from pet_finetune.log import get_logger
 from pet_finetune.model.potential import Potential
 
-from .allowed_names import StoredTensor
 from .archive import TorchArchive
 from .build import Checkpoint
 from .metatrain import is_metatrain, is_of_numbers, read_metatrain, read_numbers
 from .native import is_native, read_native
+from .safe_pickle import StoredTensor
 from .stored_targets import StoredTarget
 
 _log = get_logger(__name__)

@@ -29,8 +29,8 @@ from pet_finetune.errors import CheckpointError, UnitError
 from pet_finetune.keys import TargetSpec, direct_quantity
 from pet_finetune.units import own_unit, to_own_unit
 
-from .allowed_names import Inert, StoredTensor
 from .archive import TorchArchive
+from .safe_pickle import Inert, StoredTensor
 
 
 @dataclass(frozen=True)

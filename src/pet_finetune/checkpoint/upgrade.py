@@ -47,10 +47,6 @@ class RawCheckpoint:
 def upgrade(raw: RawCheckpoint, where: str) -> RawCheckpoint:
     """Bring a checkpoint to :data:`NEWEST_VERSION`, in place.
 
-    Args:
-        raw: what the file holds; changed.
-        where: what to call the file in messages.
-
     Raises:
         CheckpointError: if its format is newer than that, or is not what it claims to be.
     """

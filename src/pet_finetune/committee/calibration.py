@@ -180,9 +180,6 @@ class Curves:
 def calibration_svg(curves: Mapping[str, Curves]) -> str:
     """Observed over expected coverage, one panel a kind, as SVG.
 
-    Args:
-        curves: by kind.
-
     Raises:
         PetFinetuneError: matplotlib is not installed.
     """

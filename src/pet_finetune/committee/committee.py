@@ -215,12 +215,7 @@ class Committee(nn.Module):
 
     @contextmanager
     def _shared(self, batch: Batch, together: bool) -> Iterator[SharedLayers | None]:
-        """Meanwhile the layers that the members share are computed once, if there are such.
-
-        Args:
-            batch: the structures.
-            together: as for :meth:`SharedLayers.sharing`.
-        """
+        """Meanwhile the layers that the members share are computed once, if there are such."""
         network = self._first.network
         layers = network.shared_layers
         enough = together or batch.num_edges * self.size >= _limit(_FEWEST_EDGES, batch)

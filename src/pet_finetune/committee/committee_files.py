@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pet_finetune.adapters.at_rest import Adapter, install
-from pet_finetune.adapters.merge import merged_copy
+from pet_finetune.adapters.inject import merged_copy
 from pet_finetune.adapters.peft_files import read_adapter
 from pet_finetune.errors import AdapterError, ConfigError, DataError
 from pet_finetune.files import read_object, write_whole

@@ -167,10 +167,6 @@ def from_ase(atoms: Atoms, where: str) -> Atoms:
     Puts back what :func:`to_traj` and :func:`carried` took apart, and reads a column of masses
     under its usual names, in atomic mass units.
 
-    Args:
-        atoms: changed in place.
-        where: the file, for messages.
-
     Raises:
         DataError: masses that no atoms have, or constraints that cannot be made.
     """

@@ -63,9 +63,6 @@ class MDFiles:
     one that goes on cuts off what came after, and the files end as those of a run that never
     stopped.
 
-    Args:
-        folder: made where it does not exist.
-
     Raises:
         DynamicsError: it cannot be written to.
     """

@@ -18,20 +18,18 @@ from rich.table import Table
 
 from pet_finetune.dynamics.loop import Outcome, simulate
 from pet_finetune.dynamics.md_files import MDFiles
-from pet_finetune.dynamics.measure import Summary, summarize
 from pet_finetune.dynamics.settings import MDSettings
 from pet_finetune.errors import DynamicsError, PetFinetuneError
 from pet_finetune.extras import drawn
 from pet_finetune.log import FILE_ONLY, get_logger, setup_logging
+from pet_finetune.printing import show
 from pet_finetune.progress import InterruptGuard
-from pet_finetune.report.curves import simulation_svg
 from pet_finetune.runs import STARTED, own_folder, starts_of
-from pet_finetune.training.tables import show
 
 from .integrators import degrees_of_freedom, draw_velocities, keeps_momentum, temperature
 from .md_checks import ModelChoice, check_start
 from .md_files import FINAL, LOG, PLOT, RESULTS, TRAJECTORY
-from .measure import MDDisplay
+from .measure import MDDisplay, Summary, simulation_svg, summarize
 
 _logger = get_logger(__name__)
 _RELAXED = 0.05  # eV/A

@@ -30,8 +30,8 @@ from pet_finetune.data.calculator_input import check_atoms
 from pet_finetune.errors import DynamicsError, PetFinetuneError, did_you_mean, is_out_of_memory
 from pet_finetune.files import replacing
 from pet_finetune.log import get_logger
+from pet_finetune.printing import show
 from pet_finetune.progress import InterruptGuard, Watch
-from pet_finetune.training.tables import show
 
 from .carried import carried
 from .integrators import constraint_problems
@@ -233,12 +233,6 @@ def _check(
 class _Underway:
     """A structure on its way to its minimum.
 
-    Args:
-        number: of the frame.
-        atoms: moved in place.
-        calculator: which computes it.
-        settings: when it is relaxed.
-
     Attributes:
         steps: that were made.
     """
@@ -292,11 +286,7 @@ class _Underway:
 
 
 class _Batches:
-    """Computes structures together, as many at once as pays and as the memory holds.
-
-    Args:
-        calculator: of the model.
-    """
+    """Computes structures together, as many at once as pays and as the memory holds."""
 
     def __init__(self, calculator: PETCalculator) -> None:
         self._calculator = calculator

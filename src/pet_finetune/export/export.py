@@ -14,8 +14,7 @@ import torch
 from ase.data import chemical_symbols
 from rich.table import Table
 
-from pet_finetune.adapters.inject import active_adapter
-from pet_finetune.adapters.merge import merged_copy
+from pet_finetune.adapters.inject import active_adapter, merged_copy
 from pet_finetune.adapters.peft_files import load_adapter
 from pet_finetune.checkpoint.build import Checkpoint
 from pet_finetune.checkpoint.opening import load_checkpoint
@@ -32,6 +31,7 @@ from pet_finetune.keys import main_energy
 from pet_finetune.log import get_logger
 from pet_finetune.model.fingerprint import weights_fingerprint
 from pet_finetune.model.potential import Potential
+from pet_finetune.printing import facts_table
 from pet_finetune.version import __version__
 
 _LOG = get_logger(__name__)
@@ -139,9 +139,8 @@ def _write_metatomic(
     calibration: float,
 ) -> ExportOutcome:
     """Write a model for engines."""
-    from .check import ModelCheck
     from .targets import choose_outputs, uncertainty_outputs
-    from .write import interaction_range, write_model
+    from .write import ModelCheck, interaction_range, write_model
 
     potential = potentials[0]
     energy = _energy(potential, target, of_adapter)
@@ -190,8 +189,7 @@ def _write_metatrain(
     """Write a model for metatrain, and read it back."""
     from pet_finetune.checkpoint.to_metatrain import save_metatrain
 
-    from .check import ModelCheck
-    from .write import interaction_range
+    from .write import ModelCheck, interaction_range
 
     if len(potentials) > 1:
         raise ConfigError(
@@ -237,14 +235,11 @@ def _say_left_out(targets: Sequence[str]) -> None:
 
 def export_table(outcome: ExportOutcome) -> Table:
     """What was written, for people."""
-    table = Table(title=str(outcome.path), title_justify="left", show_header=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
     named = [
         name if name in (target, f"mtt::{target}") else f"{name} (target '{target}')"
         for name, target in outcome.outputs.items()
     ]
-    rows = {
+    facts = {
         "file": f"{size_text(outcome.path.stat().st_size)}, {_FORMATS[outcome.format]}",
         "outputs": ", ".join(named),
         "interaction range": f"{outcome.interaction_range:g} A".replace(
@@ -253,9 +248,7 @@ def export_table(outcome: ExportOutcome) -> Table:
         "dtype": outcome.dtype,
         "checked": f"predictions are the checkpoint's, to {outcome.difference:.0e} of their size",
     }
-    for name, value in rows.items():
-        table.add_row(name, value)
-    return table
+    return facts_table(outcome.path, facts)
 
 
 def _format(wanted: str | None, output: Path) -> str:
@@ -274,10 +267,6 @@ def _format(wanted: str | None, output: Path) -> str:
 
 def check_output(output: str | os.PathLike[str], checkpoint: Path) -> Path:
     """Where to write, if that is possible and nothing to be sorry for.
-
-    Args:
-        output: the file.
-        checkpoint: what is exported, or what the training of it starts from.
 
     Raises:
         ConfigError: it is not.

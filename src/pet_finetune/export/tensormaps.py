@@ -29,8 +29,6 @@ from pet_finetune.model.potential import Potential
 from pet_finetune.model.prediction import Prediction
 from pet_finetune.nn.gnn_layer import sum_over_edges
 
-__all__ = ["output_names", "tensor_maps"]
-
 _ATOM, _SYSTEM = ["system", "atom"], ["system"]
 _PAIR = ["system", "first_atom", "second_atom", "cell_shift_a", "cell_shift_b", "cell_shift_c"]
 _FEATURE = "mtt::feature::"

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pet_finetune.adapters.inject import lora_layers
 from pet_finetune.adapters.layers import grown_tables
-from pet_finetune.adapters.merge import lora_layers
 from pet_finetune.data.labelled_batch import on_device
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.structure import Structure
@@ -30,8 +30,9 @@ from pet_finetune.nn.embedding import ROWS
 from pet_finetune.rng import Stream
 from pet_finetune.training.feature import Feature, Plan, Step, TrainingRun
 from pet_finetune.training.objectives import Objective
+from pet_finetune.training.sets import objective_of
 
-from .replay import objective_of, read_unlabelled, sample
+from .replay import read_unlabelled, sample
 
 _logger = get_logger(__name__)
 

@@ -8,7 +8,7 @@ are read, checked and kept in a file here.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,6 @@ from pet_finetune.data.structure import Structure, atoms_to_structure
 from pet_finetune.data.structure_sets import sampled
 from pet_finetune.errors import ConfigError, DataError
 from pet_finetune.inspection.inspected import most_different
-from pet_finetune.keys import forces_key, stress_key
 from pet_finetune.log import get_logger
 from pet_finetune.model.potential import Potential
 from pet_finetune.progress import Watch
@@ -34,7 +33,7 @@ from pet_finetune.rng import Stream
 from pet_finetune.training.extend import check_known
 from pet_finetune.training.feature import Feature, Plan, Step, TrainingRun
 from pet_finetune.training.objectives import Objective, batch_loss, loss_stage
-from pet_finetune.training.sets import label_with, relabelled
+from pet_finetune.training.sets import label_with, objective_of, relabelled
 from pet_finetune.training.starting_model import FoundationEnergies, named_energy
 
 _logger = get_logger(__name__)
@@ -262,7 +261,6 @@ class ReplayFeature(Feature):
         if self._kept is None:
             return
         structures = from_plain(self._kept["structures"])
-        objective = objective_of(options, model, self._kept["target"])
         loader = Loader(
             structures,
             model.cutoff,
@@ -272,8 +270,8 @@ class ReplayFeature(Feature):
             dtype=model.dtype,
         )
         beside = Beside(loader, trainer.training, self._kept["fraction"])
-        weight = self._kept["weight"]
-        self._loss = ReplayLoss(model, beside, _possible(objective, loader), weight, options)
+        objective = objective_of(options, model, self._kept["target"], loader.label_names)
+        self._loss = ReplayLoss(model, beside, objective, self._kept["weight"], options)
 
     def _labelled(self, model: Potential) -> dict[str, Any] | None:
         if self._plan is None or self._head is None:
@@ -314,29 +312,6 @@ class ReplayFeature(Feature):
     def losses(self, step: Step) -> Mapping[str, Tensor]:
         """The loss of what goes beside a batch."""
         return {} if self._loss is None else {self.name: self._loss(step)}
-
-
-def objective_of(options: TrainingOptions, model: Potential, target: str) -> Objective:
-    """What is asked of structures that the foundation knows: as of the user's own."""
-    loss = options.loss_for(target)
-    return Objective(
-        target=target,
-        loss=loss,
-        forces=loss.forces_term().weight > 0,
-        stress=loss.stress_term().weight > 0,
-        scale=float(model.scale.get(target)),
-        per_atom=target not in options.per_structure_targets,
-    )
-
-
-def _possible(objective: Objective, loader: Loader) -> Objective:
-    """The objective without derivatives that no structure is labelled with."""
-    labels, target = loader.label_names, objective.target
-    return replace(
-        objective,
-        forces=objective.forces and forces_key(target) in labels,
-        stress=objective.stress and stress_key(target) in labels,
-    )
 
 
 def number_beside(own: int, fraction: float) -> int:

@@ -27,10 +27,10 @@ from pet_finetune.data.structure import (
 from pet_finetune.inspection.inspected import InspectedFrame, dataset_of
 from pet_finetune.rng import Stream
 
-from .work import DROPPED
-
 #: In the info of a frame: what it is called.
 NAME = "name"
+#: In the info of a frame that is not used: why.
+DROPPED = "dropped"
 _MOVED, _DISPLACED = 0.75, 0.25
 _MOST_STARTS = 20
 _EVERY = 10  # steps between two frames of the dynamics
@@ -70,12 +70,7 @@ class Task:
 
 
 def tasks_of(frames: Sequence[Atoms], settings: PretrainOptions) -> list[Task]:
-    """What there is to explore: the user's own frames, and new ones up to the number wanted.
-
-    Args:
-        frames: the user's, not more than are wanted.
-        settings: how many frames, and at which temperatures.
-    """
+    """What there is to explore: the user's own frames, and new ones up to the number wanted."""
     size, hot = len(frames), settings.temperatures
     new = settings.n - size
     given = range(0, size, _PER_TASK)

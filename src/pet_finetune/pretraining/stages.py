@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from ase import Atoms
@@ -22,18 +24,22 @@ from pet_finetune.config.load import parse_options
 from pet_finetune.config.run_options import Options
 from pet_finetune.data.ase_databases import write_exact
 from pet_finetune.data.calculator_input import check_atoms
-from pet_finetune.data.frame_files import forget_files
+from pet_finetune.data.frame_files import forget_files, read_frames
 from pet_finetune.data.splits import make_splits
 from pet_finetune.data.structure import (
     DEFAULT_CHARGE_KEYS,
     DEFAULT_SPIN_KEYS,
     Structure,
+    atoms_to_structure,
     evenly_apart,
+    structures_fingerprint,
 )
-from pet_finetune.errors import DataError, PetFinetuneError, TrainingError
+from pet_finetune.errors import DataError, PetFinetuneError, RunError, TrainingError
+from pet_finetune.files import read_object, write_whole
 from pet_finetune.log import get_logger
 from pet_finetune.model.fingerprint import weights_fingerprint
 from pet_finetune.model.potential import Potential
+from pet_finetune.progress import Watch
 from pet_finetune.rng import Stream, seed_everything
 from pet_finetune.runs import RunFolder
 from pet_finetune.training.records import TrainOutcome
@@ -41,9 +47,97 @@ from pet_finetune.training.resume import plain_errors
 from pet_finetune.training.run import train
 from pet_finetune.training.run_files import BEST, LAST
 
-from .explore import NAME, explore, tasks_of
+from .explore import DROPPED, NAME, explore, tasks_of
 from .teacher import Teacher, teacher_of
-from .work import DROPPED, Work, digest
+
+_RECORD = "pretrain.json"
+_Item = TypeVar("_Item")
+
+
+class Work:
+    """The folder that the stages keep what they found in; the same command goes on with it.
+
+    Args:
+        folder: made where it does not exist.
+        settings: of the work.
+        content: what else it is made from, by name: digests of the foundation and the structures.
+
+    Raises:
+        RunError: it holds the work of other settings.
+        DataError: its record is damaged.
+    """
+
+    def __init__(self, folder: Path, settings: PretrainOptions, content: dict[str, str]) -> None:
+        self.folder = folder
+        own = {**settings.model_dump(mode="json"), **content}
+        self.record: dict[str, Any] = {"made_from": own, "seconds": {}}
+        file = folder / _RECORD
+        if file.exists():
+            found = read_object(file)
+            made_from = found.get("made_from", {})
+            changed = [name for name in own if made_from.get(name) != own[name]]
+            if changed:
+                told = ", ".join(f"{n}: {made_from.get(n)} -> {own[n]}" for n in changed)
+                raise RunError(
+                    f"The folder '{folder}' holds work begun from something else ({told}). Remove "
+                    "it, name another one with --work, or repeat what it was begun with."
+                )
+            self.record = found
+        folder.mkdir(parents=True, exist_ok=True)
+        self.save()
+
+    def save(self) -> None:
+        """Write the record."""
+        write_whole(self.folder / _RECORD, json.dumps(self.record, indent=2) + "\n")
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time that is spent inside to the stage's, also where it is interrupted."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        try:
+            yield
+        finally:
+            spent = self.record["seconds"].setdefault(name, {"wall": 0.0, "cpu": 0.0})
+            spent["wall"] += time.perf_counter() - wall
+            spent["cpu"] += time.process_time() - cpu
+            self.save()
+
+    def pieces(
+        self,
+        name: str,
+        what: str,
+        items: Sequence[_Item],
+        make: Callable[[_Item], list[Atoms]],
+    ) -> list[Atoms]:
+        """Frames of each item, from a file of its own where it was made before.
+
+        Args:
+            name: of the folder of these files.
+            what: what is done, for the progress.
+            items: what frames are made from.
+            make: one frame or more of an item; the same whenever it is asked.
+        """
+        place = self.folder / name
+        place.mkdir(exist_ok=True)
+        frames: list[Atoms] = []
+        with Watch(what, "pieces", len(items)) as watch:
+            for number, item in enumerate(items):
+                file = place / f"{number:05d}.db"
+                if not file.exists():
+                    write_exact(file, make(item))
+                try:
+                    frames += read_frames(file)
+                except DataError as error:
+                    raise DataError(f"{error} Remove this file: it is made again.") from error
+                watch.step()
+        return frames
+
+
+def digest(frames: Sequence[Atoms]) -> str:
+    """A name for the geometries of frames."""
+    structures = (atoms_to_structure(atoms, i) for i, atoms in enumerate(frames))
+    return hashlib.sha256(structures_fingerprint(structures).encode()).hexdigest()[:16]
+
 
 _logger = get_logger(__name__)
 _PER_PIECE = 20  # frames that are labelled between two savings
@@ -136,9 +230,6 @@ def pretrained(options: Options) -> Options:
 
     What it gives is kept in the cache under a name made of settings, structures and weights, and
     found there by the next run.
-
-    Args:
-        options: checked ones; they come back as they are where this is not asked for.
 
     Raises:
         PetFinetuneError: as :func:`pretrain_model`.

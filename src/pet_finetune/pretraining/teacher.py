@@ -21,8 +21,7 @@ from pet_finetune.errors import ConfigError, PetFinetuneError, did_you_mean
 from pet_finetune.extras import missing_extra
 from pet_finetune.hub import find_model, is_address
 
-from .explore import NAME, bare
-from .work import DROPPED
+from .explore import DROPPED, NAME, bare
 
 #: Names of the tight-binding methods, and tblite's names of them.
 TIGHT_BINDING = {"gfn2": "GFN2-xTB", "gfn1": "GFN1-xTB"}

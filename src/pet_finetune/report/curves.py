@@ -1,117 +1,24 @@
-"""Curves of the page: learning, forgetting, and simulations."""
+"""Curves of the page (learning, forgetting) and parity plots: predictions over labels."""
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from typing import Any
 
 import numpy as np
 
+from pet_finetune.data.predicted import Predicted
 from pet_finetune.extras import plotting
 
 from . import figures
 from .figures import AFTER, BEFORE, MUTED, WARN, log_ticks, panel
+from .frame_errors import mean_known, residuals
 from .run_record import Epochs, Quantity, RunRecord, best_row
-
-_MOST_POINTS = 2000
-_AVERAGED = 50  # points in a running mean, where there are enough
-
-
-def simulation_svg(
-    rows: Mapping[str, np.ndarray], atoms: int, target: float, limit: float | None = None
-) -> str:
-    """A panel each for energy, temperature and, where the log has them, volume and uncertainty.
-
-    Args:
-        rows: the log, arrays by column.
-        atoms: how many there are.
-        target: temperature that was asked for, K.
-        limit: uncertainty at which the run was to stop, eV/A.
-
-    Raises:
-        PetFinetuneError: matplotlib is not installed.
-    """
-    rc_context, Figure = plotting()
-    step = max(1, len(rows["step"]) // _MOST_POINTS)
-    thin = {name: values[::step] for name, values in rows.items()}
-    panels = [_draw_energy, _draw_temperature]
-    if "volume_A3" in rows and np.ptp(rows["volume_A3"]) > 0:
-        panels.append(_draw_volume)
-    if "max_forces_uncertainty_eV_A" in rows or "energy_uncertainty_eV" in rows:
-        panels.append(_draw_uncertainty)
-    # Letters as letters and names by a fixed rule: the same log gives the same file.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "simulation", "font.size": 9}):
-        height = 1.9 * len(panels) + 0.5
-        figure = Figure(figsize=(7.0, height))
-        axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False).ravel()
-        figure.subplots_adjust(
-            left=0.13, right=0.97, bottom=0.5 / height, top=1 - 0.3 / height, hspace=0.22
-        )
-        unit, factor = ("ps", 1e-3) if rows["time_fs"][-1] >= 1000 else ("fs", 1.0)
-        time = thin["time_fs"] * factor
-        for axis, draw in zip(axes, panels, strict=True):
-            draw(axis, time, thin, {"atoms": atoms, "target": target, "limit": limit})
-            axis.grid(color="0.9", linewidth=0.6)
-            axis.set_axisbelow(True)
-        axes[-1].set_xlabel(f"time ({unit})")
-        axes[-1].set_xlim(time[0], time[-1] if len(time) > 1 else time[0] + 1)
-        figure.align_ylabels(axes)
-        file = io.StringIO()
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    return file.getvalue()
-
-
-def _draw_energy(axis: Any, time: np.ndarray, rows: Mapping[str, np.ndarray], of: Any) -> None:
-    """The conserved quantity; potential and total energy where there is none (Langevin)."""
-    per_atom = 1000.0 / of["atoms"]
-    if "conserved_eV" in rows:
-        shown = {"conserved energy": rows["conserved_eV"]}
-    else:
-        shown = {"total energy": rows["total_eV"], "potential energy": rows["potential_eV"]}
-    for (name, values), color in zip(shown.items(), ("tab:blue", "0.6"), strict=False):
-        axis.plot(time, (values - values[0]) * per_atom, label=name, color=color, linewidth=0.9)
-    axis.set_ylabel("energy − start\n(meV/atom)")
-    _legend(axis)
-
-
-def _legend(axis: Any) -> None:
-    """Above the panel, where it hides nothing."""
-    place = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "borderaxespad": 0.0}
-    axis.legend(frameon=False, fontsize=8, ncols=2, **place)
-
-
-def _draw_temperature(axis: Any, time: np.ndarray, rows: Mapping[str, np.ndarray], of: Any) -> None:
-    values = rows["temperature_K"]
-    axis.plot(time, values, color="tab:red", alpha=0.45, linewidth=0.7)
-    if len(values) > 2 * _AVERAGED:
-        mean = np.convolve(values, np.ones(_AVERAGED) / _AVERAGED, mode="valid")
-        axis.plot(time[_AVERAGED // 2 :][: len(mean)], mean, color="tab:red", label="running mean")
-    axis.axhline(of["target"], color="0.3", linestyle="--", linewidth=0.9, label="asked for")
-    axis.set_ylabel("temperature\n(K)")
-    _legend(axis)
-
-
-def _draw_volume(axis: Any, time: np.ndarray, rows: Mapping[str, np.ndarray], of: Any) -> None:
-    axis.plot(time, rows["volume_A3"] / of["atoms"], color="tab:green", linewidth=0.9)
-    axis.set_ylabel("volume\n(Å³/atom)")
-
-
-def _draw_uncertainty(axis: Any, time: np.ndarray, rows: Mapping[str, np.ndarray], of: Any) -> None:
-    """Of the forces, where it is known; else of the energy."""
-    if "max_forces_uncertainty_eV_A" in rows:
-        values, limit = rows["max_forces_uncertainty_eV_A"], of["limit"]
-        axis.set_ylabel("largest force\nuncertainty (meV/Å)")
-        if limit is not None:
-            axis.axhline(1000.0 * limit, color="0.3", linestyle="--", linewidth=0.9)
-    else:
-        values = rows["energy_uncertainty_eV"] / of["atoms"]
-        axis.set_ylabel("uncertainty of\nthe energy (meV/atom)")
-    axis.plot(time, 1000.0 * values, color="tab:purple", linewidth=0.7)
-    axis.set_ylim(bottom=0.0)
+from .verdict import number
 
 
 def learning_curves(run: RunRecord) -> list[str]:
@@ -128,8 +35,8 @@ def plot_curves(run: RunRecord) -> Any:
     _, figure_of = plotting()
     curves = list(_curves(run))
     figure = figure_of(figsize=(4.2 * max(1, len(curves)), 3.2), layout="constrained")
-    for number, (_, _, draw) in enumerate(curves, 1):
-        draw(figure.add_subplot(1, len(curves), number))
+    for place, (_, _, draw) in enumerate(curves, 1):
+        draw(figure.add_subplot(1, len(curves), place))
     return figure
 
 
@@ -139,10 +46,10 @@ def _curves(run: RunRecord) -> Iterator[tuple[str, str, Callable[[Any], None]]]:
     if not many:
         return
     yield "curve-loss", "Training loss over epochs", partial(_loss, many=many)
-    for number, quantity in enumerate(run.quantities()):
+    for index, quantity in enumerate(run.quantities()):
         title = f"{quantity.name} MAE ({quantity.unit})"
         draw = partial(_errors, run=run, quantity=quantity, many=many, title=title)
-        yield f"curve-error-{number}", f"{title} over epochs", draw
+        yield f"curve-error-{index}", f"{title} over epochs", draw
     yield "curve-rate", "Learning rate over epochs", partial(_rate, many=many)
 
 
@@ -153,7 +60,7 @@ def forgetting_curves(run: RunRecord) -> list[str]:
     names = dict.fromkeys(
         name for rows in many for row in rows for name in row if name.startswith("retention/")
     )
-    for number, name in enumerate(name for name in names if name.endswith("_mae")):
+    for index, name in enumerate(name for name in names if name.endswith("_mae")):
         target, _, error = name.removeprefix("retention/").rpartition("/")
         kind = error.removesuffix("_mae")
         unit = {"energy": "meV/atom", "forces": "meV/Å"}.get(kind, "")
@@ -161,7 +68,7 @@ def forgetting_curves(run: RunRecord) -> list[str]:
         title = f"{several}{kind} off by ({unit})"
         panels.append(
             panel(
-                f"forget-{number}",
+                f"forget-{index}",
                 f"{title} over epochs",
                 partial(_forgetting, many=many, name=name, title=title),
             )
@@ -265,3 +172,140 @@ def _forgetting(axes: Any, many: Sequence[Epochs], name: str, title: str) -> Non
         _line(axes, epochs, values, many, color=WARN)
     axes.set_ylim(bottom=0)
     _finish(axes, title, many)
+
+
+# More points than this are drawn as a picture of their density: a file of dots would be large,
+# and where dots lie on dots nothing is seen.
+_MOST_DOTS = 1500
+_CELLS = 120  # of the picture, each way
+# A picture cannot take the page's colours; these two read well on light and dark.
+_MID_TONES = {"before": (0.50, 0.54, 0.60), "after": (0.16, 0.52, 0.80)}
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The plots of one quantity, starting model first."""
+
+    title: str
+    note: str
+    plots: list[str]
+
+
+def parity_plots(run: RunRecord) -> list[Parity]:
+    """Plots of every quantity that there are labels and predictions for."""
+    predicted = run.predicted
+    if predicted is None:
+        return []
+    found = []
+    for index, quantity in enumerate(run.quantities()):
+        axes_values = _values(predicted, quantity)
+        if axes_values is None:
+            continue
+        label, models, note = axes_values
+        known = np.isfinite(label)
+        # One frame for both, so that they can be compared by eye.
+        low, high = _frame([label[known], *(values[known] for values in models.values())])
+        plots = []
+        for model, values in models.items():
+            name = run.names[model == "after"]
+            errors = residuals(predicted, quantity, model)
+            mae = math.nan if errors is None else mean_known(np.abs(errors))
+            shown = f"MAE {number(quantity.factor * mae)} {quantity.unit}"
+            plots.append(
+                panel(
+                    f"parity-{index}-{model}",
+                    f"Predicted over reference {quantity.name} of the {name} model, {shown}",
+                    partial(
+                        _draw,
+                        model=model,
+                        label=label[known],
+                        values=values[known],
+                        frame=(low, high),
+                        unit=quantity.plain,
+                        title=f"{name}: {shown}",
+                    ),
+                    width=3.6,
+                    height=3.35,
+                )
+            )
+        found.append(Parity(quantity.name, note, plots))
+    return found
+
+
+def _values(
+    predicted: Predicted, quantity: Quantity
+) -> tuple[np.ndarray, dict[str, np.ndarray], str] | None:
+    """Labels and predictions as flat arrays, and what was taken off."""
+    label = predicted.labels.get(quantity.label)
+    models = {
+        name: predicted.models[name][quantity.label].astype(np.float64)
+        for name in ("before", "after")
+        if quantity.label in predicted.models.get(name, {})
+    }
+    if label is None or not models:
+        return None
+    label, note = label.astype(np.float64), ""
+    if quantity.kind == "energy":
+        shift = predicted.baselines.get(quantity.target)
+        if shift is None:
+            shift = predicted.sizes * np.nanmean(label / predicted.sizes)
+            note = "energies per atom, less their mean"
+        else:
+            note = "energies per atom, less the baseline of the elements"
+        label = (label - shift) / predicted.sizes
+        models = {name: (values - shift) / predicted.sizes for name, values in models.items()}
+    if quantity.kind == "stress":
+        upper = np.triu_indices(3)  # a stress is symmetric
+        label = label[:, upper[0], upper[1]]
+        models = {name: values[:, upper[0], upper[1]] for name, values in models.items()}
+    flat = {name: values.reshape(-1) for name, values in models.items()}
+    return label.reshape(-1), flat, note
+
+
+def _frame(values: list[np.ndarray]) -> tuple[float, float]:
+    """Limits that hold all values and a little more."""
+    joined = np.concatenate(values)
+    joined = joined[np.isfinite(joined)]
+    low, high = (float(joined.min()), float(joined.max())) if len(joined) else (0.0, 1.0)
+    margin = 0.05 * (high - low) or 1e-3 * max(1.0, abs(low))
+    return low - margin, high + margin
+
+
+def _draw(
+    axes: Any,
+    model: str,
+    label: np.ndarray,
+    values: np.ndarray,
+    frame: tuple[float, float],
+    unit: str,
+    title: str,
+) -> None:
+    axes.plot(frame, frame, color=MUTED, linewidth=0.8, zorder=3)
+    if len(label) <= _MOST_DOTS:
+        colour = {"before": BEFORE, "after": AFTER}[model]
+        axes.plot(label, values, "o", color=colour, markersize=3, alpha=0.6, markeredgewidth=0)
+    else:
+        axes.imshow(
+            _density(label, values, frame, _MID_TONES[model]),
+            extent=(*frame, *frame), origin="lower", interpolation="nearest", zorder=2,
+        )  # fmt: skip
+    axes.set(xlim=frame, ylim=frame, aspect="equal", title=title)
+    axes.set(xlabel=f"reference ({unit})", ylabel=f"predicted ({unit})")
+    axes.locator_params(nbins=5)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:.6g}".replace("-", "−"))
+
+
+def _density(
+    label: np.ndarray,
+    values: np.ndarray,
+    frame: tuple[float, float],
+    colour: tuple[float, float, float],
+) -> np.ndarray:
+    """How many points fall where, as opacity on a logarithmic scale, [cells, cells, 4]."""
+    counts, _, _ = np.histogram2d(values, label, bins=_CELLS, range=[frame, frame])
+    opacity = np.log1p(counts) / np.log1p(max(1.0, counts.max()))
+    picture = np.empty((*counts.shape, 4))
+    picture[..., :3] = colour
+    picture[..., 3] = np.where(counts > 0, 0.25 + 0.75 * opacity, 0.0)
+    return picture

@@ -152,12 +152,7 @@ def _rounded(match: re.Match[str]) -> str:
 
 
 def log_ticks(axis: Any, values: Iterable[float]) -> None:
-    """Label a logarithmic axis with plain numbers, at 1, 2 and 5 where it spans little.
-
-    Args:
-        axis: ``axes.xaxis`` or ``axes.yaxis``.
-        values: what is drawn along it.
-    """
+    """Label a logarithmic axis with plain numbers, at 1, 2 and 5 where it spans little."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     positive = [value for value in values if value > 0 and math.isfinite(value)]

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from pet_finetune.data.predicted import Predicted
 
 from . import figures
-from .curves import forgetting_curves, learning_curves
+from .curves import forgetting_curves, learning_curves, parity_plots
 from .facts import headline, provenance, recipes, trained
 from .figures import (
     MOST_PAIRS,
@@ -39,7 +39,6 @@ from .frame_errors import (
     small_enough,
     still,
 )
-from .parity import parity_plots
 from .run_record import Quantity, RunRecord
 from .verdict import judge, number, signed
 
@@ -49,12 +48,7 @@ _SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 
 def render(run: RunRecord, version: str) -> str:
-    """The whole page.
-
-    Args:
-        run: what it tells.
-        version: of the package, for the foot.
-    """
+    """The whole page."""
     drawn = figures.available()
     return _template().render(
         css=Markup(_file("page.css")),

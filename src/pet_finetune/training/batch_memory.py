@@ -41,10 +41,6 @@ class InParts:
     """Takes gradients of batches, in parts as soon as the memory was not enough for the whole.
 
     The parts of a batch are normalised by the whole of it, so that their sum is its gradient.
-
-    Args:
-        loader: of the training set.
-        ready: moves parts to the model.
     """
 
     def __init__(

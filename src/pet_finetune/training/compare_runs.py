@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.table import Table
@@ -21,6 +22,7 @@ from pet_finetune.errors import ConfigError, DataError, PetFinetuneError, did_yo
 from pet_finetune.files import read_object, read_table, size_text
 from pet_finetune.hub import is_address
 from pet_finetune.log import get_logger, setup_logging
+from pet_finetune.printing import show
 from pet_finetune.runs import RunFolder, changed_options, own_folder
 
 from .evaluation import (
@@ -32,9 +34,9 @@ from .evaluation import (
 )
 from .metrics import SHOWN
 from .prepare import NO_ROOMS, Rooms
+from .records import TrainOutcome
 from .run import train
 from .run_files import ADAPTER, BEST, LAST, OPTIONS, RESULTS, TABLE, RunFiles
-from .tables import show
 
 _logger = get_logger(__name__)
 #: The sets that every run has; others are those of features.
@@ -94,13 +96,14 @@ def train_named(
         PetFinetuneError: a file that the runs name is missing, or as :func:`~.run.train`.
     """
     check_files(runs)
+    begin = partial(train, source=source, check=check, rooms=rooms)
     options = runs[0].loaded.options
     launch = launchers.find_launch(options.training.distributed, options.training.distributed_port)
     device = choose_device(options.device, None if launch is None else launch.local_rank)
     with processes.joined(launch, device):
         setup_logging()
         with nullcontext() if alone else processes.alone():
-            status, failed = _train_all(runs, source, alone, check, rooms)
+            status, failed = _train_all(runs, begin, alone)
         found = processes.gathered((status, failed))
         status = max(one for one, _ in found)
         failed = {name: text for _, some in found for name, text in some.items()}
@@ -120,15 +123,16 @@ def _dealt(runs: Sequence[NamedRun]) -> Iterator[NamedRun]:
 
 
 def _train_all(
-    runs: Sequence[NamedRun], source: str | Path, alone: bool, check: bool, rooms: Rooms
+    runs: Sequence[NamedRun], begin: Callable[..., TrainOutcome], alone: bool
 ) -> tuple[int, dict[str, str]]:
     """Train the runs of this process: the exit status, and why those failed that did."""
     failed: dict[str, str] = {}
     for run in _dealt(runs):
         _logger.info("run '%s': %s", run.name, run.folder)
         try:
-            if not _train_one(run, source, check, rooms):
-                return 130, failed
+            with own_folder(run.folder) as path:  # what is there does not change while we look
+                if not (_is_finished(run) or _train_rest(run, RunFolder(path), begin)):
+                    return 130, failed
         except PetFinetuneError as error:
             if alone:
                 raise
@@ -137,12 +141,6 @@ def _train_all(
         finally:
             setup_logging()  # the next run has a log file of its own
     return int(bool(failed)), failed
-
-
-def _train_one(run: NamedRun, source: str | Path, check: bool, rooms: Rooms) -> bool:
-    """Train one run, or what is left of it; False when it was interrupted."""
-    with own_folder(run.folder) as path:  # what is there does not change while we look
-        return _is_finished(run) or _train_rest(run, RunFolder(path), source, check, rooms)
 
 
 def _is_finished(run: NamedRun) -> bool:
@@ -161,24 +159,15 @@ def _is_finished(run: NamedRun) -> bool:
     return True
 
 
-def _train_rest(
-    run: NamedRun, claimed: RunFolder, source: str | Path, check: bool, rooms: Rooms
-) -> bool:
+def _train_rest(run: NamedRun, claimed: RunFolder, begin: Callable[..., TrainOutcome]) -> bool:
+    """Train one run, or what is left of it; False when it was interrupted."""
     folder = run.folder
     # Of a committee (finetune.ensemble), each member has its own.
     saved = [path for path in (folder / LAST, *sorted(folder.glob(f"*/{LAST}"))) if path.exists()]
     if not saved:
         RunFiles(folder).start_over()
-    outcome = train(
-        run.loaded.options,
-        claimed,
-        restart=saved[0] if saved else None,
-        notices=run.loaded.notices,
-        source=source,
-        check=check,
-        rooms=rooms,
-    )
-    return outcome.result.finished
+    restart, notices = saved[0] if saved else None, run.loaded.notices
+    return begin(run.loaded.options, claimed, restart=restart, notices=notices).result.finished
 
 
 def check_files(runs: Sequence[NamedRun]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from pet_finetune.model.inference import evaluating
 from pet_finetune.model.potential import Potential
 from pet_finetune.rng import Stream, torch_generator
 
-from .feature import Feature, Step, TrainingRun
+from .feature import Feature, Step
 from .metrics import labelled_values
 from .objectives import batch_loss, derivatives, objectives_at
 
@@ -45,13 +44,9 @@ class RotationalAgreement(Feature):
     name = "rotations"
     shared = True
 
-    def start(self, trainer: TrainingRun, kept: Mapping[str, Any] | None) -> None:
-        """Note the run."""
-        self._trainer = trainer
-
     def losses(self, step: Step) -> Mapping[str, Tensor]:
         """The weighted loss of the rotated structures."""
-        trainer = self._trainer
+        trainer = self.trainer
         consistency = trainer.options.rotational_consistency
         assert consistency is not None, "the run does not ask for it"
         count = math.ceil(consistency.fraction * step.batch.size)
@@ -61,7 +56,9 @@ class RotationalAgreement(Feature):
             for key, _, values, _ in labelled_values(target, prediction)
         }
         said = _labelled(step.batch, own).first(count)
-        rotations = self._rotations(step, count)
+        # The same on every process, whatever device the model is on.
+        place = trainer.training.seed, step.epoch, step.index
+        rotations = random_rotations(count, torch_generator(*place, Stream.CONSISTENCY))
         if said.whole is not None:
             rotations = rotations[said.whole.rows(per_atom=False)]
         rotated = rotate_batch(said, rotations.to(said.graph.cells.device))
@@ -70,11 +67,6 @@ class RotationalAgreement(Feature):
         objectives = objectives_at(trainer.objectives, trainer.options, step.epoch)
         weight = consistency.weight * count / step.batch.size
         return {self.name: weight * batch_loss(rotated, predictions, objectives)}
-
-    def _rotations(self, step: Step, count: int) -> Tensor:
-        """The same on every process, whatever device the model is on."""
-        place = self._trainer.training.seed, step.epoch, step.index
-        return random_rotations(count, torch_generator(*place, Stream.CONSISTENCY))
 
 
 def _labelled(batch: LabelledBatch, labels: dict[str, Tensor]) -> LabelledBatch:

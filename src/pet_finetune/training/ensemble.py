@@ -23,11 +23,12 @@ from pet_finetune.device import choose_device, dtype_of_bits
 from pet_finetune.errors import TrainingError
 from pet_finetune.extras import drawn
 from pet_finetune.log import FILE_ONLY, get_logger, setup_logging
+from pet_finetune.printing import show
 from pet_finetune.rng import seed_everything
 from pet_finetune.runs import undisturbed
 
 from .metrics import Errors
-from .prepare import NO_ROOMS, Rooms, options_of_run
+from .prepare import Request, options_of_run
 from .records import TrainOutcome
 from .resume import plain_errors
 from .run_files import (
@@ -44,12 +45,11 @@ from .sets import (
     AFTER,
     evaluate_sets,
     load_data,
-    options_of_member,
     primary_set,
     wanted_derivatives,
 )
 from .starting_model import read_start
-from .tables import calibration_table, committee_table, show
+from .tables import calibration_table, committee_table
 
 _logger = get_logger(__name__)
 PLOT = "calibration.svg"
@@ -58,46 +58,34 @@ TrainMember = Callable[..., TrainOutcome]
 
 
 def train_ensemble(
-    train_member: TrainMember,
-    options: Options,
-    folder: str | Path,
-    *,
-    restart: str | Path | None = None,
-    notices: Sequence[str] = (),
-    source: str | Path = "",
-    check: bool = True,
-    rooms: Rooms = NO_ROOMS,
+    train_member: TrainMember, options: Options, folder: Path, request: Request
 ) -> TrainOutcome:
     """Train every member in a folder of its own, ``member_0`` and so on, then judge them together.
 
-    Several processes train a member each at a time.
-
-    A run that goes on trains the members that are not finished, from where each stands.
+    Several processes train a member each at a time. A run that goes on trains the members that are
+    not finished, from where each stands.
 
     Args:
         train_member: :func:`~.run.train`, for a member's options.
         options: of the whole run.
         folder: of the whole run.
-        restart: the ``last.ckpt`` of any member.
-        notices: remarks of reading the options, for the log.
-        source: the options file.
-        check: whether member 0 looks at the data first.
-        rooms: as for a single run.
+        request: how it begins; member 0 alone looks at the data and tells the notices.
 
     Raises:
         PetFinetuneError: any bad input, with one clear message.
     """
-    size = options.finetune.ensemble
+    size, restart, rooms = options.finetune.ensemble, request.restart, request.rooms
     assert size is not None, "a run without finetune.ensemble has no members"
     if not options.is_finetuning:  # options of a run that goes on may leave it out
         raise TrainingError(
             "--restart: an ensemble needs its foundation to the end, and these options name none. "
             f"Use the {OPTIONS} in the folder of the run."
         )
-    files = RunFiles(Path(folder))
+    files = RunFiles(folder)
     if processes.first():
         if restart is None:
-            _check_free(files, source)
+            files.check_free(request.source)
+            _check_no_members(folder)
         else:
             _take_over(Path(restart), files.folder)
     processes.barrier()
@@ -108,11 +96,11 @@ def train_ensemble(
         own = member_folder(files.folder, member)
         last = own / LAST
         return train_member(
-            options_of_member(options, member, seed),
+            options.with_finetune(member=member).model_copy(update={"seed": seed}),
             own,
             restart=last if restart is not None and last.exists() else None,
-            notices=notices if member == 0 else (),
-            check=check and member == 0,
+            notices=request.notices if member == 0 else (),
+            check=request.check and member == 0,
             rooms=rooms,
         )
 
@@ -167,11 +155,6 @@ def member_folder(folder: Path, member: int) -> Path:
 
 def _members_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("member_*") if path.is_dir())
-
-
-def _check_free(files: RunFiles, source: str | Path) -> None:
-    files.check_free(source)
-    _check_no_members(files.folder)
 
 
 def _check_no_members(folder: Path) -> None:

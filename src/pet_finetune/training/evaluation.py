@@ -30,12 +30,12 @@ from pet_finetune.keys import Compile, TargetSpec, direct_quantity
 from pet_finetune.log import get_logger
 from pet_finetune.model.compiled import CompiledPredictions
 from pet_finetune.model.potential import Potential
+from pet_finetune.printing import show
 
 from .consistency import Spread, rotational_spread
 from .extend import check_known
-from .metrics import Metrics
-from .predictions import errors_and_predictions
-from .tables import error_table, show, spread_text, uncertainty_text
+from .metrics import Metrics, errors_and_predictions
+from .tables import error_table, spread_text, uncertainty_text
 
 _logger = get_logger(__name__)
 

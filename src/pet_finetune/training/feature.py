@@ -106,12 +106,14 @@ class Feature:
             as :func:`~.objectives.batch_loss` gives it. Else it is taken for a mean over the
             structures of the part, or for the same on every process, and counts by how many of the
             batch's structures the process has.
+        trainer: of the run, from :meth:`start` on.
     """
 
     name: str = ""
     heading: str = ""
     heads: tuple[str, ...] = ()
     shared: bool = False
+    trainer: TrainingRun
 
     def check(self, plan: Plan) -> None:
         """Read and check what the feature needs, before anything of the model is changed.
@@ -121,12 +123,13 @@ class Feature:
         """
 
     def start(self, trainer: TrainingRun, kept: Mapping[str, Any] | None) -> None:
-        """Get ready for the first step.
+        """Get ready for the first step; by itself it notes the run.
 
         Args:
             trainer: of the run; its model has adapters and baselines in place.
             kept: what :meth:`kept` gave when the run began, for a run that goes on.
         """
+        self.trainer = trainer
 
     def kept(self) -> dict[str, Any] | None:
         """What was made in :meth:`start` and must not change until the run ends.

@@ -145,12 +145,7 @@ class RunDisplay(Feature):
 
 
 def loggers(options: Options, files: RunFiles) -> Iterator[Feature]:
-    """The loggers that the options ask for.
-
-    Args:
-        options: of the run.
-        files: of the run, in whose folder they write.
-    """
+    """The loggers that the options ask for."""
     wanted = list(options.training.log)
     if options.wandb is not None and "wandb" not in wanted:
         wanted.append("wandb")
@@ -160,12 +155,7 @@ def loggers(options: Options, files: RunFiles) -> Iterator[Feature]:
 
 
 class Logger(Feature):
-    """Hands the numbers of each epoch to one library; made for the first process of a run.
-
-    Args:
-        options: of the run.
-        files: of the run.
-    """
+    """Hands the numbers of each epoch to one library; made for the first process of a run."""
 
     library: str
 

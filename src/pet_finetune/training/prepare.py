@@ -41,7 +41,7 @@ from .sets import (
     RunData,
     evaluate_sets,
     load_data,
-    objectives_of,
+    objective_of,
     of_member,
     wanted_derivatives,
 )
@@ -98,6 +98,25 @@ class Rooms:
 NO_ROOMS = Rooms()
 
 
+@dataclass(frozen=True)
+class Request:
+    """How a run begins, beside its options and its folder.
+
+    Attributes:
+        restart: a ``last.ckpt`` to go on from, exactly; of an ensemble that of any member.
+        notices: what reading the options had to say, for the log.
+        source: the options file, which the run must not overwrite.
+        check: whether a new run inspects its data first.
+        rooms: what other rooms bring into the run.
+    """
+
+    restart: str | Path | None = None
+    notices: Sequence[str] = ()
+    source: str | Path = ""
+    check: bool = True
+    rooms: Rooms = NO_ROOMS
+
+
 def own_features(options: TrainingOptions) -> list[Feature]:
     """The features of this room that the options ask for."""
     features: list[Feature] = []
@@ -133,9 +152,6 @@ def prepare_run(
         to_finish: whether a new run will be trained to its end, and therefore evaluates the
             starting model and writes down what features keep of it.
         check: whether the data are inspected before anything is trained on them.
-
-    Raises:
-        PetFinetuneError: any bad input, with one clear message.
     """
     check_targets(options)
     stated = options if saved else with_stated_numbers(options)
@@ -196,8 +212,17 @@ def prepare_run(
         if options.final_eval:
             before = evaluate_sets(files, BEFORE, model, data, trainer.wanted, trainer.features)
             files.tell({BEFORE: plain_errors(before)})
-    state = _new_state(options, start, seed, trainer.learning_rate, before)
-    state = replace(state, max_atoms=data.train.max_atoms_per_batch)
+    state = RunState(
+        seed=seed,
+        learning_rate=trainer.learning_rate,
+        baseline=options.baseline_mode(),
+        before=before,
+        name=start.name,
+        fingerprint=start.fingerprint,
+        inherited=start.inherited,
+        new_species=list(start.new_species),
+        max_atoms=data.train.max_atoms_per_batch,
+    )
     return Run(options, files, data, trainer, state)
 
 
@@ -253,7 +278,10 @@ def _trainer(
     rate = options.training.learning_rate
     if rate is None:
         rate = saved.state.learning_rate if saved else options.learning_rate()
-    objectives = objectives_of(options, model, data)
+    labels = label_names(data.train.structures)
+    objectives = {
+        name: objective_of(options.training, model, name, labels) for name in options.target_specs()
+    }
     if options.training.max_atoms_per_batch == "auto":
         known = saved.state.max_atoms if saved else None
         data.fill(known or largest_batch(model, data.train, objectives, options.training))
@@ -276,11 +304,7 @@ def _trainer(
 
 
 def _check_sizes(training: Loader, size: int) -> None:
-    """Make sure that there is something to do for every process.
-
-    Raises:
-        TrainingError: a batch has fewer structures than there are processes.
-    """
+    """Make sure that there is something to do for every process."""
     mean = len(training.structures) / max(1, training.num_batches(0))
     if training.max_atoms_per_batch is None and (training.batch_size or 1) < size:
         raise TrainingError(
@@ -295,22 +319,6 @@ def _check_sizes(training: Loader, size: int) -> None:
             mean,
             size,
         )
-
-
-def _new_state(
-    options: Options, start: Start, seed: int, learning_rate: float, before: Errors
-) -> RunState:
-    """What a new run is told once."""
-    return RunState(
-        seed=seed,
-        learning_rate=learning_rate,
-        baseline=options.baseline_mode(),
-        before=before,
-        name=start.name,
-        fingerprint=start.fingerprint,
-        inherited=start.inherited,
-        new_species=list(start.new_species),
-    )
 
 
 def options_of_run(options: Options, seed: int) -> str:

@@ -12,7 +12,7 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -30,20 +30,21 @@ from pet_finetune.device import choose_device
 from pet_finetune.errors import ConfigError, PetFinetuneError, TrainingError
 from pet_finetune.files import size_text
 from pet_finetune.log import FILE_ONLY, get_logger, setup_logging
+from pet_finetune.printing import show
 from pet_finetune.profiling import peak_gpu_mib, peak_resident_mib
 from pet_finetune.progress import handed_over
 from pet_finetune.runs import STARTED, RunFolder, own_folder, starts_of
 
 from .ensemble import train_ensemble
-from .feature import Feature, TrainingRun
+from .feature import Feature
 from .loggers import RunDisplay
 from .metrics import Errors
-from .prepare import NO_ROOMS, Rooms, Run, prepare_run
+from .prepare import NO_ROOMS, Request, Rooms, Run, prepare_run
 from .records import EpochRecord, TrainingResult, TrainOutcome
 from .resume import errors_of, open_run, plain_errors, plain_states
 from .run_files import LOG, OPTIONS, RESULTS, RunFiles
 from .sets import AFTER, BEFORE, evaluate_sets, primary_set
-from .tables import error_table, show
+from .tables import error_table
 
 _logger = get_logger(__name__)
 
@@ -77,6 +78,7 @@ def train(
     Raises:
         PetFinetuneError: any bad input, with one clear message.
     """
+    request = Request(restart, notices, source, check, rooms)
     launch = launchers.find_launch(options.training.distributed, options.training.distributed_port)
     several = options.num_processes > 1 or (launch is not None and launch.size > 1)
     if several and restart is None and options.finetune.pretrain is not None:
@@ -90,7 +92,7 @@ def train(
                 f"device: {options.device}: features of your own cannot be given to other "
                 "processes. Start the script with torchrun instead."
             )
-        return start_processes(options, folder, restart, notices, source, check)
+        return start_processes(options, folder, request)
     device = choose_device(options.device, None if launch is None else launch.local_rank)
     with processes.joined(launch, device), ExitStack() as stack:
         if launch is not None and options.num_processes not in (1, launch.size):
@@ -104,40 +106,26 @@ def train(
             RunFiles(path).check_free(source)  # before hours are spent
             options = rooms.start(options)
         if options.is_committee:
-            return train_ensemble(
-                train,
-                options,
-                path,
-                restart=restart,
-                notices=notices,
-                source=source,
-                check=check,
-                rooms=rooms,
-            )
-        return _train_in(path, options, device, restart, notices, source, check, rooms)
+            return train_ensemble(train, options, path, request)
+        return _train_in(path, options, device, request)
 
 
 def _train_in(
-    folder: Path,
-    options: Options,
-    device: torch.device,
-    restart: str | Path | None,
-    notices: Sequence[str],
-    source: str | Path,
-    check: bool,
-    rooms: Rooms,
+    folder: Path, options: Options, device: torch.device, request: Request
 ) -> TrainOutcome:
     """Train one model in a folder of its own."""
-    files = RunFiles(folder)
-    if restart is None:
-        files.check_free(source)
+    files, rooms, saved = RunFiles(folder), request.rooms, None
+    if request.restart is None:
+        files.check_free(request.source)
     setup_logging(file=files.folder / LOG)
-    for notice in notices:
+    for notice in request.notices:
         _logger.warning(notice)
     try:
-        saved = open_run(restart, options) if restart is not None else None
-        options = saved.options if saved else options
-        run = prepare_run(options, files, saved, device, rooms, check=check and saved is None)
+        if request.restart is not None:
+            saved = open_run(request.restart, options)
+            options = saved.options
+        check = request.check and saved is None
+        run = prepare_run(options, files, saved, device, rooms, check=check)
         files.tell({STARTED: starts_of(files.about())})
         trainer, training = run.trainer, options.training
         trainer.add(RunRecorder(run))
@@ -174,21 +162,16 @@ class RunRecorder(Feature):
     def __init__(self, run: Run) -> None:
         self._run = run
 
-    def start(self, trainer: TrainingRun, kept: Mapping[str, Any] | None) -> None:
-        """Note whose state is written."""
-        self._trainer = trainer
-
     def epoch_ended(self, record: EpochRecord) -> None:
         """Keep the model where it is the best so far, and add a row to ``train.csv``."""
         if record.best:
-            self._run.files.keep_best(self._trainer.model, record)
+            self._run.files.keep_best(self.trainer.model, record)
         self._run.files.add_row(record)
 
     def save(self) -> None:
         """Write ``last.ckpt``."""
-        trainer, state = self._trainer, self._run.state
-        training = {"run": state.plain(), "trainer": trainer.state()}
-        self._run.files.keep_last(trainer.model, training)
+        training = {"run": self._run.state.plain(), "trainer": self.trainer.state()}
+        self._run.files.keep_last(self.trainer.model, training)
 
 
 def _finish(run: Run, result: TrainingResult) -> TrainOutcome:
@@ -254,28 +237,28 @@ _SECONDS_TO_STOP = "300"  # to write the state of an interrupted run
 
 
 def start_processes(
-    options: Options,
-    folder: str | Path | RunFolder | None,
-    restart: str | Path | None,
-    notices: Sequence[str],
-    source: str | Path,
-    check: bool,
+    options: Options, folder: str | Path | RunFolder | None, request: Request
 ) -> TrainOutcome:
-    """Train with as many processes as ``device`` says; arguments as for :func:`~.run.train`.
+    """Train with as many processes as ``device`` says.
+
+    Args:
+        options: checked options.
+        folder: as for :func:`~.run.train`.
+        request: how the run begins.
 
     Raises:
         TrainingError: what ended the run; its message is that of the process that failed.
     """
-    count = options.num_processes
+    count, restart = options.num_processes, request.restart
     with own_folder(folder) as path, tempfile.TemporaryDirectory(prefix="pet-finetune-") as place:
         job = Path(place, "job.yaml")
         content = {
             "options": _plain(options),
             "folder": str(path),
             "restart": None if restart is None else str(restart),
-            "notices": list(notices),
-            "source": str(source),
-            "check": check,
+            "notices": list(request.notices),
+            "source": str(request.source),
+            "check": request.check,
         }
         job.write_text(OmegaConf.to_yaml(OmegaConf.create(content)), encoding="utf-8")
         error = Path(place, "error.txt")
@@ -358,12 +341,7 @@ def _run(count: int, job: Path) -> str:
 
 
 def train_as_told(job: Path, train: Callable[..., TrainOutcome]) -> TrainOutcome:
-    """What each of the processes does.
-
-    Args:
-        job: the file that :func:`start_processes` wrote.
-        train: :func:`pet_finetune.api.train`.
-    """
+    """What each of the processes does."""
     told = read_yaml(job)
     loaded = parse_options(told.pop("options"), require_start=False)
     outcome = train(loaded.options, RunFolder(Path(told.pop("folder"))), **told)

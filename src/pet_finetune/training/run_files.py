@@ -37,8 +37,7 @@ from pet_finetune.log import get_logger
 from pet_finetune.model.potential import Potential
 
 from .baselines import BaselineTable
-from .metrics import shown_unit
-from .predictions import PredictionRecorder, with_model
+from .metrics import PredictionRecorder, shown_unit, with_model
 from .records import EpochRecord
 from .starting_model import Start
 
@@ -101,9 +100,6 @@ def _by_the_first(
 
 class RunFiles:
     """Writes the files of one run; of several processes that train together, the first one does.
-
-    Args:
-        folder: the run's folder; made where it does not exist.
 
     Attributes:
         folder: as given.
@@ -274,9 +270,6 @@ class RunFiles:
         """Forget rows of epochs that a resumed run will do again, and half-written ones.
 
         A table that is damaged is put aside: the run goes on without what it said.
-
-        Args:
-            epoch: the last one that is done.
         """
         path = self.folder / TABLE
         if not path.exists():

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pet_finetune.committee.committee import Committee
 from pet_finetune.config.run_options import Options
+from pet_finetune.config.training import TrainingOptions
 from pet_finetune.config.training_sections import LabelNoise
 from pet_finetune.data.labelled_batch import LabelledBatch, on_device
 from pet_finetune.data.loader import Loader
@@ -28,9 +29,8 @@ from pet_finetune.model.potential import Potential
 from pet_finetune.rng import MemberStream, Stream, torch_generator
 
 from .feature import Feature
-from .metrics import Errors, evaluate
+from .metrics import Errors, PredictionRecorder, evaluate, split_predictions
 from .objectives import Objective
-from .predictions import PredictionRecorder, split_predictions
 from .run_files import RunFiles
 
 _logger = get_logger(__name__)
@@ -82,7 +82,7 @@ def load_data(
             sets[name] = Loader(
                 structures,
                 model.cutoff,
-                batch_size=None if most else _evaluation_batch(options),
+                batch_size=None if most else min(_LARGEST_BATCH, 2 * training.batch_size),
                 max_atoms_per_batch=most,
                 dtype=dtype,
             )
@@ -93,10 +93,6 @@ def load_data(
         ", ".join(f"{len(loader.structures)} {name}" for name, loader in sets.items()),
     )
     return RunData(splits, train_loader, sets.get("validation", sets["train"]), sets)
-
-
-def _evaluation_batch(options: Options) -> int:
-    return min(_LARGEST_BATCH, 2 * options.training.batch_size)
 
 
 def wanted_derivatives(
@@ -114,20 +110,31 @@ def wanted_derivatives(
     return wanted
 
 
-def objectives_of(options: Options, model: Potential, data: RunData) -> dict[str, Objective]:
-    """What is asked of each target of the options."""
-    objectives = {}
-    for name, (forces, stress) in wanted_derivatives(options, data.train.structures).items():
-        objectives[name] = Objective(
-            target=name,
-            loss=options.training.loss_for(name),
-            forces=forces,
-            stress=stress,
-            scale=float(model.scale.get(name)),
-            per_atom=name not in options.training.per_structure_targets,
-            energy=model.target(name).is_energy,
-        )
-    return objectives
+def objective_of(
+    options: TrainingOptions, model: Potential, target: str, labels: Collection[str] | None = None
+) -> Objective:
+    """What is asked of a target.
+
+    Args:
+        options: ``architecture.training``.
+        model: about to be trained.
+        target: its name.
+        labels: names of the labels there are; None for all that the loss has a weight for.
+    """
+    loss = options.loss_for(target)
+
+    def learned(key: str, weight: float) -> bool:
+        return weight > 0 and (labels is None or key in labels)
+
+    return Objective(
+        target=target,
+        loss=loss,
+        forces=learned(forces_key(target), loss.forces_term().weight),
+        stress=learned(stress_key(target), loss.stress_term().weight),
+        scale=float(model.scale.get(target)),
+        per_atom=target not in options.per_structure_targets,
+        energy=model.target(target).is_energy,
+    )
 
 
 def evaluate_sets(
@@ -192,11 +199,6 @@ def of_member(options: Options, splits: Splits, seed: int) -> tuple[int, Splits]
     rng = np.random.default_rng([seed, member, MemberStream.BOOTSTRAP])
     drawn = np.sort(rng.integers(len(splits.train), size=len(splits.train)))
     return own, replace(splits, train=taken(splits.train, drawn))
-
-
-def options_of_member(options: Options, member: int, seed: int) -> Options:
-    """The options of an ensemble, to train one member of it."""
-    return options.with_finetune(member=member).model_copy(update={"seed": seed})
 
 
 _ATOMS_AT_ONCE = 512

@@ -67,7 +67,17 @@ def start_model(options: Options, splits: Splits) -> Start:
     specs = options.target_specs()
     if options.is_finetuning:
         model, name, provenance = read_start(options)
-        return _extend(model, name, provenance, options, specs, splits)
+        fingerprint = weights_fingerprint(model)
+        if model.uncertainties:
+            model.uncertainties.clear()
+            _logger.info(
+                "the last-layer uncertainty (LLPR) of '%s' does not hold for new weights and is "
+                "left out; finetune.llpr: true makes one for them",
+                name,
+            )
+        new_species = add_new_elements(model, options, splits)
+        fresh, inherited = add_targets(model, specs, options.finetune.inherit_heads)
+        return Start(model, name, fingerprint, provenance, fresh, inherited, new_species)
     structures = joined([splits.train, splits.validation, splits.test])
     species = options.architecture.atomic_types or find_species(structures)
     model = Potential(options.model, species, specs.values())
@@ -170,28 +180,6 @@ def check_targets(options: Options) -> None:
                 "network are named after it and torch has no such names. Use letters, digits, "
                 "_, - and /; the name in the file is given with `key`."
             )
-
-
-def _extend(
-    model: Potential,
-    name: str,
-    provenance: dict[str, Any],
-    options: Options,
-    specs: dict[str, TargetSpec],
-    splits: Splits,
-) -> Start:
-    """Give a model that was read the targets of the options and the elements of the data."""
-    fingerprint = weights_fingerprint(model)
-    if model.uncertainties:
-        model.uncertainties.clear()
-        _logger.info(
-            "the last-layer uncertainty (LLPR) of '%s' does not hold for new weights and is left "
-            "out; finetune.llpr: true makes one for them",
-            name,
-        )
-    new_species = add_new_elements(model, options, splits)
-    fresh, inherited = add_targets(model, specs, options.finetune.inherit_heads)
-    return Start(model, name, fingerprint, provenance, fresh, inherited, new_species)
 
 
 def choose_trainable(start: Start, options: Options, keep: Collection[str] = ()) -> None:

@@ -21,12 +21,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from pet_finetune import processes
-from pet_finetune.backends.choice import (
-    EAGER,
-    FUSED,
-    FUSED_BFLOAT16,
-    using,
-)
+from pet_finetune.backends.choice import EAGER, FUSED, FUSED_BFLOAT16, using
 from pet_finetune.backends.fused import multiplies_bfloat16
 from pet_finetune.graph import Batch
 from pet_finetune.model.inference import evaluating

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
-from pet_finetune import processes
 from pet_finetune.committee.calibration import Curves, Deviations, miscalibration_area
-from pet_finetune.progress import clear
+from pet_finetune.printing import table_text
 
 from .baselines import BaselineTable
 from .consistency import Spread
 from .metrics import Metrics
-
-
-def _text(table: Table) -> str:
-    """A table as plain lines, for a log."""
-    console = Console(width=110, no_color=True, force_terminal=False)
-    with console.capture() as capture:
-        console.print(table)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
 def baseline_text(table: BaselineTable) -> str:
@@ -36,7 +25,7 @@ def baseline_text(table: BaselineTable) -> str:
     for symbol, atoms, before, after in table.rows:
         cells = ("new", "") if math.isnan(before) else (f"{before:.4f}", f"{after - before:+.4f}")
         out.add_row(symbol, f"{atoms}", cells[0], f"{after:.4f}", cells[1])
-    return _text(out)
+    return table_text(out)
 
 
 def error_table(
@@ -112,15 +101,6 @@ def calibration_table(curves: Mapping[str, Curves]) -> Table:
         areas = f"{found.area_before:.3f}", f"{found.area_after:.3f}"
         table.add_row(kind, f"{found.factor:.3f}", *areas)
     return table
-
-
-def show(table: Table) -> str:
-    """Print a table to standard output, once of several processes; return it as plain text."""
-    if processes.leader():
-        clear()
-        console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110)
-        console.print(table)
-    return _text(table)
 
 
 def uncertainty_text(target: str, found: Deviations) -> str:

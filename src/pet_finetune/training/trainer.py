@@ -254,15 +254,7 @@ class Trainer:
         size: int,
         parameters: list[nn.Parameter],
     ) -> dict[str, Tensor]:
-        """Forward, loss, backward; the whole loss and the terms of features, by name.
-
-        Args:
-            batch: the one with number ``index`` in the epoch, or a part of it.
-            metrics: the errors are added to them.
-            index: from 0.
-            size: how many batches the update takes the mean of.
-            parameters: what trains.
-        """
+        """Forward, loss, backward; the whole loss and the terms of features, by name."""
         epoch = self.progress.epoch
         loss, predictions = self._gradient_of_loss(batch, index, size, parameters)
         losses = {_LOSS: loss}

@@ -20,12 +20,13 @@ from pet_finetune.data.loader import Loader
 from pet_finetune.errors import TrainingError
 from pet_finetune.log import FILE_ONLY, get_logger
 from pet_finetune.model.potential import Potential
+from pet_finetune.printing import show
 
 from .evaluation import LabelNames, chosen_target, open_model, read_labelled
 from .extend import check_known
-from .feature import Feature, Plan, TrainingRun
+from .feature import Feature, Plan
 from .run_files import RunFiles
-from .tables import calibration_table, show
+from .tables import calibration_table
 
 _logger = get_logger(__name__)
 _BATCH = 32  # structures, when a model gets an uncertainty that it was not trained with
@@ -91,11 +92,7 @@ def _table(curves: Mapping[str, Curves]) -> Table:
 
 
 class LastLayerUncertainty(Feature):
-    """Makes an uncertainty of the best model from the training and the validation set.
-
-    Args:
-        options: how.
-    """
+    """Makes an uncertainty of the best model from the training and the validation set."""
 
     name = "llpr"
 
@@ -121,13 +118,9 @@ class LastLayerUncertainty(Feature):
                 f"values of {', '.join(targets)}. Forces alone do not do."
             )
 
-    def start(self, trainer: TrainingRun, kept: Mapping[str, Any] | None) -> None:
-        """Note the sets."""
-        self._trainer = trainer
-
     def complete(self, best: Checkpoint, files: RunFiles) -> Mapping[str, Any]:
         """Fit the uncertainties, give them to the model and write it with them."""
-        trainer, model = self._trainer, best.model
+        trainer, model = self.trainer, best.model
         fitted: dict[str, Fitted] = {}
         with processes.alone():
             if processes.first():

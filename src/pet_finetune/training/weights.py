@@ -5,13 +5,12 @@ Gradual unfreezing lets the heads train first and deeper parts later (ULMFiT, ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from pet_finetune.config.finetune_sections import Unfreeze
@@ -71,19 +70,15 @@ class Unfreezing(Feature):
         if names == self._now:
             return
         self._now = names
-        count = self._freeze_all_but(names)
+        for name, parameter in self._parameters.items():
+            parameter.requires_grad_(not self._parts[name].isdisjoint(names))
+        count = sum(p.numel() for p in self._parameters.values() if p.requires_grad)
         _logger.info(
             "unfreeze: from epoch %d on %s parameters train: %s",
             epoch + 1,
             f"{count:,}",
             ", ".join(names),
         )
-
-    def _freeze_all_but(self, names: Collection[str]) -> int:
-        """How many parameters train now."""
-        for name, parameter in self._parameters.items():
-            parameter.requires_grad_(not self._parts[name].isdisjoint(names))
-        return sum(p.numel() for p in self._parameters.values() if p.requires_grad)
 
 
 def _begins(network: PET, options: Unfreeze | None) -> dict[int, tuple[str, ...]]:
@@ -98,58 +93,45 @@ def _begins(network: PET, options: Unfreeze | None) -> dict[int, tuple[str, ...]
 
 def _parts(parameter: str, network: PET) -> frozenset[str]:
     """All names under which a parameter can be meant."""
-    names = {_ALL, depth_names(network)[depth_of(parameter, network)], *_prefixes(parameter)}
-    return frozenset(names)
-
-
-def _prefixes(parameter: str) -> Iterable[str]:
     pieces = parameter.split(".")
-    return (".".join(pieces[:length]) for length in range(1, len(pieces) + 1))
+    names = {".".join(pieces[:length]) for length in range(1, len(pieces) + 1)}
+    return frozenset({_ALL, depth_names(network)[depth_of(parameter, network)], *names})
 
 
-class WeightAverage:
-    """Keeps the average; lends it to the model for validation and saving.
+class Averaging(Feature):
+    """The features ``ema`` and ``swa``: validation and the best model use averaged weights.
 
-    With a decay the average is exponential. The decay is ``min(decay, (1 + n) / (10 + n))`` after
-    n updates, so that the start of the run is forgotten soon enough for short runs too. Without
-    one it is the mean of the weights at all updates (SWA, arXiv:1803.05407).
-
-    Args:
-        parameters: the trained parameters by name. The average of one that does not train yet is
-            its value, to the last bit.
-        decay: weight of the old average in each update; None for the mean.
+    With ``ema`` the average is exponential. Its decay is ``min(ema, (1 + n) / (10 + n))`` after n
+    updates, so that the start of the run is forgotten soon enough for short runs too. With ``swa``
+    it is the mean of the weights at all updates that count (arXiv:1803.05407). The average of a
+    parameter that does not train yet is its value, to the last bit.
     """
 
-    def __init__(self, parameters: Mapping[str, Parameter], decay: float | None) -> None:
-        self._parameters = dict(parameters)
-        self._decay = decay
+    name = "average"
+
+    def start(self, trainer: TrainingRun, kept: Mapping[str, Any] | None) -> None:
+        """Begin with the weights that the model has."""
+        super().start(trainer, kept)
         self.updates = 0
-        self.average = {name: p.detach().clone() for name, p in self._parameters.items()}
+        self.average = {name: p.detach().clone() for name, p in trainer.parameters.items()}
 
-    @property
-    def started(self) -> bool:
-        """Whether there is an average: the mean of no weights is none."""
-        return self._decay is not None or self.updates > 0
-
-    def update(self) -> None:
-        """Take the current weights into the average."""
-        step = self._rule()
-        step(list(self.average.values()), list(self._parameters.values()), self.updates)
+    def after_update(self, epoch: int) -> None:
+        """Take the weights into the average, where the epoch is one that counts."""
+        ema = self.trainer.options.ema
+        if ema is None and not averages_weights(self.trainer.options, epoch):
+            return
+        decay = None if ema is None else min(ema, (2 + self.updates) / (11 + self.updates))
+        step = get_swa_multi_avg_fn() if decay is None else get_ema_multi_avg_fn(decay)
+        step(list(self.average.values()), list(self.trainer.parameters.values()), self.updates)
         self.updates += 1
 
-    def _rule(self) -> Callable[..., Any]:
-        if self._decay is None:
-            return get_swa_multi_avg_fn()
-        decay = min(self._decay, (2 + self.updates) / (11 + self.updates))
-        return get_ema_multi_avg_fn(decay)
-
     @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Within this context the model has the averaged weights, once there are some."""
-        if not self.started:
+    def weights(self) -> Iterator[None]:
+        """The averaged weights, once there are some: the mean of no weights is none."""
+        if self.trainer.options.ema is None and not self.updates:
             yield
             return
-        current = {name: p.detach().clone() for name, p in self._parameters.items()}
+        current = {name: p.detach().clone() for name, p in self.trainer.parameters.items()}
         self._assign(self.average)
         try:
             yield
@@ -158,40 +140,16 @@ class WeightAverage:
 
     @torch.no_grad()
     def _assign(self, values: Mapping[str, Tensor]) -> None:
-        for name, parameter in self._parameters.items():
+        for name, parameter in self.trainer.parameters.items():
             parameter.copy_(values[name])
-
-    def load(self, average: Mapping[str, Tensor], updates: int) -> None:
-        """Go on from a saved average."""
-        for name, value in self.average.items():
-            value.copy_(average[name])
-        self.updates = updates
-
-
-class Averaging(Feature):
-    """The features ``ema`` and ``swa``: validation and the best model use averaged weights."""
-
-    name = "average"
-
-    def start(self, trainer: TrainingRun, kept: Mapping[str, Any] | None) -> None:
-        """Begin with the weights that the model has."""
-        self._options = trainer.options
-        self.average = WeightAverage(trainer.parameters, trainer.options.ema)
-
-    def after_update(self, epoch: int) -> None:
-        """Take the weights into the average, where the epoch is one that counts."""
-        if self._options.ema is not None or averages_weights(self._options, epoch):
-            self.average.update()
-
-    def weights(self) -> AbstractContextManager[object]:
-        """The averaged weights, once there are some."""
-        return self.average.applied()
 
     def state(self) -> dict[str, Any]:
         """The average and the number of updates in it."""
-        average = {name: value.cpu() for name, value in self.average.average.items()}
-        return {"average": average, "updates": self.average.updates}
+        average = {name: value.cpu() for name, value in self.average.items()}
+        return {"average": average, "updates": self.updates}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved average."""
-        self.average.load(state["average"], state["updates"])
+        for name, value in self.average.items():
+            value.copy_(state["average"][name])
+        self.updates = state["updates"]

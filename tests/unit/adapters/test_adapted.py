@@ -10,7 +10,7 @@ from laws import assert_differs, assert_same, predict
 
 from models import METHODS, crystal, ethanol, random_potential, trained_adapter
 from pet_finetune.adapters.adapted import AdaptedPotential
-from pet_finetune.adapters.merge import merged_copy
+from pet_finetune.adapters.inject import merged_copy
 from pet_finetune.adapters.peft_files import CONFIG_FILE, read_adapter, read_metadata, save_adapter
 from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.checkpoint.opening import load

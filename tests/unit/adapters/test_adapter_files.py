@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models import all_structures, random_potential, trained_adapter
-from pet_finetune.adapters.inject import active_adapter
-from pet_finetune.adapters.merge import merged_copy
+from pet_finetune.adapters.inject import active_adapter, merged_copy
 from pet_finetune.adapters.peft_files import (
     CONFIG_FILE,
     WEIGHTS_FILE,

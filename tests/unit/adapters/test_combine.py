@@ -10,14 +10,9 @@ import torch
 
 from models import random_potential, trained_adapter
 from pet_finetune.adapters.adapter_config import AdapterConfig
-from pet_finetune.adapters.at_rest import (
-    Adapter,
-    capture,
-    install,
-)
+from pet_finetune.adapters.at_rest import Adapter, capture, install
 from pet_finetune.adapters.combine import combine
-from pet_finetune.adapters.inject import inject
-from pet_finetune.adapters.merge import merged_copy
+from pet_finetune.adapters.inject import inject, merged_copy
 from pet_finetune.errors import AdapterError
 from pet_finetune.keys import TargetSpec
 from pet_finetune.model.potential import Potential

@@ -9,12 +9,12 @@ from models import ethanol, random_potential, trained_adapter
 from pet_finetune.adapters.adapter_config import AdapterConfig
 from pet_finetune.adapters.inject import (
     active_adapter,
+    adapters_disabled,
     freeze,
     inject,
     trainable_report,
 )
 from pet_finetune.adapters.layers import LoraLinear
-from pet_finetune.adapters.merge import adapters_disabled
 from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.errors import AdapterError, PetFinetuneError
 

@@ -10,8 +10,7 @@ import torch
 from checkpoint_files import small_model
 
 from pet_finetune.adapters.adapter_config import AdapterConfig
-from pet_finetune.adapters.inject import active_adapter, inject
-from pet_finetune.adapters.merge import adapters_disabled, merge
+from pet_finetune.adapters.inject import active_adapter, adapters_disabled, inject, merge
 from pet_finetune.checkpoint import native
 from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.checkpoint.opening import load_checkpoint

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from models import random_potential, trained_adapter
-from pet_finetune.adapters.merge import merged_copy
+from pet_finetune.adapters.inject import merged_copy
 from pet_finetune.committee.calibration import LEVELS, Deviations, collect, miscalibration_area
 from pet_finetune.committee.committee import Committee
 from pet_finetune.data.loader import Loader

@@ -10,8 +10,7 @@ import torch
 
 from models import all_structures, apart, ethanol, lone_atom, random_potential, trained_adapter
 from pet_finetune.adapters.adapter_config import AdapterConfig
-from pet_finetune.adapters.inject import inject
-from pet_finetune.adapters.merge import merged_copy
+from pet_finetune.adapters.inject import inject, merged_copy
 from pet_finetune.adapters.peft_files import save_adapter
 from pet_finetune.committee import committee
 from pet_finetune.committee.committee import Calibration, Committee

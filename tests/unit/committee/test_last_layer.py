@@ -21,7 +21,7 @@ from models import (
     with_last_layer,
 )
 from pet_finetune import PETCalculator
-from pet_finetune.adapters.merge import merged_copy
+from pet_finetune.adapters.inject import merged_copy
 from pet_finetune.adapters.peft_files import save_adapter
 from pet_finetune.backends.choice import EAGER, using
 from pet_finetune.checkpoint.native import save_checkpoint

@@ -7,9 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from pet_finetune.dynamics.measure import summarize
+from pet_finetune.dynamics.measure import simulation_svg, summarize
 from pet_finetune.dynamics.settings import MDSettings
-from pet_finetune.report.curves import simulation_svg
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from models import apart, crystal
 from pet_finetune.data.neighbors import structure_neighbors
 from pet_finetune.data.structure import atoms_to_structure
-from pet_finetune.export.systems import pair_up
+from pet_finetune.export.interface import pair_up
 
 
 def rows_of(atoms, cutoff=4.0):

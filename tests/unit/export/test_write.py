@@ -18,9 +18,8 @@ from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.data.structure import atoms_to_structure
 from pet_finetune.errors import CheckpointError
-from pet_finetune.export.check import ModelCheck
 from pet_finetune.export.export import export_model
-from pet_finetune.export.write import interaction_range, write_model
+from pet_finetune.export.write import ModelCheck, interaction_range, write_model
 from pet_finetune.model.potential import Potential
 
 OUTPUTS = {"energy": "energy"}

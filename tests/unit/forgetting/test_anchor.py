@@ -7,8 +7,7 @@ import torch
 
 from models import ethanol, random_potential
 from pet_finetune.adapters.adapter_config import AdapterConfig
-from pet_finetune.adapters.inject import freeze, inject
-from pet_finetune.adapters.merge import lora_layers
+from pet_finetune.adapters.inject import freeze, inject, lora_layers
 from pet_finetune.config.training_sections import TargetLoss
 from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.data.loader import Loader
@@ -71,7 +70,7 @@ def test_at_the_start_there_is_neither_penalty_nor_pull(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_l2sp_is_the_distance_of_the_merged_weights(method):
     """Whatever moved them: the plain model before and after says how far."""
-    from pet_finetune.adapters.merge import merged_copy
+    from pet_finetune.adapters.inject import merged_copy
 
     model = METHODS[method]()
     before = merged_copy(model).network.state_dict()

@@ -8,8 +8,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from pet_finetune.report.curves import parity_plots
 from pet_finetune.report.figures import AFTER, INK, panel
-from pet_finetune.report.parity import parity_plots
 from reports import predicted, record, stressed
 from tiny_data import molecules
 

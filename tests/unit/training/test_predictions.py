@@ -9,8 +9,7 @@ import torch
 from models import random_potential
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.predicted import Predicted
-from pet_finetune.training.metrics import evaluate
-from pet_finetune.training.predictions import PredictionRecorder, with_model
+from pet_finetune.training.metrics import PredictionRecorder, evaluate, with_model
 from tiny_data import molecules, structures_of
 
 FRAMES = molecules(5, names=("CH3OH", "H2O", "CH4"))

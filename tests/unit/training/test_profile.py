@@ -14,8 +14,7 @@ from pet_finetune.data.loader import Loader
 from pet_finetune.errors import TrainingError
 from pet_finetune.training import profile as profile_module
 from pet_finetune.training.objectives import Objective
-from pet_finetune.training.profile import profile_steps
-from pet_finetune.training.profile_tables import OTHER
+from pet_finetune.training.profile import OTHER, profile_steps
 from pet_finetune.training.trainer import Trainer
 from tiny_data import molecules, structures_of
 
