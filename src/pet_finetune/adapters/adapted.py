@@ -91,11 +91,7 @@ class AdaptedPotential:
 
     @torch.inference_mode(False)
     def add_adapter(self, adapter: Adapter, name: str = "default") -> None:
-        """Take an adapter in; the first one becomes active.
-
-        Raises:
-            AdapterError: as :meth:`load_adapter`.
-        """
+        """Take an adapter in; the first one becomes active."""
         if name in self._adapters:
             raise AdapterError(
                 f"There is an adapter '{name}' already. Choose another name, or delete it first."
@@ -117,11 +113,7 @@ class AdaptedPotential:
 
     @torch.inference_mode(False)
     def set_adapter(self, name: str) -> None:
-        """Use this adapter from now on; a merged model merges it too.
-
-        Raises:
-            AdapterError: there is none of this name.
-        """
+        """Use this adapter from now on; a merged model merges it too."""
         self._named(name)
         self._active, self._enabled = name, True
         self._apply()
@@ -158,11 +150,7 @@ class AdaptedPotential:
         combination: str = "cat",
         rank: int | None = None,
     ) -> None:
-        """Blend adapters into a new one, see :func:`~.combine.combine`; it is not yet active.
-
-        Raises:
-            AdapterError: as :func:`~.combine.combine` and :meth:`load_adapter`.
-        """
+        """Blend adapters into a new one, see :func:`~.combine.combine`; it is not yet active."""
         parts = [
             (replace(self._named(adapter), name=adapter), weight)
             for adapter, weight in weights.items()
@@ -176,11 +164,7 @@ class AdaptedPotential:
 
     @torch.inference_mode(False)
     def delete_adapter(self, name: str) -> None:
-        """Forget an adapter; the active one leaves the base behind.
-
-        Raises:
-            AdapterError: there is none of this name.
-        """
+        """Forget an adapter; the active one leaves the base behind."""
         self._named(name)
         del self._adapters[name]
         if self._active == name:

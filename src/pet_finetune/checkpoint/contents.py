@@ -38,11 +38,7 @@ _SHOWN_BY_ITSELF = {"cutoff", "cutoff_function", "cutoff_width"}
 
 
 def describe_checkpoint(path: str | Path) -> tuple[Table, ...]:
-    """Tables with what a checkpoint holds: sizes, species, targets, cutoff, provenance.
-
-    Raises:
-        CheckpointError: the file cannot be read.
-    """
+    """Tables with what a checkpoint holds: sizes, species, targets, cutoff, provenance."""
     checkpoint = load_checkpoint(path)
     model = checkpoint.model
     size = checkpoint.path.stat().st_size
@@ -219,11 +215,7 @@ class AdapterFinding:
 
 
 def describe_adapter(directory: str | Path) -> Table:
-    """A table of what an adapter folder holds.
-
-    Raises:
-        AdapterError: it cannot be read.
-    """
+    """A table of what an adapter folder holds."""
     adapter = read_adapter(directory)
     config = adapter.config
     endings = sorted({".".join(path.split(".")[-2:]) for path in config.target_modules})
@@ -326,10 +318,6 @@ def check_adapters(
     directories: Sequence[str | Path], checkpoint: str | Path | None = None
 ) -> list[AdapterFinding]:
     """Check adapter folders, alone, with their base where it is given, and with each other.
-
-    Args:
-        directories: at least one.
-        checkpoint: the base.
 
     Raises:
         CheckpointError: the base cannot be read.

@@ -21,9 +21,6 @@ from .safe_pickle import Inert
 from .stored_targets import StoredTarget, usable_targets
 from .upgrade import RawCheckpoint, merge_lora_layers, upgrade
 
-#: Architectures of metatrain that wrap another model: where it is, and what they add to it.
-_WRAPPERS = {LLPR: ("wrapped_model_checkpoint", "an uncertainty estimate")}
-
 #: Architectures of numbers without a network, and where a PET has the same numbers.
 _OF_NUMBERS = {"composition": "additive_models.0.", "scaler": "scaler."}
 
@@ -65,11 +62,10 @@ def read_metatrain(archive: TorchArchive, content: Mapping[str, Any]) -> Checkpo
     species = _species(info, where)
     state = merge_lora_layers(raw.state, raw.finetune, where, notices)
     hypers = model_options(raw.hypers, where)
-    network = _network(state, where)
     targets = usable_targets(
         archive, _targets(info, where), state, raw.scales, species, hypers.zbl, notices
     )
-    network = _without_other_heads(network, {stored.spec.name for stored in targets})
+    network = _network(state, {stored.spec.name for stored in targets}, where)
     model = build_potential(
         hypers,
         species,
@@ -147,16 +143,14 @@ def read_raw(
 
 
 def _unwrapped(content: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """The model inside a wrapper, as metatrain takes it to fine-tune."""
-    name = content.get("architecture_name")
-    if name not in _WRAPPERS:
+    """The model inside an uncertainty estimate, as metatrain takes it to fine-tune."""
+    if content.get("architecture_name") != LLPR:
         return content
-    key, addition = _WRAPPERS[name]
-    inside = content.get(key)
+    inside = content.get("wrapped_model_checkpoint")
     if not isinstance(inside, dict):
         raise CheckpointError(
-            f"{where}: this checkpoint is of '{name}', {addition} around another model, and holds "
-            "no such model. Use the checkpoint it was made from."
+            f"{where}: this checkpoint is of '{LLPR}', an uncertainty estimate around another "
+            "model, and holds no such model. Use the checkpoint it was made from."
         )
     return inside
 
@@ -224,7 +218,8 @@ def _targets(info: Inert, where: str) -> dict[str, Inert]:
     return {str(name): target for name, target in targets.items()}
 
 
-def _network(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+def _network(state: Mapping[str, Tensor], targets: set[str], where: str) -> dict[str, Tensor]:
+    """The weights of the network, without the heads of targets that are not converted."""
     known = (_BACKEND, *_BESIDE, *_IGNORED)
     unknown = [name for name in state if not name.startswith(known)]
     if unknown:
@@ -232,21 +227,14 @@ def _network(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
             f"{where}: the checkpoint has parts that no PET known here has: "
             f"{', '.join(unknown[:4])}{'...' if len(unknown) > 4 else ''}."
         )
-    return {
+    network = {
         name.removeprefix(_BACKEND): weight
         for name, weight in state.items()
         if name.startswith((_BACKEND, *_BESIDE))
     }
-
-
-def _without_other_heads(network: dict[str, Tensor], targets: set[str]) -> dict[str, Tensor]:
-    """Leave out the heads of targets that are not converted."""
-    groups = tuple(f"{group}." for group in HEAD_GROUPS)
-    return {
-        name: weight
-        for name, weight in network.items()
-        if not name.startswith(groups) or name.split(".")[1] in targets
-    }
+    heads = tuple(f"{group}." for group in HEAD_GROUPS)
+    others = [n for n in network if n.startswith(heads) and n.split(".")[1] not in targets]
+    return {name: weight for name, weight in network.items() if name not in others}
 
 
 def _check_species_table(model: Potential, network: Mapping[str, Tensor], where: str) -> None:

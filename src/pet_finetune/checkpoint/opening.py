@@ -83,9 +83,6 @@ def load(path: str | os.PathLike[str]) -> AdaptedPotential:
 
     >>> model = load("foundation.ckpt")  # doctest: +SKIP
     >>> model.load_adapter("water_revpbe0/", name="water")  # doctest: +SKIP
-
-    Raises:
-        CheckpointError: as :func:`load_checkpoint`.
     """
     checkpoint = load_checkpoint(path)
     adapted = AdaptedPotential(checkpoint.model)
@@ -103,10 +100,6 @@ def open_adapted(
     Args:
         model: a checkpoint, or a potential with or without adapters, which is copied.
         adapter: an adapter folder, put on as ``default``.
-
-    Raises:
-        CheckpointError: as :func:`load_checkpoint`.
-        AdapterError: the adapter cannot be read or belongs to another base.
     """
     if isinstance(model, AdaptedPotential):
         adapted = copy.deepcopy(model)
@@ -129,10 +122,6 @@ def open_potential(
     Args:
         model: a checkpoint, or a potential, which is copied.
         adapter: an adapter folder to put on top of it; merged into the weights.
-
-    Raises:
-        CheckpointError: as :func:`load_checkpoint`.
-        AdapterError: the adapter cannot be read or belongs to another base.
     """
     if isinstance(model, Potential):
         potential = copy.deepcopy(model)

@@ -141,14 +141,6 @@ def _rebuild_parameter(data: Any, *unused: Any) -> StoredTensor:
     return data
 
 
-def _rebuild_size(values: Any = ()) -> tuple[int, ...]:
-    return tuple(as_count(n) for n in values)
-
-
-def _ordered_dict(items: Any = ()) -> OrderedDict[Any, Any]:
-    return OrderedDict((as_key(k), v) for k, v in items)
-
-
 def _set(items: Any = ()) -> set[Any]:
     return {as_key(k) for k in items}
 
@@ -164,8 +156,8 @@ CALLS: Mapping[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_parameter": _rebuild_parameter,
-    "torch.Size": _rebuild_size,
-    "collections.OrderedDict": _ordered_dict,
+    "torch.Size": lambda values=(): tuple(as_count(n) for n in values),
+    "collections.OrderedDict": lambda items=(): OrderedDict((as_key(k), v) for k, v in items),
     "builtins.set": _set,
     "__builtin__.set": _set,
     "_codecs.encode": _encode,
@@ -187,14 +179,11 @@ class _Global:
     """A name the file mentioned, with our own stand-in for calling it."""
 
     name: str
-    build: Callable[..., Any]
+    #: None for a name that only says what something is.
+    build: Callable[..., Any] | None
 
 
-class _Mark:
-    pass
-
-
-_MARK = _Mark()
+_MARK = object()
 
 #: Instructions that push the value they carry.
 _LITERALS = frozenset(
@@ -215,6 +204,8 @@ _EMPTY: Mapping[str, Callable[[], Any]] = {
     "EMPTY_SET": set,
 }
 
+_TUPLES: Mapping[str, int] = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
 
 @dataclass
 class _Machine:
@@ -233,6 +224,9 @@ class _Machine:
                 self.stack.append(_CONSTANTS[name])
             elif name in _EMPTY:
                 self.stack.append(_EMPTY[name]())
+            elif name in _TUPLES:
+                size = _TUPLES[name]
+                self.stack[-size:] = [tuple(self.stack[-size:])]
             elif name == "STOP":
                 return self.stack.pop()
             else:
@@ -263,24 +257,20 @@ class _Machine:
             return DTYPES[full]
         if full in STORAGE_DTYPES:
             # Only ever passed to BINPERSID, which looks the dtype up by this name.
-            return _Global(full, self._not_callable(full))
+            return _Global(full, None)
         if full in CALLS:
             return _Global(full, CALLS[full])
         if full in INERT_CLASSES:
             return _Global(full, lambda *args: Inert(full, args))
         raise self.refusal(f"asks for {full}")
 
-    def _not_callable(self, name: str) -> Callable[..., Any]:
-        def refuse(*args: Any) -> Any:
-            raise self.refusal(f"calls {name}")
-
-        return refuse
-
     def call(self, function: Any, args: Any) -> Any:
         if not isinstance(function, _Global):
             raise self.refusal(f"calls an object of type {type(function).__name__}")
         if type(args) is not tuple:
             raise ValueError("the arguments of a call are not a tuple")
+        if function.build is None:
+            raise self.refusal(f"calls {function.name}")
         return function.build(*args)
 
     def do_PROTO(self, version: int) -> None:
@@ -317,15 +307,6 @@ class _Machine:
 
     def do_TUPLE(self, _: None) -> None:
         self.stack.append(tuple(self.items_since_mark()))
-
-    def do_TUPLE1(self, _: None) -> None:
-        self.stack[-1:] = [tuple(self.stack[-1:])]
-
-    def do_TUPLE2(self, _: None) -> None:
-        self.stack[-2:] = [tuple(self.stack[-2:])]
-
-    def do_TUPLE3(self, _: None) -> None:
-        self.stack[-3:] = [tuple(self.stack[-3:])]
 
     def do_LIST(self, _: None) -> None:
         self.stack.append(self.items_since_mark())

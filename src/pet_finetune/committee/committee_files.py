@@ -62,10 +62,6 @@ def committee_members(
 
     Returns:
         The members, made one at a time as they are asked for, and the rest.
-
-    Raises:
-        AdapterError: as :func:`load_committee`.
-        ConfigError: likewise.
     """
     calibration = Calibration()
     if isinstance(adapters, str | os.PathLike):

@@ -6,12 +6,13 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from ase import Atoms
 from ase.md.md import MolecularDynamics
 
+from pet_finetune.calculator import PETCalculator
 from pet_finetune.data.calculator_input import Contacts
 from pet_finetune.errors import DynamicsError, PetFinetuneError
 
@@ -30,16 +31,6 @@ _SECONDS_BETWEEN_STATES = 10.0
 _PARTS = ("integrator", "neighbors")
 #: eV per atom; energies of one state on two machines differ by less, those of two models by more.
 _SAME_MODEL = 1e-4
-
-
-class MDCalculator(Protocol):
-    """What a simulation asks of a calculator beside ASE's interface."""
-
-    neighbor_origin: Any
-
-    def contacts(self) -> Contacts:
-        """The extremes of the distances of the structure computed last."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -65,7 +56,7 @@ class _Run:
     """A simulation under way."""
 
     dynamics: MolecularDynamics
-    calculator: MDCalculator
+    calculator: PETCalculator
     settings: MDSettings
     files: MDFiles
     rng: np.random.Generator
@@ -169,7 +160,8 @@ class _Run:
                 f"'{self.files / STATE}' is of another integrator, or of another version of ASE "
                 f"(it lacks {error}). Start a new run from the last frame of {TRAJECTORY}."
             ) from error
-        self.calculator.neighbor_origin = tuple(parts["neighbors"][str(i)] for i in range(3))
+        first, second, third = (parts["neighbors"][str(i)] for i in range(3))
+        self.calculator.neighbor_origin = (first, second, third)
         found, kept = float(self.atoms.get_potential_energy()), float(state["energy"])
         if not abs(found - kept) < _SAME_MODEL * len(self.atoms):
             raise DynamicsError(
@@ -196,7 +188,7 @@ def simulate(
     generator, and the geometry that the neighbour list was built for.
 
     Args:
-        atoms: with momenta and a calculator that is an :class:`MDCalculator`; changed in place.
+        atoms: with momenta and a :class:`~pet_finetune.PETCalculator`; changed in place.
         settings: with all defaults written out.
         files: where everything is written.
         rng: of the thermostat.
@@ -239,7 +231,7 @@ def _prepared(
     rng: np.random.Generator,
     state: Mapping[str, Any] | None,
 ) -> _Run:
-    calculator: MDCalculator = atoms.calc
+    calculator: PETCalculator = atoms.calc
     # Lengths that a constraint is to keep are taken from the structure at its first use: let that
     # be the start, of a run that goes on too.
     atoms.set_constraint([constraint.copy() for constraint in atoms.constraints])

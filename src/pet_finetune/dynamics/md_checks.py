@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from ase import Atoms
@@ -94,6 +94,18 @@ class ModelChoice:
         )
 
 
+_T = TypeVar("_T")
+
+
+def tried(problems: list[str], make: Callable[[], _T]) -> _T | None:
+    """What is made; where that fails there is nothing, and one problem more."""
+    try:
+        return make()
+    except PetFinetuneError as error:
+        problems.append(str(error))
+        return None
+
+
 def check_start(
     model: ModelChoice,
     structure: str | Path,
@@ -111,16 +123,10 @@ def check_start(
         ConfigError: with a line for each problem.
     """
     problems = settings.problems()
-    atoms = calculator = None
-    try:
-        atoms = read_frame(structure, index, format, types)
+    atoms = tried(problems, lambda: read_frame(structure, index, format, types))
+    if atoms is not None:
         problems += _of_structure(atoms, structure, settings)
-    except PetFinetuneError as error:
-        problems.append(str(error))
-    try:
-        calculator = model.open(settings.stop_uncertainty is not None)
-    except PetFinetuneError as error:
-        problems.append(str(error))
+    calculator = tried(problems, lambda: model.open(settings.stop_uncertainty is not None))
     offered = () if calculator is None else calculator.implemented_properties
     sure = model.is_committee or "forces_uncertainty" in offered
     if settings.stop_uncertainty is not None and not sure:
@@ -166,11 +172,7 @@ def read_all(
     format: str = "",
     types: Mapping[int, str] | None = None,
 ) -> list[tuple[int, Atoms]]:
-    """The frames of a file with their numbers, or the one that is named.
-
-    Raises:
-        DataError: as :func:`read_frame`.
-    """
+    """The frames of a file with their numbers, or the one that is named."""
     frames = read_frames(structures, format, types)
     wanted = range(len(frames)) if index is None else [index]
     return [(number, _frame(frames, number, structures)) for number in wanted]

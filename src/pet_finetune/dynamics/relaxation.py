@@ -35,7 +35,7 @@ from pet_finetune.progress import InterruptGuard, Watch
 
 from .carried import carried
 from .integrators import constraint_problems
-from .md_checks import ModelChoice, read_all
+from .md_checks import ModelChoice, read_all, tried
 
 _logger = get_logger(__name__)
 
@@ -196,16 +196,8 @@ def _check(
 ) -> tuple[list[tuple[int, Atoms]], PETCalculator]:
     """The frames and the calculator, once all that can be seen to be wrong was looked for."""
     problems = settings.problems()
-    frames: list[tuple[int, Atoms]] = []
-    calculator = None
-    try:
-        frames = read_all(structures, index, format, types)
-    except PetFinetuneError as error:
-        problems.append(str(error))
-    try:
-        calculator = model.open()
-    except PetFinetuneError as error:
-        problems.append(str(error))
+    frames = tried(problems, lambda: read_all(structures, index, format, types)) or []
+    calculator = tried(problems, model.open)
     if output.suffix not in _ENDINGS:
         problems.append(f"-o {output}: expected a name that ends in {' or '.join(_ENDINGS)}.")
     elif output.exists():

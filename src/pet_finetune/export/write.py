@@ -142,13 +142,17 @@ class ModelCheck:
         """
         model = load_atomistic_model(str(path))
         (options,) = model.requested_neighbor_lists()
-        for output, expected in self.expected.items():
+
+        def ask(output: str, kind: str = "system") -> tuple[Tensor, list[System]]:
             systems = [make_system(s, options, self.dtype) for s in self.structures]
-            kind = model.capabilities().outputs[output].sample_kind
+            request = ModelEvaluationOptions("angstrom", {output: ModelOutput(sample_kind=kind)})
+            said = model(systems, request, check_consistency=True)
+            return said[output].block().values, systems
+
+        for output, expected in self.expected.items():
             of_atoms = not isinstance(expected, Prediction) and expected.spec.per_atom
-            request = ModelOutput(sample_kind=kind if of_atoms else "system")
-            evaluation = ModelEvaluationOptions("angstrom", {output: request})
-            values = model(systems, evaluation, check_consistency=True)[output].block().values
+            own = model.capabilities().outputs[output].sample_kind
+            values, systems = ask(output, own if of_atoms else "system")
             if isinstance(expected, Prediction):
                 self._compare(output, values.squeeze(1), expected.energy)
                 positions = [system.positions for system in systems]
@@ -158,12 +162,7 @@ class ModelCheck:
             else:
                 self._compare(output, values.reshape(expected.values.shape), expected.values)
         for output, numbers in self.uncertain.items():
-            systems = [make_system(s, options, self.dtype) for s in self.structures]
-            evaluation = ModelEvaluationOptions(
-                "angstrom", {output: ModelOutput(sample_kind="system")}
-            )
-            values = model(systems, evaluation, check_consistency=True)[output].block().values
-            self._compare(output, values, numbers)
+            self._compare(output, ask(output)[0], numbers)
 
     def read_back(self, path: Path, targets: Mapping[str, str]) -> None:
         """Read a checkpoint again and ask the model in it.

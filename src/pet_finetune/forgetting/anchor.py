@@ -28,11 +28,11 @@ from pet_finetune.model.potential import Potential
 from pet_finetune.model.prediction import Prediction
 from pet_finetune.nn.embedding import ROWS
 from pet_finetune.rng import Stream
-from pet_finetune.training.feature import Feature, Plan, Step, TrainingRun
+from pet_finetune.training.feature import Plan, Step, TrainingRun
 from pet_finetune.training.objectives import Objective
 from pet_finetune.training.sets import objective_of
 
-from .replay import read_unlabelled, sample
+from .replay import Keeping, read_unlabelled, sample
 
 _logger = get_logger(__name__)
 
@@ -187,15 +187,14 @@ def _drawn(values: Tensor, weight: float, generator: torch.Generator) -> Tensor:
     return factor * (noise.to(values) * values).sum(dtype=torch.float64)
 
 
-class AnchorFeature(Feature):
+class AnchorFeature(Keeping):
     """The feature ``finetune.anchor``: an :class:`AnchorLoss`, L2-SP or EWC."""
 
     name = "anchor"
 
     def __init__(self) -> None:
-        self._plan: Plan | None = None
+        super().__init__()
         self._weighed: list[Structure] = []
-        self._kept: dict[str, Any] | None = None
         self._loss: AnchorLoss | None = None
 
     def check(self, plan: Plan) -> None:
@@ -223,14 +222,15 @@ class AnchorFeature(Feature):
 
     def start(self, trainer: TrainingRun, kept: Mapping[str, Any] | None) -> None:
         """Note where the weights are, or take that as it was kept."""
-        self._kept = dict(kept) if kept else self._measured(trainer)
+        super().start(trainer, kept)
         if self._kept is not None:
             self._loss = AnchorLoss(trainer.model, **self._kept)
 
-    def _measured(self, trainer: TrainingRun) -> dict[str, Any] | None:
+    def _made(self, model: Potential) -> dict[str, Any] | None:
+        """Where the weights are held, how much each counts, and how strongly."""
         if self._plan is None or self._plan.foundation is None:
             return None
-        anchor, model = self._plan.options.finetune.anchor, trainer.model
+        anchor = self._plan.options.finetune.anchor
         assert anchor is not None, "a run without finetune.anchor measures nothing"
         fresh = self._plan.start.fresh
         random = tuple(f"{path}." for name in fresh for path in model.network.head_modules(name))
@@ -241,9 +241,8 @@ class AnchorFeature(Feature):
         }
         importance = None
         if anchor.type == "ewc":
-            objective = objective_of(
-                trainer.options, model, next(iter(self._plan.foundation.sources))
-            )
+            target = next(iter(self._plan.foundation.sources))
+            objective = objective_of(self.trainer.options, model, target)
             importance = fisher_information(model, self._weighed, objective, self._plan.seed)
         _logger.info(
             "anchor: %s, strength %g%s",
@@ -252,10 +251,6 @@ class AnchorFeature(Feature):
             f", Fisher information of {len(self._weighed)} structures" if importance else "",
         )
         return {"reference": reference, "importance": importance, "strength": anchor.factor}
-
-    def kept(self) -> dict[str, Any] | None:
-        """Where the weights are held, how much each counts, and how strongly."""
-        return self._kept
 
     def losses(self, step: Step) -> Mapping[str, Tensor]:
         """The penalty."""

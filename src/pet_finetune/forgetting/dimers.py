@@ -20,8 +20,10 @@ from pet_finetune.graph import Batch
 from pet_finetune.log import get_logger
 from pet_finetune.model.inference import evaluating
 from pet_finetune.model.potential import Potential
-from pet_finetune.training.feature import Feature, Plan, TrainingRun
+from pet_finetune.training.feature import Plan
 from pet_finetune.training.run_files import DIMERS, RunFiles
+
+from .replay import Keeping
 
 _logger = get_logger(__name__)
 
@@ -247,24 +249,17 @@ _MEANING = {
 _MOST_DRAWN = 66
 
 
-class DimerReport(Feature):
+class DimerReport(Keeping):
     """Dimer curves of the starting model and the best one, side by side."""
 
     name = "dimers"
-
-    def __init__(self) -> None:
-        self._plan: Plan | None = None
-        self._kept: dict[str, Any] | None = None
 
     def check(self, plan: Plan) -> None:
         """Note the run; there is nothing to read."""
         self._plan = plan
 
-    def start(self, trainer: TrainingRun, kept: Mapping[str, Any] | None) -> None:
-        """Compute the starting model's curves, or take them as they were kept."""
-        self._kept = dict(kept) if kept else self._curves(trainer.model)
-
-    def _curves(self, model: Potential) -> dict[str, Any] | None:
+    def _made(self, model: Potential) -> dict[str, Any] | None:
+        """The starting model's curves and the energy that they are of."""
         plan = self._plan
         if plan is None or plan.foundation is None or not plan.options.final_eval:
             return None
@@ -273,10 +268,6 @@ class DimerReport(Feature):
             return None
         species = [z for z in find_species(plan.training) if z in plan.foundation.species]
         return {"target": target, "before": dict(vars(dimer_curves(model, target, species)))}
-
-    def kept(self) -> dict[str, Any] | None:
-        """The starting model's curves and the energy that they are of."""
-        return self._kept
 
     def finish(self, best: Potential, files: RunFiles) -> Mapping[str, Any]:
         """Write curves and plot; what became of the repulsion of each pair."""

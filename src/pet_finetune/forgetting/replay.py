@@ -131,6 +131,29 @@ def from_plain(values: Iterable[Mapping[str, Any]]) -> tuple[Structure, ...]:
     return tuple(Structure(**one) for one in values)
 
 
+class Keeping(Feature):
+    """A feature that keeps, to the end of a run, what it made of the foundation at its start.
+
+    It does nothing where :meth:`_made` gives nothing.
+    """
+
+    def __init__(self) -> None:
+        self._plan: Plan | None = None
+        self._kept: dict[str, Any] | None = None
+
+    def start(self, trainer: TrainingRun, kept: Mapping[str, Any] | None) -> None:
+        """Make what is kept, or take it as it was kept."""
+        super().start(trainer, kept)
+        self._kept = dict(kept) if kept else self._made(trainer.model)
+
+    def _made(self, model: Potential) -> dict[str, Any] | None:
+        raise NotImplementedError
+
+    def kept(self) -> dict[str, Any] | None:
+        """What was made."""
+        return self._kept
+
+
 @dataclass(frozen=True)
 class ReplayHead:
     """Through which head what is replayed: ``target`` in the new model, ``source`` in the old."""
@@ -206,7 +229,7 @@ class ReplayLoss:
         return self.weight * batch_loss(replayed, predictions, {objective.target: objective})
 
 
-class ReplayFeature(Feature):
+class ReplayFeature(Keeping):
     """The feature ``finetune.replay``.
 
     It is :class:`ReplayLoss` of a file, or of structures that the starting model labels itself.
@@ -216,10 +239,9 @@ class ReplayFeature(Feature):
     shared = True
 
     def __init__(self) -> None:
-        self._plan: Plan | None = None
+        super().__init__()
         self._structures: list[Structure] = []
         self._head: ReplayHead | None = None
-        self._kept: dict[str, Any] | None = None
         self._loss: ReplayLoss | None = None
 
     def check(self, plan: Plan) -> None:
@@ -256,8 +278,8 @@ class ReplayFeature(Feature):
 
     def start(self, trainer: TrainingRun, kept: Mapping[str, Any] | None) -> None:
         """Label the structures, or take them as they were kept."""
+        super().start(trainer, kept)
         model, options = trainer.model, trainer.options
-        self._kept = dict(kept) if kept else self._labelled(model)
         if self._kept is None:
             return
         structures = from_plain(self._kept["structures"])
@@ -273,7 +295,8 @@ class ReplayFeature(Feature):
         objective = objective_of(options, model, self._kept["target"], loader.label_names)
         self._loss = ReplayLoss(model, beside, objective, self._kept["weight"], options)
 
-    def _labelled(self, model: Potential) -> dict[str, Any] | None:
+    def _made(self, model: Potential) -> dict[str, Any] | None:
+        """The labelled structures, their target, fraction and weight."""
         if self._plan is None or self._head is None:
             return None
         replay, target = self._plan.options.finetune.replay, self._head.target
@@ -304,10 +327,6 @@ class ReplayFeature(Feature):
             "fraction": replay.fraction,
             "weight": replay.weight,
         }
-
-    def kept(self) -> dict[str, Any] | None:
-        """The labelled structures, their target, fraction and weight."""
-        return self._kept
 
     def losses(self, step: Step) -> Mapping[str, Tensor]:
         """The loss of what goes beside a batch."""

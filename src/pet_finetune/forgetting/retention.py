@@ -12,14 +12,22 @@ from pet_finetune.data.structure import Structure
 from pet_finetune.errors import ConfigError
 from pet_finetune.log import get_logger
 from pet_finetune.model.potential import Potential
-from pet_finetune.training.feature import Feature, Plan, TrainingRun
+from pet_finetune.training.feature import Plan, TrainingRun
 from pet_finetune.training.loggers import describe
 from pet_finetune.training.metrics import Metrics, evaluate
 from pet_finetune.training.records import Measured
 from pet_finetune.training.sets import evaluation_loader, label_with, relabelled
 from pet_finetune.training.starting_model import FoundationEnergies, named_energy
 
-from .replay import as_plain, choose_head, chosen, from_plain, known_foundation, read_labelled
+from .replay import (
+    Keeping,
+    as_plain,
+    choose_head,
+    chosen,
+    from_plain,
+    known_foundation,
+    read_labelled,
+)
 
 _logger = get_logger(__name__)
 
@@ -87,18 +95,17 @@ class RetentionSet:
         return self.errors(model) if epoch == 1 or epoch % self.every == 0 else {}
 
 
-class RetentionReport(Feature):
+class RetentionReport(Keeping):
     """The feature ``finetune.retention``: :class:`RetentionSet` before, during and after a run."""
 
     name = "retention"
     heading = "forgetting"
 
     def __init__(self) -> None:
-        self._plan: Plan | None = None
+        super().__init__()
         self._structures: list[Structure] = []
         self._compared: tuple[str, ...] = ()
         self._labelled_for = ""
-        self._kept: dict[str, Any] | None = None
         self._retention: RetentionSet | None = None
 
     def check(self, plan: Plan) -> None:
@@ -131,13 +138,14 @@ class RetentionReport(Feature):
 
     def start(self, trainer: TrainingRun, kept: Mapping[str, Any] | None) -> None:
         """Label the structures, or take them as they were kept."""
-        self._kept = dict(kept) if kept else self._labelled(trainer.model)
+        super().start(trainer, kept)
         if self._kept is not None:
             structures = from_plain(self._kept["structures"])
             targets, every = self._kept["targets"], self._kept["every"]
             self._retention = RetentionSet(structures, targets, trainer.model, every)
 
-    def _labelled(self, model: Potential) -> dict[str, Any] | None:
+    def _made(self, model: Potential) -> dict[str, Any] | None:
+        """The labelled structures, the energies compared, epochs between two evaluations."""
         if self._plan is None or not self._structures:
             return None
         options = self._plan.options
@@ -159,10 +167,6 @@ class RetentionReport(Feature):
             every,
         )
         return {"structures": as_plain(structures), "targets": self._compared, "every": every}
-
-    def kept(self) -> dict[str, Any] | None:
-        """The labelled structures, the energies compared, epochs between two evaluations."""
-        return self._kept
 
     def validate(self, model: Potential, epoch: int) -> Measured | None:
         """The errors where they are due."""

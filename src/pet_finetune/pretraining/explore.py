@@ -6,6 +6,7 @@ is of use to anybody.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from pet_finetune.data.structure import (
     DEFAULT_SPIN_KEYS,
     atoms_to_structure,
     evenly_apart,
+    structures_fingerprint,
 )
 from pet_finetune.inspection.inspected import InspectedFrame, dataset_of
 from pet_finetune.rng import Stream
@@ -235,3 +237,9 @@ def _too_high(
     if energy - level > settings.max_energy:
         return "energy too high"
     return None
+
+
+def digest(frames: Sequence[Atoms]) -> str:
+    """A name for the geometries of frames."""
+    structures = (atoms_to_structure(atoms, i) for i, atoms in enumerate(frames))
+    return hashlib.sha256(structures_fingerprint(structures).encode()).hexdigest()[:16]

@@ -30,9 +30,7 @@ from pet_finetune.data.structure import (
     DEFAULT_CHARGE_KEYS,
     DEFAULT_SPIN_KEYS,
     Structure,
-    atoms_to_structure,
     evenly_apart,
-    structures_fingerprint,
 )
 from pet_finetune.errors import DataError, PetFinetuneError, RunError, TrainingError
 from pet_finetune.files import read_object, write_whole
@@ -47,7 +45,7 @@ from pet_finetune.training.resume import plain_errors
 from pet_finetune.training.run import train
 from pet_finetune.training.run_files import BEST, LAST
 
-from .explore import DROPPED, NAME, explore, tasks_of
+from .explore import DROPPED, NAME, digest, explore, tasks_of
 from .teacher import Teacher, teacher_of
 
 _RECORD = "pretrain.json"
@@ -55,20 +53,11 @@ _Item = TypeVar("_Item")
 
 
 class Work:
-    """The folder that the stages keep what they found in; the same command goes on with it.
-
-    Args:
-        folder: made where it does not exist.
-        settings: of the work.
-        content: what else it is made from, by name: digests of the foundation and the structures.
-
-    Raises:
-        RunError: it holds the work of other settings.
-        DataError: its record is damaged.
-    """
+    """The folder that the stages keep what they found in; the same command goes on with it."""
 
     def __init__(self, folder: Path, settings: PretrainOptions, content: dict[str, str]) -> None:
         self.folder = folder
+        # Beside settings: digests of the foundation and the structures.
         own = {**settings.model_dump(mode="json"), **content}
         self.record: dict[str, Any] = {"made_from": own, "seconds": {}}
         file = folder / _RECORD
@@ -109,14 +98,7 @@ class Work:
         items: Sequence[_Item],
         make: Callable[[_Item], list[Atoms]],
     ) -> list[Atoms]:
-        """Frames of each item, from a file of its own where it was made before.
-
-        Args:
-            name: of the folder of these files.
-            what: what is done, for the progress.
-            items: what frames are made from.
-            make: one frame or more of an item; the same whenever it is asked.
-        """
+        """Frames of each item, which ``make`` makes or a file of its own has from before."""
         place = self.folder / name
         place.mkdir(exist_ok=True)
         frames: list[Atoms] = []
@@ -131,12 +113,6 @@ class Work:
                     raise DataError(f"{error} Remove this file: it is made again.") from error
                 watch.step()
         return frames
-
-
-def digest(frames: Sequence[Atoms]) -> str:
-    """A name for the geometries of frames."""
-    structures = (atoms_to_structure(atoms, i) for i, atoms in enumerate(frames))
-    return hashlib.sha256(structures_fingerprint(structures).encode()).hexdigest()[:16]
 
 
 _logger = get_logger(__name__)
@@ -230,9 +206,6 @@ def pretrained(options: Options) -> Options:
 
     What it gives is kept in the cache under a name made of settings, structures and weights, and
     found there by the next run.
-
-    Raises:
-        PetFinetuneError: as :func:`pretrain_model`.
     """
     finetune = options.finetune
     settings, start = finetune.pretrain, finetune.read_from
@@ -365,7 +338,7 @@ def _trained(
         }
         for name in ("training", "validation", "test")
     }
-    training: dict[str, Any] = {
+    training = {
         "batch_size": settings.batch_size,
         "num_epochs": settings.epochs,
         "optimizer": "soap",
@@ -374,13 +347,8 @@ def _trained(
         "loss": "huber",
         "finetune": {"method": "full", "retention": "off"},
     }
-    options = {
-        "seed": settings.seed,
-        "device": device,
-        "architecture": {"training": training},
-        **sets,
-    }
-    loaded = parse_options(options, checkpoint, source="pretrain")
+    whole = {"seed": settings.seed, "device": device, "architecture": {"training": training}}
+    loaded = parse_options({**whole, **sets}, checkpoint, source="pretrain")
     place = folder / "train"
     forget_files()
     last = place / LAST
@@ -419,9 +387,9 @@ def _gain(before: dict[str, Any], after: dict[str, Any]) -> str:
     """Errors on the held-out frames before and after, in words."""
     parts = []
     for target, errors in after.items():
-        for name, factor, unit in (("energy_mae", 1e3, "meV/atom"), ("forces_mae", 1e3, "meV/A")):
-            if name in errors:
-                old = before.get(target, {}).get(name, float("nan"))
-                what = name.removesuffix("_mae")
-                parts.append(f"{what} {factor * old:.1f} -> {factor * errors[name]:.1f} {unit}")
+        for kind, unit in (("energy", "meV/atom"), ("forces", "meV/A")):
+            new = errors.get(f"{kind}_mae")
+            if new is not None:
+                old = before.get(target, {}).get(f"{kind}_mae", float("nan"))
+                parts.append(f"{kind} {1e3 * old:.1f} -> {1e3 * new:.1f} {unit}")
     return "held-out " + ", ".join(parts)

@@ -56,9 +56,7 @@ class RotationalAgreement(Feature):
             for key, _, values, _ in labelled_values(target, prediction)
         }
         said = _labelled(step.batch, own).first(count)
-        # The same on every process, whatever device the model is on.
-        place = trainer.training.seed, step.epoch, step.index
-        rotations = random_rotations(count, torch_generator(*place, Stream.CONSISTENCY))
+        rotations = self._rotations(step, count)
         if said.whole is not None:
             rotations = rotations[said.whole.rows(per_atom=False)]
         rotated = rotate_batch(said, rotations.to(said.graph.cells.device))
@@ -67,6 +65,11 @@ class RotationalAgreement(Feature):
         objectives = objectives_at(trainer.objectives, trainer.options, step.epoch)
         weight = consistency.weight * count / step.batch.size
         return {self.name: weight * batch_loss(rotated, predictions, objectives)}
+
+    def _rotations(self, step: Step, count: int) -> Tensor:
+        """The same on every process, whatever device the model is on."""
+        place = self.trainer.training.seed, step.epoch, step.index
+        return random_rotations(count, torch_generator(*place, Stream.CONSISTENCY))
 
 
 def _labelled(batch: LabelledBatch, labels: dict[str, Tensor]) -> LabelledBatch:

@@ -70,9 +70,6 @@ def train_ensemble(
         options: of the whole run.
         folder: of the whole run.
         request: how it begins; member 0 alone looks at the data and tells the notices.
-
-    Raises:
-        PetFinetuneError: any bad input, with one clear message.
     """
     size, restart, rooms = options.finetune.ensemble, request.restart, request.rooms
     assert size is not None, "a run without finetune.ensemble has no members"

@@ -177,9 +177,6 @@ def evaluate(
         wanted: for each target, whether forces and stress are compared.
         keep: is given each batch and what the model says of it.
         compiled: predicts in the model's place where no uncertainty is known.
-
-    Returns:
-        Metrics by target.
     """
     metrics = {name: Metrics(name) for name in wanted}
     deals = False
@@ -254,12 +251,7 @@ SPREAD = "~spread"
 
 
 class PredictionRecorder:
-    """Gathers what a model says of the batches of a loader, in the order of its structures.
-
-    Args:
-        loader: in whose order the batches come; every one of epoch 0 is given once.
-        set_name: what its set is called.
-    """
+    """Gathers what a model says of the batches of a loader, in the order of its structures."""
 
     def __init__(self, loader: Loader, set_name: str) -> None:
         self.loader, self.set_name = loader, set_name

@@ -251,12 +251,7 @@ class _Steps:
         return time.perf_counter() - started, *map(sum, zip(*sizes, strict=True))
 
 
-def check_steps(steps: int) -> None:
-    """Refuse a number of steps that gives no time.
-
-    Raises:
-        TrainingError: it is below 1.
-    """
+def _check_steps(steps: int) -> None:
     if steps < 1:
         raise TrainingError(f"--profile {steps}: at least 1 step must be timed.")
 
@@ -268,11 +263,8 @@ def profile_steps(trainer: Trainer, steps: int, trace: Path) -> TrainingProfile:
         trainer: ready to train; its progress stays where it is.
         steps: to be timed.
         trace: where the timeline of the steps under torch's profiler goes, in Chrome's format.
-
-    Raises:
-        TrainingError: no step is to be timed, or the loss is not a number.
     """
-    check_steps(steps)
+    _check_steps(steps)
     model, device = trainer.model, trainer.model.device
     model.train()
     before = resident_mib()
@@ -311,17 +303,13 @@ def _validation_seconds(trainer: Trainer, running: _Steps) -> float:
     evaluate(trainer.model, batches, trainer.wanted)
     running.synchronize()
     seconds = time.perf_counter() - started
-    return seconds * len(loader.structures) / sum(batch.graph.num_structures for batch in batches)
+    return seconds * len(loader.structures) / sum(b.graph.num_structures for b in batches)
 
 
 def _trace(
     running: _Steps, device: torch.device, path: Path
 ) -> tuple[dict[str, float], list[Operation]]:
-    """Take steps under torch's profiler and write the timeline.
-
-    Returns:
-        The share of each stage, and of the rest, in a step; and the dearest operations.
-    """
+    """Take steps under torch's profiler and write the timeline."""
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with torch.profiler.profile(activities=activities) as profiler:
@@ -374,11 +362,8 @@ def profile_run(
         notices: what reading the options had to say, for the log.
         source: the options file, which must not be overwritten.
         rooms: what other rooms bring into the run.
-
-    Raises:
-        PetFinetuneError: any bad input, with one clear message.
     """
-    check_steps(steps)
+    _check_steps(steps)
     device = choose_device(options.device)
     with own_folder(folder) as path:
         files = RunFiles(path)

@@ -74,9 +74,6 @@ def train(
         source: the options file, which the run must not overwrite.
         check: whether a new run inspects its data first (as ``pet-finetune inspect`` does).
         rooms: what other rooms bring into the run.
-
-    Raises:
-        PetFinetuneError: any bad input, with one clear message.
     """
     request = Request(restart, notices, source, check, rooms)
     launch = launchers.find_launch(options.training.distributed, options.training.distributed_port)
