@@ -26,7 +26,7 @@ from pet_finetune.checkpoint.contents import (
     describe_checkpoint,
     merge_adapter,
 )
-from pet_finetune.config.finetune_sections import LastLayerOptions, PretrainOptions
+from pet_finetune.config.finetune import LastLayerOptions, PretrainOptions
 from pet_finetune.config.problems import checked_section
 from pet_finetune.data.convert_sets import convert
 from pet_finetune.data.frame_files import read_frames

@@ -25,10 +25,12 @@ from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.config.finetune import (
     METHOD_KEYS,
     METHOD_SHORTHANDS,
+    AnchorOptions,
     FinetuneConfig,
     FinetuneOptions,
+    ReplayOptions,
+    RetentionOptions,
 )
-from pet_finetune.config.finetune_sections import AnchorOptions, ReplayOptions, RetentionOptions
 from pet_finetune.config.load import LoadedOptions, parse_options, read_yaml
 from pet_finetune.config.problems import format_path
 from pet_finetune.config.run_options import Options

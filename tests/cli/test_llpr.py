@@ -18,7 +18,7 @@ from pet_finetune import PETCalculator
 from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.committee.llpr import fresh
-from pet_finetune.config.finetune_sections import LastLayerOptions
+from pet_finetune.config.finetune import LastLayerOptions
 from pet_finetune.config.load import load_options
 from pet_finetune.data.splits import load_splits
 from pet_finetune.errors import ConfigError, TrainingError

@@ -17,7 +17,7 @@ from pet_finetune.checkpoint.metatrain_llpr import uncertainty_name
 from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.committee.llpr import fit_last_layers, fresh
-from pet_finetune.config.finetune_sections import LastLayerOptions
+from pet_finetune.config.finetune import LastLayerOptions
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.structure import atoms_to_structure
 from pet_finetune.errors import CheckpointError

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pet_finetune.config.finetune_sections import LastLayerOptions
+from pet_finetune.config.finetune import LastLayerOptions
 from pet_finetune.data.labelled_batch import LabelledBatch, on_device
 from pet_finetune.errors import TrainingError
 from pet_finetune.graph import Batch

@@ -192,12 +192,40 @@ def _optional_text(value: Any) -> str:
     return value
 
 
-def _text_list(value: Any) -> tuple[str, ...]:
-    if isinstance(value, str):
-        return (_text(value),)
-    if not isinstance(value, (list, tuple)):
-        raise ValueError
-    return tuple(_text(item) for item in value)
+def listed(check: Callable[[Any], Any], *, empty: bool = True) -> Callable[[Any], tuple[Any, ...]]:
+    """Build the check of a list, or of one thing without the list around it."""
+
+    def convert(value: Any) -> tuple[Any, ...]:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        if not items and not empty:
+            raise ValueError
+        return tuple(check(item) for item in items)
+
+    return convert
+
+
+def mapping(
+    check: Callable[[Any], Any], key: Callable[[Any], Any] = str
+) -> Callable[[Any], dict[Any, Any]]:
+    """Build the check of a mapping, by those of its values and its keys."""
+
+    def convert(value: Any) -> dict[Any, Any]:
+        if not isinstance(value, Mapping):
+            raise ValueError
+        return {key(name): check(item) for name, item in value.items()}
+
+    return convert
+
+
+def only(allowed: str, why: str) -> Callable[[Any], str]:
+    """Build the check of an option that has one value here, and say why."""
+
+    def convert(value: Any) -> str:
+        if value != allowed:
+            raise ValueError(why)
+        return allowed
+
+    return convert
 
 
 _INTEGER, _NUMBER = {"type": "integer"}, {"type": "number"}
@@ -258,7 +286,7 @@ Text = Annotated[str, Expects("text", _text, {"type": "string"})]
 OptionalText = Annotated[str, Expects("text", _optional_text, {"type": ["string", "null"]})]
 TextList = Annotated[
     tuple[str, ...],
-    Expects("a name or a list of names", _text_list, {"type": ["string", "array"]}),
+    Expects("a name or a list of names", listed(_text), {"type": ["string", "array"]}),
 ]
 Ignored = Annotated[Any, Expects("any value", lambda value: value)]
 

@@ -12,7 +12,7 @@ from .data_contradictions import check_data, check_keeping
 from .finetune import METATRAIN_KEYS, METHOD_KEYS
 from .problems import Path, Problem, format_path
 from .run_options import Options
-from .training_sections import first_epoch
+from .training import first_epoch
 
 _MODEL: Path = ("architecture", "model")
 _TRAINING: Path = ("architecture", "training")

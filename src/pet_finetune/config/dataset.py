@@ -16,7 +16,7 @@ from pet_finetune.errors import UnitError, did_you_mean
 from pet_finetune.keys import base_name, direct_quantity
 from pet_finetune.units import LENGTH_UNITS, is_energy_unit, length_to_angstrom
 
-from .base import Expects, Fraction, Ignored, OneOf, OptionalText, Section, ignored_field
+from .base import Expects, Fraction, Ignored, OneOf, OptionalText, Section, ignored_field, mapping
 from .target import (
     Reader,
     TargetOptions,
@@ -72,20 +72,18 @@ Indices = Annotated[
 ]
 
 
-def _types(value: Any) -> dict[int, str]:
-    if not isinstance(value, Mapping):
+def _type(number: Any) -> int:
+    if isinstance(number, bool) or not str(number).isdecimal() or not int(number):
         raise ValueError
-    types = {}
-    for number, name in value.items():
-        if isinstance(number, bool) or not str(number).isdecimal() or not int(number):
-            raise ValueError
-        types[int(number)] = symbol_of(atomic_number(name))
-    return types
+    return int(number)
 
 
 Types = Annotated[
     dict[int, str],
-    Expects("elements by number of the type, for instance {1: O, 2: H}", _types),
+    Expects(
+        "elements by number of the type, for instance {1: O, 2: H}",
+        mapping(lambda name: symbol_of(atomic_number(name)), _type),
+    ),
 ]
 
 

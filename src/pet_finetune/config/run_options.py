@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -21,6 +20,8 @@ from .base import (
     PositiveInt,
     Section,
     ignored_field,
+    mapping,
+    only,
     to_plain,
     without_nulls,
 )
@@ -122,12 +123,6 @@ DEFAULT_LEARNING_RATES = {
 ADAMW_LEARNING_RATES = {"scratch": 5e-4, "full": 2e-4}
 
 
-def _architecture(value: Any) -> str:
-    if value == "pet":
-        return "pet"
-    raise ValueError("This package trains the PET architecture only.")
-
-
 def _device(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
@@ -154,16 +149,13 @@ def _atomic_types(value: Any) -> tuple[int, ...]:
     return tuple(sorted(set(value)))
 
 
-def _settings(value: Any) -> dict[str, Any] | None:
-    if value is not None and not isinstance(value, Mapping):
-        raise ValueError
-    return None if value is None else {str(key): item for key, item in value.items()}
-
-
 class ArchitectureOptions(Section):
     """The network and its training."""
 
-    name: Annotated[Literal["pet"], Expects("'pet'", _architecture)] = "pet"
+    name: Annotated[
+        Literal["pet"],
+        Expects("'pet'", only("pet", "This package trains the PET architecture only.")),
+    ] = "pet"
     """The architecture; always `pet`."""
     model: ModelOptions = ModelOptions()
     """Size and shape of a network trained from scratch."""
@@ -209,7 +201,10 @@ class Options(Section):
     final_eval: Flag = True
     """Evaluate the final model on all three sets after training."""
     print_stats: Ignored = ignored_field("what the data hold is always checked and logged.")
-    wandb: Annotated[dict[str, Any] | None, Expects("settings of wandb.init", _settings)] = None
+    wandb: (
+        Annotated[dict[str, Any], Expects("settings of wandb.init", mapping(lambda item: item))]
+        | None
+    ) = None
     """Log to Weights & Biases too, with these arguments of `wandb.init`: `project`, `name`, `mode:
     offline`, ... Needs the extra `wandb`. As in metatrain."""
 

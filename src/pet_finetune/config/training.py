@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import BeforeValidator, Discriminator, Tag, model_validator
 
 from pet_finetune.keys import Compile
 
@@ -22,20 +23,163 @@ from .base import (
     PositiveFloat,
     PositiveInt,
     Section,
+    Share,
     TextList,
     ignored_field,
+    mapping,
+    only,
+    real_number,
 )
 from .finetune import FinetuneOptions
-from .training_sections import (
-    LabelNoise,
-    LossOptions,
-    LossSchedule,
-    LossTerm,
-    MixedPrecision,
-    RotationalConsistency,
-    TargetLoss,
-    WeightMean,
-)
+
+LossType = Literal["mse", "mae", "huber"]
+
+
+class LossTerm(Section):
+    """The loss of one quantity. In a file also just its type."""
+
+    short_forms, short_for = ("string",), "type"
+
+    type: Annotated[LossType, OneOf()] = "mse"
+    """Mean squared error, mean absolute error, or Huber's mixture of both."""
+    weight: NonNegativeFloat = 1.0
+    """Factor in the total loss."""
+    delta: PositiveFloat = 1.0
+    """Huber: where squared turns to absolute, in units of the scaled target."""
+    reduction: Annotated[
+        Literal["mean"],
+        Expects("'mean'", only("mean", "The loss is always a mean; change `weight` to scale it.")),
+    ] = "mean"
+    """How the values of a batch are combined; only `mean`."""
+
+
+class GradientLosses(Section):
+    """Losses of the derivatives of an energy, by metatrain's names."""
+
+    positions: LossTerm | None = None
+    """Loss of the forces."""
+    strain: LossTerm | None = None
+    """Loss of the stress."""
+
+
+class TargetLoss(LossTerm):
+    """The loss of one target and of its forces and stress."""
+
+    forces: LossTerm | None = None
+    """Loss of the forces: a type, or these keys."""
+    stress: LossTerm | None = None
+    """Loss of the stress: a type, or these keys."""
+    virial: LossTerm | None = None
+    """Another name of `stress`."""
+    gradients: GradientLosses = GradientLosses()
+    """Another place for the losses of forces and stress."""
+
+    def forces_term(self) -> LossTerm:
+        """Loss of the forces, wherever it was given; mean squared error otherwise."""
+        return self.forces or self.gradients.positions or LossTerm()
+
+    def stress_term(self) -> LossTerm:
+        """Loss of the stress, wherever it was given; mean squared error otherwise."""
+        return self.stress or self.virial or self.gradients.strain or LossTerm()
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether a loss of forces or stress is given."""
+        given = (self.forces, self.stress, self.virial, self.gradients.positions)
+        return any(term is not None for term in (*given, self.gradients.strain))
+
+    def repeated(self) -> list[tuple[str, ...]]:
+        """Groups of keys that set the same loss, where more than one of them is given."""
+        groups = {
+            "forces": (("forces", self.forces), ("gradients.positions", self.gradients.positions)),
+            "stress": (
+                ("stress", self.stress),
+                ("virial", self.virial),
+                ("gradients.strain", self.gradients.strain),
+            ),
+        }
+        given = [tuple(key for key, term in group if term) for group in groups.values()]
+        return [keys for keys in given if len(keys) > 1]
+
+
+def _kind_of_loss(value: Any) -> str:
+    return "#each" if isinstance(value, Mapping) else "#all"
+
+
+#: One type for everything, or a loss for each target.
+LossOptions = Annotated[
+    Annotated[Annotated[LossType, OneOf()], Tag("#all")]
+    | Annotated[dict[str, TargetLoss], Tag("#each")],
+    Discriminator(_kind_of_loss),
+]
+
+#: Leaves products such as 0.28 * 25 = 7.000000000000001 what they are meant to be.
+_TINY = 1e-9
+
+MixedPrecision = Annotated[Literal["bf16-mixed"], OneOf()]
+
+
+def first_epoch(start: float, num_epochs: int) -> int:
+    """The first epoch, from 0, that lies wholly in the part of a run that begins at ``start``.
+
+    Args:
+        start: a fraction of the run.
+        num_epochs: of the run.
+    """
+    return math.ceil(start * num_epochs - _TINY)
+
+
+class WeightMean(Section):
+    """Stochastic weight averaging (SWA, arXiv:1803.05407): the mean of many steps' weights."""
+
+    start: OpenFraction = 0.75
+    """Part of the run after which averaging begins, with a whole epoch."""
+    learning_rate: PositiveFloat | None = None
+    """Constant learning rate from there on. Null goes on with the scheduler's."""
+
+
+class LossStage(Section):
+    """Factors on the weights of the loss from some part of the run on."""
+
+    start: Fraction
+    """Part of the run after which the factors hold, from a whole epoch on."""
+    energy: NonNegativeFloat = 1.0
+    """Factor on the weight of energies."""
+    forces: NonNegativeFloat = 1.0
+    """Factor on the weight of forces."""
+    stress: NonNegativeFloat = 1.0
+    """Factor on the weight of stresses."""
+
+
+def _as_list(value: Any) -> Any:
+    """One stage without the list around it, or nothing under the name."""
+    return [value] if isinstance(value, Mapping) else () if value is None else value
+
+
+LossSchedule = Annotated[tuple[LossStage, ...], BeforeValidator(_as_list)]
+
+
+class RotationalConsistency(Section):
+    """A loss of what predictions change by when the structure is rotated."""
+
+    short_forms, short_for = ("number",), "weight"
+
+    weight: PositiveFloat = 1.0
+    """What a rotated structure counts beside a labelled one, with the types and weights of `loss`;
+    more than 2 can spoil the training."""
+    fraction: Share = 0.5
+    """Part of each batch that is rotated once more and predicted again; a step takes somewhat more
+    than as much longer."""
+
+
+class LabelNoise(Section):
+    """Gaussian noise on the training labels, drawn anew in each epoch."""
+
+    energy: NonNegativeFloat = 0.0
+    """Standard deviation on the energy, eV/atom."""
+    forces: NonNegativeFloat = 0.0
+    """Standard deviation on each force component, eV/Å."""
+
 
 #: Weight of the energy per atom beside forces where the options give no weights. There are 3 N
 #: forces for one energy, and their errors are tens of times larger: with equal weights the energy
@@ -47,58 +191,44 @@ BestModelMetric = Literal["mae_prod", "rmse_prod", "loss", "energy_mae", "forces
 BaselineMode = Literal["auto", "refit", "fit", "keep", "values"]
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _baselines(value: Any) -> str | dict[str, float | dict[int, float]]:
-    if value is None:
-        return {}
-    if isinstance(value, str) and value:
-        return value
+def _baseline(value: Any) -> float | dict[int, float]:
     if not isinstance(value, Mapping):
-        raise ValueError
-    checked: dict[str, float | dict[int, float]] = {}
-    for target, baseline in value.items():
-        if _is_number(baseline):
-            checked[str(target)] = float(baseline)
-            continue
-        if not isinstance(baseline, Mapping):
-            raise ValueError
-        for number, energy in baseline.items():
-            if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= 118:
-                raise ValueError(f"{number!r} is not an atomic number.")
-            if not _is_number(energy):
-                raise ValueError(f"The value of element {number} is {energy!r}.")
-        checked[str(target)] = {number: float(energy) for number, energy in baseline.items()}
-    return checked
+        return real_number()(value)
+    for number, energy in value.items():
+        if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= 118:
+            raise ValueError(f"{number!r} is not an atomic number.")
+        if isinstance(energy, bool) or not isinstance(energy, (int, float)):
+            raise ValueError(f"The value of element {number} is {energy!r}.")
+    return {number: float(energy) for number, energy in value.items()}
 
 
-def _scales(value: Any) -> str | dict[str, float]:
-    if value is None:
-        return {}
-    if isinstance(value, str) and value:
-        return value
-    if not isinstance(value, Mapping):
-        raise ValueError
-    for scale in value.values():
-        if isinstance(scale, Mapping):
-            raise ValueError("One scale a target is supported, not one a species.")
-        if not _is_number(scale) or scale <= 0:
-            raise ValueError
-    return {str(target): float(scale) for target, scale in value.items()}
+def _scale(value: Any) -> float:
+    if isinstance(value, Mapping):
+        raise ValueError("One scale a target is supported, not one a species.")
+    return real_number(above=0.0)(value)
+
+
+def _of_targets(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The check of numbers by target; also the path of a checkpoint that has them."""
+
+    def convert(value: Any) -> Any:
+        if value is None or (isinstance(value, str) and value):
+            return value or {}
+        return mapping(check)(value)
+
+    return convert
 
 
 FixedBaselines = Annotated[
     str | dict[str, float | dict[int, float]],
     Expects(
         "{target: number} or {target: {atomic number: number}}, or the path of a checkpoint",
-        _baselines,
+        _of_targets(_baseline),
     ),
 ]
 FixedScales = Annotated[
     str | dict[str, float],
-    Expects("{target: positive number}, or the path of a checkpoint", _scales),
+    Expects("{target: positive number}, or the path of a checkpoint", _of_targets(_scale)),
 ]
 
 

@@ -18,7 +18,7 @@ from ase.data import chemical_symbols, covalent_radii
 from ase.md.langevin import Langevin
 
 from pet_finetune.calculator import PETCalculator
-from pet_finetune.config.finetune_sections import PretrainOptions
+from pet_finetune.config.finetune import PretrainOptions
 from pet_finetune.data.structure import (
     DEFAULT_CHARGE_KEYS,
     DEFAULT_SPIN_KEYS,

@@ -19,7 +19,7 @@ from pet_finetune.caches import cache_folders
 from pet_finetune.calculator import PETCalculator
 from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.checkpoint.opening import load_checkpoint
-from pet_finetune.config.finetune_sections import PretrainOptions
+from pet_finetune.config.finetune import PretrainOptions
 from pet_finetune.config.load import parse_options
 from pet_finetune.config.run_options import Options
 from pet_finetune.data.ase_databases import write_exact

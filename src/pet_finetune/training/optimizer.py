@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pet_finetune.config.training import TrainingOptions
-from pet_finetune.config.training_sections import first_epoch
+from pet_finetune.config.training import TrainingOptions, first_epoch
 from pet_finetune.errors import TrainingError
 from pet_finetune.model.depth import depth_of
 from pet_finetune.model.pet import PET

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from pet_finetune.committee.committee import Committee
 from pet_finetune.config.run_options import Options
-from pet_finetune.config.training import TrainingOptions
-from pet_finetune.config.training_sections import LabelNoise
+from pet_finetune.config.training import LabelNoise, TrainingOptions
 from pet_finetune.data.labelled_batch import LabelledBatch, on_device
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.splits import Splits

@@ -15,7 +15,7 @@ from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.committee.calibration import Curves
 from pet_finetune.committee.llpr import Fitted, fit_last_layers
-from pet_finetune.config.finetune_sections import LastLayerOptions
+from pet_finetune.config.finetune import LastLayerOptions
 from pet_finetune.data.loader import Loader
 from pet_finetune.errors import TrainingError
 from pet_finetune.log import FILE_ONLY, get_logger

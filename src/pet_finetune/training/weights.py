@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
-from pet_finetune.config.finetune_sections import Unfreeze
+from pet_finetune.config.finetune import Unfreeze
 from pet_finetune.errors import TrainingError, did_you_mean
 from pet_finetune.log import get_logger
 from pet_finetune.model.depth import depth_names, depth_of

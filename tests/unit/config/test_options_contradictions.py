@@ -9,7 +9,7 @@ import pytest
 from pet_finetune import extras
 from pet_finetune.config.load import parse_options
 from pet_finetune.config.run_options import Options
-from pet_finetune.config.training_sections import first_epoch
+from pet_finetune.config.training import first_epoch
 from pet_finetune.errors import ConfigError
 
 

@@ -20,7 +20,7 @@ from pet_finetune import extras
 from pet_finetune.calculator import PETCalculator
 from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.checkpoint.opening import load_checkpoint
-from pet_finetune.config.finetune_sections import PretrainOptions
+from pet_finetune.config.finetune import PretrainOptions
 from pet_finetune.config.problems import checked_section
 from pet_finetune.data.frame_files import read_frames
 from pet_finetune.errors import ConfigError, DataError, RunError, SpeciesError
