@@ -219,10 +219,10 @@ class Attention(Formula):
             (q, k, v), p = self._taken(qkv, slots, 3), weights.flatten(0, 1)
             g = self._gradient(grad, slots, empty)
             to_scores = _of_scores(torch.bmm(g, v.mT), p)
-            scaled = to_scores * self.scale
-            to_qkv.append([torch.bmm(scaled, k), torch.bmm(scaled.mT, q), torch.bmm(p.mT, g)])
+            to_q, to_k = self._scaled(to_scores, k), self._scaled(to_scores.mT, q)
+            to_qkv.append([to_q, to_k, torch.bmm(p.mT, g)])
             to_bias.append(self._of_keys(to_scores, slots))
-        return self._tokens(to_qkv), torch.cat(to_bias)
+        return self._tokens(to_qkv), _flat(to_bias)
 
     def second(self, towards: Gradients, grad: Tensor, inputs: Tensors, kept: Tensors) -> Gradients:
         """See :class:`Formula`."""
@@ -244,11 +244,10 @@ class Attention(Formula):
             h = torch.addcmul(y, p, y.sum(-1, keepdim=True), value=-1.0)
             of_grad.append([torch.baddbmm(torch.bmm(p, cv), e, v)])
             of_bias.append(self._of_keys(h, slots))
-            h, scaled = h * self.scale, to_scores * self.scale
-            of_q = torch.baddbmm(torch.bmm(scaled, ck), h, k)
-            of_k = torch.baddbmm(torch.bmm(scaled.mT, cq), h.mT, q)
+            of_q = torch.baddbmm(self._scaled(to_scores, ck), h, k, alpha=self.scale)
+            of_k = torch.baddbmm(self._scaled(to_scores.mT, cq), h.mT, q, alpha=self.scale)
             of_qkv.append([of_q, of_k, torch.bmm(e.mT, g)])
-        return self._tokens(of_grad), self._tokens(of_qkv), torch.cat(of_bias)
+        return self._tokens(of_grad), self._tokens(of_qkv), _flat(of_bias)
 
     def _with(self, flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Each rectangle's slots, and its part of [n_slots] numbers as [atoms, 1, slots]."""
@@ -280,6 +279,10 @@ class Attention(Formula):
         joined = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
         return joined.transpose(0, 1).index_select(0, self.where.slot_of_token).flatten(1)
 
+    def _scaled(self, scores: Tensor, rows: Tensor) -> Tensor:
+        """The product of both times the scale; ``rows`` are given a second time for their shape."""
+        return torch.baddbmm(rows, scores, rows, beta=0.0, alpha=self.scale)
+
     def _square(self, scores: Tensor, slots: Tensor) -> Tensor:
         """[heads * atoms, slots, slots] as [heads, atoms, slots, slots]."""
         return scores.view(self.heads, slots.size(0), *scores.shape[1:])
@@ -287,6 +290,10 @@ class Attention(Formula):
     def _of_keys(self, scores: Tensor, slots: Tensor) -> Tensor:
         """The sum over heads and queries, [atoms * slots]."""
         return self._square(scores, slots).sum((0, 2)).flatten()
+
+
+def _flat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _of_scores(grad: Tensor, weights: Tensor) -> Tensor:

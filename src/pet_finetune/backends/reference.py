@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .twice import Formula, Gradients, Tensors, twice
 
-__all__ = ["Gate", "Norm", "RowOp", "apply_rows", "permute_rows"]
+__all__ = ["Gate", "Norm", "RowOp", "apply_rows", "join", "permute_rows"]
 
 
 class RowOp(NamedTuple):
@@ -94,12 +94,9 @@ class Gate(Formula):
             return to_grad, torch.ops.aten.sigmoid_backward(curvature, s)
         of_a, of_x = towards_x.chunk(2, dim=-1)
         to_grad = torch.addcmul(of_a, of_x, torch.addcmul(a, a, s, value=-1.0)).mul_(s)
-        both = torch.cat([of_x, torch.addcmul(of_a, of_x, slope)], dim=-1)
-        return to_grad, torch.ops.aten.sigmoid_backward(both.mul_(_double(grad)), _double(s))
-
-
-def _double(rows: Tensor) -> Tensor:
-    return torch.cat([rows, rows], dim=-1)
+        both = torch.stack([of_x, torch.addcmul(of_a, of_x, slope)], dim=-2)
+        of_s = torch.ops.aten.sigmoid_backward(grad, s)
+        return to_grad, both.mul_(of_s.unsqueeze(-2)).flatten(-2)
 
 
 class Norm(Formula):
@@ -119,14 +116,15 @@ class Norm(Formula):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensors]:
         """See :class:`Formula`."""
         x = self._part(inputs[0])
-        inverse = x.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()
+        square = x.square().mean(-1, keepdim=True).add_(self.eps)
+        inverse = square.rsqrt()
         n = x * inverse
         out = n * inputs[1] if len(inputs) == 2 else torch.addcmul(inputs[2], n, inputs[1])
-        return out, (inverse, n)
+        return out, (inverse, n, square)
 
     def backward(self, grad: Tensor, inputs: Tensors, kept: Tensors) -> Gradients:
         """See :class:`Formula`."""
-        inverse, n = kept
+        inverse, n, _ = kept
         h = self._part(grad * inputs[1])
         to_x = _across(h, n, _mean(h, n)).mul_(inverse)
         trained = zip(inputs[1:], (n, None), strict=False)
@@ -134,14 +132,14 @@ class Norm(Formula):
 
     def second(self, towards: Gradients, grad: Tensor, inputs: Tensors, kept: Tensors) -> Gradients:
         """See :class:`Formula`."""
-        (inverse, n), weight = kept, inputs[1]
+        (inverse, n, square), weight = kept, inputs[1]
         assert towards[0] is not None
         v, h = self._part(towards[0]), self._part(grad * weight)
         of_grad, of_v, both = _mean(h, n), _mean(v, n), _mean(v, h)
         to_h = _across(v, n, of_v).mul_(inverse)
         to_n = n * torch.addcmul(both, of_grad, of_v, value=-3.0)
         to_n.addcmul_(v, of_grad).addcmul_(h, of_v)
-        to_x, to_grad, to_weight = to_n.mul_(inverse.square()).neg_(), to_h * weight, None
+        to_x, to_grad, to_weight = to_n.div_(square.neg()), to_h * weight, None
         if weight.requires_grad:  # then what it adds to the gradient depends on both, too
             to_weight = _summed(grad, to_h)
             if (u := towards[1]) is not None:
@@ -172,6 +170,25 @@ def _across(rows: Tensor, n: Tensor, along: Tensor) -> Tensor:
 def _summed(rows: Tensor, factor: Tensor | None) -> Tensor:
     """Over all rows, [d]."""
     return (rows if factor is None else rows * factor).flatten(0, -2).sum(0)
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, dim, *parts):  # type: ignore[no-untyped-def]
+        ctx.dim, ctx.sizes = dim, [part.size(dim) for part in parts]
+        return torch.cat(parts, dim)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return None, *grad.split(ctx.sizes, ctx.dim)
+
+
+def join(parts: list[Tensor], dim: int) -> Tensor:
+    """:func:`torch.cat`, whose second derivative adds up no slices in tensors of zeros."""
+    if torch.jit.is_scripting():
+        return torch.cat(parts, dim)
+    out: Tensor = _Join.apply(dim, *parts)
+    return out
 
 
 class _Permute(torch.autograd.Function):

@@ -117,6 +117,8 @@ class OneOf:
         choices = get_args(source)
 
         def validate(value: Any) -> Any:
+            if isinstance(value, bool) and "on" in choices:  # what YAML takes these words for
+                value = "on" if value else "off"
             for choice in choices:
                 if type(value) is type(choice) and value == choice:
                     return choice

@@ -17,7 +17,7 @@ from pet_finetune.backends.choice import (
 )
 from pet_finetune.backends.fused import permute
 from pet_finetune.backends.instructions import CannotRecord, Part, Recorder, Rows
-from pet_finetune.backends.reference import permute_rows
+from pet_finetune.backends.reference import join, permute_rows
 from pet_finetune.graph import Batch, Neighborhood
 from pet_finetune.keys import TargetSpec
 from pet_finetune.nn.attention import weigh_keys
@@ -239,7 +239,7 @@ class PET(Accelerated, nn.Module):
                     nodes = self.conditioned(nodes, batch)
                     back = self.of_reverse(edges, neighborhood)
                     if torch.jit.is_scripting():
-                        both = torch.cat([edges, back], dim=-1)
+                        both = join([edges, back], 1)
                         messages = mlp(both, norm.op(), messages + edges)  # type: ignore[operator]
                     else:
                         messages = _combined(norm, mlp, edges, back, messages, memory)
@@ -389,7 +389,7 @@ def _combined(
     """The messages after a GNN layer of the ``feedforward`` featurizer."""
 
     def run(edges: Tensor, back: Tensor, messages: Tensor) -> tuple[Tensor, ...]:
-        both = torch.cat([edges, back], dim=-1)
+        both = join([edges, back], 1)
         return (mlp(both, cast("LayerNorm", norm).op(), messages + edges, memory),)
 
     inputs = (edges, back, messages)

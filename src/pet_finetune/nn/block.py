@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pet_finetune.backends.choice import Accelerated
 from pet_finetune.backends.instructions import Part, Recorder, Rows
-from pet_finetune.backends.reference import RowOp, apply_rows
+from pet_finetune.backends.reference import RowOp, apply_rows, join
 from pet_finetune.graph import Layout
 
 from .attention import Attention
@@ -101,7 +101,7 @@ class Block(nn.Module):
         """
         sizes = [nodes.size(0), edges.size(0)]
         centers = self.center_contraction(nodes) if self.wide_center else nodes
-        tokens = torch.cat([centers, edges])
+        tokens = join([centers, edges], 0)
         if self.post_norm:
             tokens = self.norm_attention(
                 tokens + self.attention(tokens, layout, bias, None, memory)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pet_finetune.backends.instructions import CannotRecord, Part, Recorder, Rows
+from pet_finetune.backends.reference import join
 from pet_finetune.graph import Layout, Neighborhood
 
 from .block import Block
@@ -106,12 +107,12 @@ class GNNLayer(nn.Module):
         if not torch.jit.is_scripting():
             if memory == Memory.RECOMPUTE:
                 return self._edges_again(neighborhood, messages, neighbor_species)
-        geometry = torch.cat([neighborhood.vectors, neighborhood.distances.unsqueeze(-1)], dim=-1)
+        geometry = join([neighborhood.vectors, neighborhood.distances.unsqueeze(-1)], 1)
         parts = [self.edge_embedder(geometry)]
         if self.neighbor_embedder is not None:
             parts.append(self.neighbor_embedder(neighbor_species))
         parts.append(messages)
-        out: Tensor = self.compress(torch.cat(parts, dim=-1))
+        out: Tensor = self.compress(join(parts, 1))
         return out
 
     def _edges_again(

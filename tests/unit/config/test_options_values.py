@@ -203,6 +203,12 @@ def test_whole_numbers_and_switch_words_are_taken_for_what_they_mean() -> None:
     assert options(nested("device", "CUDA:1")).device == "cuda:1"
 
 
+@pytest.mark.parametrize(("given", "word"), [(True, "on"), (False, "off"), ("auto", "auto")])
+def test_words_that_yaml_takes_for_booleans_are_words(given: Any, word: str) -> None:
+    training = options(nested("architecture.training.compile", given)).architecture.training
+    assert training.compile == word
+
+
 def test_empty_sections_are_sections_of_defaults() -> None:
     raw = {"training_set": TRAINING_SET, "architecture": {"model": None, "training": None}}
     assert options(raw).architecture == options({"training_set": TRAINING_SET}).architecture
