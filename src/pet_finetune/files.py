@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import errno
+import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -32,6 +34,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: no room, no permission.
     """
     path = Path(path)
+    _check_replaceable(path)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         partial = Path(folder) / path.name
         yield partial
@@ -87,10 +90,41 @@ def check_writable(path: Path) -> None:
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    _check_replaceable(path)
     above = next(place for place in path.absolute().parents if place.exists())
-    code = errno.EACCES if above.is_dir() else errno.ENOTDIR
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise OSError(code, os.strerror(code), str(above))
+    try:  # what permissions say is not all: /proc, quotas, shares that are mounted read-only
+        tempfile.TemporaryDirectory(prefix=".", dir=above).cleanup()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(above)) from error
+
+
+def check_new(path: Path, *, makes_folders: bool = False) -> None:
+    """Refuse a file that is there already or cannot be written, before work is spent on it.
+
+    Args:
+        path: the file, or a folder to be.
+        makes_folders: whether the folders above it are made, or must exist.
+
+    Raises:
+        DataError: with what to do.
+    """
+    if path.exists():
+        raise DataError(f"'{path}' exists and is not overwritten. Remove it, or name another.")
+    if not makes_folders and not path.absolute().parent.is_dir():
+        raise DataError(f"'{path}': there is no folder '{path.parent}'. Make it first.")
+    try:
+        check_writable(path)
+    except OSError as error:
+        raise DataError(
+            f"'{path}' cannot be written ({error.filename}: {error.strerror}). Choose another "
+            "place."
+        ) from error
+
+
+def _check_replaceable(path: Path) -> None:
+    """Refuse a device, a pipe or a socket, which a file would put an end to (/dev/null for all)."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(errno.EEXIST, "a device or a pipe, no regular file", str(path))
 
 
 def _sync(path: Path) -> None:
@@ -148,6 +182,24 @@ def read_table(path: Path) -> tuple[list[str], list[list[str]]]:
             f"'{path}' is damaged: it is no table of comma-separated values ({error}). {_COPY}"
         ) from error
     return heading, [row for row in rows if len(row) == len(heading)]
+
+
+def note_digest(path: Path) -> None:
+    """Write beside a file of the cache what :func:`is_sound` compares it with."""
+    write_whole(path.with_suffix(".sha256"), hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def is_sound(path: Path) -> bool:
+    """Whether a file of the cache is there and as it was written; a damaged one is named."""
+    if not path.exists():
+        return False
+    note = path.with_suffix(".sha256")
+    if not note.exists():  # of an earlier release
+        return True
+    if note.read_bytes() == hashlib.sha256(path.read_bytes()).hexdigest().encode():
+        return True
+    logging.getLogger(__name__).warning("%s is damaged and made again.", path)
+    return False
 
 
 def size_text(size: int) -> str:

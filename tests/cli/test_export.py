@@ -109,6 +109,8 @@ def test_an_uncertainty_that_engines_are_not_told_is_named(command, here: Path) 
         (["base.ckpt", "--target", "energi"], "Did you mean 'energy'?"),
         (["base.ckpt", "--dtype", "float16"], "dtype: 'float16' is not one of float32, float64."),
         (["base.ckpt", "-o", "base.ckpt"], "'base.ckpt' is the checkpoint itself"),
+        (["base.ckpt", "-o", "test.xyz"], "'test.xyz' is there and is no exported model"),
+        (["other.ckpt", "-o", "base.ckpt"], "'base.ckpt' is there and is no exported model"),
         (["base.ckpt", "-o", "."], "'.' is a folder. Name the file, e.g. model.pt."),
         (["base.ckpt", "-o", "train.xyz/model.pt"], "-o: 'train.xyz/model.pt' cannot be written"),
     ],
@@ -116,6 +118,7 @@ def test_an_uncertainty_that_engines_are_not_told_is_named(command, here: Path) 
 )
 def test_bad_input(arguments: list[str], message: str, command, here: Path) -> None:
     other = random_potential(seed=7, dtype=torch.float32)
+    save_checkpoint("other.ckpt", other)
     save_adapter(trained_adapter(other), here / "other", "other.ckpt")
     before = sorted(path.name for path in here.iterdir())
     answer = command("export", *arguments)

@@ -210,7 +210,8 @@ def test_bad_input(arguments: list[str], message: str, command, here: Path) -> N
 def test_a_file_that_is_there_stays_when_writing_fails(
     command, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (here / "model.ckpt").write_text("mine")
+    assert command("export", "base.ckpt", "-o", "model.ckpt").code == 0
+    earlier = (here / "model.ckpt").read_bytes()
 
     def full(*ignored: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -219,7 +220,7 @@ def test_a_file_that_is_there_stays_when_writing_fails(
     answer = command("export", "base.ckpt", "-o", "model.ckpt")
     assert answer.code == 1
     assert "cannot be written (No space left on device)" in answer.err
-    assert (here / "model.ckpt").read_text() == "mine"
+    assert (here / "model.ckpt").read_bytes() == earlier
 
 
 def test_a_file_that_says_something_else_is_not_kept(

@@ -239,5 +239,5 @@ def test_a_file_that_is_there_stays(relax):
     Path("relaxed.xyz").write_text("mine")
     done = relax()
     assert done.code == 1
-    assert "relaxed.xyz is there already" in done.err
+    assert "'relaxed.xyz' exists and is not overwritten" in done.err
     assert Path("relaxed.xyz").read_text() == "mine"

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import pet_finetune
-from pet_finetune.files import replacing, write_whole
+from pet_finetune.errors import DataError
+from pet_finetune.files import check_new, check_writable, replacing, write_whole
 
 
 def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
@@ -60,3 +61,18 @@ def test_no_other_code_puts_files_in_their_places():
     by_hand = re.compile(r"os\.(replace|fsync)\(")
     found = [path.name for path in root.rglob("*.py") if by_hand.search(path.read_text("utf-8"))]
     assert found == ["files.py"]
+
+
+def test_a_device_or_a_pipe_is_never_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for write in (lambda: write_whole(pipe, "x"), lambda: check_writable(pipe)):
+        with pytest.raises(OSError, match="a device or a pipe"):
+            write()
+    assert pipe.is_fifo()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc")
+def test_a_folder_that_takes_no_files_is_told_before_the_work():
+    with pytest.raises(DataError, match=r"'/proc/model.pt' cannot be written \(/proc: "):
+        check_new(Path("/proc/model.pt"))

@@ -21,7 +21,7 @@ import torch
 
 from pet_finetune.caches import cache_folders, notice
 from pet_finetune.errors import ConfigError
-from pet_finetune.files import replacing, write_whole
+from pet_finetune.files import is_sound, note_digest, replacing
 from pet_finetune.locks import only_one
 from pet_finetune.log import get_logger
 
@@ -163,23 +163,10 @@ def _on_path(folder: str) -> Iterator[None]:
 
 def _library(path: Path) -> Path:
     """The library's path, compiled first if need be."""
-    if _sound(path):  # perhaps in a folder that cannot be written
+    if is_sound(path):  # perhaps in a folder that cannot be written
         return path
     with only_one(path):
-        return path if _sound(path) else _compiled(path)
-
-
-def _sound(path: Path) -> bool:
-    """Whether the library is there and as it was compiled: a damaged one ends the process."""
-    if not path.exists():
-        return False
-    note = path.with_suffix(".sha256")
-    if not note.exists():  # of an earlier release
-        return True
-    if note.read_text() == hashlib.sha256(path.read_bytes()).hexdigest():
-        return True
-    _LOG.warning("%s is damaged and compiled again.", path)
-    return False
+        return path if is_sound(path) else _compiled(path)
 
 
 def _compiled(path: Path) -> Path:
@@ -201,7 +188,6 @@ def _compiled(path: Path) -> Path:
             is_standalone=False,
         )
         (library.parent / f"{_NAME}.so").rename(library)
-        digest = hashlib.sha256(library.read_bytes()).hexdigest()
-    write_whole(path.with_suffix(".sha256"), digest)
+    note_digest(path)
     _LOG.info("Compiled in %.0f s: %s", time.perf_counter() - started, path)
     return path

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pet_finetune.caches import cache_folders
 from pet_finetune.errors import PetFinetuneError
-from pet_finetune.files import replacing
+from pet_finetune.files import is_sound, note_digest, replacing
 from pet_finetune.locks import only_one
 from pet_finetune.log import get_logger
 
@@ -46,7 +46,7 @@ class CannotCompile(PetFinetuneError):
 
 def is_compiled(key: str, device: torch.device) -> bool:
     """Whether :func:`compiled_graph` would find a file."""
-    return _path(key, device).exists()
+    return is_sound(_path(key, device))
 
 
 def compiled_graph(
@@ -75,15 +75,15 @@ def compiled_graph(
     """
     path = _path(key, device)
     _choose_folder(path.parent)
-    if not path.exists():
+    if not is_sound(path):
         _check_compiler(device)
         # A warning, because that is shown also where nobody set up logging.
         _LOG.warning("Compiling %s, once for this kind of model: a minute or more.", what)
     try:
-        if path.exists():
+        if is_sound(path):
             return _loaded(path)
         with only_one(path):
-            return _loaded(path) if path.exists() else _compiled(path, function, inputs, free)
+            return _loaded(path) if is_sound(path) else _compiled(path, function, inputs, free)
     except Exception as error:  # a compiler has more ways to fail than can be listed
         _LOG.debug("compiling failed", exc_info=True)
         # A file that is damaged, or that another build of torch made, shall not stay in the way.
@@ -140,6 +140,7 @@ def _compiled(
         shutdown_compile_workers()  # of a pool that would wait for more until this process ends
     with replacing(path) as new:
         compiled.save(path=str(new), format="binary")
+    note_digest(path)
     _LOG.info("compiled in %.0f s", time.perf_counter() - started)
     return compiled
 

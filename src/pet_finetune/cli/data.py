@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from pet_finetune.errors import ConfigError
+from pet_finetune.files import check_new
 from pet_finetune.progress import clear
 
 from . import common
@@ -79,6 +80,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
             options[0], arguments.override, arguments.checkpoint, require_start=False
         )
         common.check_sets(loaded.options.datasets() if not files else ())
+    if arguments.write_options is not None:
+        check_new(Path(arguments.write_options))
     from pet_finetune.api import (
         inspect_data,
         request_of_files,

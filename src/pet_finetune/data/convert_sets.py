@@ -16,7 +16,7 @@ import torch
 from ase import Atoms
 
 from pet_finetune.errors import DataError
-from pet_finetune.files import check_file, replacing
+from pet_finetune.files import check_file, check_new, replacing
 from pet_finetune.locks import only_one
 from pet_finetune.log import get_logger
 from pet_finetune.progress import Watch
@@ -87,6 +87,8 @@ def convert(
             f"The output {str(output)!r} is to be a folder, or a file that ends with .zip: sets "
             "that stay on disk are written. For other formats there is `ase convert`."
         )
+    if not target.exists():
+        check_new(target, makes_folders=True)
     names = None if labels is None else sorted(labels)
     key = f"{identity_of(file)} {format} {sorted((types or {}).items())} {names} {VERSION}"
     frames, total = _frames_of(file, format, types)

@@ -20,6 +20,7 @@ from typing import Any
 import ase.io
 from ase import Atoms
 from ase.io.formats import UnknownFileTypeError, filetype, ioformats
+from ase.io.runner.runneratoms import Units
 
 from pet_finetune.errors import DataError, did_you_mean
 from pet_finetune.files import check_file
@@ -61,6 +62,8 @@ _logger = get_logger(__name__)
 # Files that were read stay in memory up to so many frames and atoms, so that a look at the names of
 # labels and the reading of them is one parse.
 _KEPT_FRAMES, _KEPT_ATOMS = 50_000, 2_000_000
+#: A name of ours: RuNNer's files in the units of the options.
+_N2P2 = "n2p2"
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,7 +184,7 @@ def _parse(
 
 def _named_format(format: str, source: str) -> str:
     """ASE's name of a format that the user gave."""
-    if format in ioformats:
+    if format in (*ioformats, _N2P2):
         return format
     if f"{format}-text" in ioformats:
         return f"{format}-text"
@@ -275,7 +278,17 @@ def _frames(
         yield from read_extxyz(text, source, types, plain=kind == "xyz", step=watch.step)
         return
     options: dict[str, Any] = {}
-    if kind == "cif":
+    if kind == _N2P2:
+        kind = "runnerdata"
+        options["output_units"] = Units.ATOMIC  # as which ASE takes what it reads
+    elif kind == "runnerdata":
+        _logger.warning(
+            "%s states no units: it is read as RuNNer's, in Bohr and Hartree. If it is one of "
+            "n2p2 in others, `format: n2p2` beside `read_from` (--format n2p2) takes the numbers "
+            "as they stand, in the units of the options.",
+            source,
+        )
+    elif kind == "cif":
         options["fractional_occupancies"] = True
     elif kind == "aims-output":
         options["non_convergence_ok"] = True  # it is looked for here

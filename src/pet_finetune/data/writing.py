@@ -20,7 +20,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 
 from pet_finetune.config.dataset import SystemsOptions
 from pet_finetune.errors import DataError
-from pet_finetune.files import replacing
+from pet_finetune.files import check_new, replacing
 from pet_finetune.keys import LabelKind, forces_key, label_kind, stress_key, uncertainty_key
 from pet_finetune.log import get_logger
 
@@ -260,10 +260,7 @@ def check_prediction_path(path: str | Path) -> Path:
             f"'{text}' has no ending that says what to write: {text}.xyz, {text}.db, or {text}/ "
             "for a folder of metatrain's memory-mapped arrays."
         )
-    if file.exists():
-        raise DataError(f"'{text}' exists and is not overwritten. Remove it, or name another.")
-    if not file.parent.is_dir():
-        raise DataError(f"'{text}': the folder '{file.parent}' does not exist. Make it first.")
+    check_new(file)
     return file
 
 

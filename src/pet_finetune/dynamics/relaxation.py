@@ -28,7 +28,7 @@ from pet_finetune.committee.committee import to_numpy
 from pet_finetune.config.problems import config_error
 from pet_finetune.data.calculator_input import check_atoms
 from pet_finetune.errors import DynamicsError, PetFinetuneError, did_you_mean, is_out_of_memory
-from pet_finetune.files import replacing
+from pet_finetune.files import check_new, replacing
 from pet_finetune.log import get_logger
 from pet_finetune.printing import show
 from pet_finetune.progress import InterruptGuard, Watch
@@ -200,10 +200,11 @@ def _check(
     calculator = tried(problems, model.open)
     if output.suffix not in _ENDINGS:
         problems.append(f"-o {output}: expected a name that ends in {' or '.join(_ENDINGS)}.")
-    elif output.exists():
-        problems.append(f"-o {output} is there already: name another file.")
-    elif not output.parent.is_dir():
-        problems.append(f"-o {output}: there is no folder '{output.parent}'.")
+    else:
+        try:
+            check_new(output)
+        except PetFinetuneError as error:
+            problems.append(f"-o {error}")
     for number, atoms in frames:
         where = f"frame {number} of {structures}"
         problems += [f"{where}: {problem}" for problem in constraint_problems(atoms, False)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,9 @@ from rich.table import Table
 
 from pet_finetune.adapters.inject import active_adapter, merged_copy
 from pet_finetune.adapters.peft_files import load_adapter
+from pet_finetune.checkpoint.archive import TorchArchive
 from pet_finetune.checkpoint.build import Checkpoint
+from pet_finetune.checkpoint.metatrain import is_metatrain
 from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.committee.committee_files import COMMITTEE_FILE, Adapters, committee_members
 from pet_finetune.committee.llpr import fresh
@@ -24,7 +27,7 @@ from pet_finetune.config.run_options import Options
 from pet_finetune.data.readers import probe_structures
 from pet_finetune.data.structure import Structure
 from pet_finetune.device import choose_dtype
-from pet_finetune.errors import ConfigError
+from pet_finetune.errors import CheckpointError, ConfigError
 from pet_finetune.files import check_writable, size_text
 from pet_finetune.hub import find_model
 from pet_finetune.keys import main_energy
@@ -286,7 +289,25 @@ def check_output(output: str | os.PathLike[str], checkpoint: Path) -> Path:
             f"-o: '{path}' is the checkpoint itself, which the exported model would replace. "
             "Choose another name with -o: it holds what the exported one does not."
         )
+    if path.exists() and not _is_export(path):
+        raise ConfigError(
+            f"-o: '{path}' is there and is no exported model, so it is not replaced. Choose "
+            "another name with -o, or remove it."
+        )
     return path
+
+
+def _is_export(path: Path) -> bool:
+    """Whether a file is TorchScript or a checkpoint of metatrain, not one of ours or other data."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any("/code/" in name for name in archive.namelist()):
+                return True
+    try:
+        with TorchArchive(path) as stored:
+            return is_metatrain(stored.content())
+    except CheckpointError:
+        return False
 
 
 def check_output_of_run(options: Options, output: Path) -> None:

@@ -22,7 +22,7 @@ from pet_finetune.data.structure_sets import find_species, of_species
 from pet_finetune.device import choose_device
 from pet_finetune.elements import symbol_of
 from pet_finetune.errors import ConfigError, DataError, PetFinetuneError
-from pet_finetune.files import write_whole
+from pet_finetune.files import check_new, write_whole
 from pet_finetune.keys import forces_key, stress_key
 from pet_finetune.log import get_logger
 from pet_finetune.model.potential import Potential
@@ -301,15 +301,14 @@ def write_suggestion(inspection: Inspection, path: str | Path) -> None:
     """Write the suggested options as a file that ``train`` runs.
 
     Raises:
-        DataError: there are no structures to suggest anything for.
-        ConfigError: the file exists or cannot be written.
+        DataError: there are no structures to suggest anything for, or the file exists.
+        ConfigError: it cannot be written.
     """
     suggestion = inspection.suggestion
     if suggestion is None:
         raise DataError("No structure could be read, so there are no options to write.")
     file = Path(path)
-    if file.exists():
-        raise ConfigError(f"--write-options: '{file}' exists and is not overwritten.")
+    check_new(file)
     # What is in doubt stands there as a question, which stops a run until it is answered.
     asked = "?'" in repr(suggestion.options)
     try:

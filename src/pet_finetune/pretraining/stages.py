@@ -33,7 +33,7 @@ from pet_finetune.data.structure import (
     evenly_apart,
 )
 from pet_finetune.errors import DataError, PetFinetuneError, RunError, TrainingError
-from pet_finetune.files import read_object, write_whole
+from pet_finetune.files import check_new, read_object, write_whole
 from pet_finetune.log import get_logger
 from pet_finetune.model.fingerprint import weights_fingerprint
 from pet_finetune.model.potential import Potential
@@ -170,10 +170,7 @@ def pretrain_model(
     """
     settings = settings or PretrainOptions()
     output = Path(output)
-    if output.exists():
-        raise DataError(f"'{output}' exists and is not overwritten. Remove it, or name another.")
-    if not output.absolute().parent.is_dir():
-        raise DataError(f"'{output}': the folder '{output.parent}' does not exist. Make it first.")
+    check_new(output)
     teacher = teacher_of(settings.teacher, device)
     foundation = load_checkpoint(checkpoint)
     model = foundation.model

@@ -8,8 +8,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
-from pet_finetune.backends import compiled
+from pet_finetune import files
+from pet_finetune.backends import compiled, graphs
 from pet_finetune.errors import ConfigError
 
 
@@ -121,3 +123,19 @@ def test_a_damaged_library_is_compiled_again(monkeypatch, tmp_path):
     path.write_bytes(b"as it was")
     assert compiled._library(path) == path
     assert compiles == [path]
+
+
+def test_a_damaged_graph_is_compiled_again(monkeypatch, tmp_path):
+    path = tmp_path / "one.graph"
+    made = []
+    monkeypatch.setattr(graphs, "_path", lambda key, device: path)
+    monkeypatch.setattr(graphs, "_loaded", lambda path: path.read_bytes())
+    monkeypatch.setattr(graphs, "_compiled", lambda path, *function: made.append(path) or "new")
+    wanted = ("a graph", "key", torch.device("cpu"), list, [], [])
+    path.write_bytes(b"as it was compiled")
+    files.note_digest(path)
+    assert graphs.compiled_graph(*wanted) == b"as it was compiled"
+    path.write_bytes(b"as it was compilee")
+    assert not graphs.is_compiled("key", torch.device("cpu"))
+    assert graphs.compiled_graph(*wanted) == "new"
+    assert made == [path]

@@ -440,3 +440,31 @@ def test_operations_of_a_cif_without_a_name(tmp_path):
         "_atom_site_fract_z\nFe1 0.1 0.1 0.1\n"
     )
     assert "name of the space group" in refused(tmp_path / "a.cif")
+
+
+N2P2 = """\
+begin
+comment of two atoms
+lattice 10.0 0.0 0.0
+lattice 0.0 10.0 0.0
+lattice 0.0 0.0 10.0
+atom 0.0 0.0 0.0 H 0.0 0.0 0.1 0.0 0.0
+atom 1.4 0.0 0.0 H 0.0 0.0 -0.1 0.0 0.0
+energy -1.1
+charge 0.0
+end
+"""
+
+
+@pytest.mark.parametrize(
+    ("form", "length", "energy"), [("", 0.5291772, 27.2113862), ("n2p2", 1.0, 1.0)]
+)
+def test_the_units_of_n2p2_are_said_and_chosen(tmp_path, package_log, form, length, energy):
+    file = tmp_path / "input.data"
+    file.write_text(N2P2)
+    (frame,) = read_frames(file, form)
+    assert frame.positions[1, 0] == pytest.approx(1.4 * length)
+    assert frame.cell.lengths() == pytest.approx(10.0 * length)
+    assert frame.get_potential_energy() == pytest.approx(-1.1 * energy)
+    assert frame.get_forces()[0, 0] == pytest.approx(0.1 * energy / length)
+    assert ("in Bohr and Hartree" in package_log.text) == (not form)
