@@ -47,7 +47,7 @@ def seed_everything(seed: int | None) -> int:
     """
     if seed is None:
         seed = random.SystemRandom().randrange(2**31)
-    torch.manual_seed(seed)
+    torch.manual_seed(seed % 2**63)  # which takes no larger ones
     return seed
 
 

@@ -241,3 +241,11 @@ def test_a_file_that_is_there_stays(relax):
     assert done.code == 1
     assert "'relaxed.xyz' exists and is not overwritten" in done.err
     assert Path("relaxed.xyz").read_text() == "mine"
+
+
+def test_atoms_on_top_of_each_other_are_told_of(relax):
+    atoms = ethanol()
+    atoms.positions[1] = atoms.positions[0]
+    ase.io.write("one.xyz", atoms)
+    done = relax("--steps", 1, structures="one.xyz")
+    assert "Two atoms are closer than any can be (0.4 A) in frame 0 of relaxed.xyz" in done.err

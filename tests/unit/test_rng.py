@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pet_finetune
-from pet_finetune.rng import MemberStream, Stream
+from pet_finetune.rng import MemberStream, Stream, seed_everything
 
 _DEFINITION = re.compile(r"^\s*\w*_STREAM\b.*=\s*\d", re.MULTILINE)
 
@@ -24,3 +24,7 @@ def test_no_other_module_numbers_a_stream() -> None:
     root = Path(pet_finetune.__file__).parent
     found = [str(f) for f in root.rglob("*.py") if _DEFINITION.search(f.read_text())]
     assert not found
+
+
+def test_a_seed_may_be_any_whole_number():
+    assert seed_everything(2**64) == 2**64

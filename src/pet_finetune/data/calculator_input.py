@@ -24,7 +24,12 @@ from pet_finetune.graph import Batch, Edges, make_layout
 from pet_finetune.log import get_logger
 
 from .neighbors import NeighborList, edge_vectors, neighbor_list
-from .structure import DEFAULT_CHARGE_KEYS, DEFAULT_SPIN_KEYS, usual_integer
+from .structure import (
+    DEFAULT_CHARGE_KEYS,
+    DEFAULT_SPIN_KEYS,
+    check_elements,
+    usual_integer,
+)
 
 _logger = get_logger(__name__)
 
@@ -57,6 +62,7 @@ def check_atoms(atoms: Atoms, species: Sequence[int]) -> None:
             f"The structure has pbc = {atoms.pbc.tolist()}, but its cell vectors there are zero, "
             f"linearly dependent or not finite: {periodic.tolist()}. Set the cell, or pbc."
         )
+    check_elements(atoms.numbers, "The structure")
     unknown = Counter(z for z in atoms.numbers.tolist() if z not in species)
     if unknown:
         found = ", ".join(f"{chemical_symbols[z]} (Z={z}, {n} atoms)" for z, n in unknown.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -108,14 +109,17 @@ def property_column(reading: DatasetFiles, spec: TargetSpec, target: TargetOptio
     return reading.column(what, target.read_from, target.key or spec.name, shape_of(spec))
 
 
-def log_partial(column: Column, found: int) -> None:
-    """Say how many frames have a label."""
-    _logger.info(
-        "%s: %d of %d frames have the %s; it is left out of the loss for the others.",
+def log_partial(column: Column, values: Sequence[Tensor | None]) -> None:
+    """Say how many frames have a label; aloud where others seem to have it by another name."""
+    other = column.other_name(values)
+    _logger.log(
+        logging.WARNING if other else logging.INFO,
+        "%s: %d of %d frames have the %s; it is left out of the loss for the others.%s",
         column.source,
-        found,
-        len(column.chosen),
+        sum(value is not None for value in values),
+        len(values),
         column.what,
+        other,
     )
 
 
@@ -145,7 +149,7 @@ class Gradient:
         if found == 0:
             self._none_found(column, usable)
         elif found < count:
-            log_partial(column, found)
+            log_partial(column, values)
         return values
 
     def column(self, factor: float) -> tuple[Column, float]:

@@ -16,7 +16,15 @@ from pet_finetune.errors import DataError, did_you_mean
 from pet_finetune.keys import TargetSpec
 from pet_finetune.log import get_logger
 
-from .structure import ASYMMETRIC, ROUNDING, as_integer, asymmetry, list_frames, place
+from .structure import (
+    ASYMMETRIC,
+    ROUNDING,
+    as_integer,
+    asymmetry,
+    evenly_apart,
+    list_frames,
+    place,
+)
 
 #: Makes an array of the expected shape of the raw one, given the number of atoms; raises
 #: ValueError with the shapes that are allowed.
@@ -26,6 +34,8 @@ _logger = get_logger(__name__)
 
 # Arrays that describe the structure itself and are no labels.
 _STRUCTURE_ARRAYS = frozenset({"numbers", "positions"})
+#: Frames without a value in which another name is looked for, at most.
+_LOOKED_AT = 100
 
 
 def to_scalar(raw: np.ndarray, num_atoms: int) -> np.ndarray:
@@ -230,6 +240,20 @@ class Column:
             return near
         inside = [name for name in fitting if self.key.casefold().rstrip("s") in name.casefold()]
         return f" Did you mean {inside[0]!r}?" if inside else ""
+
+    def other_name(self, values: Sequence[Tensor | None]) -> str:
+        """A sentence, with a leading space, if frames without a value have it by another name.
+
+        Args:
+            values: of the chosen frames, None where a frame has none.
+        """
+        without = [k for k, value in zip(self.chosen, values, strict=True) if value is None]
+        for index in [without[k] for k in evenly_apart(len(without), _LOOKED_AT)]:
+            if find_value(self.frames[index], self.key) is None:
+                other = self.suggestion(index)
+                if other:
+                    return f" In {place(index)}:{other} Give it the same name in all frames."
+        return ""
 
     def _shaped(self, raw: Any, index: int) -> np.ndarray:
         """A raw value as an array of the right shape."""

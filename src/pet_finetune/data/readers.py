@@ -193,11 +193,12 @@ def _check_energies(
             raise DataError(f"{column.missing(first, count)} {advice}")
     _logger.warning(
         "%s: %s of %d frames have no energy (%r is absent or NaN): their forces and stress alone "
-        "count.%s",
+        "count.%s%s",
         column.source,
         "all" if len(absent) == count else len(absent),
         count,
         column.key,
+        column.other_name(energies),
         " Where no file has energies, their offset stays that of the foundation; trained from "
         "scratch, only differences of energies mean something."
         if len(absent) == count
@@ -229,7 +230,7 @@ def _read_property(
             )
         raise column.missing(reading.chosen[0], len(values))
     if found < len(values):
-        log_partial(column, found)
+        log_partial(column, values)
     return values
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from ase import Atoms
+from ase.data import chemical_symbols
 from torch import Tensor
 
 from pet_finetune.errors import DataError
@@ -173,10 +174,7 @@ def check_geometry(
     """
     if numbers.size == 0:
         raise DataError(f"{where} has no atoms. Remove it from the file.")
-    if numbers.min() < 1:
-        raise DataError(
-            f"{where}: atom {int(numbers.argmin())} has no chemical element (number 0)."
-        )
+    check_elements(numbers, where)
     if not (np.isfinite(positions).all() and np.isfinite(cell).all()):
         raise DataError(f"{where} has positions or a cell that are NaN or infinite.")
     if pbc.any() and np.linalg.matrix_rank(cell[pbc]) < int(pbc.sum()):
@@ -184,6 +182,25 @@ def check_geometry(
         raise DataError(
             f"{where} is periodic along {axes}, but the cell vectors there are zero or linearly "
             f"dependent: {cell.tolist()}. Set the cell, or pbc to False."
+        )
+
+
+def check_elements(numbers: np.ndarray, where: str) -> None:
+    """Refuse atomic numbers that no element has.
+
+    Args:
+        numbers: atomic numbers, ``[n]``.
+        where: the structure, for messages.
+
+    Raises:
+        DataError: says which.
+    """
+    last = len(chemical_symbols) - 1
+    wrong = np.flatnonzero((numbers < 1) | (numbers > last))
+    if len(wrong):
+        raise DataError(
+            f"{where}: atom {wrong[0]} has no chemical element (number {numbers[wrong[0]]}; "
+            f"elements are 1 to {last})."
         )
 
 

@@ -19,6 +19,7 @@ import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.filters import FrechetCellFilter
+from ase.neighborlist import neighbor_list
 from ase.optimize import BFGS, FIRE, LBFGS
 from ase.stress import full_3x3_to_voigt_6_stress
 from rich.table import Table
@@ -27,6 +28,7 @@ from pet_finetune.calculator import PETCalculator
 from pet_finetune.committee.committee import to_numpy
 from pet_finetune.config.problems import config_error
 from pet_finetune.data.calculator_input import check_atoms
+from pet_finetune.data.structure import list_frames
 from pet_finetune.errors import DynamicsError, PetFinetuneError, did_you_mean, is_out_of_memory
 from pet_finetune.files import check_new, replacing
 from pet_finetune.log import get_logger
@@ -35,6 +37,7 @@ from pet_finetune.progress import InterruptGuard, Watch
 
 from .carried import carried
 from .integrators import constraint_problems
+from .loop import CLOSEST
 from .md_checks import ModelChoice, read_all, tried
 
 _logger = get_logger(__name__)
@@ -367,16 +370,16 @@ def _report(done: Sequence[Relaxed], settings: RelaxSettings, output: str | Path
     if len(done) > _SHOWN:
         table.add_row("...", f"{len(done) - _SHOWN} more", "", "", "")
     show(table)
-    restless = [str(one.index) for one in done if not one.converged]
+    touching = [one.index for one in done if len(neighbor_list("i", one.atoms, CLOSEST))]
+    if touching:
+        _logger.warning(
+            "Two atoms are closer than any can be (%g A) in %s of %s, which no model "
+            "knows. Look at what these came from.", CLOSEST, list_frames(touching), output,
+        )  # fmt: skip
+    restless = [one.index for one in done if not one.converged]
     if restless:
         _logger.warning(
-            "%d of %d structures did not come below %g eV/A in %d steps: frames %s%s. Give more "
-            "with --steps, or begin again from %s.",
-            len(restless),
-            len(done),
-            settings.fmax,
-            settings.steps,
-            ", ".join(restless[:_SHOWN]),
-            "..." if len(restless) > _SHOWN else "",
-            output,
-        )
+            "%d of %d structures did not come below %g eV/A in %d steps: %s. Give more with "
+            "--steps, or begin again from %s.",
+            len(restless), len(done), settings.fmax, settings.steps, list_frames(restless), output,
+        )  # fmt: skip

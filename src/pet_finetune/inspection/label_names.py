@@ -28,7 +28,7 @@ _OTHER = re.compile(
     r"|interact|adsor|ads(_|$)|disp|d3|vdw|zero|zpe|zpve|kin|therm|corr|xc|exch|coul|hartree_|elec"
     r"|nuc|ewald|fermi|homo|lumo|ioni[sz]|affin|strain|defect|surf|migrat|barrier|activ|react|relat"
     r"|shift|offset|ref_?atom|isolated|baseline|std|var|unc|err|resid|diff|delta|weight|mask|unit"
-    r"|pred|mean|_id(_|$)|internal|enthal|entrop|gibbs|pot_?ham|solv|embed|vib|rot|trans"
+    r"|sigma|cutoff|toler|thresh|conver|pred|mean|_id(_|$)|internal|enthal|entrop|gibbs|pot_?ham|solv|embed|vib|rot|trans"
 )
 #: eV an atom by which energy and free energy may differ without a word.
 _FREE_GAP = 1e-3

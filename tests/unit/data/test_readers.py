@@ -506,3 +506,15 @@ def test_weights_that_mean_nothing_are_refused(tmp_path, target, message):
     path = weighted(tmp_path, -1.0, 1.0) if "forces" in target else weighted(tmp_path)
     with pytest.raises(DataError, match=message):
         read_structures(options(path, {"energy": {"forces": "on", **target}}))
+
+
+def test_a_label_by_another_name_in_some_frames_is_told_of(tmp_path, labelled, log):
+    frames, known = labelled
+    as_calculator(frames, known)
+    frames[1].arrays["force"] = frames[1].calc.results.pop("forces")
+    frames[1].info["REF_energy"] = frames[1].calc.results.pop("energy")
+    write(tmp_path / "set.xyz", frames)
+    structures = read_structures(options(tmp_path / "set.xyz"))
+    assert list(structures[1].labels) == ["energy/stress"]
+    assert "In frame 1: Did you mean 'force'?" in log.text
+    assert "In frame 1: Did you mean 'REF_energy'?" in log.text

@@ -97,6 +97,7 @@ def broken_structures():
         (Atoms(), "no atoms"),
         (nan, "NaN"),
         (Atoms("X"), "no chemical element"),
+        (Atoms(numbers=[1, 119], positions=np.eye(3)[:2]), "atom 1 has no chemical element"),
         (flat, "cell vectors"),
         (coplanar, "linearly dependent"),
     ]
