@@ -119,7 +119,8 @@ def named(names, forces=()):
 
 @pytest.mark.parametrize(
     "other",
-    ["energy_sigma", "energy_cutoff", "energy_per_atom", "formation_energy", "e_above_hull_energy", "band_energy", "free_energy",
+    ["energy_sigma", "energy_cutoff", "energy_per_atom", "formation_energy",
+     "e_above_hull_energy", "band_energy", "free_energy",
      "binding_energy", "atomization_energy", "zero_point_energy", "energy_std"],
 )  # fmt: skip
 def test_a_name_of_something_else_is_no_energy(tmp_path, other):
