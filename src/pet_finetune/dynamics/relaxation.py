@@ -204,10 +204,7 @@ def _check(
     if output.suffix not in _ENDINGS:
         problems.append(f"-o {output}: expected a name that ends in {' or '.join(_ENDINGS)}.")
     else:
-        try:
-            check_new(output)
-        except PetFinetuneError as error:
-            problems.append(f"-o {error}")
+        tried(problems, lambda: check_new(output))
     for number, atoms in frames:
         where = f"frame {number} of {structures}"
         problems += [f"{where}: {problem}" for problem in constraint_problems(atoms, False)]
