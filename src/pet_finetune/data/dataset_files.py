@@ -276,42 +276,6 @@ def without_unconverged(
     return left
 
 
-def log_isolated(
-    source: str,
-    isolated: Sequence[int],
-    total: int,
-    energies: Mapping[str, Mapping[int, float]] | None,
-) -> None:
-    """Say which frames of isolated atoms are left out, and offer their energies as baselines.
-
-    Args:
-        source: the file.
-        isolated: the frames that are left out.
-        total: how many were wanted.
-        energies: by target and atomic number, eV. None where the run starts from a model: the
-            network of a foundation has learned to add to the foundation's own baselines, and its
-            sum with other ones is off by whole atomisation energies.
-    """
-    found = (
-        f"{len(isolated)} of {total} frames are isolated atoms ({list_frames(list(isolated))})"
-        if len(isolated) < total
-        else f"all of {total} frames are isolated atoms, beside larger structures in other files,"
-    )
-    offer = (
-        f" Their energies can be the baselines: `atomic_baseline: {energies}` in "
-        "architecture.training."
-        if energies
-        else ""
-    )
-    _logger.info(
-        "%s: %s and are left out.%s `isolated_atoms: train` beside `read_from` of the systems, in "
-        "an options file, trains on them.",
-        source,
-        found,
-        offer,
-    )
-
-
 def frame_numbers(given: tuple[int, ...] | str | None, count: int | None, source: str) -> list[int]:
     """Frame numbers from the options: a list, a text file with one a line, or all of them.
 

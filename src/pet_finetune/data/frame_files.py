@@ -227,6 +227,20 @@ def _guess(file: Path, source: str, data: bytes, text: str) -> str:
     )
 
 
+#: What ASE most often misses in files that it cannot read, by its name of the format.
+_MEANT = {
+    "lammps-data": " The line `Atoms # full` of a data file names the style of its columns.",
+    "lammps-dump-text": " `ITEM: BOX BOUNDS` has to say how the box ends: `ITEM: BOX BOUNDS pp pp "
+    "pp`.",
+    "cif": " Each atom of a CIF needs the symbol of its element and three numbers, not `?`.",
+    "cp2k-dcd": " A DCD says no elements: write its frames as extended xyz with MDAnalysis or "
+    "MDTraj.",
+    "vasp": " The line before the numbers of atoms names their elements: Si O.",
+    "vasp-xdatcar": " Each configuration has as many rows as the numbers of atoms say.",
+    "vasp-out": " The vasprun.xml of the same calculation holds the same and is read as well.",
+}
+
+
 def _unreadable(error: Exception, kind: str, source: str, text: str, given: bool) -> DataError:
     if isinstance(error, ModuleNotFoundError):
         return DataError(
@@ -235,32 +249,18 @@ def _unreadable(error: Exception, kind: str, source: str, text: str, given: bool
         )
     reason = str(error).strip() or "no reason given"
     how = "as the options say" if given else "guessed from name and content; `format` names it"
-    more = ""
-    if kind == "lammps-data":
-        more = " The line `Atoms # full` of a data file names the style of its columns."
-    elif kind == "lammps-dump-text" and "ITEM: BOX BOUNDS\n" in text:
-        more = " `ITEM: BOX BOUNDS` has to say how the box ends: `ITEM: BOX BOUNDS pp pp pp`."
+    more = _MEANT.get(kind, "")
+    if kind == "lammps-dump-text" and "ITEM: BOX BOUNDS\n" not in text:
+        more = ""
     elif kind == "cif" and "Spacegroup" in type(error).__name__:
         more = (
             " ASE needs the name of the space group beside its operations: add the line "
             "_symmetry_space_group_name_H-M 'P -1' with the right one, or write all atoms as P 1."
         )
-    elif kind == "cif":
-        more = " Each atom of a CIF needs the symbol of its element and three numbers, not `?`."
-    elif kind == "cp2k-dcd":
-        more = (
-            " A DCD says no elements: write its frames as extended xyz with MDAnalysis or MDTraj."
-        )
-    elif kind == "vasp":
-        more = " The line before the numbers of atoms names their elements: Si O."
-    elif kind == "vasp-xdatcar":
-        more = " Each configuration has as many rows as the numbers of atoms say."
-    elif kind == "vasp-out":
-        more = " The vasprun.xml of the same calculation holds the same and is read as well."
     return DataError(
         f"ASE cannot read {source} ({type(error).__name__}: {reason}).{hint_of(text, kind)} It "
-        f"was taken "
-        f"for the format {kind!r} ({how}).{more} Extended xyz (.xyz, .extxyz) always works."
+        f"was taken for the format {kind!r} ({how}).{more} Extended xyz (.xyz, .extxyz) always "
+        "works."
     )
 
 

@@ -20,7 +20,6 @@ from .dataset_files import (
     DatasetFiles,
     energy_column,
     gradient_of,
-    log_isolated,
     log_partial,
     property_column,
 )
@@ -28,7 +27,7 @@ from .frame_files import read_frames
 from .label_columns import Column, find_value, to_scalar, weights_of
 from .metatrain_sets import Folder
 from .stored import stored_set
-from .structure import Structure, atoms_to_structure, log_odd_charges
+from .structure import Structure, atoms_to_structure, list_frames, log_odd_charges
 from .structure_sets import OnDisk, of_species
 
 _logger = get_logger(__name__)
@@ -39,7 +38,7 @@ _USUAL_WEIGHT = "config_weight"
 
 
 def read_structures(
-    options: DatasetOptions, *, offer_baselines: bool = False
+    options: DatasetOptions, *, offer_baselines: bool = False, leave_out: bool = False
 ) -> Sequence[Structure]:
     """Read the structures of one data set; those of a large one stay on disk.
 
@@ -54,6 +53,7 @@ def read_structures(
         options: files, names and units.
         offer_baselines: whether the log offers the energies of isolated atoms as baselines, which
             a model that is trained from scratch can use.
+        leave_out: whether all of it are isolated atoms, beside larger structures in other files.
 
     Raises:
         DataError: see :mod:`.frame_files` and :class:`~.label_columns.Column`; also an energy or
@@ -61,7 +61,11 @@ def read_structures(
         UnitError: an unknown unit.
     """
     reading = DatasetFiles(options)
+    if leave_out:
+        reading.chosen, reading.isolated = [], reading.chosen
     _log_isolated(reading, offer_baselines)
+    if leave_out:
+        return []
     if isinstance(reading.frames, Folder):
         stored = stored_set(reading, reading.frames, _in_memory)
         return OnDisk.of(stored, np.array(reading.chosen))
@@ -235,23 +239,35 @@ def _read_property(
 
 
 def _log_isolated(reading: DatasetFiles, offer_baselines: bool) -> None:
-    """Name the isolated atoms that are left out, and their energies where these are offered."""
-    if not reading.isolated:
+    """Say which isolated atoms are left out, and offer their energies as baselines.
+
+    Not to a run that starts from a model: the network of a foundation has learned to add to the
+    foundation's own baselines, and its sum with other ones is off by whole atomisation energies.
+    """
+    isolated, total = reading.isolated, len(reading.isolated) + len(reading.chosen)
+    if not isolated:
         return
     offers: dict[str, dict[int, float]] = {}
     for name, target in reading.options.targets.items() if offer_baselines else ():
         if target.is_energy:
-            column = reading.column("energy", target.read_from, target.key or name, to_scalar)
-            found = replace(column, chosen=reading.isolated).read(
-                target.factor, nan_is_missing=True
-            )
-            numbers = [int(reading.frames[index].numbers[0]) for index in reading.isolated]
-            values = {
-                z: round(float(e), 6) for z, e in zip(numbers, found, strict=True) if e is not None
-            }
+            column, factor = energy_column(reading, name, target)
+            found = replace(column, chosen=isolated).read(factor, nan_is_missing=True)
+            numbers = [int(reading.frames[index].numbers[0]) for index in isolated]
+            known = zip(numbers, found, strict=True)
+            values = {z: round(float(e), 6) for z, e in known if e is not None}
             offers |= {name: values} if values else {}
-    total = len(reading.isolated) + len(reading.chosen)
-    log_isolated(reading.source, reading.isolated, total, offers)
+    _logger.info(
+        "%s: %s and are left out.%s `isolated_atoms: train` beside `read_from` of the systems, in "
+        "an options file, trains on them.",
+        reading.source,
+        f"{len(isolated)} of {total} frames are isolated atoms ({list_frames(isolated)})"
+        if reading.chosen
+        else f"all of {total} frames are isolated atoms, beside larger structures in other files,",
+        f" Their energies can be the baselines: `atomic_baseline: {offers}` in "
+        "architecture.training."
+        if offers
+        else "",
+    )
 
 
 def _read_integers(reading: DatasetFiles, name: ExtraName) -> Sequence[int | None]:

@@ -12,11 +12,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from pet_finetune.config.dataset import DatasetOptions, IndexedSet
 from pet_finetune.config.run_options import Options
-from pet_finetune.config.target import GradientOptions
 from pet_finetune.errors import DataError
 from pet_finetune.files import check_file, read_object, write_whole
 
-from .dataset_files import frame_numbers, log_isolated, sets_of_isolated_atoms
+from .dataset_files import frame_numbers, sets_of_isolated_atoms
 from .frame_files import read_frames
 from .readers import read_structures
 from .structure import Structure, list_frames, structures_fingerprint
@@ -103,7 +102,7 @@ def make_splits(options: Options, seed: int) -> Splits:
             members[name].append(_Members("training_set", 0, pools[0].take(frames)))
     fractions = {name: choice for name, choice in chosen.items() if isinstance(choice, float)}
     for number in isolated:
-        _log_isolated(options.training_set[number], scratch)
+        read_structures(options.training_set[number], offer_baselines=scratch, leave_out=True)
     for number, pool in pools.items():
         rng = np.random.default_rng([seed, number])
         for name, frames in _draw(pool, fractions, rng).items():
@@ -113,10 +112,8 @@ def make_splits(options: Options, seed: int) -> Splits:
         datasets = choice if isinstance(choice, tuple) else ()
         isolated = sets_of_isolated_atoms(datasets)
         for number, dataset in enumerate(datasets):
-            if number in isolated:
-                _log_isolated(dataset, offer_baselines=False)
-                continue
-            members[name].append(_Members(f"{name}_set", number, read_structures(dataset)))
+            found = read_structures(dataset, leave_out=number in isolated)
+            members[name].append(_Members(f"{name}_set", number, found))
     return _assemble(members)
 
 
@@ -219,25 +216,6 @@ def _named_frames(options: Options, name: str) -> list[int]:
             "Give the set as data sets of its own, each with `indices`."
         )
     return frame_numbers(choice.indices, None, options.training_set[0].systems.read_from)
-
-
-def _log_isolated(dataset: DatasetOptions, offer_baselines: bool) -> None:
-    """Say that a file of nothing but isolated atoms is left out."""
-    systems = dataset.systems
-    count = len(read_frames(systems.read_from, systems.format, systems.types))
-    off = dict.fromkeys(("forces", "stress", "virial"), GradientOptions(mode="off"))
-    offers = {}
-    for name, target in dataset.targets.items():
-        if not target.is_energy or not offer_baselines:
-            continue
-        energies = {name: target.model_copy(update=off)}
-        try:
-            atoms = read_structures(dataset.model_copy(update={"targets": energies}))
-        except DataError:  # without energies there is nothing to offer
-            continue
-        known = [s for s in atoms if name in s.labels]
-        offers[name] = {int(s.numbers[0]): round(float(s.labels[name]), 6) for s in known}
-    log_isolated(systems.read_from, range(count), count, offers or None)
 
 
 def _read_pool(
