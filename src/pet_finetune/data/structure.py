@@ -312,11 +312,20 @@ def log_odd_charges(structures: Sequence[Structure]) -> None:
         )
 
 
-_SHOWN = 10
+_SHOWN = 8
 
 
-def list_frames(numbers: list[int]) -> str:
-    """Frame numbers as text, the first ten of them."""
-    shown = ", ".join(map(str, numbers[:_SHOWN]))
-    more = f" and {len(numbers) - _SHOWN} more" if len(numbers) > _SHOWN else ""
-    return f"frame{'s' if len(numbers) > 1 else ''} {shown}{more}"
+def list_frames(numbers: Iterable[int]) -> str:
+    """Frame numbers as text, three or more neighbouring ones as ranges, the first few of them."""
+    ranges: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if ranges and number == ranges[-1][-1] + 1:
+            ranges[-1].append(number)
+        else:
+            ranges.append([number])
+    shown = ranges[:_SHOWN]
+    texts = [f"{own[0]}-{own[-1]}" if own[2:] else ", ".join(map(str, own)) for own in shown]
+    hidden = sum(map(len, ranges[_SHOWN:]))
+    more = f" and {hidden} more" if hidden else ""
+    several = len(ranges) > 1 or len(ranges[0]) > 1
+    return f"frame{'s' if several else ''} {', '.join(texts)}{more}"

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pet_finetune.data.structure import Structure
+from pet_finetune.data.structure import Structure, list_frames
 
 Severity = Literal["error", "warning", "note"]
 
 #: From the one that stops a run to the one that is only worth knowing.
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
-
-_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -76,21 +74,6 @@ class Finding:
             "advice": self.advice,
             "data": self.data or {},
         }
-
-
-def list_frames(numbers: Sequence[int]) -> str:
-    """Frame numbers as text, neighbouring ones as ranges, the first few of them."""
-    ranges: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if ranges and number == ranges[-1][1] + 1:
-            ranges[-1][1] = number
-        else:
-            ranges.append([number, number])
-    texts = [f"{a}" if a == b else f"{a}-{b}" for a, b in ranges[:_SHOWN]]
-    hidden = sum(b - a + 1 for a, b in ranges[_SHOWN:])
-    more = f" and {hidden} more" if hidden else ""
-    several = len(ranges) > 1 or ranges[0][0] != ranges[0][1]
-    return f"frame{'s' if several else ''} {', '.join(texts)}{more}"
 
 
 def frames_of(structures: Iterable[Structure]) -> tuple[Frames, ...]:

@@ -126,9 +126,17 @@ def test_missing_index_file(tmp_path):
         frame_numbers(str(tmp_path / "no.txt"), 5, "a.xyz")
 
 
-def test_long_lists_of_frames_are_cut():
-    assert list_frames([4]) == "frame 4"
-    assert list_frames(list(range(12))) == "frames 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more"
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [
+        ([4], "frame 4"),
+        ([2, 3], "frames 2, 3"),
+        ([1, 2, 3, 7], "frames 1-3, 7"),
+        (list(range(0, 40, 2)), "frames 0, 2, 4, 6, 8, 10, 12, 14 and 12 more"),
+    ],
+)
+def test_frames_as_text(numbers, text):
+    assert list_frames(numbers) == text
 
 
 def test_paths_that_are_no_files(tmp_path):

@@ -11,7 +11,6 @@ from ase.build import bulk
 
 from inspected import codes, frames, look, read, relabel, the, turned
 from pet_finetune.data.structure import Structure
-from pet_finetune.inspection.finding import list_frames
 from tiny_data import structures_of
 
 
@@ -224,18 +223,6 @@ class TestDuplicates:
             )
             pairs.append(both)
         assert not codes(look(pairs)) & {"duplicates", "contradictory-labels"}
-
-
-@pytest.mark.parametrize(
-    ("numbers", "text"),
-    [
-        ([3], "frame 3"),
-        ([1, 2, 3, 7], "frames 1-3, 7"),
-        (list(range(0, 40, 2)), "frames 0, 2, 4, 6, 8, 10, 12, 14 and 12 more"),
-    ],
-)
-def test_frames_as_text(numbers, text):
-    assert list_frames(numbers) == text
 
 
 #: Warnings that each set deserves (its README says why); none has an error.
