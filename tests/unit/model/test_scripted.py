@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pet_finetune.adapters.merge import merged_copy
 
 from models import KINDS, all_structures, ethanol, random_potential, trained_adapter
+from pet_finetune.adapters.inject import merged_copy
 from pet_finetune.backends.choice import EAGER, using
 from pet_finetune.data.labelled_batch import batch_from_atoms
 
