@@ -95,9 +95,11 @@ SETS = {
 RECIPES: dict[str, dict[str, Any]] = {
     "lora": {"finetune": {"method": "lora"}},
     "full": {"finetune": {"method": "full"}},
-    "lora-adamw": {"finetune": {"method": "lora"}, "optimizer": "adamw", "ema": None},
+    "lora-adamw": {
+        "finetune": {"method": "lora", "config": {"rank": 8}}, "optimizer": "adamw", "ema": None,
+    },
     "full-adamw": {"finetune": {"method": "full"}, "optimizer": "adamw", "ema": None},
-}
+}  # fmt: skip
 
 
 def merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
@@ -225,6 +227,7 @@ def carry_out(
     return {
         "train": found["train"]["energy"],
         "test": found["test"]["energy"],
+        "validated": found["validation"]["energy"],
         "swing": max(swinging[max(1, len(swinging) // 10) :]) / swinging[-1],
         "validation": swinging,
         "seconds": after.ru_utime - before.ru_utime,

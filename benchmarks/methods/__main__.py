@@ -10,18 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.methods import report, sweep
+from benchmarks.methods import report
 from benchmarks.methods.jobs import Job, carry_out, import_memory
-from benchmarks.methods.rows import FAMILIES, METHODS
+from benchmarks.methods.rows import METHODS
 from benchmarks.methods.sets import SETS, write_splits
 
 _DESCRIPTION = """\
 Fine-tune one foundation by each method on each set. Runs that WORK/results.json holds are not done
-again, so an interrupted benchmark goes on. Stages: 'sweep' tries learning rates, then ranks,
-schedules and averages; 'table' runs each method at its default; 'spread' repeats two methods with
-other seeds; 'cost' measures seconds an epoch and memory, for which nothing else should run on the
-machine; 'report' only prints."""
-STAGES = ("sweep", "variants", "table", "spread", "cost", "report")
+again, so an interrupted benchmark goes on. Stages: 'table' runs each method at its default,
+'spread' repeats two with other seeds, 'cost' measures seconds an epoch and memory, for which
+nothing else should run on the machine, and 'report' only prints. Rates, ranks, schedules and
+averages are the business of benchmarks.recipe."""
+STAGES = ("table", "spread", "cost", "report")
 #: A short run tells the cost: the first epoch does not count.
 COST_EPOCHS = 4
 
@@ -52,7 +52,7 @@ class Bench:
         row = carry_out(job, self._work, self._foundation, self._threads, cost_only=False)
         self.rows[job.name] = row | {"date": datetime.date.today().isoformat()}
         self._save()
-        print(f"    {report.errors_text(sweep.errors_of(row))}", flush=True)
+        print(f"    {report.errors_text(report.errors_of(row))}", flush=True)
 
     def measure(self, data: str, name: str, rate: float) -> None:
         """Seconds an epoch and memory of a method, unless they are there."""
@@ -71,38 +71,6 @@ class Bench:
         os.replace(partial, self._store)
 
 
-def run_sweep(
-    bench: Bench,
-    sets: Sequence[str],
-    families: Sequence[str],
-    given: Sequence[float],
-    epochs: int,
-) -> None:
-    """Learning rates: the grid on all sets, then beyond it while the best is at its edge.
-
-    Given ones are run instead, for so many epochs if the number is not 0.
-    """
-    for family in families:
-        for rate in given:
-            for data in sets:
-                bench.run(Job(data, family, rate, epochs=epochs))
-        if given:
-            continue
-        while rates := sweep.next_rates(family, sets, bench.rows):
-            for rate in rates:
-                for data in sets:
-                    bench.run(Job(data, family, rate))
-
-
-def run_variants(bench: Bench, sets: Sequence[str], families: Sequence[str]) -> None:
-    """Ranks, schedules and averages, each at its family's learning rate."""
-    for family in families:
-        rate = sweep.chosen_rate(family, sets, bench.rows)
-        for name in sweep.alternatives(family):
-            for data in sets:
-                bench.run(Job(data, name, rate))
-
-
 def main() -> None:
     arguments = _parse()
     work = arguments.work.resolve()
@@ -112,12 +80,7 @@ def main() -> None:
     bench = Bench(work, arguments.foundation.resolve(), arguments.threads)
     methods, sets = arguments.methods, arguments.sets
     rates = {name: METHODS[name].learning_rate for name in METHODS}
-    if arguments.stage == "sweep":
-        families = [name for name in methods if name in FAMILIES]
-        run_sweep(bench, sets, families, arguments.rates, arguments.epochs)
-    elif arguments.stage == "variants":
-        run_variants(bench, sets, [name for name in methods if name in ("full", "lora r8")])
-    elif arguments.stage == "table":
+    if arguments.stage == "table":
         for name in methods:
             for data in sets:
                 bench.run(Job(data, name, rates[name]))
@@ -144,10 +107,6 @@ def _report(
         report.method_table(sets, rows, rates, bench.results["cost"]),
         "## Seeds",
         report.spread_table(names, sets, arguments.seeds, rows, rates),
-        "## Learning rates",
-        report.rate_table(sets, rows),
-        report.longer_table(rows),
-        *(f"{report.variant_table(family, sets, rows)}" for family in ("lora r8", "full")),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -160,23 +119,14 @@ def _parse() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--foundation", type=Path, default=Path("checkpoints/pet-xtb-v0.ckpt"))
+    parser.add_argument("--foundation", type=Path, default=Path("checkpoints/pet-xtb-s.ckpt"))
     parser.add_argument("--work", type=Path, default=Path("runs/benchmarks/methods"))
-    parser.add_argument("--sets", nargs="+", choices=SETS, default=["ethanol", "carbon", "water"])
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=["ethanol", "carbon"])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--stage", choices=STAGES, required=True)
-    parser.add_argument(
-        "--rates", nargs="+", type=float, default=[], help="of the stage 'sweep', not its grid"
-    )
-    parser.add_argument(
-        "--epochs", type=int, default=0, help="with --rates: not the set's own number"
-    )
     parser.add_argument("--seeds", type=int, default=5, help="of the stage 'spread'")
     parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-    if arguments.epochs and not arguments.rates:
-        parser.error("--epochs: only with --rates")
-    return arguments
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

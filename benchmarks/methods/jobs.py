@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from benchmarks.methods.rows import ALL, SCRATCH
+from benchmarks.methods.rows import METHODS, SCRATCH
 from benchmarks.methods.sets import SETS, section
 
 #: The shape of the shipped foundation, for training from scratch.
@@ -29,7 +29,7 @@ class Job:
 
     Attributes:
         data: name of the set.
-        method: name of the row or variant.
+        method: name of the row.
         learning_rate: its highest.
         seed: of everything random in the run; the split is the same for all.
         epochs: instead of the set's own number.
@@ -51,17 +51,16 @@ class Job:
     def training(self) -> dict[str, Any]:
         """``architecture.training`` but for the starting checkpoint.
 
-        What the sweep decides is written out, so that the run is the same when a default changes.
+        What decides the errors is written out, so that the run is the same when a default changes.
         """
-        plan, method = SETS[self.data], ALL[self.method]
+        plan, method = SETS[self.data], METHODS[self.method]
         training: dict[str, Any] = {
             "batch_size": plan.batch_size,
             "num_epochs": self.epochs or plan.num_epochs,
             "learning_rate": self.learning_rate,
             "scheduler": "cosine",
-            "optimizer": "adamw",
-            "ema": None,
-            **method.training,
+            "optimizer": "soap",
+            "ema": 0.99,
         }
         if method.name != SCRATCH:
             training["finetune"] = {"method": method.name, **method.finetune}
@@ -73,7 +72,7 @@ class Job:
 
     def options(self, work: Path, foundation: Path) -> dict[str, Any]:
         """The options file."""
-        training, target = self.training(), ALL[self.method].target
+        training, target = self.training(), METHODS[self.method].target
         model: dict[str, Any] = FOUNDATION_SHAPE
         if "finetune" in training:
             model = {}

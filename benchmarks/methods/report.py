@@ -6,17 +6,22 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, median, stdev
 from typing import Any
 
-from benchmarks.methods import sweep
 from benchmarks.methods.jobs import Job
-from benchmarks.methods.rows import FAMILIES, METHODS, SCRATCH
+from benchmarks.methods.rows import METHODS, SCRATCH
 from benchmarks.methods.sets import SETS
 
 Rows = Mapping[str, Mapping[str, Any]]
 
 
+def errors_of(row: Mapping[str, Any], when: str = "after") -> Mapping[str, float]:
+    """Errors of a run on the test set; eV/atom, eV/A, eV/A^3."""
+    errors: dict[str, Mapping[str, float]] = row[when]["test"]
+    return next(iter(errors.values()))
+
+
 def errors_text(errors: Mapping[str, float]) -> str:
     """Energy, forces and, where there are some, stress; meV."""
-    words = [f"{errors['energy_mae'] * 1e3:.2f}", f"{errors['forces_mae'] * 1e3:.0f}"]
+    words = [f"{errors['energy_mae'] * 1e3:.2f}", f"{errors['forces_mae'] * 1e3:.1f}"]
     if "stress_mae" in errors:
         words.append(f"{errors['stress_mae'] * 1e3:.1f}")
     return " / ".join(words)
@@ -32,55 +37,6 @@ def set_titles(sets: Sequence[str]) -> list[str]:
     return [f"{name}: E / F{' / stress' if SETS[name].stress else ''}" for name in sets]
 
 
-def rate_table(sets: Sequence[str], rows: Rows) -> str:
-    """Errors by family and learning rate; scores over the sets that have them all."""
-    lines = []
-    for family in FAMILIES:
-        rates = sweep.known_rates(family, sets[:1], rows)
-        groups = sweep.rate_groups(family, sets, rates)
-        common = [s for s in sets if all(Job(s, family, rate).name in rows for rate in rates)]
-        scores = sweep.compare(sweep.rate_groups(family, common, rates), rows)
-        best = min(scores, key=scores.__getitem__) if scores else ""
-        for name, jobs in groups.items():
-            found = [rows.get(job.name) for job in jobs]
-            cells = [errors_text(sweep.errors_of(row)) if row else "" for row in found]
-            shown = f"{scores[name]:.2f}"
-            lines.append([family, name, *cells, f"**{shown}**" if name == best else shown])
-    return table(["method", "learning rate", *set_titles(sets), "score"], lines)
-
-
-def longer_table(rows: Rows) -> str:
-    """Runs with a number of epochs of their own: does the best learning rate depend on it?"""
-    lines = []
-    for data in SETS:
-        for family in FAMILIES:
-            for row in rows.values():
-                rate = row["training"]["learning_rate"]
-                epochs = row["training"]["num_epochs"]
-                job = Job(data, family, rate, epochs=epochs)
-                if rows.get(job.name) is row:
-                    text = errors_text(sweep.errors_of(row))
-                    lines.append([data, str(epochs), family, f"{rate:g}", text])
-    return table(["set", "epochs", "method", "learning rate", "E / F (/ stress)"], lines)
-
-
-def variant_table(family: str, sets: Sequence[str], rows: Rows) -> str:
-    """Errors and scores of ranks, schedules and averages, at the family's learning rate."""
-    rate = sweep.chosen_rate(family, sets, rows)
-    names = sweep.alternatives(family)
-    groups = {name: [Job(data, name, rate) for data in sets] for name in names}
-    scores = sweep.compare(groups, rows)
-    lines = [
-        [
-            name,
-            *(errors_text(sweep.errors_of(rows[job.name])) for job in groups[name]),
-            f"{value:.3f}",
-        ]
-        for name, value in scores.items()
-    ]
-    return table([f"at {rate:g}", *set_titles(sets), "score"], lines)
-
-
 def spread_table(
     names: Sequence[str], sets: Sequence[str], seeds: int, rows: Rows, rates: Mapping[str, float]
 ) -> str:
@@ -90,7 +46,7 @@ def spread_table(
         cells = []
         for data in sets:
             jobs = [Job(data, name, rates[name], seed) for seed in range(1, seeds + 1)]
-            found = [sweep.errors_of(rows[job.name]) for job in jobs if job.name in rows]
+            found = [errors_of(rows[job.name]) for job in jobs if job.name in rows]
             cells.append(spread_text(found))
         lines.append([name, *cells])
     return table(["method", *set_titles(sets)], lines)
@@ -129,7 +85,7 @@ def method_table(sets: Sequence[str], rows: Rows, rates: Mapping[str, float], co
         sent = f"{one['bytes'] / 1e3:.0f}" + ("" if one["is_adapter"] else " *")
         count = one.get("trainable", one.get("parameters", 0))
         title = "from scratch" if method.name == SCRATCH else name
-        cells = [errors_text(sweep.errors_of(row)) if row else "" for row in found]
+        cells = [errors_text(errors_of(row)) if row else "" for row in found]
         lines.append(
             [
                 title,
@@ -153,7 +109,7 @@ def _foundation_line(sets: Sequence[str], rows: Rows) -> list[str]:
         found = [
             row for name, row in rows.items() if name.startswith((f"{data}_full", f"{data}_lora"))
         ]
-        cells.append(errors_text(sweep.errors_of(found[0], "before")) if found else "")
+        cells.append(errors_text(errors_of(found[0], "before")) if found else "")
     return ["foundation, refitted baseline", "", *cells, "0", "0", "", "", ""]
 
 

@@ -44,10 +44,10 @@ class DataSet:
 
 SETS = {
     "ethanol": DataSet(
-        "ethanol, PBE/def2-SVP", "ethanol_pbe_train1000.xyz", (50, 20, 100), 0.05, 5, 15
+        "ethanol, PBE/def2-SVP", "ethanol_pbe_train1000.xyz", (50, 20, 100), 0.05, 5, 60
     ),
     "carbon": DataSet(
-        "distorted graphite, LDA", "carbon_reduced_100.xyz", (60, 20, 20), 0.02, 5, 10, stress=True
+        "distorted graphite, LDA", "carbon_reduced_100.xyz", (60, 20, 20), 0.02, 5, 25, stress=True
     ),
     "water": DataSet(
         "water, 64 molecules, DFT",
@@ -55,7 +55,7 @@ SETS = {
         (8, 3, 6),
         0.2,
         1,
-        5,
+        20,
         test_file="water_dpmd_val.xyz",
     ),
     "3bpa": DataSet(

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import yaml
 from ase import Atoms
-from benchmarks.methods import sweep
 from benchmarks.methods.jobs import Job
-from benchmarks.methods.rows import ALL, FAMILIES, METHODS
+from benchmarks.methods.rows import METHODS
 from benchmarks.methods.sets import SETS, split
 
 from pet_finetune.config.load import load_options
@@ -23,7 +22,7 @@ def read(job, folder):
     return load_options(path).options
 
 
-@pytest.mark.parametrize("method", ALL)
+@pytest.mark.parametrize("method", METHODS)
 def test_options_of_each_method_are_valid(method, tmp_path):
     options = read(job_of(method), tmp_path)
     assert options.seed == 7
@@ -40,7 +39,7 @@ def test_stress_is_learned_where_there_is_some(data, tmp_path):
 
 
 def test_runs_have_names_of_their_own():
-    jobs = [Job(d, m, r, s) for d in SETS for m in ALL for r in (1e-3, 3e-3) for s in (1, 2)]
+    jobs = [Job(d, m, r, s) for d in SETS for m in METHODS for r in (1e-3, 3e-3) for s in (1, 2)]
     assert len({job.name for job in jobs}) == len(jobs)
 
 
@@ -51,38 +50,3 @@ def test_no_part_has_a_near_copy_of_another():
     pairs = [{index // 2 for index in part} for part in parts]
     assert [len(part) for part in parts] == [12, 8]
     assert not pairs[0] & pairs[1]
-
-
-def rows_of(family, errors):
-    """Results on one set by learning rate."""
-    return {
-        Job("ethanol", family, rate).name: {
-            "training": {"learning_rate": rate},
-            "after": {"test": {"energy": {"energy_mae": error, "forces_mae": error}}},
-        }
-        for rate, error in errors.items()
-    }
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_sweep_begins_with_its_grid(family):
-    rates = sweep.next_rates(family, ["ethanol"], {})
-    assert METHODS[family].learning_rate in rates
-    assert len(rates) == 3
-
-
-@pytest.mark.parametrize(
-    ("errors", "more"),
-    [((3.0, 1.0, 2.0), []), ((1.0, 2.0, 3.0), [2.2e-4]), ((3.0, 2.0, 1.0), [1.8e-2])],
-)
-def test_a_sweep_goes_on_where_the_best_is_at_the_edge(errors, more):
-    rates = sweep.grid("lora r8")
-    rows = rows_of("lora r8", dict(zip(rates, errors, strict=True)))
-    assert sweep.next_rates("lora r8", ["ethanol"], rows) == more
-
-
-def test_the_score_is_the_geometric_mean_of_both_errors():
-    rates = sweep.grid("full")
-    rows = rows_of("full", dict(zip(rates, (2.0, 1.0, 4.0), strict=True)))
-    groups = sweep.rate_groups("full", ["ethanol"], rates)
-    assert list(sweep.compare(groups, rows).values()) == pytest.approx([2.0, 1.0, 4.0])
