@@ -101,7 +101,7 @@ def whole_network(ax: Axes) -> None:
         [
             ("atoms and neighbours", TOKEN),
             ("embeddings", FROZEN),
-            ("compress", FROZEN),
+            ("compress", ADAPTED),
             ("transformer blocks", ADAPTED),
             ("message passing", FROZEN),
             ("heads and last layers", TRAINED),

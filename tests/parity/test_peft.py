@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from models import METHODS, all_structures, random_potential, trained_adapter
 from pet_finetune.adapters.adapted import AdaptedPotential
-from pet_finetune.adapters.adapter_config import DEFAULT_TARGETS, AdapterConfig, linear_layers
+from pet_finetune.adapters.adapter_config import AdapterConfig, linear_layers
 from pet_finetune.adapters.inject import adapter_state, inject, lora_layers, merged_copy
 from pet_finetune.adapters.layers import is_adapter_tensor
 from pet_finetune.adapters.peft_files import load_adapter, save_adapter
+from pet_finetune.config.finetune import DEFAULT_TARGET_MODULES
 from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.errors import AdapterError
 from pet_finetune.graph import Batch
@@ -81,12 +82,7 @@ def test_the_same_layers_and_counts_train(base: Potential):
     config = inject(ours, AdapterConfig(rank=3, alpha=5.0))
     theirs = peft_model(
         base,
-        target_modules=[
-            "attention.input_linear",
-            "attention.output_linear",
-            "mlp.w_in",
-            "mlp.w_out",
-        ],
+        target_modules=list(DEFAULT_TARGET_MODULES),
         modules_to_save=list(config.modules_to_save or ()),
     )
     counts = [
@@ -135,7 +131,7 @@ def test_gradients_are_pefts(base: Potential, batch: Batch, method: str, tmp_pat
 
 
 @pytest.mark.parametrize("targets", [("energy",), ("energy", "energy/pbe")], ids=["one", "two"])
-@pytest.mark.parametrize("layers", [DEFAULT_TARGETS, "all-linear"], ids=["default", "all"])
+@pytest.mark.parametrize("layers", [DEFAULT_TARGET_MODULES, "all-linear"], ids=["default", "all"])
 def test_peft_opens_our_folder(
     base: Potential,
     batch: Batch,

@@ -8,15 +8,9 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
+from pet_finetune.config.finetune import DEFAULT_TARGET_MODULES
 from pet_finetune.errors import AdapterError, did_you_mean
 from pet_finetune.model.pet import HEAD_GROUPS, PET
-
-DEFAULT_TARGETS = (
-    "attention.input_linear",
-    "attention.output_linear",
-    "mlp.w_in",
-    "mlp.w_out",
-)
 
 
 @dataclass(frozen=True)
@@ -40,7 +34,7 @@ class AdapterConfig:
     rank: int = 8
     alpha: float = 8.0
     dropout: float = 0.0
-    target_modules: str | Sequence[str] = DEFAULT_TARGETS
+    target_modules: str | Sequence[str] = DEFAULT_TARGET_MODULES
     modules_to_save: Sequence[str] | None = None
     targets: Sequence[str] = ("energy",)
     use_rslora: bool = False

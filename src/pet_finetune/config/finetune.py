@@ -204,8 +204,11 @@ class PretrainOptions(Section):
 
 FinetuneMethod = Literal["full", "lora", "prompt", "heads"]
 
-#: The projections LoRA adapts unless told otherwise: those of attention and of the MLP.
+#: The layers LoRA adapts unless told otherwise: those that make the edge tokens of each GNN layer
+#: (docs/recipes.md), and the projections of attention and of the MLP.
 DEFAULT_TARGET_MODULES: tuple[str, ...] = (
+    "compress.0",
+    "compress.2",
     "attention.input_linear",
     "attention.output_linear",
     "mlp.w_in",

@@ -146,7 +146,7 @@ def _method(load: Load, parameters: int) -> tuple[dict[str, Any], str]:
         return {"method": "lora", "config": {"rank": 32, "alpha": 32.0}}, why
     why = (
         "the lowest errors in our comparison (docs/methods-table.md), and the foundation is small; "
-        "lora is within 5 % on molecules and stores a fifteenth"
+        "lora is within 5 % on molecules and stores a seventh"
     )
     return {"method": "full"}, why
 

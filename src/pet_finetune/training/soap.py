@@ -16,7 +16,7 @@ LARGEST = 1024
 #: the shorter one brings most of what both do, for a fraction of the time.
 SMALL = 128
 #: Updates between two looks at the eigenbases, which change slowly and cost a decomposition each.
-REFRESH = 20
+REFRESH = 10
 
 
 @dataclass

@@ -27,8 +27,8 @@ def test_defaults_train_factors_and_the_targets_heads():
     model = random_potential(targets=("energy", "other"))
     config = inject(model, AdapterConfig(rank=2))
     names = trained_names(model)
-    assert len(config.target_modules) == 8
-    assert sum(".lora_" in name for name in names) == 16
+    assert len(config.target_modules) == 12
+    assert sum(".lora_" in name for name in names) == 24
     rest = {name for name in names if ".lora_" not in name}
     assert {name.split(".")[0] for name in rest} == {
         "node_heads", "edge_heads", "node_last_layers", "edge_last_layers",
@@ -175,8 +175,10 @@ def test_the_report_counts_what_trains():
     assert report.total == sum(p.numel() for _, p in parameters) == model.num_parameters()
     assert report.trainable == sum(p.numel() for _, p in parameters if p.requires_grad)
     assert report.trainable == sum(report.groups.values())
-    # Two blocks with W: 24x8, 8x8, 20x8 (two gated halves of 10), 8x10; rank 2.
-    assert report.groups["adapters"] == 2 * 2 * (24 + 8 + 8 + 8 + 20 + 8 + 8 + 10)
+    # Two blocks with W: 24x8, 8x8, 20x8 (two gated halves of 10), 8x10; rank 2. Before them 8x16
+    # in the first layer and 8x24 in the second, and 8x8.
+    blocks = 2 * (24 + 8 + 8 + 8 + 20 + 8 + 8 + 10)
+    assert report.groups["adapters"] == 2 * (blocks + 8 + 16 + 8 + 24 + 2 * (8 + 8))
     share = f"{100 * report.trainable / report.total:.1f} %"
     assert str(report).startswith(f"{report.trainable:,} of {report.total:,} parameters train")
     assert share in str(report)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from models import random_potential
-from pet_finetune.adapters.adapter_config import DEFAULT_TARGETS, linear_layers, match_layers
+from pet_finetune.adapters.adapter_config import linear_layers, match_layers
+from pet_finetune.config.finetune import DEFAULT_TARGET_MODULES
 from pet_finetune.errors import AdapterError
 
 BLOCKS = ["gnn_layers.0.trans.layers.0", "gnn_layers.1.trans.layers.0"]
@@ -29,12 +30,12 @@ def test_endings_are_whole_names(network):
         match_layers(network, ["_linear"])
 
 
-def test_the_default_is_four_layers_a_block_in_the_networks_order(network):
-    found = match_layers(network, DEFAULT_TARGETS)
-    assert len(found) == 8
+def test_the_default_is_six_layers_a_gnn_layer_in_the_networks_order(network):
+    found = match_layers(network, DEFAULT_TARGET_MODULES)
+    assert len(found) == 12
     layers = linear_layers(network)
     assert found == sorted(found, key=layers.index)
-    assert match_layers(network, tuple(reversed(DEFAULT_TARGETS))) == found
+    assert match_layers(network, tuple(reversed(DEFAULT_TARGET_MODULES))) == found
 
 
 def test_whole_paths_match_once(network):
@@ -67,7 +68,7 @@ def test_a_pattern_without_match_lists_what_could_match(network):
     message = str(caught.value)
     assert "'attention.imput_linear' matches no linear layer" in message
     assert "Did you mean 'attention.input_linear'?" in message
-    for ending in (*DEFAULT_TARGETS, "center_mlp.w_in", "all-linear"):
+    for ending in (*DEFAULT_TARGET_MODULES, "center_mlp.w_in", "all-linear"):
         assert ending in message
 
 
