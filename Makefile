@@ -55,11 +55,11 @@ check-runs: env
 check-contract: env
 	$(PYTEST) -m "not slow" tests/contract
 
-# Everything, a quarter of an hour on two cores (and four minutes more where kernels are yet to be
-# compiled). The longest groups come first.
-test: env lint docs
-	@echo "Five groups of tests, two at a time: what each has to say comes when it ends."
-	@+$(TWO) test-whole test-unit test-contract test-avx2 test-plain
+# Everything, TIME on two cores (and four minutes more where kernels are yet to be
+# compiled). The longest groups come first, so that both cores are busy to the end.
+test: env
+	@echo "Lint, documentation and five groups of tests, two at a time; each is shown when it ends."
+	@+$(TWO) test-whole test-unit test-contract test-avx2 test-plain lint docs
 
 test-whole: env
 	$(PYTEST) --ignore=tests/unit --ignore=tests/contract

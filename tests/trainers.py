@@ -79,8 +79,8 @@ def average_of(trainer):
     return found[0] if found else None
 
 
-def tiny_model(method="full", **config):
-    model = random_potential(dtype=torch.float32)
+def tiny_model(method="full", hypers=None, **config):
+    model = random_potential(dtype=torch.float32, **(hypers or {}))
     counts = torch.stack([torch.tensor([int((s.numbers == z).sum()) for z in model.species])
                           for s in TRAIN])  # fmt: skip
     labels = torch.stack([s.labels["energy"] for s in TRAIN])
@@ -93,12 +93,18 @@ def tiny_model(method="full", **config):
 
 
 def make_trainer(
-    method="full", config=None, train=TRAIN, validation=VALIDATION, extra=False, **options
+    method="full",
+    config=None,
+    train=TRAIN,
+    validation=VALIDATION,
+    extra=False,
+    hypers=None,
+    **options,
 ):
     settings = TrainingOptions.model_validate(
         {"batch_size": 3, "num_epochs": 2, "warmup_fraction": 0.2, **options}
     )
-    model = tiny_model(method, **(config or {}))
+    model = tiny_model(method, hypers, **(config or {}))
     return Trainer(
         model,
         {"energy": Objective("energy", TargetLoss(), forces=True, stress=False, scale=2.0)},

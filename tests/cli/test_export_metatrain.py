@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
+import multiprocessing
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,13 +40,24 @@ TRAINING = {"batch_size": 4, "num_epochs": 2, "num_workers": 0, "learning_rate":
 MTT_SET = data_section("train.xyz", quantity="energy", forces=True, stress=False)
 
 
-def mtt(*arguments: Any) -> str:
-    """metatrain's command line, in another process; it must succeed."""
-    code = "from metatrain.__main__ import main; main()"
-    command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
-    return ran.stdout
+def mtt(*arguments: Any) -> None:
+    """metatrain's command line in a process of its own, which must succeed.
+
+    Forked, since importing metatrain anew takes longer than what it does here.
+    """
+    pytest.importorskip("metatrain.__main__")
+    child = multiprocessing.get_context("fork").Process(target=_mtt, args=[*map(str, arguments)])
+    child.start()
+    child.join()
+    assert child.exitcode == 0, Path("mtt.log").read_text()[-3000:]
+
+
+def _mtt(*arguments: str) -> None:
+    from metatrain.__main__ import main
+
+    with Path("mtt.log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
+        sys.argv = ["mtt", *arguments]
+        main()
 
 
 def mtt_options(architecture: dict[str, Any]) -> Path:

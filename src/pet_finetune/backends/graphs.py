@@ -12,6 +12,7 @@ import hashlib
 import os
 import platform
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -89,7 +90,7 @@ def compiled_graph(
         # A file that is damaged, or that another build of torch made, shall not stay in the way.
         with suppress(OSError):
             path.unlink(missing_ok=True)
-        raise CannotCompile(_first_line(error)) from error
+        raise CannotCompile(_first_line(str(error)) or type(error).__name__) from error
 
 
 def followed(
@@ -153,14 +154,21 @@ def _loaded(path: Path) -> Graph:
 
 
 def _check_compiler(device: torch.device) -> None:
+    """Refuse at once what torch would notice only after its work on the whole graph."""
+    if device.type != "cpu":
+        return
     compiler = os.environ.get("CXX", "g++")
-    if device.type == "cpu" and shutil.which(compiler) is None:
+    if shutil.which(compiler) is None:
         raise CannotCompile(f"there is no C++ compiler '{compiler}' (the package g++, or set CXX)")
+    command = [compiler, "-x", "c++", "-fsyntax-only", "-"]
+    tried = subprocess.run(command, input="#include <cmath>\n", capture_output=True, text=True)
+    if tried.returncode != 0:
+        told = _first_line(tried.stderr) or f"exit status {tried.returncode}"
+        raise CannotCompile(f"the C++ compiler '{compiler}' does not work: {told}")
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines()]
-    return next(filter(None, lines), type(error).__name__)
+def _first_line(text: str) -> str:
+    return next(filter(None, (line.strip() for line in text.splitlines())), "")
 
 
 def _choose_folder(folder: Path) -> None:
