@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import sys
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from metatomic.torch import ModelOutput
 from metatomic_ase import MetatomicCalculator
 
 import pet_finetune as pf
+from metatrain_command import mtt
 from models import (
     PROPERTIES,
     crystal,
@@ -38,26 +36,6 @@ from tiny_data import data_section, options
 #: Of metatrain: two epochs on the data of the folder.
 TRAINING = {"batch_size": 4, "num_epochs": 2, "num_workers": 0, "learning_rate": 1e-4}
 MTT_SET = data_section("train.xyz", quantity="energy", forces=True, stress=False)
-
-
-def mtt(*arguments: Any) -> None:
-    """metatrain's command line in a process of its own, which must succeed.
-
-    Forked, since importing metatrain anew takes longer than what it does here.
-    """
-    pytest.importorskip("metatrain.__main__")
-    child = multiprocessing.get_context("fork").Process(target=_mtt, args=[*map(str, arguments)])
-    child.start()
-    child.join()
-    assert child.exitcode == 0, Path("mtt.log").read_text()[-3000:]
-
-
-def _mtt(*arguments: str) -> None:
-    from metatrain.__main__ import main
-
-    with Path("mtt.log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
-        sys.argv = ["mtt", *arguments]
-        main()
 
 
 def mtt_options(architecture: dict[str, Any]) -> Path:
