@@ -75,7 +75,7 @@ def watch(trainer, **functions):
 
 def average_of(trainer):
     """The averaged weights of a run; None where there are none."""
-    found = [f.average.average for f in trainer.features if isinstance(f, Averaging)]
+    found = [f.average for f in trainer.features if isinstance(f, Averaging)]
     return found[0] if found else None
 
 
