@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pet_finetune.errors import ConfigError
 
 from . import common
 
 if TYPE_CHECKING:
-    from pet_finetune.api import EvaluationSettings, LabelNames
+    from pet_finetune.api import LabelNames
 
 _EXAMPLES = """\
   pet-finetune eval options.yaml -c best_model.ckpt      the sets that the options name
@@ -143,15 +143,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     from pet_finetune.api import evaluate_files
 
     common.start_log()
-    evaluate_files(
-        arguments.first,
-        arguments.files,
-        adapter=arguments.adapter,
-        target=arguments.target,
-        device=arguments.device or "auto",
-        labels=_labels(arguments),
-        how=_settings(arguments),
-    )
+    evaluate_files(arguments.first, arguments.files, labels=_labels(arguments), **_how(arguments))
     return 0
 
 
@@ -169,14 +161,15 @@ def _labels(arguments: argparse.Namespace) -> LabelNames:
     )
 
 
-def _settings(arguments: argparse.Namespace) -> EvaluationSettings:
+def _how(arguments: argparse.Namespace) -> dict[str, Any]:
     from pet_finetune.api import EvaluationSettings
 
     # With --config, -o is the folder of the runs.
     output = arguments.output if arguments.config is None else None
-    return EvaluationSettings(
+    settings = EvaluationSettings(
         arguments.rotations, output, arguments.batch_size, compile=arguments.compile or "auto"
     )
+    return common.given(arguments, ("adapter", "target", "device")) | {"how": settings}
 
 
 def _no_names(arguments: argparse.Namespace, source: str) -> None:
@@ -198,14 +191,7 @@ def _named(arguments: argparse.Namespace) -> int:
     from pet_finetune.api import evaluate_named
 
     common.start_log()
-    evaluate_named(
-        entry,
-        files,
-        target=arguments.target,
-        device=arguments.device,
-        labels=_labels(arguments),
-        how=_settings(arguments),
-    )
+    evaluate_named(entry, files, labels=_labels(arguments), **_how(arguments))
     return 0
 
 
@@ -229,26 +215,12 @@ def _with_options(arguments: argparse.Namespace) -> int:
         from pet_finetune.api import evaluate_datasets
 
         common.start_log(sets.notices)
-        evaluate_datasets(
-            sets.datasets,
-            arguments.checkpoint,
-            adapter=arguments.adapter,
-            target=arguments.target,
-            device=arguments.device or "auto",
-            how=_settings(arguments),
-        )
+        evaluate_datasets(sets.datasets, arguments.checkpoint, **_how(arguments))
         return 0
     loaded = load_options(arguments.first, arguments.override, require_start=False)
     common.check_sets(loaded.options.datasets())
     from pet_finetune.api import evaluate_options
 
     common.start_log(loaded.notices)
-    evaluate_options(
-        loaded.options,
-        arguments.checkpoint,
-        adapter=arguments.adapter,
-        target=arguments.target,
-        device=arguments.device,
-        how=_settings(arguments),
-    )
+    evaluate_options(loaded.options, arguments.checkpoint, **_how(arguments))
     return 0

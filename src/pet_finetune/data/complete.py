@@ -11,7 +11,7 @@ from ase import Atoms
 from pet_finetune.errors import DataError
 from pet_finetune.log import get_logger
 
-from .text import CELL_WORDS
+from .text import CELL_WORDS, Content
 
 _logger = get_logger(__name__)
 
@@ -37,19 +37,13 @@ _POSITION = re.compile(
 _IONIC_STEP = re.compile(r"Iteration +(\d+)\( *\d+\)")
 
 
-def check_complete(kind: str, data: bytes, text: str, count: int, source: str) -> None:
-    """Refuse files of which less was read than they hold.
-
-    Args:
-        kind: ASE's name of the format.
-        data: the file, unpacked.
-        text: the same as text; empty where it is none.
-        count: how many frames were read.
-        source: the file, for messages.
+def check_complete(content: Content, count: int) -> None:
+    """Refuse files of which less was read, ``count`` frames, than they hold.
 
     Raises:
         DataError: frames or bytes are missing.
     """
+    kind, data, text, source = content.kind, content.data, content.text, content.source
     if kind == "traj" and data.startswith(b"- of Ulm"):
         _check_ulm(data, source)
     elif kind == "db" and data.startswith(b"SQLite format 3\0"):
@@ -146,18 +140,13 @@ def _cut(source: str, what: str) -> DataError:
     )
 
 
-def check_frames(kind: str, text: str, frames: Sequence[Atoms], source: str) -> None:
-    """Frames against the text: no atom invented, no cell lost.
-
-    Args:
-        kind: ASE's name of the format.
-        text: of the file.
-        frames: as ASE read them.
-        source: the file, for messages.
+def check_frames(content: Content, frames: Sequence[Atoms]) -> None:
+    """Frames as ASE read them against the text: no atom invented, no cell lost.
 
     Raises:
         DataError: with the frame.
     """
+    kind, text, source = content.kind, content.text, content.source
     for number, atoms in enumerate(frames):
         where = f"frame {number} of {source}"
         dummies = np.flatnonzero(atoms.numbers < 1)

@@ -13,7 +13,7 @@ import tempfile
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ from .outputs import clean_outcar, doubtful_frames, hint_of, is_cp2k
 from .packing import packed
 from .symbols import NAMING, UNUSED_TYPES, as_types, with_named_elements
 from .text import (
+    Content,
     arrays_of,
     is_binary,
     load_bytes,
@@ -119,7 +120,7 @@ def read_file(
     elements = as_types(types or {})
     key = (str(path), format, tuple(sorted(elements.items())), hashlib.blake2b(data).digest())
     if key not in _read:
-        _keep(key, _parse(file, str(path), unpacked(data, file), format, elements))
+        _keep(key, _parse(Content(file, str(path), unpacked(data, file)), format, elements))
     _read.move_to_end(key)
     return _read[key]
 
@@ -149,36 +150,36 @@ def _keep(key: tuple[Any, ...], content: FrameFile) -> None:
         _read.popitem(last=False)
 
 
-def _parse(
-    file: Path, source: str, data: bytes, format: str, types: Mapping[int, str]
-) -> FrameFile:
+def _parse(content: Content, format: str, types: Mapping[int, str]) -> FrameFile:
     """Read the content of a file that is there."""
+    source, data = content.source, content.data
     if not data.strip():
         raise DataError(f"{source} is empty: it holds no structures.")
-    text = "" if is_binary(data) else to_text(data, source)
-    other = "" if is_metatrain_set(file) or file.suffix == ".npz" else what_else(data, text)
+    content = replace(content, text="" if is_binary(data) else to_text(data, source))
+    is_set = is_metatrain_set(content.file) or content.file.suffix == ".npz"
+    other = "" if is_set else what_else(content)
     if other:
         raise DataError(f"{source} {other}.")
-    kind = _named_format(format, source) if format else _guess(file, source, data, text)
-    if kind == "vasp-out":
-        text = clean_outcar(text, source)
+    kind = _named_format(format, source) if format else _guess(content)
+    text = clean_outcar(content.text, source) if kind == "vasp-out" else content.text
+    content = replace(content, kind=kind, text=text)
     with Watch(f"reading {source}", "frames") as watch:
         try:
-            frames = list(_frames(kind, file, source, data, text, types, watch))
+            frames = list(_frames(content, types, watch))
         except DataError:
             raise
         except Exception as error:  # ASE's many readers raise whatever they meet
-            raise _unreadable(error, kind, source, text, bool(format)) from error
+            raise _unreadable(error, content, bool(format)) from error
     if not frames:
         raise DataError(f"{source} holds no structures ASE can find.{hint_of(text, kind)}")
     if kind in LAMMPS:
-        with_elements(kind, text, frames, types, source)
+        with_elements(content, frames, types)
     elif types and kind not in ("extxyz", "xyz"):
         _logger.warning("%s: %s", source, UNUSED_TYPES)
     if kind in NAMING:
-        with_named_elements(kind, text, frames, source)
-    check_complete(kind, data, text, len(frames), source)
-    check_frames(kind, text, frames, source)
+        with_named_elements(content, frames)
+    check_complete(content, len(frames))
+    check_frames(content, frames)
     return FrameFile(frames, doubtful_frames(kind, text, frames))
 
 
@@ -194,14 +195,14 @@ def _named_format(format: str, source: str) -> str:
     )
 
 
-def _guess(file: Path, source: str, data: bytes, text: str) -> str:
+def _guess(content: Content) -> str:
     """ASE's name of the format, from the name and the content of a file."""
+    source, text = content.source, content.text
     if looks_like_lammps_data(text):
         return "lammps-data"
-    name = str(file.with_name(unpacked_name(file)))
-    head = text[:50_000].encode() if text else data[:50_000]
+    head = text[:50_000].encode() if text else content.data[:50_000]
     try:
-        kind: str = filetype(named(io.BytesIO(head), name))
+        kind: str = filetype(named(io.BytesIO(head), content.name))
     except UnknownFileTypeError:
         kind = ""
     # Every name that ends with .out is one of Quantum ESPRESSO's to ASE.
@@ -213,7 +214,7 @@ def _guess(file: Path, source: str, data: bytes, text: str) -> str:
             "positions, cell, energies and forces to extended xyz (cp2k-output-tools or dpdata "
             "do that)."
         )
-    arrays = arrays_of(file, data)
+    arrays = arrays_of(content)
     if arrays:
         raise DataError(
             f"{source} holds {arrays}, and nothing says which of it is what. Write the structures "
@@ -241,7 +242,8 @@ _MEANT = {
 }
 
 
-def _unreadable(error: Exception, kind: str, source: str, text: str, given: bool) -> DataError:
+def _unreadable(error: Exception, content: Content, given: bool) -> DataError:
+    kind, source, text = content.kind, content.source, content.text
     if isinstance(error, ModuleNotFoundError):
         return DataError(
             f"{source} is of the format {kind!r}, which ASE reads with the package {error.name}. "
@@ -264,16 +266,9 @@ def _unreadable(error: Exception, kind: str, source: str, text: str, given: bool
     )
 
 
-def _frames(
-    kind: str,
-    file: Path,
-    source: str,
-    data: bytes,
-    text: str,
-    types: Mapping[int, str],
-    watch: Watch,
-) -> Iterator[Atoms]:
+def _frames(content: Content, types: Mapping[int, str], watch: Watch) -> Iterator[Atoms]:
     """The frames of a file, as its format is read."""
+    kind, source, text = content.kind, content.source, content.text
     if kind in ("extxyz", "xyz"):
         yield from read_extxyz(text, source, types, plain=kind == "xyz", step=watch.step)
         return
@@ -295,38 +290,28 @@ def _frames(
     elif kind == "orca-output":  # ASE knows the older words, and takes the newer ones for a number
         text = text.replace("(SCF not fully converged!)", "(Wavefunction not fully converged!)")
     elif kind in LAMMPS:
-        options |= lammps_units(kind, text, source)
+        options |= lammps_units(content)
         text = with_type_numbers(text) if kind == "lammps-data" else text
-    form = ioformats[kind]
-    from_memory = form.acceptsfd and kind != "json"
-    parts: list[str | bytes] = list(_records(kind, text)) if text else [data]
-    for part in parts:
+    for part in _records(kind, text) if text else (content.data,):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for atoms in _with_ase(kind, from_memory, form.isbinary, file, part, data, options):
+            for atoms in _with_ase(kind, content, part, options):
                 watch.step()
                 yield atoms
 
 
 def _with_ase(
-    kind: str,
-    from_memory: bool,
-    binary: bool,
-    file: Path,
-    part: str | bytes,
-    data: bytes,
-    options: Mapping[str, Any],
+    kind: str, content: Content, part: str | bytes, options: Mapping[str, Any]
 ) -> Iterator[Atoms]:
     """Frames that ASE finds in a piece of a file."""
-    name = str(file.with_name(unpacked_name(file)))
-    if from_memory:
+    form, file, data = ioformats[kind], content.file, content.data
+    if form.acceptsfd and kind != "json":
         stream: io.BytesIO | io.StringIO
-        if binary:
-            stream = named(io.BytesIO(part if isinstance(part, bytes) else part.encode()), name)
+        if form.isbinary:
+            stream = io.BytesIO(part if isinstance(part, bytes) else part.encode())
         else:
-            plain = part if isinstance(part, str) else part.decode("latin-1")
-            stream = named(io.StringIO(plain), name)
-        yield from ase.io.iread(stream, ":", format=kind, **options)
+            stream = io.StringIO(part if isinstance(part, str) else part.decode("latin-1"))
+        yield from ase.io.iread(named(stream, content.name), ":", format=kind, **options)
         return
     as_it_is = isinstance(part, bytes) or part.encode(errors="ignore") == data
     if as_it_is and unpacked_name(file) == file.name and file.stat().st_size == len(data):

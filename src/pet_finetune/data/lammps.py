@@ -15,6 +15,7 @@ from pet_finetune.errors import DataError
 from pet_finetune.log import get_logger
 
 from .symbols import element_of
+from .text import Content
 
 _logger = get_logger(__name__)
 
@@ -35,13 +36,14 @@ def looks_like_lammps_data(text: str) -> bool:
     )
 
 
-def lammps_units(kind: str, text: str, source: str) -> dict[str, Any]:
+def lammps_units(content: Content) -> dict[str, Any]:
     """The argument for ASE's reader with the units that a file states.
 
     Raises:
         DataError: units that cannot be converted.
     """
-    if kind == "lammps-data":
+    text, source = content.text, content.source
+    if content.kind == "lammps-data":
         found = re.search(r"\bunits\s*=\s*(\w+)", text.split("\n", 1)[0])
     else:
         found = re.search(r"^ITEM: UNITS\s*\n\s*(\w+)", text, re.M)
@@ -58,21 +60,18 @@ def lammps_units(kind: str, text: str, source: str) -> dict[str, Any]:
     return {"units": units}
 
 
-def with_elements(
-    kind: str, text: str, frames: Sequence[Atoms], types: Mapping[int, str], source: str
-) -> None:
+def with_elements(content: Content, frames: Sequence[Atoms], types: Mapping[int, str]) -> None:
     """Give the atoms of a LAMMPS file the elements that are meant, and check that all are there.
 
     Args:
-        kind: ASE's name of the format.
-        text: of the file; empty where it is binary.
+        content: of the file.
         frames: as ASE read them, changed in place.
         types: elements by type of atom, as the user gave them.
-        source: the file, for messages.
 
     Raises:
         DataError: nothing says which type is which element, or a frame is cut off.
     """
+    kind, text, source = content.kind, content.text, content.source
     if kind == "lammps-dump-text":
         _check_complete(text, frames, source)
     columns = re.search(r"^ITEM: ATOMS (.*)$", text, re.M)

@@ -16,6 +16,8 @@ from ase.data import atomic_numbers, chemical_symbols
 
 from pet_finetune.errors import DataError
 
+from .text import Content
+
 #: What is said of types that are given for nothing.
 UNUSED_TYPES = "the file itself names the elements; the types that are given are not used"
 # Masses in u of what chemists give a letter of its own (AME2020).
@@ -140,19 +142,13 @@ _RESIDUES = re.compile(
 _HEAVIEST = 94  # of elements that such files hold
 
 
-def with_named_elements(kind: str, text: str, frames: Sequence[Atoms], source: str) -> None:
-    """Give atoms the elements that their names mean, in place.
-
-    Args:
-        kind: ASE's name of the format.
-        text: of the file.
-        frames: as ASE read them.
-        source: the file, for messages.
+def with_named_elements(content: Content, frames: Sequence[Atoms]) -> None:
+    """Give atoms, as ASE read them, the elements that their names mean, in place.
 
     Raises:
         DataError: a name that has several meanings, or none.
     """
-    rows = list(_rows(kind, text))
+    source, rows = content.source, list(_rows(content.kind, content.text))
     if len(rows) != sum(map(len, frames)):
         raise DataError(
             f"{source} names {len(rows)} atoms, and ASE reads {sum(map(len, frames))}: it is "

@@ -11,6 +11,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,7 +20,7 @@ import numpy as np
 from pet_finetune.errors import DataError
 from pet_finetune.log import get_logger
 
-Stream = TypeVar("Stream", io.StringIO, io.BytesIO)
+Stream = TypeVar("Stream", bound=io.StringIO | io.BytesIO)
 
 _logger = get_logger(__name__)
 
@@ -110,6 +111,30 @@ _CELLS = (
 _EXPONENT = str.maketrans("dD", "ee")  # as Fortran writes it
 
 
+@dataclass(frozen=True)
+class Content:
+    """What a data file holds.
+
+    Attributes:
+        file: where it is.
+        source: what messages call it.
+        data: the whole of it, unpacked.
+        text: the same as text; empty where it is binary.
+        kind: ASE's name of the format; empty until it is known.
+    """
+
+    file: Path
+    source: str
+    data: bytes = b""
+    text: str = ""
+    kind: str = ""
+
+    @property
+    def name(self) -> str:
+        """The path, less the ending of a compression: from it ASE tells formats."""
+        return str(self.file.with_name(unpacked_name(self.file)))
+
+
 def named(stream: Stream, name: str) -> Stream:
     """Text or bytes in memory under the name of their file, which some of ASE's readers ask for."""
     stream.name = name
@@ -121,18 +146,13 @@ def unpacked_name(file: Path) -> str:
     return file.stem if file.suffix.lower() in _PACKED else file.name
 
 
-def what_else(data: bytes, text: str) -> str:
-    """What a file is that is no data, as the end of a sentence with what to do; else empty.
-
-    Args:
-        data: its content, unpacked.
-        text: the same as text; empty where it is binary.
-    """
+def what_else(content: Content) -> str:
+    """What a file is that is no data, as the end of a sentence with what to do; else empty."""
     for mark, place, words in _ARCHIVES:
-        if data[place : place + len(mark)] == mark:
+        if content.data[place : place + len(mark)] == mark:
             return f"{words} FILE, then give what is in it"
     for pattern, words in _NO_DATA:
-        if pattern.match(text):
+        if pattern.match(content.text):
             return words
     return ""
 
@@ -194,20 +214,21 @@ def to_text(data: bytes, source: str) -> str:
     return text
 
 
-def arrays_of(file: Path, data: bytes) -> str:
+def arrays_of(content: Content) -> str:
     """What a file of numbers without a meaning of their own holds, in words; else empty."""
+    data, ending = content.data, content.file.suffix.lower()
     if data.startswith(b"\x89HDF\r\n\x1a\n"):
         return "tables of HDF5"
     if data.startswith(b"\x93NUMPY"):
         return "an array of numpy"
-    if file.suffix.lower() == ".npz":
+    if ending == ".npz":
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
                 shown = ", ".join(map(str, arrays.files[:12]))
         except (ValueError, OSError, zipfile.BadZipFile):
             return "arrays of numpy, and is damaged or cut off"
         return f"arrays of numpy ({shown})"
-    if file.suffix.lower() in (".pkl", ".pickle", ".pt", ".pth"):
+    if ending in (".pkl", ".pickle", ".pt", ".pth"):
         return "objects of Python (a pickle, which can run code and is not opened)"
     return ""
 

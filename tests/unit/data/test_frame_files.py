@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import logging
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from pet_finetune.data.complete import check_complete
 from pet_finetune.data.dataset_files import frame_numbers
 from pet_finetune.data.frame_files import read_frames
 from pet_finetune.data.structure import list_frames
+from pet_finetune.data.text import Content
 from pet_finetune.errors import DataError
 
 
@@ -194,7 +196,7 @@ def test_half_a_coordinate_at_the_end_of_an_xdatcar_is_noticed(tmp_path):
 
 def test_steps_that_vasp_began_count():
     with pytest.raises(DataError, match="holds 2 frames"):
-        check_complete("vasp-xml", b"", "<calculation>" * 2, 1, "vasprun.xml")
+        check_complete(Content(Path(), "vasprun.xml", text="<calculation>" * 2, kind="vasp-xml"), 1)
 
 
 @pytest.mark.parametrize(
@@ -205,5 +207,5 @@ def test_an_outcar_that_ends_within_a_step_is_named(caplog, steps, rest, lines):
     energy = "FREE ENERGIE OF THE ION-ELECTRON SYSTEM (eV)\n"
     text = "".join(f"Iteration {step:6d}(   1)\n{energy}" for step in steps) + rest
     with caplog.at_level(logging.WARNING, logger="pet_finetune"):
-        check_complete("vasp-out", b"", text, len(steps), "OUTCAR")
+        check_complete(Content(Path(), "OUTCAR", text=text, kind="vasp-out"), len(steps))
     assert len(caplog.records) == lines
