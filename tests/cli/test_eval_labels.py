@@ -162,7 +162,7 @@ def test_several_files_have_several_predictions(here, command):
         ("pred.cif", "end in .xyz, .extxyz, .db"),
         ("pred", "pred.xyz, pred.db, or pred/"),
         ("test.xyz", "'test.xyz' exists and is not overwritten"),
-        ("nowhere/pred.xyz", "the folder 'nowhere' does not exist"),
+        ("nowhere/pred.xyz", "there is no folder 'nowhere'"),
         ("pred.xyz/", "a folder without an ending"),
     ],
 )
