@@ -214,7 +214,7 @@ def html_of(content: RenderableType) -> str:
     """What rich prints, as HTML for a notebook."""
     from rich.console import Console
 
-    console = Console(file=io.StringIO(), record=True, width=110)
+    console = Console(file=io.StringIO(), record=True, width=110, markup=False, emoji=False)
     console.print(content)
     style = "line-height: 1.2; font-family: monospace; background: #fff; color: #000"
     return console.export_html(

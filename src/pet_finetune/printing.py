@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 from . import processes
@@ -16,18 +16,25 @@ _WIDTH = 110  # where there is no terminal
 
 def table_text(table: Table) -> str:
     """A table as plain lines."""
-    console = Console(width=_WIDTH, no_color=True, force_terminal=False)
+    console = Console(width=_WIDTH, no_color=True, force_terminal=False, markup=False, emoji=False)
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
+def print_rich(content: RenderableType) -> None:
+    """Print a table or the like to standard output, names in brackets as they are."""
+    if sys.stdout is None:  # it was closed
+        return
+    clear()
+    width = None if sys.stdout.isatty() else _WIDTH
+    Console(file=sys.stdout, width=width, markup=False, emoji=False).print(content)
+
+
 def show(table: Table) -> str:
     """Print a table to standard output, once of several processes; return it as plain text."""
     if processes.leader():
-        clear()
-        console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else _WIDTH)
-        console.print(table)
+        print_rich(table)
     return table_text(table)
 
 

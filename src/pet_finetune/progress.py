@@ -223,8 +223,8 @@ class _Screen:
         from rich.progress import TextColumn
 
         if self._bar is None:
-            words = TextColumn("{task.fields[words]}")
-            bar = progress_bar(TextColumn("{task.description}"), words)
+            words = TextColumn("{task.fields[words]}", markup=False)
+            bar = progress_bar(TextColumn("{task.description}", markup=False), words)
             assert bar is not None
             try:
                 bar.start()

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from ase import Atoms
 from ase.data import chemical_symbols, covalent_radii
-from rich.markup import escape
 from rich.table import Table
 
 from pet_finetune.adapters.at_rest import Adapter, install
@@ -128,19 +127,19 @@ def _family(provenance: Mapping[str, Any]) -> Table:
     for depth, own in enumerate(generations[:_GENERATIONS]):
         indent = "  " * depth
         name = "this file" if depth == 0 else str(generations[depth - 1].get("parent") or "unnamed")
-        table.add_row(escape(f"{indent}{'└ ' if depth else ''}{name}: {_training(own)}"))
+        table.add_row(f"{indent}{'└ ' if depth else ''}{name}: {_training(own)}")
         if own.get("note"):
             room = _WIDTH - len(indent) - 2
             note = " ".join(str(own["note"]).split())
             shown = note if len(note) <= room else note[: room - 1] + "…"
-            table.add_row(escape(f"{indent}  {shown}"))
+            table.add_row(f"{indent}  {shown}")
     hidden = len(generations) - _GENERATIONS
     if hidden > 0:
         table.add_row(f"and {hidden} earlier ones (--json lists all)")
     elif generations[-1].get("parent"):
         last, mark = generations[-1], str(generations[-1].get("parent_fingerprint") or "")[:12]
         indent = "  " * len(generations)
-        table.add_row(escape(f"{indent}└ {last['parent']}{f' ({mark})' if mark else ''}"))
+        table.add_row(f"{indent}└ {last['parent']}{f' ({mark})' if mark else ''}")
     return table
 
 

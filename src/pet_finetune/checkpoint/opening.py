@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -45,13 +46,26 @@ def load_checkpoint(path: str | os.PathLike[str], *, keep_adapter: bool = False)
     with TorchArchive(path) as archive, damage_explained(archive.damaged):
         content = archive.content()
         if is_native(content):
-            return read_native(archive, content, keep_adapter)
+            return _finite(read_native(archive, content, keep_adapter))
         if not is_metatrain(content):
             raise CheckpointError(f"{archive.path}: {_what_it_is(content)}")
         converted = read_metatrain(archive, content)
     for notice in converted.notices:
         _log.info("%s: %s", converted.path, notice)
-    return converted
+    return _finite(converted)
+
+
+def _finite(checkpoint: Checkpoint) -> Checkpoint:
+    """The same, or an error: what has diverged predicts nothing."""
+    for name, weights in checkpoint.model.network.named_parameters():
+        # NaN and infinity are among the extremes, which are found in one pass.
+        extremes = weights.detach().aminmax() if weights.numel() else ()
+        if not all(map(math.isfinite, extremes)):
+            raise CheckpointError(
+                f"{checkpoint.path}: weights ({name}) are NaN or infinite: the training that wrote "
+                "them has diverged, or the file is damaged. Take an earlier checkpoint of it."
+            )
+    return checkpoint
 
 
 @torch.inference_mode(False)

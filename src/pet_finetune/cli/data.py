@@ -128,19 +128,16 @@ def _check(arguments: argparse.Namespace, options: list[str]) -> None:
 
 def _print(inspection: object, as_json: bool) -> None:
     import json
-    import sys
 
     from pet_finetune.api import Inspection, as_dict, render
+    from pet_finetune.printing import print_rich
 
     assert isinstance(inspection, Inspection)
-    clear()
     if as_json:
+        clear()
         print(json.dumps(as_dict(inspection), indent=2))
-        return
-    from rich.console import Console
-
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110)
-    console.print(render(inspection))
+    else:
+        print_rich(render(inspection))
 
 
 def add_convert(commands: common.Commands) -> None:

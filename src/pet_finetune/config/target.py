@@ -52,7 +52,10 @@ def _reader(value: Any) -> str | None:
     if value == "ase":
         return "ase"
     if value == "metatensor" or isinstance(value, dict):
-        raise ValueError("Only files that ASE reads can be used; convert others to extended xyz.")
+        raise ValueError(
+            "Leave it out: files that ASE reads, and the zips and memory-mapped folders of "
+            "metatrain, are told apart by what they are. Convert others (.mts) to extended xyz."
+        )
     raise ValueError
 
 

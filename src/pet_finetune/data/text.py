@@ -148,8 +148,14 @@ def unpacked_name(file: Path) -> str:
 
 def what_else(content: Content) -> str:
     """What a file is that is no data, as the end of a sentence with what to do; else empty."""
+    data = content.data
+    if data.startswith(b"PK\x03\x04") and re.search(rb"keys\.npy|blocks/", data[:4096]):
+        return (
+            "holds values of metatensor (.mts) without structures: write both as extended xyz, or "
+            "as metatrain's zip or memory-mapped folder, which are read"
+        )
     for mark, place, words in _ARCHIVES:
-        if content.data[place : place + len(mark)] == mark:
+        if data[place : place + len(mark)] == mark:
             return f"{words} FILE, then give what is in it"
     for pattern, words in _NO_DATA:
         if pattern.match(content.text):

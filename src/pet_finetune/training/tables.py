@@ -62,13 +62,12 @@ def _add_errors(table: Table, heading: str, columns: Sequence[Mapping[str, Metri
             # Energies are in meV; a property may have any size.
             digits = "4g" if kind == "value" else "2f"
             for statistic in ("MAE", "RMSE"):
-                values = [
-                    getattr(metrics[target], statistic.lower())(kind) * factor
-                    if target in metrics
-                    else math.nan
+                cells = [
+                    f"{getattr(metrics[target], statistic.lower())(kind) * factor:.{digits}}"
+                    if target in metrics and kind in metrics[target].kinds
+                    else "-"
                     for metrics in columns
                 ]
-                cells = ["-" if math.isnan(v) else f"{v:.{digits}}" for v in values]
                 table.add_row(f"{prefix}{name} {statistic}", unit, *cells)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import numpy as np
 import pytest
@@ -277,3 +278,14 @@ def test_the_adapter_of_a_run_that_can_go_on_is_kept_apart(tmp_path, batch, merg
     assert active_adapter(plain.model) is None
     assert plain.training == {"epoch": 1}
     assert torch.equal(plain.model.predict(batch).energy, expected.energy)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_have_diverged_are_refused(tmp_path, value):
+    model = small_model()
+    name, weights = next(iter(model.network.named_parameters()))
+    with torch.no_grad():
+        weights.view(-1)[-1] = value
+    path = save_checkpoint(tmp_path / "m.ckpt", model)
+    with pytest.raises(CheckpointError, match=f"weights .{re.escape(name)}. are NaN or infinite"):
+        load_checkpoint(path)

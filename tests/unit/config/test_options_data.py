@@ -174,7 +174,7 @@ def test_energies_are_kept_in_ev_whatever_the_file_has() -> None:
         ({"type": "vector"}, "expected 'scalar', {cartesian: {rank: 1}} or"),
         ({"type": {"cartesian": {"rank": 3}}}, "expected 'scalar', {cartesian: {rank: 1}} or"),
         ({"sample_kind": "atom_pair"}, "Targets for pairs of atoms are not supported."),
-        ({"reader": "metatensor"}, "Only files that ASE reads can be used"),
+        ({"reader": "metatensor"}, "Leave it out: files that ASE reads, and the zips"),
         ({"unit": "kcal"}, "Unknown energy unit 'kcal'. Did you mean 'kcal/mol'?"),
         ({"kee": "E"}, "unknown option. Did you mean 'key'?"),
         ({"forces": {"kee": "F"}}, "unknown option. Did you mean 'key'?"),

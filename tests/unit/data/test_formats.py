@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+
 import ase.db
 import numpy as np
 import pytest
@@ -468,3 +470,10 @@ def test_the_units_of_n2p2_are_said_and_chosen(tmp_path, package_log, form, leng
     assert frame.get_potential_energy() == pytest.approx(-1.1 * energy)
     assert frame.get_forces()[0, 0] == pytest.approx(0.1 * energy / length)
     assert ("in Bohr and Hartree" in package_log.text) == (not form)
+
+
+def test_values_of_metatensor_without_structures_are_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "energy.mts", "w") as archive:
+        archive.writestr("keys.npy", b"")
+    with pytest.raises(DataError, match="holds values of metatensor"):
+        read_frames(tmp_path / "energy.mts")

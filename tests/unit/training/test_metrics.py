@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -13,8 +14,10 @@ from models import random_potential
 from pet_finetune.data.loader import Loader
 from pet_finetune.errors import TrainingError
 from pet_finetune.model.prediction import Prediction
+from pet_finetune.printing import table_text
 from pet_finetune.training.metrics import Metrics, evaluate
 from pet_finetune.training.objectives import best_metric, check_metric
+from pet_finetune.training.tables import error_table
 from tiny_data import crystals, molecules, structures_of
 
 FORCES, STRESS = "energy/forces", "energy/stress"
@@ -78,6 +81,8 @@ def test_a_prediction_that_is_nan_counts(structures):
     metrics = Metrics("energy")
     metrics.update(batch, Prediction(energy, torch.zeros(batch.graph.num_atoms)))
     assert math.isnan(metrics.mae("energy"))
+    said = table_text(error_table({"": {"other": {}, "model": {"energy": metrics}}}))
+    assert re.search(r"MAE .* - .* nan ", said)  # a dash is what was not evaluated
 
 
 def test_sums_go_on_from_a_saved_state(model, structures):
