@@ -133,6 +133,14 @@ def _check_ensemble(options: Options) -> Iterator[Problem]:
             "method lora with a checkpoint to start from, or remove it.",
             also=((*_FINETUNE, "method"), (*_FINETUNE, "read_from")),
         )
+    specs = options.target_specs()
+    if len(specs) > 1 or not all(spec.is_energy for spec in specs.values()):
+        yield Problem(
+            path,
+            f"a committee is of one energy, but the targets are {', '.join(specs)}. Keep one "
+            "energy, or remove the ensemble: an adapter alone learns several, of any kind.",
+            also=(("training_set",),),
+        )
     if member is not None and member >= size:
         yield Problem(
             (*_FINETUNE, "member"),
@@ -165,6 +173,16 @@ def _check_baseline(options: Options) -> Iterator[Problem]:
             "keep contradicts atomic_baseline, which sets other values. Remove one of them.",
             also=others,
         )
+    specs = options.target_specs()
+    for name in training.stated_baselines:
+        if name in specs and specs[name].rank > 0:
+            yield Problem(
+                (*_TRAINING, "atomic_baseline", name),
+                f"the target is {specs[name].form}, and only scalars have a baseline per element: "
+                "a vector or tensor that the element alone decides would not turn with the "
+                "structure. Remove it.",
+                also=(("training_set",),),
+            )
 
 
 def _check_target_names(options: Options) -> Iterator[Problem]:

@@ -1,4 +1,4 @@
-"""Contradictions of data: within a target, in and between sets, and in what is replayed."""
+"""Contradictions of data, within a target, in and between sets and in what is replayed; and notices."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pet_finetune.errors import UnitError, did_you_mean
-from pet_finetune.keys import direct_quantity
+from pet_finetune.keys import TargetSpec, direct_quantity
 from pet_finetune.units import to_own_unit
 
-from .base import Section
-from .dataset import DatasetOptions, IndexedSet
+from .base import Section, is_ignored
+from .dataset import DatasetOptions, IndexedSet, quantity_is_assumed
+from .finetune import METHOD_KEYS
 from .problems import Path, Problem, format_path
 from .run_options import Options
 from .target import GRADIENT_QUANTITIES, TargetOptions
@@ -20,15 +21,22 @@ _FINETUNE: Path = ("architecture", "training", "finetune")
 
 def check_data(options: Options, raw: Mapping[str, Any]) -> Iterator[Problem]:
     """Yield everything about the data that cannot be meant."""
+    specs = options.target_specs()
     for path, dataset in located_datasets(options, raw):
         if not dataset.targets:
             yield Problem((*path, "targets"), "empty; name at least one target, such as `energy`.")
         for name, target in dataset.targets.items():
-            yield from check_target((*path, "targets", name), name, target)
-    yield from _check_same_target(options, raw)
-    yield from check_fixed_baselines(options)
-    yield from check_committee(options)
-    yield from _check_held_out_targets(options, raw)
+            place: Path = (*path, "targets", name)
+            yield from check_target(place, name, target)
+            if name in specs:
+                yield from _check_same(place, specs[name], target.spec(name))
+            else:
+                yield Problem(
+                    place,
+                    f"training_set has no such target.{did_you_mean(name, specs)} "
+                    f"Targets: {', '.join(specs)}.",
+                    also=(("training_set",),),
+                )
     yield from _check_fractions(options)
     yield from _check_indices(options)
 
@@ -46,34 +54,15 @@ def located_datasets(
             yield ((name, index) if listed else (name,)), dataset
 
 
-def _check_same_target(options: Options, raw: Mapping[str, Any]) -> Iterator[Problem]:
+def _check_same(path: Path, first: TargetSpec, own: TargetSpec) -> Iterator[Problem]:
     """A target of several training sets must be the same thing in all of them."""
-    specs = options.target_specs()
-    for path, dataset in located_datasets(options, raw):
-        for name, target in dataset.targets.items():
-            if name not in specs:
-                continue
-            first, own = specs[name], target.spec(name)
-            for what in ("quantity", "unit", "kind", "per_atom", "num_subtargets"):
-                if getattr(first, what) != getattr(own, what):
-                    yield Problem(
-                        (*path, "targets", name),
-                        f"its {what} is {getattr(own, what)!r}, but {getattr(first, what)!r} "
-                        "where training_set first names the target. Use two names.",
-                    )
-
-
-def _check_held_out_targets(options: Options, raw: Mapping[str, Any]) -> Iterator[Problem]:
-    known = list(options.target_specs())
-    for path, dataset in located_datasets(options, raw):
-        for name in dataset.targets:
-            if name not in known:
-                yield Problem(
-                    (*path, "targets", name),
-                    f"training_set has no such target.{did_you_mean(name, known)} "
-                    f"Targets: {', '.join(known)}.",
-                    also=(("training_set",),),
-                )
+    for what in ("quantity", "unit", "kind", "per_atom", "num_subtargets"):
+        if getattr(first, what) != getattr(own, what):
+            yield Problem(
+                path,
+                f"its {what} is {getattr(own, what)!r}, but {getattr(first, what)!r} "
+                "where training_set first names the target. Use two names.",
+            )
 
 
 def _check_fractions(options: Options) -> Iterator[Problem]:
@@ -189,34 +178,6 @@ def _check_direct(path: Path, name: str, target: TargetOptions) -> Iterator[Prob
             )
 
 
-def check_fixed_baselines(options: Options) -> Iterator[Problem]:
-    """Yield the targets that are given a baseline and can have none."""
-    specs = options.target_specs()
-    for name in options.training.stated_baselines:
-        if name in specs and specs[name].rank > 0:
-            yield Problem(
-                ("architecture", "training", "atomic_baseline", name),
-                f"the target is {specs[name].form}, and only scalars have a baseline per element: "
-                "a vector or tensor that the element alone decides would not turn with the "
-                "structure. Remove it.",
-                also=(("training_set",),),
-            )
-
-
-def check_committee(options: Options) -> Iterator[Problem]:
-    """Yield an ensemble of something else than one energy."""
-    specs = options.target_specs()
-    if options.finetune.ensemble and (
-        len(specs) > 1 or not all(s.is_energy for s in specs.values())
-    ):
-        yield Problem(
-            ("architecture", "training", "finetune", "ensemble"),
-            f"a committee is of one energy, but the targets are {', '.join(specs)}. Keep one "
-            "energy, or remove the ensemble: an adapter alone learns several, of any kind.",
-            also=(("training_set",),),
-        )
-
-
 def check_keeping(options: Options) -> Iterator[Problem]:
     """Yield everything about keeping the foundation's knowledge that cannot be meant."""
     finetune = options.finetune
@@ -293,3 +254,136 @@ def _check_kept_data(path: Path, dataset: DatasetOptions) -> Iterator[Problem]:
                 f"expected an energy, and its quantity is {target.quantity or 'not given'}. Set "
                 "`quantity: energy`.",
             )
+
+
+def notices(options: Options, raw: Mapping[str, Any]) -> Iterator[str]:
+    """Yield one line for each remark."""
+    ignored = [format_path(path) for path in _ignored(options, ())]
+    if ignored:
+        yield f"accepted for metatrain's files, without effect here: {', '.join(ignored)}."
+    yield from _unused_settings(options, raw)
+    yield from _assumed(options, raw)
+    yield from _same_files(options)
+    yield from _rehearsed_report(options)
+
+
+def _ignored(value: Any, path: Path) -> Iterator[Path]:
+    """Options that were given and have no effect."""
+    if isinstance(value, Section):
+        for name in type(value).model_fields:
+            if name in value.model_fields_set and is_ignored(type(value).model_fields[name]):
+                yield (*path, name)
+            yield from _ignored(getattr(value, name), (*path, name))
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _ignored(item, (*path, name))
+    elif isinstance(value, tuple):
+        for index, item in enumerate(value):
+            yield from _ignored(item, path if len(value) == 1 else (*path, index))
+
+
+def _unused_settings(options: Options, raw: Mapping[str, Any]) -> Iterator[str]:
+    training = options.training
+    given = training.model_fields_set
+    if "batch_size" in given and training.max_atoms_per_batch is not None:
+        yield (
+            "architecture.training.batch_size has no effect: max_atoms_per_batch "
+            f"({training.max_atoms_per_batch}) fills the batches."
+        )
+    if training.min_atoms_per_batch and training.max_atoms_per_batch is None:
+        yield (
+            "architecture.training.min_atoms_per_batch has no effect without max_atoms_per_batch."
+        )
+    full = options.finetune.method == "full" and training.optimizer == "soap"
+    if full and training.batch_size == 1 and "optimizer" not in given:
+        yield (
+            "architecture.training.batch_size is 1: in full, with so small batches, the default "
+            "optimizer soap did worse than adamw. Give batches of 5 or more, or optimizer: adamw."
+        )
+    architecture = raw.get("architecture")
+    model = architecture.get("model") if isinstance(architecture, Mapping) else None
+    if options.finetune.read_from is not None and model:
+        yield (
+            "architecture.model has no effect: the model's shape comes from "
+            f"{options.finetune.read_from}."
+        )
+    given = options.finetune.config.model_fields_set
+    if options.finetune.method == "full" and given - METHOD_KEYS["full"]:
+        yield "architecture.training.finetune.config has no effect: the method is full."
+    if not options.is_finetuning and training.finetune.inherit_heads:
+        yield (
+            "architecture.training.finetune.inherit_heads has no effect: training is from scratch."
+        )
+    extra = [name for dataset in options.training_set for name in dataset.extra_data]
+    if extra and not options.is_finetuning and not options.model.system_conditioning:
+        yield (
+            f"training_set.extra_data ({', '.join(sorted(set(extra)))}) has no effect: "
+            "architecture.model.system_conditioning is false."
+        )
+
+
+def _assumed(options: Options, raw: Mapping[str, Any]) -> Iterator[str]:
+    """Units and quantities that were assumed, as in metatrain, which would not convert units."""
+    lengths, energies, quantities = dict[str, None](), dict[str, None](), dict[str, None]()
+    for path, dataset in located_datasets(options, raw):
+        written = _section(raw, path)
+        if not _section(written, ("systems",)).get("length_unit"):
+            lengths[format_path(path)] = None
+        for name, target in dataset.targets.items():
+            own = _section(written, ("targets", name))
+            place = format_path((*path, "targets", name))
+            if target.is_energy and not own.get("unit"):
+                energies[place] = None
+            if direct_quantity(name) is None and quantity_is_assumed(name, own):
+                quantities[place] = None
+    if lengths:
+        yield f"length_unit not given, taken as angstrom: {', '.join(lengths)}."
+    if energies:
+        yield f"unit not given, taken as eV: {', '.join(energies)}."
+    if quantities:
+        yield (
+            f"quantity not given, taken as energy as in metatrain: {', '.join(quantities)}. Forces "
+            "and stress are read where they are asked for (`forces: on`)."
+        )
+
+
+def _section(raw: Any, path: Path) -> Mapping[str, Any]:
+    """What the user wrote at a place; nothing where that is no section."""
+    for key in path:
+        try:
+            raw = raw[key]
+        except (KeyError, IndexError, TypeError):
+            return {}
+    return raw if isinstance(raw, Mapping) else {}
+
+
+def _same_files(options: Options) -> Iterator[str]:
+    """Whole files that serve twice make errors look too small."""
+    training = {d.systems.read_from for d in options.training_set if d.indices is None}
+    for name in ("validation_set", "test_set"):
+        chosen = getattr(options, name)
+        if not isinstance(chosen, tuple):
+            continue
+        for dataset in chosen:
+            if dataset.systems.read_from in training and dataset.indices is None:
+                yield (
+                    f"{name} reads {dataset.systems.read_from}, which is also trained on: its "
+                    "errors will look too small."
+                )
+
+
+def _rehearsed_report(options: Options) -> Iterator[str]:
+    """A report on structures that are replayed says nothing of others."""
+    replay, retention = options.finetune.replay, options.finetune.retention
+    if replay is None or not retention.wanted:
+        return
+    if replay.read_from is None and retention.read_from is None:
+        same = "probe" in replay.structures
+    else:
+        files = [d.systems.read_from for d in (replay.read_from, retention.read_from) if d]
+        same = len(files) == 2 and files[0] == files[1]
+    if same:
+        yield (
+            "the forgetting report looks at the structures that are replayed: its errors will "
+            "look too small."
+        )

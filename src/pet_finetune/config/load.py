@@ -17,8 +17,8 @@ from pydantic import ValidationError
 from pet_finetune.errors import ConfigError
 
 from .contradictions import check
+from .data_contradictions import notices
 from .dataset import DatasetOptions
-from .notices import notices
 from .problems import Path, Problem, config_error, problems_of
 from .rewriting import apply_start, rewrite
 from .run_options import Options
