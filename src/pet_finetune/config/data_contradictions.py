@@ -1,4 +1,4 @@
-"""Contradictions of data, within a target, in and between sets and in what is replayed; and notices."""
+"""Contradictions of data: in a target, in and between sets, in what is replayed; and notices."""
 
 from __future__ import annotations
 
