@@ -25,8 +25,8 @@ from pet_finetune.log import get_logger
 
 from .outputs import is_cp2k_comment, wrong_in_cp2k
 from .structure import ASYMMETRIC, ROUNDING, asymmetry
-from .symbols import UNUSED_TYPES, SymbolLayout, element_of, is_dummy
-from .text import as_number, cell_in_words, named
+from .symbols import UNUSED_TYPES, element_of, is_dummy
+from .text import SymbolLayout, as_number, cell_in_words, named
 
 _logger = get_logger(__name__)
 

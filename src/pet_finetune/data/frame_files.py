@@ -1,7 +1,7 @@
 """Frames and frame numbers from files; every failure says what to look at.
 
 ASE reads; what it takes for something else, leaves out or invents is seen to here and in the
-modules beside: :mod:`.text`, :mod:`.complete`, :mod:`.extxyz`, :mod:`.lammps`, :mod:`.outputs`.
+modules beside: :mod:`.text`, :mod:`.complete`, :mod:`.extxyz`, :mod:`.symbols`, :mod:`.outputs`.
 """
 
 from __future__ import annotations
@@ -30,13 +30,6 @@ from pet_finetune.progress import Watch
 from .ase_databases import is_database, is_lmdb, rows_of
 from .complete import check_complete, check_frames
 from .extxyz import read_extxyz
-from .lammps import (
-    LAMMPS,
-    lammps_units,
-    looks_like_lammps_data,
-    with_elements,
-    with_type_numbers,
-)
 from .metatrain_sets import (
     Folder,
     identity_of_set,
@@ -45,7 +38,17 @@ from .metatrain_sets import (
 )
 from .outputs import clean_outcar, doubtful_frames, hint_of, is_cp2k
 from .packing import packed
-from .symbols import NAMING, UNUSED_TYPES, as_types, with_named_elements
+from .symbols import (
+    LAMMPS,
+    NAMING,
+    UNUSED_TYPES,
+    as_types,
+    lammps_units,
+    looks_like_lammps_data,
+    with_elements,
+    with_named_elements,
+    with_type_numbers,
+)
 from .text import (
     Content,
     arrays_of,

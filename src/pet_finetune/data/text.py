@@ -1,4 +1,4 @@
-"""The content of a data file: unpacked, decoded, with plain line ends; cells in words."""
+"""The content of a data file: unpacked, decoded, with plain line ends; columns, cells in words."""
 
 from __future__ import annotations
 
@@ -269,3 +269,49 @@ def as_number(word: str) -> float:
         return float(word.translate(_EXPONENT))
     except ValueError:
         return float("nan")
+
+
+_DEFAULT = "species:S:1:pos:R:3"
+_PROPERTIES = re.compile(r"""Properties\s*=\s*["']?([^\s"']+)""")
+#: Names under which programs write elements beside ``species``.
+_ELEMENTS = frozenset(
+    {"z", "numbers", "atomic_number", "atomic_numbers", "element", "elements", "symbol", "symbols"}
+)
+
+
+@dataclass(frozen=True)
+class SymbolLayout:
+    """The columns of a frame of extended XYZ."""
+
+    #: How messages call them.
+    names: str
+    #: One letter a column: R, I, S or L.
+    kinds: str
+    #: The column with the symbol of the element; None where only atomic numbers or nothing say it.
+    species: int | None
+    #: Other columns that name it, by name.
+    others: Mapping[str, int]
+
+    @property
+    def width(self) -> int:
+        """The number of columns."""
+        return len(self.kinds)
+
+    @property
+    def numbered(self) -> bool:
+        """Whether there are atomic numbers that ASE reads in place of symbols."""
+        return any(name in ("Z", "numbers") for name in self.others)
+
+    @staticmethod
+    def of(comment: str) -> SymbolLayout:
+        """The columns that a comment names; element and position without it."""
+        found = _PROPERTIES.search(comment)
+        words = (found[1] if found else _DEFAULT).split(":")
+        kinds, species, others = "", None, {}
+        for name, kind, count in zip(words[::3], words[1::3], words[2::3], strict=False):
+            if name == "species" and kind == "S":
+                species = len(kinds)
+            elif name.lower() in _ELEMENTS and count == "1":
+                others[name] = len(kinds)
+            kinds += kind[:1] * (int(count) if count.isdecimal() else 0)
+        return SymbolLayout(":".join(words), kinds, species, others)
