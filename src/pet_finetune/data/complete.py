@@ -28,6 +28,13 @@ _BEGINNINGS = {
     "cif": re.compile(r"^\s*_atom_site_(?:label|type_symbol)\s*$(?:(?!^\s*data_)[\s\S])*", re.M),
     "vasp-xml": re.compile(r"<calculation>"),
 }
+#: How many atoms each structure of a file should have, by format.
+_COUNTS = {
+    "gen": re.compile(r"\A\s*(\d+)"),
+    "dlp4": re.compile(r"\A[^\n]*\n\s*\d+\s+\d+\s+(\d+)"),
+    "mol": re.compile(r"\A(?:[^\n]*\n){3}(...)..."),
+    "sdf": re.compile(r"(?:\A|^\$\$\$\$[^\n]*\n)(?:[^\n]*\n){3}(...)...", re.M),
+}
 #: The cell that a PDB file has where there is none.
 _UNITY = re.compile(r"^CRYST1(?: +1\.0+){3}(?: +90\.0+){3}", re.M)
 _WHOLE = re.compile(r"\s*\d+(?:\s+\d+)*\s*(?:!.*)?")
@@ -52,6 +59,10 @@ def check_complete(content: Content, count: int) -> None:
         _check_poscar(text, count, source)
     elif kind == "vasp-xdatcar":
         _check_last_line(text, source)
+    elif kind in ("runnerdata", "n2p2"):
+        begun, ended = (len(re.findall(rf"^{word}\b", text, re.M)) for word in ("begin", "end"))
+        if ended < begun:
+            raise _cut(source, f"of {begun} frames {ended} have an end")
     beginning = _BEGINNINGS.get(kind)
     expected = len(beginning.findall(text)) if beginning is not None else 0
     if expected > count:
@@ -157,6 +168,11 @@ def check_frames(content: Content, frames: Sequence[Atoms]) -> None:
                 "Remove them, or write their elements."
             )
         _check_occupancies(atoms, where)
+    if kind in _COUNTS:
+        counts = [int(n) if n.strip().isdecimal() else 0 for n in _COUNTS[kind].findall(text)]
+        for number, (atoms, count) in enumerate(zip(frames, counts, strict=False)):
+            if len(atoms) < count:
+                raise _cut(source, f"frame {number} has {len(atoms)} of {count} atoms")
     if kind == "proteindatabank":
         _check_cryst1(text, frames, source)
     bare = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 
 import ase.db
@@ -477,3 +478,22 @@ def test_values_of_metatensor_without_structures_are_named(tmp_path):
         archive.writestr("keys.npy", b"")
     with pytest.raises(DataError, match="holds values of metatensor"):
         read_frames(tmp_path / "energy.mts")
+
+
+@pytest.mark.parametrize("form", ["gen", "mol", "sdf", "dlp4", "runnerdata"])
+def test_a_structure_that_lacks_atoms_is_cut_off(tmp_path, form):
+    file = tmp_path / "a"
+    if form == "runnerdata":
+        file.write_text(N2P2)
+    else:
+        atoms = molecule("H2O")
+        atoms.set_cell(np.eye(3) * 9)
+        # Of mol and sdf, which ASE writes alike or not at all, both are read.
+        write(file, atoms, format="mol" if form == "sdf" else form)
+    whole = read_frames(file, form)[-1]
+    lines = file.read_text().splitlines(keepends=True)
+    last = max(k for k, line in enumerate(lines) if re.search(r"\bH\b|^ +3 2", line))
+    file.write_text("".join(lines[:last]))
+    with pytest.raises(DataError, match=r"cut off|ASE cannot read"):
+        read_frames(file, form)
+    assert len(whole) == (2 if form == "runnerdata" else 3)
