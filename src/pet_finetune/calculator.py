@@ -52,6 +52,7 @@ from pet_finetune.model.orientations import predict_mean
 from pet_finetune.model.potential import Potential
 from pet_finetune.model.prediction import Prediction
 from pet_finetune.model.static_inference import FrozenEnergy
+from pet_finetune.nn.neighborhood import SteadyEdges
 
 #: Of what a structure has, this is not read by the potential.
 _IGNORED = {"initial_charges", "initial_magmoms"}
@@ -153,9 +154,7 @@ class PETCalculator(Calculator):
         self._model = potential.eval().requires_grad_(False)
         self._conditioned = potential.hypers.system_conditioning
         self._moving = MovingAtoms(potential.cutoff, float(skin))
-        # A CPU reads for nothing. Of adaptive cutoffs all edges would be several times too many.
-        adaptive = potential.hypers.num_neighbors_adaptive is not None
-        self._chooses = adaptive or self._device.type == "cpu"
+        self._steady = self._steady_edges()
         self._compile = compile
         self._choose()
         self._arena = Arena()
@@ -338,10 +337,17 @@ class PETCalculator(Calculator):
         self.reset()  # nothing of the last structure is left should this one be refused
         check_forked(self._device)
         predict = partial(self._predict, stress=periodic, asked=frozenset(properties or ()))
-        with self._arena.reused():
-            prediction = self._in_orientations(self._batch(atoms, self._moving), predict)
+        batch, slack, holds = self._batch(atoms, self._moving), None, False
+        while not holds:
+            chosen = batch
+            if self._steady is not None:
+                chosen, slack = self._steady.choose(batch)
+            with self._arena.reused():
+                prediction = self._in_orientations(chosen, predict)
+            results, left = _read(prediction, slack)
+            holds = self._steady is None or self._steady.hold(left)
         super().calculate(atoms, properties, system_changes)
-        self.results = _results(prediction)
+        self.results = results
         if isinstance(prediction, CommitteePrediction):
             self.results.update(committee_results(prediction))
 
@@ -383,8 +389,7 @@ class PETCalculator(Calculator):
         """A structure as the model's input; its edges reach as far as the skin."""
         check_atoms(atoms, self._model.species)
         charge, spin = self._charge_and_spin(atoms)
-        dtype = self._model.dtype
-        return neighbors.batch(atoms, charge, spin, self._device, dtype, self._chooses)
+        return neighbors.batch(atoms, charge, spin, self._device, self._model.dtype)
 
     def _in_orientations(self, batch: Batch, predict: Callable[[Batch], Prediction]) -> Prediction:
         if len(self._rotations) == 1:
@@ -434,7 +439,7 @@ class PETCalculator(Calculator):
         """Without the neighbour list, and with the model on the CPU: any machine can open it."""
         state = self.__dict__.copy()
         state["_moving"] = self._moving.fresh()
-        state["_frozen"] = None
+        state["_frozen"] = state["_steady"] = None
         if self._device.type != "cpu":
             memo: dict[int, Any] = {}
             state["_model"] = copy.deepcopy(self._model, memo).to("cpu")
@@ -446,16 +451,23 @@ class PETCalculator(Calculator):
         self.__dict__.update(state)
         self._device = choose_device(self._wanted_device)
         self._model.to(self._device)
+        self._steady = self._steady_edges()
+
+    def _steady_edges(self) -> SteadyEdges | None:
+        """What spares a GPU, from which reading takes time, the choice of edges in each step."""
+        if isinstance(self._model, Committee) or len(self._rotations) > 1:
+            return None
+        on_cpu = self._device.type == "cpu"
+        return None if on_cpu else SteadyEdges(self._model.network.neighborhood)
 
 
-def _results(prediction: Prediction) -> dict[str, Any]:
-    """ASE's results of one structure, for which a GPU is waited for once."""
+def _read(prediction: Prediction, number: torch.Tensor | None) -> tuple[dict[str, Any], float]:
+    """ASE's results of one structure and a number, for which a GPU is waited for once."""
     assert prediction.forces is not None
-    parts = [prediction.energy, prediction.atom_energies, prediction.forces.flatten()]
-    if prediction.stress is not None:
-        parts.append(prediction.stress.flatten())
+    parts = [prediction.energy, prediction.atom_energies, prediction.forces]
+    parts += [part for part in (prediction.stress, number) if part is not None]
     count = len(prediction.forces)
-    numbers = to_numpy(torch.cat([part.detach().to(torch.float64) for part in parts]))
+    numbers = to_numpy(torch.cat([part.detach().to(torch.float64).flatten() for part in parts]))
     energy = float(numbers[0])
     results = {
         "energy": energy,
@@ -464,9 +476,9 @@ def _results(prediction: Prediction) -> dict[str, Any]:
         "forces": numbers[1 + count : 1 + 4 * count].reshape(count, 3),
     }
     if prediction.stress is not None:
-        stress = numbers[1 + 4 * count :].reshape(3, 3)
+        stress = numbers[1 + 4 * count : 10 + 4 * count].reshape(3, 3)
         results["stress"] = full_3x3_to_voigt_6_stress(stress)
-    return results
+    return results, float(numbers[-1])
 
 
 def _check_choice(option: str, value: str, allowed: Sequence[str]) -> None:

@@ -64,6 +64,7 @@ class Edges(NamedTuple):
         neighbors: [n_edges] int64, the neighbour of each.
         reverse: [n_edges] int64, the index of the edge that runs the other way.
         layout: the tokens of each atom.
+        radii: [n_atoms] Angstrom, adaptive cutoffs as their solver found them; None without it.
     """
 
     within: Tensor | None
@@ -72,6 +73,7 @@ class Edges(NamedTuple):
     neighbors: Tensor
     reverse: Tensor
     layout: Layout
+    radii: Tensor | None
 
 
 class Neighborhood(NamedTuple):

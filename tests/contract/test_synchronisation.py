@@ -10,6 +10,7 @@ import traceback
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from pet_finetune.config.training import TrainingOptions
 from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.keys import TargetSpec
 from pet_finetune.model.potential import Potential
+from pet_finetune.nn.neighborhood import NeighborhoodBuilder, SteadyEdges
 from pet_finetune.training.optimizer import make_optimizer
 from trainers import make_trainer
 
@@ -137,30 +139,53 @@ def md_step(calculator, monkeypatch):
     return {where: n for where, n in found.items() if where[0] != "_holds"}, np.stack(forces)
 
 
-def test_a_step_of_md_reads_its_results_alone_and_at_once(monkeypatch):
-    model = random_potential()
-    calculator = PETCalculator(model, device="cpu")
-    calculator._chooses = False  # as on a GPU
-    found, forces = md_step(calculator, monkeypatch)
+#: One cutoff for all, and two kinds of adaptive ones, with what chooses edges on a CPU.
+CUTOFFS = [
+    ({}, 1),
+    ({"num_neighbors_adaptive": 4.0, "adaptive_cutoff_method": "solver"}, 2),
+    ({"num_neighbors_adaptive": 4.0, "adaptive_cutoff_method": "grid"}, 2),
+]
+
+
+def calculators(hypers):
+    """One that computes as on a GPU, and one as on a CPU."""
+    own, other = (PETCalculator(random_potential(**hypers), device="cpu") for _ in range(2))
+    own._steady = SteadyEdges(own.model.network.neighborhood)
+    return own, other
+
+
+@pytest.mark.parametrize(("hypers", "reads"), CUTOFFS)
+def test_a_step_of_md_reads_its_results_alone_and_at_once(hypers, reads, monkeypatch):
+    own, other = calculators(hypers)
+    found, forces = md_step(own, monkeypatch)
     assert found == {("to_numpy", "numpy"): 1}
-    chosen, expected = md_step(PETCalculator(model, device="cpu"), monkeypatch)
-    assert chosen == {("near", "nonzero"): 1, ("_cuts", "tolist"): 1, **found}
-    np.testing.assert_allclose(forces, expected, rtol=0, atol=1e-12)
+    chosen, expected = md_step(other, monkeypatch)
+    kept = {("choose", "nonzero"): 1} if reads == 2 else {}
+    assert chosen == {("near", "nonzero"): 1, ("_cuts", "tolist"): 1, **kept, **found}
+    np.testing.assert_allclose(forces, expected, rtol=0, atol=1e-11)
 
 
-def test_the_edges_of_a_step_of_md_are_those_of_its_neighbour_list(monkeypatch):
-    """Which may have been built again, for other positions and other atoms."""
-    model = random_potential()
-    own, other = (PETCalculator(model, device="cpu") for _ in range(2))
-    own._chooses = False
+@pytest.mark.parametrize(("hypers", "reads"), CUTOFFS)
+def test_steady_edges_are_those_that_count(hypers, reads):
+    """Over small steps, of which the last make some more edges count; large ones; another list."""
+    own, other = calculators(hypers)
     atoms = crystal()
-    for change in (lambda: None, lambda: atoms.rattle(0.3, seed=1), lambda: atoms.pop()):
-        change()
-        with using(EAGER, own.model):
-            own.calculate(atoms)
-        other.calculate(atoms)
-        for name in ("forces", "stress", "energies"):
-            np.testing.assert_allclose(own.results[name], other.results[name], atol=1e-12)
+    chosen = []
+    choose = NeighborhoodBuilder.choose
+    with pytest.MonkeyPatch.context() as patched:
+        builder = type(own.model.network.neighborhood)
+        patched.setattr(builder, "choose", lambda *given: chosen.append(1) or choose(*given))
+        small = [partial(atoms.rattle, 0.02, seed=k) for k in range(12)]
+        for change in (*small, partial(atoms.rattle, 0.15, seed=1), atoms.pop):
+            change()
+            with using(EAGER, own.model):
+                own.calculate(atoms)
+            times = len(chosen)
+            other.calculate(atoms)
+            for name in ("forces", "stress", "energies"):
+                np.testing.assert_allclose(own.results[name], other.results[name], atol=1e-11)
+            del chosen[times:]
+    assert 2 <= len(chosen) < 14
 
 
 #: Operations that compute nothing: others start at least one kernel on a GPU.

@@ -20,7 +20,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from pet_finetune.errors import DataError, SpeciesError
-from pet_finetune.graph import Batch, Edges, make_layout
+from pet_finetune.graph import Batch
 from pet_finetune.log import get_logger
 
 from .neighbors import NeighborList, edge_vectors, neighbor_list
@@ -162,7 +162,6 @@ class MovingAtoms:
         self._built_for: tuple[Tensor, Tensor, Tensor]
         #: The list on the device of the batches.
         self._pairs_there: NeighborList | None = None
-        self._edges: Edges | None = None
         self._fixed: tuple[Tensor, ...] = ()
         self._fixed_for: object = None
 
@@ -171,13 +170,7 @@ class MovingAtoms:
         return MovingAtoms(self._cutoff, self._skin)
 
     def batch(
-        self,
-        atoms: Atoms,
-        charge: int,
-        spin: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        choose: bool = True,
+        self, atoms: Atoms, charge: int, spin: int, device: torch.device, dtype: torch.dtype
     ) -> Batch:
         """The structure as the model's input; its edges reach as far as the skin.
 
@@ -187,8 +180,6 @@ class MovingAtoms:
             spin: its multiplicity.
             device: of the batch.
             dtype: of the batch's floats.
-            choose: whether the network shall look which edges are within its cutoff. Without it, it
-                sees all; those beyond count nothing, but nothing has to be read from a GPU.
         """
         positions, cell, pbc = _geometry(atoms)
         if self._pairs is None or not self._holds(positions, cell, pbc):
@@ -197,9 +188,6 @@ class MovingAtoms:
             assert self._pairs is not None
             self._pairs_there = NeighborList(*(tensor.to(device) for tensor in self._pairs))
         pairs = self._pairs_there
-        if not choose and self._edges is None:
-            layout = make_layout(pairs.centers, len(positions), rectangles=True)
-            self._edges = Edges(None, None, pairs.centers, pairs.neighbors, pairs.reverse, layout)
         both = torch.cat([positions, cell]).to(device, non_blocking=True)
         positions, cell = both[:-3], both[-3:]
         # Differences of positions are taken in double precision, whatever the model's.
@@ -216,7 +204,6 @@ class MovingAtoms:
             cells=cell.to(dtype).unsqueeze(0),
             charges=charges,
             spins=spins,
-            edges=None if choose else self._edges,
         )
 
     def _kept(
@@ -262,7 +249,7 @@ class MovingAtoms:
 
     def _build(self, positions: Tensor, cell: Tensor, pbc: Tensor) -> None:
         self._pairs = neighbor_list(positions, cell, pbc, self._cutoff + self._skin)
-        self._pairs_there = self._edges = None
+        self._pairs_there = None
         self._built_for = positions, cell, pbc
 
     def _holds(self, positions: Tensor, cell: Tensor, pbc: Tensor) -> bool:

@@ -320,6 +320,7 @@ class Sizes:
             neighbors=edges.neighbors.new_zeros(count),
             reverse=edges.reverse.new_zeros(count),
             layout=Layout(starts, rectangles),
+            radii=None if edges.radii is None else edges.radii.new_zeros(self.atoms),
         )
         rows = {
             "numbers": self.atoms,

@@ -46,16 +46,14 @@ def _slope(
     tanh = torch.tanh(torch.cos(angle) / sine)
     per_edge = (0.5 * math.pi / width) * (1.0 - tanh * tanh) / (sine * sine) * tapering
     inside = _sum_over_neighbors(per_edge, centers, radii.size(0))
-    return inside + 3.0 * wanted * (radii / largest) ** 2 / largest
+    slope = inside + 3.0 * wanted * (radii / largest) ** 2 / largest
+    return slope.clamp_min(1e-6)  # it divides
 
 
-def solver_cutoffs(
+def solve_cutoffs(
     distances: Tensor, centers: Tensor, num_atoms: int, wanted: float, largest: float, width: float
 ) -> Tensor:
     """Radii at which the smoothed count equals ``wanted``, by safeguarded Newton steps.
-
-    The iteration runs without gradients. One last step through the implicit function theorem
-    attaches them: ``r - (n(r) - wanted) / n'(r)`` with ``r`` and ``n'`` held constant.
 
     Args:
         distances: [n_edges], Angstrom.
@@ -66,11 +64,9 @@ def solver_cutoffs(
         width: taper of the smoothed count, Angstrom.
 
     Returns:
-        [n_atoms] radii in Angstrom, differentiable with respect to ``distances``.
+        [n_atoms] radii in Angstrom, without gradients.
     """
     newton_steps = 10
-    smallest_slope = 1e-6
-    smallest_radius = largest / 16.0
     with torch.no_grad():
         low = distances.new_zeros(num_atoms)
         high = distances.new_full((num_atoms,), largest)
@@ -80,19 +76,41 @@ def solver_cutoffs(
             slope = _slope(radii, distances, centers, width, largest, wanted)
             low = torch.where(excess <= 0, radii, low)
             high = torch.where(excess <= 0, high, radii)
-            newton = radii - excess / slope.clamp_min(smallest_slope)
+            newton = radii - excess / slope
             bracketed = (newton >= low) & (newton <= high)
             radii = torch.where(bracketed, newton, 0.5 * (low + high))
+    return radii
+
+
+def solver_cutoffs(
+    distances: Tensor, centers: Tensor, radii: Tensor, wanted: float, largest: float, width: float
+) -> Tensor:
+    """The same with gradients, which a last step through the implicit function theorem attaches.
+
+    It is ``r - (n(r) - wanted) / n'(r)`` with ``r`` and ``n'`` held constant.
+
+    Args:
+        distances: as for :func:`solve_cutoffs`.
+        centers: as there.
+        radii: [n_atoms], what it found.
+        wanted: as there.
+        largest: as there.
+        width: as there.
+
+    Returns:
+        [n_atoms] radii in Angstrom, differentiable with respect to ``distances``.
+    """
+    with torch.no_grad():
         slope = _slope(radii, distances, centers, width, largest, wanted)
     excess = _count(radii, distances, centers, width, largest, wanted) - wanted
-    stepped = radii - excess / slope.clamp_min(smallest_slope)
-    return stepped.clamp(smallest_radius, largest)
+    stepped = radii - excess / slope
+    return stepped.clamp(largest / 16.0, largest)
 
 
 def grid_cutoffs(
     distances: Tensor, centers: Tensor, num_atoms: int, wanted: float, largest: float, width: float
 ) -> Tensor:
-    """Radii as Gaussian-weighted averages over a grid of probes; arguments as the solver's.
+    """Radii as Gaussian-weighted averages over a grid of probes; arguments of the solver.
 
     A probe's weight falls off with the distance of its count from ``wanted``, in units of the
     count's own slope along the grid.

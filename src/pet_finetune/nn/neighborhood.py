@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pet_finetune.backends.choice import Accelerated
 from pet_finetune.graph import Batch, Edges, Neighborhood, make_layout, renumbered
 
-from .cutoff import bump_step, cosine_step, grid_cutoffs, solver_cutoffs
+from .cutoff import bump_step, cosine_step, grid_cutoffs, solve_cutoffs, solver_cutoffs
 
 # Added under the square root so that its derivative stays finite; part of the trained model.
 TINY = 1e-15
@@ -23,6 +23,7 @@ class Near(NamedTuple):
         distances: [n] Angstrom.
         centers: [n] int64.
         neighbors: [n] int64.
+        radii: [n_atoms] Angstrom, what the solver of adaptive cutoffs found; None without it.
     """
 
     within: Tensor | None
@@ -30,6 +31,7 @@ class Near(NamedTuple):
     distances: Tensor
     centers: Tensor
     neighbors: Tensor
+    radii: Tensor | None
 
 
 class NeighborhoodBuilder(Accelerated, nn.Module):
@@ -112,33 +114,96 @@ class NeighborhoodBuilder(Accelerated, nn.Module):
             # longer neighbour list changes no bit.
             vectors = vectors.view(-1, 3)
         distances = torch.linalg.vector_norm(vectors, dim=-1) + self.tiny
-        found = Near(within, vectors, distances, centers, neighbors)
         if not self.adaptive:
-            return found, None
-        per_atom = self.radii(distances, centers, batch.numbers.size(0))
+            return Near(within, vectors, distances, centers, neighbors, None), None
+        num_atoms, wanted, width = batch.numbers.size(0), self.wanted, self.adaptive_width
+        found: Tensor | None = None
+        if edges is not None:
+            found = edges.radii
+        if self.solver:
+            if found is None:
+                found = solve_cutoffs(distances, centers, num_atoms, wanted, self.cutoff, width)
+            per_atom = solver_cutoffs(distances, centers, found, wanted, self.cutoff, width)
+        else:
+            per_atom = grid_cutoffs(distances, centers, num_atoms, wanted, self.cutoff, width)
         # Both directions of a pair must agree on being there, hence the mean of their radii.
-        return found, (per_atom[centers] + per_atom[neighbors]) / 2.0
+        of_edges = (per_atom[centers] + per_atom[neighbors]) / 2.0
+        return Near(within, vectors, distances, centers, neighbors, found), of_edges
 
-    def choose(self, batch: Batch, near: Near, radii: Tensor | None) -> Edges:
-        """Which of them count, by how long they are."""
+    def choose(self, batch: Batch, near: Near, radii: Tensor | None, margin: float = 0.0) -> Edges:
+        """Which of them count, by how long they are.
+
+        Args:
+            batch: the structures.
+            near: from :meth:`near`.
+            radii: from there.
+            margin: by how much longer than the adaptive ones they may be, Angstrom.
+        """
         reverse, centers, neighbors = batch.reverse, near.centers, near.neighbors
         within = near.within  # TorchScript narrows the types of variables alone
         if within is not None:
             reverse = renumbered(within, reverse)
         kept: Tensor | None = None
         if radii is not None:
-            kept = torch.nonzero(near.distances <= radii).squeeze(-1)
+            kept = torch.nonzero(near.distances <= radii + margin).squeeze(-1)
             reverse = renumbered(kept, reverse)
             centers, neighbors = centers[kept], neighbors[kept]
         rectangles = True
         if not torch.jit.is_scripting():
             rectangles = not self.backend.fused
         layout = make_layout(centers, batch.numbers.size(0), rectangles)
-        return Edges(within, kept, centers, neighbors, reverse, layout)
+        return Edges(within, kept, centers, neighbors, reverse, layout, near.radii)
 
-    def radii(self, distances: Tensor, centers: Tensor, num_atoms: int) -> Tensor:
-        """The adaptive radius of each atom, [n_atoms], Angstrom."""
-        wanted, width = self.wanted, self.adaptive_width
-        if self.solver:
-            return solver_cutoffs(distances, centers, num_atoms, wanted, self.cutoff, width)
-        return grid_cutoffs(distances, centers, num_atoms, wanted, self.cutoff, width)
+
+class SteadyEdges:
+    """The edges of atoms that move, chosen once for many steps, so that no step reads numbers.
+
+    All edges of the neighbour list go into the network, or those that are up to a margin longer
+    than the adaptive cutoffs: what does not count has a factor of zero.
+
+    Args:
+        builder: of the network.
+        margin: Angstrom.
+    """
+
+    def __init__(self, builder: NeighborhoodBuilder, margin: float = 0.3) -> None:
+        self._builder, self._margin = builder, margin
+        self._all: Edges | None = None
+        self._edges: Edges | None = None
+        self._left = torch.empty(0)
+
+    @torch.no_grad()
+    def choose(self, batch: Batch) -> tuple[Batch, Tensor]:
+        """The batch with its edges, and by how much the nearest of the others do not count.
+
+        Args:
+            batch: with the tensors of the same neighbour list as long as that is used.
+
+        Returns:
+            The batch, and a number of its device, in Angstrom, for :meth:`hold`.
+        """
+        known = self._all
+        if known is None or known.centers is not batch.centers:
+            layout = make_layout(batch.centers, batch.num_atoms, rectangles=False)
+            known = Edges(None, None, batch.centers, batch.neighbors, batch.reverse, layout, None)
+            self._all, self._edges = known, None
+        near, radii = self._builder.near(batch._replace(edges=known))
+        if self._edges is None:
+            self._edges = self._builder.choose(batch, near, radii, self._margin)
+            self._left = torch.zeros_like(near.distances)
+            if self._edges.kept is not None:
+                self._left[self._edges.kept] = torch.inf
+        slack = near.distances.new_full((1,), torch.inf)
+        if radii is not None:
+            slack = torch.cat([slack, near.distances - radii + self._left]).min()
+        return batch._replace(edges=self._edges._replace(radii=near.radii)), slack
+
+    def hold(self, slack: float) -> bool:
+        """Whether all edges that count were there; where they soon will not, they are chosen anew.
+
+        Args:
+            slack: of :meth:`choose`.
+        """
+        if not slack > self._margin / 2:
+            self._edges = None
+        return not slack <= 0.0

@@ -6,9 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from pet_finetune.nn.cutoff import bump_step, grid_cutoffs, solver_cutoffs
+from pet_finetune.nn.cutoff import bump_step, grid_cutoffs, solve_cutoffs, solver_cutoffs
 
 LARGEST, WIDTH = 5.0, 1.0
+
+
+def by_solver(distances, centers, num_atoms, *rest):
+    radii = solve_cutoffs(distances, centers, num_atoms, *rest)
+    return solver_cutoffs(distances, centers, radii, *rest)
 
 
 def environment(counts=(12, 5, 20), seed=0):
@@ -28,7 +33,7 @@ def smooth_count(radius, distances, wanted):
 @pytest.mark.parametrize("wanted", [2.0, 6.5])
 def test_solver_finds_the_root_of_every_atom(wanted):
     distances, centers = environment()
-    radii = solver_cutoffs(distances, centers, 3, wanted, LARGEST, WIDTH)
+    radii = by_solver(distances, centers, 3, wanted, LARGEST, WIDTH)
     for atom, radius in enumerate(radii.tolist()):
         found = smooth_count(radius, distances[centers == atom], wanted)
         assert found == pytest.approx(wanted, abs=1e-9)
@@ -38,23 +43,23 @@ def test_solver_gradient_is_that_of_the_radii():
     distances, centers = environment()
     distances.requires_grad_(True)
     assert torch.autograd.gradcheck(
-        lambda d: solver_cutoffs(d, centers, 3, 4.0, LARGEST, WIDTH), (distances,), atol=1e-6
+        lambda d: by_solver(d, centers, 3, 4.0, LARGEST, WIDTH), (distances,), atol=1e-6
     )
 
 
 def test_an_atom_that_is_alone_sees_as_far_as_it_can():
     none = torch.zeros(0, dtype=torch.float64)
-    radii = solver_cutoffs(none, none.long(), 2, 6.0, LARGEST, WIDTH)
+    radii = by_solver(none, none.long(), 2, 6.0, LARGEST, WIDTH)
     torch.testing.assert_close(radii, torch.full((2,), LARGEST, dtype=torch.float64))
 
 
 def test_solver_stays_above_its_lower_bound():
     crowd = torch.full((500,), 0.01, dtype=torch.float64)
-    radii = solver_cutoffs(crowd, torch.zeros(500, dtype=torch.int64), 1, 1.0, LARGEST, WIDTH)
+    radii = by_solver(crowd, torch.zeros(500, dtype=torch.int64), 1, 1.0, LARGEST, WIDTH)
     assert radii.tolist() == [LARGEST / 16]
 
 
-@pytest.mark.parametrize("method", [solver_cutoffs, grid_cutoffs])
+@pytest.mark.parametrize("method", [by_solver, grid_cutoffs])
 def test_a_denser_environment_has_a_smaller_radius(method):
     distances, centers = environment((30,))
     sparse = method(1.5 * distances, centers, 1, 4.0, 1.5 * LARGEST, WIDTH)
