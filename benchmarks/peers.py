@@ -2,12 +2,15 @@ r"""Beside the peers: the same structures and the same processor seconds as our 
 
     python -m benchmarks.peers --data DATA --work WORK --sets ethanol carbon --seconds 80
 
-Ours are the rows ``lora`` and ``full`` of ``benchmarks.recipe``, whose parts of the sets these are;
-``--seconds`` says what the longer of them took, start and all. Each peer trains as many epochs as
+The parts of the sets are those of ``benchmarks.recipe``, whose rows ``lora`` and ``full`` ours are;
+``--seconds`` says what the longer of them took, start and all. Each tool trains as many epochs as
 fit into that, as two short runs of it tell. metatrain starts from the same checkpoint, at the
 learning rates that ``benchmarks.accuracy`` gives it (its own, 1e-4, is far too low for so few
 steps); MACE from nothing (64 channels, scalars and vectors, 5 A, second stage in the last quarter).
-Errors are those of the best model on structures that no run saw.
+Errors are those of the best model on structures that no run saw; beside them stand the size of what
+has to be kept (of our LoRA and of metatrain's the foundation is not counted; metatrain's checkpoint
+holds it all the same) and processor time of a step of MD, of the first test structure, with each
+tool's own ASE calculator.
 
 MACE is no dependency: ``mace-torch`` has to be installed for its row.
 """
@@ -21,20 +24,25 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ase.io
 import numpy as np
+import torch
 import yaml
-from ase import Atoms
+from ase import Atoms, units
+from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
+from ase.md.verlet import VelocityVerlet
 from benchmarks.accuracy import LEARNING_RATES
-from benchmarks.recipe import FOUNDATION, ROOT, SETS, section, write_set
+from benchmarks.recipe import FOUNDATION, RECIPES, ROOT, SETS, options_of, section, write_set
+from metatomic_ase import MetatomicCalculator
 
 import pet_finetune as pf
 
-PEERS = ("metatrain-lora", "metatrain-full", "mace")
+PEERS = ("ours-lora", "ours-full", "metatrain-lora", "metatrain-full", "mace")
 SEED, TARGET = 1, "energy/ft"
 
 
@@ -49,7 +57,7 @@ def metatrain_command(peer: str, files: dict[str, Path], batch: int, epochs: int
     finetune["inherit_heads"] = {TARGET: "energy"}
     if method == "lora":
         modules = ["input_linear", "output_linear", "w_in", "w_out"]
-        finetune["config"] = {"rank": 8, "alpha": 8, "target_modules": modules}
+        finetune["config"] = {"rank": 32, "alpha": 32, "target_modules": modules}
     training = {
         "batch_size": batch, "num_epochs": epochs, "learning_rate": LEARNING_RATES[method],
         "finetune": finetune,
@@ -68,6 +76,16 @@ def metatrain_command(peer: str, files: dict[str, Path], batch: int, epochs: int
     Path("options.yaml").write_text(yaml.safe_dump(options))
     words = ["train", "options.yaml", "-o", "model.pt", "-r", "final_eval=false"]
     return [sys.executable, "-m", "metatrain", *words]
+
+
+def our_command(method: str, name: str, epochs: int, work: Path, data: Path) -> list[str]:
+    """Writes the options into the working directory; what trains by them."""
+    steps = epochs * -(-SETS[name].counts[0] // SETS[name].batch)
+    job = {"set": name, "asked": steps, "size": None, "seed": SEED}
+    options, _ = options_of(job, RECIPES[method], argparse.Namespace(data=data, work=work))
+    Path("options.yaml").write_text(yaml.safe_dump(options))
+    words = ["train", "options.yaml", "-o", "run", "--no-check", "-r", "final_eval=false"]
+    return [sys.executable, "-m", "pet_finetune", *words]
 
 
 def mace_command(files: dict[str, Path], batch: int, epochs: int) -> list[str]:
@@ -97,8 +115,11 @@ def trained(peer: str, name: str, epochs: int, folder: Path, work: Path, data: P
     folder.mkdir(parents=True)
     os.chdir(folder)
     batch = SETS[name].batch
-    if peer == "mace":
+    tool, _, method = peer.partition("-")
+    if tool == "mace":
         words = mace_command(files, batch, epochs)
+    elif tool == "ours":
+        words = our_command(method, name, epochs, work, data)
     else:
         words = metatrain_command(peer, files, batch, epochs)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -109,15 +130,38 @@ def trained(peer: str, name: str, epochs: int, folder: Path, work: Path, data: P
     return after.ru_utime - before.ru_utime
 
 
-def errors(peer: str, folder: Path, frames: Sequence[Atoms]) -> dict[str, float]:
-    """Mean absolute errors, meV/atom and meV/A."""
+def calculators(peer: str, folder: Path) -> tuple[Any, Any, list[Path]]:
+    """For the errors and for MD, and the files that have to be kept."""
     if peer == "mace":
         from mace.calculators import MACECalculator
 
         model = next(iter(sorted(folder.glob("mace_stagetwo.model"))), folder / "mace.model")
         calculator: Any = MACECalculator(model, device="cpu", default_dtype="float32")
-    else:
-        calculator = pf.PETCalculator(folder / "model.ckpt", target=TARGET)
+        return calculator, calculator, [model]
+    if peer.startswith("ours"):
+        model = folder / "run" / "best_model.ckpt"
+        calculator = pf.PETCalculator(model)
+        kept = [*(folder / "run" / "adapter").glob("*")] or [model]
+        return calculator, calculator, kept
+    exported = MetatomicCalculator(folder / "model.pt", device="cpu", variants={"energy": "ft"})
+    model = folder / "model.ckpt"
+    return pf.PETCalculator(model, target=TARGET), exported, [model]
+
+
+def step_of_md(calculator: Any, atoms: Atoms, steps: int = 300) -> float:
+    """Processor seconds of a step of 0.5 fs, after a third as many that do not count."""
+    moved = atoms.copy()
+    moved.calc = calculator
+    MaxwellBoltzmannDistribution(moved, temperature_K=300, rng=np.random.default_rng(SEED))
+    motion = VelocityVerlet(moved, 0.5 * units.fs)
+    motion.run(steps // 3)
+    started = time.process_time()
+    motion.run(steps)
+    return (time.process_time() - started) / steps
+
+
+def errors(calculator: Any, frames: Sequence[Atoms]) -> dict[str, float]:
+    """Mean absolute errors, meV/atom and meV/A."""
     energies, forces = [], []
     for atoms in frames:
         moved = atoms.copy()
@@ -140,6 +184,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--seconds", type=float, default=80.0, help="of a processor, for each run")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     work, data = arguments.work.resolve(), arguments.data.resolve()
     store = work / "peers.json"
     rows: dict[str, Any] = json.loads(store.read_text()) if store.exists() else {}
@@ -153,8 +198,11 @@ def main() -> None:
                 epochs = max(4, 1 + int((arguments.seconds - one) / ((four - one) / 3)))
                 seconds = trained(peer, name, epochs, *place)
                 frames = ase.io.read(work / "sets" / f"{name}-test.xyz", ":")
+                judged, moved, kept = calculators(peer, folder)
                 rows[key] = {
-                    "epochs": epochs, "seconds": seconds, **errors(peer, folder, frames)
+                    "epochs": epochs, "seconds": seconds, **errors(judged, frames),
+                    "step": step_of_md(moved, frames[0]),
+                    "bytes": sum(path.stat().st_size for path in kept),
                 }  # fmt: skip
                 store.write_text(json.dumps(rows, indent=2))
                 os.chdir(work)
@@ -162,7 +210,8 @@ def main() -> None:
             row = rows[key]
             print(
                 f"| {name} | {peer} | {row['epochs']} | {row['energy_mae']:.2f} | "
-                f"{row['forces_mae']:.1f} | {row['seconds']:.0f} |",
+                f"{row['forces_mae']:.1f} | {row['seconds']:.0f} | "
+                f"{row['bytes'] / 1e6:.1f} | {row['step'] * 1e3:.1f} |",
                 flush=True,
             )
 

@@ -44,7 +44,7 @@ class DataSet:
 
 SETS = {
     "ethanol": DataSet(
-        "ethanol, PBE/def2-SVP", "ethanol_pbe_train1000.xyz", (50, 20, 100), 0.05, 5, 60
+        "ethanol, PBE/def2-SVP", "ethanol_pbe_train1000.xyz", (50, 20, 100), 0.05, 5, 30
     ),
     "carbon": DataSet(
         "distorted graphite, LDA", "carbon_reduced_100.xyz", (60, 20, 20), 0.02, 5, 25, stress=True
