@@ -205,6 +205,6 @@ class TestSuggestion:
         assert 20 <= training.num_epochs <= 200
         assert made.reasons
         if parameters:
-            large = parameters > 20_000_000
-            expected = "heads" if structures < 10 else "lora" if large else "full"
+            many = structures >= 500 and parameters < 20_000_000
+            expected = "heads" if structures < 10 else "full" if many else "lora"
             assert loaded.options.finetune.method == expected
