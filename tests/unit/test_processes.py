@@ -27,7 +27,7 @@ from models import crystal, random_potential
 from pet_finetune import PETCalculator
 
 def forces(seed, calculator=None):
-    atoms = crystal() * (3, 3, 3)
+    atoms = crystal() * (2, 2, 2)
     atoms.rattle(0.01, seed=seed)
     atoms.calc = calculator or PETCalculator(random_potential(d_pet=32), device="cpu")
     return atoms.get_forces()
