@@ -249,3 +249,18 @@ def test_atoms_on_top_of_each_other_are_told_of(relax):
     ase.io.write("one.xyz", atoms)
     done = relax("--steps", 1, structures="one.xyz")
     assert "Two atoms are closer than any can be (0.4 A) in frame 0 of relaxed.xyz" in done.err
+
+
+def test_of_two_that_begin_at_once_one_gets_the_file(relax, monkeypatch):
+    check = workflow._check
+
+    def meanwhile(*arguments):
+        found = check(*arguments)
+        Path("relaxed.xyz").write_text("of the other")
+        return found
+
+    monkeypatch.setattr(workflow, "_check", meanwhile)
+    done = relax(*FEW)
+    assert done.code == 1
+    assert "'relaxed.xyz' exists and is not overwritten" in done.err
+    assert Path("relaxed.xyz").read_text() == "of the other"

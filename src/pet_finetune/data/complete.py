@@ -60,9 +60,9 @@ def check_complete(content: Content, count: int) -> None:
     elif kind == "vasp-xdatcar":
         _check_last_line(text, source)
     elif kind in ("runnerdata", "n2p2"):
-        begun, ended = (len(re.findall(rf"^{word}\b", text, re.M)) for word in ("begin", "end"))
-        if ended < begun:
-            raise _cut(source, f"of {begun} frames {ended} have an end")
+        begins, ends = (len(re.findall(rf"^{word}\b", text, re.M)) for word in ("begin", "end"))
+        if ends < begins:
+            raise _cut(source, f"of {begins} frames {ends} have an end")
     beginning = _BEGINNINGS.get(kind)
     expected = len(beginning.findall(text)) if beginning is not None else 0
     if expected > count:

@@ -7,7 +7,8 @@ are computed in one batch. So constraints, pressure and every optimiser work as 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,7 @@ def relax_structures(
         return f"relaxing {structures}" + (f", at step {max(steps)}" if steps else "")
 
     watch = Watch(what, "structures", len(frames))
-    with InterruptGuard() as guard, watch:
+    with _claimed(Path(output)), InterruptGuard() as guard, watch:
         while (waiting or underway) and not guard.requested:
             while waiting and batches.room(underway, waiting[0][1]):
                 number, atoms = waiting.popleft()
@@ -186,6 +187,21 @@ def relax_structures(
             + f"{more}\n{there if done else f'{output} was not written.'}"
         )
     return done
+
+
+@contextmanager
+def _claimed(output: Path) -> Iterator[None]:
+    """The file belongs to this process, also where two begin at once; an empty one goes again."""
+    try:
+        output.touch(exist_ok=False)
+    except FileExistsError:
+        check_new(output)
+        raise
+    try:
+        yield
+    finally:
+        if not output.stat().st_size:
+            output.unlink()
 
 
 def _check(
