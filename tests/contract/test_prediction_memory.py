@@ -26,6 +26,11 @@ USUAL = 45
 pytestmark = pytest.mark.usefixtures("with_kernels")
 
 
+@pytest.fixture(autouse=True)
+def few_rows_are_many(monkeypatch):
+    monkeypatch.setattr("pet_finetune.nn.projection.MANY_ROWS", 512)
+
+
 def silicon(model: Potential) -> Batch:
     atoms = bulk("Si", cubic=True) * (3, 3, 3)
     atoms.rattle(0.05, seed=0)

@@ -35,9 +35,9 @@ __all__ = [
     "weigh_edges",
 ]
 
-#: Rows from which on memory counts, and keeping the inputs alone pays. Where they are fewer,
-#: products are better dealt out otherwise.
-MANY_ROWS = 512
+#: Rows from which on a prediction keeps the inputs of its operators alone. With fewer (some 400
+#: atoms of water) it has memory for what lies between, and computing that again takes longer.
+MANY_ROWS = 16384
 
 
 def multiplies_bfloat16() -> bool:

@@ -21,6 +21,11 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=st
 pytestmark = pytest.mark.usefixtures("with_kernels")
 
 
+@pytest.fixture(autouse=True)
+def few_rows_are_many(monkeypatch):
+    monkeypatch.setattr("pet_finetune.nn.projection.MANY_ROWS", 512)
+
+
 def randoms(*shape, dtype, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=dtype).requires_grad_()
