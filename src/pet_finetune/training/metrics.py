@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pet_finetune import processes
+from pet_finetune.backends.arena import Arena
 from pet_finetune.committee.calibration import Comparison
 from pet_finetune.committee.committee import Committee, CommitteePrediction
 from pet_finetune.committee.llpr import fresh, predict_uncertain
@@ -371,7 +372,8 @@ def errors_and_predictions(
     labels = loader.label_names
     if path is None and kept is None:
         wanted = {t: (forces_key(t) in labels, stress_key(t) in labels) for t in targets}
-        return evaluate(model, loader, wanted, comparison.add, compiled)
+        with Arena().reused():
+            return evaluate(model, loader, wanted, comparison.add, compiled)
     periodic = any(bool(structure.pbc.all()) for structure in evenly_spread(loader.structures))
     wanted = {
         t: (True, periodic) if model.targets[t].is_energy else (False, False) for t in targets
@@ -381,6 +383,7 @@ def errors_and_predictions(
     main = "energy" if "energy" in energies else energies[0] if energies else None
     left = iter(loader.structures)
     with ExitStack() as stack:
+        stack.enter_context(Arena().reused())
         writer = None
         if path is not None:
             writer = stack.enter_context(PredictionWriter(path, main, kinds=kinds, systems=systems))
