@@ -18,22 +18,31 @@ _TRAINING: Path = ("architecture", "training")
 _FINETUNE: Path = (*_TRAINING, "finetune")
 _CONFIG: Path = (*_FINETUNE, "config")
 
-#: Names of the first PET code with the same meaning as one of today's.
-_RENAMED_TRAINING = {
-    "EPOCH_NUM": "num_epochs",
-    "INITIAL_LR": "learning_rate",
-    "STRUCTURAL_BATCH_SIZE": "batch_size",
-}
-_LEGACY_START = {
-    "MODEL_TO_START_WITH": "model",
-    "ALL_SPECIES_PATH": "all_species",
-    "SELF_CONTRIBUTIONS_PATH": "self_contributions",
-}
-_PEFT_NAMES = {
-    "r": "rank",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-}
+#: Other names of today's options: where they stand, where these stand, the names, and whether a
+#: notice says so. PEFT's names are welcome, not outdated.
+_RENAMED: tuple[tuple[Path, Path, dict[str, str], bool], ...] = (
+    (
+        _TRAINING,
+        _TRAINING,
+        {
+            "EPOCH_NUM": "num_epochs",
+            "INITIAL_LR": "learning_rate",
+            "STRUCTURAL_BATCH_SIZE": "batch_size",
+        },
+        True,
+    ),
+    (
+        _TRAINING,
+        (*_FINETUNE, "legacy_start"),
+        {
+            "MODEL_TO_START_WITH": "model",
+            "ALL_SPECIES_PATH": "all_species",
+            "SELF_CONTRIBUTIONS_PATH": "self_contributions",
+        },
+        True,
+    ),
+    (_CONFIG, _CONFIG, {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}, False),
+)
 
 
 @dataclass
@@ -92,10 +101,8 @@ def rewrite(raw: dict[str, Any]) -> Rewriting:
     steps: tuple[Callable[[Rewriting], None], ...] = (
         _architecture_name,
         _device,
-        _renamed_training,
         _lora_switch,
-        _legacy_start,
-        _peft_names,
+        _renamed,
         _first_factors,
         _per_atom,
     )
@@ -125,9 +132,14 @@ def _device(rewriting: Rewriting) -> None:
         rewriting.raw["device"] = "gpu"
 
 
-def _renamed_training(rewriting: Rewriting) -> None:
-    for old, new in _RENAMED_TRAINING.items():
-        rewriting.move((*_TRAINING, old), (*_TRAINING, new))
+def _renamed(rewriting: Rewriting) -> None:
+    """What has another name; with nothing under it, it says nothing."""
+    for place, today, names, notice in _RENAMED:
+        section = rewriting.section(place) or {}
+        for old, new in names.items():
+            if old in section and section[old] is None:
+                del section[old]
+            rewriting.move((*place, old), (*today, new), notice=notice)
 
 
 def _lora_switch(rewriting: Rewriting) -> None:
@@ -173,22 +185,6 @@ def _lora_switch(rewriting: Rewriting) -> None:
             rewriting.notices.append(
                 f"{format_path((*_TRAINING, old))} has no effect: USE_LORA_PEFT is false."
             )
-
-
-def _legacy_start(rewriting: Rewriting) -> None:
-    training = rewriting.section(_TRAINING)
-    if training is None:
-        return
-    for old, new in _LEGACY_START.items():
-        if old in training and training[old] is None:
-            del training[old]
-        rewriting.move((*_TRAINING, old), (*_FINETUNE, "legacy_start", new))
-
-
-def _peft_names(rewriting: Rewriting) -> None:
-    """PEFT's names are welcome, not outdated: no notice."""
-    for old, new in _PEFT_NAMES.items():
-        rewriting.move((*_CONFIG, old), (*_CONFIG, new), notice=False)
 
 
 def _first_factors(rewriting: Rewriting) -> None:
