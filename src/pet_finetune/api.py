@@ -57,6 +57,7 @@ from pet_finetune.keywords import (
     as_model,
     checkpoint_of,
     is_structures,
+    listed,
 )
 from pet_finetune.log import get_logger, setup_logging
 from pet_finetune.pretraining.stages import PretrainResult, pretrain_model
@@ -327,6 +328,7 @@ def pretrain(
         PetFinetuneError: bad input, or no frame that the teacher can label.
     """
     checked = checked_section(PretrainOptions, settings, "pretrain")
+    structures = listed(structures)
     if is_structures(structures):
         frames = [structures] if isinstance(structures, Atoms) else list(structures)
     else:

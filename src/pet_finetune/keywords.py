@@ -10,7 +10,7 @@ import copy
 import inspect
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +35,7 @@ from pet_finetune.config.load import LoadedOptions, parse_options, read_yaml
 from pet_finetune.config.problems import format_path
 from pet_finetune.config.run_options import Options
 from pet_finetune.data.ase_databases import write_exact
-from pet_finetune.errors import ConfigError
+from pet_finetune.errors import ConfigError, DataError
 from pet_finetune.model.fingerprint import weights_fingerprint
 from pet_finetune.model.potential import Potential
 
@@ -189,6 +189,7 @@ class Arguments:
                 raise ConfigError(f"features: {name} is given more than once.")
             known.add(section.place)
             settings = dict(section.settings)
+            settings |= {k: listed(v) for k, v in settings.items() if k == "read_from"}
             if is_structures(settings.get("read_from")):
                 settings["read_from"] = self._dataset(settings["read_from"], section.place, None)
             self._set((*_FINETUNE, section.place), name, settings)
@@ -229,6 +230,7 @@ class Arguments:
 
     def _dataset(self, given: Any, name: str, targets: Mapping[str, Any] | None) -> Any:
         """A set as options have it; what is no data is left for the schema to refuse."""
+        given = listed(given)
         if is_structures(given):
             frames = [given] if isinstance(given, Atoms) else list(given)
             path = (self.folder / f"{_SETS.get(name, name)}.db").absolute()
@@ -264,6 +266,13 @@ class Arguments:
         path = max(found, key=len)
         name = self.names[path]
         return line if name == place else f"{name}{place[len(path) :]}: {text} (option {place})"
+
+
+def listed(given: Any) -> Any:
+    """Structures of a generator, or of a trajectory of ASE's, as a list; the rest as it is."""
+    if isinstance(given, (Atoms, Mapping, Sequence, str, os.PathLike)):
+        return given
+    return list(given) if isinstance(given, Iterable) else given
 
 
 def is_structures(given: Any) -> bool:
@@ -307,9 +316,14 @@ def checkpoint_of(model: Model, spare: Path, *, write: bool = True) -> str:
 @contextmanager
 def as_files(structures: Any, name: str) -> Iterator[tuple[list[str], dict[str, str]]]:
     """Structures as files, and what to call those that are made for it."""
+    structures = listed(structures)
     if isinstance(structures, (str, os.PathLike)):
         yield [os.fspath(structures)], {}
     elif len(structures) and not is_structures(structures):
+        for one in structures:
+            if not isinstance(one, (str, os.PathLike)):
+                kind = type(one).__name__
+                raise DataError(f"{name}: expected structures, or names of files, got {kind}.")
         yield [os.fspath(path) for path in structures], {}
     elif not len(structures):
         yield [], {}

@@ -10,6 +10,7 @@ import ase.io
 import numpy as np
 import pytest
 import torch
+from ase.io import Trajectory
 
 import pet_finetune as pf
 from logs import logging_as_it_was
@@ -190,6 +191,21 @@ def test_structures_without_labels_are_predicted(base):
     atoms.calc = None
     made = pf.evaluate(base, atoms, device="cpu")
     assert made.predictions["structures"][0]["energy/forces"].shape == (len(atoms), 3)
+
+
+def test_generators_and_trajectories_are_structures_too(base, tmp_path):
+    frames = molecules(3)
+    ase.io.write(tmp_path / "a.traj", frames)
+    errors = [
+        pf.evaluate(base, given, device="cpu").errors["structures"]["energy"].mae("energy")
+        for given in (frames, iter(frames), Trajectory(str(tmp_path / "a.traj")))
+    ]
+    with pytest.raises(DataError, match="expected structures, or names of files, got float64"):
+        pf.evaluate(base, np.zeros(3))
+    assert errors == pytest.approx([errors[0]] * 3)
+    arguments = keywords.Arguments(tmp_path)
+    arguments.data(iter(frames), None)
+    assert arguments.tree["training_set"]["systems"]["read_from"].endswith("training_set.db")
 
 
 def test_no_structures(base):
