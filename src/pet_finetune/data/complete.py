@@ -28,10 +28,21 @@ _BEGINNINGS = {
     "cif": re.compile(r"^\s*_atom_site_(?:label|type_symbol)\s*$(?:(?!^\s*data_)[\s\S])*", re.M),
     "vasp-xml": re.compile(r"<calculation>"),
 }
+#: How parts of a text begin and end, by format; ASE takes those without an end for whole ones.
+_ENDS = {
+    "runnerdata": ("begin", "end"),
+    "n2p2": ("begin", "end"),
+    "nwchem-in": ("(?i:geometry)", "(?i:end)"),  # without an end ASE searches for hours
+    "proteindatabank": (r"MODEL\b", "ENDMDL"),
+    "gromos": (r"(?:TITLE|TIMESTEP|POSITION|VELOCITY|BOX)\b", "END"),
+    "res": ("TITL", "END"),
+    "turbomole": (r"\$coord", r"\$(?!coord)"),
+}
 #: How many atoms each structure of a file should have, by format.
 _COUNTS = {
     "gen": re.compile(r"\A\s*(\d+)"),
     "dlp4": re.compile(r"\A[^\n]*\n\s*\d+\s+\d+\s+(\d+)"),
+    "rmc6f": re.compile(r"\A[\s\S]*?^Number of atoms: *(\d+)", re.M),
     "mol": re.compile(r"\A(?:[^\n]*\n){3}(...)..."),
     "sdf": re.compile(r"(?:\A|^\$\$\$\$[^\n]*\n)(?:[^\n]*\n){3}(...)...", re.M),
 }
@@ -59,10 +70,6 @@ def check_complete(content: Content, count: int) -> None:
         _check_poscar(text, count, source)
     elif kind == "vasp-xdatcar":
         _check_last_line(text, source)
-    elif kind in ("runnerdata", "n2p2"):
-        begins, ends = (len(re.findall(rf"^{word}\b", text, re.M)) for word in ("begin", "end"))
-        if ends < begins:
-            raise _cut(source, f"of {begins} frames {ends} have an end")
     beginning = _BEGINNINGS.get(kind)
     expected = len(beginning.findall(text)) if beginning is not None else 0
     if expected > count:
@@ -81,6 +88,20 @@ def check_complete(content: Content, count: int) -> None:
                 source,
                 begun[1],
             )
+
+
+def check_ends(content: Content) -> None:
+    """Refuse a text in which a part has no end.
+
+    Raises:
+        DataError: it is cut off.
+    """
+    begin, end = _ENDS.get(content.kind, ("", ""))
+    begins, ends = (
+        len(re.findall(rf"^\s*{word}", content.text, re.M)) if word else 0 for word in (begin, end)
+    )
+    if ends < begins:
+        raise _cut(content.source, f"{begins} of its parts begin and {ends} end")
 
 
 def _check_ulm(data: bytes, source: str) -> None:

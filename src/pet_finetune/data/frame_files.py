@@ -28,7 +28,7 @@ from pet_finetune.log import get_logger
 from pet_finetune.progress import Watch
 
 from .ase_databases import is_database, is_lmdb, rows_of
-from .complete import check_complete, check_frames
+from .complete import check_complete, check_ends, check_frames
 from .extxyz import read_extxyz
 from .metatrain_sets import (
     Folder,
@@ -166,6 +166,7 @@ def _parse(content: Content, format: str, types: Mapping[int, str]) -> FrameFile
     kind = _named_format(format, source) if format else _guess(content)
     text = clean_outcar(content.text, source) if kind == "vasp-out" else content.text
     content = replace(content, kind=kind, text=text)
+    check_ends(content)
     with Watch(f"reading {source}", "frames") as watch:
         try:
             frames = list(_frames(content, types, watch))
