@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pet_finetune.adapters.adapter_config import AdapterConfig, default_modules_to_save
 from pet_finetune.adapters.inject import freeze, inject
+from pet_finetune.config.finetune import FinetuneConfig
 from pet_finetune.data.labelled_batch import collate
 from pet_finetune.data.neighbors import find_pairs, structure_neighbors
 from pet_finetune.data.structure import Structure
@@ -103,7 +104,9 @@ def _edges_of(structures: Sequence[Structure], cutoff: float) -> tuple[int, int,
 #: How each method chooses what trains, in a copy of the model.
 METHODS: dict[str, Callable[[Potential, str], object]] = {
     "full": lambda model, target: freeze(model, train=None),
-    "lora": lambda model, target: inject(model, AdapterConfig(targets=[target])),
+    "lora": lambda model, target: inject(
+        model, AdapterConfig(FinetuneConfig().rank, FinetuneConfig().alpha, targets=[target])
+    ),
     "heads": lambda model, target: freeze(model, default_modules_to_save(model.network, target)),
 }
 
