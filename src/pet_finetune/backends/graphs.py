@@ -172,8 +172,12 @@ def _first_line(text: str) -> str:
 
 
 def _choose_folder(folder: Path) -> None:
-    """Have Inductor keep its files with ours, where they outlive the temporary folder."""
-    os.environ.setdefault(_INDUCTOR, str(folder / "inductor"))
+    """Have Inductor keep its libraries with ours, without which a graph is compiled once more."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    # The variable is the user's, or torch has set it by itself, to a temporary folder.
+    if os.environ.get(_INDUCTOR) in (None, os.path.abspath(default_cache_dir())):
+        os.environ[_INDUCTOR] = str(folder / "inductor")
 
 
 def _path(key: str, device: torch.device) -> Path:
