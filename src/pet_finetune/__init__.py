@@ -21,62 +21,31 @@ from pet_finetune.version import __version__
 
 provide_home()  # before libraries are imported that need one
 
-if TYPE_CHECKING:
-    from pet_finetune.api import (
-        EvaluationResult,
-        EvaluationSettings,
-        FinetuneResult,
-        LabelNames,
-        PretrainResult,
-        add_uncertainty,
-        evaluate,
-        export,
-        finetune,
-        inspect,
-        pretrain,
-    )
-    from pet_finetune.calculator import PETCalculator
-    from pet_finetune.checkpoint.opening import load, load_checkpoint
-    from pet_finetune.keywords import (
-        Anchor,
-        Dora,
-        Full,
-        Heads,
-        Lora,
-        Prompt,
-        Qlora,
-        Replay,
-        Retention,
-    )
-    from pet_finetune.training.feature import Feature
-
-__all__ = [
-    "__version__",
-    "load",
-    "finetune",
-    "pretrain",
-    "add_uncertainty",
-    "evaluate",
-    "inspect",
-    "export",
-    "PETCalculator",
-    "Lora",
-    "Dora",
-    "Qlora",
-    "Prompt",
-    "Heads",
-    "Full",
-    "Replay",
-    "Anchor",
-    "Retention",
-    "Feature",
-    "FinetuneResult",
-    "PretrainResult",
-    "EvaluationResult",
-    "EvaluationSettings",
-    "LabelNames",
-    "load_checkpoint",
-]
+if TYPE_CHECKING:  # the same names, for those who check types
+    from pet_finetune.api import EvaluationResult as EvaluationResult
+    from pet_finetune.api import EvaluationSettings as EvaluationSettings
+    from pet_finetune.api import FinetuneResult as FinetuneResult
+    from pet_finetune.api import LabelNames as LabelNames
+    from pet_finetune.api import PretrainResult as PretrainResult
+    from pet_finetune.api import add_uncertainty as add_uncertainty
+    from pet_finetune.api import evaluate as evaluate
+    from pet_finetune.api import export as export
+    from pet_finetune.api import finetune as finetune
+    from pet_finetune.api import inspect as inspect
+    from pet_finetune.api import pretrain as pretrain
+    from pet_finetune.calculator import PETCalculator as PETCalculator
+    from pet_finetune.checkpoint.opening import load as load
+    from pet_finetune.checkpoint.opening import load_checkpoint as load_checkpoint
+    from pet_finetune.keywords import Anchor as Anchor
+    from pet_finetune.keywords import Dora as Dora
+    from pet_finetune.keywords import Full as Full
+    from pet_finetune.keywords import Heads as Heads
+    from pet_finetune.keywords import Lora as Lora
+    from pet_finetune.keywords import Prompt as Prompt
+    from pet_finetune.keywords import Qlora as Qlora
+    from pet_finetune.keywords import Replay as Replay
+    from pet_finetune.keywords import Retention as Retention
+    from pet_finetune.training.feature import Feature as Feature
 
 #: Modules, and the public names that come from each.
 _HOMES = {
@@ -93,6 +62,8 @@ _HOMES = {
     }.items()
     for name in names.split()
 }
+
+__all__ = ["__version__", *_HOMES]
 
 
 class _Package(ModuleType):

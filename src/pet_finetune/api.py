@@ -17,127 +17,74 @@ from typing import Any
 
 from ase import Atoms
 
+# Names that are written twice (`x as x`) are passed on to the command line.
 from pet_finetune.adapters.adapted import AdaptedPotential
-from pet_finetune.checkpoint.contents import (
-    check_adapters,
-    checkpoint_facts,
-    combine_adapters,
-    describe_adapter,
-    describe_checkpoint,
-    merge_adapter,
-)
+from pet_finetune.checkpoint.contents import check_adapters as check_adapters
+from pet_finetune.checkpoint.contents import checkpoint_facts as checkpoint_facts
+from pet_finetune.checkpoint.contents import combine_adapters as combine_adapters
+from pet_finetune.checkpoint.contents import describe_adapter as describe_adapter
+from pet_finetune.checkpoint.contents import describe_checkpoint as describe_checkpoint
+from pet_finetune.checkpoint.contents import merge_adapter as merge_adapter
 from pet_finetune.config.finetune import LastLayerOptions, PretrainOptions
 from pet_finetune.config.problems import checked_section
-from pet_finetune.data.convert_sets import convert
+from pet_finetune.data.convert_sets import convert as convert
 from pet_finetune.data.frame_files import read_frames
-from pet_finetune.dynamics.md_checks import ModelChoice
-from pet_finetune.dynamics.md_run import restart_md, run_md
-from pet_finetune.dynamics.relaxation import RelaxSettings, relax_structures
-from pet_finetune.dynamics.settings import MDSettings
+from pet_finetune.dynamics.md_checks import ModelChoice as ModelChoice
+from pet_finetune.dynamics.md_run import restart_md as restart_md
+from pet_finetune.dynamics.md_run import run_md as run_md
+from pet_finetune.dynamics.relaxation import RelaxSettings as RelaxSettings
+from pet_finetune.dynamics.relaxation import relax_structures as relax_structures
+from pet_finetune.dynamics.settings import MDSettings as MDSettings
 from pet_finetune.errors import ConfigError
-from pet_finetune.export.export import (
-    ExportOutcome,
-    export_model,
-    export_table,
-)
-from pet_finetune.inspection.inspect_data import (
-    Request,
-    inspect_data,
-    request_of_files,
-    request_of_options,
-    write_suggestion,
-)
-from pet_finetune.inspection.overview import Inspection, as_dict, render
+from pet_finetune.export.export import ExportOutcome
+from pet_finetune.export.export import export_model as export_model
+from pet_finetune.export.export import export_table as export_table
+from pet_finetune.inspection.inspect_data import Request as Request
+from pet_finetune.inspection.inspect_data import inspect_data as inspect_data
+from pet_finetune.inspection.inspect_data import request_of_files as request_of_files
+from pet_finetune.inspection.inspect_data import request_of_options as request_of_options
+from pet_finetune.inspection.inspect_data import write_suggestion as write_suggestion
+from pet_finetune.inspection.overview import Inspection as Inspection
+from pet_finetune.inspection.overview import as_dict as as_dict
+from pet_finetune.inspection.overview import render as render
 from pet_finetune.keywords import (
     Arguments,
     Keywords,
     Method,
-    Model,
     as_files,
     as_model,
     checkpoint_of,
     is_structures,
     listed,
 )
+from pet_finetune.keywords import Model as Model
 from pet_finetune.log import get_logger, setup_logging
-from pet_finetune.pretraining.stages import PretrainResult, pretrain_model
-from pet_finetune.printing import show
-from pet_finetune.report.report_file import ReportServer, write_report
-from pet_finetune.result import FinetuneResult, result_of
-from pet_finetune.rooms import (
-    ROOMS,
-    features_of_rooms,
-    profile,
-    train,
-    train_as_told,
-    train_named,
-)
+from pet_finetune.pretraining.stages import PretrainResult as PretrainResult
+from pet_finetune.pretraining.stages import pretrain_model
+from pet_finetune.printing import show as show
+from pet_finetune.report.report_file import ReportServer as ReportServer
+from pet_finetune.report.report_file import write_report as write_report
+from pet_finetune.result import FinetuneResult as FinetuneResult
+from pet_finetune.result import result_of
+from pet_finetune.rooms import ROOMS as ROOMS
+from pet_finetune.rooms import features_of_rooms
+from pet_finetune.rooms import profile as profile
+from pet_finetune.rooms import train as train
+from pet_finetune.rooms import train_as_told as train_as_told
+from pet_finetune.rooms import train_named as train_named
 from pet_finetune.runs import RunFolder
 from pet_finetune.training import run, uncertainty
-from pet_finetune.training.compare_runs import evaluate_named
-from pet_finetune.training.evaluation import (
-    EvaluationResult,
-    EvaluationSettings,
-    LabelNames,
-    evaluate_datasets,
-    evaluate_files,
-    evaluate_options,
-)
+from pet_finetune.training.compare_runs import evaluate_named as evaluate_named
+from pet_finetune.training.evaluation import EvaluationResult as EvaluationResult
+from pet_finetune.training.evaluation import EvaluationSettings as EvaluationSettings
+from pet_finetune.training.evaluation import LabelNames as LabelNames
+from pet_finetune.training.evaluation import evaluate_datasets as evaluate_datasets
+from pet_finetune.training.evaluation import evaluate_files as evaluate_files
+from pet_finetune.training.evaluation import evaluate_options as evaluate_options
 from pet_finetune.training.feature import Feature
 from pet_finetune.training.prepare import Rooms
-from pet_finetune.training.records import TrainOutcome
+from pet_finetune.training.records import TrainOutcome as TrainOutcome
 from pet_finetune.training.run_files import RunFiles
-
-__all__ = [
-    "add_uncertainty",
-    "EvaluationResult",
-    "EvaluationSettings",
-    "FinetuneResult",
-    "Inspection",
-    "LabelNames",
-    "MDSettings",
-    "Model",
-    "ModelChoice",
-    "PretrainResult",
-    "ROOMS",
-    "RelaxSettings",
-    "ReportServer",
-    "Request",
-    "TrainOutcome",
-    "as_dict",
-    "check_adapters",
-    "checkpoint_facts",
-    "combine_adapters",
-    "convert",
-    "describe_adapter",
-    "describe_checkpoint",
-    "evaluate",
-    "evaluate_datasets",
-    "evaluate_files",
-    "evaluate_named",
-    "evaluate_options",
-    "export",
-    "export_model",
-    "export_table",
-    "finetune",
-    "inspect",
-    "inspect_data",
-    "merge_adapter",
-    "pretrain",
-    "profile",
-    "relax_structures",
-    "render",
-    "request_of_files",
-    "request_of_options",
-    "restart_md",
-    "run_md",
-    "show",
-    "train",
-    "train_as_told",
-    "train_named",
-    "write_report",
-    "write_suggestion",
-]
 
 _logger = get_logger(__name__)
 _FOUNDATION = "foundation.ckpt"
@@ -159,13 +106,11 @@ def finetune(
     """Fine-tune a model on structures, as ``pet-finetune train`` does.
 
     Args:
-        model: what training starts from: a checkpoint or a loaded model, which is not changed. With
-            None the options say it.
+        model: the start: a checkpoint or a loaded model, not changed. None: the options say it.
         train: ``Atoms`` or a list of them (eV and Å; labels in the calculator's results, ``info``
             or ``arrays``), the path of a file that ASE reads, a section of ``training_set``, or
             all options: a dictionary as in an options file, or the path of one (``.yaml``).
-        validation: a fraction of the training structures, or structures, a path or a section. None
-            leaves it to the options.
+        validation: a fraction of the training structures, or given as these; None: the options.
         test: given in the same ways.
         targets: what is learned, as ``targets`` of a data set:
             ``{"energy": {"key": "REF_energy", "unit": "eV"}}``. None is ``energy`` with ``forces``
@@ -358,8 +303,7 @@ def add_uncertainty(
 
     Args:
         model: a checkpoint or a loaded model, which is not changed.
-        train: what it was trained on: ``Atoms``, a list of them, the path of a file, or a list of
-            paths.
+        train: what it was trained on: ``Atoms``, a list of them, the path of a file, or several.
         validation: other structures, with energies, which the factor is found on.
         output: a checkpoint to write.
         target: of which target; None for the only energy.

@@ -12,26 +12,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from ase import Atoms
-from ase.calculators.calculator import (
-    Calculator,
-    PropertyNotImplementedError,
-    all_changes,
-    equal,
-)
-from ase.stress import full_3x3_to_voigt_6_stress
+from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes, equal
 
 from pet_finetune.adapters.adapted import AdaptedPotential
 from pet_finetune.backends.arena import Arena
 from pet_finetune.backends.choice import choose_backend, use_backend
 from pet_finetune.checkpoint.opening import open_adapted, open_committee
-from pet_finetune.committee.committee import (
-    COMMITTEE_PROPERTIES,
-    OF_MEMBERS,
-    Committee,
-    CommitteePrediction,
-    committee_results,
-    to_numpy,
-)
+from pet_finetune.committee.committee import COMMITTEE_PROPERTIES, OF_MEMBERS, Committee, results_of
 from pet_finetune.committee.committee_files import Adapters
 from pet_finetune.committee.llpr import fresh, no_property, properties_of, with_uncertainty
 from pet_finetune.data.calculator_input import (
@@ -66,18 +53,16 @@ class PETCalculator(Calculator):
     happens to do, and only its sum has a meaning.
 
     Args:
-        model: a checkpoint of pet-finetune or metatrain, or a potential, with or without adapters,
-            which is copied.
+        model: a checkpoint of pet-finetune or metatrain, or a potential, which is copied.
         adapter: an adapter folder to put on top of it; merged into the weights. Others can be
             loaded beside it and switched to while the calculator is in use.
         adapters: several adapter folders, or the folder of a run with ``finetune.ensemble``: a
             committee. All properties are its mean, and there are those of
             :data:`COMMITTEE_PROPERTIES`.
         spread: ``"always"`` computes what each member says, and uncertainties, with everything
-            else; ``"on_demand"`` once they are asked for, which then takes an evaluation of its own
-            but is faster before where the members share their first layers. None is ``"always"``
-            for a committee; of a last layer (LLPR) the energy's uncertainty comes with everything
-            else then, and its members' forces and stress on demand.
+            else; ``"on_demand"`` by an evaluation of its own, once they are asked for. None is
+            ``"always"`` for a committee; of a last layer (LLPR) the energy's uncertainty comes with
+            everything else then, and its members' forces and stress on demand.
         target: the energy to use. Without it: the only one of the adapter, or of the model where
             there is none, else ``energy``.
         non_conservative: True for forces and stress from the model's direct heads
@@ -93,6 +78,11 @@ class PETCalculator(Calculator):
             once for a kind of model, in a minute or two; ``off`` never; ``auto`` by one that was
             made before, on a GPU. The first result is compared with one without the graph. Not of
             committees, direct heads and features.
+
+    Attributes:
+        model: the potential, adapter merged, or the committee; frozen, in evaluation mode.
+        target: the energy that is computed.
+        device: where the potential is evaluated.
 
     Raises:
         PetFinetuneError: of the kind that says what is wrong with checkpoint, adapter, target,
@@ -127,7 +117,7 @@ class PETCalculator(Calculator):
         _check_choice("compile", compile, ("auto", "on", "off"))
         self._rotations = make_orientations(orientations)
         self._wanted_device = str(device)
-        self._device = choose_device(self._wanted_device)
+        self.device = choose_device(self._wanted_device)
         floating = choose_dtype(dtype)
         if adapter is not None and adapters is not None:
             raise ConfigError(
@@ -147,11 +137,11 @@ class PETCalculator(Calculator):
         else:
             self._adapted = open_adapted(model, adapter)
             potential = self._adapted.potential
-        potential.to(device=self._device, dtype=floating)
-        use_backend(potential, choose_backend(self._device))
+        potential.to(device=self.device, dtype=floating)
+        use_backend(potential, choose_backend(self.device))
         if self._adapted is not None:
             self._adapted.merge()
-        self._model = potential.eval().requires_grad_(False)
+        self.model: Potential | Committee = potential.eval().requires_grad_(False)
         self._conditioned = potential.hypers.system_conditioning
         self._moving = MovingAtoms(potential.cutoff, float(skin))
         self._steady = self._steady_edges()
@@ -160,36 +150,18 @@ class PETCalculator(Calculator):
         self._arena = Arena()
 
     @property
-    def model(self) -> Potential | Committee:
-        """The potential, adapter merged, or the committee; frozen, in evaluation mode."""
-        return self._model
-
-    @property
-    def target(self) -> str:
-        """The energy that is computed."""
-        return self._target
-
-    @property
-    def device(self) -> torch.device:
-        """Where the potential is evaluated."""
-        return self._device
-
-    @property
     def dtype(self) -> torch.dtype:
         """Floating type of the evaluation; sums of energies are float64 always."""
-        return self._model.dtype
+        return self.model.dtype
 
-    @torch.inference_mode(False)
     def load_adapter(self, directory: str | os.PathLike[str], name: str) -> None:
         """Load an adapter folder beside those that are there; the first one is used at once.
 
         Raises:
             AdapterError: it cannot be read, belongs to another base, or the name is taken.
         """
-        self._switchable().load_adapter(os.fspath(directory), name)
-        self._switched()
+        self._switch(lambda adapted: adapted.load_adapter(os.fspath(directory), name))
 
-    @torch.inference_mode(False)
     def set_adapter(self, name: str) -> None:
         """Use another adapter from now on, in a running simulation too.
 
@@ -198,14 +170,11 @@ class PETCalculator(Calculator):
         Raises:
             AdapterError: no adapter of this name was loaded.
         """
-        self._switchable().set_adapter(name)
-        self._switched()
+        self._switch(lambda adapted: adapted.set_adapter(name))
 
-    @torch.inference_mode(False)
     def disable_adapters(self) -> None:
         """Compute with the base alone from now on."""
-        self._switchable().disable_adapters()
-        self._switched()
+        self._switch(AdaptedPotential.disable_adapters)
 
     @property
     def active_adapter(self) -> str | None:
@@ -236,16 +205,15 @@ class PETCalculator(Calculator):
         self._moving.rebuild(origin)
         self.reset()
 
-    def _switchable(self) -> AdaptedPotential:
+    @torch.inference_mode(False)
+    def _switch(self, change: Callable[[AdaptedPotential], None]) -> None:
+        """Change the adapter in use; what was computed is of another model then."""
         if self._adapted is None:
             raise AdapterError(
                 "This calculator is a committee, whose members are chosen when it is made. Make "
                 "another one with `adapter`."
             )
-        return self._adapted
-
-    def _switched(self) -> None:
-        """What was computed is of another model."""
+        change(self._adapted)
         self.reset()
         self._choose()
 
@@ -255,9 +223,9 @@ class PETCalculator(Calculator):
         self._direct: DirectTargets | None = None
         self._last_layer: LastLayer | None = None
         more: Sequence[str] = COMMITTEE_PROPERTIES
-        model = self._model
+        model = self.model
         if isinstance(model, Committee):
-            self._target = model.energy_target(self._wanted_target)
+            self.target = model.energy_target(self._wanted_target)
             if self._wanted_direct is not False:
                 raise ConfigError(
                     "non_conservative: a committee is of one energy, and has no direct heads. Use "
@@ -265,11 +233,11 @@ class PETCalculator(Calculator):
                 )
         else:
             own = () if self._adapted is None else self._adapted.targets
-            self._target = model.energy_target(self._wanted_target, own)
+            self.target = model.energy_target(self._wanted_target, own)
             # Direct heads of the base do not fit the adapter's features.
             targets = {name: model.targets[name] for name in own or model.targets}
-            self._direct = direct_targets(targets, self._target, self._wanted_direct)
-            self._last_layer = fresh(model).get(self._target)
+            self._direct = direct_targets(targets, self.target, self._wanted_direct)
+            self._last_layer = fresh(model).get(self.target)
             more = properties_of(self._last_layer, self._direct is not None)
         self.implemented_properties = [*type(self).implemented_properties, *more]
 
@@ -283,7 +251,7 @@ class PETCalculator(Calculator):
         """
         if name in COMMITTEE_PROPERTIES and name not in self.implemented_properties:
             raise PropertyNotImplementedError(
-                f"{name}: {no_property(self._last_layer, self._target)}"
+                f"{name}: {no_property(self._last_layer, self.target)}"
             )
         return super().get_property(name, atoms, allow_calculation)
 
@@ -318,11 +286,9 @@ class PETCalculator(Calculator):
         """Compute all properties of a structure; ASE calls this when one is asked for.
 
         Raises:
-            PropertyNotImplementedError: a stress is wanted of a structure that is not periodic in
-                all directions.
+            PropertyNotImplementedError: a stress of a structure that is not periodic everywhere.
             SpeciesError: elements the model does not know.
-            DataError: no atoms, coordinates that are not finite, a cell that cannot be, or a charge
-                or spin beyond those the model was made for.
+            DataError: no atoms, or coordinates, a cell, a charge or a spin that cannot be.
             ConfigError: on a GPU, in a process that was forked from one that used it.
         """
         atoms = self.atoms if atoms is None else atoms
@@ -335,7 +301,7 @@ class PETCalculator(Calculator):
                 f"has pbc = {atoms.pbc.tolist()}: its volume is not defined."
             )
         self.reset()  # nothing of the last structure is left should this one be refused
-        check_forked(self._device)
+        check_forked(self.device)
         predict = partial(self._predict, stress=periodic, asked=frozenset(properties or ()))
         batch, slack, holds = self._batch(atoms, self._moving), None, False
         while not holds:
@@ -344,12 +310,10 @@ class PETCalculator(Calculator):
                 chosen, slack = self._steady.choose(batch)
             with self._arena.reused():
                 prediction = self._in_orientations(chosen, predict)
-            results, left = _read(prediction, slack)
+            results, left = results_of(prediction, slack)
             holds = self._steady is None or self._steady.hold(left)
         super().calculate(atoms, properties, system_changes)
         self.results = results
-        if isinstance(prediction, CommitteePrediction):
-            self.results.update(committee_results(prediction))
 
     @torch.inference_mode(False)
     def predict_together(
@@ -364,18 +328,14 @@ class PETCalculator(Calculator):
         Args:
             structures: in any mix.
             neighbors: of :meth:`fresh_neighbors`, one for each structure, for its next call too.
-            stress: whether stresses are computed if a structure is periodic; they are zero for
-                those that are not.
-
-        Raises:
-            PetFinetuneError: as :meth:`calculate`.
+            stress: whether stresses are computed; they are zero where a structure is not periodic.
         """
-        check_forked(self._device)
+        check_forked(self.device)
         batch = join_graphs(list(map(self._batch, structures, neighbors)))
         stress = stress and any(bool(atoms.pbc.all()) for atoms in structures)
         mean: Callable[..., Prediction]
-        if isinstance(self._model, Committee):
-            mean = partial(self._model.predict, target=self._target, spread=False)
+        if isinstance(self.model, Committee):
+            mean = partial(self.model.predict, target=self.target, spread=False)
         else:
             mean = self._energy().predict
         with self._arena.reused():
@@ -387,9 +347,9 @@ class PETCalculator(Calculator):
 
     def _batch(self, atoms: Atoms, neighbors: MovingAtoms) -> Batch:
         """A structure as the model's input; its edges reach as far as the skin."""
-        check_atoms(atoms, self._model.species)
+        check_atoms(atoms, self.model.species)
         charge, spin = self._charge_and_spin(atoms)
-        return neighbors.batch(atoms, charge, spin, self._device, self._model.dtype)
+        return neighbors.batch(atoms, charge, spin, self.device, self.model.dtype)
 
     def _in_orientations(self, batch: Batch, predict: Callable[[Batch], Prediction]) -> Prediction:
         if len(self._rotations) == 1:
@@ -398,9 +358,9 @@ class PETCalculator(Calculator):
 
     def _predict(self, batch: Batch, stress: bool, asked: frozenset[str]) -> Prediction:
         members = not OF_MEMBERS.isdisjoint(asked) or self._spread == "always"
-        if isinstance(self._model, Committee):
+        if isinstance(self.model, Committee):
             members = members or self._spread is None
-            return self._model.predict(batch, self._target, stress=stress, spread=members)
+            return self.model.predict(batch, self.target, stress=stress, spread=members)
         layer = self._last_layer
         if self._spread == "on_demand" and asked.isdisjoint(COMMITTEE_PROPERTIES):
             layer = None
@@ -408,31 +368,31 @@ class PETCalculator(Calculator):
         if layer is None:
             return prediction
         members = members and self._direct is None
-        return with_uncertainty(self._model, batch, prediction, self._target, layer, members)
+        return with_uncertainty(self.model, batch, prediction, self.target, layer, members)
 
     def _without_spread(self, batch: Batch, stress: bool, features: bool) -> Prediction:
-        assert isinstance(self._model, Potential)
+        assert isinstance(self.model, Potential)
         if self._direct is not None:
-            return predict_direct(self._model, batch, self._target, self._direct, stress, features)
+            return predict_direct(self.model, batch, self.target, self._direct, stress, features)
         if features:
-            wanted = {self._target: (True, stress)}
-            found = self._model.predict_targets(batch, wanted, features_of=[self._target])
-            prediction = found[self._target]
+            wanted = {self.target: (True, stress)}
+            found = self.model.predict_targets(batch, wanted, features_of=[self.target])
+            prediction = found[self.target]
             assert isinstance(prediction, Prediction)
             return prediction
         return self._energy().predict(batch, stress=stress)
 
     def _energy(self) -> FrozenEnergy:
         """What computes the energy of one model."""
-        assert isinstance(self._model, Potential)
+        assert isinstance(self.model, Potential)
         if self._frozen is None:
-            self._frozen = FrozenEnergy(self._model, self._target, self._compile)
+            self._frozen = FrozenEnergy(self.model, self.target, self._compile)
         return self._frozen
 
     def _charge_and_spin(self, atoms: Atoms) -> tuple[int, int]:
         if not self._conditioned:
             return 0, 1
-        hypers = self._model.hypers
+        hypers = self.model.hypers
         return charge_and_spin(atoms, hypers.max_charge, hypers.max_spin_multiplicity)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -440,45 +400,25 @@ class PETCalculator(Calculator):
         state = self.__dict__.copy()
         state["_moving"] = self._moving.fresh()
         state["_frozen"] = state["_steady"] = None
-        if self._device.type != "cpu":
+        if self.device.type != "cpu":
             memo: dict[int, Any] = {}
-            state["_model"] = copy.deepcopy(self._model, memo).to("cpu")
+            state["model"] = copy.deepcopy(self.model, memo).to("cpu")
             state["_adapted"] = copy.deepcopy(self._adapted, memo)
         return state
 
     @torch.inference_mode(False)
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._device = choose_device(self._wanted_device)
-        self._model.to(self._device)
+        self.device = choose_device(self._wanted_device)
+        self.model.to(self.device)
         self._steady = self._steady_edges()
 
     def _steady_edges(self) -> SteadyEdges | None:
         """What spares a GPU, from which reading takes time, the choice of edges in each step."""
-        if isinstance(self._model, Committee) or len(self._rotations) > 1:
+        if isinstance(self.model, Committee) or len(self._rotations) > 1:
             return None
-        on_cpu = self._device.type == "cpu"
-        return None if on_cpu else SteadyEdges(self._model.network.neighborhood)
-
-
-def _read(prediction: Prediction, number: torch.Tensor | None) -> tuple[dict[str, Any], float]:
-    """ASE's results of one structure and a number, for which a GPU is waited for once."""
-    assert prediction.forces is not None
-    parts = [prediction.energy, prediction.atom_energies, prediction.forces]
-    parts += [part for part in (prediction.stress, number) if part is not None]
-    count = len(prediction.forces)
-    numbers = to_numpy(torch.cat([part.detach().to(torch.float64).flatten() for part in parts]))
-    energy = float(numbers[0])
-    results = {
-        "energy": energy,
-        "free_energy": energy,
-        "energies": numbers[1 : 1 + count],
-        "forces": numbers[1 + count : 1 + 4 * count].reshape(count, 3),
-    }
-    if prediction.stress is not None:
-        stress = numbers[1 + 4 * count : 10 + 4 * count].reshape(3, 3)
-        results["stress"] = full_3x3_to_voigt_6_stress(stress)
-    return results, float(numbers[-1])
+        on_cpu = self.device.type == "cpu"
+        return None if on_cpu else SteadyEdges(self.model.network.neighborhood)
 
 
 def _check_choice(option: str, value: str, allowed: Sequence[str]) -> None:

@@ -60,11 +60,7 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
 
 
 def _device_of_process(name: str, local_rank: int) -> torch.device:
-    """The GPU of one of several processes, or the CPU for ``auto`` where there is no GPU.
-
-    Raises:
-        ConfigError: there is no GPU for it, or the name is of one for all.
-    """
+    """The GPU of one of several processes, or the CPU for ``auto`` where there is no GPU."""
     if name not in ("auto", "gpu", "cuda"):
         raise ConfigError(
             f"device: '{name}' is one device for all processes. Use 'auto' or 'cuda', and each has "
@@ -82,11 +78,7 @@ def _device_of_process(name: str, local_rank: int) -> torch.device:
 
 
 def check_forked(device: torch.device | str) -> None:
-    """Refuse a GPU in a process that was forked from one that used it, which CUDA cannot do.
-
-    Raises:
-        ConfigError: as the summary says.
-    """
+    """Refuse a GPU in a process that was forked from one that used it, which CUDA cannot do."""
     if str(device) != "cpu" and torch.cuda._is_in_bad_fork():
         raise ConfigError(
             f"device: '{device}' cannot be used here: this process was forked from one that had "
@@ -113,14 +105,7 @@ def _compute_with_one_thread() -> None:
 
 
 def choose_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """The floating type that is meant; None, for a model's own, stays None.
-
-    Args:
-        dtype: ``float32`` or ``float64``, or torch's.
-
-    Raises:
-        ConfigError: it is another one.
-    """
+    """The floating type that is meant; None, for a model's own, stays None."""
     chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and chosen not in _DTYPES.values():
         raise ConfigError(f"dtype: '{dtype}' is not one of {', '.join(_DTYPES)}.")

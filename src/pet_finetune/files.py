@@ -68,6 +68,14 @@ def writing_explained(folder: Path, kind: type[PetFinetuneError]) -> Iterator[No
         ) from error
 
 
+def make_writable(folder: Path, kind: type[PetFinetuneError]) -> None:
+    """Make the output folder of a run where it does not exist, and try to write to it."""
+    with writing_explained(folder, kind):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+
+
 def check_room(folder: Path, size: int) -> None:
     """Refuse to begin a file that the disk has no room for.
 
@@ -143,14 +151,8 @@ def read_object(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is none.
         DataError: it cannot be read, or holds no such object.
     """
-    try:
+    with _reading_explained(path, "JSON"):
         content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise DataError(f"Cannot read '{path}': {error.strerror or error}.") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"'{path}' is damaged: it is no JSON ({error}). {_COPY}") from error
     if not isinstance(content, dict):
         kind = type(content).__name__
         raise DataError(f"'{path}' is damaged: it holds a {kind}, not a JSON object. {_COPY}")
@@ -158,6 +160,19 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 _COPY = "Put a whole copy of it in its place."
+
+
+@contextmanager
+def _reading_explained(path: Path, what: str) -> Iterator[None]:
+    """Say of a file that cannot be read, or is not what it should be, which one it is."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise DataError(f"Cannot read '{path}': {error.strerror or error}.") from error
+    except (ValueError, RecursionError, csv.Error) as error:
+        raise DataError(f"'{path}' is damaged: it is no {what} ({error}). {_COPY}") from error
 
 
 def read_table(path: Path) -> tuple[list[str], list[list[str]]]:
@@ -170,17 +185,9 @@ def read_table(path: Path) -> tuple[list[str], list[list[str]]]:
         FileNotFoundError: there is none.
         DataError: it cannot be read.
     """
-    try:
-        with path.open(newline="", encoding="utf-8") as stream:
-            heading, *rows = list(csv.reader(stream)) or [[]]
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise DataError(f"Cannot read '{path}': {error.strerror or error}.") from error
-    except (ValueError, csv.Error) as error:
-        raise DataError(
-            f"'{path}' is damaged: it is no table of comma-separated values ({error}). {_COPY}"
-        ) from error
+    what = "table of comma-separated values"
+    with _reading_explained(path, what), path.open(newline="", encoding="utf-8") as stream:
+        heading, *rows = list(csv.reader(stream)) or [[]]
     return heading, [row for row in rows if len(row) == len(heading)]
 
 
@@ -211,11 +218,7 @@ def size_text(size: int) -> str:
 
 
 def check_file(file: Path, what: str) -> None:
-    """Refuse a path that is no file, with the nearest name beside it.
-
-    Raises:
-        DataError: nothing is there, or a folder.
-    """
+    """Refuse a path that is no file, with the nearest name beside it."""
     if file.is_dir():
         deepmd = (
             " It is a data set of DeePMD-kit; in Python, dpdata converts it: dpdata.LabeledSystem("

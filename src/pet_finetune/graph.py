@@ -25,8 +25,7 @@ class Rectangles(NamedTuple):
     Atoms with many neighbours have one of their own, so that few slots are empty.
 
     Attributes:
-        slots: of each rectangle [atoms, width] int64, the flat token in each slot; in empty ones
-            the atom's own centre.
+        slots: of each rectangle [atoms, width] int64: flat tokens; in empty slots the own centre.
         slot_of_token: [n_atoms + n_edges] int64, where each flat token is among the slots of all
             rectangles, one behind the other.
         token_of_slot: [n_slots] int64, all of ``slots``.
@@ -43,8 +42,7 @@ class Layout(NamedTuple):
     """Which tokens belong to which atom.
 
     Attributes:
-        starts: [n_atoms + 1] int64, first edge of each atom and, last, the number of edges; atoms
-            without edges are allowed.
+        starts: [n_atoms + 1] int64, first edge of each atom (some have none), and number of edges.
         rectangles: for attention by plain torch operations; None where nothing needs them.
     """
 
@@ -56,8 +54,7 @@ class Edges(NamedTuple):
     """Which edges of a batch a network sees. Nothing of it has a gradient.
 
     Attributes:
-        within: [n_within] int64, the edges of the batch that are within the largest cutoff; None
-            where all are.
+        within: [n_within] int64, the edges of the batch within the largest cutoff; None for all.
         kept: [n_edges] int64, which of those are within the adaptive cutoffs of their atoms; None
             where cutoffs are not adaptive.
         centers: [n_edges] int64, the centre of each edge that is left, ascending.

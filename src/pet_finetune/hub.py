@@ -63,8 +63,7 @@ def find_model(address: str | os.PathLike[str]) -> Path:
     Args:
         address: a path; ``https://...``, which may end with ``#sha256=...`` to be compared;
             ``hf://OWNER/REPOSITORY/FILE`` (or ``REPOSITORY@REVISION``) of the Hugging Face hub; or
-            a short name: ``pet-mad-s``, ``pet-mad-s-v1.6.0``, ``pet-xtb-s``. A file comes before a
-            name.
+            a short name: ``pet-mad-s``, ``pet-mad-s-v1.6.0``, ``pet-xtb-s``, after any file.
 
     Raises:
         CheckpointError: there is no such file, or it cannot be fetched; nothing half fetched stays.
@@ -118,11 +117,7 @@ def _upet_name(text: str) -> re.Match[str] | None:
 
 
 def _refuse(path: Path) -> None:
-    """Refuse a path that is no file of a model, with the checkpoints beside it.
-
-    Raises:
-        CheckpointError: nothing is there, or a folder.
-    """
+    """Refuse a path that is no file of a model, with the checkpoints beside it."""
     if path.is_dir():
         if (path / "adapter_config.json").exists():
             raise CheckpointError(

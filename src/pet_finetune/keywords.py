@@ -206,18 +206,14 @@ class Arguments:
                 path = (*_TRAINING, option)
             self._set(path, name, value)
 
-    def parse(
-        self, checkpoint: str | None, source: str, *, require_start: bool = True
-    ) -> LoadedOptions:
+    def parse(self, checkpoint: str | None, source: str) -> LoadedOptions:
         """The checked options; structures are written once they are known to be right.
 
         Raises:
             ConfigError: one line for each problem, with the caller's names.
         """
         try:
-            loaded = parse_options(
-                self.tree, checkpoint, require_start=require_start, source=source
-            )
+            loaded = parse_options(self.tree, checkpoint, source=source)
         except ConfigError as error:
             lines = [self._renamed(line) for line in error.problems]
             listed = (

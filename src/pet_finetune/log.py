@@ -57,9 +57,6 @@ def setup_logging(level: int | str = "INFO", file: str | Path | None = None) -> 
         level: the lowest level shown, as a name (``"INFO"``) or number.
         file: a log file to append to; its folder is made when missing.
 
-    Returns:
-        the package's root logger.
-
     Raises:
         OSError: if the log file cannot be opened.
     """

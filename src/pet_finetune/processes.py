@@ -330,9 +330,6 @@ def check_distinct(devices: list[tuple[str, str]]) -> None:
 
     Args:
         devices: host and identity of each process's GPU; empty where it has none.
-
-    Raises:
-        ConfigError: naming two that share one.
     """
     seen: dict[tuple[str, str], int] = {}
     for number, (host, identity) in enumerate(devices):

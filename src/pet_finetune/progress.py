@@ -70,8 +70,7 @@ class Watch:
     It is shown once nothing has been said for a second; what is done before shows nothing.
 
     Args:
-        what: what is done, e.g. ``reading train.xyz``; a function of no arguments where that
-            changes.
+        what: what is done, e.g. ``reading train.xyz``; where that changes, a function of nothing.
         unit: what is counted, e.g. ``frames``.
         total: how many there are, where that is known.
     """

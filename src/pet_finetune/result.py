@@ -35,8 +35,7 @@ class FinetuneResult:
     Attributes:
         model: the best model, adapter merged; of an ensemble, the committee.
         adapter: its adapter; None for methods without one, and for an ensemble.
-        table: errors of the starting model and of the best one, for printing; None where they were
-            not computed.
+        table: errors of the starting model and of the best one, for printing; None without any.
         errors: the same as numbers in eV, Å and the targets' units, ``"before"`` and ``"after"``,
             by set, target and name: ``errors["after"]["test"]["energy"]["forces_mae"]``.
         history: the columns of ``train.csv`` over the epochs, NaN where a cell is empty: a pandas

@@ -61,22 +61,14 @@ def torch_generator(*place: int) -> torch.Generator:
 
 
 def generator_states(device: torch.device) -> dict[str, Any]:
-    """The states of torch's generators, of which dropout draws, for :func:`set_generators`.
-
-    Args:
-        device: whose generator counts beside the CPU's.
-    """
+    """The states of torch's generators, of which dropout draws, for :func:`set_generators`."""
     generators = processes.gathered(torch.get_rng_state())
     on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return {"rng": generators[0], "cuda_rng": on_gpu, "other_rngs": generators[1:]}
 
 
 def seed_process(seed: Sequence[int]) -> None:
-    """Give this process random numbers that no other one has.
-
-    Args:
-        seed: of the run and the step, the same for all processes.
-    """
+    """Give this process random numbers that no other one has."""
     sequence = np.random.SeedSequence([*seed, processes.rank(), Stream.PROCESS])
     torch.manual_seed(int(sequence.generate_state(1)[0]))
 

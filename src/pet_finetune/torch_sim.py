@@ -38,8 +38,7 @@ class PETTorchSimModel(ModelInterface):
         adapters: several, for a committee, whose mean is computed.
         target: the energy to use.
         device: ``auto``, ``cpu``, ``cuda``...
-        dtype: ``float32``, ``float64``, or None for the model's own; that of torch-sim's states
-            too.
+        dtype: as of torch-sim's states: ``float32``, ``float64``, or None for the model's own.
         compute_stress: whether stresses are computed, of structures that are periodic.
         skin: margin of the neighbour lists in Å; it changes speed, never results.
         compile: as for the calculator.

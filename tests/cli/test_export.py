@@ -45,7 +45,7 @@ def test_a_checkpoint_with_an_adapter(command, here: Path) -> None:
     with torch.jit.optimized_execution(False):
         atoms.calc = engines.MetatomicCalculator("two.pt", device="cpu")
         expected = predict(adapted.double(), [atoms], "energy/pbe").energy
-        assert atoms.get_potential_energy() == pytest.approx(float(expected), rel=1e-8)
+        assert atoms.get_potential_energy() == pytest.approx(float(expected), rel=1e-9)
 
 
 def test_an_adapter_of_several_targets(command, here: Path) -> None:

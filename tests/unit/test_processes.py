@@ -86,7 +86,7 @@ def test_a_gpu_is_refused_in_a_forked_child_with_the_way_out(monkeypatch: pytest
             device.choose_device(name)
     assert device.choose_device("cpu").type == "cpu"
     atoms.get_potential_energy()
-    atoms.calc._device = torch.device("cuda")
+    atoms.calc.device = torch.device("cuda")
     atoms.rattle(0.1)
     with pytest.raises(ConfigError, match="'spawn'"):
         atoms.get_potential_energy()

@@ -61,11 +61,7 @@ def _pattern_for(path: str, patterns: Mapping[str, object]) -> str | None:
 
 
 def resolve(network: PET, config: AdapterConfig) -> AdapterConfig:
-    """The configuration with whole paths of layers and modules.
-
-    Raises:
-        AdapterError: a pattern that matches nothing.
-    """
+    """The configuration with whole paths of layers and modules."""
     layers = [] if config.num_prompts else match_layers(network, config.target_modules)
     saved = config.modules_to_save
     if saved is None:

@@ -36,8 +36,7 @@ class Adapter:
             parameters of ``modules_to_save``.
         fingerprint: of the base that it belongs to; None where the writer did not say.
         base_name: what that base is called.
-        targets: what it predicts, with baselines on the CPU; none stands for the model's first
-            target.
+        targets: what it predicts, with baselines on the CPU; none: the model's first target.
         species: atomic numbers of the baselines; those that the base lacks came with the adapter.
         name: what to call it in messages: its folder.
     """
@@ -65,11 +64,7 @@ class Adapter:
 
 
 def capture(model: Potential, base_name: str = "") -> Adapter:
-    """The adapter that a model carries.
-
-    Raises:
-        AdapterError: there is none.
-    """
+    """The adapter that a model carries."""
     state = adapter_state(model)
     config = state.config
     tensors = adapter_tensors(model)
@@ -92,11 +87,7 @@ def _at_rest(model: Potential, start: AdapterTarget) -> AdapterTarget:
 
 
 def check_base(adapter: Adapter, fingerprint: str) -> None:
-    """Make sure that an adapter was made for the base with this fingerprint.
-
-    Raises:
-        AdapterError: naming both.
-    """
+    """Make sure that an adapter was made for the base with this fingerprint."""
     if adapter.fingerprint not in (None, fingerprint):
         raise AdapterError(
             f"The adapter {adapter.base_in_words}, but this model has the fingerprint "

@@ -43,8 +43,7 @@ class AdapterTarget:
     Attributes:
         spec: what is predicted.
         inherited_from: the target whose heads it started from, if any.
-        composition: baselines of the species, [n_species] or [n_species, n_values] float64; None
-            leaves the base's.
+        composition: [n_species] or [n_species, n_values] float64 baselines; None: the base's.
         scale: the target's unit per unit of the network's output; None leaves the base's.
     """
 
@@ -123,8 +122,7 @@ def inject(
         fingerprint: of the base, where heads were added to it since; computed when left out.
         inherited: targets, and those whose heads theirs were copied from.
         brought_targets: targets that are not the base's, and leave with the adapter.
-        brought_species: elements that are not the base's. Their embeddings train, and they leave
-            with the adapter.
+        brought_species: the same of elements, whose embeddings train.
 
     Returns:
         The configuration with ``target_modules`` and ``modules_to_save`` as full paths.
@@ -167,14 +165,7 @@ def place(
     brought_targets: Sequence[str] = (),
     brought_species: Sequence[int] = (),
 ) -> list[LoraLinear]:
-    """Adapt the layers of a resolved configuration; what goes into them is up to the caller.
-
-    Returns:
-        The adapted layers.
-
-    Raises:
-        AdapterError: prompts for a model that has some.
-    """
+    """Adapt the layers of a resolved configuration; what goes into them is up to the caller."""
     layers, saved = list(config.target_modules), list(config.modules_to_save or ())
     adapted = []
     for path in layers:
@@ -276,15 +267,7 @@ class TrainableReport:
 
 
 def freeze(model: Potential, train: Sequence[str] | None) -> None:
-    """Let only the parameters train whose path in the network begins with one of ``train``.
-
-    Args:
-        model: changed in place.
-        train: beginnings of paths; None lets every parameter train.
-
-    Raises:
-        AdapterError: nothing would train.
-    """
+    """Let only the parameters train whose path in the network begins with one of ``train``."""
     found = False
     for name, parameter in model.network.named_parameters():
         trains = train is None or name.startswith(tuple(train))
@@ -379,8 +362,7 @@ def _copy_into(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -
 def merged_copy(model: Potential) -> Potential:
     """An independent plain model, without adapters, that predicts the same bit for bit.
 
-    Over a quantised base, whose products are taken apart, the same to rounding. Prompts become part
-    of the network.
+    Over a quantised base the same to rounding. Prompts become part of the network.
     """
     plain = copy.deepcopy(model)
     plain.adapter = None

@@ -305,11 +305,7 @@ def prompts(model: Potential) -> dict[str, PromptTokens]:
 
 
 def add_prompts(model: Potential, length: int) -> None:
-    """Give every attention layer of a model a fresh prompt, in place; no prediction changes.
-
-    Raises:
-        AdapterError: the model has prompts, from an earlier run.
-    """
+    """Give every attention layer of a model a fresh prompt, in place; no prediction changes."""
     if model.hypers.num_prompts:
         raise AdapterError(
             f"The model has {model.hypers.num_prompts} prompt tokens in each layer already, which "

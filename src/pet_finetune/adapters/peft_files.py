@@ -57,9 +57,6 @@ def save_adapter(model: Potential, directory: str | Path, base_name: str = "") -
         directory: made where it does not exist.
         base_name: what the base is called, for the reader (``base_model_name_or_path``).
 
-    Returns:
-        The folder.
-
     Raises:
         AdapterError: the model has no adapter, or the folder cannot be written.
     """
@@ -83,14 +80,7 @@ def load_adapter(model: Potential, directory: str | Path) -> AdapterConfig:
 
 
 def write_adapter(adapter: Adapter, directory: str | Path) -> Path:
-    """Write an adapter into a folder; each file is replaced in one step.
-
-    Returns:
-        The folder.
-
-    Raises:
-        AdapterError: the folder cannot be written.
-    """
+    """Write an adapter into a folder; each file is replaced in one step."""
     folder = Path(directory)
     config = adapter.config
     extra = {
@@ -119,14 +109,15 @@ def read_adapter(directory: str | Path) -> Adapter:
     """The adapter in a folder, written by us or by PEFT.
 
     Raises:
-        AdapterError: none there, a damaged one, one of a method that we do not have, or of a newer
-            release.
+        AdapterError: none there, a damaged one, or of an unknown method or a newer release.
     """
     folder = Path(directory)
     peft = _read_json(folder / CONFIG_FILE)
     extra = read_metadata(folder)
     check_method(peft, folder / CONFIG_FILE)
-    tensors = _read_tensors(folder / WEIGHTS_FILE)
+    with _weights_explained(folder / WEIGHTS_FILE):
+        stored = load_file(folder / WEIGHTS_FILE)
+        tensors = {own_name(name): value for name, value in stored.items()}
     with _explained(str(folder)):
         if int(extra.get("version", _VERSION)) > _VERSION:
             raise AdapterError(
@@ -138,8 +129,8 @@ def read_adapter(directory: str | Path) -> Adapter:
         if not extra:
             return Adapter(config, tensors, name=str(folder))
         # Version 1 has what belongs to its one target among the rest.
-        stored = extra["targets"] if "targets" in extra else [{**extra, "spec": extra["target"]}]
-        targets = tuple(_read_target(entry) for entry in stored)
+        entries = extra["targets"] if "targets" in extra else [{**extra, "spec": extra["target"]}]
+        targets = tuple(_read_target(entry) for entry in entries)
         names = tuple(target.spec.name for target in targets)
         fingerprint = extra["base_fingerprint"]
         return Adapter(
@@ -198,11 +189,7 @@ def _digest(
 def _check_digest(
     folder: Path, peft: Mapping[str, Any], extra: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Make sure that an adapter of ours is what was written.
-
-    Raises:
-        AdapterError: it is not.
-    """
+    """Make sure that an adapter of ours is what was written."""
     if _DIGEST not in extra and not peft.items() >= _CHECKED.items():
         if extra:
             _logger.info(
@@ -220,20 +207,11 @@ def _check_digest(
 
 
 def read_metadata(directory: str | Path) -> dict[str, Any]:
-    """What we wrote beside the tensors of an adapter; empty for one that PEFT wrote.
-
-    Raises:
-        AdapterError: the weights file is missing or damaged.
-    """
+    """What we wrote beside the tensors of an adapter; empty for one that PEFT wrote."""
     path = Path(directory) / WEIGHTS_FILE
     with _weights_explained(path), safe_open(path, framework="pt") as stored:
         text = (stored.metadata() or {}).get(_METADATA)
         return {} if text is None else dict(json.loads(text))
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    with _weights_explained(path):
-        return {own_name(name): value for name, value in load_file(path).items()}
 
 
 def _weights_explained(path: Path) -> AbstractContextManager[None]:
@@ -329,11 +307,7 @@ def from_peft(peft: dict[str, Any]) -> AdapterConfig:
 
 
 def check_method(peft: dict[str, Any], path: Path) -> None:
-    """Refuse what would load but mean something else.
-
-    Raises:
-        AdapterError: another method, or settings that we do not have.
-    """
+    """Refuse what would load but mean something else."""
     folder, kind = path.parent, peft.get("peft_type")
     if kind not in _NEEDED:
         raise AdapterError(

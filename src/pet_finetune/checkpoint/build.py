@@ -35,11 +35,7 @@ class Checkpoint:
 
 
 def model_options(values: Mapping[str, Any], where: str) -> ModelOptions:
-    """Check the hyperparameters found in a file.
-
-    Raises:
-        CheckpointError: naming each that is wrong or unknown.
-    """
+    """Check the hyperparameters found in a file."""
     try:
         return ModelOptions.model_validate(dict(values))
     except ValidationError as error:

@@ -169,11 +169,7 @@ def _training(own: Mapping[str, Any]) -> str:
 
 
 def checkpoint_facts(path: str | Path) -> dict[str, Any]:
-    """All that a checkpoint holds beside its weights, as plain values for JSON.
-
-    Raises:
-        CheckpointError: the file cannot be read.
-    """
+    """All that a checkpoint holds beside its weights, as plain values for JSON."""
     checkpoint = load_checkpoint(path)
     model = checkpoint.model
     return {

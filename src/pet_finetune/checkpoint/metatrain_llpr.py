@@ -42,13 +42,6 @@ def read_llpr(
 ) -> None:
     """Give a model the uncertainties that a checkpoint has of its targets.
 
-    Args:
-        archive: the open file.
-        content: of the wrapper.
-        model: that it is around, converted.
-        factors: for each target, its unit in the file in ours.
-        notices: a line is added for each part that is left out, and one for what is read.
-
     Raises:
         CheckpointError: the format is newer, or the wrapper damaged.
     """
@@ -92,11 +85,7 @@ def _layer(
     fingerprint: str,
     notices: list[str],
 ) -> LastLayer | None:
-    """The uncertainty of one target; None where it was never calibrated.
-
-    Raises:
-        ValueError: its numbers cannot be.
-    """
+    """The uncertainty of one target; None where it was never calibrated."""
     name = uncertainty_name(target)
     parts = [state.get(f"{part}_{name}") for part in ("covariance", "cholesky", "multiplier")]
     covariance, cholesky, multiplier = (None if p is None else p.double() for p in parts)

@@ -245,9 +245,6 @@ def _as_lora(content: Mapping[str, Any], where: str, *, resumes: bool) -> Mappin
 
     Releases before had these methods. Their update is ``s (B A - B0 A0)`` with the factors of the
     start in the file as well: one product of the factors side by side.
-
-    Raises:
-        CheckpointError: the run is to go on, which needs the method.
     """
     config, tensors = dict(content["config"]), dict(content["tensors"])
     start = config.pop("init", "default")
@@ -328,9 +325,6 @@ def save_content(
         content: for ``torch.save``.
         pickle_module: for ``torch.save``.
         check: is shown the new file before it takes its place, and raises if it is wrong.
-
-    Raises:
-        CheckpointError: it cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

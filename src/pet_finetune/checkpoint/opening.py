@@ -73,11 +73,7 @@ def load_numbers(path: str | os.PathLike[str]) -> tuple[Sequence[int], list[Stor
     """The elements of a checkpoint, and its targets with their baselines and scales.
 
     Args:
-        path: of any model that :func:`load_checkpoint` reads, or of metatrain's ``composition`` or
-            ``scaler``.
-
-    Raises:
-        CheckpointError: it cannot be read.
+        path: of any model that can be loaded, or of metatrain's ``composition`` or ``scaler``.
     """
     with TorchArchive(path) as archive, damage_explained(archive.damaged):
         content = archive.content()
@@ -163,8 +159,7 @@ def open_committee(
     Raises:
         CheckpointError: as :func:`load_checkpoint`.
         AdapterError: the adapters cannot be read, are too few, or do not belong together.
-        ConfigError: the base has adapters already, or the adapters are for several energies and
-            none is named.
+        ConfigError: the base has adapters, or there are several energies and none is named.
     """
     if isinstance(model, AdaptedPotential):
         raise ConfigError(

@@ -163,9 +163,29 @@ def usable_targets(
         CheckpointError: if none is left; the message says why for each.
     """
     usable, reasons = [], []
+
+    def converted(name: str, info: Inert) -> StoredTarget:
+        spec = _spec(name, info, _layout(archive, info))
+        unit = str(info.get("unit") or "")
+        if not unit and spec.unit:
+            notices.append(f"Target '{name}' has no unit in the file; {spec.unit} is assumed.")
+        try:
+            factor = to_own_unit(spec.quantity, unit)
+        except UnitError as error:
+            quantity = spec.quantity
+            raise _Unusable(f"is in {unit!r}, which is no known unit of {quantity}") from error
+        if zbl and spec.quantity == "energy" and factor != 1.0:
+            raise _Unusable(f"is in {unit!r}, and the ZBL repulsion is only added to eV")
+        scale, relative = scales.get(name), None
+        if scale is None:
+            scale, relative = _scale(name, state, spec, len(species))
+        composition = _composition(name, state, spec, species)
+        composition = None if composition is None else composition * factor
+        return StoredTarget(spec, composition, scale * factor, relative, factor)
+
     for name, info in described.items():
         try:
-            usable.append(_convert(archive, name, info, state, scales, species, zbl, notices))
+            usable.append(converted(name, info))
         except _Unusable as why:
             reasons.append(f"target '{name}' {why}")
     if not usable:
@@ -177,42 +197,7 @@ def usable_targets(
     return usable
 
 
-def _convert(
-    archive: TorchArchive,
-    name: str,
-    info: Inert,
-    state: Mapping[str, Tensor],
-    scales: Mapping[str, float],
-    species: Sequence[int],
-    zbl: bool,
-    notices: list[str],
-) -> StoredTarget:
-    block = _layout(archive, name, info)
-    spec = _spec(name, info, block)
-    unit = str(info.get("unit") or "")
-    if not unit and spec.unit:
-        notices.append(f"Target '{name}' has no unit in the file; {spec.unit} is assumed.")
-    try:
-        factor = to_own_unit(spec.quantity, unit)
-    except UnitError as error:
-        quantity = spec.quantity
-        raise _Unusable(f"is in {unit!r}, which is no known unit of {quantity}") from error
-    if zbl and spec.quantity == "energy" and factor != 1.0:
-        raise _Unusable(f"is in {unit!r}, and the ZBL repulsion is only added to eV")
-    scale, relative = scales.get(name), None
-    if scale is None:
-        scale, relative = _scale(name, state, spec, len(species))
-    composition = _composition(name, state, spec, species)
-    return StoredTarget(
-        spec=spec,
-        composition=None if composition is None else composition * factor,
-        scale=scale * factor,
-        relative=relative,
-        factor=factor,
-    )
-
-
-def _layout(archive: TorchArchive, name: str, info: Inert) -> TensorBlock:
+def _layout(archive: TorchArchive, info: Inert) -> TensorBlock:
     """The one block that says which shape the target has."""
     layout = info.get("layout")
     stored = layout.state[0] if isinstance(layout, Inert) and layout.state else None

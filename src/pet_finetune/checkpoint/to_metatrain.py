@@ -69,12 +69,10 @@ def save_metatrain(
         name: of the model, for the metadata.
         authors: of the model.
         card: what else the metadata say.
-        check: is shown the new file, and its targets as in the result, before it takes its place,
-            and raises if it is wrong.
+        check: is shown the new file and its targets before it takes its place; raises if wrong.
 
     Raises:
-        CheckpointError: metatrain's PET has no place for something that the model has, or the file
-            cannot be written.
+        CheckpointError: metatrain's PET has no place for a part, or the file cannot be written.
     """
     from metatomic.torch import ModelMetadata
 
@@ -126,11 +124,7 @@ def save_metatrain(
 
 
 def _targets(model: Potential, where: str, notices: list[str]) -> dict[str, str]:
-    """Metatrain's name of each target, and ours.
-
-    Raises:
-        CheckpointError: something of the model has no place in metatrain's PET.
-    """
+    """Metatrain's name of each target, and ours."""
     if model.hypers.num_prompts:
         raise CheckpointError(
             f"{where}: the model has {model.hypers.num_prompts} prompt tokens in each layer, which "

@@ -193,15 +193,6 @@ def merge_lora_layers(
 ) -> dict[str, Tensor]:
     """Merge every LoRA layer of a state dict into the layer it adapts.
 
-    Args:
-        state: names and tensors of the checkpoint's model.
-        finetune: the checkpoint's ``finetune_config``, which holds ``alpha``.
-        where: what to call the file in messages.
-        notices: one line is appended when something was merged.
-
-    Returns:
-        a state dict as a model without LoRA has it.
-
     Raises:
         CheckpointError: if there are such layers and ``alpha`` or a part of them is missing.
     """

@@ -122,13 +122,7 @@ class Comparison:
 def collect(
     committee: Committee, batches: Iterable[LabelledBatch], wanted: Mapping[str, tuple[bool, bool]]
 ) -> dict[str, Deviations]:
-    """Errors and spreads of a committee on labelled batches, by kind.
-
-    Args:
-        committee: whose calibration is not applied.
-        batches: any device and dtype; moved to the committee's.
-        wanted: for its target, whether forces and stress are compared.
-    """
+    """Errors and spreads of a committee on labelled batches, by kind."""
     comparison = Comparison()
     for batch in on_device(batches, committee.device, committee.dtype):
         comparison.add(batch, committee.predict_many(batch.graph, wanted))
@@ -194,14 +188,7 @@ def calibration_svg(curves: Mapping[str, Curves]) -> str:
 
 
 def draw_coverage(axes: Any, kind: str, curve: Curves, colours: tuple[str, str, str]) -> None:
-    """Observed over expected coverage of one kind.
-
-    Args:
-        axes: matplotlib's.
-        kind: energy, forces or stress.
-        curve: to draw.
-        colours: of the diagonal, the bare spread and the calibrated one.
-    """
+    """Observed over expected coverage of one kind."""
     axes.plot([0, 1], [0, 1], color=colours[0], linewidth=1)
     for name, observed, area, colour in (
         ("spread", curve.before, curve.area_before, colours[1]),

@@ -71,11 +71,7 @@ class CommitteePrediction(Prediction):
         return getattr(self.members, kind) is not None
 
     def spread(self, kind: str) -> Tensor:
-        """Standard deviation of each number over the members, a sample (n - 1).
-
-        Args:
-            kind: ``energy``, ``atom_energies``, ``forces`` or ``stress``.
-        """
+        """Standard deviation of each number over the members, a sample (n - 1)."""
         values: Tensor = getattr(self.members, kind)
         return values.std(0)
 
@@ -153,11 +149,7 @@ class Committee(nn.Module):
         return self._first.device
 
     def energy_target(self, wanted: str | None = None) -> str:
-        """The energy that the members are for, which is the only one that can be wanted.
-
-        Raises:
-            AdapterError: another one is.
-        """
+        """The energy that the members are for, which is the only one that can be wanted."""
         if wanted not in (None, self.target):
             raise AdapterError(
                 f"target: the adapters of this committee are for '{self.target}', not '{wanted}'."
@@ -182,9 +174,6 @@ class Committee(nn.Module):
             stress: whether the stress is derived.
             spread: False where the mean of the derivatives is enough. Those of the members are
                 then left out if they cost extra, which they do behind layers that all share.
-
-        Raises:
-            AdapterError: the members are for another energy.
         """
         self.energy_target(target)
         with autograd_possible(self, batch) as recordable:
@@ -195,7 +184,9 @@ class Committee(nn.Module):
     ) -> CommitteePrediction:
         shared = None
         if self.one_pass:
-            at_once = self._members_at_once(batch)
+            # So many that the features of all edges together stay within bounds.
+            most = _limit(_MOST_EDGES, batch) // max(1, batch.num_edges)
+            at_once = max(1, min(self.size, most))
             with self._shared(batch, together=not spread) as layers:
                 parts = [
                     self._predict_joined(batch, slice(start, start + at_once), forces, stress)
@@ -208,8 +199,13 @@ class Committee(nn.Module):
             each = [m.predict(batch, target, forces=forces, stress=stress) for m in models]
             members = _map(lambda *values: torch.stack(values), *each)
         mean = _map(lambda values: values.mean(0), members)
-        if shared is not None:
-            mean = _with_derivatives(mean, batch, shared / self.size)
+        if shared is not None:  # the rest of the energy's gradient on the edge vectors
+            rest, forces_now, stress_now = [shared / self.size], mean.forces, mean.stress
+            mean = replace(
+                mean,
+                forces=None if forces_now is None else forces_now + forces_of(batch, rest),
+                stress=None if stress_now is None else stress_now + stress_of(batch, rest),
+            )
             members = replace(members, forces=None, stress=None)
         return CommitteePrediction(**vars(mean), members=members, calibration=self.calibration)
 
@@ -230,10 +226,6 @@ class Committee(nn.Module):
         with layers.sharing(batch, run, together):
             yield layers
 
-    def _members_at_once(self, batch: Batch) -> int:
-        """So many that the features of all edges together stay within bounds."""
-        return max(1, min(self.size, _limit(_MOST_EDGES, batch) // max(1, batch.num_edges)))
-
     def _predict_joined(
         self, batch: Batch, members: slice, forces: bool, stress: bool
     ) -> Prediction:
@@ -252,16 +244,6 @@ class Committee(nn.Module):
             name: self.predict(batch, name, forces=forces, stress=stress)
             for name, (forces, stress) in wanted.items()
         }
-
-
-def _with_derivatives(mean: Prediction, batch: Batch, gradient: Tensor) -> Prediction:
-    """A prediction with the rest of its energy's gradient on the edge vectors, [n_edges, 3]."""
-    forces, stress = mean.forces, mean.stress
-    return replace(
-        mean,
-        forces=None if forces is None else forces + forces_of(batch, [gradient]),
-        stress=None if stress is None else stress + stress_of(batch, [gradient]),
-    )
 
 
 def _limit(limits: Mapping[str, int], batch: Batch) -> int:
@@ -287,8 +269,35 @@ COMMITTEE_PROPERTIES = (
 OF_MEMBERS = frozenset(COMMITTEE_PROPERTIES) - {"energy_uncertainty", "energy_ensemble"}
 
 
-def committee_results(prediction: CommitteePrediction) -> dict[str, Any]:
-    """What :data:`COMMITTEE_PROPERTIES` names, for the one structure of a prediction."""
+def results_of(
+    prediction: Prediction, number: Tensor | None = None
+) -> tuple[dict[str, Any], float]:
+    """ASE's results of one structure, and a number, for which a GPU is waited for once.
+
+    Those of :data:`COMMITTEE_PROPERTIES` that there are, are among them.
+    """
+    assert prediction.forces is not None
+    parts = [prediction.energy, prediction.atom_energies, prediction.forces]
+    parts += [part for part in (prediction.stress, number) if part is not None]
+    count = len(prediction.forces)
+    numbers = to_numpy(torch.cat([part.detach().to(torch.float64).flatten() for part in parts]))
+    energy = float(numbers[0])
+    results: dict[str, Any] = {
+        "energy": energy,
+        "free_energy": energy,
+        "energies": numbers[1 : 1 + count],
+        "forces": numbers[1 + count : 1 + 4 * count].reshape(count, 3),
+    }
+    if prediction.stress is not None:
+        stress = numbers[1 + 4 * count : 10 + 4 * count].reshape(3, 3)
+        results["stress"] = full_3x3_to_voigt_6_stress(stress)
+    if isinstance(prediction, CommitteePrediction):
+        results |= _of_members(prediction)
+    return results, float(numbers[-1])
+
+
+def _of_members(prediction: CommitteePrediction) -> dict[str, Any]:
+    """What :data:`COMMITTEE_PROPERTIES` names."""
     members = prediction.members
     results: dict[str, Any] = {"energy_uncertainty": float(prediction.uncertainty("energy")[0])}
     if len(members.energy):  # a last layer has an uncertainty without members, too

@@ -135,13 +135,7 @@ def _common_energy(adapters: Sequence[Adapter], base: Potential, wanted: str | N
 
 
 def write_committee(folder: str | Path, members: Sequence[str], calibration: Calibration) -> Path:
-    """Say in a folder which adapters below it are a committee.
-
-    Args:
-        folder: of the run.
-        members: folders of the adapters, relative to it.
-        calibration: of the spread.
-    """
+    """Say in a folder which adapters below it are a committee."""
     path = Path(folder) / COMMITTEE_FILE
     content = {
         "format": _FORMAT,

@@ -8,7 +8,7 @@ whatever the precision of the model.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -35,12 +35,10 @@ from .committee import COMMITTEE_PROPERTIES, Calibration, CommitteePrediction
 _logger = get_logger(__name__)
 
 
-def fresh(model: Potential, tell: bool = True) -> dict[str, LastLayer]:
+def fresh(model: Potential) -> dict[str, LastLayer]:
     """The last-layer uncertainties of a model whose weights are still those they were made for.
 
-    Args:
-        model: with or without such.
-        tell: whether those that are not are named in the log.
+    Those that are not are named in the log.
     """
     if not model.uncertainties:
         return {}
@@ -52,7 +50,7 @@ def fresh(model: Potential, tell: bool = True) -> dict[str, LastLayer]:
             found[target] = layer
         else:
             stale.append(target)
-    if stale and tell:
+    if stale:
         _logger.warning(
             "The last-layer uncertainty (LLPR) of %s was made for other weights and is not "
             "offered. Training with finetune.llpr: true makes one for the new weights.",
@@ -66,8 +64,7 @@ def properties_of(layer: LastLayer | None, direct: bool) -> Sequence[str]:
 
     Args:
         layer: the uncertainty of its energy, if there is one.
-        direct: whether forces or stress come from heads of their own; members differ in the energy
-            alone.
+        direct: whether forces or stress come from heads of their own, of which members say nothing.
     """
     if layer is None:
         return []
@@ -118,23 +115,14 @@ def predict_uncertain(
     batch: Batch,
     wanted: Mapping[str, tuple[bool, bool]],
     layers: Mapping[str, LastLayer],
-    members: bool = False,
 ) -> dict[str, Prediction | Property]:
-    """As :meth:`Potential.predict_targets`; energies with uncertainties come with theirs.
-
-    Args:
-        model: predicts.
-        batch: the structures.
-        wanted: for each target, whether forces and stress are.
-        layers: as :func:`fresh` gives them.
-        members: as for :func:`with_uncertainty`.
-    """
+    """As :meth:`Potential.predict_targets`; energies with uncertainties come with theirs."""
     known = [name for name in wanted if name in layers and model.target(name).is_energy]
     found = model.predict_targets(batch, wanted, features_of=known)
     for name in known:
         prediction = found[name]
         assert isinstance(prediction, Prediction)
-        found[name] = with_uncertainty(model, batch, prediction, name, layers[name], members)
+        found[name] = with_uncertainty(model, batch, prediction, name, layers[name])
     return found
 
 
@@ -201,8 +189,7 @@ class Fitted:
 
     Attributes:
         layer: for the weights that the model has.
-        curves: of an energy, its coverage on the validation set without and with the factor; None
-            for other targets.
+        curves: of an energy, its coverage on the validation set without and with the factor.
     """
 
     layer: LastLayer
@@ -224,8 +211,7 @@ def fit_last_layers(
         model: in evaluation mode; not changed.
         training: batches of the structures that it was trained on.
         validation: batches of others, with labels.
-        targets: those to make an uncertainty for; one that the validation set has no label of is
-            left out.
+        targets: to make an uncertainty for; those without labels for validation are left out.
         options: how.
         seed: of the members' weights.
 
@@ -275,18 +261,25 @@ def _covariances(
     width = model.network.last_layer_width
     zeros = torch.zeros(width, width, dtype=torch.float64, device=model.device)
     sums = {target: zeros.clone() for target in targets}
-    wanted = dict.fromkeys(targets, (False, False))
-    with Watch("features of the training set", "structures") as watch:
-        for batch in on_device(training, model.device, model.dtype):
-            found = model.predict_targets(batch.graph, wanted, features_of=targets)
-            for target in targets:
-                spec = model.target(target)
-                rows = _features(batch.graph, spec, found[target])
-                if not spec.per_atom:
-                    rows = rows / batch.graph.atoms_per_structure.unsqueeze(1)
-                sums[target] += rows.T @ rows
-            watch.step(batch.graph.num_structures)
+    for batch, found in _predicted(model, training, targets, "features of the training set"):
+        for target in targets:
+            spec = model.target(target)
+            rows = _features(batch.graph, spec, found[target])
+            if not spec.per_atom:
+                rows = rows / batch.graph.atoms_per_structure.unsqueeze(1)
+            sums[target] += rows.T @ rows
     return sums
+
+
+def _predicted(
+    model: Potential, batches: Iterable[LabelledBatch], targets: Sequence[str], what: str
+) -> Iterator[tuple[LabelledBatch, dict[str, Prediction | Property]]]:
+    """Batches with what a model says of targets, features included; ``what`` is shown."""
+    wanted = dict.fromkeys(targets, (False, False))
+    with Watch(what, "structures") as watch:
+        for batch in on_device(batches, model.device, model.dtype):
+            yield batch, model.predict_targets(batch.graph, wanted, features_of=targets)
+            watch.step(batch.graph.num_structures)
 
 
 def _residuals(
@@ -294,24 +287,20 @@ def _residuals(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Errors and uncertainties without a factor of the numbers of each target, both [n]."""
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    wanted = dict.fromkeys(layers, (False, False))
-    with Watch("calibration of the uncertainty", "structures") as watch:
-        for batch in on_device(validation, model.device, model.dtype):
-            graph = batch.graph
-            found = model.predict_targets(graph, wanted, features_of=list(layers))
-            for target, layer in layers.items():
-                label, said, spec = batch.labels.get(target), found[target], model.target(target)
-                if label is None:
-                    continue
-                values = said.energy if isinstance(said, Prediction) else said.values
-                error = (values - label.to(values)).double()
-                size = layer.to(model.device)(_features(graph, spec, said))
-                # Every number of a row has the row's uncertainty.
-                error = error.reshape(len(size), -1)
-                known = ~error.isnan()
-                both = error[known].cpu(), size.unsqueeze(1).expand_as(error)[known].cpu()
-                parts.setdefault(target, []).append(both)
-            watch.step(graph.num_structures)
+    what = "calibration of the uncertainty"
+    for batch, found in _predicted(model, validation, list(layers), what):
+        for target, layer in layers.items():
+            label, said, spec = batch.labels.get(target), found[target], model.target(target)
+            if label is None:
+                continue
+            values = said.energy if isinstance(said, Prediction) else said.values
+            error = (values - label.to(values)).double()
+            size = layer.to(model.device)(_features(batch.graph, spec, said))
+            # Every number of a row has the row's uncertainty.
+            error = error.reshape(len(size), -1)
+            known = ~error.isnan()
+            both = error[known].cpu(), size.unsqueeze(1).expand_as(error)[known].cpu()
+            parts.setdefault(target, []).append(both)
     joined = {
         target: (torch.cat([error for error, _ in both]), torch.cat([size for _, size in both]))
         for target, both in parts.items()

@@ -38,9 +38,6 @@ def gather(models: Iterable[Potential], target: str) -> tuple[Potential, list[Me
     """The first model, and every one (the first included) as its difference from it.
 
     Models are let go one by one: a committee of a large model must not need the memory of as many.
-
-    Raises:
-        AdapterError: fewer than two models, or of different make.
     """
     first: Potential | None = None
     members = []

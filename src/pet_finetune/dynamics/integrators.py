@@ -24,12 +24,7 @@ _OF_SINGLE = (constraints.FixAtoms, constraints.FixCartesian)
 
 
 def constraint_problems(atoms: Atoms, simulated: bool = True) -> list[str]:
-    """What of the constraints cannot be kept, one line each.
-
-    Args:
-        atoms: the structure.
-        simulated: whether it is to be kept by momenta too, and not in a relaxation alone.
-    """
+    """What of the constraints cannot be kept, one line each."""
     kinds = sorted({type(c).__name__ for c in atoms.constraints} - {*_KINDS})
     if simulated and kinds:
         return [
@@ -38,7 +33,8 @@ def constraint_problems(atoms: Atoms, simulated: bool = True) -> list[str]:
             f"{', '.join(_KINDS)}."
         ]
     modes = (c.mode for c in atoms.constraints if isinstance(c, constraints.FixedMode))
-    if simulated and any(np.ptp(atoms.get_masses()[_moved_by(mode)]) > 1e-6 for mode in modes):
+    moved = [np.abs(mode.reshape(-1, 3)).max(axis=1) > 1e-12 for mode in modes]
+    if simulated and any(np.ptp(atoms.get_masses()[some]) > 1e-6 for some in moved):
         return [
             "the constraint FixedMode holds together atoms of several masses, and ASE takes the "
             "same part from momenta as from positions, which heats them. Take it out."
@@ -56,12 +52,6 @@ def constraint_problems(atoms: Atoms, simulated: bool = True) -> list[str]:
         f"the constraints ({names}) act on the same atoms, and ASE applies one after the other, so "
         "that none of them would hold exactly. Leave one of them out."
     ]
-
-
-def _moved_by(mode: np.ndarray) -> np.ndarray:
-    """Which atoms a mode moves, [n] bool."""
-    moved: np.ndarray = np.abs(mode.reshape(-1, 3)).max(axis=1) > 1e-12
-    return moved
 
 
 def degrees_of_freedom(atoms: Atoms, momentum_kept: bool) -> int:
@@ -133,11 +123,6 @@ def draw_velocities(atoms: Atoms, wanted: float, rng: np.random.Generator) -> No
     """Maxwell-Boltzmann momenta that obey the constraints, at exactly ``wanted``.
 
     Motions of the whole that nothing would change are taken out.
-
-    Args:
-        atoms: changed in place.
-        wanted: K.
-        rng: where the random numbers come from.
     """
     weights = np.sqrt(atoms.get_masses())[:, None]
     drawn = rng.standard_normal((len(atoms), 3)) * np.sqrt(units.kB * wanted)
@@ -170,11 +155,6 @@ def make_integrator(
     Parrinello, J. Chem. Phys. 126, 014101 (2007)) or a Nose-Hoover chain. NPT is that of Martyna,
     Tobias and Klein (J. Chem. Phys. 101, 4177 (1994)), which samples the true ensemble for cells
     of any shape and has a conserved quantity to judge it by.
-
-    Args:
-        atoms: with calculator and momenta.
-        settings: with all defaults written out.
-        rng: of the stochastic thermostats; the state of the run.
     """
     timestep = settings.timestep * units.fs
     if settings.ensemble == "nve":

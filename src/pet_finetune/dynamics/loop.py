@@ -72,11 +72,7 @@ class _Run:
         return atoms
 
     def look(self) -> Measurement:
-        """Measure the step.
-
-        Raises:
-            DynamicsError: it has gone wrong.
-        """
+        """Measure the step."""
         row = measure(self.dynamics, self.freedom)
         problem = self.watch.problem(row, self.atoms)
         if problem is not None:

@@ -17,7 +17,7 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from pet_finetune.errors import DynamicsError, damage_explained
-from pet_finetune.files import replacing, write_whole, writing_explained
+from pet_finetune.files import make_writable, replacing, write_whole, writing_explained
 from pet_finetune.log import get_logger
 
 from .carried import carried, from_ase, to_traj
@@ -70,18 +70,11 @@ class MDFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._template: Atoms | None = None
-        with writing_explained(self.folder, DynamicsError):
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / ".writable").touch()
-            (folder / ".writable").unlink()
+        make_writable(folder, DynamicsError)
 
     @classmethod
     def existing(cls, folder: Path) -> MDFiles:
-        """Those of a run that was made before; nothing is made where there is none.
-
-        Raises:
-            DynamicsError: there is no such folder, or no state in it.
-        """
+        """Those of a run that was made before; nothing is made where there is none."""
         if not (folder / STATE).is_file():
             raise DynamicsError(
                 f"--restart: '{folder}' holds no {STATE}, so there is nothing to go on from. "
@@ -94,11 +87,7 @@ class MDFiles:
 
     @staticmethod
     def check_free(folder: Path) -> None:
-        """Make sure that a new run in ``folder`` overwrites no older one.
-
-        Raises:
-            DynamicsError: it would.
-        """
+        """Make sure that a new run in ``folder`` overwrites no older one."""
         if any((folder / name).exists() for name in (STATE, TRAJECTORY, TABLE)):
             raise DynamicsError(
                 f"The output folder '{folder}' holds a simulation already. Choose another with "
@@ -120,11 +109,7 @@ class MDFiles:
         self.write(SETTINGS, json.dumps(settings, indent=2) + "\n")
 
     def read_start(self) -> tuple[Atoms, dict[str, Any]]:
-        """What :meth:`write_start` kept.
-
-        Raises:
-            DynamicsError: it is gone or damaged.
-        """
+        """What :meth:`write_start` kept."""
         try:
             settings: dict[str, Any] = json.loads((self / SETTINGS).read_text(encoding="utf-8"))
             digest = sha256((self / START).read_bytes()).hexdigest()
@@ -189,11 +174,7 @@ class MDFiles:
             ase.io.write(self / name, frames, format="extxyz", append=append)
 
     def read_rows(self) -> dict[str, np.ndarray]:
-        """The log, one array for each of its columns.
-
-        Raises:
-            DynamicsError: it is gone or damaged.
-        """
+        """The log, one array for each of its columns."""
         try:
             with (self / TABLE).open(newline="", encoding="utf-8") as stream:
                 rows = list(csv.DictReader(stream))
@@ -214,11 +195,7 @@ class MDFiles:
             write_whole(self / STATE, content.getvalue())
 
     def load_state(self) -> dict[str, np.ndarray]:
-        """Read the state, and cut off what trajectory and log have gained since.
-
-        Raises:
-            DynamicsError: there is none, or it is damaged.
-        """
+        """Read the state, and cut off what trajectory and log have gained since."""
         with damage_explained(
             lambda why: DynamicsError(
                 f"The state '{self / STATE}' is damaged ({why}). Start a new run from the last "

@@ -229,12 +229,6 @@ def simulation_svg(
 ) -> str:
     """A panel each for energy, temperature and, where the log has them, volume and uncertainty.
 
-    Args:
-        rows: the log, arrays by column.
-        atoms: how many there are.
-        target: temperature that was asked for, K.
-        limit: uncertainty at which the run was to stop, eV/A.
-
     Raises:
         PetFinetuneError: matplotlib is not installed.
     """

@@ -135,8 +135,7 @@ def relax_structures(
 
     Raises:
         ConfigError: anything that can be seen to be wrong before the first step, all at once.
-        DynamicsError: at the end, names the structures that could not be relaxed; the others are
-            in the file.
+        DynamicsError: at the end, if some could not be relaxed; the others are in the file.
         KeyboardInterrupt: after Ctrl-C.
     """
     frames, calculator = _check(model, structures, Path(output), settings, index, format, types)

@@ -6,7 +6,7 @@ import json
 import os
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,8 +55,7 @@ class ExportOutcome:
         outputs: the name of each output in the file, and the target it is.
         interaction_range: how far away an atom can lie that matters to an atom, Angstrom.
         dtype: floating type of inputs and outputs.
-        difference: the largest difference to the model found in predictions, relative to 1 plus
-            the largest of them.
+        difference: the largest to the model's predictions, relative to 1 plus the largest.
         format: ``metatomic`` or ``metatrain``.
         notices: what the user should know about the conversion, one line each.
     """
@@ -112,24 +111,16 @@ def export_model(
     source = find_model(checkpoint)
     path = check_output(output, source)
     opened = load_checkpoint(source)
-    potentials, of_adapter, calibration = _merged(opened.model, adapter, target)
+    potentials, of_adapter, calibration = _merged(opened.model, adapter, target, wanted)
     _drop_stale(potentials)
     for potential in potentials if wanted is not None else ():
         potential.to(wanted)
-    about = _About(name or path.stem, authors, _card(potentials[0], opened, adapter))
+    card = _card(potentials[0], opened, adapter)
+    about = {"name": name or path.stem, "authors": authors, "card": card}
     if format == "metatrain":
         return _write_metatrain(path, potentials, target, of_adapter, about)
     outside = wanted or torch.float64
     return _write_metatomic(path, potentials, target, of_adapter, about, outside, calibration)
-
-
-@dataclass(frozen=True)
-class _About:
-    """What a file says of itself."""
-
-    name: str
-    authors: Sequence[str]
-    card: dict[str, str]
 
 
 def _write_metatomic(
@@ -137,11 +128,11 @@ def _write_metatomic(
     potentials: Sequence[Potential],
     target: str | None,
     of_adapter: tuple[str, ...],
-    about: _About,
+    about: Mapping[str, Any],
     outside: torch.dtype,
     calibration: float,
 ) -> ExportOutcome:
-    """Write a model for engines."""
+    """Write a model for engines; ``about`` is what the file says of itself."""
     from .targets import choose_outputs, uncertainty_outputs
     from .write import ModelCheck, interaction_range, write_model
 
@@ -172,10 +163,8 @@ def _write_metatomic(
             path,
             potentials,
             outputs,
-            about.name,
-            about.authors,
-            about.card,
-            check,
+            **about,
+            check=check,
             dtype=outside,
             calibration=calibration,
         )
@@ -187,7 +176,7 @@ def _write_metatrain(
     potentials: Sequence[Potential],
     target: str | None,
     of_adapter: tuple[str, ...],
-    about: _About,
+    about: Mapping[str, Any],
 ) -> ExportOutcome:
     """Write a model for metatrain, and read it back."""
     from pet_finetune.checkpoint.to_metatrain import save_metatrain
@@ -209,14 +198,7 @@ def _write_metatrain(
     check = ModelCheck(
         [potential], _structures(potential), {name: name for name in potential.targets}
     )
-    written = save_metatrain(
-        path,
-        potential,
-        name=about.name,
-        authors=about.authors,
-        card=about.card,
-        check=check.read_back,
-    )
+    written = save_metatrain(path, potential, **about, check=check.read_back)
     for notice in written.notices:
         _LOG.info("%s", notice)
     floating = str(potential.dtype).removeprefix("torch.")
@@ -269,11 +251,7 @@ def _format(wanted: str | None, output: Path) -> str:
 
 
 def check_output(output: str | os.PathLike[str], checkpoint: Path) -> Path:
-    """Where to write, if that is possible and nothing to be sorry for.
-
-    Raises:
-        ConfigError: it is not.
-    """
+    """Where to write, if that is possible and nothing to be sorry for."""
     path = Path(output)
     if path.is_dir():
         raise ConfigError(f"-o: '{path}' is a folder. Name the file, e.g. {path / 'model.pt'}.")
@@ -311,11 +289,7 @@ def _is_export(path: Path) -> bool:
 
 
 def check_output_of_run(options: Options, output: Path) -> None:
-    """Refuse the file of an export that cannot be made of what a run will give.
-
-    Raises:
-        ConfigError: with what to do instead.
-    """
+    """Refuse the file of an export that cannot be made of what a run will give."""
     start = options.finetune.read_from
     check_output(output, Path() if start is None else find_model(start))
     if output.suffix == ".ckpt" and (options.is_committee or options.finetune.method == "prompt"):
@@ -327,7 +301,7 @@ def check_output_of_run(options: Options, output: Path) -> None:
 
 
 def _merged(
-    model: Potential, adapter: Adapters | None, target: str | None
+    model: Potential, adapter: Adapters | None, target: str | None, dtype: torch.dtype | None
 ) -> tuple[list[Potential], tuple[str, ...], float]:
     """Models without adapters, the targets of those that went into them, and a calibration.
 
@@ -341,6 +315,8 @@ def _merged(
         return _sharing(list(members)), (energy,), calibration.energy
     if folders:
         load_adapter(model, os.fspath(folders[0]))
+    if dtype is not None:  # before the sum of weights and adapter is rounded
+        model.to(dtype)
     config = active_adapter(model)
     if config is None:
         return [model], (), 1.0

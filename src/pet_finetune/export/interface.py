@@ -45,13 +45,7 @@ class Flat(NamedTuple):
 
 
 def flatten(systems: list[System], neighbors: NeighborListOptions, cutoff: float) -> Flat:
-    """Join systems; edges beyond the cutoff, which an engine may keep in its lists, are left out.
-
-    Args:
-        systems: at least one.
-        neighbors: the list that was asked for.
-        cutoff: Angstrom.
-    """
+    """Join systems without edges beyond the cutoff, which an engine may keep in its lists."""
     numbers: list[Tensor] = []
     positions: list[Tensor] = []
     cells: list[Tensor] = []
@@ -135,26 +129,13 @@ def sort_keys(
 
 
 def selected_rows(selected: Labels, sizes: Tensor) -> Tensor:
-    """Which atoms of the joined systems are selected, [n_selected] int64, in their order.
-
-    Args:
-        selected: with the columns ``system`` and ``atom``.
-        sizes: [n_structures], atoms of each system.
-    """
+    """Which atoms of the joined systems are selected, [n_selected] int64, in their order."""
     first = sizes.cumsum(0) - sizes
     return first[selected.column("system").to(torch.int64)] + selected.column("atom")
 
 
 def integer_input(systems: list[System], name: str, low: int, high: int, missing: int) -> Tensor:
-    """A whole number of each system, [n_structures] int64, that the engine hands over.
-
-    Args:
-        systems: with or without this input.
-        name: of the input.
-        low: the smallest value that the model knows.
-        high: the largest.
-        missing: what systems without it are taken to have.
-    """
+    """A whole number of each system, [n_structures] int64, that the engine hands over."""
     values = torch.full((len(systems),), missing, dtype=torch.int64, device=systems[0].device)
     for index, system in enumerate(systems):
         if name in system.known_data():

@@ -68,8 +68,7 @@ def tensor_maps(
         model: the potential.
         structures: at least one.
         outputs: names as :func:`output_names` lists them; as a mapping, with ``system`` or ``atom``
-            for each: targets of structures can be had of atoms, whose values sum to them. None for
-            all targets.
+            for each: targets of structures can be had of atoms, which sum to them. None: all.
         batch_size: structures at once.
 
     Returns:
@@ -96,11 +95,7 @@ def tensor_maps(
 def _wanted(
     model: Potential, outputs: Sequence[str] | Mapping[str, str] | None
 ) -> dict[str, str | None]:
-    """What each output is to be of: ``system``, ``atom``, or None for its own kind.
-
-    Raises:
-        ConfigError: there is no such output or kind.
-    """
+    """What each output is to be of: ``system``, ``atom``, or None for its own kind."""
     if outputs is None:
         outputs = list(model.targets)
     given: dict[str, str | None] = (

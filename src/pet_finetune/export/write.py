@@ -46,13 +46,7 @@ _PAIR = ["first_atom", "second_atom", "cell_shift_a", "cell_shift_b", "cell_shif
 
 
 def make_system(structure: Structure, options: NeighborListOptions, dtype: torch.dtype) -> System:
-    """A structure as metatomic has it, with its neighbour list; positions carry gradients.
-
-    Args:
-        structure: in Angstrom.
-        options: the list to add.
-        dtype: of positions and cell.
-    """
+    """A structure as metatomic has it, with its neighbour list; positions carry gradients."""
     positions, cell = structure.positions, structure.cell
     system = System(
         types=structure.numbers.to(torch.int32),
@@ -135,11 +129,7 @@ class ModelCheck:
         self.difference = 0.0
 
     def __call__(self, path: Path) -> None:
-        """Ask the file.
-
-        Raises:
-            CheckpointError: it says something else.
-        """
+        """Ask the file."""
         model = load_atomistic_model(str(path))
         (options,) = model.requested_neighbor_lists()
 
@@ -170,9 +160,6 @@ class ModelCheck:
         Args:
             path: the checkpoint.
             targets: its name of each target, and the model's.
-
-        Raises:
-            CheckpointError: it says something else.
         """
         again = load_checkpoint(path).model
         pairs = [(s, structure_neighbors(s, again.cutoff)) for s in self.structures]

@@ -198,13 +198,7 @@ class AnchorFeature(Keeping):
         self._loss: AnchorLoss | None = None
 
     def check(self, plan: Plan) -> None:
-        """Read the structures that EWC weighs the weights by.
-
-        Raises:
-            ConfigError: no trained head begins as one of the foundation's.
-            DataError: a file is missing.
-            SpeciesError: elements that the model does not know.
-        """
+        """Read the structures that EWC weighs the weights by."""
         anchor = plan.options.finetune.anchor
         if plan.foundation is None or anchor is None:
             return

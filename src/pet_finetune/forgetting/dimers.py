@@ -74,13 +74,7 @@ def pair_name(pair: tuple[int, int]) -> str:
 
 
 def dimer_curves(model: Potential, target: str, species: Iterable[int]) -> DimerCurves:
-    """The curves of all pairs of some elements.
-
-    Args:
-        model: is put into evaluation mode, and back.
-        target: which energy.
-        species: atomic numbers that the model knows.
-    """
+    """The curves of all pairs of some elements."""
     pairs = pairs_of(species)
     lengths = torch.cat([distances(), torch.tensor([_APART], dtype=torch.float64)])
     parts = []
@@ -123,12 +117,7 @@ def wall_distance(pair: tuple[int, int]) -> float:
 
 
 def has_wall(pair: tuple[int, int], energies: Tensor) -> bool:
-    """Whether the energy of a dimer rises steadily, and by 0.1 eV, where its atoms are too close.
-
-    Args:
-        pair: atomic numbers.
-        energies: [n_distances] as in :class:`DimerCurves`.
-    """
+    """Whether the energy of a dimer rises steadily and by 0.1 eV where atoms are too close."""
     close = energies[distances() <= wall_distance(pair) + 1e-9]
     return bool((close.diff() < _FLAT).all()) and float(close[0] - close[-1]) > _HIGH
 
@@ -219,14 +208,7 @@ def dimers_svg(distances: Sequence[float], rows: Sequence[DimerRow]) -> str:
 def draw_pair(
     axes: Any, distances: Sequence[float], row: DimerRow, colours: Mapping[str, str]
 ) -> None:
-    """The curves of one pair, and where the wall should be.
-
-    Args:
-        axes: matplotlib's.
-        distances: Angstrom.
-        row: the curves.
-        colours: of the curves by name, and of the wall.
-    """
+    """The curves of one pair, and where the wall should be."""
     for name, energies in row.curves.items():
         axes.plot(
             distances, energies, label=name, linewidth=1.2, color=colours.get(name),
@@ -284,12 +266,6 @@ def report_dimers(
     before: DimerCurves, target: str, model: Potential, files: RunFiles
 ) -> dict[str, str]:
     """Write the curves before and after, and say what became of each pair's wall.
-
-    Args:
-        before: the starting model's curves.
-        target: the energy that they are of.
-        model: the best model.
-        files: of the run.
 
     Returns:
         What became of the wall, by pair.

@@ -93,13 +93,7 @@ def read_unlabelled(names: Sequence[str], plan: Plan, section: str) -> list[Stru
 
 
 def chosen(structures: list[Structure], most: int | None, section: str) -> list[Structure]:
-    """At most so many of the structures, the most different ones; None for all.
-
-    Args:
-        structures: a pool.
-        most: how many.
-        section: of ``architecture.training.finetune`` that asks, for the log.
-    """
+    """At most so many of the structures, the most different ones; None for all."""
     if most is None or len(structures) <= most:
         return structures
     with Watch(f"{section}: choosing {most} of {len(structures)} structures"):
@@ -245,13 +239,7 @@ class ReplayFeature(Keeping):
         self._loss: ReplayLoss | None = None
 
     def check(self, plan: Plan) -> None:
-        """Read the structures and choose their head.
-
-        Raises:
-            ConfigError: no head of the new model is that of the structures.
-            DataError: files that are missing or lack labels.
-            SpeciesError: elements that the model does not know.
-        """
+        """Read the structures and choose their head."""
         replay = plan.options.finetune.replay
         if plan.foundation is None or replay is None:
             return
@@ -349,11 +337,9 @@ class Beside:
         """Prepare to draw.
 
         Args:
-            loader: of the second set; its seed and whether it rotates structures count, its batch
-                size and order do not.
+            loader: of the second set; its batch size and order do not count.
             main: the loader whose batches are accompanied.
-            fraction: part of all structures of a step that come from the second set, above 0 and
-                below 1.
+            fraction: part of a step's structures that come from the second set, above 0, below 1.
         """
         self.loader, self.main, self.fraction = loader, main, fraction
         self._epoch = -1
@@ -362,12 +348,10 @@ class Beside:
     def batch(self, epoch: int, batch: int) -> LabelledBatch:
         """What goes beside one batch of the main loader; both count from 0."""
         if epoch != self._epoch:
-            self._epoch, self._plan = epoch, self._plan_of(epoch)
+            sizes = [number_beside(own, self.fraction) for own in self.main.batch_sizes(epoch)]
+            order = self._order(epoch, sum(sizes))
+            self._epoch, self._plan = epoch, np.split(order, np.cumsum(sizes)[:-1])
         return self.loader.collate(self._plan[batch], epoch, self.main.shares)
-
-    def _plan_of(self, epoch: int) -> list[np.ndarray]:
-        sizes = [number_beside(own, self.fraction) for own in self.main.batch_sizes(epoch)]
-        return np.split(self._order(epoch, sum(sizes)), np.cumsum(sizes)[:-1])
 
     def _order(self, epoch: int, count: int) -> np.ndarray:
         """Members of the second set, one permutation after the other, ``[count]``."""

@@ -45,9 +45,6 @@ def compared_targets(
     Returns:
         Names of the new model's energies, none if there is nothing to compare with, and the
         foundation's energy that a retention file is labelled for (empty without a file).
-
-    Raises:
-        ConfigError: a retention file whose target the foundation or the new model lacks.
     """
     data = options.finetune.retention.read_from
     targets = tuple(dict.fromkeys([*foundation.sources, *kept]))
@@ -109,13 +106,7 @@ class RetentionReport(Keeping):
         self._retention: RetentionSet | None = None
 
     def check(self, plan: Plan) -> None:
-        """Read the structures and choose the energies to compare.
-
-        Raises:
-            ConfigError: a retention file of an energy that the foundation or the model lacks.
-            DataError: the file is missing or lacks labels.
-            SpeciesError: elements that the model does not know.
-        """
+        """Read the structures and choose the energies to compare."""
         options = plan.options.finetune.retention
         if plan.foundation is None or not options.wanted:
             return

@@ -58,8 +58,7 @@ class Task:
     Attributes:
         kind: ``given``, ``dynamics``, ``displaced`` or ``pairs``.
         number: among all tasks; part of its seed.
-        start: which of the user's frames they begin from; given and displaced ones go on to the
-            next ones.
+        start: which of the user's frames the first begins from.
         count: frames.
         temperature: of dynamics, K.
     """
@@ -96,14 +95,7 @@ def tasks_of(frames: Sequence[Atoms], settings: PretrainOptions) -> list[Task]:
 def explore(
     task: Task, frames: Sequence[Atoms], calculator: PETCalculator, settings: PretrainOptions
 ) -> list[Atoms]:
-    """The frames of a task; those outside the sane region have their reason in ``info``.
-
-    Args:
-        task: what to do.
-        frames: the user's.
-        calculator: of the foundation.
-        settings: temperatures and bounds.
-    """
+    """The frames of a task; those outside the sane region have their reason in ``info``."""
     rng = np.random.default_rng([settings.seed, Stream.EXPLORATION, task.number])
     made = {
         "given": lambda: _given(task, frames),
@@ -200,11 +192,7 @@ def _energy(atoms: Atoms, calculator: PETCalculator) -> float:
 
 
 def inspected(atoms: Atoms) -> InspectedFrame:
-    """What inspection knows of a frame: distances and a fingerprint.
-
-    Raises:
-        DataError: no neighbours can be found in it.
-    """
+    """What inspection knows of a frame: distances and a fingerprint."""
     structure = atoms_to_structure(atoms, 0, source=str(atoms.info.get(NAME, "")))
     dataset = dataset_of({"frame": [structure]}, None)
     return dataset.sets["frame"][0]

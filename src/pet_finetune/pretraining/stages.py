@@ -154,15 +154,8 @@ def pretrain_model(
 ) -> PretrainResult:
     """Train a foundation on frames of the user's system that a teacher labels.
 
-    Each stage keeps what it found in a folder, and the same call goes on where it stopped.
-
-    Args:
-        checkpoint: the foundation, which is not changed.
-        frames: the user's structures, Å; labels are not read.
-        output: the checkpoint to write.
-        settings: as ``finetune.pretrain`` of the options.
-        work: the folder of the stages; ``<output>.work`` without it.
-        device: ``auto``, ``cpu`` or ``cuda``.
+    Each stage keeps what it found in a folder, and the same call goes on where it stopped. More
+    on the arguments at :func:`pet_finetune.pretrain`.
 
     Raises:
         PetFinetuneError: bad input, or no frame that the teacher can label.

@@ -64,12 +64,7 @@ class Teacher:
         self._least_height = least_height
 
     def label(self, atoms: Atoms, max_force: float) -> Atoms:
-        """A copy with the teacher's results, or with the reason why it has none in ``info``.
-
-        Args:
-            atoms: a frame.
-            max_force: above it a frame is not used, eV/Å.
-        """
+        """A copy with the teacher's results, or with the reason why it has none in ``info``."""
         frame = bare(atoms)
         frame.info[NAME] = atoms.info.get(NAME, "")
         unknown = self._unknown({int(z) for z in atoms.numbers})
@@ -134,8 +129,7 @@ def teacher_of(text: str, device: str = "auto") -> Teacher:
     """The teacher of a name.
 
     Args:
-        text: ``gfn2``, ``gfn1``, ``module:name``, or the path, address or name of a
-            checkpoint.
+        text: ``gfn2``, ``gfn1``, ``module:name``, or a checkpoint, by path, address or name.
         device: of a checkpoint.
 
     Raises:

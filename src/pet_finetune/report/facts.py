@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ase.data import atomic_numbers
+
 from pet_finetune.files import size_text
 
 from .run_record import RunRecord, best_row
@@ -34,7 +36,10 @@ def recipes(run: RunRecord) -> list[Recipe]:
     elif "best_model.ckpt" in names:
         made += _single(run)
     if "adapter" in names:
-        made.append(_adapter(run))
+        settings = f"{_foundation(run)!r}, adapter={_path(run, 'adapter')!r}"
+        code = _python(f"atoms.calc = PETCalculator({settings})")
+        note = "Small to keep and to send; it says the same as best_model.ckpt."
+        made.append(Recipe("The adapter on its foundation", "python", code, note))
     made.append(_again(run))
     return made
 
@@ -63,7 +68,8 @@ def _python(*calculator: str) -> str:
 def _single(run: RunRecord) -> list[Recipe]:
     best = _path(run, "best_model.ckpt")
     shell = shlex.quote(best)
-    species = list(run.start.get("data_species") or ["H", "C", "O"])
+    species = run.start.get("data_species") or ["H", "C", "O"]
+    numbers = " ".join(str(atomic_numbers[symbol]) for symbol in species)
     return [
         Recipe("In ASE", "python", _python(f"atoms.calc = PETCalculator({best!r})")),
         Recipe(
@@ -77,16 +83,10 @@ def _single(run: RunRecord) -> list[Recipe]:
             "\n"
             "# in the input of LAMMPS; the atomic numbers are those of its types, in order:\n"
             "#   pair_style metatomic model.pt\n"
-            f"#   pair_coeff * * {' '.join(_atomic_numbers(species))}",
+            f"#   pair_coeff * * {numbers}",
             "The file runs wherever metatomic does.",
         ),
     ]
-
-
-def _atomic_numbers(symbols: list[str]) -> list[str]:
-    from ase.data import atomic_numbers
-
-    return [str(atomic_numbers[symbol]) for symbol in symbols]
 
 
 def _committee(run: RunRecord) -> list[Recipe]:
@@ -110,16 +110,6 @@ def _committee(run: RunRecord) -> list[Recipe]:
             "other_structures.xyz",
         ),
     ]
-
-
-def _adapter(run: RunRecord) -> Recipe:
-    adapter = _path(run, "adapter")
-    return Recipe(
-        "The adapter on its foundation",
-        "python",
-        _python(f"atoms.calc = PETCalculator({_foundation(run)!r}, adapter={adapter!r})"),
-        "Small to keep and to send; it says the same as best_model.ckpt.",
-    )
 
 
 def _again(run: RunRecord) -> Recipe:

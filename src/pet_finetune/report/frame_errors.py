@@ -23,13 +23,7 @@ _FEWEST_IN_A_BIN = 5
 
 
 def residuals(predicted: Predicted, quantity: Quantity, model: str) -> np.ndarray | None:
-    """Prediction less label, [n_structures or n_atoms, ...]; energies per atom; NaN if unknown.
-
-    Args:
-        predicted: labels and predictions.
-        quantity: what is compared.
-        model: ``before`` or ``after``.
-    """
+    """Prediction less label, [n_structures or n_atoms, ...]; energies per atom; NaN if unknown."""
     found, label = predicted.models.get(model, {}), predicted.labels.get(quantity.label)
     if label is None or quantity.label not in found:
         return None
@@ -58,19 +52,12 @@ def by_structure(predicted: Predicted, quantity: Quantity, model: str) -> np.nda
     return means
 
 
-def ratio_interval(
-    predicted: Predicted, quantity: Quantity, seed: int = 0
-) -> tuple[float, float] | None:
+def ratio_interval(predicted: Predicted, quantity: Quantity) -> tuple[float, float] | None:
     """95 % interval of the error after over the error before, from resampled structures.
 
     Structures are drawn with replacement, the same for both models (a paired percentile
     bootstrap, Efron and Tibshirani 1993), so it says how far the ratio depends on which
     structures happen to be in the set.
-
-    Args:
-        predicted: labels and predictions of both models.
-        quantity: what is compared.
-        seed: of the draws.
 
     Returns:
         None where a model's predictions are not there, or for fewer than 5 structures.
@@ -84,7 +71,7 @@ def ratio_interval(
     weights = predicted.sizes[known] if quantity.kind == "forces" else np.ones(known.sum())
     if known.sum() < 5 or not np.any(old[known] > 0):
         return None
-    rng, count = np.random.default_rng(seed), int(known.sum())
+    rng, count = np.random.default_rng(0), int(known.sum())
     both = weights * np.stack([old[known], new[known]])
     # One draw after the other: all at once would be gigabytes for a large set.
     sums = [both[:, rng.integers(count, size=count)].sum(1) for _ in range(_DRAWS)]

@@ -36,11 +36,7 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
 
     Args:
         folder: of the run, finished or not, of one model or of an ensemble.
-        output: where the page goes, a file, or a folder for ``report.html`` in it; without it the
-            run's own folder.
-
-    Returns:
-        The file.
+        output: where the page goes, a file or a folder; without it the run's own folder.
 
     Raises:
         DataError: the folder holds no run.
@@ -48,10 +44,8 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
     """
     path = Path(folder if output is None else output)
     path = path / REPORT if path.is_dir() or output is None else path
-    page = page_of(Path(folder)).encode(
-        errors="replace"
-    )  # a damaged file may hold half a character
-    RunFiles(path.parent).write(path.name, page)
+    # A damaged file may hold half a character.
+    RunFiles(path.parent).write(path.name, page_of(Path(folder)).encode(errors="replace"))
     return path
 
 

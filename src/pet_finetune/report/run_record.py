@@ -244,10 +244,6 @@ _MARKS = (TABLE, RESULTS, LAST, BEST, ABOUT, LOG)
 def read_run(folder: Path, leave_out: Collection[str] = ()) -> RunRecord:
     """Read what there is; a file that is missing or damaged leaves its part of the report out.
 
-    Args:
-        folder: of the run.
-        leave_out: names of files that are not read.
-
     Raises:
         DataError: the folder holds no run.
     """

@@ -45,8 +45,7 @@ class BaselineTable:
     Attributes:
         target: its name.
         mode: how they were found.
-        rows: symbol, atoms in the training set, baseline before (NaN for a new element), baseline
-            after, in the unit.
+        rows: symbol, atoms in the training set, baseline before (NaN if new) and after.
         scale: what an output of 1 of the network stands for, in the unit.
         unit: of the target.
     """
@@ -215,8 +214,7 @@ def _fit(
         model: about to be trained.
         spec: the target.
         loader: of the training set.
-        shift: whether the baselines move by what the model's own predictions leave over, rather
-            than start from nothing.
+        shift: whether the baselines move by what predictions leave over, or start from nothing.
         free: [n_species], which of them are fitted.
         ridge: [n_species], see :func:`~pet_finetune.model.composition.fit_composition`.
         fix: puts the baselines in that the options give.

@@ -56,15 +56,7 @@ class InParts:
         parameters: Sequence[nn.Parameter],
         metrics: Mapping[str, Metrics],
     ) -> dict[str, Tensor]:
-        """The losses of a batch by name.
-
-        Args:
-            take: of a whole batch or a part.
-            batch: the whole, or the share of this process.
-            place: epoch and number of the batch.
-            parameters: whose gradients are added to.
-            metrics: which errors are added to.
-        """
+        """The losses of a batch by name."""
         while True:
             before = [None if p.grad is None else p.grad.clone() for p in parameters]
             try:
@@ -121,12 +113,6 @@ def largest_batch(
     On a GPU steps of more and more atoms are tried until the memory is full; on a CPU two small
     ones tell what an atom takes, and half of the free memory may be used. The structures with most
     neighbours are taken for it. An epoch keeps at least ten steps.
-
-    Args:
-        model: with what trains chosen.
-        loader: of the training set.
-        objectives: what is asked of each target.
-        options: ``architecture.training``.
     """
     atoms = loader.num_atoms
     largest, cap = int(atoms.max()), max(int(atoms.max()), int(atoms.sum()) // _STEPS)

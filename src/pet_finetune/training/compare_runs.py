@@ -171,11 +171,7 @@ def _train_rest(run: NamedRun, claimed: RunFolder, begin: Callable[..., TrainOut
 
 
 def check_files(runs: Sequence[NamedRun]) -> None:
-    """Make sure that the files which the runs name exist, before the first of them is trained.
-
-    Raises:
-        ConfigError: with a line for each that does not.
-    """
+    """Make sure that the files which the runs name exist, before the first of them is trained."""
     problems = []
     for run in runs:
         for setting, path in _files(run.loaded.options):

@@ -45,13 +45,7 @@ _TOLERANCE_MIXED = 0.1
 
 
 def compiles(options: TrainingOptions, model: Potential, num_batches: int) -> bool:
-    """Whether training uses compiled steps, which a line in the log explains.
-
-    Args:
-        options: of the training.
-        model: with what trains chosen.
-        num_batches: of the whole run.
-    """
+    """Whether training uses compiled steps, which a line in the log explains."""
     if options.compile == "off":
         return False
     reason = _obstacle(options, model)

@@ -28,7 +28,7 @@ from pet_finetune.rng import seed_everything
 from pet_finetune.runs import undisturbed
 
 from .metrics import Errors
-from .prepare import Request, options_of_run
+from .prepare import RunRequest, options_of_run
 from .records import TrainOutcome
 from .resume import plain_errors
 from .run_files import (
@@ -58,7 +58,7 @@ TrainMember = Callable[..., TrainOutcome]
 
 
 def train_ensemble(
-    train_member: TrainMember, options: Options, folder: Path, request: Request
+    train_member: TrainMember, options: Options, folder: Path, request: RunRequest
 ) -> TrainOutcome:
     """Train every member in a folder of its own, ``member_0`` and so on, then judge them together.
 

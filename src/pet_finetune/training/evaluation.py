@@ -50,8 +50,7 @@ class EvaluationResult:
         predictions: for each structure of a set the values by the names of their labels, in eV
             and Å, where they are kept.
         tensormaps: for each set the tensor maps that were asked for, by their names.
-        uncertainties: for each set and energy whose model has an uncertainty, the errors beside it,
-            eV/atom.
+        uncertainties: for each set and energy that has one, the errors beside it, eV/atom.
     """
 
     errors: dict[str, dict[str, Metrics]]
@@ -66,8 +65,7 @@ class LabelNames:
     """How the labels of files are called and in which units they are.
 
     Attributes:
-        key: name of the energy, or of the values of another target; None is ``energy``, or the
-            target's own name.
+        key: name of the energy or of another target's values; None: ``energy``, or the target's.
         forces, stress, virial: names; None is ASE's, and the label is used where it is there.
         energy_unit: None is eV, or the unit of the target.
         length_unit: of positions and cells; forces and stress are in the units these two make.
@@ -88,8 +86,7 @@ class EvaluationSettings:
     """What to do with each set of structures.
 
     Attributes:
-        rotations: in how many random orientations energies and forces are compared with each
-            other; none with 0.
+        rotations: random orientations in which energies and forces are compared; 0 for none.
         output: where predictions are written; several sets are told apart by ``_<name>``.
         batch_size: structures predicted at once.
         keep: whether predictions are part of the result.
@@ -117,14 +114,7 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class _Set:
-    """What is evaluated together.
-
-    Attributes:
-        structures: of the set.
-        targets: that are compared.
-        systems: by file that was read, how.
-        output: where predictions are written, if anywhere.
-    """
+    """Structures, targets to compare, how each file was read, where predictions go if at all."""
 
     structures: Sequence[Structure]
     targets: Sequence[str]

@@ -29,8 +29,7 @@ def add_new_elements(model: Potential, options: Options, splits: Splits) -> dict
     """Add the elements of the data that a model lacks, as ``finetune.new_elements`` says.
 
     Returns:
-        The element that each new one starts from, or None where it starts at random; nothing
-        without the option.
+        The element that each new one starts from, or None where it starts at random.
 
     Raises:
         ConfigError: the option names known elements, or sources that the model lacks, or not
@@ -110,19 +109,14 @@ def check_known(structures: Sequence[Structure], model: Potential, advice: str =
     """
     check_species(structures, model.species, advice)
     if model.hypers.long_range.enable and not isinstance(structures, OnDisk):
-        _check_periodicity(structures)
+        partly = [s for s in structures if bool(s.pbc.any()) and not bool(s.pbc.all())]
+        if partly:
+            count = f"{len(partly)} of {len(structures)} structures"
+            raise DataError(f"{partly[0].where}: {PARTLY_PERIODIC} It is so in {count}.")
     if model.hypers.system_conditioning:
         if isinstance(structures, OnDisk):
             structures = structures.one_of_each_condition()
         check_charges(structures, model.hypers.max_charge, model.hypers.max_spin_multiplicity)
-
-
-def _check_periodicity(structures: Sequence[Structure]) -> None:
-    """Refuse structures that are periodic in one or two directions; names the first."""
-    partly = [s for s in structures if bool(s.pbc.any()) and not bool(s.pbc.all())]
-    if partly:
-        count = f"{len(partly)} of {len(structures)} structures"
-        raise DataError(f"{partly[0].where}: {PARTLY_PERIODIC} It is so in {count}.")
 
 
 def add_targets(
@@ -139,8 +133,7 @@ def add_targets(
         Targets with fresh heads, and new ones with those they inherited from.
 
     Raises:
-        ConfigError: a target that the model knows as something else, or that cannot inherit the
-            heads it is to.
+        ConfigError: a target that the model knows as something else, or whose heads cannot be had.
     """
     fresh, inherited = [], {}
     original = dict(model.targets)

@@ -164,11 +164,7 @@ class Logger(Feature):
         self._open = False
 
     def check(self, plan: Plan) -> None:
-        """Make sure that the library is there.
-
-        Raises:
-            ConfigError: it is not installed.
-        """
+        """Make sure that the library is there."""
         self._check_library()
 
     def _check_library(self) -> None:

@@ -111,8 +111,7 @@ class Metrics:
     def mae(self, kind: str) -> float:
         """Mean absolute error of ``energy`` (eV/atom), ``forces`` or ``stress``; NaN if none.
 
-        A property has the kind ``value``, in its own unit (per atom where it is one of structures
-        and not intensive).
+        A property has the kind ``value``, in its own unit (as :func:`shown_unit` says).
         """
         total, _, count = self._plain(kind)
         return total / count if count else math.nan
@@ -213,12 +212,6 @@ def counted(spec: TargetSpec, errors: Tensor, atoms: Tensor, volumes: Tensor) ->
 
     Those of a structure are divided by its number of atoms, as metatrain does, unless the target
     is intensive. Those of a direct stress count as a virial per atom, as a derived stress does.
-
-    Args:
-        spec: the target.
-        errors: [n_structures, ...] or [n_atoms, ...].
-        atoms: [n_structures] numbers of atoms.
-        volumes: [n_structures], A^3.
     """
     if spec.per_volume:
         return errors * _rows(volumes / atoms, errors)

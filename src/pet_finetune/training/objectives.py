@@ -142,14 +142,7 @@ def sum_of_known(
     labels: Mapping[str, Tensor],
     predictions: Mapping[str, Prediction | Property],
 ) -> Tensor:
-    """The sum of the losses of one term over the labels that exist, a scalar.
-
-    Args:
-        part: the term.
-        graph: the structures.
-        labels: of them, with their weights; NaN where a structure lacks one.
-        predictions: with the derivatives that the objectives ask for.
-    """
+    """The sum of the losses of one term over the labels that exist, a scalar."""
     objective, label = part.objective, labels[part.label]
     prediction, atoms = predictions[objective.target], graph.atoms_per_structure
     if isinstance(prediction, Property):
@@ -181,12 +174,6 @@ def batch_loss(
 
     Each is a mean over the labels of the whole batch where other processes have a part of it: the
     sum of what all of them compute is the loss of the batch, however it is dealt out.
-
-    Args:
-        batch: with labels, NaN where a structure lacks one; the part of a batch gives its part of
-            the loss.
-        predictions: one for each objective, with the derivatives it asks for.
-        objectives: by target.
     """
     total = batch.graph.edge_vectors.new_zeros((), dtype=torch.float64)
     for part in loss_parts(batch.labels, objectives):
@@ -240,11 +227,6 @@ def best_metric(metrics: Mapping[str, Metrics], kind: str, loss: Callable[[], fl
 
     ``mae_prod`` and ``rmse_prod`` multiply the errors of all quantities of all targets, so that
     none is forgotten because another has larger numbers.
-
-    Args:
-        metrics: errors on the validation set, by target.
-        kind: ``best_model_metric``.
-        loss: computes the loss on the validation set; called only where it is asked for.
     """
     if kind == "loss":
         value = loss()
@@ -265,14 +247,7 @@ def mean_loss(
 ) -> float:
     """The loss as a mean over structures, with the weights that the model has now.
 
-    Those of the loss are the last stage's in every epoch: numbers with different weights could
-    not be compared.
-
-    Args:
-        model: is put into evaluation mode.
-        batches: of the validation set.
-        objectives: what is asked of each target.
-        options: ``architecture.training``.
+    Those of the loss are the last stage's in every epoch, so that numbers can be compared.
     """
     model.eval()
     wanted = derivatives(objectives)

@@ -76,19 +76,20 @@ def make_optimizer(
     SOAP takes all matrices, factors of adapters and embeddings included. Decay acts on matrices
     only, as biases and norms have no reason to vanish.
 
-    Args:
-        network: the parameters are part of it.
-        parameters: what trains, by path in the network.
-        options: the optimiser, weight decay, and what the learning rate of a part depends on.
-        learning_rate: the highest.
-
     Raises:
         TrainingError: this version of torch has no Muon.
     """
     if options.optimizer == "adamw":
         return _adamw(_groups(network, parameters, options), learning_rate)
     soap = options.optimizer == "soap"
-    taken = {n for n, p in parameters.items() if p.dim() == 2} if soap else _linear_weights(network)
+    if soap:
+        taken = {name for name, parameter in parameters.items() if parameter.dim() == 2}
+    else:  # the weights of linear layers between features, which is what Muon is for
+        taken = {
+            f"{path}.weight"
+            for path, module in network.named_modules()
+            if isinstance(module, nn.Linear) and min(module.weight.shape) >= _FEWEST
+        }
     own = {n: p for n, p in parameters.items() if n in taken}
     rest = {n: p for n, p in parameters.items() if n not in taken}
     made: list[torch.optim.Optimizer] = []
@@ -120,15 +121,6 @@ def _muon(groups: list[dict[str, Any]], learning_rate: float) -> torch.optim.Opt
         groups, lr=learning_rate, adjust_lr_fn="match_rms_adamw"
     )
     return made
-
-
-def _linear_weights(network: PET) -> set[str]:
-    """Paths of the weights of linear layers between features, which is what Muon is for."""
-    return {
-        f"{path}.weight"
-        for path, module in network.named_modules()
-        if isinstance(module, nn.Linear) and min(module.weight.shape) >= _FEWEST
-    }
 
 
 def _groups(
@@ -202,8 +194,7 @@ def learning_rate_factor(step: float, total: int, warmup_fraction: float, schedu
     """Factor on the highest learning rate at a step: linear warm-up, then cosine or constant.
 
     Args:
-        step: number of steps taken before this one, from 0; a fraction where epochs differ in
-            length.
+        step: steps taken before this one, from 0; a fraction where epochs differ in length.
         total: steps in the whole run.
         warmup_fraction: part of the run that warms up.
         scheduler: ``cosine`` or ``constant``.
@@ -224,15 +215,7 @@ def averages_weights(options: TrainingOptions, epoch: int) -> bool:
 
 
 def rate_at(options: TrainingOptions, highest: float, epoch: int, step: float, total: int) -> float:
-    """The learning rate of a step.
-
-    Args:
-        options: scheduler, warm-up, and the constant rate of ``swa`` where it has one.
-        highest: of the run.
-        epoch: from 0.
-        step: as for :func:`learning_rate_factor`.
-        total: likewise.
-    """
+    """The learning rate of a step."""
     swa = options.swa
     if swa is not None and swa.learning_rate is not None and averages_weights(options, epoch):
         return swa.learning_rate

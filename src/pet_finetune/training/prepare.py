@@ -99,7 +99,7 @@ NO_ROOMS = Rooms()
 
 
 @dataclass(frozen=True)
-class Request:
+class RunRequest:
     """How a run begins, beside its options and its folder.
 
     Attributes:

@@ -356,8 +356,7 @@ def profile_run(
 
     Args:
         options: checked options.
-        folder: where the files go; as for a run, it must hold none yet. None for
-            ``outputs/DATE/TIME``.
+        folder: where the files go; as for a run, it must hold none yet.
         steps: to be timed.
         notices: what reading the options had to say, for the log.
         source: the options file, which must not be overwritten.

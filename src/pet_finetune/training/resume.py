@@ -214,8 +214,7 @@ class Progress:
         epoch: epochs done.
         batch: batches done of the epoch under way.
         step: updates done.
-        loss_sum, extra_sums, structures, seconds, epoch_metrics: of the epoch under way, for when
-            it is interrupted.
+        loss_sum, extra_sums, structures, seconds, epoch_metrics: of the epoch under way.
         recent: the metrics of the last epochs, as many as the mean is taken over.
         best_metric, best_epoch: of the best model.
         reference, waited: the metric last seen to improve by enough, and the epochs since.

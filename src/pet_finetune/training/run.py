@@ -39,7 +39,7 @@ from .ensemble import train_ensemble
 from .feature import Feature
 from .loggers import RunDisplay
 from .metrics import Errors
-from .prepare import NO_ROOMS, Request, Rooms, Run, prepare_run
+from .prepare import NO_ROOMS, Rooms, Run, RunRequest, prepare_run
 from .records import EpochRecord, TrainingResult, TrainOutcome
 from .resume import errors_of, open_run, plain_errors, plain_states
 from .run_files import LOG, OPTIONS, RESULTS, RunFiles
@@ -75,7 +75,7 @@ def train(
         check: whether a new run inspects its data first (as ``pet-finetune inspect`` does).
         rooms: what other rooms bring into the run.
     """
-    request = Request(restart, notices, source, check, rooms)
+    request = RunRequest(restart, notices, source, check, rooms)
     launch = launchers.find_launch(options.training.distributed, options.training.distributed_port)
     several = options.num_processes > 1 or (launch is not None and launch.size > 1)
     if several and restart is None and options.finetune.pretrain is not None:
@@ -89,7 +89,7 @@ def train(
                 f"device: {options.device}: features of your own cannot be given to other "
                 "processes. Start the script with torchrun instead."
             )
-        return start_processes(options, folder, request)
+        return _start_processes(options, folder, request)
     device = choose_device(options.device, None if launch is None else launch.local_rank)
     with processes.joined(launch, device), ExitStack() as stack:
         if launch is not None and options.num_processes not in (1, launch.size):
@@ -108,7 +108,7 @@ def train(
 
 
 def _train_in(
-    folder: Path, options: Options, device: torch.device, request: Request
+    folder: Path, options: Options, device: torch.device, request: RunRequest
 ) -> TrainOutcome:
     """Train one model in a folder of its own."""
     files, rooms, saved = RunFiles(folder), request.rooms, None
@@ -233,19 +233,10 @@ _OUTCOME = "outcome.json"
 _SECONDS_TO_STOP = "300"  # to write the state of an interrupted run
 
 
-def start_processes(
-    options: Options, folder: str | Path | RunFolder | None, request: Request
+def _start_processes(
+    options: Options, folder: str | Path | RunFolder | None, request: RunRequest
 ) -> TrainOutcome:
-    """Train with as many processes as ``device`` says.
-
-    Args:
-        options: checked options.
-        folder: as for :func:`~.run.train`.
-        request: how the run begins.
-
-    Raises:
-        TrainingError: what ended the run; its message is that of the process that failed.
-    """
+    """Train with as many processes as ``device`` says; an error is that of the one that failed."""
     count, restart = options.num_processes, request.restart
     with own_folder(folder) as path, tempfile.TemporaryDirectory(prefix="pet-finetune-") as place:
         job = Path(place, "job.yaml")

@@ -32,7 +32,13 @@ from pet_finetune.data.structure_sets import find_species
 from pet_finetune.device import versions
 from pet_finetune.elements import symbol_of
 from pet_finetune.errors import CheckpointError, DataError, TrainingError
-from pet_finetune.files import read_object, read_table, write_whole, writing_explained
+from pet_finetune.files import (
+    make_writable,
+    read_object,
+    read_table,
+    write_whole,
+    writing_explained,
+)
 from pet_finetune.log import get_logger
 from pet_finetune.model.potential import Potential
 
@@ -102,7 +108,9 @@ class RunFiles:
     """Writes the files of one run; of several processes that train together, the first one does.
 
     Attributes:
-        folder: as given.
+        folder: as given; made where it does not exist.
+        best, last: the best model so far, adapters merged; all that is needed to go on.
+        adapter: the folder of the best adapter.
         base_name: what the model that the run started from is called.
         provenance: goes into every checkpoint.
 
@@ -112,39 +120,17 @@ class RunFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.best, self.last, self.adapter = folder / BEST, folder / LAST, folder / ADAPTER
         self.base_name = ""
         self.provenance: dict[str, Any] = {}
         self._writes = processes.first()
         if not self._writes:
             return
-        with writing_explained(self.folder, TrainingError):
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / ".writable"
-            probe.touch()
-            probe.unlink()
-
-    @property
-    def best(self) -> Path:
-        """The best model so far, adapters merged."""
-        return self.folder / BEST
-
-    @property
-    def last(self) -> Path:
-        """All that is needed to go on."""
-        return self.folder / LAST
-
-    @property
-    def adapter(self) -> Path:
-        """The folder of the best adapter."""
-        return self.folder / ADAPTER
+        make_writable(folder, TrainingError)
 
     @_by_the_first
     def check_free(self, options_file: str | Path = "") -> None:
-        """Make sure that a new run overwrites neither an older one nor the user's options file.
-
-        Raises:
-            TrainingError: it would.
-        """
+        """Make sure that a new run overwrites neither an older one nor the user's options file."""
         if self.last.exists():
             raise TrainingError(
                 f"The output folder '{self.folder}' holds a run already. Choose another with "
@@ -249,11 +235,7 @@ class RunFiles:
         self.write(KEPT, stream.getvalue())
 
     def read_kept(self) -> dict[str, Any]:
-        """Read what :meth:`write_kept` wrote.
-
-        Raises:
-            TrainingError: it is gone or damaged.
-        """
+        """Read what :meth:`write_kept` wrote."""
         path = self.folder / KEPT
         try:
             with TorchArchive(path) as archive:
@@ -332,16 +314,7 @@ def about_run(
     baselines: Sequence[BaselineTable],
     trainable: TrainableReport,
 ) -> dict[str, Any]:
-    """What a run knows before its first step and its report tells, for ``run.json``.
-
-    Args:
-        options: of the run.
-        provenance: as :func:`provenance_of` gives it; the options have a file of their own.
-        splits: the data.
-        model: about to be trained.
-        baselines: before and after the fit.
-        trainable: what trains.
-    """
+    """What a run knows before its first step and its report tells, for ``run.json``."""
     left_out = ("options", "parent_provenance")
     pretraining = (provenance.get("parent_provenance") or {}).get("pretraining")
     return {

@@ -147,14 +147,6 @@ def evaluate_sets(
     """Errors of a model on every set; what it says of the one that says most is kept.
 
     Those of a training set with more structures than say anything new are of a part of it.
-
-    Args:
-        files: of the run.
-        name: what the model is called there, ``BEFORE`` or ``AFTER``.
-        model: to be evaluated.
-        data: the sets.
-        wanted: for each target, whether forces and stress are compared.
-        features: of the run; they add the errors on sets of their own.
     """
     shown = primary_set(data.sets)
     sets = {set_name: loader.sampled() for set_name, loader in data.sets.items()}
@@ -182,13 +174,7 @@ def of_member(options: Options, splits: Splits, seed: int) -> tuple[int, Splits]
 
     Both are functions of the ensemble's seed and the member's number alone. Validation and test
     sets are those of all members; with ``finetune.bootstrap`` the training set is a bootstrap
-    sample: as many structures, drawn with replacement (Breiman, Mach. Learn. 24, 123 (1996)), in
-    the order of the set.
-
-    Args:
-        options: with ``finetune.ensemble`` and ``finetune.member``.
-        splits: the sets of the whole ensemble.
-        seed: of the whole ensemble.
+    sample: as many, drawn with replacement (Breiman, Mach. Learn. 24, 123 (1996)), in order.
     """
     member = options.finetune.member
     assert member is not None, "a single run has no member"
@@ -251,8 +237,7 @@ def relabelled(
     Args:
         structures: labelled for ``source``.
         source: the energy that the labels are of.
-        shifts: for each energy wanted, the baseline that it has less that of ``source``,
-            [n_species], eV.
+        shifts: for each energy wanted, its baseline less that of ``source``, [n_species], eV.
         species: atomic numbers, in the order of the shifts.
     """
     wanted = torch.tensor(species)

@@ -147,10 +147,14 @@ def _step(group: Mapping[str, Any], stack: _Stack, rows: list[int], seen: int) -
             torch._foreach_mul_(parameters, 1.0 - decay)
         torch._foreach_add_(parameters, list(change.unbind()), alpha=-rate)
     # After the update, so that a gradient does not choose the basis that it is seen in.
-    _count_products(moments, gradient, group["betas"][1])
-    if seen == 0:
-        _first_bases(moments)
-    elif seen % group["refresh"] == 0:
+    beta = group["betas"][1]
+    for side, one, other in (("left", gradient, gradient.mT), ("right", gradient.mT, gradient)):
+        if side in moments:
+            moments[side].baddbmm_(one, other, beta=beta, alpha=1.0 - beta)
+            if seen == 0:  # the longest first
+                vectors = torch.linalg.eigh(moments[side].double()).eigenvectors
+                moments[f"{side}_basis"].copy_(vectors.flip(-1))
+    if seen > 0 and seen % group["refresh"] == 0:
         _renew_bases(moments)
     if not every:
         for name, moment in moments.items():
@@ -172,37 +176,18 @@ def _adam(
     square.mul_(beta2).addcmul_(rotated, rotated, value=1.0 - beta2)
     # As the reference: eps beside the root that is not yet corrected for its start at zero.
     correction = (1.0 - beta2**step) ** 0.5 / (1.0 - beta1**step)
-    return _rotated_back(mean / (square.sqrt() + eps), moments).mul_(correction)
+    return _rotated(mean / (square.sqrt() + eps), moments, back=True).mul_(correction)
 
 
-def _rotated(matrix: Tensor, moments: Mapping[str, Tensor]) -> Tensor:
-    """In the eigenbases; [k, m, n] as the argument."""
+def _rotated(matrix: Tensor, moments: Mapping[str, Tensor], back: bool = False) -> Tensor:
+    """Into the eigenbases, or back from them; [k, m, n] as the argument."""
     if "left" in moments:
-        matrix = moments["left_basis"].mT @ matrix
-    return matrix @ moments["right_basis"] if "right" in moments else matrix
-
-
-def _rotated_back(matrix: Tensor, moments: Mapping[str, Tensor]) -> Tensor:
-    """From the eigenbases; [k, m, n] as the argument."""
-    if "left" in moments:
-        matrix = moments["left_basis"] @ matrix
-    return matrix @ moments["right_basis"].mT if "right" in moments else matrix
-
-
-def _count_products(moments: Mapping[str, Tensor], gradient: Tensor, beta: float) -> None:
-    """Take a gradient's products with itself into their running means."""
-    if "left" in moments:
-        moments["left"].baddbmm_(gradient, gradient.mT, beta=beta, alpha=1.0 - beta)
+        basis = moments["left_basis"]
+        matrix = (basis if back else basis.mT) @ matrix
     if "right" in moments:
-        moments["right"].baddbmm_(gradient.mT, gradient, beta=beta, alpha=1.0 - beta)
-
-
-def _first_bases(moments: Mapping[str, Tensor]) -> None:
-    """Eigenvectors of the first gradient's products, the longest first."""
-    for side in ("left", "right"):
-        if side in moments:
-            vectors = torch.linalg.eigh(moments[side].double()).eigenvectors
-            moments[f"{side}_basis"].copy_(vectors.flip(-1))
+        basis = moments["right_basis"]
+        matrix = matrix @ (basis.mT if back else basis)
+    return matrix
 
 
 def _renew_bases(moments: Mapping[str, Tensor]) -> None:

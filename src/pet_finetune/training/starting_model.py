@@ -88,11 +88,7 @@ def start_model(options: Options, splits: Splits) -> Start:
 
 
 def read_start(options: Options) -> tuple[Potential, str, dict[str, Any]]:
-    """The model that the options name to start from, what it is called, and its provenance.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
+    """The model that the options name to start from, what it is called, and its provenance."""
     finetune, legacy = options.finetune, options.finetune.legacy_start
     if finetune.read_from is not None:
         checkpoint = load_checkpoint(finetune.read_from)
@@ -168,11 +164,7 @@ def _all_there(
 
 
 def check_targets(options: Options) -> None:
-    """Make sure, before any file is read, that the targets have names that the network can have.
-
-    Raises:
-        ConfigError: naming one that has not.
-    """
+    """Make sure, before any file is read, that the targets have names that the network can have."""
     for name in options.target_specs():
         if "." in name or hasattr(ModuleDict(), name):
             raise ConfigError(
@@ -230,11 +222,6 @@ def rounding_told(options: Options, model: Potential, loader: Loader) -> Iterato
     """Log what happens to the predictions on the first batch within this context.
 
     Does nothing unless ``finetune.config.quant_bits`` is given, or where no energy is trained.
-
-    Args:
-        options: of the run.
-        model: quantised within the context.
-        loader: of the training structures.
     """
     bits = options.finetune.config.quant_bits
     energies = [name for name in options.target_specs() if model.target(name).is_energy]

@@ -39,10 +39,6 @@ def mixed(precision: str | None, model: Potential) -> Iterator[None]:
     autocast, or on a processor with bfloat16 instructions the fused kernels, which round the
     factors of a product and nothing else. Gradients need no scaling, as bfloat16 has the range of
     float32.
-
-    Args:
-        precision: ``architecture.training.precision``.
-        model: what computes; in full precision again afterwards.
     """
     if precision is None:
         yield
@@ -61,14 +57,7 @@ def mixed(precision: str | None, model: Potential) -> Iterator[None]:
 def precision_errors(
     model: Potential, batch: Batch, wanted: Mapping[str, tuple[bool, bool]], precision: str
 ) -> str:
-    """How far the predictions of a batch are from those in full precision, in words.
-
-    Args:
-        model: is put into evaluation mode, and back.
-        batch: on the model's device.
-        wanted: for each target, whether forces and stress are computed.
-        precision: as for :func:`mixed`.
-    """
+    """How far the predictions of a batch are from those in full precision, in words."""
     with evaluating(model):
         exact = model.predict_targets(batch, wanted)
         with mixed(precision, model):

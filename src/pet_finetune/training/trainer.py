@@ -112,11 +112,7 @@ class Trainer:
             feature.start(self, kept)
 
     def fit(self) -> TrainingResult:
-        """Train until the last epoch, early stopping or an interrupt.
-
-        Raises:
-            TrainingError: the loss or its gradient is not a number.
-        """
+        """Train until the last epoch, early stopping or an interrupt."""
         early, progress, finished = self.options.early_stopping, self.progress, True
         self._guard = InterruptGuard()
         stopped_early = progress.patience_ran_out(early)  # when such a run is resumed
@@ -369,11 +365,7 @@ class Trainer:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state`.
-
-        Raises:
-            TrainingError: the state belongs to another choice of trained parameters.
-        """
+        """Go on from :meth:`state`."""
         trained = state["trained"]
         if trained.keys() != self.parameters.keys():
             raise TrainingError(

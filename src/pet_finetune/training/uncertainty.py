@@ -46,15 +46,7 @@ def add_uncertainty(
 ) -> Potential:
     """A model with a last-layer uncertainty that is made for it as it is.
 
-    Args:
-        checkpoint: ours or metatrain's, or a potential, which is copied.
-        training: files of what it was trained on.
-        validation: files of other structures, with labels.
-        output: the checkpoint to write, if any.
-        options: how.
-        target: of which target; None for the only energy.
-        device: as in the options.
-        labels: names and units in the files.
+    Arguments are those of :func:`pet_finetune.add_uncertainty`, and structures are in files.
 
     Raises:
         TrainingError: the files have no labels to calibrate with.
@@ -100,11 +92,7 @@ class LastLayerUncertainty(Feature):
         self._options = options
 
     def check(self, plan: Plan) -> None:
-        """Make sure that it can be calibrated.
-
-        Raises:
-            TrainingError: there is no validation set, or no label in it.
-        """
+        """Make sure that it can be calibrated."""
         targets = plan.options.target_specs()
         if not plan.splits.validation:
             raise TrainingError(
