@@ -67,6 +67,12 @@ def _load(path: str | FilePath) -> DictConfig | ListConfig:
     try:
         # The reader in C recurses, and a file of nothing but brackets ends the process.
         text = FilePath(path).read_text(encoding="utf-8")
+        if re.match(r"\s*\d+\s*\n", text):  # YAML would read all of it, for minutes
+            raise ConfigError(
+                f"{path}: these are structures (XYZ), not options. Give an options file that names "
+                "them (training_set); `pet-finetune inspect FILE --write-options options.yaml` "
+                "writes one."
+            )
         if text.count("[") + text.count("{") > 1000:
             _check_depth(text, path)
         config = OmegaConf.load(path)

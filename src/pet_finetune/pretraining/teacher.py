@@ -179,13 +179,19 @@ def _by_path(text: str, module: str, name: str) -> Teacher:
     """An ASE calculator, its class, or a function that makes one, by import path."""
     try:
         found = getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        raise ConfigError(f"pretrain: the teacher {text!r} cannot be imported: {error}.") from error
     except AttributeError:
         raise ConfigError(
             f"pretrain: the module of the teacher {text!r} has no '{name}'."
         ) from None
-    made = found() if inspect.isclass(found) or not hasattr(found, "calculate") else found
+    except Exception as error:  # whatever a module of the user's does
+        raise ConfigError(f"pretrain: the teacher {text!r} cannot be imported: {error}.") from error
+    try:
+        made = found() if inspect.isclass(found) or not hasattr(found, "calculate") else found
+    except Exception as error:
+        raise ConfigError(
+            f"pretrain: the teacher {text!r} cannot be made ({type(error).__name__}: {error}). "
+            "Name a calculator, or a class or function that takes no arguments."
+        ) from error
     if not hasattr(made, "get_potential_energy"):
         raise ConfigError(
             f"pretrain: the teacher {text!r} gives {type(made).__name__}, which is no ASE "

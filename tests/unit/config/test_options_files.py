@@ -210,6 +210,7 @@ def test_an_override_of_an_unknown_option(write) -> None:
     ("content", "part"),
     [
         ("a: [1, 2\nb: 3\n", ", line 2, column 2: is no YAML: "),
+        ("3\nenergy=1.0\nO 0 0 0\nH 0 0 1\nH 0 1 0\n", ": these are structures (XYZ), not options"),
         ("a: 1\n\tb: 2\n", ", line 2, column 1: is no YAML: "),
         ("seed: 1\nseed: 2\n", ", line 2, column 1: is no YAML: found duplicate key seed."),
         ("", ": the file is empty. At least training_set must be given."),

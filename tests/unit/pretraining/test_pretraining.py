@@ -197,6 +197,8 @@ def test_a_teacher_that_is_none() -> None:
         teacher_of("ase.calculators.emt:EMTT")
     with pytest.raises(ConfigError, match="cannot be imported"):
         teacher_of("no_such_module:EMT")
+    with pytest.raises(ConfigError, match=r"cannot be made \(TypeError: "):
+        teacher_of("os:system")
     with pytest.raises(ConfigError, match="no ASE calculator"):
         teacher_of("builtins:dict")
 
