@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pet_finetune.backends import fused
 from pet_finetune.backends.choice import Accelerated, Backend
-from pet_finetune.backends.fused import MANY_ROWS, PackedLayer, settings
+from pet_finetune.backends.fused import MANY_NUMBERS, PackedLayer, settings
 from pet_finetune.backends.instructions import CannotRecord, Recorder, Row, Rows
 from pet_finetune.backends.reference import RowOp, apply_rows
 
@@ -189,7 +189,7 @@ def packed_layer(
         x: the rows that go through it, or through what comes before it.
         prologue: what is done to the rows first.
     """
-    if not backend.fused or backend.rounds or x.shape[0] < MANY_ROWS or not _fits(linear, x):
+    if not backend.fused or backend.rounds or x.numel() < MANY_NUMBERS or not _fits(linear, x):
         return None
     linear = cast("nn.Linear", linear)
     weight = linear.weight

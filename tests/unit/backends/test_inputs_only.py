@@ -22,8 +22,8 @@ pytestmark = pytest.mark.usefixtures("with_kernels")
 
 
 @pytest.fixture(autouse=True)
-def few_rows_are_many(monkeypatch):
-    monkeypatch.setattr("pet_finetune.nn.projection.MANY_ROWS", 512)
+def few_numbers_are_many(monkeypatch):
+    monkeypatch.setattr("pet_finetune.nn.projection.MANY_NUMBERS", 512 * WIDTH)
 
 
 def randoms(*shape, dtype, seed=0):
