@@ -149,7 +149,9 @@ CUTOFFS = [
 
 def calculators(hypers):
     """One that computes as on a GPU, and one as on a CPU."""
-    own, other = (PETCalculator(random_potential(**hypers), device="cpu") for _ in range(2))
+    own, other = (
+        PETCalculator(random_potential(**hypers), device="cpu", skin=2.0) for _ in range(2)
+    )
     own._steady = SteadyEdges(own.model.network.neighborhood)
     return own, other
 
@@ -175,8 +177,8 @@ def test_steady_edges_are_those_that_count(hypers, reads):
     with pytest.MonkeyPatch.context() as patched:
         builder = type(own.model.network.neighborhood)
         patched.setattr(builder, "choose", lambda *given: chosen.append(1) or choose(*given))
-        small = [partial(atoms.rattle, 0.02, seed=k) for k in range(12)]
-        for change in (*small, partial(atoms.rattle, 0.15, seed=1), atoms.pop):
+        small = [partial(atoms.rattle, 0.15, seed=k) for k in range(12)]
+        for change in (*small, partial(atoms.rattle, 0.5, seed=1), atoms.pop):
             change()
             with using(EAGER, own.model):
                 own.calculate(atoms)
