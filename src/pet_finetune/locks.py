@@ -34,6 +34,8 @@ _logger = get_logger(__name__)
 _SECONDS_BETWEEN_SIGNS = 5.0
 #: After so long without a sign the holder on another host is taken for dead.
 _SECONDS_TO_LOOK = 12.0
+#: Between finding a lock abandoned and removing its file no process should take so long.
+_SECONDS_TO_SETTLE = 0.5
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL}
 
 
@@ -102,7 +104,7 @@ class FileLock:
             OSError: the file cannot be made or written.
         """
         assert self._file is None, "this lock is held already"
-        file = self._open()
+        file = self._open() if self._has_flock() else self._open_alone()
         if file is None:
             return False
         self._file, self.holder = file, None
@@ -137,12 +139,34 @@ class FileLock:
             with contextlib.suppress(OSError):
                 os.close(file)
 
+    def _own_path(self) -> Path:
+        """A name beside the lock that no other process uses."""
+        return self.path.with_name(f"{self.path.name}.{socket.gethostname()}.{os.getpid()}")
+
+    def _has_flock(self) -> bool:
+        """Whether files of this folder can be locked; tried on one that nobody else sees.
+
+        The lock's own file is not made for that: empty, it would look abandoned.
+        """
+        if fcntl is None:
+            return False
+        own = self._own_path()
+        file = os.open(own, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # other threads of ours may try too
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                return False
+            raise
+        finally:
+            os.close(file)
+            own.unlink(missing_ok=True)
+        return True
+
     def _open(self) -> int | None:
         """The open file of a lock that is ours now, or None."""
         file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            if fcntl is None:
-                raise OSError(errno.ENOSYS, "no flock")
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             taken = isinstance(error, BlockingIOError) or error.errno == errno.EACCES
@@ -150,8 +174,6 @@ class FileLock:
             os.close(file)
             if taken:
                 return None
-            if error.errno in _NO_LOCKS:
-                return self._open_alone()
             raise
         if _inode(self.path) != os.fstat(file).st_ino:  # given back, and removed, meanwhile
             os.close(file)
@@ -165,7 +187,7 @@ class FileLock:
     def _open_alone(self) -> int | None:
         """As :meth:`_open`, where the file system locks nothing: who makes the file has it."""
         while True:
-            new = self.path.with_name(f"{self.path.name}.{socket.gethostname()}.{os.getpid()}")
+            new = self._own_path()
             file = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
             # Written before it gets its name, so that nobody finds it empty and takes it for free.
             _write(file, replace(Holder.me(), inode=os.fstat(file).st_ino))
@@ -174,7 +196,11 @@ class FileLock:
             except FileExistsError:
                 os.close(file)
             else:
-                return file
+                # Another process, which had found an abandoned file, may be about to remove this one.
+                time.sleep(_SECONDS_TO_SETTLE)
+                if _inode(self.path) == os.fstat(file).st_ino:
+                    return file
+                os.close(file)
             finally:
                 new.unlink(missing_ok=True)
             if not self._remove_abandoned():
@@ -186,19 +212,19 @@ class FileLock:
             file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return True
-        try:
+        try:  # open to the end, so that no other file gets its inode
             inode, found = os.fstat(file).st_ino, _read(file)
             if found is not None and self._lives(found, file):
                 return False
+            aside = self.path.with_name(f"{self._own_path().name}.old")
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(self.path, aside)
+                if aside.stat().st_ino != inode:  # another process was faster: this is its file
+                    with contextlib.suppress(FileExistsError):
+                        os.link(aside, self.path)
+                aside.unlink()
         finally:
             os.close(file)
-        aside = self.path.with_name(f"{self.path.name}.{os.getpid()}.old")
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(self.path, aside)
-            if aside.stat().st_ino != inode:  # another process was faster: this one is its file
-                with contextlib.suppress(FileExistsError):
-                    os.link(aside, self.path)
-            aside.unlink()
         return True
 
     def _lives(self, holder: Holder, file: int) -> bool:

@@ -10,6 +10,7 @@ import ase.io
 import pytest
 
 from pet_finetune.data import frame_files
+from pet_finetune.data.text import Content
 from tiny_data import data_section, molecules, options, write_frames, write_options
 
 
@@ -19,9 +20,9 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     counts: Counter[str] = Counter()
     plain = frame_files._parse
 
-    def count(file: Path, *arguments):
-        counts[file.name] += 1
-        return plain(file, *arguments)
+    def count(content: Content, *arguments):
+        counts[content.file.name] += 1
+        return plain(content, *arguments)
 
     monkeypatch.setattr(frame_files, "_parse", count)
     frame_files.forget_files()

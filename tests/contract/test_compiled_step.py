@@ -389,40 +389,7 @@ def test_inductor_gives_the_same_gradients_and_keeps_them(monkeypatch, tmp_path)
         for frames in (FIRST, *OTHERS):
             check(kind, step, model, objectives, frames)
         assert len(made) == 1
-    (kept,) = tmp_path.rglob("*.graph")
-    kept.write_bytes(kept.read_bytes()[:1000])  # cut off
-    step = step_of(model, objectives)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    assert step(batch_of(model, FIRST), objectives, parameters) is None
-    assert not kept.exists()
-
-
-KEPT = """
-import torch
-from torch._inductor.runtime.cache_dir_utils import cache_dir
-from pet_finetune.backends.graphs import compiled_graph
-cache_dir()  # as an optimiser of torch does
-def function(x):
-    return [x.cos() * 2]
-graph = compiled_graph("a test", "key", torch.device("cpu"), function, [torch.ones(7)], [(0,)])
-assert torch.equal(graph(torch.zeros(9))[0], torch.full((9,), 2.0))
-"""
-
-
-@SLOW
-def test_a_kept_graph_needs_no_temporary_files(monkeypatch, tmp_path):
-    """Those of the first process are gone: in another job, say, or after the machine started."""
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    made = []
-    for name in ("first", "second"):
-        (tmp_path / name).mkdir()
-        monkeypatch.setenv("TMPDIR", str(tmp_path / name))
-        subprocess.run([sys.executable, "-c", KEPT], check=True)
-        made.append(sorted((tmp_path / "cache").rglob("*.so")))
-        assert not list((tmp_path / name).rglob("*.so"))
-    assert made[0] == made[1]
-    assert made[0]
+    assert len(list(tmp_path.rglob("*.graph"))) == 1
 
 
 def count_calls(made, function):

@@ -33,7 +33,7 @@ from pet_finetune.backends.choice import EAGER, using
 from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.committee.committee import Committee
-from pet_finetune.committee.llpr import predict_uncertain
+from pet_finetune.committee.llpr import with_uncertainty
 from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.data.structure import atoms_to_structure
 from pet_finetune.errors import DataError, PetFinetuneError
@@ -165,13 +165,12 @@ def test_a_committee_and_a_last_layer_derive_the_whole_energy() -> None:
         mean = torch.stack([getattr(one, name) for one in alone]).mean(0)
         torch.testing.assert_close(getattr(said, name), mean, rtol=0, atol=1e-9)
     unsure = with_last_layer(random_potential(**ON))
-    layer = {"energy": unsure.uncertainty_of("energy")}
+    layer = unsure.uncertainty_of("energy")
 
     def of_members(frames: list[Atoms]):
         batch = batch_from_atoms(frames, unsure.cutoff)
-        return predict_uncertain(unsure, batch, {"energy": (True, True)}, layer, True)[
-            "energy"
-        ].members
+        found = unsure.predict_targets(batch, {"energy": (True, True)}, features_of=["energy"])
+        return with_uncertainty(unsure, batch, found["energy"], "energy", layer, True).members
 
     step, moved = 1e-4, []
     for sign in (1, -1):

@@ -270,7 +270,7 @@ def test_metatrain_is_not_needed(reference):
 
     script = (
         "import sys; sys.modules['metatrain'] = sys.modules['metatomic'] = None\n"
-        "from pet_finetune.checkpoint import load_checkpoint\n"
+        "from pet_finetune.checkpoint.opening import load_checkpoint\n"
         "print(load_checkpoint(sys.argv[1]).model.species)"
     )
     done = subprocess.run(

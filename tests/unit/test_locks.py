@@ -113,9 +113,11 @@ def test_it_is_free_when_its_process_was_killed(processes, flock, tmp_path):
 def test_a_lock_that_is_given_back_while_another_opens_it_is_taken_anew(monkeypatch, tmp_path):
     first, second = FileLock(tmp_path / "lock"), FileLock(tmp_path / "lock")
     assert first.acquire()
-    flock = fcntl.flock
+    flock, inode = fcntl.flock, (tmp_path / "lock").stat().st_ino
 
     def late(file, how):
+        if os.fstat(file).st_ino != inode:  # the second finds out whether files can be locked
+            return flock(file, how)
         monkeypatch.setattr(fcntl, "flock", flock)
         first.release()  # after the second has opened the file that this removes
         flock(file, how)
@@ -125,6 +127,26 @@ def test_a_lock_that_is_given_back_while_another_opens_it_is_taken_anew(monkeypa
     assert (tmp_path / "lock").exists()
     assert not FileLock(tmp_path / "lock").acquire()
     second.release()
+
+
+def test_where_nothing_is_locked_nobody_finds_the_file_empty(monkeypatch, tmp_path):
+    """Others would take it for abandoned, and remove that of a faster process in its place."""
+    path, link, found = tmp_path / "lock", os.link, []
+
+    def fail(file, how):
+        raise OSError(errno.ENOSYS, "no locks here")
+
+    def watched(source, target):
+        found.append((path.exists(), json.loads(Path(source).read_text())["pid"]))
+        link(source, target)
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    monkeypatch.setattr(os, "link", watched)
+    lock = FileLock(path)
+    assert lock.acquire()
+    assert found == [(False, os.getpid())]
+    lock.release()
+    assert not list(tmp_path.iterdir())
 
 
 def test_after_a_kill_one_of_many_gets_it(processes, flock, tmp_path):
