@@ -196,7 +196,7 @@ class FileLock:
             except FileExistsError:
                 os.close(file)
             else:
-                # Another process, which had found an abandoned file, may be about to remove this one.
+                # A process that had found an abandoned file may be about to remove this one.
                 time.sleep(_SECONDS_TO_SETTLE)
                 if _inode(self.path) == os.fstat(file).st_ino:
                     return file
