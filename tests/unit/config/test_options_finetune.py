@@ -54,8 +54,8 @@ def test_the_report_comes_some_twenty_times(given, num_epochs, interval):
 
 
 def test_an_anchor_may_be_just_its_type():
-    assert kept({"anchor": "l2sp"}).finetune.anchor.factor == 30.0
-    assert kept({"anchor": "ewc"}).finetune.anchor.factor == 100.0
+    assert kept({"anchor": "l2sp"}).finetune.anchor.factor == 0.001
+    assert kept({"anchor": "ewc"}).finetune.anchor.factor == 10.0
     assert kept({"anchor": {"type": "ewc", "strength": 5}}).finetune.anchor.factor == 5.0
 
 
