@@ -55,7 +55,7 @@ check-runs: env
 check-contract: env
 	$(PYTEST) -m "not slow" tests/contract
 
-# Everything, a quarter of an hour on two cores (and four minutes more where kernels are yet to be
+# Everything, some twelve minutes on two cores (and two or three more where kernels are yet to be
 # compiled). The longest groups come first, so that both cores are busy to the end.
 test: env
 	@echo "Lint, documentation and five groups of tests, two at a time; each is shown when it ends."
