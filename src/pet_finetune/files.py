@@ -72,8 +72,7 @@ def make_writable(folder: Path, kind: type[PetFinetuneError]) -> None:
     """Make the output folder of a run where it does not exist, and try to write to it."""
     with writing_explained(folder, kind):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
+        check_writable(folder / "a file")
 
 
 def check_room(folder: Path, size: int) -> None:
