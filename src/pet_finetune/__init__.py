@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # the same names, for those who check types
     from pet_finetune.calculator import PETCalculator as PETCalculator
     from pet_finetune.checkpoint.opening import load as load
     from pet_finetune.checkpoint.opening import load_checkpoint as load_checkpoint
+    from pet_finetune.errors import PetFinetuneError as PetFinetuneError
     from pet_finetune.keywords import Anchor as Anchor
     from pet_finetune.keywords import Dora as Dora
     from pet_finetune.keywords import Full as Full
@@ -57,6 +58,7 @@ _HOMES = {
         ),
         "pet_finetune.calculator": "PETCalculator",
         "pet_finetune.checkpoint.opening": "load load_checkpoint",
+        "pet_finetune.errors": "PetFinetuneError",
         "pet_finetune.keywords": "Lora Dora Qlora Prompt Heads Full Replay Anchor Retention",
         "pet_finetune.training.feature": "Feature",
     }.items()

@@ -35,7 +35,7 @@ from pet_finetune.dynamics.md_run import run_md as run_md
 from pet_finetune.dynamics.relaxation import RelaxSettings as RelaxSettings
 from pet_finetune.dynamics.relaxation import relax_structures as relax_structures
 from pet_finetune.dynamics.settings import MDSettings as MDSettings
-from pet_finetune.errors import ConfigError
+from pet_finetune.errors import ConfigError, DataError
 from pet_finetune.export.export import ExportOutcome
 from pet_finetune.export.export import export_model as export_model
 from pet_finetune.export.export import export_table as export_table
@@ -53,6 +53,7 @@ from pet_finetune.keywords import (
     Method,
     as_files,
     as_model,
+    as_written,
     checkpoint_of,
     is_structures,
     listed,
@@ -97,8 +98,8 @@ def finetune(
     *,
     test: Any = None,
     targets: Mapping[str, Any] | None = None,
-    method: Method | str | None = None,
-    features: Sequence[Keywords | Feature] = (),
+    method: Method | type[Method] | str | None = None,
+    features: Sequence[Keywords | Feature] | Keywords | Feature = (),
     folder: str | os.PathLike[str] | None = None,
     check: bool = True,
     **options: Any,
@@ -117,8 +118,8 @@ def finetune(
             and ``stress`` where they are there.
         method: :class:`Lora`, :class:`Dora`, :class:`Qlora`, :class:`Prompt`, :class:`Heads` or
             :class:`Full`. None is LoRA where a model is given.
-        features: :class:`Replay`, :class:`Anchor`, :class:`Retention`, and objects of
-            :class:`Feature` classes of your own.
+        features: one or several of :class:`Replay`, :class:`Anchor`, :class:`Retention`, and of
+            objects of :class:`Feature` classes of your own.
         folder: where the files of the run are kept; without one they are removed at the end.
         check: whether the data are inspected first.
         options: any other option by its name: those of ``architecture.training`` (``epochs`` is
@@ -129,6 +130,8 @@ def finetune(
         ConfigError: options that are wrong, one line for each.
         PetFinetuneError: any other bad input, with one clear message.
     """
+    if isinstance(features, (Keywords, Feature)):
+        features = [features]
     with ExitStack() as stack:
         if folder is None:
             above = stack.enter_context(tempfile.TemporaryDirectory(prefix="pet-finetune-"))
@@ -202,6 +205,8 @@ def evaluate(
     if as_tensormaps is not False:
         how = replace(how, tensormaps=() if as_tensormaps is True else as_tensormaps)
     with as_files(structures, "structures") as (files, names):
+        if not files:
+            raise DataError("structures: there are none.")
         return evaluate_files(
             as_model(model),
             files,
@@ -272,7 +277,7 @@ def pretrain(
     Raises:
         PetFinetuneError: bad input, or no frame that the teacher can label.
     """
-    checked = checked_section(PretrainOptions, settings, "pretrain")
+    checked = checked_section(PretrainOptions, as_written(settings), "pretrain")
     structures = listed(structures)
     if is_structures(structures):
         frames = [structures] if isinstance(structures, Atoms) else list(structures)
@@ -315,7 +320,7 @@ def add_uncertainty(
     Returns:
         The model with its uncertainty, for :class:`PETCalculator`, ``evaluate`` and ``export``.
     """
-    checked = checked_section(LastLayerOptions, settings, "add_uncertainty")
+    checked = checked_section(LastLayerOptions, as_written(settings), "add_uncertainty")
     with as_files(train, "train") as (first, _), as_files(validation, "validation") as (second, _):
         made = uncertainty.add_uncertainty(
             as_model(model),

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+import torch
 from ase import Atoms
 from pydantic import BaseModel
 
@@ -168,18 +170,22 @@ class Arguments:
         option = _SETS[name]
         self._set((option,), name, self._dataset(given, name, targets))
 
-    def method(self, method: Method | str | None) -> None:
-        """How the weights are changed, as an object or by its name."""
+    def method(self, method: Method | type[Method] | str | None) -> None:
+        """How the weights are changed, as an object, a class or by its name."""
+        if isinstance(method, type) and issubclass(method, Method):
+            method = method()
         if isinstance(method, Method):
             self._set((*_FINETUNE, "method"), "method", method.name)
             self._set((*_FINETUNE, "config"), "method", dict(method.settings))
         elif method is not None:
             self._set((*_FINETUNE, "method"), "method", method)
 
-    def features(self, sections: Sequence[Keywords]) -> None:
+    def features(self, sections: Sequence[Keywords | type[Keywords]]) -> None:
         """The features that are sections of the options."""
         known: set[str] = set()
         for section in sections:
+            if isinstance(section, type) and issubclass(section, Keywords):
+                section = section()
             name = type(section).__name__
             if not isinstance(section, Keywords) or isinstance(section, Method):
                 raise ConfigError(
@@ -213,7 +219,7 @@ class Arguments:
             ConfigError: one line for each problem, with the caller's names.
         """
         try:
-            loaded = parse_options(self.tree, checkpoint, source=source)
+            loaded = parse_options(as_written(self.tree), checkpoint, source=source)
         except ConfigError as error:
             lines = [self._renamed(line) for line in error.problems]
             listed = (
@@ -241,13 +247,17 @@ class Arguments:
         return given
 
     def _set(self, path: tuple[str, ...], name: str, value: Any) -> None:
+        place = format_path(path)
+        for other, given in self.names.items():
+            if f"{place}.".startswith(f"{other}.") or other.startswith(f"{place}."):
+                raise ConfigError(f"{given} and {name} set the same option, {place}: give one.")
         node = self.tree
         for key in path[:-1]:
             if not isinstance(node.get(key), dict):
                 node[key] = {}
             node = node[key]
         node[path[-1]] = value
-        self.names[format_path(path)] = name
+        self.names[place] = name
 
     def _renamed(self, line: str) -> str:
         """A problem with the caller's name of the option in front of that of the file."""
@@ -262,6 +272,19 @@ class Arguments:
         path = max(found, key=len)
         name = self.names[path]
         return line if name == place else f"{name}{place[len(path) :]}: {text} (option {place})"
+
+
+def as_written(value: Any) -> Any:
+    """An argument as an options file has it: NumPy's numbers, paths and devices as plain values."""
+    if isinstance(value, Mapping):
+        return {key: as_written(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_written(one) for one in value]
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return str(value) if isinstance(value, torch.device) else value
 
 
 def listed(given: Any) -> Any:
@@ -284,7 +307,20 @@ def as_model(model: Model) -> str | Potential:
     """A model as one that is evaluated."""
     if isinstance(model, AdaptedPotential):
         return model.potential
-    return model if isinstance(model, Potential) else os.fspath(model)
+    return model if isinstance(model, Potential) else _address(model)
+
+
+def _address(model: Any) -> str:
+    """The path or address of a checkpoint.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        return os.fspath(model)
+    raise ConfigError(
+        f"model: expected a checkpoint, or a model as pf.load gives it, got {type(model).__name__}."
+    )
 
 
 def checkpoint_of(model: Model, spare: Path, *, write: bool = True) -> str:
@@ -295,8 +331,8 @@ def checkpoint_of(model: Model, spare: Path, *, write: bool = True) -> str:
         spare: where one is written that lives in memory only.
         write: whether that is done.
     """
-    if isinstance(model, (str, os.PathLike)):
-        return os.fspath(model)
+    if not isinstance(model, (AdaptedPotential, Potential)):
+        return _address(model)
     if isinstance(model, AdaptedPotential) and model.source is not None:
         unchanged = model.source.exists() and model.active_adapter is None and (
             weights_fingerprint(load_checkpoint(model.source).model)
@@ -315,6 +351,9 @@ def as_files(structures: Any, name: str) -> Iterator[tuple[list[str], dict[str, 
     structures = listed(structures)
     if isinstance(structures, (str, os.PathLike)):
         yield [os.fspath(structures)], {}
+    elif not isinstance(structures, (Atoms, Sequence)):
+        kind = type(structures).__name__
+        raise DataError(f"{name}: expected structures, or names of files, got {kind}.")
     elif len(structures) and not is_structures(structures):
         for one in structures:
             if not isinstance(one, (str, os.PathLike)):

@@ -107,8 +107,8 @@ def result_of(outcome: TrainOutcome, options: Options, folder: Path | None) -> F
         found = load(place / BEST)
         adapter = read_adapter(place / ADAPTER) if (place / ADAPTER).is_dir() else None
         calculator = partial(PETCalculator, found)
-    if not outcome.result.finished and folder is None:
-        _logger.warning("The run had no folder of its own (folder=...) and cannot be gone on with.")
+    if folder is None:
+        _logger.info("The run had no folder of its own (folder=...): its files are removed now.")
     if folder is None and outcome.table is not None:  # its notes name files that are removed
         outcome.table.caption = None
     return FinetuneResult(

@@ -137,7 +137,7 @@ def test_errors_are_those_of_the_options_with_the_caller_s_names(base):
 
 
 def test_sections_of_the_same_kind_and_strangers_are_refused(base):
-    for features in ([pf.Replay(), pf.Replay()], ["replay"], [pf.Lora()]):
+    for features in ([pf.Replay(), pf.Replay()], ["replay"], [pf.Lora()], pf.Lora()):
         with pytest.raises(ConfigError, match="features: "):
             pf.finetune(base, molecules(4), features=features)
 
@@ -211,6 +211,45 @@ def test_generators_and_trajectories_are_structures_too(base, tmp_path):
 def test_no_structures(base):
     with pytest.raises(DataError, match="empty"):
         pf.finetune(base, [])
+    with pytest.raises(DataError, match="none"):
+        pf.evaluate(base, [])
+
+
+def test_arguments_are_plain_options_whatever_holds_them(base, tmp_path):
+    given = {"a": np.int64(3), "b": [np.float32(0.5)], "c": tmp_path, "d": torch.device("cpu"),
+             "e": np.array([1, 2])}  # fmt: skip
+    plain = {"a": 3, "b": [0.5], "c": str(tmp_path), "d": "cpu", "e": [1, 2]}
+    assert keywords.as_written(given) == plain
+    arguments = keywords.Arguments(tmp_path)
+    arguments.data(molecules(4), None)
+    arguments.method(pf.Heads)
+    arguments.features([pf.Replay])
+    arguments.options({"epochs": np.int32(7)})
+    options = arguments.parse(str(base), "finetune").options
+    assert options.training.num_epochs == 7
+    assert options.finetune.method == "heads"
+    assert options.finetune.replay is not None
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"epochs": 1, "num_epochs": 2}, "epochs and num_epochs set the same option"),
+        ({"method": pf.Lora(), "finetune": {}}, "method and finetune set the same option"),
+        ({"method": {"rank": 2}}, "method: expected one of"),
+    ],
+)
+def test_what_is_said_twice_or_in_another_way_is_refused(base, given, message):
+    with pytest.raises(pf.PetFinetuneError, match=message):
+        pf.finetune(base, molecules(4), **given)
+
+
+def test_models_and_structures_of_another_kind_are_refused(base):
+    for wrong in (pf.evaluate, pf.finetune, pf.inspect):
+        with pytest.raises(pf.PetFinetuneError, match=r"expected .*, got (list|int)"):
+            wrong(*([5] if wrong is pf.inspect else [molecules(1), molecules(1)]))
+    with pytest.raises(pf.PetFinetuneError, match="structures: expected structures"):
+        pf.evaluate(base, pf.load(base))
 
 
 def test_methods_are_those_of_the_schema():

@@ -314,8 +314,9 @@ def _merge_checkpoint(
 def _spell_out(finetune: dict[str, Any]) -> None:
     """A shorthand of a method becomes the method it stands for, and its setting."""
     config = finetune.get("config") or {}
-    if finetune.get("method") in METHOD_SHORTHANDS and isinstance(config, dict):
-        finetune["method"], settings = METHOD_SHORTHANDS[finetune["method"]]
+    method = finetune.get("method")
+    if isinstance(method, str) and method in METHOD_SHORTHANDS and isinstance(config, dict):
+        finetune["method"], settings = METHOD_SHORTHANDS[method]
         finetune["config"] = {**settings, **config}
 
 
