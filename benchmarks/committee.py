@@ -10,7 +10,7 @@ A molecule and boxes of water, the shipped foundation, members with random weigh
 
 One model, the members one by one and the committee take turns, each as an ASE calculator in a
 simulation: atoms that have moved a little, a neighbour list that still holds. The committee is
-timed as it is and with ``spread="asked"``, which leaves the forces of the members out. Each number
+timed as it is and with ``spread="on_demand"``, which leaves the forces of the members out. Each number
 is the shortest of all rounds, and on the CPU it is the process's own time, so that other work on
 the machine disturbs it little. Run it with one thread (`OMP_NUM_THREADS=1`).
 """
@@ -111,7 +111,7 @@ def main() -> None:
             one = {"device": arguments.device}
             models = [PETCalculator(FOUNDATION, adapter=folder, **one) for folder in made]
             whole = PETCalculator(FOUNDATION, adapters=made, **one)
-            mean = PETCalculator(FOUNDATION, adapters=made, spread="asked", **one)
+            mean = PETCalculator(FOUNDATION, adapters=made, spread="on_demand", **one)
         works: dict[str, Callable[[Atoms], object]] = {
             "one": lambda atoms, models=models: models[0].calculate(atoms, ["forces"]),
             "each": lambda a, models=models: [model.calculate(a, ["forces"]) for model in models],

@@ -51,7 +51,7 @@ def compiles(options: TrainingOptions, model: Potential, num_batches: int) -> bo
     reason = _obstacle(options, model)
     if reason is None and options.compile == "auto":
         if model.device.type == "cpu":
-            return False  # the kernels are faster: benchmarks/README.md, "Compiled steps"
+            return False  # the kernels are as fast or faster: docs/performance.md
         if num_batches < MANY_BATCHES:
             reason = f"a run of {num_batches} batches is over before compiling pays"
     if reason is not None:
