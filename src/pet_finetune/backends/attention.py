@@ -3,13 +3,15 @@
 TorchScript compiles these functions where they are part of an exported network.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from pet_finetune.graph import Layout, Rectangles
 
+from .reference import autocasts, row_dots
 from .twice import Formula, Gradients, Tensors, twice
 
 __all__ = ["Attention", "attend", "attend_once", "pad_keys", "pad_rows", "unpad_rows"]
@@ -91,7 +93,7 @@ def attend(qkv: Tensor, where: Rectangles, bias: Tensor, heads: int, scale: floa
         [n_atoms + n_edges, width].
     """
     if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles both parts of `and`
-        if qkv.dtype == bias.dtype and not _autocasts(qkv.device.type):
+        if qkv.dtype == bias.dtype and not autocasts(qkv.device.type):
             return twice(Attention(where, heads, scale), qkv, bias)
     return _attend(qkv, where, bias, heads, scale)
 
@@ -103,10 +105,6 @@ def _attend(qkv: Tensor, where: Rectangles, bias: Tensor, heads: int, scale: flo
         scores = torch.matmul(queries * scale, keys.transpose(-2, -1)) + own
         mixed.append(torch.matmul(scores.softmax(dim=-1), values).transpose(1, 2).flatten(2))
     return _joined(mixed, where)
-
-
-def _autocasts(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def attend_once(
@@ -173,12 +171,13 @@ def _joined(mixed: list[Tensor], where: Rectangles) -> Tensor:
 class Attention(Formula):
     """:func:`attend`, of queries, keys and values in one array and of the keys' bias.
 
-    In a rectangle of one head, with scores S = s Q K^T + b, P = softmax(S), O = P V and D = dO V^T:
+    In a rectangle of one head, with scores S = s Q K^T + b, P = softmax(S) with zeros in empty
+    rows, O = P V, D = dO V^T less its mean under P in each row, and G = P * D:
 
-        G = P * (D - rowsum(P * D)),  dQ = s G K,  dK = s G^T Q,  dV = P^T dO,  db = G^T 1.
+        dQ = s G K,  dK = s G^T Q,  dV = P^T dO,  db = G^T 1.
 
-    Of cotangents q, k, v, b of those four, with W = s (q K^T + Q k^T) + 1 b^T, centred by its mean
-    under P: E = P * W, Y = W * G + P * (dO v^T), H = Y - P * rowsum(Y),
+    Of cotangents q, k, v, b of those four, with W = s (q K^T + Q k^T) + 1 b^T, less its mean
+    under P: E = P * W, Y = D * W + dO v^T, H = P * (Y less its mean under P),
 
         to dO: P v + E V,  to Q: s (G k + H K),  to K: s (G^T q + H^T Q),
         to V: E^T dO,  to b: H^T 1.
@@ -203,51 +202,61 @@ class Attention(Formula):
         """See :class:`Formula`."""
         qkv, bias = inputs
         mixed, kept = [], []
-        for slots, own in self._with(bias):
-            q, k, v = self._taken(qkv, slots, 3)
+        empties = (empty for _, empty in self._with(self.where.empty))
+        for (slots, own), empty in zip(self._with(bias), empties, strict=True):
+            taken = self._taken(qkv, slots, 3)
+            q, k, v = taken
             scores = self._square(torch.bmm(q, k.mT), slots)
             weights = torch.add(own, scores, alpha=self.scale).softmax(-1)
-            mixed.append(torch.bmm(weights.flatten(0, 1), v))
-            kept.append(weights)
-        return self._tokens([[part] for part in mixed]), kept
+            weights = weights.masked_fill(empty.mT, 0.0).flatten(0, 1)
+            mixed.append([torch.bmm(weights, v)])
+            kept += [taken, weights]
+        return self._tokens(mixed), kept
 
-    def backward(self, grad: Tensor, inputs: Tensors, kept: Tensors) -> Gradients:
+    def backward(
+        self, grad: Tensor, kept: Tensors, waiting: Sequence[Gradients] = ()
+    ) -> tuple[Gradients, Gradients]:
         """See :class:`Formula`."""
-        qkv, _ = inputs
-        to_qkv, to_bias = [], []
-        for (slots, empty), weights in zip(self._with(self.where.empty), kept, strict=True):
-            (q, k, v), p = self._taken(qkv, slots, 3), weights.flatten(0, 1)
-            g = self._gradient(grad, slots, empty)
-            to_scores = _of_scores(torch.bmm(g, v.mT), p)
+        to_qkv, to_bias, first = [], [], []
+        for number, slots in enumerate(self.where.slots):
+            (q, k, v), p = kept[2 * number : 2 * number + 2]
+            g = self._taken(grad, slots, 1)[0]
+            lefts = [cast("Tensors", left[6 * number : 6 * number + 6]) for left in waiting]
+            to_v, d = torch.bmm(p.mT, g), None
+            for _, _, _, y, e, g1 in lefts:
+                to_v.baddbmm_(e.mT, g1)
+                d = y if d is None else d + y
+            d = torch.bmm(g, v.mT) if d is None else torch.baddbmm(d, g, v.mT)
+            to_scores = torch._softmax_backward_data(d, p, -1, d.dtype)
             to_q, to_k = self._scaled(to_scores, k), self._scaled(to_scores.mT, q)
-            to_qkv.append([to_q, to_k, torch.bmm(p.mT, g)])
-            to_bias.append(self._of_keys(to_scores, slots))
-        return self._tokens(to_qkv), _flat(to_bias)
+            for s, cq, ck, *_ in lefts:
+                to_q.baddbmm_(s, ck, alpha=self.scale)
+                to_k.baddbmm_(s.mT, cq, alpha=self.scale)
+            to_qkv.append([to_q, to_k, to_v])
+            to_bias.append(self._square(to_scores, slots).sum((0, 2)).flatten())
+            first.append(g)
+        return (self._tokens(to_qkv), _flat(to_bias)), first
 
-    def second(self, towards: Gradients, grad: Tensor, inputs: Tensors, kept: Tensors) -> Gradients:
+    def second(
+        self, towards: Gradients, kept: Tensors, first: Gradients
+    ) -> tuple[Tensor, Gradients]:
         """See :class:`Formula`."""
-        (qkv, _), (to_qkv, to_bias) = inputs, towards
-        assert to_qkv is not None
-        assert to_bias is not None
-        of_grad, of_qkv, of_bias = [], [], []
-        empties = (empty for _, empty in self._with(self.where.empty))
-        for (slots, cb), empty, weights in zip(self._with(to_bias), empties, kept, strict=True):
-            (q, k, v), p = self._taken(qkv, slots, 3), weights.flatten(0, 1)
+        to_qkv, to_bias = cast("Tensors", towards)  # of both, as both depend on the distances
+        of_grad: list[list[Tensor]] = []
+        left: list[Tensor] = []
+        for number, (slots, cb) in enumerate(self._with(to_bias)):
+            ((q, k, v), p), g = kept[2 * number : 2 * number + 2], cast("Tensor", first[number])
             cq, ck, cv = self._taken(to_qkv, slots, 3)
-            g = self._gradient(grad, slots, empty)
-            to_scores = _of_scores(torch.bmm(g, v.mT), p)
+            d = torch.bmm(g, v.mT)
+            d -= row_dots(d, p)
             products = self._square(torch.baddbmm(torch.bmm(cq, k.mT), q, ck.mT), slots)
             w = torch.add(cb, products, alpha=self.scale).flatten(0, 1)
-            w = w - (p * w).sum(-1, keepdim=True)
+            w -= row_dots(w, p)
             e = p * w
-            y = (p * torch.bmm(g, cv.mT)).addcmul_(w, to_scores)
-            h = torch.addcmul(y, p, y.sum(-1, keepdim=True), value=-1.0)
             of_grad.append([torch.baddbmm(torch.bmm(p, cv), e, v)])
-            of_bias.append(self._of_keys(h, slots))
-            of_q = torch.baddbmm(self._scaled(to_scores, ck), h, k, alpha=self.scale)
-            of_k = torch.baddbmm(self._scaled(to_scores.mT, cq), h.mT, q, alpha=self.scale)
-            of_qkv.append([of_q, of_k, torch.bmm(e.mT, g)])
-        return self._tokens(of_grad), self._tokens(of_qkv), _flat(of_bias)
+            y = torch.baddbmm(w.mul_(d), g, cv.mT)
+            left += [p * d, cq, ck, y, e, g]
+        return self._tokens(of_grad), left
 
     def _with(self, flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Each rectangle's slots, and its part of [n_slots] numbers as [atoms, 1, slots]."""
@@ -263,12 +272,6 @@ class Attention(Formula):
         atoms, width = slots.shape
         taken = split.index_select(1, slots.flatten())
         return taken.view(parts, self.heads * atoms, width, split.size(2))
-
-    def _gradient(self, grad: Tensor, slots: Tensor, empty: Tensor) -> Tensor:
-        """The gradient of the output, zero in empty slots."""
-        (taken,) = self._taken(grad, slots, 1)
-        of_heads = taken.view(self.heads, *slots.shape, taken.size(2))
-        return of_heads.masked_fill(empty.mT, 0.0).flatten(0, 1)
 
     def _tokens(self, parts: list[list[Tensor]]) -> Tensor:
         """The opposite of :meth:`_taken`; of each rectangle one array for each part."""
@@ -287,15 +290,6 @@ class Attention(Formula):
         """[heads * atoms, slots, slots] as [heads, atoms, slots, slots]."""
         return scores.view(self.heads, slots.size(0), *scores.shape[1:])
 
-    def _of_keys(self, scores: Tensor, slots: Tensor) -> Tensor:
-        """The sum over heads and queries, [atoms * slots]."""
-        return self._square(scores, slots).sum((0, 2)).flatten()
-
 
 def _flat(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _of_scores(grad: Tensor, weights: Tensor) -> Tensor:
-    """The gradient of scores, of that of their softmax."""
-    return torch._softmax_backward_data(grad, weights, -1, grad.dtype)

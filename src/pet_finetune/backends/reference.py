@@ -7,7 +7,8 @@ Where each row goes to exactly one place, the gradient is another gather. Both c
 of that kind: turning edges around, and laying tokens out in padded rectangles (:mod:`.attention`).
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -73,34 +74,52 @@ class Gate(Formula):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensors]:
         """See :class:`Formula`."""
-        return self.plain(*inputs), ()
+        return self.plain(*inputs), inputs
 
-    def backward(self, grad: Tensor, inputs: Tensors, kept: Tensors) -> Gradients:
+    def backward(
+        self, grad: Tensor, kept: Tensors, waiting: Sequence[Gradients] = ()
+    ) -> tuple[Gradients, Gradients]:
         """See :class:`Formula`."""
-        if self.silu:
-            return (torch.ops.aten.silu_backward(grad, inputs[0]),)
-        return (torch.ops.aten.glu_backward(grad, inputs[0], -1),)
+        to_x = self._slopes(grad, kept[0])
+        for left in waiting:
+            first, towards, s, a = cast("Tensors", left)
+            slope = torch.addcmul(a, a, s, value=-2.0)  # a (1 - 2 s)
+            if self.silu:
+                curvature = torch.ops.aten.sigmoid_backward(slope.add_(2.0), s)
+                to_x.addcmul_(curvature, towards * first)
+                continue
+            (of_a, of_x), (to_a, to_gate) = towards.chunk(2, dim=-1), to_x.chunk(2, dim=-1)
+            of_s = torch.ops.aten.sigmoid_backward(first, s)
+            to_a.addcmul_(of_x, of_s)
+            to_gate.addcmul_(torch.addcmul(of_a, of_x, slope), of_s)
+        return (to_x,), (grad,)
 
-    def second(self, towards: Gradients, grad: Tensor, inputs: Tensors, kept: Tensors) -> Gradients:
+    def second(
+        self, towards: Gradients, kept: Tensors, first: Gradients
+    ) -> tuple[Tensor, Gradients]:
         """See :class:`Formula`."""
-        (towards_x,) = towards
-        assert towards_x is not None
-        a, x = (inputs[0], inputs[0]) if self.silu else inputs[0].chunk(2, dim=-1)
-        s = torch.sigmoid(x)
-        slope = torch.addcmul(a, a, s, value=-2.0)  # a (1 - 2 s)
+        (v,), (x,) = cast("Tensors", towards), kept
         if self.silu:
-            to_grad = torch.ops.aten.silu_backward(towards_x, x)
-            curvature = slope.add_(2.0).mul_(towards_x).mul_(grad)
-            return to_grad, torch.ops.aten.sigmoid_backward(curvature, s)
-        of_a, of_x = towards_x.chunk(2, dim=-1)
-        to_grad = torch.addcmul(of_a, of_x, torch.addcmul(a, a, s, value=-1.0)).mul_(s)
-        both = torch.stack([of_x, torch.addcmul(of_a, of_x, slope)], dim=-2)
-        of_s = torch.ops.aten.sigmoid_backward(grad, s)
-        return to_grad, both.mul_(of_s.unsqueeze(-2)).flatten(-2)
+            return self._slopes(v, x), (first[0], v, torch.sigmoid(x), x)
+        (of_a, of_x), (a, gate) = v.chunk(2, dim=-1), x.chunk(2, dim=-1)
+        s = torch.sigmoid(gate)
+        _, by_gate = self._slopes(of_x, x).chunk(2, dim=-1)
+        return torch.addcmul(by_gate, of_a, s), (first[0], v, s, a)
+
+    def _slopes(self, grad: Tensor, x: Tensor) -> Tensor:
+        if self.silu:
+            return torch.ops.aten.silu_backward(grad, x)
+        return torch.ops.aten.glu_backward(grad, x, -1)
 
 
 class Norm(Formula):
-    """``rms_norm`` or ``layer_norm`` of rows [..., d], with a weight and maybe a bias [d]."""
+    """``rms_norm`` or ``layer_norm`` of rows [..., d], with a weight and maybe a bias [d].
+
+    Of a row less its mean, or as it is, n = x / r with r^2 = x x / d + eps. With h = w dy:
+
+        t = (h - n (n h) / d) / r,  and of the cotangent v of t, p = (v - n (n v) / d) / r:
+        to dy: w p,  to x: -(n (v t) + p (n h) + t (n v)) / (d r),  to w: sum of dy p.
+    """
 
     def __init__(self, kind: str, eps: float) -> None:
         self.centered, self.eps = kind == "layer_norm", eps
@@ -115,61 +134,88 @@ class Norm(Formula):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensors]:
         """See :class:`Formula`."""
-        x = self._part(inputs[0])
-        square = x.square().mean(-1, keepdim=True).add_(self.eps)
-        inverse = square.rsqrt()
+        x, weight = self._part(inputs[0]), inputs[1]
+        # The mean of squares and eps: one operation, as it is with a factor and a number.
+        inverse = torch.rsub(row_dots(x, x), self.eps, alpha=-1.0 / x.size(-1)).rsqrt_()
         n = x * inverse
-        out = n * inputs[1] if len(inputs) == 2 else torch.addcmul(inputs[2], n, inputs[1])
-        return out, (inverse, n, square)
+        out = n * weight if len(inputs) == 2 else torch.addcmul(inputs[2], n, weight)
+        return out, (inverse, n, *inputs[1:])
 
-    def backward(self, grad: Tensor, inputs: Tensors, kept: Tensors) -> Gradients:
+    def backward(
+        self, grad: Tensor, kept: Tensors, waiting: Sequence[Gradients] = ()
+    ) -> tuple[Gradients, Gradients]:
         """See :class:`Formula`."""
-        inverse, n, _ = kept
-        h = self._part(grad * inputs[1])
-        to_x = _across(h, n, _mean(h, n)).mul_(inverse)
-        trained = zip(inputs[1:], (n, None), strict=False)
-        return to_x, *[_summed(grad, factor) if w.requires_grad else None for w, factor in trained]
+        inverse, n, weight, *bias = kept
+        h, per = self._part(grad * weight), -1.0 / n.size(-1)
+        to_weight = _summed(grad * n) if weight.requires_grad else None
+        to_bias = [_summed(grad) if b.requires_grad else None for b in bias]
+        along: Tensor | None = None
+        for *_, vt, of_weight, of_h in waiting:
+            along = vt if along is None or vt is None else along + vt
+            to_weight = (
+                of_weight if to_weight is None or of_weight is None else to_weight + of_weight
+            )
+            h = h if of_h is None else h + of_h
+        along = row_dots(h, n, along)
+        to_x = torch.addcmul(h, n, along, value=per)
+        for p, t, nv, nh, *_ in cast("Sequence[Tensors]", waiting):
+            to_x.addcmul_(p, nh, value=per).addcmul_(t, nv, value=per)
+        to_x.mul_(inverse)
+        trains = any(w.requires_grad for w in kept[2:])
+        return (to_x, to_weight, *to_bias), (to_x, along, grad if trains else None)
 
-    def second(self, towards: Gradients, grad: Tensor, inputs: Tensors, kept: Tensors) -> Gradients:
+    def second(
+        self, towards: Gradients, kept: Tensors, first: Gradients
+    ) -> tuple[Tensor, Gradients]:
         """See :class:`Formula`."""
-        (inverse, n, square), weight = kept, inputs[1]
-        assert towards[0] is not None
-        v, h = self._part(towards[0]), self._part(grad * weight)
-        of_grad, of_v, both = _mean(h, n), _mean(v, n), _mean(v, h)
-        to_h = _across(v, n, of_v).mul_(inverse)
-        to_n = n * torch.addcmul(both, of_grad, of_v, value=-3.0)
-        to_n.addcmul_(v, of_grad).addcmul_(h, of_v)
-        to_x, to_grad, to_weight = to_n.div_(square.neg()), to_h * weight, None
-        if weight.requires_grad:  # then what it adds to the gradient depends on both, too
-            to_weight = _summed(grad, to_h)
-            if (u := towards[1]) is not None:
-                to_grad = to_grad.addcmul_(n, u)
-                h = self._part(grad * u)
-                to_x = to_x.addcmul_(_across(h, n, _mean(h, n)), inverse)
-        if len(inputs) == 2:
-            return to_grad, to_x, to_weight
-        if inputs[2].requires_grad and (u := towards[2]) is not None:
-            to_grad = to_grad + u
-        return to_grad, to_x, to_weight, None
+        inverse, n, weight, *_ = kept
+        (t, nh, grad), (v, of_weight, *of_bias) = first, towards
+        assert t is not None
+        v = torch.zeros_like(n) if v is None else self._part(v)
+        nv = row_dots(v, n)
+        p = torch.addcmul(v, n, nv, value=-1.0 / n.size(-1)).mul_(inverse)
+        to_grad, to_weight, to_h = p * weight, None, None
+        if weight.requires_grad and grad is not None:
+            to_weight = _summed(grad * p)
+            if of_weight is not None:
+                to_grad.addcmul_(n, of_weight)
+                to_h = self._part(grad * of_weight)
+        for of in of_bias:
+            to_grad = to_grad if of is None else to_grad + of
+        return to_grad, (p, t, nv, nh, row_dots(v, t), to_weight, to_h)
 
     def _part(self, rows: Tensor) -> Tensor:
         """Rows less their mean, where the norm does that."""
         return rows - rows.mean(-1, keepdim=True) if self.centered else rows
 
 
-def _mean(one: Tensor, other: Tensor) -> Tensor:
-    """Of the products of two rows, [..., 1]."""
-    return (one * other).mean(-1, keepdim=True)
+#: Where products of rows are summed in two operations: a batched product is slower there.
+_SUMMED = ["cpu"]
+#: And from so many rows on, elsewhere too: then operations take longer than to start them.
+_MANY_ROWS = 65536
 
 
-def _across(rows: Tensor, n: Tensor, along: Tensor) -> Tensor:
-    """What is left of rows when their part along ``n`` is taken out."""
-    return torch.addcmul(rows, n, along, value=-1.0)
+def row_dots(one: Tensor, other: Tensor, plus: Tensor | None = None) -> Tensor:
+    """Of each row the product with another one, [..., 1], and what is to be added to it."""
+    device, width = one.device.type, one.size(-1)
+    followed = type(one) not in (Tensor, nn.Parameter)  # for a compiler, which fuses sums
+    if device in _SUMMED or followed or one.numel() >= _MANY_ROWS * width or autocasts(device):
+        dots = (one * other).sum(-1, keepdim=True)
+        return dots if plus is None else dots.add_(plus)
+    left, right = one.reshape(-1, 1, width), other.reshape(-1, width, 1)
+    if plus is None:
+        return torch.bmm(left, right).view(*one.shape[:-1], 1)
+    return torch.baddbmm(plus.view(-1, 1, 1), left, right).view_as(plus)
 
 
-def _summed(rows: Tensor, factor: Tensor | None) -> Tensor:
+def autocasts(device: str) -> bool:
+    """Whether torch chooses the type that products are computed in."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _summed(rows: Tensor) -> Tensor:
     """Over all rows, [d]."""
-    return (rows if factor is None else rows * factor).flatten(0, -2).sum(0)
+    return rows.flatten(0, -2).sum(0)
 
 
 class _Join(torch.autograd.Function):
