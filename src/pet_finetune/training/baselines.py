@@ -179,6 +179,20 @@ def prepare_baselines(
     return tables
 
 
+def settled_baselines(model: Potential, loader: Loader, target: str, ridge: float) -> Tensor:
+    """Baselines of an energy moved by what the model, as it stands, leaves over, [n_species] eV.
+
+    Args:
+        model: is asked in evaluation mode.
+        loader: of the training set.
+        target: the energy.
+        ridge: keeps the baselines where the set does not tell elements apart.
+    """
+    free = torch.ones(len(model.species), dtype=torch.bool)
+    ridges = _ridge(ridge, ~free)
+    return _fit(model, model.target(target), loader, True, free, ridges, lambda fitted: fitted)[0]
+
+
 def _rows(
     model: Potential, loader: Loader, old: Tensor, new: Tensor, new_species: Collection[int]
 ) -> list[tuple[str, int, float, float]]:

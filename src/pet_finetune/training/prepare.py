@@ -57,7 +57,7 @@ from .starting_model import (
 from .tables import baseline_text
 from .trainer import Trainer
 from .uncertainty import LastLayerUncertainty
-from .weights import Averaging, Unfreezing
+from .weights import Averaging, SettledBaselines, Unfreezing
 
 _logger = get_logger(__name__)
 
@@ -126,6 +126,8 @@ def own_features(options: TrainingOptions) -> list[Feature]:
         features.append(RotationalAgreement())
     if options.ema is not None or options.swa is not None:
         features.append(Averaging())
+    if options.baseline.mode not in ("keep", "values") and not options.atomic_baseline:
+        features.append(SettledBaselines())  # before LLPR, which is of the model as it will be
     if options.finetune.llpr is not None:
         features.append(LastLayerUncertainty(options.finetune.llpr))
     return features

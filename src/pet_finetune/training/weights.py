@@ -1,4 +1,4 @@
-"""The weights over a run: parts that begin to train later, and averages (EMA, SWA).
+"""The weights over a run: parts that begin to train later, averages (EMA, SWA), the last baselines.
 
 Gradual unfreezing lets the heads train first and deeper parts later (ULMFiT, arXiv:1801.06146).
 """
@@ -7,20 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
+from pet_finetune import processes
+from pet_finetune.adapters.peft_files import read_adapter, write_adapter
+from pet_finetune.checkpoint.build import Checkpoint
+from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.config.finetune import Unfreeze
 from pet_finetune.errors import TrainingError, did_you_mean
 from pet_finetune.log import get_logger
 from pet_finetune.model.depth import depth_names, depth_of
 from pet_finetune.model.pet import PET
 
+from .baselines import settled_baselines
 from .feature import Feature, TrainingRun
 from .optimizer import averages_weights
+from .run_files import RunFiles
 
 _logger = get_logger(__name__)
 _ALL = "all"
@@ -153,3 +160,40 @@ class Averaging(Feature):
         for name, value in self.average.items():
             value.copy_(state["average"][name])
         self.updates = state["updates"]
+
+
+class SettledBaselines(Feature):
+    """Refits the baselines of energies to what the best model leaves over of the training labels.
+
+    Any number by which all energies of a composition are off is taken out at once; the loss hardly
+    feels it. Runs whose baselines are given or kept leave them.
+    """
+
+    name = "settled baselines"
+
+    def complete(self, best: Checkpoint, files: RunFiles) -> Mapping[str, Any]:
+        """Move the baselines of the model and its adapter, and write both."""
+        trainer, model = self.trainer, best.model
+        settled: dict[str, Tensor] = {}
+        with processes.alone():
+            if processes.first():
+                ridge = trainer.options.baseline.ridge
+                settled = {
+                    target: settled_baselines(model, trainer.training, target, ridge)
+                    for target, objective in trainer.objectives.items()
+                    if objective.energy
+                }
+        for target, values in processes.from_first(settled).items():
+            moved = 1000 * float((values - model.composition.get(target).cpu()).abs().max())
+            _logger.info("baselines of '%s' settled: by up to %.2f meV", target, moved)
+            model.composition.set(target, values)
+        if processes.first():
+            save_checkpoint(files.best, model, provenance=best.provenance)
+            if files.adapter.is_dir():
+                adapter = read_adapter(files.adapter)
+                targets = [
+                    replace(own, composition=settled.get(own.spec.name, own.composition))
+                    for own in adapter.targets
+                ]
+                write_adapter(replace(adapter, targets=tuple(targets)), files.adapter)
+        return {}

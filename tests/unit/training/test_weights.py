@@ -1,14 +1,21 @@
-"""The average of the weights: its recursion, and lending it to the model."""
+"""The average of the weights, its recursion and lending it to the model; the last baselines."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from pet_finetune.training.weights import Averaging
+from pet_finetune.adapters.peft_files import read_adapter
+from pet_finetune.checkpoint.opening import load_checkpoint
+from pet_finetune.config.training import TrainingOptions
+from pet_finetune.training.prepare import own_features
+from pet_finetune.training.run_files import RunFiles
+from pet_finetune.training.weights import Averaging, SettledBaselines
+from trainers import TRAIN, make_trainer
 
 
 def make(decay=0.9):
@@ -68,3 +75,36 @@ def test_goes_on_from_a_saved_average():
         if n >= 3:
             resumed.after_update(0)
     assert torch.equal(resumed.average["w"], whole.average["w"])
+
+
+def settled_files(trainer, folder):
+    """The files of a run that ends with the model as it stands."""
+    (feature,) = (f for f in trainer.features if isinstance(f, SettledBaselines))
+    files = RunFiles(folder)
+    files.keep_best(trainer.model, SimpleNamespace(epoch=1, metric=0.0))
+    feature.complete(load_checkpoint(files.best), files)
+    return load_checkpoint(files.best).model, read_adapter(files.adapter)
+
+
+def test_the_best_model_and_its_adapter_get_baselines_that_fit_what_is_left_over(tmp_path):
+    trainer = make_trainer("lora")
+    trainer.model.composition.get("energy").add_(0.5)
+    best, adapter = settled_files(trainer, tmp_path)
+    numbers = torch.tensor(best.species)
+    counts = torch.stack([(s.numbers[:, None] == numbers).sum(0) for s in TRAIN]).double()
+    said = torch.cat([best.predict(b.graph).energy for b in trainer.training.view()]).detach()
+    left = torch.stack([s.labels["energy"] for s in TRAIN]) - said
+    atoms = counts.sum(1)
+    left_over = (counts / atoms[:, None]).T @ (left / atoms)
+    torch.testing.assert_close(left_over, torch.zeros_like(left_over), rtol=0, atol=1e-4)
+    assert torch.equal(adapter.targets[0].composition, best.composition.get("energy"))
+
+
+def test_baselines_stay_where_no_energy_is_known_or_they_are_given(tmp_path):
+    forces = [replace(s, labels={"energy/forces": s.labels["energy/forces"]}) for s in TRAIN]
+    trainer = make_trainer("lora", train=forces)
+    best, _ = settled_files(trainer, tmp_path)
+    assert torch.equal(best.composition.get("energy"), trainer.model.composition.get("energy"))
+    for given in ({"baseline": {"mode": "keep"}}, {"atomic_baseline": {"energy": 0.0}}):
+        features = own_features(TrainingOptions.model_validate(given))
+        assert not any(isinstance(f, SettledBaselines) for f in features)
