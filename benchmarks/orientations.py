@@ -21,7 +21,7 @@ from ase import Atoms
 
 from pet_finetune import PETCalculator
 from pet_finetune.data.epochs import random_rotations
-from pet_finetune.model.orientations import ORIENTATIONS
+from pet_finetune.model.inference import ORIENTATIONS
 
 
 @dataclass

@@ -30,14 +30,13 @@ from benchmarks.speed.memory import MemoryMeter
 from pet_finetune import PETCalculator
 from pet_finetune.adapters.adapter_config import AdapterConfig
 from pet_finetune.adapters.inject import inject
-from pet_finetune.backends.arena import Arena
 from pet_finetune.backends.choice import (
     EAGER,
     choose_backend,
     use_backend,
     using,
 )
-from pet_finetune.backends.compiled import loaded, prepare
+from pet_finetune.backends.library import Arena, loaded, prepare
 from pet_finetune.config.run_options import ModelOptions
 from pet_finetune.config.training import TargetLoss
 from pet_finetune.data.labelled_batch import LabelledBatch, collate

@@ -12,10 +12,10 @@ from ase import Atoms, units
 from ase.build import bulk, molecule
 
 from pet_finetune.adapters.adapter_config import AdapterConfig
+from pet_finetune.adapters.base_weights import target_fingerprints
 from pet_finetune.adapters.inject import inject, merged_copy
 from pet_finetune.config.run_options import ModelOptions
 from pet_finetune.keys import TargetSpec
-from pet_finetune.model.fingerprint import target_fingerprints
 from pet_finetune.model.last_layer import LastLayer, cholesky_of
 from pet_finetune.model.potential import Potential
 

@@ -12,9 +12,9 @@ import argparse
 
 import torch
 
+from pet_finetune.adapters.base_weights import weights_fingerprint
 from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.checkpoint.opening import load_checkpoint
-from pet_finetune.model.fingerprint import weights_fingerprint
 
 
 def main() -> None:

@@ -16,8 +16,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from pet_finetune.caches import provide_home
-from pet_finetune.version import __version__
+from pet_finetune.installation import __version__, provide_home
 
 provide_home()  # before libraries are imported that need one
 

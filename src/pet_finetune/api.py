@@ -39,6 +39,13 @@ from pet_finetune.errors import ConfigError, DataError
 from pet_finetune.export.export import ExportOutcome
 from pet_finetune.export.export import export_model as export_model
 from pet_finetune.export.export import export_table as export_table
+from pet_finetune.finetuning import ROOMS as ROOMS
+from pet_finetune.finetuning import FinetuneResult as FinetuneResult
+from pet_finetune.finetuning import features_of_rooms, result_of
+from pet_finetune.finetuning import profile as profile
+from pet_finetune.finetuning import train as train
+from pet_finetune.finetuning import train_as_told as train_as_told
+from pet_finetune.finetuning import train_named as train_named
 from pet_finetune.inspection.inspect_data import Request as Request
 from pet_finetune.inspection.inspect_data import inspect_data as inspect_data
 from pet_finetune.inspection.inspect_data import request_of_files as request_of_files
@@ -62,18 +69,10 @@ from pet_finetune.keywords import Model as Model
 from pet_finetune.log import get_logger, setup_logging
 from pet_finetune.pretraining.stages import PretrainResult as PretrainResult
 from pet_finetune.pretraining.stages import pretrain_model
-from pet_finetune.printing import show as show
 from pet_finetune.report.report_file import ReportServer as ReportServer
 from pet_finetune.report.report_file import write_report as write_report
-from pet_finetune.result import FinetuneResult as FinetuneResult
-from pet_finetune.result import result_of
-from pet_finetune.rooms import ROOMS as ROOMS
-from pet_finetune.rooms import features_of_rooms
-from pet_finetune.rooms import profile as profile
-from pet_finetune.rooms import train as train
-from pet_finetune.rooms import train_as_told as train_as_told
-from pet_finetune.rooms import train_named as train_named
 from pet_finetune.runs import RunFolder
+from pet_finetune.terminal import show as show
 from pet_finetune.training import run, uncertainty
 from pet_finetune.training.compare_runs import evaluate_named as evaluate_named
 from pet_finetune.training.evaluation import EvaluationResult as EvaluationResult
@@ -84,8 +83,8 @@ from pet_finetune.training.evaluation import evaluate_files as evaluate_files
 from pet_finetune.training.evaluation import evaluate_options as evaluate_options
 from pet_finetune.training.feature import Feature
 from pet_finetune.training.prepare import Rooms
-from pet_finetune.training.records import TrainOutcome as TrainOutcome
 from pet_finetune.training.run_files import RunFiles
+from pet_finetune.training.step import TrainOutcome as TrainOutcome
 
 _logger = get_logger(__name__)
 _FOUNDATION = "foundation.ckpt"

@@ -15,8 +15,8 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes, equal
 
 from pet_finetune.adapters.adapted import AdaptedPotential
-from pet_finetune.backends.arena import Arena
 from pet_finetune.backends.choice import choose_backend, use_backend
+from pet_finetune.backends.library import Arena
 from pet_finetune.checkpoint.opening import open_adapted, open_committee
 from pet_finetune.committee.committee import COMMITTEE_PROPERTIES, OF_MEMBERS, Committee, results_of
 from pet_finetune.committee.committee_files import Adapters
@@ -32,13 +32,18 @@ from pet_finetune.device import check_forked, choose_device, choose_dtype
 from pet_finetune.errors import AdapterError, ConfigError, DataError
 from pet_finetune.graph import Batch, join_graphs
 from pet_finetune.keys import Compile
-from pet_finetune.model.direct import DirectTargets, NonConservative, direct_targets, predict_direct
+from pet_finetune.model.inference import (
+    DirectTargets,
+    FrozenEnergy,
+    NonConservative,
+    direct_targets,
+    predict_direct,
+    predict_mean,
+)
+from pet_finetune.model.inference import orientations as make_orientations
 from pet_finetune.model.last_layer import LastLayer
-from pet_finetune.model.orientations import orientations as make_orientations
-from pet_finetune.model.orientations import predict_mean
 from pet_finetune.model.potential import Potential
 from pet_finetune.model.prediction import Prediction
-from pet_finetune.model.static_inference import FrozenEnergy
 from pet_finetune.nn.neighborhood import SteadyEdges
 
 #: Of what a structure has, this is not read by the potential.

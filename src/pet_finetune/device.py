@@ -11,7 +11,7 @@ import torch
 
 from pet_finetune import processes
 from pet_finetune.errors import ConfigError
-from pet_finetune.version import __version__
+from pet_finetune.installation import __version__
 
 #: Packages whose versions determine the numbers.
 PACKAGES = ("torch", "ase", "numpy", "vesin")

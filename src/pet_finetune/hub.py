@@ -18,14 +18,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from pet_finetune.caches import cache_folders
 from pet_finetune.errors import CheckpointError, PetFinetuneError, did_you_mean
-from pet_finetune.extras import missing_extra
 from pet_finetune.files import check_room, replacing, size_text
+from pet_finetune.installation import __version__, cache_folders, missing_extra
 from pet_finetune.locks import only_one
 from pet_finetune.log import get_logger
-from pet_finetune.progress import Watch
-from pet_finetune.version import __version__
+from pet_finetune.terminal import Watch
 
 _logger = get_logger(__name__)
 

@@ -22,6 +22,7 @@ from ase import Atoms
 from pydantic import BaseModel
 
 from pet_finetune.adapters.adapted import AdaptedPotential
+from pet_finetune.adapters.base_weights import weights_fingerprint
 from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.config.finetune import (
@@ -38,7 +39,6 @@ from pet_finetune.config.problems import format_path
 from pet_finetune.config.run_options import Options
 from pet_finetune.data.ase_databases import write_exact
 from pet_finetune.errors import ConfigError, DataError
-from pet_finetune.model.fingerprint import weights_fingerprint
 from pet_finetune.model.potential import Potential
 
 #: A checkpoint, or a model that was loaded.

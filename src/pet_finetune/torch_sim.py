@@ -14,7 +14,7 @@ from pet_finetune.calculator import PETCalculator
 from pet_finetune.committee.committee_files import Adapters
 from pet_finetune.data.calculator_input import MovingAtoms
 from pet_finetune.errors import PetFinetuneError
-from pet_finetune.extras import missing_extra
+from pet_finetune.installation import missing_extra
 from pet_finetune.keys import Compile
 from pet_finetune.model.potential import Potential
 

@@ -11,11 +11,11 @@ import torch
 from ase.data import chemical_symbols
 
 from models import SMALL, random_potential
+from pet_finetune.adapters.base_weights import weights_fingerprint
 from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.config.run_options import ModelOptions
 from pet_finetune.keys import TargetSpec
-from pet_finetune.model.fingerprint import weights_fingerprint
 from pet_finetune.model.potential import Potential
 from tiny_data import crystals, molecules, options, write_frames, write_options
 

@@ -21,7 +21,7 @@ from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.dynamics import md_run as workflow
 from pet_finetune.dynamics.measure import MDDisplay
-from pet_finetune.model.orientations import predict_mean
+from pet_finetune.model.inference import predict_mean
 
 SHORT = ("--steps", 6, "--timestep", 0.1, "--every", 2, "--temperature", 50, "--seed", 1)
 

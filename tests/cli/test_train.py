@@ -12,9 +12,9 @@ import torch
 import yaml
 
 from models import SMALL
+from pet_finetune.adapters.base_weights import weights_fingerprint
 from pet_finetune.checkpoint.opening import load_checkpoint, open_potential
 from pet_finetune.data.labelled_batch import batch_from_atoms
-from pet_finetune.model.fingerprint import weights_fingerprint
 from tiny_data import epochs, options
 
 TINY = {key: value for key, value in SMALL.items() if key != "num_attention_layers"}

@@ -11,9 +11,9 @@ import torch
 
 from models import SPECIES
 from pet_finetune import PETCalculator
+from pet_finetune.adapters.base_weights import weights_fingerprint
 from pet_finetune.adapters.layers import ROWS
 from pet_finetune.checkpoint.opening import load_checkpoint
-from pet_finetune.model.fingerprint import weights_fingerprint
 from pet_finetune.training.loggers import RunDisplay
 from tiny_data import molecules, options, write_frames, write_options
 

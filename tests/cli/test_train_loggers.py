@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pet_finetune import extras
+from pet_finetune import installation
 from pet_finetune.training import loggers
 from tiny_data import options, write_options
 
@@ -58,8 +58,8 @@ def test_trackio(train, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_that_is_not_installed(
     name: str, command, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find = extras.find_spec
-    monkeypatch.setattr(extras, "find_spec", lambda n: None if n == name else find(n))
+    find = installation.find_spec
+    monkeypatch.setattr(installation, "find_spec", lambda n: None if n == name else find(n))
     write_options(here / "mine.yaml", options(tuning(log=[name])))
     answer = command("train", "mine.yaml", "-o", "run")
     assert answer.code == 1

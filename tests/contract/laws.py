@@ -21,6 +21,7 @@ import torch
 from ase import Atoms
 
 from pet_finetune.adapters.adapter_config import AdapterConfig
+from pet_finetune.adapters.base_weights import weights_fingerprint
 from pet_finetune.adapters.inject import (
     adapter_tensors,
     adapters_disabled,
@@ -38,7 +39,6 @@ from pet_finetune.data.epochs import random_rotations
 from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.errors import CheckpointError
 from pet_finetune.graph import Batch, rotate_graphs
-from pet_finetune.model.fingerprint import weights_fingerprint
 from pet_finetune.model.pet import HEAD_GROUPS
 from pet_finetune.model.potential import Potential
 from pet_finetune.model.prediction import Prediction

@@ -40,8 +40,8 @@ from pet_finetune.errors import DataError, PetFinetuneError
 from pet_finetune.export.export import export_model
 from pet_finetune.graph import join_graphs
 from pet_finetune.model.compiled import CompiledPredictions
+from pet_finetune.model.inference import StaticEnergy
 from pet_finetune.model.potential import Potential
-from pet_finetune.model.static_inference import StaticEnergy
 from pet_finetune.training.extend import check_known
 
 FRAMES = [ethanol(), crystal(), lone_atom(), apart()]
@@ -121,7 +121,7 @@ def _injected(model: Potential, config: AdapterConfig) -> Potential:
 
 def test_the_report_of_what_trains_names_them(model: Potential) -> None:
     from pet_finetune.adapters.inject import freeze, trainable_report
-    from pet_finetune.model.depth import depth_of
+    from pet_finetune.training.optimizer import depth_of
 
     freeze(model, None)
     width = model.hypers.d_node
@@ -219,7 +219,7 @@ def test_without_the_library_one_line_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = save_checkpoint(tmp_path / "model.ckpt", random_potential(**ON))
-    monkeypatch.setattr("pet_finetune.extras.find_spec", lambda library: None)
+    monkeypatch.setattr("pet_finetune.installation.find_spec", lambda library: None)
     with pytest.raises(PetFinetuneError, match=r"pip install 'pet-finetune\[long-range\]'"):
         load_checkpoint(path)
 
@@ -269,7 +269,7 @@ def test_copies_of_positions_go_where_the_edges_go() -> None:
     """A batch that is rotated, cut or joined says the same of positions and edge vectors."""
     from pet_finetune.data.epochs import random_rotations
     from pet_finetune.graph import rotate_graphs
-    from pet_finetune.model.orientations import copies
+    from pet_finetune.model.inference import copies
 
     frames = [ethanol(), lone_atom(), apart()]  # no cells: an edge is a difference of positions
     batch = batch_from_atoms(frames, 3.5)

@@ -15,12 +15,12 @@ from ase import Atoms
 from models import all_structures, crystal, ethanol, random_potential
 from pet_finetune.adapters.adapter_config import AdapterConfig
 from pet_finetune.adapters.at_rest import capture
+from pet_finetune.adapters.base_weights import weights_fingerprint
 from pet_finetune.adapters.combine import combine
 from pet_finetune.adapters.inject import inject
 from pet_finetune.adapters.layers import grown_tables
 from pet_finetune.adapters.peft_files import load_adapter, save_adapter
 from pet_finetune.errors import AdapterError
-from pet_finetune.model.fingerprint import weights_fingerprint
 from pet_finetune.model.potential import Potential
 
 KNOWN = list(all_structures().values())

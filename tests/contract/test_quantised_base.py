@@ -19,11 +19,11 @@ from models import crystal, ethanol, random_potential, trained_adapter
 from pet_finetune.adapters.adapted import AdaptedPotential
 from pet_finetune.adapters.adapter_config import AdapterConfig
 from pet_finetune.adapters.at_rest import capture
+from pet_finetune.adapters.base_weights import quantize_base
 from pet_finetune.adapters.combine import combine
 from pet_finetune.adapters.inject import inject, merge, merged_copy, trainable_report
 from pet_finetune.adapters.layers import LoraLinear
 from pet_finetune.adapters.peft_files import save_adapter
-from pet_finetune.adapters.quantize import quantize_base
 from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.errors import AdapterError
 from pet_finetune.nn.quantized import QuantizedLinear, QuantizedWeight, held_bytes

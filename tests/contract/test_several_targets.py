@@ -13,6 +13,7 @@ from torch import Tensor
 from models import METHODS, QUANTISED, all_structures, random_potential, trained_adapter
 from pet_finetune.adapters.adapter_config import AdapterConfig
 from pet_finetune.adapters.at_rest import capture, install
+from pet_finetune.adapters.base_weights import weights_fingerprint
 from pet_finetune.adapters.combine import combine
 from pet_finetune.adapters.inject import (
     adapter_state,
@@ -29,7 +30,6 @@ from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.errors import AdapterError
 from pet_finetune.keys import TargetSpec
-from pet_finetune.model.fingerprint import weights_fingerprint
 from pet_finetune.model.potential import Potential
 
 FRAMES = list(all_structures().values())

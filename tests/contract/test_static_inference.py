@@ -19,9 +19,9 @@ from pet_finetune.backends.choice import (
 )
 from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.graph import Batch
-from pet_finetune.model import static_inference as module
+from pet_finetune.model import inference as module
+from pet_finetune.model.inference import StaticEnergy
 from pet_finetune.model.potential import Potential
-from pet_finetune.model.static_inference import StaticEnergy
 
 WIDE = {"d_pet": 32, "d_node": 48, "d_head": 16, "d_feedforward": 32, "num_heads": 2}
 VARIANTS = {

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from pet_finetune import caches
-from pet_finetune.backends import compiled
+from pet_finetune import installation
+from pet_finetune.backends import library
 
-SOURCES = Path(caches.__file__).resolve().parents[1]
+SOURCES = Path(installation.__file__).resolve().parents[1]
 
 #: Imports what asks for the home or the user on import or later, and evaluates.
 USE = """
@@ -25,9 +25,9 @@ import getpass, pathlib, logging
 logging.basicConfig(format="%(message)s")
 import ase.config, matplotlib
 import torch._inductor.runtime.cache_dir_utils as inductor
-from pet_finetune.backends import compiled
-compiled.prepare()
-compiled.prepare()
+from pet_finetune.backends import library
+library.prepare()
+library.prepare()
 for folder in (pathlib.Path.home(), matplotlib.get_cachedir(), matplotlib.get_configdir()):
     assert os.access(folder, os.W_OK), folder
 assert getpass.getuser()
@@ -64,10 +64,10 @@ def test_a_home_that_serves_is_left_alone(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     before = dict(os.environ)
-    caches.provide_home()
+    installation.provide_home()
     assert dict(os.environ) == before
-    assert caches.notice() is None
-    assert caches.cache_folders() == [tmp_path / ".cache" / "pet-finetune"]
+    assert installation.notice() is None
+    assert installation.cache_folders() == [tmp_path / ".cache" / "pet-finetune"]
 
 
 @pytest.fixture
@@ -82,23 +82,23 @@ def read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     monkeypatch.setenv("MPLCONFIGDIR", "mine")
     monkeypatch.setenv("TRITON_CACHE_DIR", "mine")
-    monkeypatch.setattr(caches, "_temporary", lambda: tmp_path / "other")
+    monkeypatch.setattr(installation, "_temporary", lambda: tmp_path / "other")
     return folder
 
 
 def test_kernels_are_read_from_a_read_only_cache_and_compiled_elsewhere(
     read_only: Path, tmp_path: Path
 ):
-    caches.provide_home()
-    line = caches.notice()
+    installation.provide_home()
+    line = installation.notice()
     assert line is not None
     assert str(read_only) in line
-    path = compiled._library_path()
+    path = library._library_path()
     assert path.is_relative_to(tmp_path / "other")
     there = read_only / "pet-finetune" / "kernels" / path.name
     there.parent.mkdir(parents=True)
     there.touch()
-    assert compiled._library_path() == there
+    assert library._library_path() == there
     assert os.environ["MPLCONFIGDIR"] == "mine"
 
 
@@ -106,7 +106,7 @@ def test_a_folder_that_another_user_made_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    make = caches._temporary.__wrapped__
+    make = installation._temporary.__wrapped__
     mine = make()
     assert make() == mine
     assert mine.stat().st_mode & 0o077 == 0

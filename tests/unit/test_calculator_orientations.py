@@ -19,8 +19,8 @@ from pet_finetune import PETCalculator
 from pet_finetune.adapters.peft_files import save_adapter
 from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.errors import ConfigError
-from pet_finetune.model import orientations as module
-from pet_finetune.model.orientations import ORIENTATIONS, orientations
+from pet_finetune.model import inference as module
+from pet_finetune.model.inference import ORIENTATIONS, orientations
 
 MANY = [count for count in ORIENTATIONS if count > 1]
 

@@ -24,8 +24,8 @@ from pet_finetune.data.label_columns import find_value
 from pet_finetune.data.structure import atoms_to_structure
 from pet_finetune.data.writing import PredictionWriter
 from pet_finetune.errors import CheckpointError, DataError, PetFinetuneError, TrainingError
-from pet_finetune.extras import drawn
 from pet_finetune.files import check_room, write_whole
+from pet_finetune.installation import drawn
 from pet_finetune.log import get_logger, setup_logging
 from pet_finetune.training.run_files import KEPT, TABLE, RunFiles
 

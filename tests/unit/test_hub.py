@@ -20,12 +20,12 @@ import pytest
 import pet_finetune as pf
 from models import random_potential
 from pet_finetune import hub
+from pet_finetune.adapters.base_weights import weights_fingerprint
 from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.errors import CheckpointError
 from pet_finetune.hub import SHIPPED, UPET_MODELS, find_model, is_address
 from pet_finetune.keywords import as_model, checkpoint_of
-from pet_finetune.model.fingerprint import weights_fingerprint
 
 SOURCES = Path(hub.__file__).resolve().parents[1]
 FILE = "models/pet-mad-s-v1.6.0.ckpt"
@@ -310,7 +310,7 @@ def test_the_hub_without_a_connection(hugging: Server, monkeypatch: pytest.Monke
 def test_the_hub_without_its_library(
     server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("pet_finetune.extras.find_spec", lambda name: None)
+    monkeypatch.setattr("pet_finetune.installation.find_spec", lambda name: None)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match=r"pip install 'pet-finetune\[hub\]'") as caught:
         find_model(f"hf://lab-cosmo/upet@v1/{FILE}")

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from pet_finetune.progress import InterruptGuard
+from pet_finetune.terminal import InterruptGuard
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -44,7 +44,7 @@ def test_a_second_interrupt_acts(at_start):
 def test_a_second_termination_ends_a_process_that_ignored_it():
     script = (
         "import os, signal\n"
-        "from pet_finetune.progress import InterruptGuard\n"
+        "from pet_finetune.terminal import InterruptGuard\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "with InterruptGuard() as guard:\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"

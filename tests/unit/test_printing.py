@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from pet_finetune.printing import facts_table, show
+from pet_finetune.terminal import facts_table, show
 
 
 def test_names_in_brackets_are_no_markup(capsys):

@@ -12,16 +12,16 @@ from collections.abc import Iterator
 import pytest
 
 from logs import logging_as_it_was
-from pet_finetune import log, progress
+from pet_finetune import log, terminal
 from pet_finetune.log import LastLine, get_logger, setup_logging
-from pet_finetune.progress import Watch
+from pet_finetune.terminal import Watch
 
 
 @pytest.fixture(autouse=True)
 def _as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     line = LastLine()
     monkeypatch.setattr(log, "last_line", line)
-    monkeypatch.setattr(progress, "last_line", line)
+    monkeypatch.setattr(terminal, "last_line", line)
     with logging_as_it_was():
         yield
 
@@ -31,9 +31,9 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        self.screen = progress._Screen()
+        self.screen = terminal._Screen()
         monkeypatch.setattr(self.screen, "_run", lambda ended: None)
-        monkeypatch.setattr(progress, "_screen", self.screen)
+        monkeypatch.setattr(terminal, "_screen", self.screen)
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
 
     def pass_by(self, seconds: int) -> None:
@@ -116,7 +116,7 @@ def test_nothing_is_told_while_other_processes_tell(
 
 def test_a_thread_shows_and_ends(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     setup_logging()
-    monkeypatch.setattr(progress, "_LINE", 0.01)
+    monkeypatch.setattr(terminal, "_LINE", 0.01)
     with Watch("reading big.xyz"):
         deadline = time.monotonic() + 30.0
         while "reading big.xyz, for" not in capsys.readouterr().err:
@@ -129,12 +129,12 @@ def test_a_thread_shows_and_ends(capsys: pytest.CaptureFixture[str], monkeypatch
 def test_a_forked_process_shows_what_it_does_itself() -> None:
     code = (
         "import os, sys, time\n"
-        "from pet_finetune import progress\n"
-        "with progress.Watch('outside'):\n"
+        "from pet_finetune import terminal\n"
+        "with terminal.Watch('outside'):\n"
         "    child = os.fork()\n"
         "    if not child:\n"
-        "        with progress.Watch('inside'):\n"
-        "            sys.exit(0 if progress._screen._thread.is_alive() else 1)\n"
+        "        with terminal.Watch('inside'):\n"
+        "            sys.exit(0 if terminal._screen._thread.is_alive() else 1)\n"
         "    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
@@ -142,17 +142,17 @@ def test_a_forked_process_shows_what_it_does_itself() -> None:
 
 _SILENT = """
 import sys, time
-from pet_finetune import log, progress
+from pet_finetune import log, terminal
 log.setup_logging()
 def work(seconds):
     end = time.process_time() + seconds
     while time.process_time() < end:
         sum(range(1000))
 if "watched" in sys.argv:
-    with progress.Watch("the whole"):
+    with terminal.Watch("the whole"):
         work(0.6)
         for number in range(4):
-            with progress.Watch(f"part {number}", "steps", 10) as watch:
+            with terminal.Watch(f"part {number}", "steps", 10) as watch:
                 watch.step(5)
                 work(0.6)
 else:

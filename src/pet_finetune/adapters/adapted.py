@@ -9,17 +9,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pet_finetune.adapters.base_weights import weights_fingerprint
 from pet_finetune.errors import AdapterError, did_you_mean
 from pet_finetune.graph import Batch
-from pet_finetune.model.fingerprint import weights_fingerprint
 from pet_finetune.model.potential import Potential
 from pet_finetune.model.prediction import Prediction
 
 from .at_rest import Adapter, capture, check_base, install
+from .base_weights import restore_base, round_base
 from .combine import combine
 from .inject import active_adapter, eject, merge, merged_copy, unmerge
 from .peft_files import read_adapter, write_adapter
-from .quantize import restore_base, round_base
 
 
 class AdaptedPotential:

@@ -26,7 +26,7 @@ class AdapterConfig:
         use_dora: train lengths and directions apart (:class:`~.layers.DoraLinear`).
         rank_pattern, alpha_pattern: other ranks and alphas for the layers whose path ends like
             the key, or matches it as a regular expression; the first match counts.
-        quant_bits: hold the frozen weights in 4 or 8 bits (:mod:`.quantize`); None keeps them.
+        quant_bits: hold the frozen weights in 4 or 8 bits (:mod:`.base_weights`); None keeps them.
         num_prompts: prompt tuning with this many tokens a layer in place of low-rank updates, whose
             settings then mean nothing; 0 for none.
     """

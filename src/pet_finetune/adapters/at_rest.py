@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pet_finetune.adapters.base_weights import weights_fingerprint
 from pet_finetune.errors import AdapterError
-from pet_finetune.model.fingerprint import weights_fingerprint
 from pet_finetune.model.potential import Potential
 
 from .adapter_config import AdapterConfig, resolve
+from .base_weights import quantize_base
 from .inject import (
     AdapterTarget,
     active_adapter,
@@ -23,7 +24,6 @@ from .inject import (
     saved_parameters,
     target_of,
 )
-from .quantize import quantize_base
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pet_finetune.errors import AdapterError, did_you_mean
 from pet_finetune.model.potential import Potential
-from pet_finetune.nn.embedding import ROWS
+from pet_finetune.nn.primitives import ROWS
 
 from .at_rest import Adapter, install
 from .inject import AdapterTarget, adapter_state, eject

@@ -10,16 +10,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pet_finetune.adapters.base_weights import weights_fingerprint
 from pet_finetune.errors import AdapterError
 from pet_finetune.keys import TargetSpec
 from pet_finetune.log import get_logger
-from pet_finetune.model.fingerprint import weights_fingerprint
 from pet_finetune.model.potential import Potential
-from pet_finetune.nn.attention import PromptTokens
-from pet_finetune.nn.embedding import ROWS
+from pet_finetune.nn.block import PromptTokens
+from pet_finetune.nn.primitives import ROWS
 from pet_finetune.nn.quantized import QuantizedLinear, num_quantized
 
 from .adapter_config import AdapterConfig, fitted, replace_module
+from .base_weights import quantize_base
 from .layers import (
     DoraLinear,
     LoraLinear,
@@ -31,7 +32,6 @@ from .layers import (
     remove_prompts,
     train_new_rows,
 )
-from .quantize import quantize_base
 
 _logger = get_logger(__name__)
 

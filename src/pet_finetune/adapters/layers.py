@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from pet_finetune.errors import AdapterError
 from pet_finetune.model.potential import Potential
-from pet_finetune.nn.attention import Attention, PromptTokens
-from pet_finetune.nn.embedding import ROWS, GrownEmbedding
+from pet_finetune.nn.block import Attention, PromptTokens
+from pet_finetune.nn.primitives import ROWS, GrownEmbedding
 from pet_finetune.nn.projection import Adapted, LowRankUpdate, plain_linear
 from pet_finetune.nn.quantized import QuantizedWeight, product, quantize
 

@@ -26,11 +26,11 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from pet_finetune.adapters.base_weights import content_digest
 from pet_finetune.errors import AdapterError, DataError, damage_explained
 from pet_finetune.files import read_object, write_whole
 from pet_finetune.keys import TargetSpec
 from pet_finetune.log import get_logger
-from pet_finetune.model.fingerprint import content_digest
 from pet_finetune.model.potential import Potential
 
 from .adapter_config import AdapterConfig

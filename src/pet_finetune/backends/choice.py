@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import compiled
+from . import library
 
 __all__ = [
     "EAGER",
@@ -69,12 +69,12 @@ _ALL = {backend.name: backend for backend in (EAGER, FUSED, FUSED_BFLOAT16)}
 
 def _by_name(name: str) -> Backend:
     backend = _ALL[name]
-    return EAGER if backend.fused and not compiled.loaded() else backend
+    return EAGER if backend.fused and not library.loaded() else backend
 
 
 def default_backend() -> Backend:
     """What a model uses that nobody chose a back end for."""
-    return FUSED if compiled.loaded() else EAGER
+    return FUSED if library.loaded() else EAGER
 
 
 def choose_backend(device: torch.device | str = "cpu") -> Backend:
@@ -84,7 +84,7 @@ def choose_backend(device: torch.device | str = "cpu") -> Backend:
         ConfigError: ``PET_FINETUNE_KERNELS`` is not one of its values, or requires what cannot be
             had.
     """
-    return FUSED if compiled.prepare(device) else EAGER
+    return FUSED if library.prepare(device) else EAGER
 
 
 class Accelerated:

@@ -23,13 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pet_finetune.caches import cache_folders
 from pet_finetune.errors import PetFinetuneError
 from pet_finetune.files import is_sound, note_digest, replacing
+from pet_finetune.installation import cache_folders
 from pet_finetune.locks import only_one
 from pet_finetune.log import get_logger
-
-__all__ = ["CannotCompile", "Graph", "compiled_graph", "followed", "is_compiled"]
 
 #: Tensors to tensors.
 Graph = Callable[..., Sequence[Tensor]]

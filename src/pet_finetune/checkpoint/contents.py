@@ -13,6 +13,7 @@ from ase.data import chemical_symbols, covalent_radii
 from rich.table import Table
 
 from pet_finetune.adapters.at_rest import Adapter, install
+from pet_finetune.adapters.base_weights import weights_fingerprint
 from pet_finetune.adapters.combine import combine
 from pet_finetune.adapters.inject import lora_layers, merged_copy
 from pet_finetune.adapters.peft_files import read_adapter, write_adapter
@@ -21,9 +22,8 @@ from pet_finetune.config.run_options import ModelOptions
 from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.errors import AdapterError
 from pet_finetune.files import size_text
-from pet_finetune.model.fingerprint import weights_fingerprint
 from pet_finetune.model.potential import Potential
-from pet_finetune.printing import facts_table
+from pet_finetune.terminal import facts_table
 
 from .native import save_checkpoint
 from .opening import load_checkpoint

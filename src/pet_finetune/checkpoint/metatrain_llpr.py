@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pet_finetune.adapters.base_weights import target_fingerprints
 from pet_finetune.errors import CheckpointError
-from pet_finetune.model.fingerprint import target_fingerprints
 from pet_finetune.model.last_layer import LastLayer, cholesky_of
 from pet_finetune.model.potential import Potential
 

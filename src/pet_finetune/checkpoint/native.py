@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from pet_finetune.adapters.adapter_config import AdapterConfig
+from pet_finetune.adapters.base_weights import quantize_base
 from pet_finetune.adapters.inject import (
     AdapterTarget,
     adapter_state,
@@ -50,7 +51,6 @@ from pet_finetune.adapters.layers import (
     merge_new_rows,
     remove_prompts,
 )
-from pet_finetune.adapters.quantize import quantize_base
 from pet_finetune.committee.llpr import fresh
 from pet_finetune.errors import CheckpointError, PetFinetuneError
 from pet_finetune.files import replacing

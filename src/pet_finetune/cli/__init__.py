@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from pet_finetune.errors import PetFinetuneError, is_out_of_memory
-from pet_finetune.progress import Watch
-from pet_finetune.version import __version__
+from pet_finetune.installation import __version__
+from pet_finetune.terminal import Watch
 
 from .data import add_convert, add_inspect
 from .dynamics import add_md, add_relax

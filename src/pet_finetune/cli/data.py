@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pet_finetune.errors import ConfigError
 from pet_finetune.files import check_new
-from pet_finetune.progress import clear
+from pet_finetune.terminal import clear
 
 from . import common
 
@@ -130,7 +130,7 @@ def _print(inspection: object, as_json: bool) -> None:
     import json
 
     from pet_finetune.api import Inspection, as_dict, render
-    from pet_finetune.printing import print_rich
+    from pet_finetune.terminal import print_rich
 
     assert isinstance(inspection, Inspection)
     if as_json:

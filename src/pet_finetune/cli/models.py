@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from pet_finetune.progress import clear
+from pet_finetune.terminal import clear
 
 from . import common
 

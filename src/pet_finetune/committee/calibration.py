@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pet_finetune.data.labelled_batch import LabelledBatch, on_device
-from pet_finetune.extras import plotting
+from pet_finetune.installation import plotting
 from pet_finetune.keys import forces_key, stress_key
 
 from .committee import Committee, CommitteePrediction, to_numpy

@@ -27,11 +27,10 @@ from torch import Tensor, nn
 from pet_finetune.config.run_options import ModelOptions
 from pet_finetune.errors import AdapterError
 from pet_finetune.graph import Batch, repeat_batch
-from pet_finetune.model.inference import autograd_possible
 from pet_finetune.model.potential import Potential
-from pet_finetune.model.prediction import Prediction, forces_of, stress_of
+from pet_finetune.model.prediction import Prediction, autograd_possible, forces_of, stress_of
 from pet_finetune.model.shared_layers import SharedLayers, Tokens
-from pet_finetune.nn.grouped import MemberRows
+from pet_finetune.nn.primitives import MemberRows
 
 from .members import differing_layers, gather, join, restore
 

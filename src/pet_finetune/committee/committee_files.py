@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from pet_finetune.adapters.at_rest import Adapter, install
+from pet_finetune.adapters.base_weights import content_digest, weights_fingerprint
 from pet_finetune.adapters.inject import merged_copy
 from pet_finetune.adapters.peft_files import read_adapter
 from pet_finetune.errors import AdapterError, ConfigError, DataError
 from pet_finetune.files import read_object, write_whole
 from pet_finetune.keys import TargetSpec, main_energy
 from pet_finetune.log import get_logger
-from pet_finetune.model.fingerprint import content_digest, weights_fingerprint
 from pet_finetune.model.potential import Potential
 
 from .committee import Calibration, Committee

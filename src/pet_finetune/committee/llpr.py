@@ -15,19 +15,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pet_finetune.adapters.base_weights import target_fingerprints
 from pet_finetune.config.finetune import LastLayerOptions
 from pet_finetune.data.labelled_batch import LabelledBatch, on_device
 from pet_finetune.errors import TrainingError
 from pet_finetune.graph import Batch
 from pet_finetune.keys import TargetSpec
 from pet_finetune.log import get_logger
-from pet_finetune.model.fingerprint import target_fingerprints
-from pet_finetune.model.inference import autograd_possible
 from pet_finetune.model.last_layer import LastLayer, cholesky_of
 from pet_finetune.model.pet import features_key
 from pet_finetune.model.potential import Potential
-from pet_finetune.model.prediction import Prediction, Property, forces_of, stress_of, with_leaves
-from pet_finetune.progress import Watch
+from pet_finetune.model.prediction import (
+    Prediction,
+    Property,
+    autograd_possible,
+    forces_of,
+    stress_of,
+    with_leaves,
+)
+from pet_finetune.terminal import Watch
 
 from .calibration import Curves, Deviations
 from .committee import COMMITTEE_PROPERTIES, Calibration, CommitteePrediction

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from pet_finetune.adapters.adapter_config import replace_module
 from pet_finetune.errors import AdapterError
-from pet_finetune.model.composition import Composition, Scale
 from pet_finetune.model.pet import HEAD_GROUPS
 from pet_finetune.model.potential import Potential
 from pet_finetune.model.shared_layers import SharedLayers
-from pet_finetune.nn.attention import Attention
-from pet_finetune.nn.block import Block
-from pet_finetune.nn.grouped import GroupedLinear, MemberRows
+from pet_finetune.model.terms import Composition, Scale
+from pet_finetune.nn.block import Attention, Block
+from pet_finetune.nn.primitives import GroupedLinear, MemberRows
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pet_finetune.errors import did_you_mean
-from pet_finetune.extras import LONG_RANGE, QUANTIZATION, missing_extra
+from pet_finetune.installation import LONG_RANGE, QUANTIZATION, missing_extra
 
 from .data_contradictions import check_data, check_keeping
 from .finetune import METATRAIN_KEYS, METHOD_KEYS

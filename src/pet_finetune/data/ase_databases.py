@@ -21,8 +21,8 @@ from ase.db.row import AtomsRow
 from ase.io.jsonio import decode
 
 from pet_finetune.errors import DataError, damage_explained
-from pet_finetune.extras import missing_extra
 from pet_finetune.files import replacing
+from pet_finetune.installation import missing_extra
 from pet_finetune.log import get_logger
 
 from .complete import check_sqlite

@@ -19,7 +19,7 @@ from pet_finetune.errors import DataError
 from pet_finetune.files import check_file, check_new, replacing
 from pet_finetune.locks import only_one
 from pet_finetune.log import get_logger
-from pet_finetune.progress import Watch
+from pet_finetune.terminal import Watch
 
 from .ase_databases import count_rows, is_database
 from .extxyz import read_extxyz

@@ -25,7 +25,7 @@ from ase.io.runner.runneratoms import Units
 from pet_finetune.errors import DataError, did_you_mean
 from pet_finetune.files import check_file
 from pet_finetune.log import get_logger
-from pet_finetune.progress import Watch
+from pet_finetune.terminal import Watch
 
 from .ase_databases import is_database, is_lmdb, rows_of
 from .complete import check_complete, check_ends, check_frames

@@ -14,8 +14,8 @@ from torch import Tensor
 from pet_finetune.errors import DataError
 from pet_finetune.keys import label_kind
 from pet_finetune.log import get_logger
-from pet_finetune.progress import Watch
 from pet_finetune.rng import Stream, torch_generator
+from pet_finetune.terminal import Watch
 
 from .epochs import count_packs, deal, in_blocks, pack, random_rotations, rotate_batch
 from .labelled_batch import LabelledBatch, Whole, collate_labelled, num_known, prepare

@@ -20,7 +20,7 @@ from ase import Atoms
 from pet_finetune.errors import DataError, damage_explained
 from pet_finetune.files import read_object
 from pet_finetune.log import get_logger
-from pet_finetune.progress import Watch
+from pet_finetune.terminal import Watch
 
 _logger = get_logger(__name__)
 _INDEX = ("ns.npy", "na.npy")

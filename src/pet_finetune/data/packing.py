@@ -19,12 +19,12 @@ import numpy as np
 from ase import Atoms
 from ase.stress import voigt_6_to_full_3x3_stress
 
-from pet_finetune.caches import cache_folders
 from pet_finetune.errors import DataError
 from pet_finetune.files import read_object, write_whole
+from pet_finetune.installation import cache_folders
 from pet_finetune.locks import only_one
 from pet_finetune.log import get_logger
-from pet_finetune.progress import Watch
+from pet_finetune.terminal import Watch
 
 from .ase_databases import count_rows, is_database, rows_of
 from .metatrain_sets import ABOUT, VERSION, Folder, is_large, read_about, zip_count, zip_frames

@@ -14,7 +14,7 @@ from pet_finetune.config.target import TargetOptions
 from pet_finetune.errors import DataError
 from pet_finetune.keys import TargetSpec, forces_key, stress_key, weights_key
 from pet_finetune.log import get_logger
-from pet_finetune.progress import Watch
+from pet_finetune.terminal import Watch
 
 from .dataset_files import (
     DatasetFiles,

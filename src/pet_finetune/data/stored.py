@@ -17,7 +17,7 @@ from pet_finetune.config.dataset import ExtraDataOptions
 from pet_finetune.config.target import TargetOptions
 from pet_finetune.errors import DataError
 from pet_finetune.keys import LabelKind, forces_key, label_kind, stress_key, weights_key
-from pet_finetune.progress import Watch
+from pet_finetune.terminal import Watch
 
 from .dataset_files import DatasetFiles, energy_column, gradient_of, property_column
 from .label_columns import Column

@@ -20,11 +20,10 @@ from pet_finetune.dynamics.loop import Outcome, simulate
 from pet_finetune.dynamics.md_files import MDFiles
 from pet_finetune.dynamics.settings import MDSettings
 from pet_finetune.errors import DynamicsError, PetFinetuneError
-from pet_finetune.extras import drawn
+from pet_finetune.installation import drawn
 from pet_finetune.log import FILE_ONLY, get_logger, setup_logging
-from pet_finetune.printing import show
-from pet_finetune.progress import InterruptGuard
 from pet_finetune.runs import STARTED, own_folder, starts_of
+from pet_finetune.terminal import InterruptGuard, show
 
 from .integrators import degrees_of_freedom, draw_velocities, keeps_momentum, temperature
 from .md_checks import ModelChoice, check_start

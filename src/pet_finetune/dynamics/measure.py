@@ -13,9 +13,9 @@ from ase import Atoms, units
 from ase.md.md import MolecularDynamics
 from rich.progress import TextColumn
 
-from pet_finetune.extras import plotting
+from pet_finetune.installation import plotting
 from pet_finetune.log import get_logger
-from pet_finetune.progress import REDRAWS_PER_SECOND, Watch, progress_bar, start_bar, stop_bar
+from pet_finetune.terminal import REDRAWS_PER_SECOND, Watch, progress_bar, start_bar, stop_bar
 
 from .integrators import conserved_quantity, temperature
 

@@ -33,8 +33,7 @@ from pet_finetune.data.structure import list_frames
 from pet_finetune.errors import DynamicsError, PetFinetuneError, did_you_mean, is_out_of_memory
 from pet_finetune.files import check_new, replacing
 from pet_finetune.log import get_logger
-from pet_finetune.printing import show
-from pet_finetune.progress import InterruptGuard, Watch
+from pet_finetune.terminal import InterruptGuard, Watch, show
 
 from .carried import carried
 from .integrators import constraint_problems

@@ -15,6 +15,7 @@ import torch
 from ase.data import chemical_symbols
 from rich.table import Table
 
+from pet_finetune.adapters.base_weights import weights_fingerprint
 from pet_finetune.adapters.inject import active_adapter, merged_copy
 from pet_finetune.adapters.peft_files import load_adapter
 from pet_finetune.checkpoint.archive import TorchArchive
@@ -30,12 +31,11 @@ from pet_finetune.device import choose_dtype
 from pet_finetune.errors import CheckpointError, ConfigError
 from pet_finetune.files import check_writable, size_text
 from pet_finetune.hub import find_model
+from pet_finetune.installation import __version__
 from pet_finetune.keys import main_energy
 from pet_finetune.log import get_logger
-from pet_finetune.model.fingerprint import weights_fingerprint
 from pet_finetune.model.potential import Potential
-from pet_finetune.printing import facts_table
-from pet_finetune.version import __version__
+from pet_finetune.terminal import facts_table
 
 _LOG = get_logger(__name__)
 # Enough to notice an error, few enough to cost a second.

@@ -23,10 +23,9 @@ from pet_finetune.data.structure import Structure
 from pet_finetune.errors import ConfigError
 from pet_finetune.graph import Batch
 from pet_finetune.log import get_logger
-from pet_finetune.model.inference import evaluating
 from pet_finetune.model.potential import Potential
-from pet_finetune.model.prediction import Prediction
-from pet_finetune.nn.embedding import ROWS
+from pet_finetune.model.prediction import Prediction, evaluating
+from pet_finetune.nn.primitives import ROWS
 from pet_finetune.rng import Stream
 from pet_finetune.training.feature import Plan, Step, TrainingRun
 from pet_finetune.training.objectives import Objective

@@ -15,11 +15,11 @@ from ase.data import chemical_symbols, covalent_radii
 from torch import Tensor
 
 from pet_finetune.data.structure_sets import find_species
-from pet_finetune.extras import drawn, plotting
 from pet_finetune.graph import Batch
+from pet_finetune.installation import drawn, plotting
 from pet_finetune.log import get_logger
-from pet_finetune.model.inference import evaluating
 from pet_finetune.model.potential import Potential
+from pet_finetune.model.prediction import evaluating
 from pet_finetune.training.feature import Plan
 from pet_finetune.training.run_files import DIMERS, RunFiles
 

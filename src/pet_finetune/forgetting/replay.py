@@ -28,8 +28,8 @@ from pet_finetune.errors import ConfigError, DataError
 from pet_finetune.inspection.inspected import most_different
 from pet_finetune.log import get_logger
 from pet_finetune.model.potential import Potential
-from pet_finetune.progress import Watch
 from pet_finetune.rng import Stream
+from pet_finetune.terminal import Watch
 from pet_finetune.training.extend import check_known
 from pet_finetune.training.feature import Feature, Plan, Step, TrainingRun
 from pet_finetune.training.objectives import Objective, batch_loss, loss_stage

@@ -15,9 +15,9 @@ from pet_finetune.model.potential import Potential
 from pet_finetune.training.feature import Plan, TrainingRun
 from pet_finetune.training.loggers import describe
 from pet_finetune.training.metrics import Metrics, evaluate
-from pet_finetune.training.records import Measured
 from pet_finetune.training.sets import evaluation_loader, label_with, relabelled
 from pet_finetune.training.starting_model import FoundationEnergies, named_energy
+from pet_finetune.training.step import Measured
 
 from .replay import (
     Keeping,

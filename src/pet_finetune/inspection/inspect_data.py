@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pet_finetune.backends.choice import choose_backend, use_backend
-from pet_finetune.backends.compiled import ready
+from pet_finetune.backends.library import ready
 from pet_finetune.config.dataset import DatasetOptions
 from pet_finetune.config.load import LoadedOptions, parse_options, to_yaml
 from pet_finetune.config.options_reference import schema_line
@@ -26,7 +26,7 @@ from pet_finetune.files import check_new, write_whole
 from pet_finetune.keys import forces_key, stress_key
 from pet_finetune.log import get_logger
 from pet_finetune.model.potential import Potential
-from pet_finetune.progress import Watch
+from pet_finetune.terminal import Watch
 from pet_finetune.training.extend import ADVICE
 from pet_finetune.training.starting_model import read_start
 

@@ -15,7 +15,7 @@ from pet_finetune.data.structure_sets import check_species, sampled
 from pet_finetune.errors import DataError, PetFinetuneError, SpeciesError
 from pet_finetune.log import get_logger
 from pet_finetune.model.potential import Potential
-from pet_finetune.progress import Watch
+from pet_finetune.terminal import Watch
 from pet_finetune.training.extend import ADVICE
 from pet_finetune.training.feature import Feature, Plan
 from pet_finetune.training.starting_model import Start

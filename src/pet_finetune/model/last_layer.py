@@ -15,9 +15,7 @@ TorchScript reads the annotations of the class.
 import torch
 from torch import Tensor
 
-from pet_finetune.nn.buffers import FixedBuffers
-
-__all__ = ["LastLayer", "cholesky_of"]
+from pet_finetune.nn.quantized import FixedBuffers
 
 #: The largest regularizer that is tried.
 _MOST = 1e16
@@ -33,7 +31,7 @@ class LastLayer(FixedBuffers):
         members: last-layer weights of an ensemble, [n_members, k]; what they have in common does
             not matter. None for no ensemble.
         fingerprint: of the weights that it belongs to, as
-            :func:`~.fingerprint.target_fingerprints` gives it.
+            :func:`~pet_finetune.adapters.base_weights.target_fingerprints` gives it.
 
     Raises:
         ValueError: shapes that do not go together, or numbers that cannot be.

@@ -20,18 +20,16 @@ from pet_finetune.backends.instructions import CannotRecord, Part, Recorder, Row
 from pet_finetune.backends.reference import join, permute_rows
 from pet_finetune.graph import Batch, Neighborhood
 from pet_finetune.keys import TargetSpec
-from pet_finetune.nn.attention import weigh_keys
-from pet_finetune.nn.block import Block
-from pet_finetune.nn.embedding import SystemConditioning, table_of
+from pet_finetune.nn.block import Block, weigh_keys
 from pet_finetune.nn.gnn_layer import GNNLayer, make_head, sum_over_edges
 from pet_finetune.nn.long_range import LongRangeFeaturizer
 from pet_finetune.nn.neighborhood import NeighborhoodBuilder
+from pet_finetune.nn.primitives import LayerNorm, Prologue, SiLU, SystemConditioning, table_of
 from pet_finetune.nn.projection import Chain, Memory, as_row, record_chain, weights_of
 from pet_finetune.nn.recompute import recomputed
-from pet_finetune.nn.rowwise import LayerNorm, Prologue, SiLU
 
 from .shared_layers import SharedLayers, Tokens
-from .species_rows import pick_rows, species_table
+from .terms import pick_rows, species_table
 
 if TYPE_CHECKING:
     from pet_finetune.config.run_options import ModelOptions

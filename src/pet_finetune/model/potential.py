@@ -23,13 +23,18 @@ from pet_finetune.keys import TargetSpec, main_energy
 from pet_finetune.nn.quantized import num_quantized
 from pet_finetune.profiling import stage
 
-from .composition import Composition, Scale
-from .inference import autograd_possible
 from .last_layer import LastLayer
 from .pet import HEAD_GROUPS, PET, features_key
-from .prediction import Prediction, Property, forces_of, property_of, stress_of, with_leaves
-from .species_rows import sources_of, with_more, without
-from .zbl import ZBL, covalent_radii
+from .prediction import (
+    Prediction,
+    Property,
+    autograd_possible,
+    forces_of,
+    property_of,
+    stress_of,
+    with_leaves,
+)
+from .terms import ZBL, Composition, Scale, covalent_radii, sources_of, with_more, without
 
 if TYPE_CHECKING:
     from pet_finetune.config.run_options import ModelOptions

@@ -11,10 +11,9 @@ from pet_finetune.backends.reference import join
 from pet_finetune.graph import Layout, Neighborhood
 
 from .block import Block
-from .embedding import table_of
+from .primitives import SiLU, table_of
 from .projection import Chain, Memory, record_chain, weights_of
 from .recompute import recomputed
-from .rowwise import SiLU
 
 
 class BlockStack(nn.Module):
@@ -93,7 +92,7 @@ class GNNLayer(nn.Module):
             messages: [n_edges, d_pet], what arrives along each edge.
             neighbor_species: [n_edges] species indices.
             neighborhood: the batch's neighbourhoods.
-            bias: from :func:`~.attention.weigh_keys`.
+            bias: from :func:`~.block.weigh_keys`.
             memory: one of :class:`~.projection.Memory`.
         """
         edges = self.make_edges(neighborhood, messages, neighbor_species, memory)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from pet_finetune.errors import DataError, PetFinetuneError
-from pet_finetune.extras import LONG_RANGE, missing_extra
 from pet_finetune.graph import Batch
+from pet_finetune.installation import LONG_RANGE, missing_extra
 
 #: What is refused, for whoever knows which structure it is.
 PARTLY_PERIODIC = (

@@ -19,8 +19,7 @@ from pet_finetune.backends.fused import MANY_NUMBERS, PackedLayer, settings
 from pet_finetune.backends.instructions import CannotRecord, Recorder, Row, Rows
 from pet_finetune.backends.reference import RowOp, apply_rows
 
-from .grouped import GroupedLinear
-from .rowwise import Prologue
+from .primitives import GroupedLinear, Prologue
 
 
 class Memory(IntEnum):

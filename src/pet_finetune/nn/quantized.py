@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from importlib import import_module
 from typing import Any
@@ -19,10 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from pet_finetune.errors import ConfigError
-from pet_finetune.extras import QUANTIZATION, missing_extra
+from pet_finetune.installation import QUANTIZATION, missing_extra
 
-from .buffers import FixedBuffers
 from .projection import plain_linear
+
+
+class FixedBuffers(nn.Module):
+    """A module whose buffers follow the model to its device and never to another type."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                self._buffers[name] = buffer.to(fn(buffer).device)
+        return self
+
 
 #: What stands between a layer and the parts of its quantised weight in a state dict.
 QUANTIZED_PART = ".quantized."

@@ -23,8 +23,6 @@ from pet_finetune.backends.choice import (
     using,
 )
 
-__all__ = ["recomputed"]
-
 Function = Callable[..., tuple[Tensor, ...]]
 
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from ase import Atoms
 
-from pet_finetune.caches import cache_folders
+from pet_finetune.adapters.base_weights import weights_fingerprint
 from pet_finetune.calculator import PETCalculator
 from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.checkpoint.opening import load_checkpoint
@@ -34,16 +34,16 @@ from pet_finetune.data.structure import (
 )
 from pet_finetune.errors import DataError, PetFinetuneError, RunError, TrainingError
 from pet_finetune.files import check_new, read_object, write_whole
+from pet_finetune.installation import cache_folders
 from pet_finetune.log import get_logger
-from pet_finetune.model.fingerprint import weights_fingerprint
 from pet_finetune.model.potential import Potential
-from pet_finetune.progress import Watch
 from pet_finetune.rng import Stream, seed_everything
 from pet_finetune.runs import RunFolder
-from pet_finetune.training.records import TrainOutcome
+from pet_finetune.terminal import Watch
 from pet_finetune.training.resume import plain_errors
 from pet_finetune.training.run import train
 from pet_finetune.training.run_files import BEST, LAST
+from pet_finetune.training.step import TrainOutcome
 
 from .explore import DROPPED, NAME, digest, explore, tasks_of
 from .teacher import Teacher, teacher_of

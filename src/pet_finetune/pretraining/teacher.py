@@ -18,8 +18,8 @@ from ase.data import chemical_symbols
 from pet_finetune.calculator import PETCalculator
 from pet_finetune.data.structure import DEFAULT_CHARGE_KEYS, DEFAULT_SPIN_KEYS, usual_integer
 from pet_finetune.errors import ConfigError, PetFinetuneError, did_you_mean
-from pet_finetune.extras import missing_extra
 from pet_finetune.hub import find_model, is_address
+from pet_finetune.installation import missing_extra
 
 from .explore import DROPPED, NAME, bare
 

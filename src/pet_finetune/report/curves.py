@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pet_finetune.data.predicted import Predicted
-from pet_finetune.extras import plotting
+from pet_finetune.installation import plotting
 
 from . import figures
 from .figures import AFTER, BEFORE, MUTED, WARN, log_ticks, panel

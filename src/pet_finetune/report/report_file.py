@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from pet_finetune.errors import PetFinetuneError
+from pet_finetune.installation import __version__
 from pet_finetune.log import get_logger
 from pet_finetune.training.run_files import (
     ABOUT,
@@ -21,7 +22,6 @@ from pet_finetune.training.run_files import (
     TABLE,
     RunFiles,
 )
-from pet_finetune.version import __version__
 
 from .page import render
 from .run_record import is_running, read_run

@@ -19,9 +19,9 @@ from pet_finetune.errors import TrainingError
 from pet_finetune.graph import Batch
 from pet_finetune.keys import TargetSpec, forces_key
 from pet_finetune.log import get_logger
-from pet_finetune.model.composition import fit_composition
 from pet_finetune.model.potential import Potential
-from pet_finetune.progress import Watch
+from pet_finetune.model.terms import fit_composition
+from pet_finetune.terminal import Watch
 
 from .metrics import counted
 
@@ -230,7 +230,7 @@ def _fit(
         loader: of the training set.
         shift: whether the baselines move by what predictions leave over, or start from nothing.
         free: [n_species], which of them are fitted.
-        ridge: [n_species], see :func:`~pet_finetune.model.composition.fit_composition`.
+        ridge: [n_species], see :func:`~pet_finetune.model.terms.fit_composition`.
         fix: puts the baselines in that the options give.
 
     Returns:

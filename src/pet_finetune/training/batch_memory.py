@@ -19,7 +19,7 @@ from pet_finetune.errors import is_out_of_memory
 from pet_finetune.log import get_logger
 from pet_finetune.model.potential import Potential
 from pet_finetune.profiling import forget_peak, peak_gpu_mib, peak_resident_mib, resident_mib
-from pet_finetune.progress import Watch
+from pet_finetune.terminal import Watch
 
 from .metrics import Metrics
 from .objectives import Objective, batch_loss, derivatives

@@ -22,8 +22,8 @@ from pet_finetune.errors import ConfigError, DataError, PetFinetuneError, did_yo
 from pet_finetune.files import read_object, read_table, size_text
 from pet_finetune.hub import is_address
 from pet_finetune.log import get_logger, setup_logging
-from pet_finetune.printing import show
 from pet_finetune.runs import RunFolder, changed_options, own_folder
+from pet_finetune.terminal import show
 
 from .evaluation import (
     EvaluationResult,
@@ -34,9 +34,9 @@ from .evaluation import (
 )
 from .metrics import SHOWN
 from .prepare import NO_ROOMS, Rooms
-from .records import TrainOutcome
 from .run import train
 from .run_files import ADAPTER, BEST, LAST, OPTIONS, RESULTS, TABLE, RunFiles
+from .step import TrainOutcome
 
 _logger = get_logger(__name__)
 #: The sets that every run has; others are those of features.

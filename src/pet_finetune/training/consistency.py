@@ -19,8 +19,8 @@ from pet_finetune.data.epochs import random_rotations, rotate_batch
 from pet_finetune.data.labelled_batch import LabelledBatch, on_device
 from pet_finetune.graph import Batch, rotate_graphs
 from pet_finetune.keys import label_kind
-from pet_finetune.model.inference import evaluating
 from pet_finetune.model.potential import Potential
+from pet_finetune.model.prediction import evaluating
 from pet_finetune.rng import Stream, torch_generator
 
 from .feature import Feature, Step

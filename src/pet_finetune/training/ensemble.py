@@ -21,15 +21,14 @@ from pet_finetune.config.run_options import Options
 from pet_finetune.data.splits import load_splits
 from pet_finetune.device import choose_device, dtype_of_bits
 from pet_finetune.errors import TrainingError
-from pet_finetune.extras import drawn
+from pet_finetune.installation import drawn
 from pet_finetune.log import FILE_ONLY, get_logger, setup_logging
-from pet_finetune.printing import show
 from pet_finetune.rng import seed_everything
 from pet_finetune.runs import undisturbed
+from pet_finetune.terminal import show
 
 from .metrics import Errors
 from .prepare import RunRequest, options_of_run
-from .records import TrainOutcome
 from .resume import plain_errors
 from .run_files import (
     ADAPTER,
@@ -49,6 +48,7 @@ from .sets import (
     wanted_derivatives,
 )
 from .starting_model import read_start
+from .step import TrainOutcome
 from .tables import calibration_table, committee_table
 
 _logger = get_logger(__name__)

@@ -30,7 +30,7 @@ from pet_finetune.keys import Compile, TargetSpec, direct_quantity
 from pet_finetune.log import get_logger
 from pet_finetune.model.compiled import CompiledPredictions
 from pet_finetune.model.potential import Potential
-from pet_finetune.printing import show
+from pet_finetune.terminal import show
 
 from .consistency import Spread, rotational_spread
 from .extend import check_known

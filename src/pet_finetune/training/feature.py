@@ -29,9 +29,9 @@ from pet_finetune.model.prediction import Prediction, Property
 
 from .metrics import Metrics
 from .objectives import Objective
-from .records import EpochRecord, Measured, StepProgress
 from .run_files import RunFiles
 from .starting_model import FoundationEnergies, Start
+from .step import EpochRecord, Measured, StepProgress
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,14 @@ from rich.progress import TaskID, TextColumn
 from pet_finetune import processes
 from pet_finetune.config.run_options import Options
 from pet_finetune.errors import ConfigError
-from pet_finetune.extras import missing_extra
+from pet_finetune.installation import missing_extra
 from pet_finetune.log import FILE_ONLY, get_logger
-from pet_finetune.progress import REDRAWS_PER_SECOND, progress_bar, start_bar, stop_bar
+from pet_finetune.terminal import REDRAWS_PER_SECOND, progress_bar, start_bar, stop_bar
 
 from .feature import Feature, Plan, TrainingRun
 from .metrics import Metrics
-from .records import EpochRecord, StepProgress
 from .run_files import RunFiles, columns_of
+from .step import EpochRecord, StepProgress
 
 _logger = get_logger(__name__)
 

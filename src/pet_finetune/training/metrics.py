@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pet_finetune import processes
-from pet_finetune.backends.arena import Arena
+from pet_finetune.backends.library import Arena
 from pet_finetune.committee.calibration import Comparison
 from pet_finetune.committee.committee import Committee, CommitteePrediction
 from pet_finetune.committee.llpr import fresh, predict_uncertain
@@ -30,10 +30,9 @@ from pet_finetune.graph import Batch
 from pet_finetune.keys import TargetSpec, forces_key, stress_key, uncertainty_key
 from pet_finetune.log import get_logger
 from pet_finetune.model.compiled import CompiledPredictions
-from pet_finetune.model.inference import evaluating
 from pet_finetune.model.potential import Potential
-from pet_finetune.model.prediction import Prediction, Property
-from pet_finetune.progress import Watch
+from pet_finetune.model.prediction import Prediction, Property, evaluating
+from pet_finetune.terminal import Watch
 
 #: Factor and unit in which each kind of error of an energy is shown.
 SHOWN = {

@@ -21,13 +21,12 @@ from rich.table import Table
 from torch.autograd.profiler_util import EventList
 from torch.profiler import ProfilerActivity
 
-from pet_finetune.backends.arena import Arena
+from pet_finetune.backends.library import Arena
 from pet_finetune.config.run_options import Options
 from pet_finetune.data.labelled_batch import LabelledBatch
 from pet_finetune.device import choose_device, versions
 from pet_finetune.errors import PetFinetuneError, TrainingError
 from pet_finetune.log import FILE_ONLY, get_logger, setup_logging
-from pet_finetune.printing import show
 from pet_finetune.profiling import (
     forget_peak,
     peak_gpu_mib,
@@ -35,8 +34,8 @@ from pet_finetune.profiling import (
     resident_mib,
     stage_seconds,
 )
-from pet_finetune.progress import clear
 from pet_finetune.runs import RunFolder, own_folder
+from pet_finetune.terminal import clear, show
 
 from .metrics import Metrics, evaluate
 from .prepare import NO_ROOMS, Rooms, prepare_run

@@ -17,7 +17,7 @@ from pet_finetune.errors import TrainingError
 from pet_finetune.keys import TargetSpec
 from pet_finetune.log import get_logger
 from pet_finetune.model.potential import Potential
-from pet_finetune.nn.embedding import ROWS
+from pet_finetune.nn.primitives import ROWS
 from pet_finetune.runs import changed_options, undisturbed, with_defaults_of
 
 from .metrics import Errors, Metrics

@@ -30,20 +30,19 @@ from pet_finetune.device import choose_device
 from pet_finetune.errors import ConfigError, PetFinetuneError, TrainingError
 from pet_finetune.files import size_text
 from pet_finetune.log import FILE_ONLY, get_logger, setup_logging
-from pet_finetune.printing import show
 from pet_finetune.profiling import peak_gpu_mib, peak_resident_mib
-from pet_finetune.progress import handed_over
 from pet_finetune.runs import STARTED, RunFolder, own_folder, starts_of
+from pet_finetune.terminal import handed_over, show
 
 from .ensemble import train_ensemble
 from .feature import Feature
 from .loggers import RunDisplay
 from .metrics import Errors
 from .prepare import NO_ROOMS, Rooms, Run, RunRequest, prepare_run
-from .records import EpochRecord, TrainingResult, TrainOutcome
 from .resume import errors_of, open_run, plain_errors, plain_states
 from .run_files import LOG, OPTIONS, RESULTS, RunFiles
 from .sets import AFTER, BEFORE, evaluate_sets, primary_set
+from .step import EpochRecord, TrainingResult, TrainOutcome
 from .tables import error_table
 
 _logger = get_logger(__name__)

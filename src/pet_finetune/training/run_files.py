@@ -44,8 +44,8 @@ from pet_finetune.model.potential import Potential
 
 from .baselines import BaselineTable
 from .metrics import PredictionRecorder, shown_unit, with_model
-from .records import EpochRecord
 from .starting_model import Start
+from .step import EpochRecord
 
 _logger = get_logger(__name__)
 

@@ -23,8 +23,8 @@ from pet_finetune.data.structure import Structure
 from pet_finetune.data.structure_sets import label_names, taken
 from pet_finetune.keys import forces_key, stress_key
 from pet_finetune.log import get_logger
-from pet_finetune.model.inference import evaluating
 from pet_finetune.model.potential import Potential
+from pet_finetune.model.prediction import evaluating
 from pet_finetune.rng import MemberStream, Stream, torch_generator
 
 from .feature import Feature

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import ModuleDict
 
 from pet_finetune.adapters.adapter_config import AdapterConfig, default_modules_to_save
+from pet_finetune.adapters.base_weights import weights_fingerprint
 from pet_finetune.adapters.inject import freeze, inject
 from pet_finetune.adapters.layers import train_new_rows
 from pet_finetune.checkpoint.legacy_state_dict import load_oldest_start
@@ -26,7 +27,6 @@ from pet_finetune.data.structure_sets import find_species, joined
 from pet_finetune.errors import ConfigError, did_you_mean
 from pet_finetune.keys import TargetSpec
 from pet_finetune.log import get_logger
-from pet_finetune.model.fingerprint import weights_fingerprint
 from pet_finetune.model.potential import Potential
 
 from .extend import add_new_elements, add_targets

@@ -1,4 +1,4 @@
-"""What a training step is made of: the digits it is computed in, the gradients that are added up.
+"""What a training step is made of: its digits, the gradients that are added up, records of it.
 
 Each process takes the gradient of its part of a batch, whose loss is divided by the number of
 labels of the whole batch. The sum over the processes is then the gradient of the whole batch,
@@ -15,8 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from rich.table import Table
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -24,9 +28,10 @@ from pet_finetune import processes
 from pet_finetune.backends.choice import EAGER, FUSED, FUSED_BFLOAT16, using
 from pet_finetune.backends.fused import multiplies_bfloat16
 from pet_finetune.graph import Batch
-from pet_finetune.model.inference import evaluating
 from pet_finetune.model.potential import Potential
-from pet_finetune.model.prediction import Prediction, Property
+from pet_finetune.model.prediction import Prediction, Property, evaluating
+
+from .metrics import Errors, Metrics
 
 _MEV = 1000.0
 
@@ -161,3 +166,118 @@ def add_part(
                 continue
             part = gradient if size == 1 else gradient / size
             parameter.grad = part if parameter.grad is None else parameter.grad.add_(part)
+
+
+class StepResult(NamedTuple):
+    """What an update was made of.
+
+    Attributes:
+        loss: sum over its batches, with the terms of features.
+        extra: the same of each term of a feature, by name.
+        batches, structures: how many, on all processes together.
+        stop: whether any process was asked to stop.
+    """
+
+    loss: float
+    extra: dict[str, float]
+    batches: int
+    structures: int
+    stop: bool
+
+
+class StepProgress(NamedTuple):
+    """Where an epoch stands after an update.
+
+    Attributes:
+        done, total: batches of the epoch.
+        loss: mean over those that are done.
+        metrics: errors of those that are done, by target.
+        rate: structures per second.
+    """
+
+    done: int
+    total: int
+    loss: float
+    metrics: Mapping[str, Metrics]
+    rate: float
+
+
+class Measured(NamedTuple):
+    """What a feature measured after an epoch.
+
+    Attributes:
+        columns: of ``train.csv``.
+        line: added to the epoch's line in the log.
+    """
+
+    columns: Mapping[str, float]
+    line: str
+
+
+@dataclass
+class EpochRecord:
+    """One line of ``train.csv``.
+
+    Attributes:
+        epoch: from 1.
+        learning_rate: of the last step.
+        loss: mean training loss, extra losses included.
+        train, validation: errors by target, during the epoch and after it.
+        metric: what picks the best model (lower is better), a mean over the last epochs.
+        best: whether this epoch is the best so far.
+        seconds: of training and validation; waiting between two parts of a run does not count.
+        structures_per_second: training throughput.
+        extra: mean of each term that features add to the loss, by name.
+        columns: what features measured after the epoch, by column of ``train.csv``.
+        lines: the same in words.
+    """
+
+    epoch: int
+    learning_rate: float
+    loss: float
+    train: dict[str, Metrics]
+    validation: dict[str, Metrics]
+    metric: float
+    best: bool
+    seconds: float
+    structures_per_second: float
+    extra: dict[str, float] = field(default_factory=dict)
+    columns: dict[str, float] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a run ended.
+
+    Attributes:
+        finished: False when it was interrupted.
+        epochs: epochs completed.
+        best_epoch, best_metric: of the best model.
+        stopped_early: whether patience ran out.
+    """
+
+    finished: bool
+    epochs: int
+    best_epoch: int
+    best_metric: float
+    stopped_early: bool
+
+
+@dataclass(frozen=True)
+class TrainOutcome:
+    """What a run gave.
+
+    Attributes:
+        folder: its files.
+        result: how it ended; of an ensemble, how its last member did.
+        before, after: errors of the starting model and the best one (or the committee), by set and
+            target; empty for an interrupted run, or without ``final_eval``.
+        table: of these errors, as it was printed; None where there are none.
+    """
+
+    folder: Path
+    result: TrainingResult
+    before: Errors
+    after: Errors
+    table: Table | None = None

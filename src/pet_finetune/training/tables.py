@@ -9,7 +9,7 @@ import numpy as np
 from rich.table import Table
 
 from pet_finetune.committee.calibration import Curves, Deviations, miscalibration_area
-from pet_finetune.printing import table_text
+from pet_finetune.terminal import table_text
 
 from .baselines import BaselineTable
 from .consistency import Spread

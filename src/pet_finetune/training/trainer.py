@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pet_finetune import processes
-from pet_finetune.backends.arena import Arena
+from pet_finetune.backends.library import Arena
 from pet_finetune.config.training import TrainingOptions
 from pet_finetune.data.labelled_batch import LabelledBatch, on_device
 from pet_finetune.data.loader import Loader
@@ -27,8 +27,8 @@ from pet_finetune.log import get_logger
 from pet_finetune.model.potential import Potential
 from pet_finetune.model.prediction import Prediction, Property
 from pet_finetune.profiling import each, stage
-from pet_finetune.progress import InterruptGuard, Watch
 from pet_finetune.rng import generator_states, seed_process, set_generators
+from pet_finetune.terminal import InterruptGuard, Watch
 
 from .batch_memory import InParts
 from .compiled_step import CompiledStep, compiles
@@ -44,10 +44,20 @@ from .objectives import (
     objectives_at,
 )
 from .optimizer import check_and_clip, load_optimizer, make_optimizer, rate_at, set_learning_rate
-from .records import EpochRecord, StepProgress, StepResult, TrainingResult
 from .resume import Progress
 from .sets import add_label_noise
-from .step import add_gradients, add_part, mixed, precision_errors, same_tensors, total
+from .step import (
+    EpochRecord,
+    StepProgress,
+    StepResult,
+    TrainingResult,
+    add_gradients,
+    add_part,
+    mixed,
+    precision_errors,
+    same_tensors,
+    total,
+)
 
 _logger = get_logger(__name__)
 # The name of the whole loss among its terms.

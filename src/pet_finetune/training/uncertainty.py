@@ -20,7 +20,7 @@ from pet_finetune.data.loader import Loader
 from pet_finetune.errors import TrainingError
 from pet_finetune.log import FILE_ONLY, get_logger
 from pet_finetune.model.potential import Potential
-from pet_finetune.printing import show
+from pet_finetune.terminal import show
 
 from .evaluation import LabelNames, chosen_target, open_model, read_labelled
 from .extend import check_known

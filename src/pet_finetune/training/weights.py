@@ -21,12 +21,11 @@ from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.config.finetune import Unfreeze
 from pet_finetune.errors import TrainingError, did_you_mean
 from pet_finetune.log import get_logger
-from pet_finetune.model.depth import depth_names, depth_of
 from pet_finetune.model.pet import PET
 
 from .baselines import settled_baselines
 from .feature import Feature, TrainingRun
-from .optimizer import averages_weights
+from .optimizer import averages_weights, depth_names, depth_of
 from .run_files import RunFiles
 
 _logger = get_logger(__name__)

@@ -10,13 +10,13 @@ from laws import assert_differs, assert_same, predict
 
 from models import METHODS, crystal, ethanol, random_potential, trained_adapter
 from pet_finetune.adapters.adapted import AdaptedPotential
+from pet_finetune.adapters.base_weights import weights_fingerprint
 from pet_finetune.adapters.inject import merged_copy
 from pet_finetune.adapters.peft_files import CONFIG_FILE, read_adapter, read_metadata, save_adapter
 from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.checkpoint.opening import load
 from pet_finetune.errors import AdapterError
 from pet_finetune.keys import TargetSpec
-from pet_finetune.model.fingerprint import weights_fingerprint
 from pet_finetune.model.potential import Potential
 
 FRAMES = [ethanol(), crystal()]

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models import all_structures, random_potential, trained_adapter
+from pet_finetune.adapters.base_weights import content_digest, weights_fingerprint
 from pet_finetune.adapters.inject import active_adapter, merged_copy
 from pet_finetune.adapters.peft_files import (
     CONFIG_FILE,
@@ -25,7 +26,6 @@ from pet_finetune.adapters.peft_files import (
 from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.errors import AdapterError
 from pet_finetune.keys import TargetSpec
-from pet_finetune.model.fingerprint import content_digest, weights_fingerprint
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from pet_finetune.backends.choice import (
     use_backend,
 )
 from pet_finetune.graph import make_layout
-from pet_finetune.nn.attention import weigh_keys
-from pet_finetune.nn.rowwise import SwiGLU
+from pet_finetune.nn.block import weigh_keys
+from pet_finetune.nn.primitives import SwiGLU
 
 # Below, at and above the vectors of the kernels (8 doubles, 16 floats), and none of them.
 WIDTHS = [5, 16, 33]

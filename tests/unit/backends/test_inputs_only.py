@@ -8,10 +8,9 @@ import torch
 from pet_finetune.backends.choice import FUSED, use_backend
 from pet_finetune.backends.fused import PackedLayer
 from pet_finetune.graph import make_layout
-from pet_finetune.nn.attention import Attention, weigh_keys
-from pet_finetune.nn.block import FeedForward
+from pet_finetune.nn.block import Attention, FeedForward, weigh_keys
+from pet_finetune.nn.primitives import LayerNorm, RMSNorm, SiLU
 from pet_finetune.nn.projection import Chain, Memory, two_layers
-from pet_finetune.nn.rowwise import LayerNorm, RMSNorm, SiLU
 
 WIDTH = 32
 NORMS = {"rms": RMSNorm, "layer": LayerNorm, "none": None}

@@ -10,6 +10,7 @@ import torch
 
 from models import all_structures, apart, ethanol, lone_atom, random_potential, trained_adapter
 from pet_finetune.adapters.adapter_config import AdapterConfig
+from pet_finetune.adapters.base_weights import weights_fingerprint
 from pet_finetune.adapters.inject import inject, merged_copy
 from pet_finetune.adapters.peft_files import save_adapter
 from pet_finetune.committee import committee
@@ -23,7 +24,6 @@ from pet_finetune.committee.committee_files import (
 from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.errors import AdapterError
 from pet_finetune.keys import TargetSpec
-from pet_finetune.model.fingerprint import weights_fingerprint
 from pet_finetune.model.pet import HEAD_GROUPS
 from pet_finetune.model.potential import Potential
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pet_finetune import extras
+from pet_finetune import installation
 from pet_finetune.config.load import parse_options
 from pet_finetune.config.run_options import Options
 from pet_finetune.config.training import first_epoch
@@ -38,7 +38,7 @@ def test_heads_that_do_share_the_width(width: int) -> None:
 
 
 def test_long_range_features_need_their_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pet_finetune.extras.find_spec", lambda library: None)
+    monkeypatch.setattr("pet_finetune.installation.find_spec", lambda library: None)
     (line,) = problems({"long_range": {"enable": True}})
     assert line == (
         "architecture.model.long_range.enable: needs the library torchpme, which is not installed. "
@@ -89,9 +89,9 @@ def test_settings_of_another_method(method: str, key: str, owner: str) -> None:
 
 def test_quantised_weights_need_their_library(monkeypatch: pytest.MonkeyPatch) -> None:
     finetune = {"method": "qlora", "read_from": "m.ckpt"}
-    monkeypatch.setattr(extras, "find_spec", lambda name: object())
+    monkeypatch.setattr(installation, "find_spec", lambda name: object())
     assert load(training={"finetune": finetune}).finetune.config.quant_bits == 4
-    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    monkeypatch.setattr(installation, "find_spec", lambda name: None)
     (line,) = problems(training={"finetune": finetune})
     assert line == (
         "architecture.training.finetune.config.quant_bits: needs the library bitsandbytes, which "

@@ -378,7 +378,7 @@ def test_lmdb_of_pickles_is_refused(tmp_path, aselmdb):
 
 
 def test_a_missing_library_is_told_with_its_extra(tmp_path, monkeypatch):
-    monkeypatch.setattr("pet_finetune.extras.find_spec", lambda name: None)
+    monkeypatch.setattr("pet_finetune.installation.find_spec", lambda name: None)
     path = tmp_path / "data.aselmdb"
     path.write_bytes(b"something")
     with pytest.raises(DataError, match=r"needs the library lmdb.*pet-finetune\[lmdb\]"):

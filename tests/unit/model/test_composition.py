@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pet_finetune.model.composition import Composition, fit_composition
+from pet_finetune.model.terms import Composition, fit_composition
 
 RIDGE = 1e-5
 

@@ -17,7 +17,7 @@ from pet_finetune.backends.choice import (
 )
 from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.graph import Batch
-from pet_finetune.model.direct import direct_targets, predict_direct
+from pet_finetune.model.inference import direct_targets, predict_direct
 from pet_finetune.model.potential import Potential
 
 #: Of a kernel each: widths that the fused operators take.

@@ -8,7 +8,7 @@ import ase.data
 import pytest
 import torch
 
-from pet_finetune.model.zbl import ZBL, covalent_radii
+from pet_finetune.model.terms import ZBL, covalent_radii
 
 SPECIES = (1, 8, 14)
 

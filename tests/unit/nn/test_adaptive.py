@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pet_finetune.nn.cutoff import bump_step, grid_cutoffs, solve_cutoffs, solver_cutoffs
+from pet_finetune.nn.neighborhood import bump_step, grid_cutoffs, solve_cutoffs, solver_cutoffs
 
 LARGEST, WIDTH = 5.0, 1.0
 

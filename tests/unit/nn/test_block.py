@@ -9,10 +9,9 @@ import torch
 
 from pet_finetune.backends.choice import default_backend, use_backend
 from pet_finetune.graph import Neighborhood, make_layout
-from pet_finetune.nn.attention import weigh_keys
-from pet_finetune.nn.block import NORMALIZATIONS, Block, FeedForward
-from pet_finetune.nn.embedding import SystemConditioning
+from pet_finetune.nn.block import NORMALIZATIONS, Block, FeedForward, weigh_keys
 from pet_finetune.nn.gnn_layer import make_head, sum_over_edges
+from pet_finetune.nn.primitives import SystemConditioning
 
 D_PET, D_FF = 6, 10
 

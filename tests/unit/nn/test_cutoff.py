@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pet_finetune.nn.cutoff import bump_step, cosine_step
+from pet_finetune.nn.neighborhood import bump_step, cosine_step
 
 
 def bump(distances, cutoff, width):

@@ -9,7 +9,7 @@ import torch
 
 from pet_finetune.backends.choice import default_backend, use_backend
 from pet_finetune.graph import make_layout
-from pet_finetune.nn.attention import Attention, weigh_keys
+from pet_finetune.nn.block import Attention, weigh_keys
 
 WIDTH, HEADS, LENGTH = 16, 2, 3
 COUNTS = [2, 0, 5]

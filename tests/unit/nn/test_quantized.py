@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from pet_finetune import extras
+from pet_finetune import installation
 from pet_finetune.errors import ConfigError
 from pet_finetune.nn.quantized import QUANTIZED, QuantizedLinear, held_bytes, product, quantize
 
@@ -143,6 +143,6 @@ def test_copying_saving_and_rebuilding_keep_the_numbers(bits):
 
 
 def test_without_the_library_the_message_says_what_to_install(monkeypatch, bits):
-    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    monkeypatch.setattr(installation, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'pet-finetune\[quant\]'"):
         quantize(torch.randn(4, 64), bits)

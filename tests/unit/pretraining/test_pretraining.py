@@ -16,7 +16,7 @@ from ase.calculators.lj import LennardJones
 
 from logs import logging_as_it_was
 from models import ethanol, random_potential
-from pet_finetune import extras
+from pet_finetune import installation
 from pet_finetune.calculator import PETCalculator
 from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.checkpoint.opening import load_checkpoint
@@ -204,7 +204,7 @@ def test_a_teacher_that_is_none() -> None:
 
 
 def test_tblite_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    monkeypatch.setattr(installation, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"GFN2-xTB needs the library tblite.*\[xtb\]"):
         teacher_of("gfn2")
 

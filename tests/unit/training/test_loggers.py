@@ -12,7 +12,7 @@ from rich.console import Console
 from pet_finetune import log
 from pet_finetune.training import loggers
 from pet_finetune.training.loggers import RunDisplay
-from pet_finetune.training.records import StepProgress
+from pet_finetune.training.step import StepProgress
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from models import random_potential, trained_adapter
 from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.errors import TrainingError
 from pet_finetune.training.metrics import Metrics
-from pet_finetune.training.records import EpochRecord
 from pet_finetune.training.run_files import ADAPTER, BEST, LAST, OPTIONS, SPLITS, TABLE, RunFiles
+from pet_finetune.training.step import EpochRecord
 
 
 def record(epoch):

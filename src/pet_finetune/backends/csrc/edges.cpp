@@ -1,7 +1,7 @@
 // The operators pet_finetune::permute, which turns edges around, and weigh_edges: the edges within
 // one cutoff, with their weights.
 //
-// The latter is what nn/neighborhood.py and nn/cutoff.py compute in some twenty operations, and the
+// The latter is what nn/neighborhood.py and nn/neighborhood.py compute in some twenty operations, and the
 // derivatives of the weights by the distance beside them, so that nothing has to be recorded.
 
 #include <cmath>
@@ -16,7 +16,7 @@ struct Cutoff {
   bool cosine;
 };
 
-// The factor of an edge at a distance, and its derivative; the formulas of nn/cutoff.py.
+// The factor of an edge at a distance, and its derivative; the formulas of nn/neighborhood.py.
 template <typename T>
 std::pair<T, T> factor_at(const Cutoff& cutoff, T distance) {
   const T pi = T(M_PI), width = T(cutoff.width);

@@ -1,8 +1,9 @@
-"""Showing that something goes on (a bar, a line each minute in a log), and ending it politely.
+"""Tables on the terminal; showing that something goes on, and ending it politely.
 
-Whatever may take long is done while a :class:`Watch` is open. All open ones share one place on the
-terminal, in which the innermost is seen; a bar of its own kind (:func:`start_bar`) takes that place
-while it is drawn. Ctrl-C and SIGTERM are noted, and acted on between two steps.
+Whatever may take long is done while a :class:`Watch` is open: a bar, or a line each minute in a
+log. All open ones share one place on the terminal, in which the innermost is seen; a bar of its own
+kind (:func:`start_bar`) takes that place while it is drawn. Ctrl-C and SIGTERM are noted, and acted
+on between two steps.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from types import FrameType
 from typing import TYPE_CHECKING
+
+from rich.console import Console, RenderableType
+from rich.table import Table
 
 from . import processes
 from .log import FILE_ONLY, get_logger, last_line, stderr_console
@@ -286,3 +290,40 @@ class InterruptGuard:
 
     def __exit__(self, *exception: object) -> None:
         self._restore()
+
+
+_WIDTH = 110  # where there is no terminal
+
+
+def table_text(table: Table) -> str:
+    """A table as plain lines."""
+    console = Console(width=_WIDTH, no_color=True, force_terminal=False, markup=False, emoji=False)
+    with console.capture() as capture:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def print_rich(content: RenderableType) -> None:
+    """Print a table or the like to standard output, names in brackets as they are."""
+    if sys.stdout is None:  # it was closed
+        return
+    clear()
+    width = None if sys.stdout.isatty() else _WIDTH
+    Console(file=sys.stdout, width=width, markup=False, emoji=False).print(content)
+
+
+def show(table: Table) -> str:
+    """Print a table to standard output, once of several processes; return it as plain text."""
+    if processes.leader():
+        print_rich(table)
+    return table_text(table)
+
+
+def facts_table(title: object, facts: Mapping[str, str]) -> Table:
+    """Names in bold and what there is to say of each."""
+    table = Table(title=str(title), title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, text in facts.items():
+        table.add_row(name, text)
+    return table

@@ -1,4 +1,4 @@
-"""Finding, compiling and loading the kernels' library.
+"""The kernels' library: found, compiled and loaded; memory that it uses again and again.
 
 It is compiled on the machine that runs it, once, because it is tied to torch's binary interface
 and to the processor's instructions, neither of which an installer knows.
@@ -16,12 +16,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from pet_finetune.caches import cache_folders, notice
 from pet_finetune.errors import ConfigError
 from pet_finetune.files import is_sound, note_digest, replacing
+from pet_finetune.installation import cache_folders, notice
 from pet_finetune.locks import only_one
 from pet_finetune.log import get_logger
 
@@ -191,3 +192,40 @@ def _compiled(path: Path) -> Path:
     note_digest(path)
     _LOG.info("Compiled in %.0f s: %s", time.perf_counter() - started, path)
     return path
+
+
+class Arena:
+    """The memory of one owner's work: predictions one after another, or the steps of a training.
+
+    Each tensor lies as low in it as there is room. What lies above all that a piece of work used is
+    returned to the system when it ends, the rest with the last reference to this object. Without
+    the kernels' library nothing is kept. Copies and pickles start empty.
+    """
+
+    def __init__(self) -> None:
+        self._arena: Any = None
+
+    @contextmanager
+    def reused(self) -> Iterator[None]:
+        """Tensors of 16 KiB and more that this thread makes here lie in the kept memory.
+
+        They may outlive the context.
+        """
+        if not loaded():
+            yield
+            return
+        if self._arena is None:
+            self._arena = torch.classes.pet_finetune.Arena()
+        self._arena.enter()
+        try:
+            yield
+        finally:
+            self._arena.leave()
+
+    @property
+    def bytes(self) -> int:
+        """What is kept and free now, at most."""
+        return 0 if self._arena is None else int(self._arena.bytes())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_arena": None}

@@ -1,9 +1,15 @@
-"""Holding the frozen base of an adapter in few bits (QLoRA, arXiv:2305.14314)."""
+"""The weights of an adapter's base: a name for them, and holding them in few bits (QLoRA).
+
+QLoRA: arXiv:2305.14314.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +20,58 @@ from pet_finetune.nn.quantized import QuantizedLinear, held_bytes, quantize
 
 from .adapter_config import AdapterConfig, replace_module
 from .layers import LoraLinear
+
+
+def weights_fingerprint(model: Potential) -> str:
+    """SHA-256 of the network's weights and species, 64 hexadecimal digits.
+
+    Weights count as float32, so that a model opened in float64 keeps its name. Baselines and
+    scales do not count: refitting them leaves the network what it was.
+    """
+    digest = hashlib.sha256(repr(model.species).encode())
+    _add(digest, model.network.state_dict().items())
+    return digest.hexdigest()
+
+
+def target_fingerprints(model: Potential, targets: Iterable[str]) -> dict[str, str]:
+    """For each target, SHA-256 of what its predictions depend on, as above.
+
+    The heads of other targets do not count.
+    """
+    body: list[tuple[str, torch.Tensor]] = []
+    heads: list[tuple[str, torch.Tensor]] = []
+    for name, value in model.network.state_dict().items():
+        (heads if name.startswith(HEAD_GROUPS) else body).append((name, value))
+    digest = hashlib.sha256(repr(model.species).encode())
+    _add(digest, body)
+    found = {}
+    for target in targets:
+        own = digest.copy()
+        _add(own, [(name, value) for name, value in heads if name.split(".")[1] == target])
+        found[target] = own.hexdigest()
+    return found
+
+
+def _add(digest: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    for name, value in sorted(weights, key=lambda named: named[0]):
+        if value.is_floating_point():
+            digest.update(name.encode())
+            data = value.detach().to("cpu", torch.float32).contiguous()
+            digest.update(data.numpy().tobytes())
+
+
+def content_digest(tensors: Mapping[str, torch.Tensor], values: Any) -> str:
+    """SHA-256 of tensors with their names, types and shapes, and of JSON values beside them.
+
+    For formats that have no checksum of their own: one changed bit gives another digest.
+    """
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+        flat = value.detach().to("cpu").contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
 
 # Layers narrower than this on a side hold next to nothing, and the one that reads the geometry
 # (4 numbers an edge) is among them.
