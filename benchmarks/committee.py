@@ -10,9 +10,9 @@ A molecule and boxes of water, the shipped foundation, members with random weigh
 
 One model, the members one by one and the committee take turns, each as an ASE calculator in a
 simulation: atoms that have moved a little, a neighbour list that still holds. The committee is
-timed as it is and with ``spread="on_demand"``, which leaves the forces of the members out. Each number
-is the shortest of all rounds, and on the CPU it is the process's own time, so that other work on
-the machine disturbs it little. Run it with one thread (`OMP_NUM_THREADS=1`).
+timed as it is and with ``spread="on_demand"``, which leaves the forces of the members out. Each
+number is the shortest of all rounds, and on the CPU it is the process's own time, so that other
+work on the machine disturbs it little. Run it with one thread (`OMP_NUM_THREADS=1`).
 """
 
 from __future__ import annotations
