@@ -94,8 +94,8 @@ def _compare_files(
         f"the energies of {second} are {shift:+.3g} eV an atom away from those of {first.file} at "
         f"the same composition; within the files they spread by {spread:.2g}",
         (Frames(second),),
-        "Two levels of theory, programs or references in one target: the model learns what lies "
-        "between them, and validation against the other one means nothing.",
+        "Two levels of theory, programs or references in one target: the model learns an "
+        "average, and validation against the other one means nothing.",
         "Train on one of them, or shift one to the references of the other.",
         {"shift": shift, "spread": spread, "beside": first.file},
     )
@@ -130,8 +130,8 @@ def _split_levels(file: str, frames: Sequence[InspectedFrame]) -> Iterator[Findi
             "mixed-levels",
             f"frames of the same composition fall into two groups, {widest:.3g} eV an atom apart",
             frames_of(e.structure for e in found),
-            "Two levels of theory, programs or references in one target: the model learns what "
-            "lies between them.",
+            "Two levels of theory, programs or references in one target: the model learns an "
+            "average.",
             "Train on one of them, or shift one to the references of the other.",
             {"gap": widest, "count": len(found)},
         )
@@ -159,8 +159,8 @@ def check_belonging(
             f"{sizes[0]:.2g} eV, and the forces say {sizes[1]:.2g} eV, without any likeness "
             f"(correlation {together:.2f})",
             frames_of(frame.structure for frame in dataset.files[file]),
-            "Energies of other frames, forces of atoms in another order, or two levels of theory "
-            "frame by frame: what cannot both be learned.",
+            "Energies of other frames, forces in another order of atoms, or two levels of "
+            "theory: the labels contradict each other.",
             "Compare one frame with the output of its calculation.",
             {"correlation": together, "pairs": len(pairs)},
         )
@@ -192,8 +192,8 @@ def check_outliers(
         f"{len(found)} of {len(dataset.frames)} frames have an energy that neither their forces "
         f"nor similar frames explain, off by up to {largest:+.3g} eV an atom",
         frames_of(frame.structure for _, frame in found.values()),
-        "A calculation that ended in a wrong state or did not converge: a few such frames pull the "
-        "baselines and rule a squared loss.",
+        "A calculation that ended in a wrong state or did not converge: a few such frames shift"
+        " the baselines and dominate a squared loss.",
         "Repeat these calculations or remove the frames; a huber loss limits the damage.",
         {"frames": {f"{frame.file}:{frame.structure.index}": off for off, frame in found.values()}},
     )

@@ -96,7 +96,7 @@ def check_compared(model: Potential, dataset: InspectedDataset) -> Iterator[Find
             f"{len(large)} of {len(dataset.frames)} frames are not compared with the foundation: "
             f"they are too large for a look ({max(e.size for e in large):,} atoms)",
             frames_of(e.structure for e in large),
-            "Their labels are checked by themselves only.",
+            "Their labels are checked without the foundation.",
             "Compare them with `pet-finetune eval`, on a machine with enough memory.",
             {"count": len(large)},
         )
@@ -201,8 +201,7 @@ def check_references(predictions: Sequence[FoundationPrediction], kept: bool) ->
             f"the energies are {shift:+.4g} eV an atom away from those of the foundation, whose "
             "baselines are kept",
             (),
-            "The network would have to learn the difference between references of the atoms, "
-            "which it is not made for.",
+            "The network would have to learn the difference of the atomic references.",
             "Set baseline: {mode: refit} (the default), or take the references out of the labels.",
             {"shift": shift},
         )
@@ -239,9 +238,9 @@ def check_residuals(predictions: Sequence[FoundationPrediction]) -> Iterator[Fin
         f"the labels of {len(off)} of {len(predictions)} frames are much further from the "
         f"foundation than the others' ({worst[1].frame.structure.where}: {worst[0]})",
         frames_of(prediction.frame.structure for _, prediction in off.values()),
-        "A calculation in a wrong state, without convergence or with other settings; or a kind of "
-        "structure that the foundation knows nothing of.",
-        "Look at these frames first; repeat or remove what is wrong.",
+        "A calculation in a wrong state, without convergence or with other settings; or "
+        "structures unlike all that the foundation knows.",
+        "Look at these frames first; repeat or remove wrong ones.",
         {"frames": {a.frame.structure.where: text for text, a in off.values()}},
     )
 

@@ -67,7 +67,7 @@ def check_duplicates(dataset: InspectedDataset) -> Iterator[Finding]:
             f"{len(again)} frames ({part:.1%}) repeat another one of their set, up to rotation and "
             "numbering of atoms",
             frames_of(e.structure for e in again),
-            "They count twice; and where sets are drawn by fraction, copies end up on both sides.",
+            "They count twice, and copies are on both sides if sets are drawn by fraction.",
             "Remove the copies, or draw the sets yourself.",
             {"count": len(again)},
         )
@@ -98,9 +98,8 @@ def _leaks(dataset: InspectedDataset, across: Sequence[Twins]) -> Iterator[Findi
             f"{len(found)} of {len(dataset.sets[later])} {later} frames ({part:.1%}) are in the "
             f"{others} set too ({exact} exactly, {len(found) - exact} within {_NEAR} A)",
             frames_of(frame.structure for frame, *_ in found.values()),
-            "Errors on frames that were trained on look too small, and the best model is picked by "
-            "them.",
-            "Remove them from one of the sets; of a trajectory, cut whole pieces for each set.",
+            "Errors on training frames look too small, and the best model is chosen by them.",
+            "Remove them from one of the sets; use separate parts of a trajectory for each set.",
             {"set": later, "count": len(found), "exact": exact},
         )
 
@@ -129,7 +128,7 @@ def _contradictions(same: Sequence[Twins]) -> Iterator[Finding]:
             f"{len({id(e) for e in found})} frames are copies of each other with different labels, "
             f"by up to {largest * 1e3:.3g} meV an atom",
             frames_of(e.structure for e in found),
-            "No model can give both: the difference stays as error.",
+            "No model can predict both; the difference remains as an error.",
             "Other settings, charge or spin, or a calculation in another state: keep one of them.",
             {"count": len({id(e) for e in found}), "energy": largest},
         )
@@ -191,7 +190,7 @@ def check_extent(dataset: InspectedDataset) -> Iterator[Finding]:
             f"{_count(dataset.broken)} cannot be computed; {dataset.broken[0][1]}",
             frames_of(structure for structure, _ in dataset.broken),
             "No neighbours can be found in them.",
-            "Remove these frames, or mend what is wrong with them.",
+            "Remove or correct these frames.",
             {"reasons": {structure.where: why for structure, why in dataset.broken}},
         )
 
@@ -207,9 +206,8 @@ def check_distances(dataset: InspectedDataset) -> Iterator[Finding]:
             "same-place",
             f"two atoms are at the same place in {_count(same)}",
             frames_of(e.structure for e in same),
-            "A pair without a direction makes forces that are no numbers.",
-            "Remove these frames, or the atom that is there twice (often one at the border of the "
-            "cell).",
+            "A pair without a direction gives forces that are not finite.",
+            "Remove these frames, or the duplicate atom (often one at the border of the cell).",
             {"count": len(same)},
         )
     if close:
@@ -219,9 +217,9 @@ def check_distances(dataset: InspectedDataset) -> Iterator[Finding]:
             "close-atoms",
             f"atoms are closer than {_CLOSE} A in {_count(close)}, down to {least:.2f} A",
             frames_of(e.structure for _, e in close),
-            "No bond is so short: a broken structure, or a wrong unit of length. Its large forces "
-            "rule the loss.",
-            "Look at them, and remove them unless such collisions are what the model is for.",
+            "No bond is so short: a broken structure, or a wrong unit of length. Its large "
+            "forces dominate the loss.",
+            "Look at them, and remove them unless the model must describe such collisions.",
             {"count": len(close), "shortest": least},
         )
     light = [
@@ -238,9 +236,9 @@ def check_distances(dataset: InspectedDataset) -> Iterator[Finding]:
             f"bonds of hydrogen are compressed to less than {_COMPRESSED:.0%} of their usual "
             f"length in {_count(pressed)}, down to {least:.0%}",
             frames_of(e.structure for _, e in pressed),
-            "Frames of very hot or dense matter: their large forces weigh much in a squared error.",
-            "Keep them if the model shall know such conditions; else a huber loss, or leaving them "
-            "out, serves the rest better.",
+            "Frames of very hot or dense matter: their large forces dominate a squared error.",
+            "Keep them if the model must describe such conditions; otherwise leave them out or "
+            "use a huber loss.",
             {"count": len(pressed), "ratio": least},
         )
 
@@ -259,9 +257,9 @@ def check_loneliness(dataset: InspectedDataset, cutoff: float | None) -> Iterato
             f"{_count(single)} {'holds' if len(single) == 1 else 'hold'} a single atom without "
             "neighbours",
             frames_of(e.structure for e in single),
-            "Their energies are those of free atoms, which say what a bond is worth, but not what "
-            "the baselines of the elements should be.",
-            "Leave them out unless the model shall describe dissociation.",
+            "Their energies are those of free atoms: they determine binding energies, but not "
+            "the best baselines of the elements.",
+            "Leave them out unless the model must describe dissociation.",
             {"count": len(single)},
         )
     if lonely:
@@ -273,9 +271,9 @@ def check_loneliness(dataset: InspectedDataset, cutoff: float | None) -> Iterato
             f"{atoms} atom{'s have' if atoms > 1 else ' has'} no neighbour within {reach:g} A "
             f"({known}), in {_count(lonely)}",
             frames_of(e.structure for e in lonely),
-            "The model sees nothing around them and predicts no force on them.",
-            "Often a wrong cell, missing periodicity or a wrong unit of length; frames in which "
-            "something has dissociated are better left out.",
+            "The model sees no neighbours of these atoms and predicts no force on them.",
+            "Often a wrong cell, missing periodicity or a wrong unit of length; leave out "
+            "frames in which something has dissociated.",
             {"count": len(lonely), "atoms": atoms},
         )
 
@@ -306,8 +304,8 @@ def check_periodicity(dataset: InspectedDataset) -> Iterator[Finding]:
             "mixed-periodicity",
             f"periodicity differs within {file}: {parts}",
             frames_of(e.structure for e in rare),
-            "Where it is missing by mistake, atoms at the border lack neighbours.",
-            "Fine where molecules and crystals are meant; else set pbc in the file.",
+            "If it is missing by mistake, atoms at the border lack neighbours.",
+            "Correct for molecules and crystals; otherwise set pbc in the file.",
             {kind: len(own) for kind, own in kinds.items()},
         )
 
@@ -331,11 +329,11 @@ def check_charges_used(dataset: InspectedDataset, conditioned: bool) -> Iterator
             f"{len(charged)} frames are charged (total charges {', '.join(map(str, kinds))}), and "
             "the model is not told",
             frames_of(e.structure for e in charged),
-            "Structures of different charge look the same to it, though their energies and forces "
-            "differ."
+            "Structures of different charge look the same to the model, although their energies"
+            " and forces differ."
             if several
-            else "It learns this one charge, and no other.",
-            "Keep one charge a model, or use a model with system_conditioning.",
+            else "The model learns this charge only.",
+            "Use one charge per model, or a model with system_conditioning.",
             {"charges": kinds},
         )
     if len(spins) > 1:
@@ -345,8 +343,8 @@ def check_charges_used(dataset: InspectedDataset, conditioned: bool) -> Iterator
             f"the frames have several spin multiplicities ({', '.join(map(str, sorted(spins)))}), "
             "and the model is not told",
             (),
-            "It learns what is between them where the same structure occurs with several.",
-            "Nothing, where each structure has its ground state; else use a model with "
+            "If a structure occurs with several of them, the model learns an average.",
+            "Nothing, if each structure is in its ground state; otherwise use a model with "
             "system_conditioning.",
             {"spins": sorted(spins)},
         )

@@ -33,8 +33,8 @@ def check_completeness(dataset: InspectedDataset) -> Iterator[Finding]:
             "energies-only",
             "no frame has forces",
             (),
-            "Each frame then says one number instead of 3 N + 1: many more are needed, and MD with "
-            "the result is a gamble.",
+            "Each frame then has one label instead of 3 N + 1: many more frames are needed, and"
+            " MD with the result is unreliable.",
             "If the forces exist under another name, give it as targets.<name>.forces.key.",
         )
     elif without:
@@ -44,7 +44,7 @@ def check_completeness(dataset: InspectedDataset) -> Iterator[Finding]:
             f"{len(without)} of {len(frames)} frames have no forces",
             frames_of(e.structure for e in without),
             "They count for the energy only.",
-            "Nothing, if that is so in the reference data.",
+            "Nothing, if the reference data have no forces there.",
             {"count": len(without)},
         )
     for file, own in dataset.files.items():
@@ -58,9 +58,9 @@ def check_completeness(dataset: InspectedDataset) -> Iterator[Finding]:
             "single-composition",
             "all frames have the same composition",
             (),
-            "The energies of the elements cannot be told apart, so the baselines are found only in "
-            "sum: fine for this composition, arbitrary for others.",
-            "Add frames of another composition if the model shall be used for one.",
+            "The energies of the elements cannot be separated, so only the sum of the baselines"
+            " is determined: correct for this composition, arbitrary for others.",
+            "Add frames of other compositions if the model will be used for them.",
         )
 
 
@@ -73,7 +73,7 @@ def _constant_energies(file: str, frames: Sequence[InspectedFrame]) -> Iterator[
             "constant-energy",
             f"all {len(energies)} energies are {energies[0][0]:.6g} eV",
             (Frames(file),),
-            "The frames differ, so these are no energies but a default that was written for them.",
+            "The frames differ, so this is a default value and not an energy.",
             "Find the real ones; if there are none, set the weight of the energy in the loss to 0.",
         )
 
@@ -90,7 +90,7 @@ def check_forces(dataset: InspectedDataset) -> Iterator[Finding]:
             f"{len(absurd)} of {len(forced)} frames have a force above {_ABSURD:g} eV/A, up to "
             f"{largest:.4g}",
             frames_of(e.structure for e in absurd),
-            "A few of them rule a squared loss: the errors of all others grow.",
+            "A few of them dominate a squared loss, and the errors of all others grow.",
             "A calculation that has not converged, overlapping atoms, or a wrong unit: remove or "
             "repeat these frames.",
             {"count": len(absurd), "largest": largest},
@@ -104,7 +104,7 @@ def check_forces(dataset: InspectedDataset) -> Iterator[Finding]:
             f"all forces are exactly zero in {len(unexplained)} frames in which no symmetry makes "
             "them so",
             frames_of(e.structure for e in unexplained),
-            "Zeros that stand for missing values teach that these structures are relaxed.",
+            "Zeros in place of missing values teach the model that these structures are relaxed.",
             "Take the forces out of these frames: frames without forces are fine.",
             {"count": len(unexplained)},
         )
@@ -115,8 +115,8 @@ def check_forces(dataset: InspectedDataset) -> Iterator[Finding]:
             "relaxed-structures",
             f"the root mean square force is {size:.3g} eV/A: the structures are relaxed",
             (),
-            "Near minima only, a model learns little about what happens away from them.",
-            "Add displaced or heated frames if it shall run MD.",
+            "Near minima, a model learns little about structures far from them.",
+            "Add displaced or heated frames if the model will run MD.",
             {"size": size},
         )
     blank = [
@@ -130,7 +130,7 @@ def check_forces(dataset: InspectedDataset) -> Iterator[Finding]:
             "zero-stress",
             f"the stress is exactly zero in {len(blank)} frames that have forces",
             frames_of(e.structure for e in blank),
-            "Zeros that stand for missing values teach that the cells are relaxed.",
+            "Zeros in place of missing values teach the model that the cells are relaxed.",
             "Set `stress: off` for the target, or take it out of these frames.",
             {"count": len(blank)},
         )
@@ -157,7 +157,7 @@ def check_mechanics(dataset: InspectedDataset) -> Iterator[Finding]:
             frames_of(e.structure for e in moving)
             if 2 * len(moving) < len(forced)
             else tuple(dict.fromkeys(Frames(e.file) for e in moving)),
-            "A potential has no net force: this part of the errors cannot be learned.",
+            "A potential has no net force, so this part of the error cannot be learned.",
             "Nothing, where it is far below the errors you aim for. Else use a tighter grid or "
             "convergence in the reference calculations, or subtract the mean force.",
             {"count": len(moving), "largest": whole, "noise": typical},
@@ -173,9 +173,12 @@ def check_mechanics(dataset: InspectedDataset) -> Iterator[Finding]:
             f"the forces turn the whole molecule in {len(turning)} of {len(free)} frames, as noise "
             f"of {typical * 1e3:.3g} meV/A on each component would",
             frames_of(e.structure for _, e in turning),
-            "The energy of a molecule does not change when it is turned, so no potential has this.",
-            "Check that positions and forces are in the same axes: programs that reorient the "
-            "molecule may print one of them turned.",
+            (
+                "The energy of a molecule does not depend on its orientation, so a potential has no"
+                " net torque."
+            ),
+            "Check that positions and forces use the same axes: programs that reorient the "
+            "molecule may print one of them rotated.",
             {"count": len(turning), "noise": typical},
         )
 

@@ -65,9 +65,9 @@ def target_of_file(
                 "no-energy",
                 f"no frame has an energy; there is: {names}",
                 (Frames(str(path)),),
-                "Forces alone can be learned; the offset of the energies stays the foundation's."
+                "Forces alone can be learned; the energy offset stays the foundation's."
                 if keys["forces"]
-                else "Nothing can be learned without one.",
+                else "Training needs an energy.",
                 "If there is one, name it with targets.energy.key in an options file.",
             )
         )
@@ -138,7 +138,7 @@ def _beside(
             f"negative of stress times volume; '{keys['stress']}' is taken",
             (Frames(file),),
             "One of them has another unit or another sign.",
-            "Find out which is right; `stress: off` and `virial: {key: ...}` take the other.",
+            "Find out which is right; `stress: off` and `virial: {key: ...}` use the other one.",
             {"kind": "stress", "keys": [keys["virial"]]},
         )
     if keys["forces"] is None and keys["energy"] is not None:
@@ -204,7 +204,7 @@ def _several(file: str, kind: str, keys: Sequence[str]) -> Finding:
         f"there is no '{kind}', but {', '.join(repr(key) for key in keys)}, whose values differ; "
         f"'{keys[0]}' is looked at here",
         (Frames(file),),
-        "Which of them is the label only you know.",
+        "Only you can know which one is the label.",
         f"Choose one as {_option(kind)} of the target in an options file.",
         {"kind": kind, "keys": list(keys)},
     )

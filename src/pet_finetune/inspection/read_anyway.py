@@ -105,7 +105,10 @@ def _without_failed(dataset: DatasetOptions) -> tuple[DatasetOptions, list[Findi
         f"the calculation of {several} did not converge; the first is frame {failed[0]} "
         f"({content.doubtful[failed[0]]})",
         (Frames(systems.read_from, tuple(failed)),),
-        "Their energies and forces are no labels. They are left out, here and in training.",
+        (
+            "Their energies and forces are not usable as labels. They are left out, here and in "
+            "training."
+        ),
         "Compute them again. `unconverged: error` beside `read_from` of the systems stops instead.",
         {"count": len(failed)},
     )
@@ -147,7 +150,7 @@ _WORDS = {
     ),
     "no-number": (
         "have text where a label should be a number",
-        "Write numbers; stars are one that did not fit into its columns in Fortran.",
+        "Write numbers; stars are a number too long for its columns in Fortran.",
     ),
     "wrong-shape": (
         "have labels of another shape than their atoms ask for",
@@ -206,7 +209,7 @@ def check_cells(
             "cell-missing",
             f"{count} {MISSING_CELL}",
             (Frames(str(path), (0,)),),
-            "Taken as a drop in vacuum, a liquid or crystal is another system.",
+            "A droplet in vacuum is another system than a liquid or crystal.",
             'Write Lattice="ax ay az bx by bz cx cy cz" into the comments if they are periodic.',
             {"molecules": count},
         )

@@ -102,12 +102,12 @@ def suggest(
         reasons.append(f"about {duration(one.seconds * epochs)} on this machine")
     if validation is None:
         validation = 0.1
-        reasons.append("validation_set 0.1: drawn from the file; give a set of your own if frames "
-                       "follow each other in time")  # fmt: skip
+        reasons.append("validation_set 0.1: drawn from the file; name a separate set if the "
+                       "frames are a trajectory")  # fmt: skip
         if load.structures // 10 < _FEW_VALIDATED and forced and _have_forces(training_set):
             training["best_model_metric"] = "forces_mae"
-            reasons.append("best_model_metric: forces_mae, because the energies of so few "
-                           "validation structures are right by chance")  # fmt: skip
+            reasons.append("best_model_metric: forces_mae, because the energy error of so few "
+                           "validation structures is noisy")  # fmt: skip
         if test is None and load.structures >= _SPARE:
             test = 0.1
     options = {
@@ -149,13 +149,14 @@ def _method(load: Load, parameters: int) -> tuple[dict[str, Any], str]:
         return {"method": "lora"}, why
     if load.structures < _MANY:
         why = (
-            "with so few structures errors as low as those of full fine-tuning, or lower, in less "
-            "time (docs/choosing.md); what is stored is a seventh"
+            "with so few structures its errors are as low as those of full fine-tuning, or "
+            "lower, in less time; the adapter is a seventh of the size (docs/choosing.md)"
         )
         return {"method": "lora"}, why
     why = (
-        "with so many structures the lowest errors in our comparison (docs/choosing.md), and the "
-        "foundation is small; lora takes two thirds of the time and stores a seventh"
+        "with so many structures it has the lowest errors in our comparison (docs/choosing.md),"
+        " and the foundation is small; lora takes two thirds of the time and a seventh of the "
+        "size"
     )
     return {"method": "full"}, why
 

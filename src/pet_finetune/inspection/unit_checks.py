@@ -135,7 +135,7 @@ def _tell(
                 f"the {_NAMES[quantity]} {'seem to' if certain else 'may'} have the wrong sign: "
                 f"{told}.",
                 (Frames(file),),
-                "The model would be pulled one way by them and the other way by the energies.",
+                "They contradict the energies, so the model can learn neither.",
                 "Forces are minus the derivative of the energy: change the sign if these are "
                 "gradients."
                 if quantity == "force"

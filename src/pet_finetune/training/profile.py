@@ -48,9 +48,9 @@ _LONGEST_NAME = 48
 
 # What a user would look for, or could change, to make a stage shorter.
 _STAGES = {
-    "batch": "cut, rotate and move the batch (batch_size)",
+    "batch": "make, rotate and move the batch (batch_size)",
     "energies": "the network, forwards (size of the model, cutoff)",
-    "derivatives": "forces and stress, by autograd (which of them is asked for)",
+    "derivatives": "forces and stress, by autograd (which of them are trained)",
     "replay": "structures that the foundation knows (finetune.replay)",
     "rotations": "predictions in another orientation (rotational_consistency)",
     "anchor": "distance from the foundation (finetune.anchor)",
