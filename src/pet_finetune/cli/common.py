@@ -27,20 +27,20 @@ DEVICE: Option = (str, None, "auto, cpu or cuda (default: auto)")
 COMPILE: Option = (
     ("auto", "on", "off"),
     None,
-    "predictions by a graph of torch's compiler: on makes it, once for a kind of model, "
-    "in a minute or two; auto (default) uses one that is there, on a GPU",
+    "compiled predictions: on compiles a graph, once for a kind of model, in a minute or two; "
+    "auto (default) uses an existing one, on a GPU",
 )
 #: What ends with these is an options file.
 YAML = {".yaml", ".yml"}
 #: What can be said of a model that moves atoms, beside its adapters.
 OF_MODEL: Mapping[str, Option] = {
-    "target": (str, None, "which energy, where the model has several"),
+    "target": (str, None, "the energy to use, if the model has several"),
     "device": DEVICE,
     "dtype": (str, None, "float32 or float64 (default: the model's)"),
     "orientations": (
         int,
         "N",
-        "forces as a mean over 2, 4, 12 or 24 orientations, for N times the time (default: 1)",
+        "mean over 2, 4, 12 or 24 orientations, in N times the time (default: 1)",
     ),
     "compile": COMPILE,
 }
@@ -156,12 +156,12 @@ OF_SYSTEMS: Mapping[str, Option] = {
     "format": (
         str,
         "NAME",
-        "ASE's name of the format, where file names do not tell (see `ase info --formats`)",
+        "ASE's name of the format, if the file name does not show it (see `ase info --formats`)",
     ),
     "types": (
         _types,
         "1=O,2=H",
-        "elements by type of atom, for LAMMPS files that do not say them",
+        "elements by type of atom, for LAMMPS files without elements",
     ),
 }
 

@@ -31,9 +31,9 @@ def add_inspect(commands: common.Commands) -> None:
         commands,
         "inspect",
         _inspect,
-        "look at data before a run: units, outliers, leaks, what it takes",
-        "Say what is in the data and what is odd about it, estimate what a run takes, "
-        "and suggest options. Exit status 1 where a run would break.",
+        "check data before a run: units, outliers, leaks, time and memory",
+        "Describe the data and their problems, estimate time and memory of a run, and suggest "
+        "options. The exit status is 1 if a run would fail.",
         _OF_INSPECT,
     )
     parser.add_argument(
@@ -41,7 +41,7 @@ def add_inspect(commands: common.Commands) -> None:
         nargs="+",
         metavar="FILE",
         help="files of structures (the training data), and at most one options file (.yaml), "
-        "which says how they are read and alone names the sets",
+        "which tells how to read them; alone, its sets are inspected",
     )
     parser.add_argument(
         "-c", "--checkpoint", help=f"the foundation to compare with: {common.MODEL}"
@@ -61,7 +61,10 @@ def add_inspect(commands: common.Commands) -> None:
         "--seconds",
         type=float,
         default=20.0,
-        help="how long the foundation may predict; it sees a part of large sets (default: 20)",
+        help=(
+            "time limit for predictions of the foundation; it sees a part of large sets "
+            "(default: 20)"
+        ),
     )
 
 
@@ -146,10 +149,10 @@ def add_convert(commands: common.Commands) -> None:
         commands,
         "convert",
         _convert,
-        "data as a set that stays on disk, in a format of metatrain's",
-        "Write the structures of a file, with their labels under the same names and in "
-        "the same units, as metatrain's memory-mapped folder, or as its zip. Training reads such a "
-        "set from disk. What was stopped is gone on with by the same command.",
+        "write data as a set that stays on disk, in metatrain's format",
+        "Write the structures of a file, with their labels under the same names and in the same"
+        " units, as metatrain's memory-mapped folder, or as its zip. Training reads such a set "
+        "from disk. After a stop the same command continues.",
         _OF_CONVERT,
     )
     parser.add_argument(

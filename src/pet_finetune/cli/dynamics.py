@@ -35,7 +35,7 @@ _OF_MD: dict[str, common.Option] = {
     "max_temperature": (
         float,
         "K",
-        "above it the run is taken for exploded (default: ten times --temperature, at least 2000)",
+        "stop the run above it (default: ten times --temperature, at least 2000)",
     ),
     "thermostat": (str, "NAME", "of nvt: langevin (default), bussi or nose-hoover"),
     "friction": (float, "X", "of langevin, in 1/ps (default: 10)"),
@@ -51,7 +51,7 @@ _OF_RELAX: dict[str, common.Option] = {
     "fmax": (float, "EV/A", "largest force on an atom at the end (default: 0.05)"),
     "steps": (int, "N", "the most for one structure (default: 500)"),
     "optimizer": (str, "NAME", "fire (default), lbfgs or bfgs"),
-    "pressure": (float, "GPA", "outside, with --cell (default: 0)"),
+    "pressure": (float, "GPA", "external pressure, with --cell (default: 0)"),
 }
 
 
@@ -61,9 +61,9 @@ def add_md(commands: common.Commands) -> None:
         commands,
         "md",
         _md,
-        "a first look at molecular dynamics with a model",
-        "Simulate a structure with ASE's integrators: trajectory, log, plot of energy "
-        "and temperature, and a clear message when it goes wrong.",
+        "run and check molecular dynamics with a model",
+        "Simulate a structure with ASE's integrators. Writes a trajectory, a log and a plot of "
+        "energy and temperature, and stops with a message when the simulation fails.",
         _EXAMPLES,
     )
     parser.add_argument("checkpoint", nargs="?", help=common.MODEL)
@@ -73,8 +73,8 @@ def add_md(commands: common.Commands) -> None:
     parser.add_argument(
         "--restart",
         metavar="auto|FOLDER",
-        help="go on exactly where a simulation stopped; auto takes the newest, or starts MODEL "
-        "STRUCTURE where there is none",
+        help="continue a stopped simulation exactly; auto takes the newest, or starts MODEL "
+        "STRUCTURE if there is none",
     )
     parser.add_argument(
         "-o", "--output", type=Path, help="folder of the run (default: outputs/DATE/TIME)"
@@ -83,11 +83,11 @@ def add_md(commands: common.Commands) -> None:
     velocities = parser.add_mutually_exclusive_group()
     velocities.add_argument(
         "--keep-velocities", dest="velocities", action="store_const", const="keep",
-        help="those of the file, which must have them (default: where it has them)",
+        help="keep those of the file, which must have them (default: if it has them)",
     )  # fmt: skip
     velocities.add_argument(
         "--new-velocities", dest="velocities", action="store_const", const="new",
-        help="draw them even where the file has some",
+        help="draw them even if the file has some",
     )  # fmt: skip
     common.add_model_arguments(parser, "whose uncertainty goes into the log")
 
@@ -189,8 +189,8 @@ def add_relax(commands: common.Commands) -> None:
         "relax",
         _relax,
         "relax structures with a model",
-        "Relax each structure of a file to the nearest minimum of the model's energy "
-        "with ASE's optimisers, with its cell where asked. Many are computed at once.",
+        "Relax each structure of a file to the nearest minimum of the model's energy with ASE's"
+        " optimisers, optionally with its cell. Many are computed at once.",
     )
     parser.add_argument("checkpoint", help=common.MODEL)
     parser.add_argument("structures", help="any file ASE reads; all of its frames are relaxed")

@@ -56,7 +56,9 @@ def add_eval(commands: common.Commands) -> None:
     parser.add_argument("--adapter", help="folder of an adapter of this model")
     parser.add_argument(
         "--target",
-        help="which target (default: the only one, that of the adapter, or all of the options)",
+        help=(
+            "the target to use (default: the only one, that of the adapter, or all of the options)"
+        ),
     )
     parser.add_argument(
         "--rotations",
@@ -87,7 +89,7 @@ def add_eval(commands: common.Commands) -> None:
 def _add_names(parser: argparse.ArgumentParser) -> None:
     """How labels are called in files, and their units."""
     group = parser.add_argument_group(
-        "labels of files", "names and units in files of structures; options files name them"
+        "labels of files", "names and units in files of structures (options files have their own)"
     )
     group.add_argument(
         "--energy-key", "--key", dest="key", metavar="NAME",

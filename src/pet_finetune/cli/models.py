@@ -52,11 +52,11 @@ def add_info(commands: common.Commands) -> None:
         commands,
         "info",
         _info,
-        "what is inside a checkpoint",
+        "show the contents of a checkpoint",
         "Sizes, species, targets, cutoff, baselines and provenance of a checkpoint.",
     )
     parser.add_argument("checkpoint", nargs="+", help=common.MODEL)
-    parser.add_argument("--json", action="store_true", help="all of it, as JSON, a list of files")
+    parser.add_argument("--json", action="store_true", help="everything as JSON, a list of files")
 
 
 def _info(arguments: argparse.Namespace) -> int:
@@ -81,8 +81,8 @@ def add_adapter(commands: common.Commands) -> None:
         commands,
         "adapter",
         _show_adapters,
-        "look at adapters, check, merge and combine them",
-        "What one does with adapter folders, ours or Hugging Face PEFT's.",
+        "show, check, merge and combine adapters",
+        "Work with adapter folders, ours or Hugging Face PEFT's.",
         _OF_ADAPTERS,
     )
     actions = parser.add_subparsers(metavar="ACTION", required=True)
@@ -92,20 +92,20 @@ def add_adapter(commands: common.Commands) -> None:
 
     check = actions.add_parser(
         "check",
-        help="whether folders can be used",
-        description="Exit status 1 where one cannot.",
+        help="check whether adapter folders can be used",
+        description="The exit status is 1 if one cannot.",
     )
     check.add_argument("folder", nargs="+")
-    check.add_argument("-c", "--checkpoint", help="the base: whether they fit it")
+    check.add_argument("-c", "--checkpoint", help="the base, to check that they fit")
     check.set_defaults(run=_check)
 
-    merge = actions.add_parser("merge", help="base and adapter as one plain checkpoint")
+    merge = actions.add_parser("merge", help="write base and adapter as one checkpoint")
     merge.add_argument("folder")
     merge.add_argument("-c", "--checkpoint", required=True, help="the base")
     merge.add_argument("-o", "--output", required=True, help="the new checkpoint")
     merge.set_defaults(run=_merge)
 
-    combine = actions.add_parser("combine", help="a weighted sum of adapters as a new one")
+    combine = actions.add_parser("combine", help="write a weighted sum of adapters as a new one")
     combine.add_argument("folder", nargs="+")
     combine.add_argument(
         "--weights", nargs="+", type=float, help="one for each (default: equal ones)"
@@ -176,7 +176,7 @@ def add_export(commands: common.Commands) -> None:
         commands,
         "export",
         _export,
-        "a model for LAMMPS, i-PI, ASE and other engines, or for metatrain",
+        "write a model for LAMMPS, i-PI, ASE and other engines, or for metatrain",
         "Write a model as a metatomic file, which runs without pet-finetune, or as a "
         "checkpoint of metatrain.",
         _OF_EXPORT,

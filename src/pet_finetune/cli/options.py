@@ -20,7 +20,7 @@ def add_options_command(commands: Commands) -> None:
         commands,
         "options",
         _options,
-        "what can stand in an options file",
+        "show the reference of options files",
         "Print the reference of the options, or their JSON schema.",
         _EXAMPLES,
     )
@@ -28,7 +28,7 @@ def add_options_command(commands: Commands) -> None:
     parser.add_argument(
         "--schema",
         action="store_true",
-        help="print the JSON schema, which editors check options files with while one types",
+        help="print the JSON schema, with which editors check options files",
     )
 
 

@@ -17,9 +17,9 @@ def add_report(commands: Commands) -> None:
         "report",
         _report,
         "write report.html for the folder of a run",
-        "Make the report of a run from what lies in its folder: errors before and "
-        "after, learning curves, parity plots, worst structures in 3D, and how to use the model. "
-        "Training writes it by itself at its end.",
+        "Make the report of a run from the files in its folder: errors before and after, "
+        "learning curves, parity plots, worst structures in 3D, and how to use the model. "
+        "Training writes it at its end.",
     )
     parser.add_argument(
         "folders", type=Path, nargs="+", metavar="RUN", help="folder of a run, finished or not"
@@ -52,9 +52,9 @@ def add_watch(commands: Commands) -> None:
         commands,
         "watch",
         _watch,
-        "show the report of a run while it goes on",
-        "Serve the report of a run to the browsers of this computer (127.0.0.1), made "
-        "anew after each epoch, until Ctrl-C.",
+        "show the report of a run during the run",
+        "Serve the report of a run to the browsers of this computer (127.0.0.1), updated after "
+        "each epoch, until Ctrl-C.",
     )
     parser.add_argument("folder", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument(

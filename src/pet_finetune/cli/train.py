@@ -41,8 +41,8 @@ def add_train(commands: common.Commands) -> None:
     parser.add_argument(
         "--restart",
         metavar="auto|PATH",
-        help="go on exactly where a run stopped: its last.ckpt or its folder; "
-        "auto takes the newest, or starts a new run where there is none",
+        help="continue exactly where a run stopped: its last.ckpt or its folder; auto takes the"
+        " newest, or starts a new run if there is none",
     )
     common.add_override(parser)
     parser.add_argument(
@@ -65,7 +65,7 @@ def add_train(commands: common.Commands) -> None:
     parser.add_argument(
         "--no-check",
         action="store_true",
-        help="do not look at the data before training (pet-finetune inspect shows what is found)",
+        help="do not check the data before training (pet-finetune inspect shows the findings)",
     )
     common.add_named_runs(parser, several=True)
 
@@ -236,7 +236,7 @@ _PRETRAINING: dict[str, common.Option] = {
     "max_energy": (
         float,
         "X",
-        "drop frames so much above the one they began from, in eV/atom (default: 1)",
+        "drop frames with energies this much above their start, in eV/atom (default: 1)",
     ),
     "seed": (int, "N", "of dynamics, displacements and training (default: 0)"),
 }
@@ -248,9 +248,9 @@ def add_pretrain(commands: common.Commands) -> None:
         commands,
         "pretrain",
         _pretrain,
-        "before fine-tuning: the foundation learns your system at a cheap level",
-        "Explore structures like yours with the foundation, label them with a cheap "
-        "teacher and train on them, so that fine-tuning needs fewer labels of your own.",
+        "train the foundation on your system with cheap labels, before fine-tuning",
+        "Explore structures like yours with the foundation, label them with a cheap teacher and"
+        " train on them. See docs/pretraining.md for when this helps.",
         _OF_PRETRAIN,
     )
     parser.add_argument("structures", help="any file ASE reads; its labels are not used")
@@ -269,7 +269,7 @@ def add_pretrain(commands: common.Commands) -> None:
     parser.add_argument(
         "--work", metavar="DIR", help="folder of the stages (default: OUTPUT with .work)"
     )
-    target: common.Option = (str, None, "which energy, where the foundation has several")
+    target: common.Option = (str, None, "the energy to use, if the foundation has several")
     common.add_options(parser, {**common.OF_SYSTEMS, "target": target, "device": common.DEVICE})
 
 
