@@ -250,7 +250,8 @@ class BaselineOptions(Section):
     """`refit`: least squares on what the starting model leaves over; `fit`: least squares on the
     labels; `keep`: those of the starting model; `values`: only the given `atomic_baseline`. `auto`:
     `refit` when starting from a model, else `fit`. With either, those of the finished model are
-    fitted once more to what it leaves over, unless `atomic_baseline` is given."""
+    fitted once more to what it leaves over, where all training structures are periodic and
+    `atomic_baseline` is not given."""
     ridge: NonNegativeFloat = 1e-5
     """Weight of the regularisation relative to the data; makes sets with a single composition
     solvable."""

@@ -164,8 +164,9 @@ class Averaging(Feature):
 class SettledBaselines(Feature):
     """Refits the baselines of energies to what the best model leaves over of the training labels.
 
-    Any number by which all energies of a composition are off is taken out at once; the loss hardly
-    feels it. Runs whose baselines are given or kept leave them.
+    PET's energies depend a little on how a structure is rotated, by a number common to cells that
+    all lie alike. It is taken out of sets of nothing but cells, which keep their orientation in use
+    as molecules do not. Runs whose baselines are given or kept leave them.
     """
 
     name = "settled baselines"
@@ -174,6 +175,8 @@ class SettledBaselines(Feature):
         """Move the baselines of the model and its adapter, and write both."""
         trainer, model = self.trainer, best.model
         settled: dict[str, Tensor] = {}
+        if not all(bool(s.pbc.any()) for s in trainer.training.sampled().structures):
+            return {}
         with processes.alone():
             if processes.first():
                 ridge = trainer.options.baseline.ridge

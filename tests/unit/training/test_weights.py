@@ -77,6 +77,10 @@ def test_goes_on_from_a_saved_average():
     assert torch.equal(resumed.average["w"], whole.average["w"])
 
 
+CELLS = [replace(s, pbc=torch.ones(3, dtype=torch.bool), cell=20 * torch.eye(3).double())
+         for s in TRAIN]  # fmt: skip
+
+
 def settled_files(trainer, folder):
     """The files of a run that ends with the model as it stands."""
     (feature,) = (f for f in trainer.features if isinstance(f, SettledBaselines))
@@ -87,7 +91,7 @@ def settled_files(trainer, folder):
 
 
 def test_the_best_model_and_its_adapter_get_baselines_that_fit_what_is_left_over(tmp_path):
-    trainer = make_trainer("lora")
+    trainer = make_trainer("lora", train=CELLS)
     trainer.model.composition.get("energy").add_(0.5)
     best, adapter = settled_files(trainer, tmp_path)
     numbers = torch.tensor(best.species)
@@ -100,11 +104,12 @@ def test_the_best_model_and_its_adapter_get_baselines_that_fit_what_is_left_over
     assert torch.equal(adapter.targets[0].composition, best.composition.get("energy"))
 
 
-def test_baselines_stay_where_no_energy_is_known_or_they_are_given(tmp_path):
-    forces = [replace(s, labels={"energy/forces": s.labels["energy/forces"]}) for s in TRAIN]
-    trainer = make_trainer("lora", train=forces)
-    best, _ = settled_files(trainer, tmp_path)
-    assert torch.equal(best.composition.get("energy"), trainer.model.composition.get("energy"))
+def test_baselines_stay_where_no_energy_is_known_or_of_molecules_or_they_are_given(tmp_path):
+    forces = [replace(s, labels={"energy/forces": s.labels["energy/forces"]}) for s in CELLS]
+    for name, structures in (("forces", forces), ("molecules", [*CELLS, TRAIN[0]])):
+        trainer = make_trainer("lora", train=structures)
+        best, _ = settled_files(trainer, tmp_path / name)
+        assert torch.equal(best.composition.get("energy"), trainer.model.composition.get("energy"))
     for given in ({"baseline": {"mode": "keep"}}, {"atomic_baseline": {"energy": 0.0}}):
         features = own_features(TrainingOptions.model_validate(given))
         assert not any(isinstance(f, SettledBaselines) for f in features)
