@@ -98,19 +98,18 @@ class SystemsOptions(Section):
     length_unit: LengthUnit = "angstrom"
     """Unit of positions and cells in the file."""
     format: OptionalText = ""
-    """ASE's name of the file's format (`ase info --formats` lists them), where the name of the file
-    does not tell; empty means that it is guessed from name and content."""
+    """ASE's name of the file's format (`ase info --formats` lists them); empty: guessed from name
+    and content."""
     types: Types = {}
-    """Elements by number of the type of atom, for LAMMPS files that do not say them: `{1: O, 2:
-    H}`."""
+    """Elements by type of atom, for LAMMPS files without elements: `{1: O, 2: H}`."""
     unconverged: Annotated[Literal["drop", "error", "keep"], OneOf()] = "drop"
-    """Frames whose self-consistent field did not converge, as the output of the code says: `drop`:
-    left out, and named in the log; `error`: the run stops; `keep`: trained on like all others."""
+    """Frames whose self-consistent field did not converge according to the output: `drop`: left out
+    and named in the log; `error`: the run stops; `keep`: trained on."""
     isolated_atoms: Annotated[Literal["leave_out", "train"], OneOf()] = "leave_out"
-    """Frames of a single atom without neighbours in a file of larger structures, such as those of
-    `config_type=IsolatedAtom`: `leave_out`: they are in no set, and the log offers their energies
-    for the `atomic_baseline` of a model from scratch; so are files of nothing else beside others;
-    `train`: trained on like all others."""
+    """Frames of a single atom without neighbours in a file of larger structures
+    (`config_type=IsolatedAtom`), and files of such frames next to other files: `leave_out`: not
+    used, and the log offers their energies for the `atomic_baseline` of a model from scratch;
+    `train`: trained on."""
 
 
 ExtraName = Annotated[Literal["charge", "spin_multiplicity"], OneOf()]
@@ -145,7 +144,7 @@ class DatasetOptions(Section):
     systems: SystemsOptions
     """The structures: a path, or the keys below."""
     targets: dict[str, TargetOptions]
-    """What to learn, by name: a path, or the keys below."""
+    """Targets by name: a path, or the keys below."""
     extra_data: dict[ExtraName, ExtraDataOptions] = {}
     """`charge` and `spin_multiplicity` of the structures, for models conditioned on them: a path,
     or the keys below."""

@@ -42,15 +42,14 @@ class RetentionOptions(Section):
     short_forms = ("string", "boolean")
 
     mode: Annotated[Literal["on", "off"], OneOf()] = "on"
-    """`off`: no report on what was forgotten."""
+    """`off`: no forgetting report."""
     read_from: DatasetOptions | None = None
-    """Labelled structures of the foundation's own kind: a path, or a data set with one target,
-    which is one of the foundation's. Null: the foundation's own predictions on the probe set that
-    ships."""
+    """Structures labelled at the foundation's level of theory: a path, or a data set with one of
+    the foundation's targets. Null: the foundation's own predictions on the shipped probe set."""
     max_structures: PositiveInt | None = None
-    """At most so many of them: the most different ones (farthest points). Null: all."""
+    """Largest number of them: the most different ones (farthest points). Null: all."""
     every: PositiveInt | None = None
-    """Epochs between two rows of `train.csv` with these errors. Null: some twenty times a run."""
+    """Epochs between two rows of `train.csv` with these errors. Null: about twenty rows per run."""
 
     @model_validator(mode="before")
     @classmethod
@@ -71,12 +70,12 @@ class ReplayOptions(Section):
     """What is replayed beside the user's data."""
 
     read_from: DatasetOptions | None = None
-    """Real data of the pre-training kind: a path, or a data set with one target, which is one of
-    the foundation's. Null: the foundation labels `structures` itself."""
+    """Real data of the pre-training kind: a path, or a data set with one of the foundation's
+    targets. Null: the foundation labels `structures`."""
     structures: TextList = ("training",)
-    """What the foundation labels before training starts: `training` (the training structures and
-    distorted copies of them), `probe` (the probe set that ships), paths of files whose labels, if
-    any, are not used, or a list of these."""
+    """Structures that the foundation labels before training: `training` (the training structures
+    and distorted copies), `probe` (the shipped probe set), paths of files (their labels are not
+    used), or a list of these."""
     copies: NonNegativeInt = 1
     """Distorted copies of each training structure."""
     rattle: NonNegativeFloat = 0.1
@@ -85,11 +84,11 @@ class ReplayOptions(Section):
     """Standard deviation of each component of the strain of distorted copies that are periodic in
     all three directions."""
     max_structures: PositiveInt | None = None
-    """At most so many of all these: the most different ones (farthest points). Null: all."""
+    """Largest number of all these: the most different ones (farthest points). Null: all."""
     fraction: OpenFraction = 0.25
-    """Part of all structures of a step that are replayed: beside a batch of 12, 0.25 means 4."""
+    """Part of all structures of a step that are replayed: with a batch of 12, 0.25 means 4."""
     weight: PositiveFloat = 1.0
-    """Weight of the replayed structures' loss beside that of the user's."""
+    """Weight of the replayed structures' loss relative to your data."""
 
 
 class AnchorOptions(Section):
@@ -98,13 +97,13 @@ class AnchorOptions(Section):
     short_forms, short_for = ("string",), "type"
 
     type: Annotated[Literal["l2sp", "ewc"], OneOf()]
-    """`l2sp`: every weight is held alike; `ewc`: each by how much the foundation's predictions
-    depend on it (diagonal Fisher information)."""
+    """`l2sp`: the same penalty for every weight; `ewc`: weighted by how much the foundation's
+    predictions depend on it (diagonal Fisher information)."""
     strength: PositiveFloat | None = None
-    """Factor of the penalty. Null chooses: 0.001 for `l2sp`, 10 for `ewc`, which suit `soap`; with
-    `adamw` 30 and 100 do about as much."""
+    """Factor of the penalty. Null: 0.001 for `l2sp`, 10 for `ewc`, which suit `soap`; with `adamw`
+    30 and 100 have about the same effect."""
     structures: TextList = ("probe",)
-    """With `ewc`: the structures whose predictions count, given as for `replay`."""
+    """With `ewc`: the structures for the Fisher information, given as for `replay`."""
     samples: PositiveInt = 256
     """With `ewc`: at most this many of them, chosen by the seed."""
 
@@ -120,16 +119,16 @@ class LastLayerOptions(Section):
     short_forms = ("boolean",)
 
     regularizer: PositiveFloat | None = None
-    """Added to the diagonal of the features' covariance. Null: the smallest power of ten, from the
-    rounding of the features on, with which it can be decomposed."""
+    """Added to the diagonal of the features' covariance. Null: the smallest power of ten above the
+    rounding of the features with which it can be decomposed."""
     calibration_method: Annotated[
         Literal["absolute_residuals", "squared_residuals", "crps"], OneOf()
     ] = "absolute_residuals"
     """How the factor is found on the validation set: from the mean of |error| / uncertainty, from
     that of its square, or by the smallest continuous ranked probability score."""
     num_ensemble_members: NonNegativeInt = 16
-    """Last layers that are drawn for each energy: their spread is an uncertainty of forces and
-    stress too. 0: none."""
+    """Number of last layers drawn for each energy; their spread gives uncertainties of forces and
+    stress. 0: none."""
 
 
 def _stages(value: Any) -> dict[int, tuple[str, ...]]:
@@ -166,19 +165,18 @@ class Unfreeze(Section):
     """Epochs after which one part more trains: first the heads, then the GNN layers from the last
     to the first, then the embeddings."""
     stages: UnfreezeStages | None = None
-    """Instead of `every`: how many epochs are done when something begins to train, and what:
-    `heads`, `embeddings`, `all`, or modules of the network such as `gnn_layers.1`. What trains once
-    goes on training."""
+    """Instead of `every`: the number of completed epochs, and what trains from then on: `heads`,
+    `embeddings`, `all`, or modules of the network such as `gnn_layers.1`."""
 
 
 class PretrainOptions(Section):
     """Continued pre-training on the user's own system, before fine-tuning."""
 
     teacher: Text = "gfn2"
-    """Who labels the frames: `gfn2` or `gfn1` (GFN2-xTB, GFN1-xTB; the extra `xtb`), an ASE
-    calculator as `module:name`, or the path of a checkpoint."""
+    """The method that labels the frames: `gfn2` or `gfn1` (GFN2-xTB, GFN1-xTB; the extra `xtb`), an
+    ASE calculator as `module:name`, or the path of a checkpoint."""
     n: Annotated[int, Expects("an integer of at least 20", integer(20))] = 2000
-    """About how many frames the teacher labels."""
+    """Approximate number of frames that the teacher labels."""
     temperatures: Annotated[
         tuple[float, ...],
         Expects(
@@ -186,7 +184,7 @@ class PretrainOptions(Section):
             listed(real_number(above=0.0, below=1e5), empty=False),
         ),
     ] = (300.0, 600.0)
-    """Of the molecular dynamics that explores new frames, K."""
+    """Temperatures of the molecular dynamics that explores new frames, K."""
     epochs: PositiveInt = 10
     """Passes over the labelled frames."""
     batch_size: PositiveInt = 10
@@ -196,11 +194,11 @@ class PretrainOptions(Section):
     max_force: PositiveFloat = 20.0
     """Frames with a larger force on an atom are dropped, eV/A."""
     max_energy: PositiveFloat = 1.0
-    """Frames so much above the structure that they began from are dropped, eV/atom."""
+    """Frames with an energy this much above their start are dropped, eV/atom."""
     target: Text | None = None
     """The energy of the foundation that is trained. Null: the only one, or `energy`."""
     seed: NonNegativeInt = 0
-    """Of dynamics, displacements, sets and training."""
+    """Seed of dynamics, displacements, sets and training."""
 
 
 FinetuneMethod = Literal["full", "lora", "prompt", "heads"]
@@ -238,31 +236,31 @@ class FinetuneConfig(Section):
     rank: PositiveInt = 32
     """Rank of the update of each adapted weight (`r` in PEFT)."""
     alpha: PositiveFloat = 32.0
-    """The update is scaled by alpha / rank (`lora_alpha` in PEFT). Left out, alpha equals the
-    rank."""
+    """The update is scaled by alpha / rank (`lora_alpha` in PEFT). Default: the rank."""
     dropout: Fraction = 0.0
     """Dropout in front of the update while training (`lora_dropout` in PEFT)."""
     loraplus_lr_ratio: PositiveFloat = 1.0
-    """LoRA+ (arXiv:2402.12354): the factors B learn this many times faster than the factors A."""
+    """LoRA+ (arXiv:2402.12354): ratio of the learning rates of the factors B and A."""
     target_modules: TextList = DEFAULT_TARGET_MODULES
     """Linear layers to adapt: names, name endings or regular expressions, or `all-linear`."""
     modules_to_save: TextList | None = None
-    """Modules trained in full beside LoRA or prompts. Null: head and last layers of the trained
-    targets; an empty list: none."""
+    """Modules trained in full in addition to LoRA or prompts. Null: head and last layers of the
+    trained targets; an empty list: none."""
     use_rslora: Flag = False
     """Scale the update by alpha / sqrt(rank) (rsLoRA), so that a larger rank needs no other
     learning rate."""
     use_dora: Flag = False
-    """Train the lengths of the weights' rows apart from their directions (DoRA). `method: dora`
-    means the same."""
+    """Train the lengths of the weights' rows separately from their directions (DoRA). `method:
+    dora` means the same."""
     rank_pattern: RankPattern = {}
     """Other ranks for some layers, by the ending of their name or a regular expression, e.g.
     {mlp.w_in: 16}."""
     alpha_pattern: AlphaPattern = {}
     """Other alphas for some layers; keys as in `rank_pattern`."""
     quant_bits: Annotated[Literal[4, 8], OneOf()] | None = None
-    """Hold the frozen weights in 4 (NF4) or 8 bits to save memory (QLoRA); the adapters stay
-    floats. Not exact at the first step, and slower. `method: qlora` means 4. Null: as they are."""
+    """Store the frozen weights in 4 (NF4) or 8 bits to save memory (QLoRA); the adapters stay
+    floats. Not exact at the first step, and slower. `method: qlora` means 4. Null: no
+    quantisation."""
     num_prompts: PositiveInt = 8
     """Method `prompt`: learned tokens in each attention layer."""
     head_modules: TextList | None = None
@@ -348,8 +346,8 @@ class FinetuneOptions(Section):
 
     method: Annotated[FinetuneMethod, OneOf()] = "full"
     """`lora`: low-rank updates and the heads; `prompt`: learned tokens in the attention, and the
-    heads; `heads`: only the heads; `full`: all weights. Left out, it is `lora` with `-c` and `full`
-    with `read_from`. `dora` and `qlora` are short for `lora` with `use_dora` and with `quant_bits:
+    heads; `heads`: only the heads; `full`: all weights. Default: `lora` with `-c` and `full` with
+    `read_from`. `dora` and `qlora` are short for `lora` with `use_dora` and with `quant_bits:
     4`."""
     read_from: Text | None = None
     """Checkpoint to start from: a path, an address (`https://`, `hf://`) or a name such as
@@ -364,35 +362,35 @@ class FinetuneOptions(Section):
     legacy_start: LegacyStart | None = None
     """Start from the three files of the first PET code instead."""
     retention: RetentionOptions = RetentionOptions()
-    """The report on what was forgotten: a section, `off`, or the path of a labelled file."""
+    """The forgetting report: a section, `off`, or the path of a labelled file."""
     replay: ReplayOptions | None = None
-    """Train on what the foundation knows beside the user's data."""
+    """Train on structures labelled by the foundation, in addition to your data."""
     pretrain: PretrainOptions | None = None
-    """Let the model of `read_from` learn the system first: frames like the training structures,
-    labelled at a cheap level. Done once for the same settings, structures and weights, and kept in
-    the cache. Null: no."""
+    """Pre-train the model of `read_from` first, on frames like the training structures labelled at
+    a cheap level. Done once for the same settings, structures and weights, and kept in the cache.
+    Null: no."""
     anchor: AnchorOptions | None = None
-    """Hold the weights near the foundation's: a section, or a type."""
+    """Keep the weights near the foundation's: a section, or a type."""
 
     new_elements: NewElements | None = None
-    """Elements of the data that the starting model lacks: `nearest` starts each with the embeddings
-    of the nearest element that the model knows in the periodic table, `random` with random ones,
-    and a mapping such as {Br: Cl, Na: Li} with those named. Null refuses such data."""
+    """Start of elements that the starting model lacks: `nearest` uses the embeddings of the nearest
+    known element in the periodic table, `random` random ones, and a mapping such as {Br: Cl, Na:
+    Li} those named. Null refuses such data."""
     ensemble: PositiveInt | None = None
-    """Train a committee of this many LoRA adapters, at least 2, in one run: members with their own
-    seeds, of the adapter and of the order and rotations of the data. Their spread is an
-    uncertainty, calibrated on the validation set. Null: one model."""
+    """Train a committee of this many LoRA adapters, at least 2, in one run. Each has its own seed
+    for the adapter and for the order and rotations of the data. Their spread is an uncertainty,
+    calibrated on the validation set. Null: one model."""
     bootstrap: Flag = True
-    """With `ensemble`: each member is trained on as many structures as there are, drawn from the
-    training set with replacement. False: all of them are trained on all."""
+    """With `ensemble`: train each member on a bootstrap sample of the training set (drawn with
+    replacement, of the same size). False: train all members on all structures."""
     member: NonNegativeInt | None = None
-    """With `ensemble`: train only the member of this number, counted from 0, as a run of its own (a
-    job of an array, say). Null: all of them, one after the other."""
+    """With `ensemble`: train only this member, counted from 0, as a run of its own (in a job array,
+    for example). Null: all of them, one after the other."""
 
     llpr: LastLayerOptions | None = None
-    """Give the trained model an uncertainty from its last layer (metatrain's LLPR): `true`, or a
-    section. It is made from the training set and calibrated on the validation set. Null: none; that
-    of the starting model does not hold for other weights."""
+    """Give the trained model a last-layer uncertainty (metatrain's LLPR): `true`, or a section. It
+    is made from the training set and calibrated on the validation set. Null: none; that of the
+    starting model is not valid for other weights."""
 
     @model_validator(mode="before")
     @classmethod

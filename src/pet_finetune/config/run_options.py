@@ -164,8 +164,8 @@ class ArchitectureOptions(Section):
     atomic_types: Annotated[
         tuple[int, ...] | None, Expects("a list of atomic numbers, 1 to 118", _atomic_types)
     ] = None
-    """Atomic numbers the model shall know. Null: those in the training data, and those of the model
-    it starts from."""
+    """Atomic numbers of the model's elements. Null: those in the training data and in the starting
+    model."""
 
     @model_validator(mode="before")
     @classmethod
@@ -177,7 +177,7 @@ class Options(Section):
     """Everything a run is told, as read from ``options.yaml``."""
 
     seed: NonNegativeInt | None = None
-    """Start of all random numbers. Null draws one, which is written to the log."""
+    """Seed of all random numbers. Null draws one and writes it to the log."""
     device: Annotated[
         str,
         Expects(
@@ -185,19 +185,19 @@ class Options(Section):
             _device,
         ),
     ] = "auto"
-    """Where to compute. `auto` and `gpu` choose what is there. A number trains with so many
-    processes, each on a GPU of its own, or all on the CPU where there is no GPU."""
+    """Device to compute on. `auto` and `gpu` choose an available one. A number trains with as many
+    processes, each on a GPU of its own, or all on the CPU if there is no GPU."""
     base_precision: Annotated[Literal[32, 64], Expects("32 or 64", _precision)] = 32
     """Bits of a floating-point number."""
     architecture: ArchitectureOptions = ArchitectureOptions()
     """The network and its training."""
     training_set: tuple[DatasetOptions, ...]
-    """Data to learn from: a path, a section, or a list of sections."""
+    """Training data: a path, a section, or a list of sections."""
     validation_set: SetOptions = 0.1
-    """Data to pick the best model with: a fraction of the training data, `indices` into the
-    training file, or data sets of its own. metatrain has no default."""
+    """Data to choose the best model: a fraction of the training data, `indices` into the training
+    file, or data sets of its own. metatrain has no default."""
     test_set: SetOptions = 0.0
-    """Data to judge the final model with; given like `validation_set`."""
+    """Data to evaluate the final model; given like `validation_set`."""
     final_eval: Flag = True
     """Evaluate the final model on all three sets after training."""
     print_stats: Ignored = ignored_field("what the data hold is always checked and logged.")

@@ -87,11 +87,11 @@ class GradientOptions(Section):
     key: OptionalText = ""
     """Name in the file; empty means the option's name."""
     unit: OptionalText = ""
-    """Unit in the file, for instance `Hartree/Bohr` or `GPa`; empty means the unit of the energy
-    over that of the length (of a stress: of the volume; of a virial: alone)."""
+    """Unit in the file, such as `Hartree/Bohr` or `GPa`. Empty: energy / length for forces, energy
+    / length^3 for a stress, energy for a virial."""
     weight_key: OptionalText = ""
-    """Name in the file of weights in the loss, beside that of the target: one for each structure,
-    of forces also one for each atom. Empty: all count alike."""
+    """Name in the file of additional weights in the loss: one for each structure, for forces also
+    one for each atom. Empty: equal weights."""
 
     @model_validator(mode="before")
     @classmethod
@@ -154,10 +154,10 @@ class TargetOptions(Section):
     short_forms = ("string",)
 
     quantity: OptionalText = "energy"
-    """The physical quantity; `energy` can have forces and stress. Left out, it is `force` or
-    `pressure` for targets named `non_conservative_...`, and as in metatrain `energy` for all others
-    with one number for each structure (unless their `unit` is none of an energy). Write `gap`,
-    `dipole` or whatever it is for other properties."""
+    """The physical quantity; `energy` can have forces and stress. Default: `force` or `pressure`
+    for targets named `non_conservative_...`, and as in metatrain `energy` for all others with one
+    number for each structure (unless `unit` is not one of energy). Use any name, such as `gap` or
+    `dipole`, for other properties."""
     read_from: OptionalText = ""
     """Path of the file; empty means that of the structures."""
     reader: Reader = None
@@ -165,7 +165,7 @@ class TargetOptions(Section):
     """Name in the file; empty means the target's name."""
     unit: OptionalText = ""
     """Unit in the file. An `energy`, `length`, `force` or `pressure` is converted to eV, A, eV/A or
-    eV/A^3, and without a unit taken to be in it; other quantities stay as they are."""
+    eV/A^3, which is also the default; other quantities are not converted."""
     sample_kind: Annotated[
         Literal["system", "atom"], Expects("'system' or 'atom'", _sample_kind)
     ] = "system"
@@ -176,11 +176,10 @@ class TargetOptions(Section):
     ] = "scalar"
     """`scalar`, or `{cartesian: {rank: 1}}` for a vector (rank 2: a 3x3 tensor)."""
     num_subtargets: PositiveInt = 1
-    """Number of scalars, vectors or tensors that make up a value."""
+    """Number of scalars, vectors or tensors in a value."""
     weight_key: OptionalText = ""
-    """Name in the file of the weights that structures have in the loss, for instance
-    `config_weight`; those of forces and stress too. A structure without one counts 1. Empty: all
-    count alike."""
+    """Name in the file of the structures' weights in the loss, such as `config_weight`; also for
+    forces and stress. A structure without one counts 1. Empty: equal weights."""
     description: OptionalText = ""
     """Free text kept in the checkpoint, e.g. the level of theory."""
     forces: GradientOptions = GradientOptions(mode="off")

@@ -45,7 +45,7 @@ class LossTerm(Section):
     weight: NonNegativeFloat = 1.0
     """Factor in the total loss."""
     delta: PositiveFloat = 1.0
-    """Huber: where squared turns to absolute, in units of the scaled target."""
+    """Huber: the error at which squared becomes absolute, in units of the scaled target."""
     reduction: Annotated[
         Literal["mean"],
         Expects("'mean'", only("mean", "The loss is always a mean; change `weight` to scale it.")),
@@ -135,14 +135,14 @@ class WeightMean(Section):
     start: OpenFraction = 0.75
     """Part of the run after which averaging begins, with a whole epoch."""
     learning_rate: PositiveFloat | None = None
-    """Constant learning rate from there on. Null goes on with the scheduler's."""
+    """Constant learning rate from there on. Null: the scheduler's."""
 
 
 class LossStage(Section):
     """Factors on the weights of the loss from some part of the run on."""
 
     start: Fraction
-    """Part of the run after which the factors hold, from a whole epoch on."""
+    """Part of the run after which the factors apply, from a whole epoch on."""
     energy: NonNegativeFloat = 1.0
     """Factor on the weight of energies."""
     forces: NonNegativeFloat = 1.0
@@ -165,11 +165,11 @@ class RotationalConsistency(Section):
     short_forms, short_for = ("number",), "weight"
 
     weight: PositiveFloat = 1.0
-    """What a rotated structure counts beside a labelled one, with the types and weights of `loss`;
-    more than 2 can spoil the training."""
+    """Weight of a rotated structure relative to a labelled one, with the types and weights of
+    `loss`; more than 2 can spoil the training."""
     fraction: Share = 0.5
-    """Part of each batch that is rotated once more and predicted again; a step takes somewhat more
-    than as much longer."""
+    """Part of each batch that is rotated and predicted again; a step takes at least as much
+    longer."""
 
 
 class LabelNoise(Section):
@@ -247,10 +247,10 @@ class BaselineOptions(Section):
     """How the energy of each species, which the network need not learn, is found."""
 
     mode: Annotated[BaselineMode, OneOf()] = "auto"
-    """`refit`: least squares on what the starting model leaves over; `fit`: least squares on the
+    """`refit`: least squares on the residuals of the starting model; `fit`: least squares on the
     labels; `keep`: those of the starting model; `values`: only the given `atomic_baseline`. `auto`:
-    `refit` when starting from a model, else `fit`. With either, those of the finished model are
-    fitted once more to what it leaves over, where all training structures are periodic and
+    `refit` when starting from a model, else `fit`. With `refit` and `fit` the finished model's
+    baselines are fitted to its residuals again if all training structures are periodic and
     `atomic_baseline` is not given."""
     ridge: NonNegativeFloat = 1e-5
     """Weight of the regularisation relative to the data; makes sets with a single composition
@@ -272,17 +272,17 @@ class TrainingOptions(Section):
     """The training run. Defaults that differ from metatrain's say so."""
 
     batch_size: PositiveInt = 16
-    """Structures in a batch. Several processes share each batch, so that their number changes
-    nothing but the time; in metatrain each has a batch of its own."""
+    """Structures in a batch. Several processes share each batch; in metatrain each has a batch of
+    its own."""
     gradient_accumulation_steps: PositiveInt = 1
-    """Batches whose mean gradient makes one update; the last update of an epoch takes what is
-    left."""
+    """Number of batches whose mean gradient makes one update; the last update of an epoch takes the
+    remaining ones."""
     max_atoms_per_batch: AtomsOrAuto | None = None
-    """Fill batches up to this many atoms instead of counting structures. `auto` looks once, at the
-    start, for the largest number that fits into the memory (half of what is free on a CPU) and
-    leaves at least ten steps in an epoch."""
+    """Fill batches up to this many atoms instead of counting structures. `auto` finds the largest
+    number that fits into the memory once, at the start (half of the free memory on a CPU), and
+    keeps at least ten steps per epoch."""
     min_atoms_per_batch: NonNegativeInt = 0
-    """Drop batches with fewer atoms; with `max_atoms_per_batch` only."""
+    """Drop batches with fewer atoms; only with `max_atoms_per_batch`."""
     num_epochs: PositiveInt = 100
     """Passes over the training data. metatrain's default is 1000."""
     learning_rate: PositiveFloat | None = None
@@ -290,85 +290,83 @@ class TrainingOptions(Section):
     `full` fine-tuning, 1e-3 from scratch; with other optimisers than SOAP 2e-4 for `full` and 5e-4
     from scratch. metatrain's default is 1e-4 for all."""
     scheduler: Annotated[Literal["cosine", "constant"], OneOf()] = "cosine"
-    """Course of the learning rate after the warm-up."""
+    """Schedule of the learning rate after the warm-up."""
     warmup_fraction: Fraction = 0.01
     """Part of all steps during which the learning rate rises from zero."""
     optimizer: Annotated[Literal["adamw", "muon", "soap"], OneOf()] = "soap"
-    """`soap` is Adam in the eigenbases of each matrix's gradients: lower errors in as many epochs
-    for a longer step. `adamw` is nearest to metatrain's. `muon` evens out the directions of each
-    weight matrix's update, and leaves embeddings, adapters, norms and biases to AdamW; for training
-    from scratch or in full. It needs torch 2.9."""
+    """`soap` is Adam in the eigenbases of each matrix's gradients: lower errors in as many epochs,
+    with longer steps. `adamw` is closest to metatrain's. `muon` equalises the singular values of
+    each weight matrix's update and leaves embeddings, adapters, norms and biases to AdamW; use it
+    from scratch or for `full`. It needs torch 2.9."""
     weight_decay: NonNegativeFloat | None = None
-    """Weight decay, of matrices only. Null is zero."""
+    """Weight decay of matrices. Null is zero."""
     grad_clip_norm: PositiveFloat | None = 1.0
-    """Gradients are scaled down to this norm. Null leaves them."""
+    """Gradients are scaled down to this norm. Null: no clipping."""
     ema: OpenFraction | None = 0.99
     """Decay of an exponential moving average of the weights, which is then validated and saved.
-    Null is off, and so is it where `swa` is on."""
+    Null is off; `swa` turns it off too."""
     swa: WeightMean | None = None
     """Mean of the weights after each step of the last part of the run, which is then validated and
     saved. Null is off."""
     early_stopping: EarlyStopping | None = None
     """Stop when the metric no longer improves. Null is off."""
     loss: LossOptions = "mse"
-    """One of mse, mae, huber, and then the energy per atom weighs 10, forces and stress 1; or a
-    section for each target, in which weights left out are 1."""
+    """One of mse, mae, huber, with weight 10 for the energy per atom and 1 for forces and stress;
+    or a section for each target, in which omitted weights are 1."""
     loss_schedule: LossSchedule = ()
-    """Stages of the run with other weights in the loss, for instance a larger one of the energy at
-    the end. The metric `loss` has the weights of the last stage throughout."""
+    """Stages of the run with other weights in the loss, such as a larger one of the energy at the
+    end. The metric `loss` uses the weights of the last stage throughout."""
     label_noise: LabelNoise = LabelNoise()
     """Gaussian noise on the training labels."""
     per_structure_targets: TextList = ()
-    """Targets whose values for structures count whole in the loss, not divided by the number of
-    atoms: name intensive properties here, such as a band gap. So do their errors in logs and
-    tables, except for energies, which are shown per atom always."""
+    """Targets of structures that are not divided by the number of atoms in the loss, logs and
+    tables: name intensive properties here, such as a band gap. Energies are always shown per
+    atom."""
     best_model_metric: Annotated[BestModelMetric, OneOf()] = "mae_prod"
-    """Validation figure that picks the best model: a product over energy, forces and stress
+    """Validation metric that chooses the best model: a product over energy, forces and stress
     (`mae_prod`, `rmse_prod`), the loss, or one mean absolute error."""
     best_model_window: PositiveInt | None = None
-    """The figure is averaged over this many epochs, the last of which is kept, so that few
-    validation structures met by chance do not pick the model. Null: a tenth of the run, at most
-    5."""
+    """The metric is averaged over this many epochs, and the model of the last one is kept, so that
+    noise of few validation structures does not choose it. Null: a tenth of the run, at most 5."""
     rotational_augmentation: Flag = True
-    """Turn and mirror each structure at random in each epoch."""
+    """Rotate and mirror each structure at random in each epoch."""
     rotational_consistency: RotationalConsistency | None = None
-    """Part of each batch is predicted in two orientations, and what they differ by is a loss. Null
-    is off; a number is the `weight`."""
+    """Predict a part of each batch in two orientations and add the difference to the loss. Null is
+    off; a number is the `weight`."""
     baseline: BaselineOptions = BaselineOptions()
-    """How the energy of each species is found."""
+    """How the baseline energy of each element is determined."""
     atomic_baseline: FixedBaselines = {}
-    """Given energies of the species, eV, by target: one number, or one for each atomic number;
-    species left out are fitted. Or a checkpoint that has them: of a model, or metatrain's
+    """Given energies of the elements, eV, by target: one number, or one for each atomic number;
+    omitted elements are fitted. Or a checkpoint that has them: a model, or metatrain's
     `composition`."""
     scale_targets: Flag = True
     """Let the network learn targets divided by their spread."""
     fixed_scaling_weights: FixedScales = {}
     """Given scale by target, in the target's unit, instead of the spread. Or a checkpoint that has
-    them: of a model, or metatrain's `scaler`."""
+    them: a model, or metatrain's `scaler`."""
     gradient_checkpointing: Flag = False
-    """Compute the GNN layers again instead of keeping what they computed: less memory, more time,
-    the same gradients."""
+    """Recompute the network in the backward pass instead of storing it: less memory, more time, the
+    same gradients."""
     precision: MixedPrecision | None = None
     """`bf16-mixed`: matrix products of training in bfloat16, for GPUs; weights, validation and the
     saved model stay float32. Null is `base_precision` throughout."""
     compile: Annotated[Compile, OneOf()] = "auto"
-    """`on`: each training step is one graph that torch's compiler made, once for a model on a
-    machine, in a minute or two; `off`: never; `auto`: on a GPU where the run is long enough for it
-    to pay."""
+    """`on`: compile each training step into one graph with torch's compiler, once for a model on a
+    machine, in a minute or two; `off`: never; `auto`: on a GPU, if the run is long enough."""
     log_interval: PositiveInt = 1
     """Epochs between two log lines."""
     log: Annotated[tuple[str, ...], Expects(_LOGS_WORDS, _logs)] = ("csv",)
-    """Where the numbers of each epoch go: `csv` (always), `tensorboard`, `wandb` (with the settings
-    in `wandb`), `trackio`. The others need the extra of their name."""
+    """Loggers of each epoch: `csv` (always), `tensorboard`, `wandb` (with the settings in `wandb`),
+    `trackio`. The last three need the extra of their name."""
     checkpoint_interval: PositiveInt = 10
     """Epochs between two saves of `last.ckpt`. metatrain's default is 100."""
     finetune: FinetuneOptions = FinetuneOptions()
     """Where training starts and which weights it changes."""
     distributed: Flag | None = None
-    """Whether the processes that torchrun or SLURM's srun started train one model together. Null:
-    if there are several. `device` with a number starts them itself."""
+    """Whether processes started by torchrun or SLURM's srun train one model together. Null: if
+    there are several. `device` with a number starts them itself."""
     distributed_port: PositiveInt = 39591
-    """Where processes that srun started meet, on the first host."""
+    """Port on the first host at which processes of srun meet."""
     num_workers: Ignored = ignored_field("the data are prepared once and kept in memory.")
     log_mae: Ignored = ignored_field("mean absolute and root mean square errors are both logged.")
     log_separate_blocks: Ignored = ignored_field("errors are logged for each target.")

@@ -253,7 +253,7 @@ def test_options_without_effect_are_not_offered() -> None:
 def test_the_training_set_is_required() -> None:
     (line,) = problems({"seed": 1})
     assert line == (
-        "training_set: missing. Data to learn from: a path, a section, or a list of sections."
+        "training_set: missing. Training data: a path, a section, or a list of sections."
     )
 
 
