@@ -32,11 +32,13 @@ from pet_finetune.adapters.adapter_config import AdapterConfig
 from pet_finetune.adapters.inject import inject
 from pet_finetune.backends.choice import (
     EAGER,
+    Arena,
     choose_backend,
+    loaded,
+    prepare,
     use_backend,
     using,
 )
-from pet_finetune.backends.library import Arena, loaded, prepare
 from pet_finetune.config.run_options import ModelOptions
 from pet_finetune.config.training import TargetLoss
 from pet_finetune.data.labelled_batch import LabelledBatch, collate

@@ -20,9 +20,8 @@ import numpy as np
 from pet_finetune.config.load import parse_options
 from pet_finetune.data.readers import read_structures
 from pet_finetune.inspection.evidence import VIRIAL
-from pet_finetune.inspection.finding import Finding
 from pet_finetune.inspection.inspect_data import request_of_files
-from pet_finetune.inspection.inspected import InspectedDataset, InspectedFrame, dataset_of
+from pet_finetune.inspection.inspected import Finding, InspectedDataset, InspectedFrame, dataset_of
 from pet_finetune.inspection.near_frames import near_pairs, steps
 from pet_finetune.inspection.unit_checks import check_units
 from pet_finetune.units import to_own_unit

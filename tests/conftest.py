@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pet_finetune.backends import library
+from pet_finetune.backends import choice
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -43,15 +43,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _kernels() -> None:
     """Every test computes as a user's run does: with the fused kernels where they can be built."""
-    library.prepare()
+    choice.prepare()
 
 
 @pytest.fixture
 def with_kernels() -> None:
     """Skip a test of the fused kernels where they are not in use; fail where they are required."""
-    if not library.loaded():
+    if not choice.loaded():
         missing = "the fused kernels are not in use here"
-        required = os.environ.get(library.VARIABLE) == "require"
+        required = os.environ.get(choice.VARIABLE) == "require"
         pytest.fail(missing) if required else pytest.skip(missing)
 
 
@@ -61,7 +61,7 @@ def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     if request.param == "fused":
         request.getfixturevalue("with_kernels")
     else:
-        monkeypatch.setattr(library._State, "loaded", False)  # as where they cannot be
+        monkeypatch.setattr(choice._State, "loaded", False)  # as where they cannot be
     return str(request.param)
 
 

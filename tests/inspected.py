@@ -16,7 +16,7 @@ from torch import Tensor
 from pet_finetune.config.load import parse_options
 from pet_finetune.data.readers import read_structures
 from pet_finetune.data.structure import Structure
-from pet_finetune.inspection.finding import Finding
+from pet_finetune.inspection.inspected import Finding
 from pet_finetune.inspection.inspection import inspect_sets
 from pet_finetune.inspection.overview import Inspection
 from tiny_data import structures_of

@@ -16,8 +16,8 @@ from pet_finetune.adapters.base_weights import target_fingerprints
 from pet_finetune.adapters.inject import inject, merged_copy
 from pet_finetune.config.run_options import ModelOptions
 from pet_finetune.keys import TargetSpec
-from pet_finetune.model.last_layer import LastLayer, cholesky_of
 from pet_finetune.model.potential import Potential
+from pet_finetune.model.prediction import LastLayer, cholesky_of
 
 SPECIES = (1, 6, 8, 14)
 SMALL: dict[str, Any] = {

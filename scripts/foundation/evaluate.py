@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from ase import Atoms
 
-from pet_finetune.backends import library
+from pet_finetune.backends import choice
 from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.data.loader import Loader
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rotated", type=int, default=200, help="structures rotated at random")
     arguments = parser.parse_args()
-    library.prepare()
+    choice.prepare()
     model = load_checkpoint(arguments.model).model.eval()
     known = set(model.species)
     frames = [f for f in ase.io.read(arguments.test, ":") if known.issuperset(f.numbers.tolist())]

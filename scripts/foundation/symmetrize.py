@@ -17,7 +17,7 @@ import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from pet_finetune.backends import library
+from pet_finetune.backends import choice
 from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.structure import atoms_to_structure
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="of the structures, one of so many")
     parser.add_argument("--orientations", type=int, default=4, choices=ORIENTATIONS[1:])
     arguments = parser.parse_args()
-    library.prepare()
+    choice.prepare()
     model = load_checkpoint(arguments.model).model.eval()
     rotations = orientations(arguments.orientations)
     frames = ase.io.read(arguments.structures, f"::{arguments.every}")

@@ -15,8 +15,7 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes, equal
 
 from pet_finetune.adapters.adapted import AdaptedPotential
-from pet_finetune.backends.choice import choose_backend, use_backend
-from pet_finetune.backends.library import Arena
+from pet_finetune.backends.choice import Arena, choose_backend, use_backend
 from pet_finetune.checkpoint.opening import open_adapted, open_committee
 from pet_finetune.committee.committee import COMMITTEE_PROPERTIES, OF_MEMBERS, Committee, results_of
 from pet_finetune.committee.committee_files import Adapters
@@ -41,9 +40,8 @@ from pet_finetune.model.inference import (
     predict_mean,
 )
 from pet_finetune.model.inference import orientations as make_orientations
-from pet_finetune.model.last_layer import LastLayer
 from pet_finetune.model.potential import Potential
-from pet_finetune.model.prediction import Prediction
+from pet_finetune.model.prediction import LastLayer, Prediction
 from pet_finetune.nn.neighborhood import SteadyEdges
 
 #: Of what a structure has, this is not read by the potential.

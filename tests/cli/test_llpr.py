@@ -22,7 +22,7 @@ from pet_finetune.config.finetune import LastLayerOptions
 from pet_finetune.config.load import load_options
 from pet_finetune.data.splits import load_splits
 from pet_finetune.errors import ConfigError, TrainingError
-from pet_finetune.model.last_layer import LastLayer
+from pet_finetune.model.prediction import LastLayer
 from pet_finetune.training.uncertainty import LastLayerUncertainty
 from tiny_data import data_section, molecules, options, write_options
 

@@ -13,7 +13,7 @@ import torch
 from ase.calculators.calculator import PropertyNotImplementedError
 
 from pet_finetune import PETCalculator
-from pet_finetune.checkpoint.metatrain_llpr import uncertainty_name
+from pet_finetune.checkpoint.metatrain_formats import uncertainty_name
 from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.committee.llpr import fit_last_layers, fresh

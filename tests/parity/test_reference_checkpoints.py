@@ -14,9 +14,9 @@ from ase.io import read
 
 from pet_finetune.checkpoint.archive import TorchArchive
 from pet_finetune.checkpoint.metatrain import read_raw
+from pet_finetune.checkpoint.metatrain_formats import RawCheckpoint, upgrade
 from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.checkpoint.opening import load_checkpoint, load_numbers
-from pet_finetune.checkpoint.upgrade import RawCheckpoint, upgrade
 from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.errors import CheckpointError
 

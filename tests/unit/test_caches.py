@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pet_finetune import installation
-from pet_finetune.backends import library
+from pet_finetune.backends import choice
 
 SOURCES = Path(installation.__file__).resolve().parents[1]
 
@@ -25,9 +25,9 @@ import getpass, pathlib, logging
 logging.basicConfig(format="%(message)s")
 import ase.config, matplotlib
 import torch._inductor.runtime.cache_dir_utils as inductor
-from pet_finetune.backends import library
-library.prepare()
-library.prepare()
+from pet_finetune.backends import choice
+choice.prepare()
+choice.prepare()
 for folder in (pathlib.Path.home(), matplotlib.get_cachedir(), matplotlib.get_configdir()):
     assert os.access(folder, os.W_OK), folder
 assert getpass.getuser()
@@ -93,12 +93,12 @@ def test_kernels_are_read_from_a_read_only_cache_and_compiled_elsewhere(
     line = installation.notice()
     assert line is not None
     assert str(read_only) in line
-    path = library._library_path()
+    path = choice._library_path()
     assert path.is_relative_to(tmp_path / "other")
     there = read_only / "pet-finetune" / "kernels" / path.name
     there.parent.mkdir(parents=True)
     there.touch()
-    assert library._library_path() == there
+    assert choice._library_path() == there
     assert os.environ["MPLCONFIGDIR"] == "mine"
 
 

@@ -25,8 +25,8 @@ from pet_finetune.model.potential import Potential
 
 from .archive import TorchArchive
 from .build import build_potential
+from .metatrain_formats import NETWORK_PARTS, merge_lora_layers, rename_before_8
 from .safe_pickle import StoredTensor
-from .upgrade import NETWORK_PARTS, merge_lora_layers, rename_before_8
 
 _PREFIXES = ("backend.", "model.", "module.", "network.", "pet_model.")
 #: Where else a file may keep the state dict, when it is not the file's whole content.

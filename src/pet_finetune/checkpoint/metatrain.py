@@ -16,10 +16,9 @@ from pet_finetune.units import length_to_angstrom
 
 from .archive import TorchArchive, plain_value
 from .build import Checkpoint, build_potential, model_options
-from .metatrain_llpr import LLPR, read_llpr
+from .metatrain_formats import LLPR, RawCheckpoint, merge_lora_layers, read_llpr, upgrade
 from .safe_pickle import Inert
 from .stored_targets import StoredTarget, usable_targets
-from .upgrade import RawCheckpoint, merge_lora_layers, upgrade
 
 #: Architectures of numbers without a network, and where a PET has the same numbers.
 _OF_NUMBERS = {"composition": "additive_models.0.", "scaler": "scaler."}

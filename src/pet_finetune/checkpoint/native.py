@@ -15,7 +15,7 @@ Opens with ``torch.load(path, weights_only=True)`` anywhere. Layout, version 1:
 ``relative``    of some properties, factors beside it, ``[n_species, num_subtargets]`` float64
 ``radii``       ZBL's covalent radii ``[n_species]``, Å, or None
 ``uncertainty`` for targets that have one, the parts of its
-                :class:`~pet_finetune.model.last_layer.LastLayer`; absent in older files
+                :class:`~pet_finetune.model.prediction.LastLayer`; absent in older files
 ``provenance``  where the weights come from: parent, options, data, versions
 ``adapter``     None, or the unmerged adapter of a run that can be resumed
 ``training``    None, or the optimiser and the rest of such a run
@@ -55,8 +55,8 @@ from pet_finetune.committee.llpr import fresh
 from pet_finetune.errors import CheckpointError, PetFinetuneError
 from pet_finetune.files import replacing
 from pet_finetune.keys import TargetSpec
-from pet_finetune.model.last_layer import LastLayer
 from pet_finetune.model.potential import Potential
+from pet_finetune.model.prediction import LastLayer
 from pet_finetune.nn.quantized import QUANTIZED_PART, dense_state
 
 from .archive import TorchArchive, plain_value

@@ -25,9 +25,8 @@ from pet_finetune.keys import TargetSpec, base_name, direct_quantity, output_nam
 from pet_finetune.model.pet import HEAD_GROUPS
 from pet_finetune.model.potential import Potential
 
-from .metatrain_llpr import wrapped_content
+from .metatrain_formats import NEWEST_VERSION, wrapped_content
 from .native import save_content, stored_tensor
-from .upgrade import NEWEST_VERSION
 
 #: The format of the trainer's part, which a restart reads.
 _TRAINER_VERSION = 15

@@ -22,13 +22,14 @@ from pet_finetune.errors import TrainingError
 from pet_finetune.graph import Batch
 from pet_finetune.keys import TargetSpec
 from pet_finetune.log import get_logger
-from pet_finetune.model.last_layer import LastLayer, cholesky_of
 from pet_finetune.model.pet import features_key
 from pet_finetune.model.potential import Potential
 from pet_finetune.model.prediction import (
+    LastLayer,
     Prediction,
     Property,
     autograd_possible,
+    cholesky_of,
     forces_of,
     stress_of,
     with_leaves,

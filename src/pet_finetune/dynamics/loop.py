@@ -17,6 +17,7 @@ from pet_finetune.data.calculator_input import Contacts
 from pet_finetune.errors import DynamicsError, PetFinetuneError
 
 from .integrators import (
+    MDSettings,
     degrees_of_freedom,
     integrator_state,
     keeps_momentum,
@@ -25,7 +26,6 @@ from .integrators import (
 )
 from .md_files import STATE, STOPPED, TRAJECTORY, MDFiles
 from .measure import Measurement, measure
-from .settings import MDSettings
 
 _SECONDS_BETWEEN_STATES = 10.0
 _PARTS = ("integrator", "neighbors")

@@ -16,7 +16,7 @@ from pet_finetune.config.problems import config_error
 from pet_finetune.data.calculator_input import MISSING_CELL, check_atoms, misses_a_cell
 from pet_finetune.data.frame_files import read_frames
 from pet_finetune.data.stated_units import StatedUnits
-from pet_finetune.dynamics.settings import MDSettings
+from pet_finetune.dynamics.integrators import MDSettings
 from pet_finetune.errors import DataError, PetFinetuneError
 from pet_finetune.hub import find_model
 from pet_finetune.keys import Compile

@@ -16,9 +16,9 @@ from ase import Atoms
 from ase.optimize import FIRE
 from rich.table import Table
 
+from pet_finetune.dynamics.integrators import MDSettings
 from pet_finetune.dynamics.loop import Outcome, simulate
 from pet_finetune.dynamics.md_files import MDFiles
-from pet_finetune.dynamics.settings import MDSettings
 from pet_finetune.errors import DynamicsError, PetFinetuneError
 from pet_finetune.installation import drawn
 from pet_finetune.log import FILE_ONLY, get_logger, setup_logging

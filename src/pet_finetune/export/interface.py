@@ -13,9 +13,9 @@ from metatomic.torch import ModelOutput, NeighborListOptions, System
 from torch import Tensor, nn
 
 from pet_finetune.graph import Batch, renumbered
-from pet_finetune.model.last_layer import LastLayer
 from pet_finetune.model.pet import features_key
 from pet_finetune.model.potential import Potential
+from pet_finetune.model.prediction import LastLayer
 
 from .targets import PlainTarget, Wanted, uncertainty_outputs
 

@@ -25,7 +25,7 @@ from pet_finetune.data.readers import PROBE, probe_structures, read_structures
 from pet_finetune.data.structure import Structure, atoms_to_structure
 from pet_finetune.data.structure_sets import sampled
 from pet_finetune.errors import ConfigError, DataError
-from pet_finetune.inspection.inspected import most_different
+from pet_finetune.inspection.near_frames import most_different
 from pet_finetune.log import get_logger
 from pet_finetune.model.potential import Potential
 from pet_finetune.rng import Stream

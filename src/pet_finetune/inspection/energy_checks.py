@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .finding import Finding, Frames, frames_of
 from .inspected import (
+    Finding,
+    Frames,
     InspectedDataset,
     InspectedFrame,
     compositions,
     element_fit,
+    frames_of,
     rms,
     robust_spread,
 )

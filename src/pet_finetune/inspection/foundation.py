@@ -15,8 +15,15 @@ from pet_finetune.data.structure_sets import of_species
 from pet_finetune.model.potential import Potential
 
 from .evidence import Evidence
-from .finding import Finding, frames_of
-from .inspected import InspectedDataset, InspectedFrame, element_fit, rms, robust_spread
+from .inspected import (
+    Finding,
+    InspectedDataset,
+    InspectedFrame,
+    element_fit,
+    frames_of,
+    rms,
+    robust_spread,
+)
 
 _BATCH_ATOMS, _SAME_PLACE = 256, 1e-3
 #: Pearson correlations above which a slope says something, and from which on it says it well.

@@ -11,8 +11,17 @@ from scipy.spatial.distance import pdist
 from pet_finetune.data.neighbors import find_pairs
 from pet_finetune.units import to_own_unit
 
-from .finding import Finding, Frames, frames_of
-from .inspected import NOBLE, REACH, InspectedDataset, InspectedFrame, composition, rms
+from .inspected import (
+    NOBLE,
+    REACH,
+    Finding,
+    Frames,
+    InspectedDataset,
+    InspectedFrame,
+    composition,
+    frames_of,
+    rms,
+)
 from .near_frames import within
 
 #: Å between fingerprints: the same frame up to the rounding of files, and a copy that was

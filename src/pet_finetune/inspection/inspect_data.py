@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from pet_finetune.backends.choice import choose_backend, use_backend
-from pet_finetune.backends.library import ready
+from pet_finetune.backends.choice import choose_backend, ready, use_backend
 from pet_finetune.config.dataset import DatasetOptions
 from pet_finetune.config.load import LoadedOptions, parse_options, to_yaml
 from pet_finetune.config.options_reference import schema_line
@@ -31,7 +30,7 @@ from pet_finetune.training.extend import ADVICE
 from pet_finetune.training.starting_model import read_start
 
 from .estimate import Load, estimate, load_of
-from .finding import Finding
+from .inspected import Finding
 from .inspection import Foundation, cells_of, declared_units, energy_of, inspect_sets, looked_at
 from .label_names import target_of_file
 from .overview import Inspection

@@ -1,18 +1,100 @@
-"""The structures that are looked at, with what every check needs of them, as arrays."""
+"""What is looked at, as arrays that every check needs, and what a check has to say."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 from ase.data import covalent_radii
 
 from pet_finetune.data.neighbors import expected_neighbors, find_pairs
-from pet_finetune.data.structure import Structure
+from pet_finetune.data.structure import Structure, list_frames
 from pet_finetune.errors import DataError
 from pet_finetune.keys import forces_key, stress_key
+
+Severity = Literal["error", "warning", "note"]
+
+#: From the one that stops a run to the one that is only worth knowing.
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Frames of one file, counted from 0; none means the file as a whole."""
+
+    file: str
+    numbers: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        """The file, and the first of the frames."""
+        if not self.numbers:
+            return self.file
+        return f"{self.file}: {list_frames(self.numbers)}"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a user should know about the data.
+
+    Attributes:
+        severity: ``error`` (a run would break), ``warning`` (a run would likely be a waste) or
+            ``note``.
+        code: a stable name, for scripts.
+        what: what was found, with its numbers.
+        where: files and frames.
+        why: what it does to a run.
+        advice: what to do.
+        data: the numbers, for scripts.
+    """
+
+    severity: Severity
+    code: str
+    what: str
+    where: tuple[Frames, ...] = ()
+    why: str = ""
+    advice: str = ""
+    data: dict[str, Any] | None = None
+
+    @property
+    def place(self) -> str:
+        """Where, as text."""
+        return "; ".join(map(str, self.where))
+
+    @property
+    def text(self) -> str:
+        """All of it as one paragraph, for a log or an error."""
+        place = f" ({self.place})" if self.where else ""
+        more = " ".join(part for part in (self.why, self.advice) if part)
+        return f"{self.code}: {self.what}{place}{f'. {more}' if more else ''}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "severity": self.severity,
+            "code": self.code,
+            "what": self.what,
+            "where": [{"file": f.file, "frames": list(f.numbers)} for f in self.where],
+            "why": self.why,
+            "advice": self.advice,
+            "data": self.data or {},
+        }
+
+
+def frames_of(structures: Iterable[Structure]) -> tuple[Frames, ...]:
+    """The places of structures, by file."""
+    numbers: dict[str, list[int]] = {}
+    for structure in structures:
+        numbers.setdefault(structure.source, []).append(structure.index)
+    return tuple(Frames(file, tuple(sorted(set(own)))) for file, own in numbers.items())
+
+
+def worst_first(findings: Iterable[Finding]) -> list[Finding]:
+    """Errors, then warnings, then notes; otherwise in their order."""
+    return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))
+
 
 #: How far neighbours are looked for, Å, and how many of them are kept for each atom.
 REACH, NEAR = 5.0, 20
@@ -270,59 +352,3 @@ def element_fit(
         values = [(e.energy or 0.0) / e.size for e in frames]
     weights, *_ = np.linalg.lstsq(fractions, np.asarray(values), rcond=1e-8)
     return elements, weights, values - fractions @ weights
-
-
-def most_different(structures: Sequence[Structure], most: int) -> list[Structure]:
-    """At most so many of the structures, in their order.
-
-    Among structures with the same atoms each is the one furthest from those taken before it, by
-    their fingerprints; every group of such structures keeps the same part, and one at least as far
-    as that goes: of more groups than wanted structures, those with the most different compositions
-    keep one. Sets of millions of atoms are first thinned out evenly.
-
-    Args:
-        structures: with neighbours that can be found.
-        most: how many to keep.
-    """
-    if len(structures) <= most:
-        return list(structures)
-    frames = dataset_of({"all": structures}, None).sets.get("all", ())
-    groups: dict[bytes, list[InspectedFrame]] = {}
-    for frame in frames:
-        groups.setdefault(frame.formula + bytes(frame.pbc), []).append(frame)
-    members = list(groups.values())
-    if len(members) > most:
-        first = compositions([group[0] for group in members], range(119))
-        members = [members[one] for one in _farthest(first, most)]
-    kept: set[int] = set()
-    for group, share in zip(members, _shares([len(group) for group in members], most), strict=True):
-        vectors = np.stack([frame.fingerprint for frame in group])
-        kept |= {id(group[one].structure) for one in _farthest(vectors, share)}
-    return [structure for structure in structures if id(structure) in kept]
-
-
-def _shares(sizes: Sequence[int], most: int) -> list[int]:
-    """How many of each group are kept: the same part of each, one at least, ``most`` together."""
-    wanted = np.asarray(sizes) * min(1.0, most / sum(sizes))
-    shares = np.maximum(1, np.floor(wanted).astype(int))
-    left = min(most, sum(sizes)) - int(shares.sum())
-    while left:  # what rounding left goes to those it hit most, or comes from the largest
-        gap = wanted - shares
-        one = int(gap.argmax()) if left > 0 else int(np.where(shares > 1, gap, np.inf).argmin())
-        shares[one] += np.sign(left)
-        left -= int(np.sign(left))
-    return [int(share) for share in shares]
-
-
-def _farthest(vectors: np.ndarray, count: int) -> list[int]:
-    """Positions of vectors ``[n, d]``, each the farthest from those before it.
-
-    The first is the one nearest to their mean.
-    """
-    chosen = [int(np.square(vectors - vectors.mean(axis=0)).sum(axis=1).argmin())]
-    away = np.full(len(vectors), np.inf)
-    while len(chosen) < min(count, len(vectors)):
-        away = np.minimum(away, np.square(vectors - vectors[chosen[-1]]).sum(axis=1))
-        away[chosen[-1]] = -np.inf
-        chosen.append(int(away.argmax()))
-    return chosen

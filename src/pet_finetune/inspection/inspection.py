@@ -23,7 +23,6 @@ from pet_finetune.units import length_to_angstrom
 
 from .energy_checks import check_belonging, check_levels, check_outliers
 from .evidence import Declared, Evidence
-from .finding import Finding, worst_first
 from .foundation import (
     FoundationPrediction,
     ask,
@@ -42,7 +41,7 @@ from .geometry import (
     check_loneliness,
     check_periodicity,
 )
-from .inspected import InspectedDataset, dataset_of
+from .inspected import Finding, InspectedDataset, dataset_of, worst_first
 from .label_checks import check_completeness, check_forces, check_mechanics
 from .near_frames import near_pairs, steps
 from .overview import Inspection, facts_of

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from .finding import Finding, Frames, frames_of
-from .inspected import InspectedDataset, InspectedFrame, rms
+from .inspected import Finding, Frames, InspectedDataset, InspectedFrame, frames_of, rms
 
 #: eV/Å: an atom in a thermal structure feels 1 to 5, in a violent collision up to 30.
 _ABSURD = 50.0

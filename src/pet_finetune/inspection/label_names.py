@@ -20,7 +20,7 @@ from pet_finetune.data.label_columns import (
 )
 from pet_finetune.data.structure_sets import evenly_spread
 
-from .finding import Finding, Frames
+from .inspected import Finding, Frames
 
 #: Words in a name, without that of the label itself, which say that it is another quantity.
 _OTHER = re.compile(

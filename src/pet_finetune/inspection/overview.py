@@ -17,8 +17,7 @@ from pet_finetune.elements import symbol_of
 from pet_finetune.log import html_of
 
 from .estimate import Estimate, Load, duration
-from .finding import SEVERITIES, Finding
-from .inspected import InspectedDataset, InspectedFrame, element_fit, rms
+from .inspected import SEVERITIES, Finding, InspectedDataset, InspectedFrame, element_fit, rms
 from .suggestion import Suggestion
 
 #: eV an atom, below which energies of bonds stay.

@@ -18,7 +18,7 @@ from pet_finetune.data.structure import Structure
 from pet_finetune.data.structure_sets import evenly_spread, sampled
 from pet_finetune.errors import DataError
 
-from .finding import Finding, Frames
+from .inspected import Finding, Frames
 
 _SAMPLE = 100
 

@@ -10,7 +10,7 @@ from pet_finetune.config.target import expand_gradient
 
 from .estimate import Estimate, Load, duration
 from .evidence import NO_VIRIAL, PER_ATOM, VIRIAL
-from .finding import Finding
+from .inspected import Finding
 
 #: Steps after which little more is learned from small sets (docs/recipes.md), and bounds on the
 #: epochs that make them up.

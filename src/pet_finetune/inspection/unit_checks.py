@@ -26,8 +26,7 @@ from .evidence import (
     readings_of,
     undecided,
 )
-from .finding import Finding, Frames
-from .inspected import InspectedDataset, InspectedFrame
+from .inspected import Finding, Frames, InspectedDataset, InspectedFrame
 from .near_frames import FrameStep, steps
 from .pair_model import PairModel, fit_pairs
 from .scales import evidence_of

@@ -21,8 +21,7 @@ from pet_finetune.backends.reference import join, permute_rows
 from pet_finetune.graph import Batch, Neighborhood
 from pet_finetune.keys import TargetSpec
 from pet_finetune.nn.block import Block, weigh_keys
-from pet_finetune.nn.gnn_layer import GNNLayer, make_head, sum_over_edges
-from pet_finetune.nn.long_range import LongRangeFeaturizer
+from pet_finetune.nn.gnn_layer import GNNLayer, LongRangeFeaturizer, make_head, sum_over_edges
 from pet_finetune.nn.neighborhood import NeighborhoodBuilder
 from pet_finetune.nn.primitives import LayerNorm, Prologue, SiLU, SystemConditioning, table_of
 from pet_finetune.nn.projection import Chain, Memory, as_row, record_chain, weights_of

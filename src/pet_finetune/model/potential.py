@@ -23,9 +23,9 @@ from pet_finetune.keys import TargetSpec, main_energy
 from pet_finetune.nn.quantized import num_quantized
 from pet_finetune.profiling import stage
 
-from .last_layer import LastLayer
 from .pet import HEAD_GROUPS, PET, features_key
 from .prediction import (
+    LastLayer,
     Prediction,
     Property,
     autograd_possible,

@@ -27,6 +27,7 @@ from pet_finetune.rng import seed_everything
 from pet_finetune.runs import undisturbed
 from pet_finetune.terminal import show
 
+from .loggers import calibration_table, committee_table
 from .metrics import Errors
 from .prepare import RunRequest, options_of_run
 from .resume import plain_errors
@@ -49,7 +50,6 @@ from .sets import (
 )
 from .starting_model import read_start
 from .step import TrainOutcome
-from .tables import calibration_table, committee_table
 
 _logger = get_logger(__name__)
 PLOT = "calibration.svg"

@@ -34,8 +34,8 @@ from pet_finetune.terminal import show
 
 from .consistency import Spread, rotational_spread
 from .extend import check_known
+from .loggers import error_table, spread_text, uncertainty_text
 from .metrics import Metrics, errors_and_predictions
-from .tables import error_table, spread_text, uncertainty_text
 
 _logger = get_logger(__name__)
 

@@ -14,7 +14,7 @@ from pet_finetune.errors import ConfigError, DataError, SpeciesError, did_you_me
 from pet_finetune.keys import TargetSpec, direct_quantity
 from pet_finetune.log import get_logger
 from pet_finetune.model.potential import Potential
-from pet_finetune.nn.long_range import PARTLY_PERIODIC
+from pet_finetune.nn.gnn_layer import PARTLY_PERIODIC
 
 _logger = get_logger(__name__)
 _OPTION = "finetune.new_elements"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pet_finetune import processes
-from pet_finetune.backends.library import Arena
+from pet_finetune.backends.choice import Arena
 from pet_finetune.committee.calibration import Comparison
 from pet_finetune.committee.committee import Committee, CommitteePrediction
 from pet_finetune.committee.llpr import fresh, predict_uncertain

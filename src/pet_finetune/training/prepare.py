@@ -31,7 +31,7 @@ from .batch_memory import largest_batch
 from .consistency import RotationalAgreement
 from .extend import ADVICE, check_known
 from .feature import Feature, Plan
-from .loggers import loggers
+from .loggers import baseline_text, loggers
 from .metrics import Errors
 from .objectives import check_metric
 from .resume import RunState, SavedRun, plain_errors, take_files
@@ -54,7 +54,6 @@ from .starting_model import (
     start_model,
     with_stated_numbers,
 )
-from .tables import baseline_text
 from .trainer import Trainer
 from .uncertainty import LastLayerUncertainty
 from .weights import Averaging, SettledBaselines, Unfreezing

@@ -21,7 +21,7 @@ from rich.table import Table
 from torch.autograd.profiler_util import EventList
 from torch.profiler import ProfilerActivity
 
-from pet_finetune.backends.library import Arena
+from pet_finetune.backends.choice import Arena
 from pet_finetune.config.run_options import Options
 from pet_finetune.data.labelled_batch import LabelledBatch
 from pet_finetune.device import choose_device, versions

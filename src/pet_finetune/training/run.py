@@ -36,14 +36,13 @@ from pet_finetune.terminal import handed_over, show
 
 from .ensemble import train_ensemble
 from .feature import Feature
-from .loggers import RunDisplay
+from .loggers import RunDisplay, error_table
 from .metrics import Errors
 from .prepare import NO_ROOMS, Rooms, Run, RunRequest, prepare_run
 from .resume import errors_of, open_run, plain_errors, plain_states
 from .run_files import LOG, OPTIONS, RESULTS, RunFiles
 from .sets import AFTER, BEFORE, evaluate_sets, primary_set
 from .step import EpochRecord, TrainingResult, TrainOutcome
-from .tables import error_table
 
 _logger = get_logger(__name__)
 

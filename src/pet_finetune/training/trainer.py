@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pet_finetune import processes
-from pet_finetune.backends.library import Arena
+from pet_finetune.backends.choice import Arena
 from pet_finetune.config.training import TrainingOptions
 from pet_finetune.data.labelled_batch import LabelledBatch, on_device
 from pet_finetune.data.loader import Loader

@@ -25,8 +25,8 @@ from pet_finetune.terminal import show
 from .evaluation import LabelNames, chosen_target, open_model, read_labelled
 from .extend import check_known
 from .feature import Feature, Plan
+from .loggers import calibration_table
 from .run_files import RunFiles
-from .tables import calibration_table
 
 _logger = get_logger(__name__)
 _BATCH = 32  # structures, when a model gets an uncertainty that it was not trained with

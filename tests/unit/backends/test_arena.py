@@ -13,8 +13,8 @@ from ase.build import bulk
 
 from models import random_potential
 from pet_finetune import PETCalculator
-from pet_finetune.backends import library
-from pet_finetune.backends.library import Arena
+from pet_finetune.backends import choice
+from pet_finetune.backends.choice import Arena
 
 LARGE = 1_000_000  # numbers of 4 bytes
 MB = 1 << 20
@@ -147,7 +147,7 @@ def test_copies_start_empty(copied):
 
 
 def test_without_the_kernels_nothing_is_kept(monkeypatch):
-    monkeypatch.setattr(library._State, "loaded", False)
+    monkeypatch.setattr(choice._State, "loaded", False)
     arena = Arena()
     with arena.reused():
         address()

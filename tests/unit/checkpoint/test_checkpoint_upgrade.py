@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pet_finetune.checkpoint.upgrade import NEWEST_VERSION, RawCheckpoint, upgrade
+from pet_finetune.checkpoint.metatrain_formats import NEWEST_VERSION, RawCheckpoint, upgrade
 from pet_finetune.errors import CheckpointError
 
 

@@ -20,6 +20,7 @@ from ase.constraints import (
 
 from models import crystal, ethanol
 from pet_finetune.dynamics.integrators import (
+    MDSettings,
     constraint_problems,
     degrees_of_freedom,
     draw_velocities,
@@ -27,7 +28,6 @@ from pet_finetune.dynamics.integrators import (
     make_integrator,
     temperature,
 )
-from pet_finetune.dynamics.settings import MDSettings
 
 
 def fixed() -> Atoms:

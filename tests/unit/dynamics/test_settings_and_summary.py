@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
+from pet_finetune.dynamics.integrators import MDSettings
 from pet_finetune.dynamics.measure import simulation_svg, summarize
-from pet_finetune.dynamics.settings import MDSettings
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,9 @@ from ase.constraints import FixAtoms, FixBondLengths, FixCartesian, FixCom, Hook
 
 from models import crystal, ethanol, random_potential
 from pet_finetune import PETCalculator
-from pet_finetune.dynamics.integrators import draw_velocities
+from pet_finetune.dynamics.integrators import MDSettings, draw_velocities
 from pet_finetune.dynamics.loop import Outcome, simulate
 from pet_finetune.dynamics.md_files import START, STATE, STOPPED, TABLE, TRAJECTORY, MDFiles
-from pet_finetune.dynamics.settings import MDSettings
 from pet_finetune.errors import DynamicsError
 from pet_finetune.model.potential import Potential
 

@@ -18,9 +18,9 @@ from pet_finetune.data.structure import Structure, atoms_to_structure
 from pet_finetune.inspection import energy_checks, near_frames
 from pet_finetune.inspection.estimate import _piece, estimate, load_of
 from pet_finetune.inspection.inspect_data import inspect_data, request_of_files
-from pet_finetune.inspection.inspected import _farthest, dataset_of, most_different
+from pet_finetune.inspection.inspected import dataset_of
 from pet_finetune.inspection.inspection import Foundation, inspect_sets
-from pet_finetune.inspection.near_frames import neighbours, within
+from pet_finetune.inspection.near_frames import _farthest, most_different, neighbours, within
 from tiny_data import write_frames
 
 

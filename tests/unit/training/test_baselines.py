@@ -18,8 +18,8 @@ from pet_finetune.keys import TargetSpec
 from pet_finetune.model.potential import Potential
 from pet_finetune.training import baselines
 from pet_finetune.training.baselines import prepare_baselines
+from pet_finetune.training.loggers import baseline_text
 from pet_finetune.training.starting_model import with_stated_numbers
-from pet_finetune.training.tables import baseline_text
 from tiny_data import ATOM_ENERGY, data_section, molecules, structures_of
 
 H, C, O, SI = range(4)  # noqa: E741, RUF100

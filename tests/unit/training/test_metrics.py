@@ -15,9 +15,9 @@ from pet_finetune.data.loader import Loader
 from pet_finetune.errors import TrainingError
 from pet_finetune.model.prediction import Prediction
 from pet_finetune.terminal import table_text
+from pet_finetune.training.loggers import error_table
 from pet_finetune.training.metrics import Metrics, evaluate
 from pet_finetune.training.objectives import best_metric, check_metric
-from pet_finetune.training.tables import error_table
 from tiny_data import crystals, molecules, structures_of
 
 FORCES, STRESS = "energy/forces", "energy/stress"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pet_finetune import files
-from pet_finetune.backends import graphs, library
+from pet_finetune.backends import choice, graphs
 from pet_finetune.errors import ConfigError
 
 
@@ -19,9 +19,9 @@ from pet_finetune.errors import ConfigError
 def fresh(monkeypatch, tmp_path, caplog):
     """As at the start of a process, with an empty cache."""
     for name in ("tried", "loaded"):
-        monkeypatch.setattr(library._State, name, False)
+        monkeypatch.setattr(choice._State, name, False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for name in (library.VARIABLE, library.PROCESSOR):
+    for name in (choice.VARIABLE, choice.PROCESSOR):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(logging.getLogger("pet_finetune"), "propagate", True)
     caplog.set_level("INFO", "pet_finetune")
@@ -33,32 +33,32 @@ def messages(caplog):
 
 
 def test_they_can_be_switched_off(fresh, monkeypatch):
-    monkeypatch.setenv(library.VARIABLE, "off")
-    assert not library.prepare()
+    monkeypatch.setenv(choice.VARIABLE, "off")
+    assert not choice.prepare()
     assert messages(fresh) == ["Computing with plain torch operations (PET_FINETUNE_KERNELS=off)."]
 
 
 def test_a_wrong_setting_is_an_error(fresh, monkeypatch):
-    monkeypatch.setenv(library.VARIABLE, "fast")
+    monkeypatch.setenv(choice.VARIABLE, "fast")
     with pytest.raises(
         ConfigError, match=r"PET_FINETUNE_KERNELS: 'fast' is not one of auto, off, require"
     ):
-        library.prepare()
+        choice.prepare()
 
 
 def test_without_a_compiler_it_computes_plainly_and_says_so_once(fresh, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert not library.prepare()
-    assert not library.prepare()
+    assert not choice.prepare()
+    assert not choice.prepare()
     (said,) = messages(fresh)
     assert "need a C++ compiler" in said
 
 
 def test_a_failing_compiler_is_a_notice(fresh, monkeypatch):
     monkeypatch.setenv("CXX", "false")
-    assert not library.prepare()
+    assert not choice.prepare()
     assert "could not be built or loaded" in messages(fresh)[-1]
-    assert not list(library._library_path().parent.glob("*.so"))
+    assert not list(choice._library_path().parent.glob("*.so"))
 
 
 @pytest.mark.parametrize(
@@ -67,31 +67,31 @@ def test_a_failing_compiler_is_a_notice(fresh, monkeypatch):
 )
 def test_required_kernels_that_cannot_be_had_are_an_error(compiler, reason, fresh, monkeypatch):
     """Each time: not only in the first call, after which others might go on without."""
-    monkeypatch.setenv(library.VARIABLE, "require")
+    monkeypatch.setenv(choice.VARIABLE, "require")
     monkeypatch.setenv("CXX", compiler)
     for _ in range(2):
         with pytest.raises(ConfigError, match=f"KERNELS=require, but .*{reason}.*KERNELS=auto"):
-            library.prepare()
-    assert not library.loaded()
+            choice.prepare()
+    assert not choice.loaded()
 
 
 def test_a_gpu_has_no_use_for_them(fresh):
-    assert not library.prepare("cuda")
+    assert not choice.prepare("cuda")
     assert messages(fresh) == []
-    assert not library._State.tried
+    assert not choice._State.tried
 
 
 def test_each_torch_processor_and_target_has_a_library_of_its_own(fresh, monkeypatch):
-    paths = [library._library_path()]
+    paths = [choice._library_path()]
     for patch in (
-        lambda inside: inside.setattr(library.torch, "__version__", "0.0.1"),
-        lambda inside: inside.setattr(library, "_processor", lambda: "flags: none"),
-        lambda inside: inside.setenv(library.PROCESSOR, "x86-64-v3"),
+        lambda inside: inside.setattr(choice.torch, "__version__", "0.0.1"),
+        lambda inside: inside.setattr(choice, "_processor", lambda: "flags: none"),
+        lambda inside: inside.setenv(choice.PROCESSOR, "x86-64-v3"),
     ):
         with monkeypatch.context() as inside:
             patch(inside)
-            paths.append(library._library_path())
-        assert library._library_path() == paths[0]
+            paths.append(choice._library_path())
+        assert choice._library_path() == paths[0]
     assert len(set(paths)) == 4
 
 
@@ -104,10 +104,10 @@ def test_of_several_processes_that_need_it_one_compiles(monkeypatch, tmp_path):
         path.touch()
         return path
 
-    monkeypatch.setattr(library, "_compiled", compile_slowly)
+    monkeypatch.setattr(choice, "_compiled", compile_slowly)
     path = tmp_path / "kernels" / "library.so"
     with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(library._library, [path] * 4)) == [path] * 4
+        assert list(pool.map(choice._library, [path] * 4)) == [path] * 4
     assert compiles == [path]
 
 
@@ -115,13 +115,13 @@ def test_a_damaged_library_is_compiled_again(monkeypatch, tmp_path):
     path = tmp_path / "library.so"
     path.write_bytes(b"as it was compiled")
     compiles = []
-    monkeypatch.setattr(library, "_compiled", lambda path: compiles.append(path) or path)
-    assert library._library(path) == path  # of an earlier release, without a digest
+    monkeypatch.setattr(choice, "_compiled", lambda path: compiles.append(path) or path)
+    assert choice._library(path) == path  # of an earlier release, without a digest
     path.with_suffix(".sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
-    assert library._library(path) == path
+    assert choice._library(path) == path
     assert not compiles
     path.write_bytes(b"as it was")
-    assert library._library(path) == path
+    assert choice._library(path) == path
     assert compiles == [path]
 
 
