@@ -258,7 +258,8 @@ def _starts(folder: Path) -> Iterator[datetime.datetime]:
 
 
 _TRAINING = "architecture.training."
-_LEARNING_RATE = _TRAINING + "learning_rate"
+#: Chosen by a new run where they are null, and kept by one that goes on.
+_CHOSEN = ("learning_rate", "batch_size", "num_epochs")
 #: Used before the first step only; what came of them is in the run's files.
 _AS_BEGUN = (
     "seed",
@@ -311,7 +312,8 @@ def changed_options(options: Options, before: Mapping[str, Any]) -> Iterator[Cha
             not _below(name, (_TRAINING + "finetune",)) or _below(name, _LOOKED_AT)
         )
         # What is not written out is a default, or what the run found for itself.
-        silent = name not in given and (not heeded or name == _LEARNING_RATE or name not in then)
+        chosen = value is None and name.removeprefix(_TRAINING) in _CHOSEN
+        silent = chosen or (name not in given and (not heeded or name not in then))
         if value == old or silent or _below(name, _NO_MATTER):
             continue
         yield Change(name, value, old, heeded)
@@ -325,7 +327,10 @@ def with_defaults_of(options: Options, before: Mapping[str, Any]) -> Options:
         name: then.get(name, default)
         for name, default in _OLDER_DEFAULTS.items()
         if name not in training.model_fields_set
-    }
+    } | {
+        name: then[name] for name in _CHOSEN[1:]
+        if name in then and getattr(training, name) is None
+    }  # fmt: skip
     return options.with_training(**left_out)
 
 

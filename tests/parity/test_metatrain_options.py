@@ -44,7 +44,7 @@ def test_defaults_of_training_differ_only_where_documented() -> None:
         and "no effect" not in (field.description or "")
         and getattr(ours, name) != theirs[name]
     }
-    assert set(differ) == {"num_epochs", "learning_rate", "checkpoint_interval"}
+    assert set(differ) == {"batch_size", "num_epochs", "learning_rate", "checkpoint_interval"}
     for description in differ.values():
         assert "metatrain's default is" in (description or "")
 

@@ -39,3 +39,13 @@ def test_a_run_of_now_keeps_the_defaults_of_now():
     kept = with_defaults_of(now, now.resolved())
     assert (kept.training.optimizer, kept.training.ema) == ("soap", 0.99)
     assert not list(changed_options(kept, now.resolved()))
+
+
+@pytest.mark.parametrize("given", [{}, {"batch_size": None, "num_epochs": None}])
+def test_what_a_run_chose_by_its_data_stays(given):
+    before = {"architecture": {"training": {"batch_size": 5, "num_epochs": 300}}}
+    kept = with_defaults_of(options(**given), before)
+    assert (kept.training.batch_size, kept.training.num_epochs) == (5, 300)
+    for now in (kept, options(**given)):
+        names = {change.name.rpartition(".")[2] for change in changed_options(now, before)}
+        assert not names & {"batch_size", "num_epochs"}

@@ -292,13 +292,21 @@ def _check_averages(options: Options) -> Iterator[Problem]:
     yield from _check_start(options, (*_TRAINING, "swa", "start"), training.swa.start)
 
 
+def _many(options: Options) -> str:
+    """Number of epochs in words."""
+    chosen = options.training.num_epochs is None
+    return f"{options.training.epochs} epochs" + (
+        ", the fewest where num_epochs is not given" if chosen else ""
+    )
+
+
 def _check_start(options: Options, path: Path, start: float) -> Iterator[Problem]:
     """A part of the run must have an epoch left to it."""
-    epochs = options.training.num_epochs
+    epochs = options.training.epochs
     if first_epoch(start, epochs) >= epochs:
         yield Problem(
             path,
-            f"{start:g} of {epochs} epochs is after the start of the last one: it would never "
+            f"{start:g} of {_many(options)} is after the start of the last one: it would never "
             f"begin. Allowed: up to {(epochs - 1) / epochs:.4g}.",
             also=((*_TRAINING, "num_epochs"),),
         )
@@ -330,7 +338,7 @@ def _check_loss_schedule(options: Options) -> Iterator[Problem]:
 
 
 def _check_unfreeze(options: Options) -> Iterator[Problem]:
-    unfreeze, epochs = options.finetune.unfreeze, options.training.num_epochs
+    unfreeze, epochs = options.finetune.unfreeze, options.training.epochs
     if unfreeze is None:
         return
     path: Path = (*_FINETUNE, "unfreeze")
@@ -356,8 +364,8 @@ def _check_unfreeze(options: Options) -> Iterator[Problem]:
     if unfreeze.every is not None and unfreeze.every >= epochs:
         yield Problem(
             (*path, "every"),
-            f"after {unfreeze.every} epochs, of {epochs}, is never: only the heads would train. "
-            "Use a smaller number, or finetune.method heads.",
+            f"after {unfreeze.every} epochs, of {_many(options)}, is never: only the heads "
+            "would train. Use a smaller number, or finetune.method heads.",
             also=((*_TRAINING, "num_epochs"),),
         )
     if unfreeze.stages is not None:
@@ -367,6 +375,6 @@ def _check_unfreeze(options: Options) -> Iterator[Problem]:
             if epoch >= epochs:
                 yield Problem(
                     (*path, "stages", str(epoch)),
-                    f"the run has {epochs} epochs: this would never begin.",
+                    f"the run has {_many(options)}: this would never begin.",
                     also=((*_TRAINING, "num_epochs"),),
                 )

@@ -113,6 +113,8 @@ LossOptions = Annotated[
     Discriminator(_kind_of_loss),
 ]
 
+#: Bounds on what is chosen where ``num_epochs`` and ``batch_size`` are null.
+FEWEST_EPOCHS, LARGEST_BATCH = 50, 16
 #: Leaves products such as 0.28 * 25 = 7.000000000000001 what they are meant to be.
 _TINY = 1e-9
 
@@ -271,9 +273,10 @@ class EarlyStopping(Section):
 class TrainingOptions(Section):
     """The training run. Defaults that differ from metatrain's say so."""
 
-    batch_size: PositiveInt = 16
-    """Structures in a batch. Several processes share each batch; in metatrain each has a batch of
-    its own."""
+    batch_size: PositiveInt | None = None
+    """Structures in a batch. Null chooses: 5 for 10 to 100 training structures, a twentieth of them
+    up to 16, fewer if they are large. metatrain's default is 16. Several processes share each
+    batch; in metatrain each has its own."""
     gradient_accumulation_steps: PositiveInt = 1
     """Number of batches whose mean gradient makes one update; the last update of an epoch takes the
     remaining ones."""
@@ -283,8 +286,9 @@ class TrainingOptions(Section):
     keeps at least ten steps per epoch."""
     min_atoms_per_batch: NonNegativeInt = 0
     """Drop batches with fewer atoms; only with `max_atoms_per_batch`."""
-    num_epochs: PositiveInt = 100
-    """Passes over the training data. metatrain's default is 1000."""
+    num_epochs: PositiveInt | None = None
+    """Passes over the training data. Null chooses about 3,000 updates, in at least 50 and at most
+    300 epochs. metatrain's default is 1000."""
     learning_rate: PositiveFloat | None = None
     """Highest learning rate. Null chooses: 2e-3 for `lora`, 1e-3 for `heads` and `prompt`, 5e-4 for
     `full` fine-tuning, 1e-3 from scratch; with other optimisers than SOAP 2e-4 for `full` and 5e-4
@@ -377,6 +381,16 @@ class TrainingOptions(Section):
         if isinstance(value, Mapping) and value.get("swa") is not None and "ema" not in value:
             return {**value, "ema": None}
         return value
+
+    @property
+    def epochs(self) -> int:
+        """``num_epochs``; the fewest that null may become until the data are read."""
+        return self.num_epochs or FEWEST_EPOCHS
+
+    @property
+    def batch(self) -> int:
+        """``batch_size``; the largest that null may become until the data are read."""
+        return self.batch_size or LARGEST_BATCH
 
     @property
     def stated_baselines(self) -> Mapping[str, float | dict[int, float]]:

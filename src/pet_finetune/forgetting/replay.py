@@ -295,7 +295,7 @@ class ReplayFeature(Keeping):
             structures = relabelled(self._structures, self._head.source, shifts, model.species)
         else:
             structures = label_with(model, self._structures, [target])
-        size = self._plan.options.training.batch_size
+        size = self._plan.options.training.batch
         beside = f"{number_beside(size, replay.fraction)} beside each batch of {size}"
         if self._plan.options.training.max_atoms_per_batch is not None:
             beside = f"{replay.fraction:g} of the structures of each step"

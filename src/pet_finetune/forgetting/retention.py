@@ -140,7 +140,7 @@ class RetentionReport(Keeping):
         if self._plan is None or not self._structures:
             return None
         options = self._plan.options
-        every = options.finetune.retention.interval(options.training.num_epochs)
+        every = options.finetune.retention.interval(options.training.epochs)
         if self._labelled_for:
             foundation = known_foundation(self._plan)
             shifts = {target: foundation.shift(model, target) for target in self._compared}

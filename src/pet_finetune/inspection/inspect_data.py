@@ -237,7 +237,7 @@ def _with_cost(
     first = _suggest(inspection, request, sets, model, load)
     batch = first.options["architecture"]["training"]["batch_size"]
     if not request.whole and options.training.max_atoms_per_batch is None:
-        batch = options.training.batch_size
+        batch = options.training.batch_size or batch
     reference = None if model is None else _energy_target(model, target)
     known = [] if model is None else of_species(training, model.species)
     broken = {f.code for f in inspection.errors} & {"unknown-charges", "same-place"}

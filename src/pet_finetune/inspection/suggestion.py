@@ -7,18 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pet_finetune.config.target import expand_gradient
+from pet_finetune.training.sets import default_batch_size, default_num_epochs
 
 from .estimate import Estimate, Load, duration
 from .evidence import NO_VIRIAL, PER_ATOM, VIRIAL
 from .inspected import Finding
 
-#: Steps after which little more is learned from small sets (docs/recipes.md), and bounds on the
-#: epochs that make them up.
-_STEPS, _FEWEST_EPOCHS, _MOST_EPOCHS = 3000, 20, 200
-_LARGEST_BATCH, _ATOMS_OF_BATCH = 16, 1500
-#: SOAP's gradients need a mean, if the set has as many: ten frames of ethanol end at 45 meV/A with
-#: batches of one and 2,000 updates, at 34 with five and 400.
-_SMALLEST_BATCH = 5
 #: Drawn validation structures below which energies, one number each, are right by chance too often.
 _FEW_VALIDATED = 5
 #: Parameters beyond which optimiser and gradients of all weights are a burden.
@@ -73,9 +67,9 @@ def suggest(
         estimates: of the methods.
     """
     reasons = []
-    batch = _batch(load)
+    batch = default_batch_size(load.structures, load.atoms)
     steps = -(-load.structures // batch)
-    epochs = max(_FEWEST_EPOCHS, min(_MOST_EPOCHS, -(-_STEPS // steps)))
+    epochs = default_num_epochs(steps)
     training: dict[str, Any] = {"batch_size": batch, "num_epochs": epochs}
     reasons.append(
         f"batch_size {batch}, num_epochs {epochs}: {steps} steps an epoch, {steps * epochs} in all"
@@ -127,13 +121,6 @@ def _have_forces(training_set: Any) -> bool:
     sections = training_set if isinstance(training_set, list) else [training_set]
     targets = [target for section in sections for target in section["targets"].values()]
     return any(target.get("forces", "off") not in ("off", False) for target in targets)
-
-
-def _batch(load: Load) -> int:
-    """Small enough for enough steps and for memory, large enough for a mean."""
-    by_steps = max(1, load.structures // 20, min(_SMALLEST_BATCH, load.structures // 2))
-    by_atoms = max(1, int(_ATOMS_OF_BATCH * load.structures / max(1, load.atoms)))
-    return min(_LARGEST_BATCH, by_steps, by_atoms)
 
 
 def _method(load: Load, parameters: int) -> tuple[dict[str, Any], str]:

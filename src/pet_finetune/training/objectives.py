@@ -75,7 +75,7 @@ def loss_stage(options: TrainingOptions, epoch: int) -> LossStage | None:
     begun = [
         stage
         for stage in options.loss_schedule
-        if first_epoch(stage.start, options.num_epochs) <= epoch
+        if first_epoch(stage.start, options.epochs) <= epoch
     ]
     return begun[-1] if begun else None
 
@@ -219,7 +219,7 @@ def check_metric(
 
 def best_window(options: TrainingOptions) -> int:
     """Over how many epochs the mean of :func:`best_metric` picks the best model."""
-    return options.best_model_window or min(5, max(1, options.num_epochs // 10))
+    return options.best_model_window or min(5, max(1, options.epochs // 10))
 
 
 def best_metric(metrics: Mapping[str, Metrics], kind: str, loss: Callable[[], float]) -> float:
@@ -251,7 +251,7 @@ def mean_loss(
     """
     model.eval()
     wanted = derivatives(objectives)
-    objectives = objectives_at(objectives, options, options.num_epochs)
+    objectives = objectives_at(objectives, options, options.epochs)
     total, count = 0.0, 0
     own = batches.dealt(processes.rank(), processes.size())
     for batch in on_device(own, model.device, model.dtype):

@@ -239,7 +239,7 @@ def learning_rate_factor(step: float, total: int, warmup_fraction: float, schedu
 def averages_weights(options: TrainingOptions, epoch: int) -> bool:
     """Whether the weights of an epoch, from 0, go into the mean of ``swa``."""
     swa = options.swa
-    return swa is not None and epoch >= first_epoch(swa.start, options.num_epochs)
+    return swa is not None and epoch >= first_epoch(swa.start, options.epochs)
 
 
 def rate_at(options: TrainingOptions, highest: float, epoch: int, step: float, total: int) -> float:

@@ -44,6 +44,7 @@ from .sets import (
     objective_of,
     of_member,
     wanted_derivatives,
+    with_chosen_sizes,
 )
 from .starting_model import (
     Start,
@@ -166,6 +167,7 @@ def prepare_run(
     if options.finetune.member is not None:
         own_seed, trained_on = of_member(options, splits, seed)
         seed_everything(own_seed)
+    options = with_chosen_sizes(options, trained_on.train)
     start = saved.start() if saved else start_model(options, splits)
     model = start.model.to(device=device, dtype=dtype)
     features = [

@@ -216,7 +216,7 @@ class _Steps:
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self._metrics = {name: Metrics(name) for name in trainer.objectives}
-        epochs = cycle(range(trainer.options.num_epochs))
+        epochs = cycle(range(trainer.options.epochs))
         self._batches = chain.from_iterable(map(trainer.batches, epochs))
         self._memory = Arena()
         self._batches_of_step = trainer.options.gradient_accumulation_steps

@@ -125,7 +125,7 @@ def _train_in(
         trainer, training = run.trainer, options.training
         trainer.add(RunRecorder(run))
         done = trainer.progress.epoch
-        trainer.add(RunDisplay(training.num_epochs, training.log_interval, done))
+        trainer.add(RunDisplay(training.epochs, training.log_interval, done))
         result = trainer.fit()
         peaks = {"process": peak_resident_mib(), "gpu": peak_gpu_mib(trainer.model.device)}
         files.tell({"peak_memory_mib": peaks})

@@ -6,6 +6,7 @@ where noise is added to them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,12 +16,17 @@ from torch import Tensor
 
 from pet_finetune.committee.committee import Committee
 from pet_finetune.config.run_options import Options
-from pet_finetune.config.training import LabelNoise, TrainingOptions
+from pet_finetune.config.training import (
+    FEWEST_EPOCHS,
+    LARGEST_BATCH,
+    LabelNoise,
+    TrainingOptions,
+)
 from pet_finetune.data.labelled_batch import LabelledBatch, on_device
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.splits import Splits
 from pet_finetune.data.structure import Structure
-from pet_finetune.data.structure_sets import label_names, taken
+from pet_finetune.data.structure_sets import OnDisk, label_names, taken
 from pet_finetune.keys import forces_key, stress_key
 from pet_finetune.log import get_logger
 from pet_finetune.model.potential import Potential
@@ -35,7 +41,12 @@ from .run_files import RunFiles
 _logger = get_logger(__name__)
 #: How results and predictions call the starting model and the finished one.
 BEFORE, AFTER = "before", "after"
-_LARGEST_BATCH = 64  # structures, for validation and evaluation
+_LARGEST_EVALUATED = 64  # structures in a batch of validation and evaluation
+#: Updates after which more bring little to small sets (docs/recipes.md), and a bound on the epochs.
+_UPDATES, _MOST_EPOCHS = 3000, 300
+#: SOAP's gradients need a mean: ten frames of ethanol end at 45 meV/A with batches of one and 2,000
+#: updates, at 34 with five and 400. Larger structures make smaller batches, for memory.
+_SMALLEST_BATCH, _ATOMS_OF_BATCH = 5, 1500
 #: Structures of a large training set on which errors before and after training are taken: they are
 #: known to a few percent by then, and the rest would only delay the first step.
 _ENOUGH = 1000
@@ -56,6 +67,55 @@ class RunData:
             loader.max_atoms_per_batch = atoms
 
 
+def default_batch_size(structures: int, atoms: int) -> int:
+    """Batch size for a training set: small enough for many updates, large enough for a mean.
+
+    Args:
+        structures: number of training structures.
+        atoms: number of all their atoms.
+    """
+    by_updates = max(1, structures // 20, min(_SMALLEST_BATCH, structures // 2))
+    by_atoms = max(1, int(_ATOMS_OF_BATCH * structures / max(1, atoms)))
+    return min(LARGEST_BATCH, by_updates, by_atoms)
+
+
+def default_num_epochs(updates: float) -> int:
+    """Number of epochs for a training set.
+
+    Args:
+        updates: in one epoch.
+    """
+    return max(FEWEST_EPOCHS, min(_MOST_EPOCHS, math.ceil(_UPDATES / max(1.0, updates))))
+
+
+def with_chosen_sizes(options: Options, structures: Sequence[Structure]) -> Options:
+    """Options with numbers in place of null for ``batch_size`` and ``num_epochs``.
+
+    Args:
+        options: of the run.
+        structures: to train on.
+    """
+    training = options.training
+    if training.batch_size is not None and training.num_epochs is not None:
+        return options
+    per_structure = (
+        structures.num_atoms
+        if isinstance(structures, OnDisk)
+        else [s.num_atoms for s in structures]
+    )
+    atoms = int(np.sum(per_structure))
+    batch = training.batch_size or default_batch_size(len(structures), atoms)
+    most = training.max_atoms_per_batch
+    batches = atoms / most if isinstance(most, int) else math.ceil(len(structures) / batch)
+    epochs = training.num_epochs
+    if epochs is None:
+        epochs = default_num_epochs(batches / training.gradient_accumulation_steps)
+    by = f"max_atoms_per_batch {most}" if most else f"batch_size {batch}"
+    _logger.info("%s, num_epochs %d: chosen by the %d training structures where not given",
+                 by, epochs, len(structures))  # fmt: skip
+    return options.with_training(batch_size=batch, num_epochs=epochs)
+
+
 def load_data(
     options: Options, splits: Splits, model: Potential | Committee, seed: int, dtype: torch.dtype
 ) -> RunData:
@@ -67,7 +127,7 @@ def load_data(
     train_loader = Loader(
         splits.train,
         model.cutoff,
-        batch_size=None if most else training.batch_size,
+        batch_size=None if most else training.batch,
         max_atoms_per_batch=most,
         min_atoms_per_batch=training.min_atoms_per_batch,
         shuffle=True,
@@ -81,7 +141,7 @@ def load_data(
             sets[name] = Loader(
                 structures,
                 model.cutoff,
-                batch_size=None if most else min(_LARGEST_BATCH, 2 * training.batch_size),
+                batch_size=None if most else min(_LARGEST_EVALUATED, 2 * training.batch),
                 max_atoms_per_batch=most,
                 dtype=dtype,
             )

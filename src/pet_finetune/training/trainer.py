@@ -104,7 +104,7 @@ class Trainer:
         self._counted = (-1, 0)  # an epoch, and its updates
         self._guard = InterruptGuard()
         self._in_parts = InParts(training, self._ready)
-        if not any(self.num_steps(epoch) for epoch in range(options.num_epochs)):
+        if not any(self.num_steps(epoch) for epoch in range(options.epochs)):
             raise TrainingError(
                 f"min_atoms_per_batch ({options.min_atoms_per_batch}) leaves out every batch: "
                 "choose a smaller number, or a larger max_atoms_per_batch."
@@ -136,10 +136,10 @@ class Trainer:
             stack.enter_context(Arena().reused())
             for feature in reversed(self.features):
                 stack.callback(feature.close)
-            while finished and progress.epoch < self.options.num_epochs and not stopped_early:
+            while finished and progress.epoch < self.options.epochs and not stopped_early:
                 finished = self._run_epoch()
                 stopped_early = finished and progress.patience_ran_out(early)
-                last = stopped_early or progress.epoch == self.options.num_epochs
+                last = stopped_early or progress.epoch == self.options.epochs
                 if not finished or last or progress.epoch % self.options.checkpoint_interval == 0:
                     for feature in self.features:
                         feature.save()
@@ -180,7 +180,7 @@ class Trainer:
     @cached_property
     def total_steps(self) -> int:
         """Updates in the whole run, if each epoch has as many as the first."""
-        return self.options.num_epochs * max(1, self.num_steps(0))
+        return self.options.epochs * max(1, self.num_steps(0))
 
     def _scheduled_step(self) -> float:
         """How many of :attr:`total_steps` are done; every epoch is as long a part of the schedule.
@@ -188,7 +188,7 @@ class Trainer:
         So none has to be cut into batches before its time.
         """
         epoch, batches = self.progress.epoch, self.progress.batch
-        each = self.total_steps // self.options.num_epochs
+        each = self.total_steps // self.options.epochs
         done = batches // self.options.gradient_accumulation_steps
         return epoch * each + done * each / max(1, self.num_steps(epoch))
 

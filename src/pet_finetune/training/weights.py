@@ -43,7 +43,7 @@ class Unfreezing(Feature):
         Raises:
             TrainingError: the options name something that the network does not have.
         """
-        network, num_epochs = trainer.model.network, trainer.options.num_epochs
+        network, num_epochs = trainer.model.network, trainer.options.epochs
         self._parameters = dict(trainer.parameters)
         self._now: tuple[str, ...] | None = None
         self._begins = _begins(network, trainer.options.finetune.unfreeze)

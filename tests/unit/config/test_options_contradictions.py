@@ -214,7 +214,7 @@ def finetune(**options: Any) -> dict[str, Any]:
         (finetune(unfreeze={"stages": {3: "all"}}), "finetune.unfreeze.stages",
          "nothing would train at first"),
         (finetune(unfreeze={"stages": {0: "heads", 100: "all"}}),
-         "finetune.unfreeze.stages.100", "the run has 100 epochs"),
+         "finetune.unfreeze.stages.100", "the run has 50 epochs, the fewest where num_epochs"),
         (finetune(unfreeze={"stages": {0: []}}), "finetune.unfreeze.stages", "names nothing"),
         (finetune(unfreeze={"stages": {"a": "all"}}), "finetune.unfreeze.stages",
          "'a' is not a number of epochs"),

@@ -122,7 +122,7 @@ def test_a_metatrain_file_runs_unchanged(write) -> None:
 
 def test_a_smallest_file_and_what_it_assumes(write) -> None:
     loaded = load_options(write(SMALL))
-    assert loaded.options.training.batch_size == 16
+    assert loaded.options.training.batch_size is None
     assert loaded.notices == (
         "length_unit not given, taken as angstrom: training_set.",
         "unit not given, taken as eV: training_set.targets.energy.",

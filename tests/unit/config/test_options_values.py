@@ -46,16 +46,16 @@ MODEL = "architecture.model"
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (f"{TRAINING}.num_epochs", "abc", "expected a positive integer, got 'abc'."),
-        (f"{TRAINING}.num_epochs", 0, "expected a positive integer, got 0."),
-        (f"{TRAINING}.num_epochs", 2.5, "expected a positive integer, got 2.5."),
-        (f"{TRAINING}.batch_size", True, "expected a positive integer, got true."),
-        (f"{TRAINING}.batch_size", None, "expected a positive integer, got nothing."),
-        (f"{TRAINING}.batch_size", [1, 2], "expected a positive integer, got [1, 2]."),
+        (f"{TRAINING}.num_epochs", "abc", "expected a positive integer or null, got 'abc'."),
+        (f"{TRAINING}.num_epochs", 0, "expected a positive integer or null, got 0."),
+        (f"{TRAINING}.num_epochs", 2.5, "expected a positive integer or null, got 2.5."),
+        (f"{TRAINING}.batch_size", True, "expected a positive integer or null, got true."),
+        (f"{TRAINING}.log_interval", None, "expected a positive integer, got nothing."),
+        (f"{TRAINING}.batch_size", [1, 2], "expected a positive integer or null, got [1, 2]."),
         (
             f"{TRAINING}.batch_size",
             {"a": 1},
-            "expected a positive integer, got a section (a).",
+            "expected a positive integer or null, got a section (a).",
         ),
         (
             f"{TRAINING}.learning_rate",
@@ -212,7 +212,7 @@ def test_words_that_yaml_takes_for_booleans_are_words(given: Any, word: str) -> 
 def test_empty_sections_are_sections_of_defaults() -> None:
     raw = {"training_set": TRAINING_SET, "architecture": {"model": None, "training": None}}
     assert options(raw).architecture == options({"training_set": TRAINING_SET}).architecture
-    assert options({"training_set": TRAINING_SET, "architecture": None}).training.num_epochs == 100
+    assert options({"training_set": TRAINING_SET, "architecture": None}).training.num_epochs is None
 
 
 def test_options_cannot_be_changed_after_loading() -> None:

@@ -202,7 +202,7 @@ class TestSuggestion:
         assert not loaded.notices
         assert loaded.options.is_finetuning == bool(parameters)
         assert training.batch_size * atoms <= 1500
-        assert 20 <= training.num_epochs <= 200
+        assert 50 <= training.num_epochs <= 300
         assert made.reasons
         if parameters:
             many = structures >= 500 and parameters < 20_000_000
