@@ -312,8 +312,9 @@ def changed_options(options: Options, before: Mapping[str, Any]) -> Iterator[Cha
             not _below(name, (_TRAINING + "finetune",)) or _below(name, _LOOKED_AT)
         )
         # What is not written out is a default, or what the run found for itself.
-        chosen = value is None and name.removeprefix(_TRAINING) in _CHOSEN
-        silent = chosen or (name not in given and (not heeded or name not in then))
+        chosen = name.removeprefix(_TRAINING) in _CHOSEN
+        silent = name not in given and (not heeded or chosen or name not in then)
+        silent = silent or (chosen and value is None)
         if value == old or silent or _below(name, _NO_MATTER):
             continue
         yield Change(name, value, old, heeded)
