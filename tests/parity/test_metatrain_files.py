@@ -210,6 +210,8 @@ def of_ours(options: Options) -> dict[str, Any]:
     plain = options.resolved()
     training = plain["architecture"]["training"]
     energies = {name for name, spec in options.target_specs().items() if spec.is_energy}
+    for name in ("batch_size", "num_epochs"):
+        training[name] = training.get(name) or "null"
     training["loss"] = {}
     for name in options.target_specs():
         whole = options.training.loss_for(name)
