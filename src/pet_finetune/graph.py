@@ -77,16 +77,14 @@ class Neighborhood(NamedTuple):
     """Edges within the cutoff and what the network needs to know of them.
 
     Attributes:
-        vectors: [n_edges, 3], from centre to neighbour, Angstrom; carries the gradient.
-        distances: [n_edges], Angstrom.
+        geometry: [n_edges, 4], from centre to neighbour, and how far, Angstrom; has the gradient.
         factors: [n_edges], cutoff factors between 0 and 1.
         centers, neighbors, reverse: [n_edges], centre atom, neighbour atom, and the index of the
             edge that runs the other way. Sorted by centre.
         layout: the tokens of each atom.
     """
 
-    vectors: Tensor
-    distances: Tensor
+    geometry: Tensor
     factors: Tensor
     centers: Tensor
     neighbors: Tensor

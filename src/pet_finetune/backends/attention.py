@@ -19,15 +19,15 @@ __all__ = ["Attention", "attend", "attend_once", "pad_keys", "pad_rows", "unpad_
 
 class _Pad(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, row_of_slot, slot_of_row, empty):  # type: ignore[no-untyped-def]
+    def forward(ctx, rows, row_of_slot, slot_of_row, empty, fill=0.0):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(row_of_slot, slot_of_row, empty)
         # A mask, which a compiler makes part of whatever reads the rectangle next.
         mask = empty.view([-1] + [1] * (rows.dim() - 1))
-        return rows.index_select(0, row_of_slot).masked_fill(mask, 0.0)
+        return rows.index_select(0, row_of_slot).masked_fill(mask, fill)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return _Unpad.apply(grad, *ctx.saved_tensors), None, None, None
+        return _Unpad.apply(grad, *ctx.saved_tensors), None, None, None, None
 
 
 class _Unpad(torch.autograd.Function):
@@ -41,12 +41,12 @@ class _Unpad(torch.autograd.Function):
         return _Pad.apply(grad, *ctx.saved_tensors), None, None, None
 
 
-def pad_rows(rows: Tensor, where: Rectangles) -> Tensor:
-    """Tokens [n_atoms + n_edges, ...] to [n_slots, ...], zeros in empty slots."""
+def pad_rows(rows: Tensor, where: Rectangles, fill: float = 0.0) -> Tensor:
+    """Tokens [n_atoms + n_edges, ...] to [n_slots, ...], and what fills empty slots."""
     if torch.jit.is_scripting():
-        room = rows.new_zeros([where.empty.size(0)] + list(rows.shape[1:]))
+        room = rows.new_full([where.empty.size(0)] + list(rows.shape[1:]), fill)
         return room.index_copy(0, where.slot_of_token, rows)
-    padded: Tensor = _Pad.apply(rows, where.token_of_slot, where.slot_of_token, where.empty)
+    padded: Tensor = _Pad.apply(rows, where.token_of_slot, where.slot_of_token, where.empty, fill)
     return padded
 
 
@@ -72,8 +72,7 @@ def pad_keys(logarithms: Tensor, layout: Layout) -> Tensor:
     where = layout.rectangles
     assert where is not None
     of_centers = logarithms.new_zeros(layout.starts.size(0) - 1)
-    padded = pad_rows(torch.cat([of_centers, logarithms]), where)
-    return padded.masked_fill(where.empty, -torch.inf)
+    return pad_rows(torch.cat([of_centers, logarithms]), where, -torch.inf)
 
 
 def attend(qkv: Tensor, where: Rectangles, bias: Tensor, heads: int, scale: float) -> Tensor:
@@ -241,7 +240,12 @@ class Attention(Formula):
         self, towards: Gradients, kept: Tensors, first: Gradients
     ) -> tuple[Tensor, Gradients]:
         """See :class:`Formula`."""
-        to_qkv, to_bias = cast("Tensors", towards)  # of both, as both depend on the distances
+        to_qkv, to_bias = towards
+        if to_qkv is None:
+            parts, heads, _, _, width = kept[0].unflatten(1, (self.heads, -1)).shape
+            to_qkv = kept[0].new_zeros(len(self.where.slot_of_token), parts * heads * width)
+        if to_bias is None:
+            to_bias = kept[0].new_zeros(self.where.empty.shape)
         of_grad: list[list[Tensor]] = []
         left: list[Tensor] = []
         for number, (slots, cb) in enumerate(self._with(to_bias)):

@@ -343,7 +343,7 @@ def _pairs(
     positions = torch.cat([s.positions for s in structures]).to(atoms.device)
     bounds = [0, *batch.atoms_per_structure.cumsum(0).tolist()]
     shifts = torch.zeros(len(neighborhood.centers), 3, dtype=torch.int64, device=atoms.device)
-    across = neighborhood.vectors.double() - (
+    across = neighborhood.geometry[:, :3].double() - (
         positions[neighborhood.neighbors] - positions[neighborhood.centers]
     )
     for structure, (low, high) in zip(structures, pairwise(bounds), strict=True):

@@ -153,7 +153,8 @@ class StaticEnergy:
             neighborhood = self._potential.network.neighborhood(batch)
             logarithms = weigh_keys(neighborhood.factors, neighborhood.layout)
             repulsion = self._potential._repulsion(batch)
-        edges = [neighborhood.vectors, neighborhood.distances, logarithms, neighborhood.factors]
+        vectors, distances = neighborhood.geometry.split([3, 1], 1)
+        edges = [vectors.contiguous(), distances.flatten(), logarithms, neighborhood.factors]
         raw, *found = run(
             edges, (neighborhood.centers, neighborhood.neighbors, neighborhood.reverse)
         )

@@ -34,7 +34,8 @@ def weigh_keys(factors: Tensor, layout: Layout, smallest: float = SMALLEST_FACTO
         [n_edges]; where the layout has rectangles, padded as
         :func:`~pet_finetune.backends.attention.pad_keys` pads it.
     """
-    logarithms = torch.log(factors.clamp_min(smallest))
+    # As `clamp_min`, whose derivative takes more operations.
+    logarithms = torch.log(nn.functional.threshold(factors, smallest, smallest))
     return logarithms if layout.rectangles is None else pad_keys(logarithms, layout)
 
 

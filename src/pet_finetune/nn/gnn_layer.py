@@ -115,8 +115,7 @@ class GNNLayer(nn.Module):
         if not torch.jit.is_scripting():
             if memory == Memory.RECOMPUTE:
                 return self._edges_again(neighborhood, messages, neighbor_species)
-        geometry = join([neighborhood.vectors, neighborhood.distances.unsqueeze(-1)], 1)
-        parts = [self.edge_embedder(geometry)]
+        parts = [self.edge_embedder(neighborhood.geometry)]
         if self.neighbor_embedder is not None:
             parts.append(self.neighbor_embedder(neighbor_species))
         parts.append(messages)
@@ -126,14 +125,12 @@ class GNNLayer(nn.Module):
     def _edges_again(
         self, neighborhood: Neighborhood, messages: Tensor, neighbor_species: Tensor
     ) -> Tensor:
-        def run(vectors: Tensor, distances: Tensor, messages: Tensor) -> tuple[Tensor, ...]:
-            own = neighborhood._replace(vectors=vectors, distances=distances)
+        def run(geometry: Tensor, messages: Tensor) -> tuple[Tensor, ...]:
+            own = neighborhood._replace(geometry=geometry)
             return (self.make_edges(own, messages, neighbor_species, Memory.KEEP),)
 
         modules = (self.edge_embedder, self.neighbor_embedder, self.compress)
-        (edges,) = recomputed(
-            run, (neighborhood.vectors, neighborhood.distances, messages), modules
-        )
+        (edges,) = recomputed(run, (neighborhood.geometry, messages), modules)
         return edges
 
     def record(self, to: Recorder, nodes: Rows, messages: Rows) -> tuple[Rows, Rows]:

@@ -12,14 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from pet_finetune.backends.choice import Accelerated
+from pet_finetune.backends.reference import join
 from pet_finetune.graph import Batch, Edges, Neighborhood, make_layout, renumbered
 
 
 def bump_step(x: Tensor) -> Tensor:
     """The bump over the taper, from 1 at ``x = 0`` to 0 at ``x = 1``; TorchScript compiles it."""
-    # Evaluated a hair inside its open interval, where cot() is still finite.
-    x = x.clamp(1e-6, 1.0 - 1e-6)
-    return 0.5 * (1.0 + torch.tanh(1.0 / torch.tan(torch.pi * x)))
+    # cot(pi x) as a tangent, a hair inside its open interval, where it is still finite. `hardtanh`
+    # is a clamp whose derivative is one operation.
+    angle = torch.rsub(x, math.pi / 2, alpha=math.pi)
+    most = math.pi * (0.5 - 1e-6)
+    return torch.sigmoid(2.0 * torch.tan(nn.functional.hardtanh(angle, -most, most)))
 
 
 def cosine_step(x: Tensor) -> Tensor:
@@ -206,8 +209,7 @@ class NeighborhoodBuilder(Accelerated, nn.Module):
         else:
             x = (distances - (self.cutoff - self.cutoff_width)) / self.cutoff_width
         return Neighborhood(
-            vectors=vectors,
-            distances=torch.sqrt(torch.sum(vectors**2, dim=-1) + self.tiny),
+            geometry=join([vectors, distances.unsqueeze(-1)], 1),
             factors=bump_step(x) if self.bump else cosine_step(x),
             centers=edges.centers,
             neighbors=edges.neighbors,
@@ -242,7 +244,7 @@ class NeighborhoodBuilder(Accelerated, nn.Module):
             # A tensor of its own, so that gradients are added up in one order either way, and a
             # longer neighbour list changes no bit.
             vectors = vectors.view(-1, 3)
-        distances = torch.linalg.vector_norm(vectors, dim=-1) + self.tiny
+        distances = torch.sqrt(torch.sum(vectors**2, dim=-1) + self.tiny)
         if not self.adaptive:
             return Near(within, vectors, distances, centers, neighbors, None), None
         num_atoms, wanted, width = batch.numbers.size(0), self.wanted, self.adaptive_width

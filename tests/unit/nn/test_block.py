@@ -83,7 +83,7 @@ def test_edges_are_summed_with_their_factors():
     factors = torch.tensor([1.0, 0.5, 0.25])
     empty = torch.zeros(3)
     neighborhood = Neighborhood(
-        empty, empty, factors, centers, centers, centers, make_layout(centers, 3, False)
+        empty, factors, centers, centers, centers, make_layout(centers, 3, False)
     )
     values = torch.tensor([[1.0, 2.0], [4.0, 6.0], [8.0, 0.0]])
     assert sum_over_edges(values, neighborhood, 3).tolist() == [[3.0, 5.0], [0.0, 0.0], [2.0, 0.0]]

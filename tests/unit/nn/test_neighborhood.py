@@ -45,13 +45,14 @@ def test_edges_beyond_the_cutoff_are_dropped():
     batch, neighborhood = build([*LINE[:3], [3.6, 0, 0]])
     assert batch.num_edges == 12
     assert pairs(neighborhood) == [(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1), (2, 3), (3, 2)]
-    assert (neighborhood.distances <= 2.5).all()
+    assert (neighborhood.geometry[:, 3] <= 2.5).all()
 
 
 def test_reverse_edges_are_renumbered():
     _, neighborhood = build([*LINE[:3], [3.6, 0, 0]])
     assert torch.equal(neighborhood.centers[neighborhood.reverse], neighborhood.neighbors)
-    assert torch.equal(neighborhood.vectors[neighborhood.reverse], -neighborhood.vectors)
+    vectors = neighborhood.geometry[:, :3]
+    assert torch.equal(vectors[neighborhood.reverse], -vectors)
     tokens = torch.arange(len(neighborhood.centers)).unsqueeze(1)
     back = permute_rows(tokens, neighborhood.reverse, neighborhood.reverse)
     assert torch.equal(permute_rows(back, neighborhood.reverse, neighborhood.reverse), tokens)
@@ -92,7 +93,7 @@ def test_atoms_without_neighbours_have_a_slot_of_their_own():
 @pytest.mark.parametrize("adaptive", [None, 4.0])
 def test_no_edges_at_all(adaptive):
     _, neighborhood = build([LINE[0], LINE[3]], num_neighbors_adaptive=adaptive)
-    assert neighborhood.distances.shape == (0,)
+    assert neighborhood.geometry.shape == (0, 4)
     tokens = torch.ones(2, 5)
     assert torch.equal(pad_rows(tokens, rectangles_of(neighborhood)), tokens)
 
