@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from pet_finetune.graph import Layout, Rectangles
 
-from .reference import autocasts, row_dots
-from .twice import Formula, Gradients, Tensors, twice
+from .reference import Formula, Gradients, Tensors, autocasts, row_dots, twice
 
 __all__ = ["Attention", "attend", "attend_once", "pad_keys", "pad_rows", "unpad_rows"]
 

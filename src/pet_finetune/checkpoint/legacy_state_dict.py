@@ -23,8 +23,7 @@ from pet_finetune.errors import CheckpointError
 from pet_finetune.keys import TargetSpec
 from pet_finetune.model.potential import Potential
 
-from .archive import TorchArchive
-from .build import build_potential
+from .archive import TorchArchive, build_potential
 from .metatrain_formats import NETWORK_PARTS, merge_lora_layers, rename_before_8
 from .safe_pickle import StoredTensor
 

@@ -14,8 +14,7 @@ from pet_finetune.model.pet import HEAD_GROUPS
 from pet_finetune.model.potential import Potential
 from pet_finetune.units import length_to_angstrom
 
-from .archive import TorchArchive, plain_value
-from .build import Checkpoint, build_potential, model_options
+from .archive import Checkpoint, TorchArchive, build_potential, model_options, plain_value
 from .metatrain_formats import LLPR, RawCheckpoint, merge_lora_layers, read_llpr, upgrade
 from .safe_pickle import Inert
 from .stored_targets import StoredTarget, usable_targets

@@ -59,8 +59,7 @@ from pet_finetune.model.potential import Potential
 from pet_finetune.model.prediction import LastLayer
 from pet_finetune.nn.quantized import QUANTIZED_PART, dense_state
 
-from .archive import TorchArchive, plain_value
-from .build import Checkpoint, build_potential, model_options
+from .archive import Checkpoint, TorchArchive, build_potential, model_options, plain_value
 
 FORMAT = "pet-finetune"
 VERSION = 1

@@ -19,8 +19,7 @@ from pet_finetune.errors import CheckpointError, ConfigError, damage_explained
 from pet_finetune.log import get_logger
 from pet_finetune.model.potential import Potential
 
-from .archive import TorchArchive
-from .build import Checkpoint
+from .archive import Checkpoint, TorchArchive
 from .metatrain import is_metatrain, is_of_numbers, read_metatrain, read_numbers
 from .native import is_native, read_native
 from .safe_pickle import StoredTensor

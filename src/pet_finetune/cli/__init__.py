@@ -14,8 +14,7 @@ from .data import add_convert, add_inspect
 from .dynamics import add_md, add_relax
 from .evaluate import add_eval
 from .models import add_adapter, add_export, add_info
-from .options import add_options_command
-from .report import add_report, add_watch
+from .show import add_options_command, add_report, add_watch
 from .train import add_pretrain, add_train
 
 _COMMANDS = (

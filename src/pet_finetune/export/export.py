@@ -18,8 +18,7 @@ from rich.table import Table
 from pet_finetune.adapters.base_weights import weights_fingerprint
 from pet_finetune.adapters.inject import active_adapter, merged_copy
 from pet_finetune.adapters.peft_files import load_adapter
-from pet_finetune.checkpoint.archive import TorchArchive
-from pet_finetune.checkpoint.build import Checkpoint
+from pet_finetune.checkpoint.archive import Checkpoint, TorchArchive
 from pet_finetune.checkpoint.metatrain import is_metatrain
 from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.committee.committee_files import COMMITTEE_FILE, Adapters, committee_members

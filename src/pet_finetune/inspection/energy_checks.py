@@ -1,4 +1,4 @@
-"""Checks of the energies: levels of theory and outliers."""
+"""Checks of the energies: levels of theory, energies that never change, outliers."""
 
 from __future__ import annotations
 
@@ -136,6 +136,21 @@ def _split_levels(file: str, frames: Sequence[InspectedFrame]) -> Iterator[Findi
             "average.",
             "Train on one of them, or shift one to the references of the other.",
             {"gap": widest, "count": len(found)},
+        )
+
+
+def constant_energies(file: str, frames: Sequence[InspectedFrame]) -> Iterator[Finding]:
+    """Energies of a file that never change, though the frames do."""
+    energies = [(e.energy, e.size) for e in frames if e.energy is not None]
+    moved = len({e.positions.tobytes() for e in frames}) > 1
+    if len(energies) > 2 and moved and len({energy for energy, _ in energies}) == 1:
+        yield Finding(
+            "warning",
+            "constant-energy",
+            f"all {len(energies)} energies are {energies[0][0]:.6g} eV",
+            (Frames(file),),
+            "The frames differ, so this is a default value and not an energy.",
+            "Find the real ones; if there are none, set the weight of the energy in the loss to 0.",
         )
 
 

@@ -29,13 +29,13 @@ from pet_finetune.terminal import Watch
 from pet_finetune.training.extend import ADVICE
 from pet_finetune.training.starting_model import read_start
 
-from .estimate import Load, estimate, load_of
 from .inspected import Finding
 from .inspection import Foundation, cells_of, declared_units, energy_of, inspect_sets, looked_at
+from .label_checks import read_anyway, sets_left_out
 from .label_names import target_of_file
 from .overview import Inspection
-from .read_anyway import read_anyway, sets_left_out
-from .suggestion import Suggestion, suggest, training_section, with_found_units
+from .suggestion import Load, Suggestion, estimate, load_of, suggest, training_section
+from .unit_checks import with_found_units
 
 _logger = get_logger(__name__)
 _SETS = ("train", "validation", "test")

@@ -42,10 +42,15 @@ from .geometry import (
     check_periodicity,
 )
 from .inspected import Finding, InspectedDataset, dataset_of, worst_first
-from .label_checks import check_completeness, check_forces, check_mechanics
+from .label_checks import (
+    check_cells,
+    check_completeness,
+    check_forces,
+    check_mechanics,
+    read_anyway,
+)
 from .near_frames import near_pairs, steps
 from .overview import Inspection, facts_of
-from .read_anyway import check_cells, read_anyway
 from .unit_checks import check_units, in_found_units
 
 

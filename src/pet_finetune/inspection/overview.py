@@ -16,9 +16,8 @@ from rich.text import Text
 from pet_finetune.elements import symbol_of
 from pet_finetune.log import html_of
 
-from .estimate import Estimate, Load, duration
 from .inspected import SEVERITIES, Finding, InspectedDataset, InspectedFrame, element_fit, rms
-from .suggestion import Suggestion
+from .suggestion import Estimate, Load, Suggestion, duration
 
 #: eV an atom, below which energies of bonds stay.
 _COHESIVE = 15.0

@@ -1,17 +1,237 @@
-"""A method and options for the data at hand, in the units that were found."""
+"""What a run will take, from one measured step; a method and options for the data at hand."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from pet_finetune.config.target import expand_gradient
+import numpy as np
+import torch
+from torch import Tensor
+
+from pet_finetune.adapters.adapter_config import AdapterConfig, default_modules_to_save
+from pet_finetune.adapters.inject import freeze, inject
+from pet_finetune.config.finetune import FinetuneConfig
+from pet_finetune.data.labelled_batch import collate
+from pet_finetune.data.neighbors import find_pairs, structure_neighbors
+from pet_finetune.data.structure import Structure
+from pet_finetune.graph import Batch
+from pet_finetune.model.potential import Potential
 from pet_finetune.training.sets import default_batch_size, default_num_epochs
 
-from .estimate import Estimate, Load, duration
-from .evidence import NO_VIRIAL, PER_ATOM, VIRIAL
-from .inspected import Finding
+#: Edges that a measured step should have: enough to be no overhead, few enough for seconds.
+_EDGES, _MOST_ATOMS = 8000, 400
+#: Structures, and atoms in them, that edges are counted on.
+_SAMPLE, _SAMPLE_ATOMS = 200, 40_000
+_MIB = 2**20
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say it."""
+    if seconds < 100:
+        return f"{seconds:.0f} seconds"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.1f} hours"
+
+
+@dataclass(frozen=True)
+class Load:
+    """How much there is to compute.
+
+    Attributes:
+        structures, atoms, edges: of the training set; edges are directed pairs within the cutoff,
+            extrapolated from a sample.
+        neighbours: an atom has on average, and at most.
+        held_out: edges of validation.
+    """
+
+    structures: int
+    atoms: int
+    edges: float
+    neighbours: float
+    most_neighbours: int
+    held_out: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a method takes.
+
+    Attributes:
+        method: ``full``, ``lora`` or ``heads``.
+        trainable: parameters that train.
+        seconds: of an epoch with validation.
+        memory: at the peak of a step, MiB: weights, gradients, optimiser, and what the step keeps;
+            without what torch itself takes.
+    """
+
+    method: str
+    trainable: int
+    seconds: float
+    memory: float
+
+
+def load_of(training: Sequence[Structure], validation: Sequence[Structure], cutoff: float) -> Load:
+    """Count edges on a sample that is spread over the sets."""
+    edges, atoms, most = _edges_of(training, cutoff)
+    held, held_atoms, _ = _edges_of(validation, cutoff)
+    total = sum(s.num_atoms for s in training)
+    others = sum(s.num_atoms for s in validation)
+    each = edges / max(1, atoms)
+    held_out = held / max(1, held_atoms) * others
+    return Load(len(training), total, each * total, each, most, held_out)
+
+
+def _edges_of(structures: Sequence[Structure], cutoff: float) -> tuple[int, int, int]:
+    edges = atoms = most = 0
+    total = sum(s.num_atoms for s in structures)
+    step = max(1, -(-len(structures) // _SAMPLE), -(-total // _SAMPLE_ATOMS))
+    for s in structures[::step]:
+        first, second = find_pairs(
+            s.positions.numpy(), s.cell.numpy(), s.pbc.numpy(), cutoff, "ij", full=False,
+            where=s.where,
+        )  # fmt: skip
+        counts = np.bincount(first, minlength=s.num_atoms)
+        counts = counts + np.bincount(second, minlength=s.num_atoms)
+        edges += 2 * len(first)
+        atoms += s.num_atoms
+        most = max(most, int(counts.max()))
+    return edges, atoms, most
+
+
+#: How each method chooses what trains, in a copy of the model.
+METHODS: dict[str, Callable[[Potential, str], object]] = {
+    "full": lambda model, target: freeze(model, train=None),
+    "lora": lambda model, target: inject(
+        model, AdapterConfig(FinetuneConfig().rank, FinetuneConfig().alpha, targets=[target])
+    ),
+    "heads": lambda model, target: freeze(model, default_modules_to_save(model.network, target)),
+}
+
+
+def estimate(
+    model: Potential,
+    target: str,
+    training: Sequence[Structure],
+    load: Load,
+    batch_size: int,
+    *,
+    forces: bool,
+    stress: bool,
+) -> list[Estimate]:
+    """Measure a step of each method on a few structures and scale it to the whole set.
+
+    Time and memory of a step grow with its edges. Validation has no backward pass, which is a
+    third of the work.
+
+    Args:
+        model: which stays as it is.
+        target: the energy that is trained.
+        training: of which the middle-sized ones are measured.
+        load: of the whole set.
+        batch_size: structures in a batch.
+        forces: whether forces are trained.
+        stress: whether the stress is trained.
+    """
+    batch = _sample(training, model).to(device=model.device)
+    found = []
+    # The random numbers of the caller stay where they are.
+    with torch.random.fork_rng(devices=[]):
+        for method, choose in METHODS.items():
+            own = copy.deepcopy(model)
+            choose(own, target)
+            found.append(_measure(method, own, target, batch, load, batch_size, forces, stress))
+    return found
+
+
+def _sample(structures: Sequence[Structure], model: Potential) -> Batch:
+    """Structures of middle size, as many as a quick step takes."""
+    order = sorted(structures, key=lambda s: s.num_atoms)
+    middle = order[len(order) // 2 :] + order[: len(order) // 2][::-1]
+    items, edges, atoms = [], 0, 0
+    for whole in middle:
+        # Long-range features see the whole structure.
+        structure = whole if model.hypers.long_range.enable else _piece(whole, _MOST_ATOMS)
+        pairs = structure_neighbors(structure, model.cutoff)
+        items.append((structure, pairs))
+        edges, atoms = edges + pairs.num_edges, atoms + structure.num_atoms
+        if edges > _EDGES or atoms > _MOST_ATOMS or len(items) >= 64:
+            break
+    return collate(items, model.dtype).graph
+
+
+def _piece(structure: Structure, atoms: int) -> Structure:
+    """The atoms that are nearest to one of them, without labels, in the cell of the whole.
+
+    What a step takes is measured for each edge, so that a piece stands for a frame of any size.
+    """
+    if structure.num_atoms <= atoms:
+        return structure
+    positions, pbc = structure.positions.numpy(), structure.pbc.numpy()
+    away = positions - positions[0]
+    if pbc.any():
+        cell = structure.cell.numpy()[pbc]
+        inside = away @ np.linalg.pinv(cell)
+        away = away - np.round(inside) @ cell
+    near = np.argsort((away**2).sum(axis=1), kind="stable")[:atoms]
+    chosen = torch.from_numpy(np.sort(near))
+    return replace(
+        structure,
+        numbers=structure.numbers[chosen],
+        positions=structure.positions[chosen],
+        labels={},
+        kinds={},
+    )
+
+
+def _measure(
+    method: str,
+    model: Potential,
+    target: str,
+    batch: Batch,
+    load: Load,
+    batch_size: int,
+    forces: bool,
+    stress: bool,
+) -> Estimate:
+    model.train()
+    kept: dict[int, int] = {}  # bytes of each storage that the backward pass needs
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    saved = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    parameters = [p for p in model.network.parameters() if p.requires_grad]
+    seconds = []
+    for attempt in range(3):
+        with saved if attempt == 0 else torch.enable_grad():
+            started = time.perf_counter()
+            said = model.predict(batch, target, forces=forces, stress=stress, create_graph=True)
+            loss = said.energy.square().sum()
+            for derivative in (said.forces, said.stress):
+                if derivative is not None:
+                    loss = loss + derivative.square().sum()
+            torch.autograd.grad(loss, parameters, allow_unused=True)
+            if model.device.type == "cuda":
+                torch.cuda.synchronize(model.device)
+            seconds.append(time.perf_counter() - started)
+    fastest = min(seconds[1:])
+    edges = max(1, batch.num_edges)
+    # Where there are no edges at all, an atom costs about what one costs.
+    whole, held = max(load.edges, load.atoms), load.held_out
+    epoch = fastest * (whole + held / 3) / edges
+    weights = sum(p.numel() * p.element_size() for p in model.network.parameters())
+    trained = sum(p.numel() * p.element_size() for p in parameters)
+    of_batch = whole / max(1, load.structures) * min(batch_size, load.structures)
+    memory = weights + 3 * trained + sum(kept.values()) * of_batch / edges
+    return Estimate(method, sum(p.numel() for p in parameters), epoch, memory / _MIB)
+
 
 #: Drawn validation structures below which energies, one number each, are right by chance too often.
 _FEW_VALIDATED = 5
@@ -158,73 +378,3 @@ def training_section(files: Sequence[str], target: Mapping[str, Any]) -> Any:
         for file in files
     ]
     return sections[0] if len(sections) == 1 else sections
-
-
-def with_found_units(section: Any, findings: Sequence[Finding]) -> Any:
-    """A section with the names and units that were found, or questions that stop a run."""
-    if isinstance(section, list):
-        return [with_found_units(one, findings) for one in section]
-    if not isinstance(section, dict) or not isinstance(section.get("systems"), dict):
-        return section
-    file = section["systems"].get("read_from")
-    for finding in findings:
-        if file not in {frames.file for frames in finding.where} or not finding.data:
-            continue
-        if finding.code == "length-unit":
-            section["systems"]["length_unit"] = finding.data["unit"] or _question(["angstrom"])
-        for target in section.get("targets", {}).values():
-            if not isinstance(target, dict):
-                continue
-            if finding.code == "units":
-                _write_units(target, finding.data)
-            elif finding.code == "several-labels":
-                kind, keys = finding.data["kind"], finding.data["keys"]
-                place = target if kind == "energy" else _gradient(target, kind)
-                place["key"] = _question(keys)
-                if kind != "energy":
-                    place["mode"] = "on"  # else a run would go on without
-    return section
-
-
-def _question(choices: Sequence[str]) -> str:
-    """A value that no option takes, so that a run stops until one of them is chosen."""
-    return f"{' or '.join(dict.fromkeys(choices))}?"
-
-
-def _gradient(target: dict[str, Any], kind: str) -> dict[str, Any]:
-    """The section of forces, stress or virial, in full, in the target."""
-    given = expand_gradient(target.get(kind, "auto"))
-    target[kind] = dict(given) if isinstance(given, Mapping) else {"mode": "auto"}
-    found: dict[str, Any] = target[kind]
-    return found
-
-
-def _write_units(target: dict[str, Any], data: Mapping[str, Any]) -> None:
-    """The units of a finding; a question where several explain the numbers as well."""
-    if data.get("unit") and len({_key(one) for one in data["readings"]}) == 1:
-        target["unit"] = data["unit"]  # which says it all
-        return
-    for quantity in data["units"]:
-        units = list(dict.fromkeys(one[quantity] for one in data["readings"]))
-        said = units[0] if len(units) == 1 else _question(units)
-        if quantity == "energy":
-            # No option multiplies by the number of atoms.
-            target["unit"] = _question(units) if PER_ATOM in units else said
-        elif quantity == "force":
-            _gradient(target, "forces")["unit"] = said
-        elif said == VIRIAL:
-            stress = _gradient(target, "stress")
-            target["virial"] = {"key": stress.get("key") or "stress", "mode": stress["mode"]}
-            target["stress"] = "off"
-        elif said == NO_VIRIAL:
-            virial = _gradient(target, "virial")
-            target["stress"] = {"key": virial.get("key") or "virial", "mode": virial["mode"]}
-            target["virial"] = "off"
-        else:
-            used = "virial" if _gradient(dict(target), "stress")["mode"] == "off" else "stress"
-            if used == "stress" or len(units) > 1:
-                _gradient(target, used)["unit"] = said
-
-
-def _key(units: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    return tuple(units.items())

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
+from pet_finetune.config.target import expand_gradient
 from pet_finetune.units import to_own_unit
 
 from .evidence import (
@@ -302,3 +304,73 @@ def _made(reading: Reading, pieces: Sequence[Evidence], evidence: Sequence[Evide
     rest = sum(e.cost(Reading()) for e in evidence if quantity not in e.powers)
     known = sum(e.cost(reading) for e in evidence if quantity in e.powers and e.absolute)
     return Candidate(reading, reading.prior + own + rest + known)
+
+
+def with_found_units(section: Any, findings: Sequence[Finding]) -> Any:
+    """A section with the names and units that were found, or questions that stop a run."""
+    if isinstance(section, list):
+        return [with_found_units(one, findings) for one in section]
+    if not isinstance(section, dict) or not isinstance(section.get("systems"), dict):
+        return section
+    file = section["systems"].get("read_from")
+    for finding in findings:
+        if file not in {frames.file for frames in finding.where} or not finding.data:
+            continue
+        if finding.code == "length-unit":
+            section["systems"]["length_unit"] = finding.data["unit"] or _question(["angstrom"])
+        for target in section.get("targets", {}).values():
+            if not isinstance(target, dict):
+                continue
+            if finding.code == "units":
+                _write_units(target, finding.data)
+            elif finding.code == "several-labels":
+                kind, keys = finding.data["kind"], finding.data["keys"]
+                place = target if kind == "energy" else _gradient(target, kind)
+                place["key"] = _question(keys)
+                if kind != "energy":
+                    place["mode"] = "on"  # else a run would go on without
+    return section
+
+
+def _question(choices: Sequence[str]) -> str:
+    """A value that no option takes, so that a run stops until one of them is chosen."""
+    return f"{' or '.join(dict.fromkeys(choices))}?"
+
+
+def _gradient(target: dict[str, Any], kind: str) -> dict[str, Any]:
+    """The section of forces, stress or virial, in full, in the target."""
+    given = expand_gradient(target.get(kind, "auto"))
+    target[kind] = dict(given) if isinstance(given, Mapping) else {"mode": "auto"}
+    found: dict[str, Any] = target[kind]
+    return found
+
+
+def _write_units(target: dict[str, Any], data: Mapping[str, Any]) -> None:
+    """The units of a finding; a question where several explain the numbers as well."""
+    if data.get("unit") and len({_key(one) for one in data["readings"]}) == 1:
+        target["unit"] = data["unit"]  # which says it all
+        return
+    for quantity in data["units"]:
+        units = list(dict.fromkeys(one[quantity] for one in data["readings"]))
+        said = units[0] if len(units) == 1 else _question(units)
+        if quantity == "energy":
+            # No option multiplies by the number of atoms.
+            target["unit"] = _question(units) if PER_ATOM in units else said
+        elif quantity == "force":
+            _gradient(target, "forces")["unit"] = said
+        elif said == VIRIAL:
+            stress = _gradient(target, "stress")
+            target["virial"] = {"key": stress.get("key") or "stress", "mode": stress["mode"]}
+            target["stress"] = "off"
+        elif said == NO_VIRIAL:
+            virial = _gradient(target, "virial")
+            target["stress"] = {"key": virial.get("key") or "virial", "mode": virial["mode"]}
+            target["virial"] = "off"
+        else:
+            used = "virial" if _gradient(dict(target), "stress")["mode"] == "off" else "stress"
+            if used == "stress" or len(units) > 1:
+                _gradient(target, used)["unit"] = said
+
+
+def _key(units: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    return tuple(units.items())

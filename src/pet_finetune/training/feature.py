@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from pet_finetune.checkpoint.build import Checkpoint
+from pet_finetune.checkpoint.archive import Checkpoint
 from pet_finetune.committee.committee import Committee
 from pet_finetune.config.run_options import Options
 from pet_finetune.config.training import TrainingOptions

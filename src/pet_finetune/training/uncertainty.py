@@ -10,7 +10,7 @@ import torch
 from rich.table import Table
 
 from pet_finetune import processes
-from pet_finetune.checkpoint.build import Checkpoint
+from pet_finetune.checkpoint.archive import Checkpoint
 from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.committee.calibration import Curves

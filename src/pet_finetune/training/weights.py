@@ -16,7 +16,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from pet_finetune import processes
 from pet_finetune.adapters.peft_files import read_adapter, write_adapter
-from pet_finetune.checkpoint.build import Checkpoint
+from pet_finetune.checkpoint.archive import Checkpoint
 from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.config.finetune import Unfreeze
 from pet_finetune.errors import TrainingError, did_you_mean

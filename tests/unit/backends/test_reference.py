@@ -16,8 +16,7 @@ from pet_finetune.backends.attention import (
     pad_rows,
     unpad_rows,
 )
-from pet_finetune.backends.reference import Gate, Norm, permute_rows
-from pet_finetune.backends.twice import twice
+from pet_finetune.backends.reference import Gate, Norm, permute_rows, twice
 from pet_finetune.graph import Layout, make_layout
 
 

@@ -11,11 +11,10 @@ from inspected import codes, frames, relabel, scaled, the
 from models import random_potential
 from pet_finetune.config.load import parse_options
 from pet_finetune.data.loader import Loader
-from pet_finetune.inspection.estimate import Load, estimate, load_of
 from pet_finetune.inspection.foundation import ask
 from pet_finetune.inspection.inspected import dataset_of
 from pet_finetune.inspection.inspection import Foundation, inspect_sets
-from pet_finetune.inspection.suggestion import suggest, training_section
+from pet_finetune.inspection.suggestion import Load, estimate, load_of, suggest, training_section
 from pet_finetune.units import energy_to_ev
 
 KCAL = energy_to_ev("kcal/mol")

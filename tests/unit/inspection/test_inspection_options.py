@@ -10,7 +10,7 @@ from pet_finetune.data.readers import read_structures
 from pet_finetune.errors import DataError, UnitError
 from pet_finetune.inspection.inspect_data import inspect_data, request_of_files, write_suggestion
 from pet_finetune.inspection.inspected import Finding, Frames
-from pet_finetune.inspection.suggestion import with_found_units
+from pet_finetune.inspection.unit_checks import with_found_units
 from pet_finetune.units import energy_to_ev, to_own_unit
 from tiny_data import molecules, write_frames
 

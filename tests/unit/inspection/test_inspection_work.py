@@ -16,11 +16,11 @@ from inspected import codes, copper, look, relabel, scaled, the
 from models import random_potential
 from pet_finetune.data.structure import Structure, atoms_to_structure
 from pet_finetune.inspection import energy_checks, near_frames
-from pet_finetune.inspection.estimate import _piece, estimate, load_of
 from pet_finetune.inspection.inspect_data import inspect_data, request_of_files
 from pet_finetune.inspection.inspected import dataset_of
 from pet_finetune.inspection.inspection import Foundation, inspect_sets
 from pet_finetune.inspection.near_frames import _farthest, most_different, neighbours, within
+from pet_finetune.inspection.suggestion import _piece, estimate, load_of
 from tiny_data import write_frames
 
 
@@ -154,7 +154,7 @@ def test_dense_atoms_are_looked_at_within_a_short_reach():
 
 def test_a_piece_of_a_large_frame_is_measured(monkeypatch, model):
     """A frame of 512 atoms takes no more than one of 400 does."""
-    from pet_finetune.inspection import estimate as estimate_module
+    from pet_finetune.inspection import suggestion as estimate_module
 
     small = next(s for s in copper(1))
     grid = torch.cartesian_prod(*[torch.arange(8.0)] * 3).double() * 2.6
@@ -184,7 +184,7 @@ def test_a_piece_of_a_large_frame_is_measured(monkeypatch, model):
 
 
 def test_edges_of_large_sets_are_counted_on_a_sample(monkeypatch):
-    from pet_finetune.inspection import estimate as estimate_module
+    from pet_finetune.inspection import suggestion as estimate_module
 
     looked = []
     plain = estimate_module.find_pairs
