@@ -108,7 +108,11 @@ class FileLock:
         if file is None:
             return False
         self._file, self.holder = file, None
-        _write(file, replace(Holder.me(), inode=os.fstat(file).st_ino))
+        try:
+            _write(file, replace(Holder.me(), inode=os.fstat(file).st_ino))
+        except OSError as error:  # a full disk, which names no file
+            self.release()
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         _held.add(self)
         self._stop = threading.Event()
         self._signs = threading.Thread(target=_give_signs, args=(file, self._stop), daemon=True)

@@ -17,15 +17,27 @@ from ase.build import molecule
 from ase.io import write
 
 from logs import logging_as_it_was
+from models import random_potential, trained_adapter
+from pet_finetune.adapters import peft_files
+from pet_finetune.adapters.peft_files import save_adapter
 from pet_finetune.checkpoint.native import save_content
 from pet_finetune.data.ase_databases import write_exact
 from pet_finetune.data.frame_files import read_frames
 from pet_finetune.data.label_columns import find_value
 from pet_finetune.data.structure import atoms_to_structure
 from pet_finetune.data.writing import PredictionWriter
-from pet_finetune.errors import CheckpointError, DataError, PetFinetuneError, TrainingError
+from pet_finetune.dynamics import relaxation
+from pet_finetune.errors import (
+    AdapterError,
+    CheckpointError,
+    DataError,
+    DynamicsError,
+    PetFinetuneError,
+    TrainingError,
+)
 from pet_finetune.files import check_room, write_whole
 from pet_finetune.installation import drawn
+from pet_finetune.locks import FileLock
 from pet_finetune.log import get_logger, setup_logging
 from pet_finetune.training.run_files import KEPT, TABLE, RunFiles
 
@@ -126,6 +138,39 @@ def test_a_picture_that_fails_is_a_line_in_the_log(caplog):
         ("WARNING", "a.svg: not drawn (ZeroDivisionError: division by zero)"),
         ("INFO", "b.svg: not drawn. Plots need matplotlib."),
     ]
+
+
+def test_a_frame_that_does_not_fit_leaves_those_before_whole(tmp_path, monkeypatch):
+    file = tmp_path / "relaxed.xyz"
+    write(file, molecule("H2O"))
+    before = file.read_bytes()
+
+    def half(path, *ignored, **settings):
+        with file.open("ab") as stream:
+            stream.write(b"3\nLatti")
+        raise FULL
+
+    monkeypatch.setattr("ase.io.write", half)
+    with pytest.raises(DynamicsError, match=r"Cannot write '.*relaxed.xyz': No space"):
+        relaxation._append(file, molecule("CH4"))
+    assert file.read_bytes() == before
+
+
+def test_half_of_an_adapter_is_not_left(tmp_path, monkeypatch):
+    sizes = [10**6, 0]  # the weights, after their description
+    monkeypatch.setattr(peft_files, "write_whole", lambda *_: full() if not sizes.pop() else None)
+    model = random_potential()
+    with pytest.raises(AdapterError, match="Cannot write the adapter to '.*new': No space left"):
+        save_adapter(trained_adapter(model), tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_does_not_fit_names_its_file_and_is_free(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*set.lock'"):
+        FileLock(tmp_path / "set.lock").acquire()
+    monkeypatch.undo()
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_needs_more_than_there_is_is_not_begun(tmp_path):

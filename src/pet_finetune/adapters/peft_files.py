@@ -14,6 +14,7 @@ belongs to it beside everything else (version 1); they are read as adapters of o
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
@@ -82,6 +83,7 @@ def load_adapter(model: Potential, directory: str | Path) -> AdapterConfig:
 def write_adapter(adapter: Adapter, directory: str | Path) -> Path:
     """Write an adapter into a folder; each file is replaced in one step."""
     folder = Path(directory)
+    is_new = not folder.exists()
     config = adapter.config
     extra = {
         "format": "pet-finetune adapter",
@@ -101,7 +103,10 @@ def write_adapter(adapter: Adapter, directory: str | Path) -> Path:
         metadata = {"format": "pt", _METADATA: json.dumps(extra)}
         write_whole(folder / WEIGHTS_FILE, to_bytes(stored, metadata))
     except OSError as error:
-        raise AdapterError(f"Cannot write the adapter to '{folder}': {error}.") from error
+        if is_new:  # half of an adapter is none
+            shutil.rmtree(folder, ignore_errors=True)
+        why = error.strerror or error
+        raise AdapterError(f"Cannot write the adapter to '{folder}': {why}.") from error
     return folder
 
 

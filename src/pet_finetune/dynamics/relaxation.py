@@ -6,6 +6,7 @@ are computed in one batch. So constraints, pressure and every optimiser work as 
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -165,7 +166,7 @@ def relax_structures(
                     if relaxed is None:
                         left.append(one)
                         continue
-                    ase.io.write(output, relaxed.atoms, format="extxyz", append=True)
+                    _append(Path(output), relaxed.atoms)
                     done.append(relaxed)
                 watch.step()
             underway = left
@@ -185,6 +186,19 @@ def relax_structures(
             + f"{more}\n{there if done else f'{output} was not written.'}"
         )
     return done
+
+
+def _append(output: Path, atoms: Atoms) -> None:
+    """Add a frame to the file, whole or not at all."""
+    before = output.stat().st_size
+    try:
+        ase.io.write(output, atoms, format="extxyz", append=True)
+    except OSError as error:
+        os.truncate(output, before)
+        raise DynamicsError(
+            f"Cannot write '{output}': {error.strerror or error}. What was relaxed before is whole "
+            "in it (relax_frame says which frames). Make room, and relax the others."
+        ) from error
 
 
 @contextmanager

@@ -62,6 +62,7 @@ from .step import (
 _logger = get_logger(__name__)
 # The name of the whole loss among its terms.
 _LOSS = "loss"
+_SECONDS_BETWEEN_SAVES = 600.0
 
 
 class Trainer:
@@ -125,6 +126,7 @@ class Trainer:
         """Train until the last epoch, early stopping or an interrupt."""
         early, progress, finished = self.options.early_stopping, self.progress, True
         self._guard = InterruptGuard()
+        self._saved = time.monotonic()
         stopped_early = progress.patience_ran_out(early)  # when such a run is resumed
         precision = self.options.precision
         if precision is not None:  # say what the first batch loses to fewer digits
@@ -140,11 +142,19 @@ class Trainer:
                 finished = self._run_epoch()
                 stopped_early = finished and progress.patience_ran_out(early)
                 last = stopped_early or progress.epoch == self.options.epochs
-                if not finished or last or progress.epoch % self.options.checkpoint_interval == 0:
+                if self._save_is_due() or not finished or last:
                     for feature in self.features:
                         feature.save()
         best = progress.best_epoch, progress.best_metric
         return TrainingResult(finished, progress.epoch, *best, stopped_early)
+
+    def _save_is_due(self) -> bool:
+        """Whether the state is saved now; a job that is killed loses what came after."""
+        progress, now = self.progress, time.monotonic()
+        due = progress.epoch == 1 or progress.epoch % self.options.checkpoint_interval == 0
+        due = processes.from_first(due or now - self._saved > _SECONDS_BETWEEN_SAVES)
+        self._saved = now if due else self._saved
+        return due
 
     def _run_epoch(self) -> bool:
         """One epoch, from the batch where the progress stands; False when interrupted."""

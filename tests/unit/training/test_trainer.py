@@ -240,12 +240,14 @@ def test_a_run_that_stopped_early_does_not_go_on_when_resumed(monkeypatch):
     assert_identical(weights(resumed), weights(trainer))
 
 
-def test_saves_every_few_epochs_and_at_the_end():
+@pytest.mark.parametrize(("seconds", "saved"), [(600.0, [1, 3, 5]), (0.0, [1, 2, 3, 4, 5])])
+def test_saves_at_first_every_few_epochs_and_minutes_and_at_the_end(monkeypatch, seconds, saved):
+    monkeypatch.setattr("pet_finetune.training.trainer._SECONDS_BETWEEN_SAVES", seconds)
     epochs = []
-    trainer = make_trainer(num_epochs=5, checkpoint_interval=2)
+    trainer = make_trainer(num_epochs=5, checkpoint_interval=3)
     watch(trainer, save=lambda: epochs.append(trainer.progress.epoch))
     trainer.fit()
-    assert epochs == [2, 4, 5]
+    assert epochs == saved
 
 
 @pytest.mark.parametrize(("label", "value"), [("energy", 1e300), ("energy/forces", 1e25)])
