@@ -166,7 +166,7 @@ def finetune(
 
 
 def _rooms(own: Sequence[Feature], temporary: bool) -> Rooms:
-    """What takes part in a run with features of the caller's own."""
+    """Rooms of a run with the caller's own features."""
     rooms = replace(ROOMS, features=lambda: [*features_of_rooms(), *own], own=bool(own))
     return replace(rooms, report=lambda folder: None) if temporary else rooms
 

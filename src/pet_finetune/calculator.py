@@ -259,7 +259,7 @@ class PETCalculator(Calculator):
         return super().get_property(name, atoms, allow_calculation)
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
-        """What changed since the last calculation; counts charge and spin where they matter."""
+        """Changes since the last calculation, with charge and spin if the model uses them."""
         known = self.atoms
         changes: list[str]
         if (
@@ -386,7 +386,7 @@ class PETCalculator(Calculator):
         return self._energy().predict(batch, stress=stress)
 
     def _energy(self) -> FrozenEnergy:
-        """What computes the energy of one model."""
+        """Function that computes the energy of one model."""
         assert isinstance(self.model, Potential)
         if self._frozen is None:
             self._frozen = FrozenEnergy(self.model, self.target, self._compile)

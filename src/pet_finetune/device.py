@@ -1,4 +1,4 @@
-"""Where and with how many digits to compute, and the versions of what computes."""
+"""Device and precision of computations, and the versions of the libraries."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def train(
 
 
 def train_as_told(job: Path) -> TrainOutcome:
-    """What each process does that ``device: 4`` started; :mod:`pet_finetune.training.run`."""
+    """Training in each process of ``device: 4``; see :mod:`pet_finetune.training.run`."""
     return run.train_as_told(job, train)
 
 
@@ -111,7 +111,7 @@ _logger = get_logger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class FinetuneResult:
-    """What fine-tuning gave. A notebook shows the table of errors and the learning curves.
+    """Result of fine-tuning. A notebook shows its table of errors and learning curves.
 
     Attributes:
         model: the best model, adapter merged; of an ensemble, the committee.
@@ -159,7 +159,7 @@ class FinetuneResult:
 
 
 def result_of(outcome: TrainOutcome, options: Options, folder: Path | None) -> FinetuneResult:
-    """What a run left, read from its files while they are there.
+    """Result of a run, read from its files.
 
     Args:
         outcome: of the run.

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 
 class Rectangles(NamedTuple):
-    """Where each token sits in the padded rectangles that attention works on.
+    """Place of each token in the padded rectangles of attention.
 
     A rectangle has a row for each of its atoms and a column for each token of the one with most.
     Atoms with many neighbours have one of their own, so that few slots are empty.
@@ -129,7 +129,7 @@ def _rectangles(centers: Tensor, starts: Tensor) -> Rectangles:
 
 
 def _cuts(counts: Tensor, num_tokens: int) -> list[tuple[int, int]]:
-    """Where to cut the atoms, ascending by neighbours: the end and the width of each rectangle.
+    """End and width of each rectangle of atoms, in ascending order of neighbours.
 
     One, two, four or eight rectangles, as few as leave hardly a slot empty. Each has two atoms:
     a compiled graph would take a size of one for a constant.

@@ -97,7 +97,7 @@ class _HubFile:
     revision: str | None = None
 
     def by_hand(self) -> str:
-        """How to get it where this program cannot."""
+        """Command that fetches the file by hand."""
         revision = f" --revision {self.revision}" if self.revision else ""
         return f"hf download {self.repository} {self.name}{revision} --local-dir ."
 
@@ -352,7 +352,7 @@ def _status(error: BaseException | None) -> int | None:
 
 
 def _reason(error: BaseException) -> str:
-    """What lies at the bottom of an error, in one line."""
+    """Root cause of an error, in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = getattr(error, "strerror", None) or getattr(error, "reason", None) or error

@@ -31,7 +31,7 @@ LONG_RANGE = ("torchpme", "long-range")
 
 
 def missing_extra(library: str, extra: str) -> str | None:
-    """What to do where a library is not installed; None where it is."""
+    """Advice if a library is not installed, else None."""
     if find_spec(library) is not None:
         return None
     return (

@@ -1,4 +1,4 @@
-"""What a model predicts: the description of a target and the names its labels go by."""
+"""Targets of a model: their descriptions and the names of their labels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _RANKS: Mapping[str, int] = {"scalar": 0, "vector": 1, "tensor": 2}
 
 @dataclass(frozen=True)
 class LabelKind:
-    """What the values of a label belong to and how they turn with the structure."""
+    """Sample kind of a label and its behaviour under rotation."""
 
     #: True when there is one row for each atom, False when one for each structure.
     per_atom: bool = False
@@ -69,7 +69,7 @@ class TargetSpec:
 
     @property
     def num_subtargets(self) -> int:
-        """How many scalars, vectors or tensors make up one value."""
+        """Number of scalars, vectors or tensors in one value."""
         return self.num_outputs // 3**self.rank
 
     @property
@@ -80,7 +80,7 @@ class TargetSpec:
 
     @property
     def label_kind(self) -> LabelKind:
-        """What a label of this target belongs to and how it turns."""
+        """Kind of a label of this target."""
         return LabelKind(self.per_atom, self.rank)
 
     @property
@@ -158,7 +158,7 @@ def uncertainty_key(target: str) -> str:
 
 
 def label_kind(label: str, kinds: Mapping[str, LabelKind]) -> LabelKind:
-    """What a label is: as ``kinds`` says, else by its name, else a number for each structure."""
+    """Kind of a label: from ``kinds``, else by its name, else one number per structure."""
     if label in kinds:
         return kinds[label]
     if label.endswith(weights_key("")):

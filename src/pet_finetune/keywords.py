@@ -83,13 +83,13 @@ class Keywords:
         self.settings = settings
 
     def __repr__(self) -> str:
-        """As it is written."""
+        """Source form."""
         given = ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
         return f"{type(self).__name__}({given})"
 
 
 class Method(Keywords, place="config"):
-    """How the weights are changed: ``finetune.method`` and its settings ``finetune.config``."""
+    """Fine-tuning method: ``finetune.method`` and its settings ``finetune.config``."""
 
     name: ClassVar[str] = ""
 
@@ -171,7 +171,7 @@ class Arguments:
         self._set((option,), name, self._dataset(given, name, targets))
 
     def method(self, method: Method | type[Method] | str | None) -> None:
-        """How the weights are changed, as an object, a class or by its name."""
+        """Fine-tuning method as an object, a class or a name."""
         if isinstance(method, type) and issubclass(method, Method):
             method = method()
         if isinstance(method, Method):

@@ -1,4 +1,4 @@
-"""What launchers of several processes, torchrun and SLURM's srun, told this process."""
+"""Environment of launchers of several processes: torchrun and SLURM's srun."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PORT = 39591
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launcher told this process.
+    """Rank, size and address from a launcher.
 
     Attributes:
         rank, size: which process of how many.
@@ -46,7 +46,7 @@ def find_launch(
     port: int | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> Launch | None:
-    """What a launcher told this process; None where it runs by itself.
+    """Launch of this process; None without a launcher.
 
     Args:
         wanted: ``distributed`` of the options: False for one process whatever the environment says.

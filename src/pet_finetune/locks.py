@@ -295,7 +295,7 @@ def _inode(path: Path) -> int | None:
 
 
 def _read(file: int) -> Holder | None:
-    """What a lock's file says; nothing where it is empty or of another make."""
+    """Content of a lock's file; None if it is empty or foreign."""
     try:
         return Holder(**json.loads(os.pread(file, 4096, 0)))
     except (ValueError, TypeError):
@@ -303,7 +303,7 @@ def _read(file: int) -> Holder | None:
 
 
 def _read_living(file: int) -> Holder | None:
-    """What the file of a lock that is held says; whoever took it just now may be about to write."""
+    """Content of the file of a held lock, which may still be written."""
     found = None
     for _ in range(10):
         found = _read(file)

@@ -130,7 +130,7 @@ last_line = LastLine()
 
 @dataclass
 class _Repeats:
-    """How often one message came."""
+    """Number of repetitions of a message."""
 
     #: Of which the user knows.
     told: int = 1

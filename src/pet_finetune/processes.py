@@ -127,7 +127,7 @@ class _Watch(threading.Thread):
                 self._end(found)
 
     def _look(self) -> str:
-        """What has happened to another process; nothing where all is well."""
+        """Failure of another process, or None."""
         world, launch = self._world, self._world.launch
         store = world.store
         self._beats += 1
@@ -262,7 +262,7 @@ def alone() -> Iterator[None]:
 
 
 def size() -> int:
-    """How many processes train the model that this one trains."""
+    """Number of processes that train the same model."""
     return 1 if _world is None or _world.alone else _world.launch.size
 
 
@@ -287,12 +287,12 @@ def local_rank() -> int | None:
 
 
 def everyone() -> int:
-    """How many processes were started, also while each works by itself."""
+    """Number of processes, also while each works alone."""
     return 1 if _world is None else _world.launch.size
 
 
 def gathered(value: T) -> list[T]:
-    """What each process has, in their order, on all of them; plain values."""
+    """Values of all processes, in their order, on each; plain values."""
     if size() == 1:
         return [value]
     from torch import distributed
@@ -303,7 +303,7 @@ def gathered(value: T) -> list[T]:
 
 
 def from_first(value: T) -> T:
-    """What the first process has, on all of them; a plain value."""
+    """Value of the first process on all of them; a plain value."""
     if size() == 1:
         return value
     from torch import distributed

@@ -1,4 +1,4 @@
-"""What a computation takes: marks on its stages for torch's profiler, and memory."""
+"""Profiling: stages for torch's profiler, and memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PROCESS = Path("/proc/self")
 
 
 def stage(name: str) -> AbstractContextManager[object]:
-    """What runs within this context is the stage ``name``; stages may lie within each other."""
+    """Context that marks the stage ``name``; stages may be nested."""
     # Unseen, a mark would take as long as a few operations.
     seen = torch._C._autograd._profiler_enabled()
     return record_function(name) if seen else _UNSEEN

@@ -246,7 +246,7 @@ def _last_start(folder: Path) -> tuple[datetime.datetime, int] | None:
 
 
 def _starts(folder: Path) -> Iterator[datetime.datetime]:
-    """What the records of a run say; a damaged one says nothing."""
+    """Starts in the records of a run; damaged ones are skipped."""
     for name in _RECORDS:
         try:
             record = read_object(folder / name)

@@ -95,17 +95,17 @@ class Watch:
         _screen.close(self)
 
     def step(self, count: int = 1) -> None:
-        """So many more are done."""
+        """Count more steps as done."""
         self.done += count
 
     @property
     def what(self) -> str:
-        """What is done."""
+        """Name of the work."""
         return self._what if isinstance(self._what, str) else self._what()
 
     @property
     def counts(self) -> str:
-        """How many are done; empty where nothing is counted."""
+        """Count of the done steps; empty if nothing is counted."""
         if not self._unit:
             return ""
         of = "" if self.total is None else f" of {self.total:,}"

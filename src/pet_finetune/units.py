@@ -151,7 +151,7 @@ def own_unit(quantity: str, unit: str) -> str:
 
 
 def to_own_unit(quantity: str, unit: str) -> float:
-    """How many of :func:`own_unit` one ``unit`` of a quantity is; 1 where it is not converted.
+    """Factor from ``unit`` to :func:`own_unit`; 1 if not converted.
 
     An empty unit stands for the package's own.
 

@@ -75,7 +75,7 @@ class AdaptedPotential:
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """What the active adapter predicts; nothing without one."""
+        """Targets of the active adapter; empty without one."""
         config = active_adapter(self.potential)
         return () if config is None else tuple(config.targets)
 
@@ -182,7 +182,7 @@ class AdaptedPotential:
     def predict(
         self, batch: Batch, target: str | None = None, *, forces: bool = True, stress: bool = False
     ) -> Prediction:
-        """What the model says now, by default of the active adapter's energy.
+        """Predictions of the current model, by default of the active adapter's energy.
 
         Args:
             batch: as for :meth:`pet_finetune.model.potential.Potential.predict`.

@@ -1,4 +1,4 @@
-"""What an adapter is made of: patterns of layers as PEFT has them, ranks and alphas resolved."""
+"""Configuration of an adapter: layer patterns as in PEFT, with ranks and alphas resolved."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pet_finetune.model.pet import HEAD_GROUPS, PET
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What an adapter is made of, in the words of Hugging Face PEFT where it has them.
+    """Configuration of an adapter, with Hugging Face PEFT's names where they exist.
 
     Attributes:
         rank, alpha, dropout, use_rslora: as in :class:`~.layers.LoraLinear`.
@@ -77,7 +77,7 @@ def resolve(network: PET, config: AdapterConfig) -> AdapterConfig:
 
 
 def fitted(network: PET, config: AdapterConfig) -> AdapterConfig:
-    """As :func:`resolve`, with the ranks checked against the widths of the layers.
+    """The result of :func:`resolve`, with ranks checked against the widths of the layers.
 
     A layer that is narrower than the rank gets as much rank as it can use, at the same scaling.
 

@@ -28,7 +28,7 @@ from .inject import (
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """What a model becomes when it is adapted, apart from the model.
+    """An adapter without its model: tensors, configuration and targets.
 
     Attributes:
         config: resolved, unless Hugging Face PEFT wrote it.
@@ -59,7 +59,7 @@ class Adapter:
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers it holds."""
+        """Number of parameters."""
         return sum(tensor.numel() for tensor in self.tensors.values())
 
 

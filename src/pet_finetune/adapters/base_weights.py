@@ -80,7 +80,7 @@ _NARROWEST = 8
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """What quantising a base changed.
+    """Effect of the quantisation of a base.
 
     Attributes:
         bits: of each quantised number.

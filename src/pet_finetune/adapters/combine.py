@@ -148,7 +148,7 @@ def _check_together(parts: Weighted) -> None:
 def _of_each_target(
     what: str, one: Adapter, other: Adapter, value: Callable[[AdapterTarget], object]
 ) -> Iterator[tuple[str, object, object]]:
-    """What two adapters have for each of the targets that they share."""
+    """Values of two adapters for each shared target."""
     theirs = {target.spec.name: target for target in other.targets}
     for target in one.targets:
         if target.spec.name in theirs:
@@ -188,7 +188,7 @@ def _layers(adapter: Adapter) -> list[str]:
 
 
 def _heads(adapter: Adapter) -> dict[str, Tensor]:
-    """What trained whole, embeddings of new elements included."""
+    """Modules trained in full, with embeddings of new elements."""
     return {
         n: t
         for n, t in adapter.tensors.items()
@@ -278,7 +278,7 @@ def _targets(parts: Weighted, base: Potential | None) -> tuple[AdapterTarget, ..
 def _at_the_base(
     adapter: Adapter, base: Potential | None
 ) -> tuple[Mapping[str, Tensor], tuple[AdapterTarget, ...]]:
-    """What the base has in the place of what trained whole, and its targets."""
+    """The base's modules in place of those trained in full, and its targets."""
     if base is None:
         raise AdapterError(
             "The weights do not sum to 1, so the heads cannot be blended without those of the "

@@ -204,7 +204,7 @@ def saved_parameters(model: Potential, paths: Sequence[str]) -> list[tuple[str, 
 
 
 def adapter_tensors(model: Potential) -> dict[str, Tensor]:
-    """What the adapter of a model added to its network, by name; prompts of the base are not."""
+    """Tensors that the adapter added to the network, by name, without prompts of the base."""
     tensors = {n: t for n, t in model.network.state_dict().items() if is_adapter_tensor(n)}
     if adapter_state(model).config.num_prompts:
         for path, prompt in prompts(model).items():
@@ -249,7 +249,7 @@ def eject(model: Potential) -> None:
 
 @dataclass(frozen=True)
 class TrainableReport:
-    """How many parameters train, in all and by kind.
+    """Numbers of trained parameters, in total and by kind.
 
     Attributes:
         trainable, total: counts.
@@ -282,7 +282,7 @@ def freeze(model: Potential, train: Sequence[str] | None) -> None:
 
 
 def _kind(name: str) -> str:
-    """What a trained parameter is called in the report."""
+    """Kind of a trained parameter in the report."""
     if name.endswith(f".{ROWS}"):
         return "embeddings of new elements"
     if ".adaption_" in name:

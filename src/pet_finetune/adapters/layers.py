@@ -84,7 +84,7 @@ class LoraLinear(Adapted):
 
     @property
     def scaling(self) -> float:
-        """What the product B A is multiplied with."""
+        """Scale of the product B A."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
     @property
@@ -95,7 +95,7 @@ class LoraLinear(Adapted):
 
     @property
     def fusable(self) -> bool:
-        """Not with a quantised weight, which no graph shall hold on to in full."""
+        """Whether the kernels may fuse the layer: not with a quantised weight."""
         return self.quantized is None
 
     def quantize(self, bits: int) -> None:
@@ -128,7 +128,7 @@ class LoraLinear(Adapted):
         return self.base_weight() if self._goes_apart else self._whole_weight()
 
     def _whole_weight(self) -> Tensor:
-        """What the layer computes with, dropout aside."""
+        """Effective weight of the layer, without dropout."""
         if not self.enabled:
             return self.base_weight()
         return self.weight if self.merged else self.updated_weight()
@@ -145,7 +145,7 @@ class LoraLinear(Adapted):
         return self._beside(nn.functional.dropout(x, self.dropout, self.training))
 
     def _beside(self, x: Tensor) -> Tensor:
-        """What the adapter adds to the base's output, by the thin way."""
+        """Output of the adapter from two thin products."""
         return self.scaling * ((x @ self.lora_A.T) @ self.lora_B.T)
 
     def low_rank_update(self) -> LowRankUpdate | None:
@@ -236,11 +236,11 @@ class DoraLinear(LoraLinear):
         return self._stretch(weight).unsqueeze(1) * weight
 
     def _stretch(self, weight: Tensor) -> Tensor:
-        """What the rows of W + s B A are multiplied with, [out]."""
+        """Scale of each row of W + s B A, [out]."""
         return self.lora_magnitude_vector / _row_norms(weight.detach())
 
     def _beside(self, x: Tensor) -> Tensor:
-        """What is added to the base's output; the dropped inputs count for both its parts."""
+        """Output added to the base's; dropout applies to both parts."""
         stretch = self._stretch(super().updated_weight())
         return (stretch - 1) * self._times_base(x) + stretch * super()._beside(x)
 

@@ -212,7 +212,7 @@ def _check_digest(
 
 
 def read_metadata(directory: str | Path) -> dict[str, Any]:
-    """What we wrote beside the tensors of an adapter; empty for one that PEFT wrote."""
+    """Our metadata of an adapter file; empty for a file of PEFT."""
     path = Path(directory) / WEIGHTS_FILE
     with _weights_explained(path), safe_open(path, framework="pt") as stored:
         text = (stored.metadata() or {}).get(_METADATA)

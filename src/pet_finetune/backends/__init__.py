@@ -1,4 +1,4 @@
-"""Who computes the network's operators: plain torch or compiled kernels, chosen once for a model.
+"""Back ends of the network's operators: plain torch or compiled kernels, chosen once for a model.
 
 :mod:`.operators` is the registry, :mod:`.reference` what each operator is in plain torch,
 :mod:`.fused` the compiled ones for CPUs, :mod:`.choice` the choice between them. Beside these the

@@ -58,7 +58,7 @@ def unpad_rows(padded: Tensor, where: Rectangles) -> Tensor:
 
 
 def pad_keys(logarithms: Tensor, layout: Layout) -> Tensor:
-    """What is added to the scores of each key, as :func:`attend` takes it.
+    """Bias of the scores of each key, in the form of :func:`attend`.
 
     Args:
         logarithms: [n_edges], of the edges; the centres' are 0.

@@ -122,7 +122,7 @@ def ready(device: torch.device | str = "cpu") -> bool:
 
 
 def _missing(path: Path) -> str | None:
-    """What this machine lacks to use the kernels, or None."""
+    """Reason why this machine cannot use the kernels, or None."""
     if platform.system() != "Linux":
         return f"the fused kernels are made for Linux, not {platform.system()}"
     if not path.exists() and shutil.which(os.environ.get("CXX", "c++")) is None:
@@ -254,7 +254,7 @@ _FLOATS = (torch.float32, torch.float64)
 
 
 class Backend:
-    """Who computes. There are as many as constants in this module, told apart by identity.
+    """A back end. Its instances are the constants of this module, compared by identity.
 
     Args:
         name: unique.
@@ -293,7 +293,7 @@ def _by_name(name: str) -> Backend:
 
 
 def default_backend() -> Backend:
-    """What a model uses that nobody chose a back end for."""
+    """Back end of a model without a choice."""
     return FUSED if loaded() else EAGER
 
 
@@ -308,7 +308,7 @@ def choose_backend(device: torch.device | str = "cpu") -> Backend:
 
 
 class Accelerated:
-    """What a module is that a back end may compute; plain torch until it is told of one."""
+    """Base class of modules that a back end can compute; plain torch by default."""
 
     # Not annotated: TorchScript would try to compile the type.
     #: Who computes.

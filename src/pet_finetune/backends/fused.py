@@ -47,12 +47,12 @@ def multiplies_bfloat16() -> bool:
 
 
 def lanes(dtype: torch.dtype) -> int:
-    """How many numbers the kernels take at once; widths of projections are multiples of it."""
+    """Vector width of the kernels; widths of projections are multiples of it."""
     return 64 // dtype.itemsize
 
 
 def settings(op: RowOp | None, dtype: torch.dtype) -> dict[str, Any]:
-    """How :func:`projection` is told of an operation on rows; empty for none."""
+    """Encoding of an operation on rows for :func:`projection`; empty for none."""
     if op is None:
         return {}
     eps = torch.finfo(dtype).eps if op.eps is None else op.eps

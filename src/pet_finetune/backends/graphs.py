@@ -187,7 +187,7 @@ def _path(key: str, device: torch.device) -> Path:
 
 @cache
 def _surroundings(device: torch.device) -> str:
-    """What a compiled graph fits beside its key."""
+    """Versions and hardware that a compiled graph depends on."""
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
     else:

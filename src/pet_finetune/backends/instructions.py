@@ -65,7 +65,7 @@ class Rows(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What is done to each row of the input of a linear layer.
+    """Operation on each row of the input of a linear layer.
 
     Attributes:
         prologue, norm_weight, norm_bias, eps: as in :func:`~.fused.projection`.
@@ -197,7 +197,7 @@ class Recorder:
         )  # fmt: skip
 
     def finish(self) -> Instructions:
-        """What :func:`static_network` runs."""
+        """The recorded instructions for :func:`static_network`."""
         return Instructions(
             torch.cat(self._weights),
             torch.tensor(self._code, dtype=torch.int64),

@@ -33,7 +33,7 @@ class Formula:
         raise NotImplementedError
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensors]:
-        """The same, and what the derivatives shall have of it."""
+        """The same result, and the values that the derivatives need."""
         raise NotImplementedError
 
     def backward(
@@ -121,7 +121,7 @@ class _Backward(torch.autograd.Function):
 
 
 class RowOp(NamedTuple):
-    """What is done to each row of the input of a linear layer.
+    """Operation on each row of the input of a linear layer.
 
     Attributes:
         kind: ``rms_norm``, ``layer_norm``, ``silu`` or ``swiglu``.

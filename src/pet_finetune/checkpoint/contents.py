@@ -1,4 +1,4 @@
-"""What is inside a checkpoint or an adapter folder; checking, merging and combining adapters."""
+"""Contents of checkpoints and adapter folders; checking, merging and combining adapters."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def describe_checkpoint(path: str | Path) -> tuple[Table, ...]:
 
 
 def _uncertainties(model: Potential) -> dict[str, dict[str, Any]]:
-    """What last-layer uncertainties (LLPR) there are, by target."""
+    """Last-layer uncertainties (LLPR) by target."""
     return {
         target: {"kind": "llpr", "factor": float(layer.multiplier), "members": layer.num_members}
         for target, layer in fresh(model).items()
@@ -144,7 +144,7 @@ def _family(provenance: Mapping[str, Any]) -> Table:
 
 
 def _training(own: Mapping[str, Any]) -> str:
-    """How one model was trained, in a few words."""
+    """Short description of the training of one model."""
     options = own.get("options")
     parts = []
     if isinstance(options, Mapping):

@@ -244,7 +244,7 @@ def _check_species_table(model: Potential, network: Mapping[str, Tensor], where:
 
 
 def _provenance(content: Mapping[str, Any], version: int) -> dict[str, Any]:
-    """What the file says about its origin, plain values only."""
+    """Provenance in the file, as plain values."""
     result: dict[str, Any] = {"format": "metatrain", "format_version": version}
     for name in ("epoch", "best_epoch", "best_metric"):
         value = content.get(name)
@@ -264,7 +264,7 @@ def _provenance(content: Mapping[str, Any], version: int) -> dict[str, Any]:
 
 
 def _ancestors(card: Any) -> dict[str, Any]:
-    """What a file that pet-finetune wrote for metatrain says of the model it was made from."""
+    """Provenance of the original model in a file that pet-finetune wrote for metatrain."""
     try:
         provenance = json.loads(card["provenance"])
         parent = {"parent": str(card["source"]), "parent_fingerprint": str(card["fingerprint"])}

@@ -53,7 +53,7 @@ class StoredTensor:
 
 @dataclass(eq=False)
 class Inert:
-    """What a file said about an object of a foreign class; the class itself is never touched."""
+    """Inert stand-in for an object of a foreign class, which is never imported."""
 
     name: str
     args: tuple[Any, ...] = ()

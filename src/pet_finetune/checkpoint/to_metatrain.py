@@ -164,7 +164,7 @@ def _problem(model: Potential, name: str, spec: TargetSpec) -> str | None:
 
 
 def _described(spec: TargetSpec, notices: list[str]) -> tuple[Any, Any]:
-    """What metatrain says of a target, and the layout in it; metatomic must know the unit."""
+    """Description and layout of a target for metatrain; metatomic must know the unit."""
     from metatomic.torch import ModelOutput
 
     unit = spec.unit

@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _doing(command: str) -> str:
-    """What is shown of a command where nothing inside it is."""
+    """Progress text of a command without progress of its own."""
     # Importing torch and what stands on it takes seconds.
     loaded = hasattr(sys.modules.get("pet_finetune.api"), "train")
     return f"pet-finetune {command}" if loaded else "loading torch"

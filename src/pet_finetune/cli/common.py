@@ -1,4 +1,4 @@
-"""What commands share: their arguments, and a look at files before torch is imported."""
+"""Arguments shared by commands, and checks of files before torch is imported."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def add_override(parser: Arguments, when: str = "") -> None:
 
 
 def given(arguments: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
-    """Those of the options that were given, by name."""
+    """Given options by name."""
     values = {name: getattr(arguments, name) for name in names}
     return {name: value for name, value in values.items() if value is not None}
 
@@ -126,13 +126,13 @@ def add_model_arguments(parser: Arguments, of_committee: str) -> None:
 
 
 def model_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the arguments say, as attributes of ``ModelChoice``."""
+    """The arguments as attributes of ``ModelChoice``."""
     adapters = {"adapters": tuple(arguments.adapter)} if arguments.adapter else {}
     return given(arguments, OF_MODEL) | adapters
 
 
 def systems_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What :data:`OF_SYSTEMS` say, as options of ``systems``."""
+    """Values of :data:`OF_SYSTEMS` as options of ``systems``."""
     return given(arguments, OF_SYSTEMS)
 
 

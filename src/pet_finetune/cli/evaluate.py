@@ -87,7 +87,7 @@ def add_eval(commands: common.Commands) -> None:
 
 
 def _add_names(parser: argparse.ArgumentParser) -> None:
-    """How labels are called in files, and their units."""
+    """Arguments for names and units of labels."""
     group = parser.add_argument_group(
         "labels of files", "names and units in files of structures (options files have their own)"
     )

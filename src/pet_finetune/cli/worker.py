@@ -10,7 +10,7 @@ from pet_finetune.errors import PetFinetuneError
 
 
 def main() -> int:
-    """Train as the job says. Whoever started the processes shows an error."""
+    """Train as the job says; the parent process shows errors."""
     launchers.quiet()
     from pet_finetune.api import train_as_told
 

@@ -41,7 +41,7 @@ class Deviations:
 
     @property
     def factor(self) -> float:
-        """What the spread is multiplied with for its mean square to be that of the errors.
+        """Factor that makes the mean square of the spread that of the errors.
 
         The root of the ratio of the means, sum e^2 / sum s^2, which makes the root mean variance
         equal to the root mean squared error (the two that Levi et al., Sensors 22, 5540 (2022)
@@ -111,7 +111,7 @@ class Comparison:
                 self._found.setdefault((name, kind), []).append((error[known], spread[known]))
 
     def of(self, target: str) -> dict[str, Deviations]:
-        """What was found for a target, by kind: energies per atom, components of the others."""
+        """Calibration of a target by kind: energies per atom, components of the others."""
         return {
             kind: Deviations(*(to_numpy(torch.cat(values)) for values in zip(*parts, strict=True)))
             for (name, kind), parts in self._found.items()
@@ -155,7 +155,7 @@ class Curves:
         return cls(LEVELS, before, after, *areas, factor)
 
     def plain(self) -> dict[str, Any]:
-        """As numbers and lists, for JSON."""
+        """Numbers and lists for JSON."""
         return {
             key: value if isinstance(value, float) else value.tolist()
             for key, value in asdict(self).items()

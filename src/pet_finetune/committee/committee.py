@@ -45,7 +45,7 @@ _FEWEST_EDGES = {"cpu": 1024, "cuda": 32768}
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the spread of the members is multiplied with to become an uncertainty."""
+    """Factors that turn the spread of the members into an uncertainty."""
 
     energy: float = 1.0
     forces: float = 1.0
@@ -144,7 +144,7 @@ class Committee(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the networks live."""
+        """Device of the networks."""
         return self._first.device
 
     def energy_target(self, wanted: str | None = None) -> str:
@@ -238,7 +238,7 @@ class Committee(nn.Module):
     def predict_many(
         self, batch: Batch, wanted: Mapping[str, tuple[bool, bool]]
     ) -> dict[str, CommitteePrediction]:
-        """As :meth:`Potential.predict_many`, for the one energy there is."""
+        """:meth:`Potential.predict_many` for the committee's energy."""
         return {
             name: self.predict(batch, name, forces=forces, stress=stress)
             for name, (forces, stress) in wanted.items()
@@ -296,7 +296,7 @@ def results_of(
 
 
 def _of_members(prediction: CommitteePrediction) -> dict[str, Any]:
-    """What :data:`COMMITTEE_PROPERTIES` names."""
+    """Values of :data:`COMMITTEE_PROPERTIES`."""
     members = prediction.members
     results: dict[str, Any] = {"energy_uncertainty": float(prediction.uncertainty("energy")[0])}
     if len(members.energy):  # a last layer has an uncertainty without members, too

@@ -95,7 +95,7 @@ def _members(base: Potential, adapters: Sequence[Adapter], energy: str) -> Itera
 
 
 def _targets(adapter: Adapter, base: Potential) -> dict[str, TargetSpec]:
-    """What an adapter is for; one that PEFT wrote names nothing and is for the model's first."""
+    """Targets of an adapter; for one of PEFT, the model's first target."""
     specs = [target.spec for target in adapter.targets] or [next(iter(base.targets.values()))]
     return {spec.name: spec for spec in specs}
 

@@ -67,7 +67,7 @@ def fresh(model: Potential) -> dict[str, LastLayer]:
 
 
 def properties_of(layer: LastLayer | None, direct: bool) -> Sequence[str]:
-    """What a calculator has beside the usual properties.
+    """Additional properties of a calculator.
 
     Args:
         layer: the uncertainty of its energy, if there is one.
@@ -98,7 +98,7 @@ def no_property(layer: LastLayer | None, target: str) -> str:
 
 @dataclass(frozen=True)
 class LastLayerPrediction(CommitteePrediction):
-    """What a potential says, how sure it is, and what the members of its last layer say.
+    """Prediction of a potential with its uncertainty and its last-layer ensemble.
 
     Attributes:
         sums: what the last layer sees of each structure, [n_structures, k].
@@ -123,7 +123,7 @@ def predict_uncertain(
     wanted: Mapping[str, tuple[bool, bool]],
     layers: Mapping[str, LastLayer],
 ) -> dict[str, Prediction | Property]:
-    """As :meth:`Potential.predict_targets`; energies with uncertainties come with theirs."""
+    """:meth:`Potential.predict_targets`, with the uncertainties of energies."""
     known = [name for name in wanted if name in layers and model.target(name).is_energy]
     found = model.predict_targets(batch, wanted, features_of=known)
     for name in known:
@@ -252,7 +252,7 @@ def fit_last_layers(
 
 
 def _features(batch: Batch, spec: TargetSpec, found: Prediction | Property) -> Tensor:
-    """What the last layer sees of each row of a target, [n_rows, k] float64."""
+    """Last-layer features of each row of a target, [n_rows, k] float64."""
     assert found.features is not None
     features = found.features.double()
     if spec.per_atom:

@@ -1,4 +1,4 @@
-"""What the members of a committee share, and the layers in which they differ."""
+"""Shared and differing layers of the members of a committee."""
 
 from __future__ import annotations
 

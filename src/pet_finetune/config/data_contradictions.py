@@ -233,7 +233,7 @@ def check_keeping(options: Options) -> Iterator[Problem]:
 
 
 def _changed(section: Section, *names: str) -> list[str]:
-    """Those of the options that are not at their defaults, which files of runs spell out."""
+    """Options that differ from their defaults."""
     fields = type(section).model_fields
     return [name for name in names if getattr(section, name) != fields[name].default]
 
@@ -348,7 +348,7 @@ def _assumed(options: Options, raw: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _section(raw: Any, path: Path) -> Mapping[str, Any]:
-    """What the user wrote at a place; nothing where that is no section."""
+    """The user's section at a place; empty if there is none."""
     for key in path:
         try:
             raw = raw[key]
@@ -358,7 +358,7 @@ def _section(raw: Any, path: Path) -> Mapping[str, Any]:
 
 
 def _same_files(options: Options) -> Iterator[str]:
-    """Whole files that serve twice make errors look too small."""
+    """Notices for files that are used twice, which makes errors look too small."""
     training = {d.systems.read_from for d in options.training_set if d.indices is None}
     for name in ("validation_set", "test_set"):
         chosen = getattr(options, name)

@@ -88,7 +88,7 @@ Types = Annotated[
 
 
 class SystemsOptions(Section):
-    """Where the structures come from."""
+    """Source of the structures."""
 
     short_forms = ("string",)
 
@@ -116,7 +116,7 @@ ExtraName = Annotated[Literal["charge", "spin_multiplicity"], OneOf()]
 
 
 class ExtraDataOptions(Section):
-    """Where the total charge or the spin multiplicity of the structures comes from."""
+    """Source of the total charge or the spin multiplicity of the structures."""
 
     short_forms = ("string",)
 

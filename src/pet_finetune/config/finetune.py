@@ -67,7 +67,7 @@ class RetentionOptions(Section):
 
 
 class ReplayOptions(Section):
-    """What is replayed beside the user's data."""
+    """Replay in addition to the user's data."""
 
     read_from: DatasetOptions | None = None
     """Real data of the pre-training kind: a path, or a data set with one of the foundation's
@@ -342,7 +342,7 @@ class LegacyStart(Section):
 
 
 class FinetuneOptions(Section):
-    """Where training starts and which weights it changes."""
+    """Start of the training and the weights that train."""
 
     method: Annotated[FinetuneMethod, OneOf()] = "full"
     """`lora`: low-rank updates and the heads; `prompt`: learned tokens in the attention, and the

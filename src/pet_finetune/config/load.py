@@ -40,7 +40,7 @@ def read_yaml(path: str | FilePath, overrides: Sequence[str] = ()) -> dict[str, 
 def read_yaml_document(
     path: str | FilePath, overrides: Sequence[str] = ()
 ) -> dict[str, Any] | list[Any]:
-    """What :func:`read_yaml` reads, where a list is as good as a section."""
+    """YAML file as by :func:`read_yaml`, with a list or a section at the top."""
     config = _load(path)
     problems = [problem for text in overrides if (problem := _override(config, text))]
     if problems:

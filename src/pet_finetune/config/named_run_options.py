@@ -125,7 +125,7 @@ def run_names(path: str | FilePath) -> list[str]:
 
 
 def _read(path: str | FilePath) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """What the runs of a file share, and the entries of the file as they stand."""
+    """Shared settings of a file of runs, and its entries."""
     yaml = FilePath(path).suffix in (".yaml", ".yml")
     content = read_yaml(path) if yaml else read_json(path)
     for name, entry in content.items():
@@ -165,7 +165,7 @@ def _run(
 
 
 def _settings(level: Mapping[str, Any], where: str) -> _Settings:
-    """What one section says, by the option that each setting stands for."""
+    """Settings of one section by option."""
     found: _Settings = {}
     for setting, value in level.items():
         option = _option(setting, where)

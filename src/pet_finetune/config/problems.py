@@ -1,4 +1,4 @@
-"""Problems in the options: what they are, and validation errors put into plain words."""
+"""Problems in the options, and validation errors as messages."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def section_in(annotation: Any) -> tuple[type[BaseModel] | None, str]:
 
 
 def _step(annotations: list[Any], key: str | int) -> list[Any]:
-    """What the annotations hold under ``key``."""
+    """Annotation under ``key``."""
     found: list[Any] = []
     for annotation in annotations:
         for part in _parts(annotation):
@@ -188,7 +188,7 @@ def config_error(problems: Iterable[Problem | str], source: str) -> ConfigError:
 
 
 def visible_path(location: Sequence[str | int], raw: Any) -> Path:
-    """Where the user finds a location of pydantic's: without its marks and implied lists."""
+    """Location of pydantic as a path in the user's file, without its marks and implied lists."""
     path: list[str | int] = []
     node = raw
     for key in without_tags(location):

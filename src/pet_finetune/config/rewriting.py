@@ -1,4 +1,4 @@
-"""What is rewritten before options are checked: older and foreign spellings, ``-c``, the method.
+"""Rewriting of options before the checks: older and foreign spellings, ``-c``, the method.
 
 Each function changes the raw options in place and adds to a :class:`Rewriting` one notice for
 each older spelling, or a problem where it contradicts what today's spelling says.
@@ -47,7 +47,7 @@ _RENAMED: tuple[tuple[Path, Path, dict[str, str], bool], ...] = (
 
 @dataclass
 class Rewriting:
-    """What was found while rewriting."""
+    """Notices and problems of the rewriting."""
 
     raw: dict[str, Any]
     notices: list[str] = field(default_factory=list)

@@ -258,7 +258,7 @@ class Options(Section):
 
     @property
     def num_processes(self) -> int:
-        """How many processes ``device`` asks for; 1 where it names a device."""
+        """Number of processes in ``device``; 1 if it names a device."""
         return int(self.device) if self.device.isdigit() else 1
 
     def learning_rate(self) -> float:
@@ -272,7 +272,7 @@ class Options(Section):
         return rates[how]
 
     def baseline_mode(self) -> Literal["refit", "fit", "keep", "values"]:
-        """How the species' energies are found, with ``auto`` resolved."""
+        """Mode of the baseline, with ``auto`` resolved."""
         mode = self.training.baseline.mode
         if mode == "auto":
             return "refit" if self.is_finetuning else "fit"

@@ -70,7 +70,7 @@ Reader = Annotated[
 
 
 class GradientOptions(Section):
-    """Where forces, stress or virial of an energy come from.
+    """Source of forces, stress or virial of an energy.
 
     In a file, ``on``, ``off``, a path, or these keys in braces. Without a unit, values are in the
     units of the energy and length of the same data set.
@@ -117,7 +117,7 @@ class CartesianType(Section):
 
 
 class TargetType(Section):
-    """How a target rotates with the structure, when it is no scalar."""
+    """Rotation behaviour of a target that is not a scalar."""
 
     cartesian: CartesianType
     """A vector or tensor in x, y, z components."""
@@ -208,7 +208,7 @@ class TargetOptions(Section):
 
     @property
     def factor(self) -> float:
-        """How many of the package's own units one unit of the file is.
+        """Factor from the file's unit to the package's.
 
         Raises:
             UnitError: see :meth:`unit_problem`.
@@ -216,7 +216,7 @@ class TargetOptions(Section):
         return to_own_unit(self.quantity, self.unit)
 
     def gradient_factor(self, kind: Literal["forces", "stress", "virial"], length: float) -> float:
-        """How many eV/Å (of a stress eV/Å³, of a virial eV) one unit of the file is.
+        """Factor from the file's unit to eV/Å (stress: eV/Å³, virial: eV).
 
         Args:
             kind: which derivative.
@@ -231,7 +231,7 @@ class TargetOptions(Section):
         return self.factor / length ** {"forces": 1, "stress": 3, "virial": 0}[kind]
 
     def unit_problem(self) -> str | None:
-        """What is wrong with the unit, or None; only those of converted quantities are checked."""
+        """Problem of the unit, or None; only units of converted quantities are checked."""
         try:
             to_own_unit(self.quantity, self.unit)
         except UnitError as why:

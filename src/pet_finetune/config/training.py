@@ -246,7 +246,7 @@ def _logs(value: Any) -> tuple[str, ...]:
 
 
 class BaselineOptions(Section):
-    """How the energy of each species, which the network need not learn, is found."""
+    """Baseline: the energy of each species, which the network need not learn."""
 
     mode: Annotated[BaselineMode, OneOf()] = "auto"
     """`refit`: least squares on the residuals of the starting model; `fit`: least squares on the

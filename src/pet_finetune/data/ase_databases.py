@@ -93,7 +93,7 @@ def restore_exact(atoms: Atoms) -> bool:
 
 
 def _results(atoms: Atoms, number: int) -> Mapping[str, Any]:
-    """What the calculator of a structure has computed for it."""
+    """Results of a structure's calculator."""
     results: Mapping[str, Any] = getattr(atoms.calc, "results", None) or {}
     computed_for = getattr(atoms.calc, "atoms", None)
     if not results or computed_for is None:
@@ -155,7 +155,7 @@ def is_database(path: Path) -> bool:
 
 
 def count_rows(path: Path) -> int:
-    """How many rows a database has.
+    """Number of rows of a database.
 
     Raises:
         DataError: it cannot be read.

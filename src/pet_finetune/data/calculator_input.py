@@ -71,7 +71,7 @@ def check_atoms(atoms: Atoms, species: Sequence[int]) -> None:
 
 
 def molecules_in(atoms: Atoms) -> int:
-    """How many pieces a structure has between which there is no bond, by covalent radii."""
+    """Number of molecules in a structure, by covalent radii."""
     if len(atoms) < 2:
         return len(atoms)
     i, j = bonded_pairs("ij", atoms, natural_cutoffs(atoms, mult=1.25))
@@ -80,7 +80,7 @@ def molecules_in(atoms: Atoms) -> int:
 
 
 def misses_a_cell(atoms: Atoms) -> int:
-    """How many molecules fill a box of which nothing is said; 0 where a cell is not missed.
+    """Number of molecules that fill a box without a cell; 0 if no cell seems to be missing.
 
     Files of many programs hold positions alone: a liquid would be a drop in vacuum.
     """
@@ -234,7 +234,7 @@ class MovingAtoms:
 
     @property
     def origin(self) -> Origin | None:
-        """What the neighbour list in use was built for; None before the first.
+        """Geometry of the current neighbour list; None before the first.
 
         The order of the pairs, and with it the last bit of every sum over them, depends on it.
         """

@@ -39,7 +39,7 @@ _ENDINGS = (*_XYZ, ".db", ".traj", ".json", ".aselmdb", ".h5", ".hdf5", ".npz", 
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion gave.
+    """Result of a conversion.
 
     Attributes:
         path: the folder or zip.
@@ -106,7 +106,7 @@ def convert(
 def _frames_of(
     file: Path, format: str, types: Mapping[int, str] | None
 ) -> tuple[FrameSource, int | None]:
-    """How the frames of a file are read one after the other, and how many there are."""
+    """Iterator over the frames of a file, and their number."""
     if is_metatrain_set(file):
         if file.is_dir():
             folder = Folder(file)

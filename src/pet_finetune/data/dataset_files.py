@@ -153,7 +153,7 @@ class Gradient:
         return values
 
     def column(self, factor: float) -> tuple[Column, float]:
-        """Where the values are, and what makes them eV and Å.
+        """Column of the values and their conversion to eV and Å.
 
         Args:
             factor: of the units of energy and length, for options without a unit.

@@ -1,4 +1,4 @@
-"""What an epoch makes of structures: their order, packs and shares, rotations."""
+"""Order, packs, shares and rotations of the structures of an epoch."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ class _Reader:
             line = end
 
     def finish(self) -> None:
-        """What is said once for the whole file."""
+        """Notices for the whole file."""
         if self.types and not self.mapped:
             _logger.warning("%s: %s", self.source, UNUSED_TYPES)
         largest = len(self.numeric)

@@ -271,7 +271,7 @@ class Column:
 
 
 def _results(atoms: Atoms) -> dict[str, Any]:
-    """What a calculator read with the structure has stored; nothing is computed."""
+    """Stored results of the structure's calculator; nothing is computed."""
     return getattr(atoms.calc, "results", {})
 
 

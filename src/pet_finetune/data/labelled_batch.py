@@ -1,4 +1,4 @@
-"""What travels beside a ``Batch`` of graphs: labels, and which structures these are."""
+"""A ``Batch`` of graphs with its labels and the origin of its structures."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class LabelledBatch:
         return self.graph.num_structures / max(1, self.size)
 
     def num_known(self, name: str) -> Tensor | int:
-        """How many numbers of a label are known, with those that other processes have."""
+        """Number of known values of a label in all processes."""
         if self.whole is not None:
             known = self.whole.known.get(name)
             return 0 if known is None else int(known.sum())
@@ -246,7 +246,7 @@ T = TypeVar("T")
 
 
 class _End:
-    """What comes after the last item."""
+    """Marker of the end."""
 
 
 _END: Final = _End()

@@ -270,7 +270,7 @@ class Loader:
         return batch if whole else replace(batch, whole=self._whole(members, positions))
 
     def _whole(self, members: np.ndarray, positions: np.ndarray) -> Whole:
-        """What a part of a batch has to know of all of it."""
+        """Numbers of the whole batch that its parts need."""
         if isinstance(self.structures, OnDisk):
             frames, sources = self.structures.places(members)
             known = {

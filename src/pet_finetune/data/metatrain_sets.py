@@ -249,7 +249,7 @@ class Folder(Sequence["Atoms"]):
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """What ``pet-finetune convert`` says of a folder that it wrote; nothing of those of others.
+    """Record of a folder written by ``pet-finetune convert``; empty for others.
 
     Raises:
         DataError: another version wrote it.
@@ -280,7 +280,7 @@ def _put(frame: Atoms, name: str, values: np.ndarray, of_atoms: bool) -> None:
 
 
 def zip_count(path: Path) -> int:
-    """How many structures a zip holds."""
+    """Number of structures in a zip."""
     with _opened(path) as archive:
         return sum(name.endswith("/system.mta") for name in archive.namelist())
 

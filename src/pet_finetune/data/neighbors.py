@@ -106,7 +106,7 @@ def find_pairs(
 def expected_neighbors(
     positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray, cutoff: float
 ) -> float:
-    """How many neighbours an atom has on average if the atoms are spread evenly.
+    """Mean number of neighbours of evenly spread atoms.
 
     Args:
         positions: ``[n, 3]`` in Å.

@@ -1,4 +1,4 @@
-"""What the outputs of electronic-structure codes say beside the numbers: did the SCF converge?
+"""Status in outputs of electronic-structure codes: did the SCF converge?
 
 ASE reads energies and forces and drops the status of the calculation. Here the text is searched
 for what the codes write when they give up, and each such line is laid to its frame.
@@ -50,7 +50,7 @@ _FLAGS = re.compile(r"(?i)(?:is_|scf_|electronic_)*converged(?:_scf|_electronic)
 
 @dataclass(frozen=True)
 class _Code:
-    """How the frames lie in the output of a code."""
+    """Layout of the frames in the output of a code."""
 
     #: Lines of which every frame has one.
     frame: re.Pattern[str]

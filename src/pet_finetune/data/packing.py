@@ -93,7 +93,7 @@ def packed(path: Path) -> Folder | None:
 
 
 def set_frames(path: Path) -> FrameSource:
-    """How the frames of a database or of a zip of metatrain's are read."""
+    """Reader of the frames of a database or of metatrain's zip."""
     if is_database(path):
         return lambda position, done: rows_of(path, position)
     return lambda position, done: zip_frames(path, position)

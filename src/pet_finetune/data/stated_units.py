@@ -95,7 +95,7 @@ class StatedUnits:
         return StatedUnits(source, values)
 
     def factor(self, kind: str, key: str, declared: float, said: str, default: bool) -> float:
-        """What values are multiplied with to be in eV and Å.
+        """Factor that converts values to eV and Å.
 
         Args:
             kind: ``energy``, ``forces``, ``stress``, ``virial`` or ``length``.

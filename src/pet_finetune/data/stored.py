@@ -43,7 +43,7 @@ ABSENT, PARTLY, WHOLE, _INFINITE = range(4)
 
 @dataclass(frozen=True)
 class StoredLabel:
-    """Where the values of a label are, and what makes them eV and Angstrom.
+    """Place of the values of a label and their conversion to eV and Angstrom.
 
     Attributes:
         label: its name in ``Structure.labels``.
@@ -274,7 +274,7 @@ class Stored:
 
 
 def _state(values: np.ndarray, starts: np.ndarray | None) -> np.ndarray:
-    """What is known of a label in each structure, ``[n]``.
+    """Completeness of a label in each structure, ``[n]``.
 
     Args:
         values: a row for each structure, or for each atom.
@@ -325,7 +325,7 @@ def stored_set(
 def _stored_labels(
     reading: DatasetFiles, folder: Folder, name: str, target: TargetOptions
 ) -> Iterator[StoredLabel]:
-    """Where the labels of a target are in a folder."""
+    """Labels of a target in a folder."""
     own_weights: dict[str, str] = {}
     if target.is_energy:
         column, factor = energy_column(reading, name, target)

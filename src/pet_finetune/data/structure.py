@@ -83,7 +83,7 @@ ASYMMETRIC = (
 
 
 def asymmetry(values: Any) -> float:
-    """How far 9 numbers are from a symmetric matrix, as a part of the largest; 0 of others."""
+    """Asymmetry of 9 numbers relative to the largest; 0 for other shapes."""
     if np.size(values) != 9:
         return 0.0
     matrix = np.reshape(values, (3, 3))
@@ -91,7 +91,7 @@ def asymmetry(values: Any) -> float:
 
 
 def place(index: int, source: str = "") -> str:
-    """How messages name a structure."""
+    """Name of a structure in messages."""
     return f"frame {index} of {source}" if source else f"frame {index}"
 
 

@@ -93,11 +93,11 @@ class OnDisk(Sequence[Structure]):
         return self.stores[self.which[index]].structure(int(self.rows[index]))
 
     def take(self, positions: np.ndarray) -> OnDisk:
-        """Those at some positions."""
+        """Structures at some positions."""
         return OnDisk(self.stores, self.which[positions], self.rows[positions])
 
     def with_frames(self, frames: Sequence[int]) -> OnDisk:
-        """Those with some frame numbers, in that order, as far as they are there; of one store."""
+        """Structures with some frame numbers, in that order, as far as they exist."""
         wanted = np.asarray(frames, dtype=np.int64)
         order = np.argsort(self.rows, kind="stable")
         places = np.searchsorted(self.rows, wanted, sorter=order)
@@ -132,7 +132,7 @@ class OnDisk(Sequence[Structure]):
         return list(self._by_store(np.arange(len(self))))
 
     def fingerprint(self) -> str:
-        """As :func:`~.structure.structures_fingerprint`, which does not look at all of them.
+        """Fingerprint as by :func:`~.structure.structures_fingerprint`, from a sample.
 
         What counts is which structures there are, the sizes of the files, and the content of
         1,000 structures.
@@ -163,7 +163,7 @@ class OnDisk(Sequence[Structure]):
         return tuple(sorted(found))
 
     def with_species(self, species: Collection[int]) -> OnDisk:
-        """Those that hold any of some elements."""
+        """Structures with any of some elements."""
         chosen = np.zeros(len(self), dtype=bool)
         for store, at in self._stores:
             columns = np.isin(store.species, sorted(species))
@@ -171,7 +171,7 @@ class OnDisk(Sequence[Structure]):
         return self.take(np.flatnonzero(chosen))
 
     def label_states(self, label: str) -> np.ndarray:
-        """What is known of a label in each: ``ABSENT``, ``PARTLY``, ``WHOLE``, ``[n]``."""
+        """Completeness of a label in each: ``ABSENT``, ``PARTLY``, ``WHOLE``, ``[n]``."""
         if label not in self._states:
             self._states[label] = found = np.zeros(len(self), dtype=np.int8)
             for store, at in self._stores:
@@ -299,7 +299,7 @@ def find_species(structures: Sequence[Structure]) -> tuple[int, ...]:
 
 
 def of_species(structures: Sequence[Structure], species: Collection[int]) -> list[Structure]:
-    """Those structures that hold no other elements than these."""
+    """Structures with no other elements than these."""
     known = torch.tensor(sorted(species))
     return [s for s in structures if bool(torch.isin(s.numbers, known).all())]
 

@@ -113,7 +113,7 @@ _EXPONENT = str.maketrans("dD", "ee")  # as Fortran writes it
 
 @dataclass(frozen=True)
 class Content:
-    """What a data file holds.
+    """Content of a data file.
 
     Attributes:
         file: where it is.
@@ -147,7 +147,7 @@ def unpacked_name(file: Path) -> str:
 
 
 def what_else(content: Content) -> str:
-    """What a file is that is no data, as the end of a sentence with what to do; else empty."""
+    """Kind of a file without data and what to do, as the end of a sentence; else empty."""
     data = content.data
     if data.startswith(b"PK\x03\x04") and re.search(rb"keys\.npy|blocks/", data[:4096]):
         return (
@@ -221,7 +221,7 @@ def to_text(data: bytes, source: str) -> str:
 
 
 def arrays_of(content: Content) -> str:
-    """What a file of numbers without a meaning of their own holds, in words; else empty."""
+    """Description of a file of unnamed numbers; else empty."""
     data, ending = content.data, content.file.suffix.lower()
     if data.startswith(b"\x89HDF\r\n\x1a\n"):
         return "tables of HDF5"
@@ -240,7 +240,7 @@ def arrays_of(content: Content) -> str:
 
 
 def cell_in_words(comment: str) -> str:
-    """What in the comment of a frame seems to be a cell, in words or as bare numbers; else empty.
+    """Text in a comment that seems to be a cell, named or as bare numbers; else empty.
 
     ``Lattice="..."``, which is read, is not looked for.
     """

@@ -193,7 +193,7 @@ class PredictionWriter:
         return atoms
 
     def _name(self, label: str) -> str:
-        """What a label is called in the file."""
+        """Name of a label in the file."""
         for kind, key in (("energy", ""), ("forces", forces_key("")), ("stress", stress_key(""))):
             target = label.removesuffix(key)
             if self.main is not None and label == f"{self.main}{key}":
@@ -279,5 +279,5 @@ def _short(target: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What a database can hold of a value."""
+    """Form of a value that a database can hold."""
     return value if isinstance(value, (int, float, str, bool, np.ndarray)) else str(value)

@@ -1,4 +1,4 @@
-"""What a structure carries beside its geometry, kept through the files of a simulation.
+"""Additional data of a structure, kept in the files of a simulation.
 
 Masses, constraints, initial charges and magnetic moments, tags, custom arrays and ``info`` decide
 the dynamics or tell the user what an atom is. ASE's two formats keep different parts of it:

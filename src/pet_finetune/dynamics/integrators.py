@@ -32,7 +32,7 @@ _BAROSTAT_TIME = 1000.0  # fs
 
 @dataclass(frozen=True)
 class MDSettings:
-    """How to move the atoms; what is None takes the default that the command line's help names.
+    """Settings of a simulation; None takes the default in the command line's help.
 
     Attributes:
         ensemble: ``nve``, ``nvt`` or ``npt``.
@@ -71,7 +71,7 @@ class MDSettings:
     max_temperature: float | None = None
 
     def problems(self) -> list[str]:
-        """What is wrong with the settings by themselves, one line each."""
+        """Problems of the settings, one line each."""
         return [*self._names(), *self._numbers(), *self._clashes()]
 
     def _names(self) -> list[str]:
@@ -139,7 +139,7 @@ class MDSettings:
         ]
 
     def warnings(self, with_hydrogen: bool) -> list[str]:
-        """What may be meant but seldom ends well, one line each."""
+        """Warnings about unusual settings, one line each."""
         if with_hydrogen and 2.0 < self.timestep <= _LONGEST_STEP:
             return [
                 f"--timestep {self.timestep:g} fs is long for hydrogen, whose bonds vibrate every "
@@ -177,7 +177,7 @@ _OF_SINGLE = (constraints.FixAtoms, constraints.FixCartesian)
 
 
 def constraint_problems(atoms: Atoms, simulated: bool = True) -> list[str]:
-    """What of the constraints cannot be kept, one line each."""
+    """Problems of the constraints, one line each."""
     kinds = sorted({type(c).__name__ for c in atoms.constraints} - {*_KINDS})
     if simulated and kinds:
         return [
@@ -208,7 +208,7 @@ def constraint_problems(atoms: Atoms, simulated: bool = True) -> list[str]:
 
 
 def degrees_of_freedom(atoms: Atoms, momentum_kept: bool) -> int:
-    """How many squares of momenta share the kinetic energy.
+    """Number of degrees of freedom in the kinetic energy.
 
     3N, less those that constraints take, less the motions of the whole that nothing changes: for
     free atoms 3 translations, and of a structure that is not periodic 3 rotations (2 of a linear
@@ -349,7 +349,7 @@ def make_integrator(
 
 
 def conserved_quantity(dynamics: MolecularDynamics) -> float | None:
-    """What a perfect integration would keep constant, in eV; None for Langevin, which has none.
+    """Conserved quantity of the integrator, in eV; None for Langevin, which has none.
 
     The total energy, with what thermostat and barostat hold and what they have given away.
     """

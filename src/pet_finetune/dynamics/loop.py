@@ -35,7 +35,7 @@ _SAME_MODEL = 1e-4
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a simulation ended.
+    """End of a simulation.
 
     Attributes:
         reason: ``finished``, ``interrupted`` by the user, or ``uncertain``: the limit of
@@ -67,7 +67,7 @@ class _Run:
 
     @property
     def atoms(self) -> Atoms:
-        """As they are now."""
+        """Current atoms."""
         atoms: Atoms = self.dynamics.atoms
         return atoms
 
@@ -265,7 +265,7 @@ class Stability:
     contacts: Callable[[], Contacts]
 
     def problem(self, row: Measurement, atoms: Atoms) -> str | None:
-        """What is wrong with a step, with the atoms concerned; None where nothing is."""
+        """Problem of a step, with the atoms concerned; None if there is none."""
         if not math.isfinite(row.potential):
             return f"the energy is {row.potential}, not a finite number"
         forces = atoms.get_forces()

@@ -1,4 +1,4 @@
-"""What can be seen to be wrong with a simulation before its first step; the model it asks for."""
+"""Checks of a simulation before its first step, and its model."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ _T = TypeVar("_T")
 
 
 def tried(problems: list[str], make: Callable[[], _T]) -> _T | None:
-    """What is made; where that fails there is nothing, and one problem more."""
+    """Result of a function; None and one more problem if it fails."""
     try:
         return make()
     except PetFinetuneError as error:

@@ -1,4 +1,4 @@
-"""What a simulation leaves behind: trajectory, log, the state to go on from."""
+"""Files of a simulation: trajectory, log, state for a restart."""
 
 from __future__ import annotations
 

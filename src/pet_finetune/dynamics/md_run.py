@@ -37,7 +37,7 @@ _LARGE_FORCE = 15.0  # eV/A; at 300 K the largest are near 5
 
 @dataclass(frozen=True)
 class MDResult:
-    """What a simulation gave.
+    """Result of a simulation.
 
     Attributes:
         folder: where its files are.
@@ -139,7 +139,7 @@ def _go_on(files: MDFiles, model: Mapping[str, Any], steps: int | None) -> MDRes
 
 
 def _record(model: ModelChoice, settings: MDSettings, before: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``md.json`` says of a run, given what it said before."""
+    """Content of ``md.json`` for a run, given the earlier one."""
     plain = {"model": asdict(model.absolute()), "settings": asdict(settings)}
     return {**plain, STARTED: starts_of(before)}
 

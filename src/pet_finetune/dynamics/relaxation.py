@@ -73,7 +73,7 @@ class RelaxSettings:
     pressure: float = 0.0
 
     def problems(self) -> list[str]:
-        """What is wrong with the settings by themselves, one line each."""
+        """Problems of the settings, one line each."""
         found = []
         if not 0 < self.fmax < np.inf:
             found.append(f"--fmax: expected a number above 0, got {self.fmax:g}.")

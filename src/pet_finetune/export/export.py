@@ -218,7 +218,7 @@ def _say_left_out(targets: Sequence[str]) -> None:
 
 
 def export_table(outcome: ExportOutcome) -> Table:
-    """What was written, for people."""
+    """Table of the written outputs."""
     named = [
         name if name in (target, f"mtt::{target}") else f"{name} (target '{target}')"
         for name, target in outcome.outputs.items()
@@ -250,7 +250,7 @@ def _format(wanted: str | None, output: Path) -> str:
 
 
 def check_output(output: str | os.PathLike[str], checkpoint: Path) -> Path:
-    """Where to write, if that is possible and nothing to be sorry for."""
+    """Output path, checked to be writable and not to replace other data."""
     path = Path(output)
     if path.is_dir():
         raise ConfigError(f"-o: '{path}' is a folder. Name the file, e.g. {path / 'model.pt'}.")
@@ -373,7 +373,7 @@ def _structures(potential: Potential) -> list[Structure]:
 
 
 def _card(potential: Potential, opened: Checkpoint, adapter: Adapters | None) -> dict[str, str]:
-    """What the file says of where it comes from, as text, which is all it can hold."""
+    """Provenance in the file, as text."""
     card: dict[str, Any] = {
         "source": opened.path.name,
         "fingerprint": weights_fingerprint(potential),

@@ -128,7 +128,7 @@ class PlainTarget(nn.Module):
         return self.labelled(values, wanted, of_atoms)
 
     def pack_ensemble(self, members: Tensor, wanted: Wanted, of_atoms: bool) -> TensorMap:
-        """What each member says of the atoms wanted, [n, n_members], or their sums."""
+        """Predictions of all members for the selected atoms, [n, n_members], or their sums."""
         values = members if of_atoms else self.summed(members, wanted)
         return self.labelled(values, wanted, of_atoms)
 

@@ -62,7 +62,7 @@ def tensor_maps(
     *,
     batch_size: int = 32,
 ) -> dict[str, TensorMap]:
-    """What a model says of structures.
+    """Predictions of a model as tensor maps.
 
     Args:
         model: the potential.
@@ -95,7 +95,7 @@ def tensor_maps(
 def _wanted(
     model: Potential, outputs: Sequence[str] | Mapping[str, str] | None
 ) -> dict[str, str | None]:
-    """What each output is to be of: ``system``, ``atom``, or None for its own kind."""
+    """Sample kind of each output: ``system``, ``atom``, or None for its own."""
     if outputs is None:
         outputs = list(model.targets)
     given: dict[str, str | None] = (

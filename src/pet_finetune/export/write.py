@@ -225,7 +225,7 @@ _DESCRIPTION = (
 
 
 def interaction_range(potential: Potential) -> float:
-    """How far away an atom can lie that the energy of an atom depends on, Angstrom.
+    """Interaction range: largest distance on which an atom's energy depends, Angstrom.
 
     Each GNN layer looks one cutoff further. The ``feedforward`` featurizer reads out messages that
     hold what the neighbour made of its own surroundings: one more; the radius of an adaptive cutoff
@@ -309,7 +309,7 @@ def write_model(
 
 
 def _described(spec: TargetSpec) -> ModelOutput:
-    """What metatomic is told of an output."""
+    """Description of an output for metatomic."""
     try:
         empty = ModelOutput(unit=spec.unit)
     except (RuntimeError, ValueError):  # a unit of the user's own; engines convert none then

@@ -1,4 +1,4 @@
-"""What watches and keeps what the foundation knew: retention, replay, anchors, dimer curves."""
+"""Forgetting: retention, replay, anchors, dimer curves."""
 
 from __future__ import annotations
 

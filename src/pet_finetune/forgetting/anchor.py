@@ -91,7 +91,7 @@ class AnchorLoss:
         return value.to(model.device, model.dtype)
 
     def _moves(self) -> Iterator[tuple[str, Tensor]]:
-        """What each weight has moved by, with the name of the foundation's weight."""
+        """Change of each weight, with the name of the foundation's weight."""
         for path, layer in self._layers.items():
             yield f"{path}.weight", layer.updated_weight() - layer.base_weight()
         for name, parameter in self._parameters.items():
@@ -109,7 +109,7 @@ class AnchorLoss:
 def fisher_information(
     model: Potential, structures: Sequence[Structure], objective: Objective, seed: int
 ) -> dict[str, Tensor]:
-    """How much the predictions for some structures depend on each weight.
+    """Diagonal Fisher information of the predictions for some structures.
 
     The mean over single structures of the squared gradient of the loss (its energy and forces
     terms with their weights, as if both were mean squares). At labels that are the predictions
@@ -220,7 +220,7 @@ class AnchorFeature(Keeping):
             self._loss = AnchorLoss(trainer.model, **self._kept)
 
     def _made(self, model: Potential) -> dict[str, Any] | None:
-        """Where the weights are held, how much each counts, and how strongly."""
+        """Reference weights, their importance, and the strength."""
         if self._plan is None or self._plan.foundation is None:
             return None
         anchor = self._plan.options.finetune.anchor

@@ -123,7 +123,7 @@ def has_wall(pair: tuple[int, int], energies: Tensor) -> bool:
 
 
 def verdict(pair: tuple[int, int], before: Tensor, after: Tensor) -> str:
-    """What became of a pair's repulsive wall: ``kept``, ``lost``, ``gained`` or ``absent``."""
+    """Verdict on a pair's short-range repulsion: ``kept``, ``lost``, ``gained`` or ``absent``."""
     walls = has_wall(pair, before), has_wall(pair, after)
     return {
         (True, True): "kept",

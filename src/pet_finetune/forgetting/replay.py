@@ -144,7 +144,7 @@ class Keeping(Feature):
         raise NotImplementedError
 
     def kept(self) -> dict[str, Any] | None:
-        """What was made."""
+        """Data made at the start."""
         return self._kept
 
 
@@ -322,7 +322,7 @@ class ReplayFeature(Keeping):
 
 
 def number_beside(own: int, fraction: float) -> int:
-    """How many structures make up ``fraction`` of all beside ``own`` others; at least one."""
+    """Number of structures that are ``fraction`` of all with ``own`` others; at least one."""
     return max(1, round(own * fraction / (1.0 - fraction)))
 
 
@@ -346,7 +346,7 @@ class Beside:
         self._plan: list[np.ndarray] = []
 
     def batch(self, epoch: int, batch: int) -> LabelledBatch:
-        """What goes beside one batch of the main loader; both count from 0."""
+        """Replayed structures for one batch of the main loader; both count from 0."""
         if epoch != self._epoch:
             sizes = [number_beside(own, self.fraction) for own in self.main.batch_sizes(epoch)]
             order = self._order(epoch, sum(sizes))

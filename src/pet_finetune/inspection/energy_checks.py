@@ -50,7 +50,7 @@ def check_levels(dataset: InspectedDataset) -> Iterator[Finding]:
 
 @dataclass(frozen=True)
 class _Levels:
-    """What the elements are worth in a file that others are compared with.
+    """Energies of the elements in a reference file.
 
     Attributes:
         file: its name.
@@ -74,7 +74,7 @@ def _levels_of(file: str, frames: Sequence[InspectedFrame]) -> _Levels:
 def _compare_files(
     first: _Levels, second: str, others: Sequence[InspectedFrame]
 ) -> Iterator[Finding]:
-    """How far the energies of a file are from what another one's elements say."""
+    """Distance of a file's energies from those by another file's elements."""
     elements, weights, rest, rows = first.elements, first.weights, first.rest, first.rows
     known = [e for e in others if np.isin(e.elements[0], elements).all()]
     if not known:
@@ -184,7 +184,7 @@ def check_belonging(
 
 
 def _said(step: FrameStep) -> float | None:
-    """How much the energy changes in a step by forces and stress; None where one is not known."""
+    """Energy change of a step by forces and stress; None if one is unknown."""
     if step.pressing == step.pressing:
         return step.work + step.pressing
     return step.work if step.strain <= 1e-6 else None

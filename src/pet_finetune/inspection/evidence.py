@@ -44,7 +44,7 @@ _SIGN = 3.0
 
 @dataclass(frozen=True)
 class Declared:
-    """What the options say one unit of the file is, in eV and Å; labels were multiplied by it.
+    """Declared units of the file in eV and Å; labels were multiplied by them.
 
     Forces and stresses without a unit of their own follow from energy and length.
 
@@ -100,7 +100,7 @@ class Evidence:
     absolute: bool = False
 
     def cost(self, reading: Reading) -> float:
-        """How badly a reading explains it, in squared standard deviations."""
+        """Deviation of a reading from the evidence, in squared standard deviations."""
         expected = sum(p * reading.logs.get(name, 0.0) for name, p in self.powers.items())
         sign = math.prod(reading.signs.get(name, 1) for name in self.powers)
         off = (self.log if sign > 0 or self.turned is None else self.turned) - expected
@@ -217,7 +217,7 @@ class Candidate:
 
     @property
     def weight(self) -> float:
-        """How badly it explains the evidence alone."""
+        """Deviation from the evidence alone."""
         return self.cost - self.reading.prior
 
 
@@ -291,7 +291,7 @@ def undecided(
     forms: Sequence[Candidate],
     held: Sequence[str],
 ) -> dict[str, list[str]]:
-    """What each quantity may be instead of what it is taken to be; under ``all`` what all may be.
+    """Alternative units of each quantity; under ``all`` those of all together.
 
     That are units that programs write, or the other sign, which the evidence does not exclude.
     """

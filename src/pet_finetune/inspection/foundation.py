@@ -39,7 +39,7 @@ _REFERENCES = 0.5
 
 @dataclass(frozen=True, eq=False)
 class FoundationPrediction:
-    """What a foundation predicts for a structure: eV, eV/Å, eV/Å³."""
+    """Prediction of a foundation for a structure: eV, eV/Å, eV/Å³."""
 
     frame: InspectedFrame
     energy: float
@@ -129,7 +129,7 @@ def _predict(
 
 
 def units_of(predictions: Sequence[FoundationPrediction]) -> dict[str, list[Evidence]]:
-    """What the slopes of labels against predictions say of the units, by file."""
+    """Evidence of units from slopes of labels against predictions, by file."""
     files: dict[str, list[FoundationPrediction]] = {}
     for prediction in predictions:
         files.setdefault(prediction.frame.file, []).append(prediction)

@@ -288,7 +288,7 @@ def check_loneliness(dataset: InspectedDataset, cutoff: float | None) -> Iterato
 
 
 def _alone(frame: InspectedFrame, reach: float) -> int:
-    """How many atoms have no neighbour within reach, which may be further than was looked."""
+    """Number of atoms without a neighbour within the cutoff."""
     if reach <= REACH:
         return int((frame.nearest > reach).sum())
     where = frame.structure.where

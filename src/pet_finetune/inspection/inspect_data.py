@@ -43,7 +43,7 @@ _SETS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be looked at.
+    """Request for an inspection.
 
     Attributes:
         options: how the files are read, and what is trained on them.

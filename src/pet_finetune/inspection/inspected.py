@@ -148,7 +148,7 @@ class InspectedFrame:
 
     @property
     def file(self) -> str:
-        """Where it came from."""
+        """Source file."""
         return self.structure.source
 
     @cached_property
@@ -171,7 +171,7 @@ class InspectedFrame:
 
 @dataclass(frozen=True, eq=False)
 class InspectedDataset:
-    """What is inspected.
+    """Data set under inspection.
 
     Attributes:
         sets: frames by set (``train``, ``validation``, ``test``), in their order.

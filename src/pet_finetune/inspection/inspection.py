@@ -56,7 +56,7 @@ from .unit_checks import check_units, in_found_units
 
 @dataclass(frozen=True)
 class Foundation:
-    """What the labels are compared with.
+    """Foundation that labels are compared with.
 
     Attributes:
         model: on its device.
@@ -187,7 +187,7 @@ def _check(
 
 
 def _errors(predictions: Sequence[FoundationPrediction]) -> dict[str, float]:
-    """How far the foundation is from the labels before any training.
+    """Errors of the foundation before training.
 
     The mean absolute error of the forces, eV/Å, and what lies between the references of the
     energies, eV an atom.
@@ -214,7 +214,7 @@ def energy_of(options: Options) -> str | None:
 
 
 def declared_units(datasets: Iterable[DatasetOptions], target: str | None) -> dict[str, Declared]:
-    """What the options say of the units of an energy's files."""
+    """Declared units of an energy's files."""
     found = {}
     for data in datasets:
         if target is not None and target in data.targets:

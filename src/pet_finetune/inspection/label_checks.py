@@ -117,7 +117,7 @@ def _without_failed(dataset: DatasetOptions) -> tuple[DatasetOptions, list[Findi
 
 
 def _broken(atoms: Atoms, dataset: DatasetOptions) -> str:
-    """What is wrong with a frame: a code, or nothing."""
+    """Code of a frame's problem, or None."""
     if not len(atoms) or not np.isfinite(atoms.positions).all():
         return "bad-geometry"
     for name, target in dataset.targets.items():

@@ -170,7 +170,7 @@ def _agree(frames: Sequence[Atoms], stress: str, virial: str) -> bool:
 
 
 def _free_gap(atoms: Atoms) -> float:
-    """How far the free energy is from the energy, eV an atom; 0 where one is missing."""
+    """Difference of free energy and energy, eV per atom; 0 if one is missing."""
     energy, free = find_value(atoms, "energy"), find_value(atoms, "free_energy")
     if not isinstance(energy, int | float) or not isinstance(free, int | float):
         return 0.0

@@ -148,7 +148,7 @@ _STYLES = {"error": "bold red", "warning": "bold yellow", "note": "bold cyan"}
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a look at the data gave.
+    """Result of an inspection.
 
     Attributes:
         facts: numbers.
@@ -173,7 +173,7 @@ class Inspection:
 
     @property
     def errors(self) -> list[Finding]:
-        """What would break a run."""
+        """Findings that would break a run."""
         return [finding for finding in self.findings if finding.severity == "error"]
 
     def _repr_html_(self) -> str:
@@ -197,7 +197,7 @@ def as_dict(inspection: Inspection) -> dict[str, Any]:
 
 
 def render(inspection: Inspection) -> Group:
-    """What the command prints."""
+    """Text that the command prints."""
     parts: list[RenderableType] = [_facts_table(inspection.facts)]
     if inspection.facts.skipped:
         parts.append(
@@ -215,7 +215,7 @@ def render(inspection: Inspection) -> Group:
 
 
 def _compared(inspection: Inspection) -> str:
-    """How the foundation compares with the labels before any training."""
+    """Comparison of the foundation with the labels before training."""
     errors = inspection.errors_before
     whole = sum(own.structures for own in inspection.facts.sets.values())
     of = f" of {whole:,}" if inspection.compared < whole else ""

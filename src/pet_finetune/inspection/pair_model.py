@@ -52,7 +52,7 @@ _SIGN, _CLEAR_SIGN, _CLEAR, _MOST = 10.0, 16.0, 0.75, 16.0
 
 @dataclass(frozen=True, eq=False)
 class PairModel:
-    """What the pair potential says of the frames it was fitted to.
+    """A pair potential and its predictions for the frames of its fit.
 
     Attributes:
         frames: positions among the frames of the file.
@@ -70,7 +70,7 @@ class PairModel:
     repulsion: tuple[float, float]
 
     def evidence(self, frames: Sequence[InspectedFrame]) -> list[Evidence]:
-        """What follows for the units of the frames.
+        """Evidence for the units of the frames.
 
         These may have other energies and stresses than those that the model was made of.
         """
@@ -237,7 +237,7 @@ def _kinds_of(frames: Sequence[InspectedFrame]) -> dict[tuple[int, int], int]:
 
 
 def _design(frame: InspectedFrame, kinds: dict[tuple[int, int], int]) -> _Design:
-    """What each Gaussian contributes to a frame.
+    """Contribution of each Gaussian to a frame.
 
     Returns:
         Forces ``[3 n, k]``, energy an atom ``[k]``, stress ``[3, 3, k]``; and the forces ``[3 n]``

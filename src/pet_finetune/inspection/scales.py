@@ -1,4 +1,4 @@
-"""What the data themselves say of the units of their energies, forces and stresses."""
+"""Evidence of units from the data alone."""
 
 from __future__ import annotations
 

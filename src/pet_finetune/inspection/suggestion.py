@@ -40,7 +40,7 @@ def duration(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Load:
-    """How much there is to compute.
+    """Size of the computation.
 
     Attributes:
         structures, atoms, edges: of the training set; edges are directed pairs within the cutoff,
@@ -59,7 +59,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a method takes.
+    """Time and memory of a method.
 
     Attributes:
         method: ``full``, ``lora`` or ``heads``.

@@ -166,7 +166,7 @@ def _all_units(reading: Reading, found: Sequence[Reading], declared: Declared) -
 
 
 def _factors(found: Sequence[Reading]) -> dict[str, float] | None:
-    """What converts the labels to eV and Å, where only one reading is likely."""
+    """Factors that convert the labels to eV and Å, if only one reading is likely."""
     several = len({tuple(sorted(one.logs.items())) for one in found}) > 1
     if several or PER_ATOM in found[0].units.values():
         return None
@@ -226,7 +226,7 @@ def _one_unit(best: Reading, declared: Declared) -> str | None:
 
 
 def _advice(found: Sequence[Reading], declared: Declared) -> str:
-    """How the options say so, if they can; for each of several readings that are as likely."""
+    """Advice for the options, for each of several equally likely readings."""
     clauses = {_named(one): _clause(one, declared) for one in found[:_MOST_NAMED] if _named(one)}
     if len(clauses) == 1:
         told = f"If so, {next(iter(clauses.values()))}."

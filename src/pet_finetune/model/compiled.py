@@ -142,7 +142,7 @@ class CompiledPredictions:
         return cls(potential, only_known=compile == "auto")
 
     def predict(self, batch: Batch, wanted: Wanted) -> dict[str, Prediction | Property] | None:
-        """As :meth:`Potential.predict_targets`; None where that has to do it.
+        """:meth:`Potential.predict_targets` by a graph; None if there is none.
 
         Args:
             batch: the structures.
@@ -208,7 +208,7 @@ def obstacle(potential: Potential) -> str | None:
 
 
 def _judged(predictions: Mapping[str, Prediction | Property]) -> list[Tensor]:
-    """What tells best whether predictions are right: derivatives and properties, or energies."""
+    """Tensors for the comparison of predictions: derivatives and properties, or energies."""
     derived: list[Tensor | None] = []
     for found in predictions.values():
         own = [found.values] if isinstance(found, Property) else [found.forces, found.stress]
@@ -259,7 +259,7 @@ class Weights:
         return found
 
     def key(self, *facts: object) -> str:
-        """What a function of the potential consists of: the same in another process.
+        """Key of a function of the potential, equal in all processes.
 
         Args:
             facts: whatever else decides.
@@ -387,7 +387,7 @@ def predictions_of(
 
 
 def distance(found: Sequence[Tensor], expected: Sequence[Tensor], least: float = 0.0) -> float:
-    """How far tensors are from others, relative to these; 0 where those are no numbers.
+    """Relative distance of tensors from others; 0 where those are not numbers.
 
     Args:
         found: some tensors.

@@ -357,7 +357,7 @@ def copies(batch: Batch, rotations: Tensor) -> Batch:
 def predict_mean(
     batch: Batch, rotations: Tensor, predict: Callable[[Batch], AnyPrediction]
 ) -> AnyPrediction:
-    """What is predicted in several orientations, rotated back, as a mean.
+    """Mean of predictions in several orientations, rotated back.
 
     Args:
         batch: the structures.

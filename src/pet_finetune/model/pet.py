@@ -325,7 +325,7 @@ class PET(Accelerated, nn.Module):
         return outputs
 
     def memory(self, predicts: bool) -> int:
-        """What the graph keeps, one of :class:`~pet_finetune.nn.projection.Memory`."""
+        """Memory mode of the graph, one of :class:`~pet_finetune.nn.projection.Memory`."""
         if not torch.jit.is_scripting():
             if predicts or not torch.is_grad_enabled():
                 return int(Memory.INPUTS_ONLY)

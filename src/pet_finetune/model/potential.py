@@ -230,11 +230,11 @@ class Potential(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the network lives."""
+        """Device of the network."""
         return self.network.edge_embedder.weight.device
 
     def num_parameters(self) -> int:
-        """How many numbers the network holds, adapters included, in whatever number of bits."""
+        """Number of parameters of the network, with adapters."""
         floats = sum(parameter.numel() for parameter in self.network.parameters())
         return floats + num_quantized(self.network)
 

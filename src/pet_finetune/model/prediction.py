@@ -29,7 +29,7 @@ from pet_finetune.nn.quantized import FixedBuffers
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a potential says of a batch.
+    """Prediction for a batch.
 
     Attributes:
         energy: [n_structures] float64, eV.
@@ -87,7 +87,7 @@ def stress_of(batch: Batch, gradients: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Property:
-    """What a potential says of a target that is no energy.
+    """Prediction of a target that is not an energy.
 
     Attributes:
         spec: the target.
@@ -150,7 +150,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def autograd_possible(model: nn.Module, batch: Batch) -> Iterator[Batch]:
-    """Compute outside the inference mode of whoever calls; gradients stay enabled or disabled.
+    """Compute outside the caller's inference mode; gradients stay enabled or disabled.
 
     Tensors made in that mode can never take part in a derivative. Weights that were (a model that
     was built or moved there) are replaced by equal ones for good.
@@ -247,12 +247,12 @@ class LastLayer(FixedBuffers):
 
     @property
     def width(self) -> int:
-        """How many features there are."""
+        """Number of features."""
         return self.cholesky.shape[0]
 
     @property
     def num_members(self) -> int:
-        """How many members the ensemble has; 0 without one."""
+        """Number of ensemble members; 0 without an ensemble."""
         return self.members.shape[0]
 
     def forward(self, features: Tensor) -> Tensor:
@@ -262,7 +262,7 @@ class LastLayer(FixedBuffers):
         return self.multiplier * torch.linalg.vector_norm(whitened, dim=0)
 
     def deviations(self, features: Tensor) -> Tensor:
-        """What members say less the prediction: [n, k] to [n, n_members] float64.
+        """Deviations of the members from the prediction: [n, k] to [n, n_members] float64.
 
         Their mean is zero: the mean of the ensemble is the prediction, as in metatrain.
         """

@@ -16,7 +16,7 @@ from pet_finetune.graph import Batch
 
 
 class Tokens(NamedTuple):
-    """What one GNN layer hands to the next.
+    """Tokens passed from one GNN layer to the next.
 
     Attributes:
         nodes: [n_atoms, d_node].

@@ -1,4 +1,4 @@
-"""What a potential adds to its network: baselines, scales, short-range repulsion.
+"""Terms added to the network: baselines, scales, short-range repulsion.
 
 Baselines of species are the part of an energy that counting atoms explains. They are kept in
 float64 whatever the network's precision, because total energies of thousands of eV must not eat the

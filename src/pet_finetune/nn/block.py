@@ -23,7 +23,7 @@ SMALLEST_FACTOR = 1e-15
 
 
 def weigh_keys(factors: Tensor, layout: Layout, smallest: float = SMALLEST_FACTOR) -> Tensor:
-    """What is added to the scores: the logarithm of each edge's cutoff factor; 0 for the centre.
+    """Bias of the scores: the logarithm of each edge's cutoff factor; 0 for the centre.
 
     Args:
         factors: [n_edges], cutoff factors.
@@ -150,7 +150,7 @@ class PromptTokens(nn.Module):
         self.enabled = True
 
     def forward(self, queries: Tensor, projected: Tensor, scale: float) -> Tensor:
-        """What the tokens read from the prompt, times the gates.
+        """Attention of the tokens to the prompt, times the gates.
 
         Args:
             queries: [n, width] of the real tokens.

@@ -271,7 +271,7 @@ class LongRangeFeaturizer(nn.Module):
         return torch.cat(found)
 
     def of_molecule(self, charges: Tensor, positions: Tensor) -> Tensor:
-        """What ``direct_calculator`` says of all pairs, without a row of charges for each."""
+        """Direct sum over all pairs, without a row of charges for each."""
         atoms = torch.arange(charges.size(0), device=charges.device)
         one, other = torch.combinations(atoms).unbind(1)
         lengths = torch.linalg.vector_norm(positions[other] - positions[one], dim=1)

@@ -23,7 +23,7 @@ from pet_finetune.backends.reference import RowOp, apply_rows
 
 
 class Prologue(Accelerated, nn.Module):
-    """What can be done to the input of a linear layer, row by row."""
+    """Operations on the input rows of a linear layer."""
 
     def op(self) -> RowOp:
         """Its description."""
@@ -71,7 +71,7 @@ class SwiGLU(Prologue):
 
 @dataclass
 class MemberRows:
-    """What the grouped layers of a network know of the batch under way.
+    """Rows of the current batch by member, for grouped layers.
 
     Attributes:
         atoms: of one member.

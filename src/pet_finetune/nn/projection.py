@@ -23,7 +23,7 @@ from .primitives import GroupedLinear, Prologue
 
 
 class Memory(IntEnum):
-    """What the graph of a part of the network keeps; an argument of its ``forward``.
+    """Memory mode of a part of the network; an argument of its ``forward``.
 
     An integer there, for TorchScript knows no others.
     """
@@ -304,7 +304,7 @@ def as_row(op: RowOp | None, to: Recorder) -> Row:
 
 
 def weights_of(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """What a layer multiplies with, [out, in], and its bias.
+    """Effective weight of a layer, [out, in], and its bias.
 
     Raises:
         CannotRecord: another library's layer, or one whose weight is in few bits.

@@ -264,7 +264,7 @@ def dense_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def num_quantized(module: nn.Module) -> int:
-    """How many numbers the quantised weights of a module stand for."""
+    """Number of values in the quantised weights of a module."""
     return sum(m.shape.numel() for m in module.modules() if isinstance(m, QuantizedWeight))
 
 

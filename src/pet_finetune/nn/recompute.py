@@ -28,7 +28,7 @@ Function = Callable[..., tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class _Surroundings:
-    """What a second computation needs to give the numbers of the first: dropout and precision."""
+    """State that a recomputation needs to repeat the first: random numbers and precision."""
 
     device: torch.device
     cpu_random: Tensor
@@ -38,7 +38,7 @@ class _Surroundings:
 
     @classmethod
     def of(cls, device: torch.device) -> _Surroundings:
-        """Those of now."""
+        """The current state."""
         kind = device.type
         return cls(
             device,
@@ -50,7 +50,7 @@ class _Surroundings:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """As they were; the random numbers of whoever is around are left alone."""
+        """Context with the stored state; random numbers outside do not change."""
         devices = [] if self.gpu_random is None else [self.device]
         kind, dtype = self.device.type, self.autocast_dtype
         # The cache of autocast forgets gradients where a weight is first cast without them.

@@ -71,7 +71,7 @@ class Task:
 
 
 def tasks_of(frames: Sequence[Atoms], settings: PretrainOptions) -> list[Task]:
-    """What there is to explore: the user's own frames, and new ones up to the number wanted."""
+    """Tasks of exploration: the user's frames, and new ones up to the number wanted."""
     size, hot = len(frames), settings.temperatures
     new = settings.n - size
     given = range(0, size, _PER_TASK)
@@ -192,7 +192,7 @@ def _energy(atoms: Atoms, calculator: PETCalculator) -> float:
 
 
 def inspected(atoms: Atoms) -> InspectedFrame:
-    """What inspection knows of a frame: distances and a fingerprint."""
+    """Frame for inspection: distances and a fingerprint."""
     structure = atoms_to_structure(atoms, 0, source=str(atoms.info.get(NAME, "")))
     dataset = dataset_of({"frame": [structure]}, None)
     return dataset.sets["frame"][0]

@@ -124,7 +124,7 @@ _SHOWN = 3  # names of dropped frames
 
 @dataclass(frozen=True)
 class PretrainResult:
-    """What continued pre-training gave.
+    """Result of continued pre-training.
 
     Attributes:
         model: the best model; its energy is at the teacher's level.
@@ -374,7 +374,7 @@ def _finish(
 
 
 def _gain(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """Errors on the held-out frames before and after, in words."""
+    """Text on the errors of the held-out frames before and after."""
     parts = []
     for target, errors in after.items():
         for kind, unit in (("energy", "meV/atom"), ("forces", "meV/A")):

@@ -1,4 +1,4 @@
-"""Who labels the frames: tight binding through tblite, an ASE calculator, or a checkpoint."""
+"""Teachers that label frames: tblite, an ASE calculator, or a checkpoint."""
 
 from __future__ import annotations
 

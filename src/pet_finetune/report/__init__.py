@@ -1,1 +1,1 @@
-"""What a run found, for people: plots (the extra ``plots``) and the page ``report.html``."""
+"""The report of a run: plots (extra ``plots``) and the page ``report.html``."""

@@ -97,7 +97,7 @@ def _series(rows: Epochs, name: str, factor: float = 1.0) -> tuple[list[float], 
 
 
 def _finish(axes: Any, title: str, many: Sequence[Epochs]) -> None:
-    """What all panels share: title, the best epoch, the name of the axis."""
+    """Shared parts of all panels: title, best epoch, axis label."""
     axes.set_title(title)
     axes.set_xlabel("epoch")
     axes.locator_params(axis="x", integer=True)
@@ -302,7 +302,7 @@ def _density(
     frame: tuple[float, float],
     colour: tuple[float, float, float],
 ) -> np.ndarray:
-    """How many points fall where, as opacity on a logarithmic scale, [cells, cells, 4]."""
+    """Density of points as opacity on a logarithmic scale, [cells, cells, 4]."""
     counts, _, _ = np.histogram2d(values, label, bins=_CELLS, range=[frame, frame])
     opacity = np.log1p(counts) / np.log1p(max(1.0, counts.max()))
     picture = np.empty((*counts.shape, 4))

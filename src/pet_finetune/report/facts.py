@@ -28,7 +28,7 @@ class Recipe:
 
 
 def recipes(run: RunRecord) -> list[Recipe]:
-    """What can be done with the files of the run, the usual first."""
+    """Commands for the files of the run, the usual first."""
     names = set(run.files)
     made = []
     if run.committee is not None:
@@ -176,7 +176,7 @@ def _seconds(run: RunRecord) -> float:
 
 
 def trained(run: RunRecord) -> Facts:
-    """What trained, how many parameters, how long, how much memory."""
+    """Facts of the training: parameters, time, memory."""
     yield from _method(run)
     counts = run.start.get("trainable") or {}
     trainable = counts.get("trainable", run.parameters.get("trainable"))
@@ -225,7 +225,7 @@ def _method(run: RunRecord) -> Facts:
 
 
 def provenance(run: RunRecord) -> Facts:
-    """Where the weights and the data come from, and what computed."""
+    """Provenance of weights and data, and the software."""
     start = run.start
     if start.get("parent_fingerprint"):
         read = run.finetune.get("read_from")

@@ -1,4 +1,4 @@
-"""Where a model errs: by structure, element and size of the force; the worst structures."""
+"""Errors by structure, element and size of the force; the worst structures."""
 
 from __future__ import annotations
 

@@ -324,7 +324,7 @@ def _committee(run: RunRecord, drawn: bool) -> dict[str, Any] | None:
 
 
 def _last_layer(run: RunRecord, drawn: bool) -> dict[str, Any] | None:
-    """How well the uncertainty of the last layer fits the errors."""
+    """Calibration of the last-layer uncertainty."""
     if not run.last_layer:
         return None
     spreads = [

@@ -125,7 +125,7 @@ class ReportServer(ThreadingHTTPServer):
             return self._made[1]
 
     def _state(self) -> object:
-        """What changes when the page does; None where there is nothing to show yet."""
+        """State of the page's sources; None if there is nothing to show yet."""
         files = [f for name in (TABLE, RESULTS, LOG) for f in sorted(self._folder.rglob(name))]
         try:
             times = [(file, file.stat().st_mtime_ns) for file in files]

@@ -1,4 +1,4 @@
-"""What the report is made of: a run as it lies in its folder, read as plain values and arrays."""
+"""Data of the report: a run's folder, read as plain values and arrays."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Dimers:
 
 @dataclass(frozen=True)
 class CommitteeRecord:
-    """What an ensemble knows of itself.
+    """Record of an ensemble.
 
     Attributes:
         errors: of each member.
@@ -177,7 +177,7 @@ class RunRecord:
 
     @property
     def names(self) -> tuple[str, str]:
-        """What the model before and the one after are called."""
+        """Names of the model before and after."""
         if not self.is_finetuning:
             return "untrained", "trained"
         return "starting model", "committee" if self.committee else "fine-tuned"
@@ -189,7 +189,7 @@ class RunRecord:
         return next((name for name in ("test", "validation", "train") if name in errors), None)
 
     def quantities(self) -> list[Quantity]:
-        """What is compared, in the order of the targets."""
+        """Compared quantities, in the order of the targets."""
         errors = self.after or self.before
         found = errors.get(self.primary_set or "", {})
         if not found and self.epochs and self.epochs[0]:  # a run without an evaluation
@@ -262,7 +262,7 @@ def read_run(folder: Path, leave_out: Collection[str] = ()) -> RunRecord:
         )
 
     def read(reader: Callable[[Path], _T], path: Path) -> _T | None:
-        """What a reader makes of a file; None where it is missing, damaged or left out."""
+        """Result of a reader; None if the file is missing, damaged or left out."""
         if path.name in leave_out or not path.exists():
             return None
         try:
@@ -305,7 +305,7 @@ def is_running(folder: Path) -> bool:
 
 
 def _about(start: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What ``run.json`` says; of a run without one, what its checkpoint says of itself."""
+    """Content of ``run.json``, or else the provenance of the checkpoint."""
     if "versions" in start or not (folder / BEST).exists():
         return start
     try:

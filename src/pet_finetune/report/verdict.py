@@ -73,7 +73,7 @@ class ErrorChange:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a run came to.
+    """Verdict on a run.
 
     Attributes:
         tone: ``better``, ``worse``, ``mixed``, ``same`` or ``open``.
@@ -184,7 +184,7 @@ def _sentence(run: RunRecord, known: Sequence[ErrorChange], tone: str) -> str:
 
 
 def _place(run: RunRecord) -> str:
-    """How far a run came that is not finished."""
+    """Progress of an unfinished run."""
     epochs = max((len(rows) for rows in run.epochs), default=0)
     wanted = run.training.get("num_epochs")
     how = (
@@ -205,7 +205,7 @@ def _joined(parts: Sequence[str]) -> str:
 
 
 def _warnings(run: RunRecord, changes: Sequence[ErrorChange]) -> Iterator[str]:
-    """What a reader should know before trusting the model."""
+    """Warnings about the model."""
     worse = [c for c in changes if c.direction == "worse"]
     if worse and run.after:
         names = _joined([c.quantity.name for c in worse])

@@ -275,7 +275,7 @@ def _fit(
 
 
 def _answer(model: Potential, spec: TargetSpec, batch: Batch) -> Tensor:
-    """What a model says of a target, baseline included."""
+    """Prediction of a target, with its baseline."""
     if spec.is_energy:
         return model.predict(batch, spec.name, forces=False).energy
     return model.predict_property(batch, spec.name)
@@ -292,7 +292,7 @@ def _labels(spec: TargetSpec, structures: Sequence[Structure]) -> Tensor:
 
 
 def predicted(model: Potential, loader: Loader, ask: Callable[[Batch], Tensor]) -> Tensor:
-    """What a model answers for a whole set, on the CPU, in the order of the loader.
+    """Predictions for a whole set, on the CPU, in the order of the loader.
 
     Args:
         model: in evaluation mode while it is asked.
@@ -314,7 +314,7 @@ def predicted(model: Potential, loader: Loader, ask: Callable[[Batch], Tensor]) 
 def _step(
     spec: TargetSpec, left: Tensor, index: Tensor, counts: Tensor, free: Tensor, ridge: Tensor
 ) -> Tensor:
-    """What the baselines gain, [n_species, num_subtargets], zero where nothing is known."""
+    """Change of the baselines, [n_species, num_subtargets], zero where nothing is known."""
     step = torch.zeros(len(free), spec.num_subtargets, dtype=torch.float64)
     for column, values in enumerate(left.unbind(1)):
         known = ~values.isnan()

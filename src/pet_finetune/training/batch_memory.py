@@ -108,7 +108,7 @@ def largest_batch(
     objectives: Mapping[str, Objective],
     options: TrainingOptions,
 ) -> int:
-    """How many atoms a batch may have, for all processes together.
+    """Largest number of atoms in a batch, for all processes together.
 
     On a GPU steps of more and more atoms are tried until the memory is full; on a CPU two small
     ones tell what an atom takes, and half of the free memory may be used. The structures with most
@@ -158,7 +158,7 @@ class _Trial:
         self.device = model.device
 
     def mib(self, atoms: int) -> float:
-        """What a step of about so many atoms takes, MiB."""
+        """Memory of a step with about this many atoms, MiB."""
         sizes = np.cumsum(np.resize(self._loader.num_atoms[self._members], max(1, atoms)))
         count = max(1, int(np.searchsorted(sizes, atoms, "right")))
         batch = self._loader.collate(np.resize(self._members, count), 0)

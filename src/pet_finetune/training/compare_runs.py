@@ -245,7 +245,7 @@ def compare(
 
 
 def summarize(run: NamedRun, error: str | None = None) -> RunSummary:
-    """What a run's files say of it; those that are damaged say nothing, with a warning."""
+    """Summary of a run from its files; damaged ones are skipped with a warning."""
     folder = run.folder
     results, errors, sizes = _results(folder / RESULTS)
     begun = (folder / LAST).exists() or (folder / TABLE).exists()
@@ -285,7 +285,7 @@ def _results(path: Path) -> tuple[bool, dict[str, float], dict[str, int]]:
 
 
 def _seconds(path: Path) -> float:
-    """How long the epochs of a run took; those of rows that are damaged do not count."""
+    """Time of a run's epochs; damaged rows are skipped."""
     try:
         heading, rows = read_table(path)
     except FileNotFoundError:

@@ -62,7 +62,7 @@ def compiles(options: TrainingOptions, model: Potential, num_batches: int) -> bo
 
 
 def _obstacle(options: TrainingOptions, model: Potential) -> str | None:
-    """What a compiled step cannot do, or None."""
+    """Reason against a compiled step, or None."""
     if options.gradient_checkpointing:
         return "gradient_checkpointing computes parts again, which a compiled graph decides itself"
     if any(getattr(module, "dropout", 0.0) for module in model.network.modules()):
@@ -72,7 +72,7 @@ def _obstacle(options: TrainingOptions, model: Potential) -> str | None:
 
 @dataclass(frozen=True)
 class Gradients:
-    """What a step computes of a batch.
+    """Loss and gradients of a batch.
 
     Attributes:
         loss: a float64 scalar.
@@ -275,7 +275,7 @@ def _scaled(part: LossPart, scale: Tensor) -> LossPart:
 def _numbers(
     parts: Sequence[LossPart], counts: Sequence[Tensor | int], device: torch.device
 ) -> Tensor:
-    """What the sum of each term is multiplied with, and its scale: [2, n_parts] float64."""
+    """Weight of each term's sum and its scale: [2, n_parts] float64."""
     given = [[part.term.weight for part in parts], [part.objective.scale for part in parts]]
     numbers = torch.tensor(given, dtype=torch.float64).to(device, non_blocking=True)
     known = torch.stack([torch.as_tensor(count, device=device) for count in counts])

@@ -1,4 +1,4 @@
-"""What predictions change by when a structure is rotated, as a loss.
+"""Loss on the change of predictions when a structure is rotated.
 
 PET learns from rotated structures that energies do not change and forces rotate along (Pozdnyakov
 and Ceriotti, arXiv:2305.19302). What is left of the difference between orientations is noise in MD

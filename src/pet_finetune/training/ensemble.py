@@ -146,7 +146,7 @@ def _train_members(size: int, train_one: Callable[[int], TrainOutcome]) -> dict[
 
 
 def member_folder(folder: Path, member: int) -> Path:
-    """Where a member of an ensemble is trained."""
+    """Folder of a member of an ensemble."""
     return folder / f"member_{member}"
 
 

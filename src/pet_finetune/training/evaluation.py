@@ -42,7 +42,7 @@ _logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What an evaluation gave.
+    """Result of an evaluation.
 
     Attributes:
         errors: by data set and target.
@@ -62,7 +62,7 @@ class EvaluationResult:
 
 @dataclass(frozen=True)
 class LabelNames:
-    """How the labels of files are called and in which units they are.
+    """Names and units of labels in files.
 
     Attributes:
         key: name of the energy or of another target's values; None: ``energy``, or the target's.
@@ -83,7 +83,7 @@ class LabelNames:
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What to do with each set of structures.
+    """Settings of an evaluation.
 
     Attributes:
         rotations: random orientations in which energies and forces are compared; 0 for none.
@@ -339,7 +339,7 @@ def _file_options(file: str | Path, spec: TargetSpec, labels: LabelNames) -> Dat
 
 
 def _outputs(how: EvaluationSettings, marks: Sequence[str]) -> list[str | None]:
-    """Where the predictions of each set go, with its mark where there are several.
+    """Output of each set's predictions, with its mark if there are several.
 
     A place that cannot be is refused; ask before the model is opened.
     """

@@ -72,7 +72,7 @@ class Step:
 
 
 class TrainingRun(Protocol):
-    """What a feature may rely on of the :class:`~.trainer.Trainer` that it takes part in.
+    """The part of the :class:`~.trainer.Trainer` that features may use.
 
     Attributes:
         model: is trained; adapters and baselines are in place.
@@ -96,7 +96,7 @@ class TrainingRun(Protocol):
 
 
 class Feature:
-    """What takes part in training; this base class does nothing.
+    """Base class of features of training; it does nothing.
 
     Attributes:
         name: under which its state and what it keeps are saved; unique in a run.
@@ -132,7 +132,7 @@ class Feature:
         self.trainer = trainer
 
     def kept(self) -> dict[str, Any] | None:
-        """What was made in :meth:`start` and must not change until the run ends.
+        """Data made in :meth:`start` that must not change until the run ends.
 
         Tensors and plain values, written once. None where there is nothing.
         """
@@ -160,7 +160,7 @@ class Feature:
         return nullcontext()
 
     def validate(self, model: Potential, epoch: int) -> Measured | None:
-        """What is measured within :meth:`weights` after an epoch (from 1), or None."""
+        """Measurement within :meth:`weights` after an epoch (from 1), or None."""
         return None
 
     def epoch_ended(self, record: EpochRecord) -> None:
@@ -170,7 +170,7 @@ class Feature:
         """Called when the state of the run should be written."""
 
     def state(self) -> dict[str, Any]:
-        """What the rest of the run depends on: tensors and plain values, saved with the run."""
+        """State that the run depends on: tensors and plain values, saved with the run."""
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:

@@ -242,7 +242,7 @@ class TensorBoard(Logger):
 
 
 class _Service(Logger):
-    """What Weights & Biases and Trackio have in common: ``init``, ``log`` and ``finish``."""
+    """Common interface of Weights & Biases and Trackio: ``init``, ``log`` and ``finish``."""
 
     def begin(self) -> None:
         """Open a run, called as the folder is where its settings do not name it."""
@@ -378,7 +378,7 @@ def calibration_table(curves: Mapping[str, Curves]) -> Table:
 
 
 def uncertainty_text(target: str, found: Deviations) -> str:
-    """How well an uncertainty fits the errors, in a line."""
+    """Line on the calibration of an uncertainty."""
     sure, wrong = (1000.0 * float(np.sqrt(np.mean(v**2))) for v in (found.spreads, found.errors))
     inside = [100.0 * found.within(widths) for widths in (1.0, 2.0)]
     return (
@@ -390,7 +390,7 @@ def uncertainty_text(target: str, found: Deviations) -> str:
 
 
 def spread_text(rotations: int, target: str, spread: Spread, errors: Metrics) -> str:
-    """What rotations change of the predictions of a target, in a line."""
+    """Line on the change of a target's predictions under rotation."""
     error = errors.mae("forces")
     share = f" ({100 * spread.forces / error:.0f} % of their MAE)" if error > 0 else ""
     return (

@@ -102,7 +102,7 @@ class Metrics:
             self._add(kind, errors, ~label.isnan())
 
     def shown(self, kind: str) -> tuple[str, float, str]:
-        """What to call a kind of error, and factor and unit in which it is shown."""
+        """Name, factor and unit of a kind of error."""
         if kind == "value":
             return self.target, *shown_unit(self.spec)
         return kind, *SHOWN[kind]
@@ -283,7 +283,7 @@ class PredictionRecorder:
 def split_predictions(
     batch: Batch, predictions: Mapping[str, Prediction | Property]
 ) -> list[dict[str, np.ndarray]]:
-    """What a model says of each structure of a batch, by the names of the labels.
+    """Predictions for each structure of a batch, by label.
 
     A stress is NaN where the structure has no volume.
     """

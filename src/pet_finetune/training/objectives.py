@@ -37,7 +37,7 @@ from .metrics import Metrics, counted
 
 @dataclass(frozen=True)
 class Objective:
-    """What is asked of one target.
+    """Loss terms of one target.
 
     Attributes:
         target: its name.

@@ -172,7 +172,7 @@ def _groups(
 
 
 def _factor(parameter: str, network: PET, options: TrainingOptions) -> float:
-    """What a parameter's learning rate is multiplied with.
+    """Factor on a parameter's learning rate.
 
     LoRA+ (arXiv:2402.12354; PEFT's ``create_loraplus_optimizer``) lets B learn faster than A;
     layer-wise decay (ULMFiT, arXiv:1801.06146) lets deeper parts learn more slowly.

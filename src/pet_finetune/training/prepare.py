@@ -75,7 +75,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Rooms:
-    """What the rooms above training bring into a run.
+    """Parts of a run that come from rooms above training.
 
     Attributes:
         features: new instances of what takes part in every run.
@@ -100,7 +100,7 @@ NO_ROOMS = Rooms()
 
 @dataclass(frozen=True)
 class RunRequest:
-    """How a run begins, beside its options and its folder.
+    """Start of a run, in addition to its options and folder.
 
     Attributes:
         restart: a ``last.ckpt`` to go on from, exactly; of an ensemble that of any member.

@@ -1,4 +1,4 @@
-"""Where the time of training goes: a few steps of a run, timed stage by stage.
+"""Profile of training: a few steps of a run, timed stage by stage.
 
 The steps are those of training. First some warm up; then some are timed, with nothing else going
 on; then a few run under torch's profiler, which says how the time is shared among the stages and
@@ -81,7 +81,7 @@ class Operation:
 
 @dataclass(frozen=True)
 class TrainingProfile:
-    """What a few steps of a run cost. Times are in seconds; counts are means over the steps.
+    """Cost of a few steps. Times are in seconds; counts are means over the steps.
 
     Attributes:
         device, dtype, threads: what computes.
@@ -121,7 +121,7 @@ class TrainingProfile:
 
     @property
     def epoch_seconds(self) -> float:
-        """What an epoch takes: its steps and the validation; not writing the checkpoints."""
+        """Time of an epoch: its steps and the validation, without checkpoints."""
         return self.steps_per_epoch * self.seconds + self.validation_seconds
 
     def as_dict(self) -> dict[str, Any]:
@@ -137,7 +137,7 @@ class TrainingProfile:
 
 
 def stage_table(profile: TrainingProfile) -> Table:
-    """How long each stage takes."""
+    """Table of the time of each stage."""
     threads = "1 thread" if profile.threads == 1 else f"{profile.threads} threads"
     machine = f"{profile.device}, {profile.dtype}, {threads}"
     title = f"a training step, mean of {profile.steps} ({machine})"

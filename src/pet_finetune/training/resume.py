@@ -57,7 +57,7 @@ _BATCHES = ("batch_size", "max_atoms_per_batch", "min_atoms_per_batch")
 
 @dataclass(frozen=True)
 class RunState:
-    """What a run is told once and keeps to its end, beside the trainer's state.
+    """Constant data of a run, stored in addition to the trainer's state.
 
     Attributes:
         seed: of the data's order and rotations.
@@ -80,7 +80,7 @@ class RunState:
     max_atoms: int | None = None
 
     def plain(self) -> dict[str, Any]:
-        """As plain values, for the checkpoint."""
+        """Plain values for the checkpoint."""
         return {**vars(self), "before": plain_states(self.before)}
 
     @classmethod

@@ -327,7 +327,7 @@ def _run(count: int, job: Path) -> str:
 
 
 def train_as_told(job: Path, train: Callable[..., TrainOutcome]) -> TrainOutcome:
-    """What each of the processes does."""
+    """Work of each process."""
     told = read_yaml(job)
     loaded = parse_options(told.pop("options"), require_start=False)
     outcome = train(loaded.options, RunFolder(Path(told.pop("folder"))), **told)

@@ -193,7 +193,7 @@ class RunFiles:
         self.write(ABOUT, json.dumps({**self.about(), **facts}, indent=2) + "\n")
 
     def about(self) -> dict[str, Any]:
-        """What ``run.json`` says of the run; nothing where it is missing or damaged."""
+        """Content of ``run.json``; empty if it is missing or damaged."""
         with suppress(FileNotFoundError, DataError):
             return read_object(self.folder / ABOUT)
         return {}
@@ -284,7 +284,7 @@ def _heading(path: Path) -> list[str]:
 def provenance_of(
     options: Options, start: Start, sets: Mapping[str, Loader], seed: int
 ) -> dict[str, Any]:
-    """What goes into every checkpoint of a run."""
+    """Provenance in every checkpoint of a run."""
     return {
         "parent": start.name,
         "parent_fingerprint": start.fingerprint,
@@ -314,7 +314,7 @@ def about_run(
     baselines: Sequence[BaselineTable],
     trainable: TrainableReport,
 ) -> dict[str, Any]:
-    """What a run knows before its first step and its report tells, for ``run.json``."""
+    """Facts of a run before its first step, for ``run.json``."""
     left_out = ("options", "parent_provenance")
     pretraining = (provenance.get("parent_provenance") or {}).get("pretraining")
     return {

@@ -172,7 +172,7 @@ def wanted_derivatives(
 def objective_of(
     options: TrainingOptions, model: Potential, target: str, labels: Collection[str] | None = None
 ) -> Objective:
-    """What is asked of a target.
+    """Loss terms of a target.
 
     Args:
         options: ``architecture.training``.

@@ -133,7 +133,7 @@ def with_stated_numbers(options: Options) -> Options:
 def _in_file(
     option: str, path: str, specs: Mapping[str, TargetSpec], known: Sequence[StoredTarget]
 ) -> dict[str, StoredTarget]:
-    """What a file has of the targets, each of which must mean the same there."""
+    """Values of the targets in a file, each with the same meaning there."""
     there = {stored.spec.name: stored for stored in known}
     for name, spec in specs.items():
         other = there[name].spec if name in there else spec

@@ -1,4 +1,4 @@
-"""What a training step is made of: its digits, the gradients that are added up, records of it.
+"""Parts of a training step: precision, gradients, records.
 
 Each process takes the gradient of its part of a batch, whose loss is divided by the number of
 labels of the whole batch. The sum over the processes is then the gradient of the whole batch,
@@ -62,7 +62,7 @@ def mixed(precision: str | None, model: Potential) -> Iterator[None]:
 def precision_errors(
     model: Potential, batch: Batch, wanted: Mapping[str, tuple[bool, bool]], precision: str
 ) -> str:
-    """How far the predictions of a batch are from those in full precision, in words."""
+    """Text on the difference of a batch's predictions from full precision."""
     with evaluating(model):
         exact = model.predict_targets(batch, wanted)
         with mixed(precision, model):
@@ -169,7 +169,7 @@ def add_part(
 
 
 class StepResult(NamedTuple):
-    """What an update was made of.
+    """Result of an update.
 
     Attributes:
         loss: sum over its batches, with the terms of features.
@@ -186,7 +186,7 @@ class StepResult(NamedTuple):
 
 
 class StepProgress(NamedTuple):
-    """Where an epoch stands after an update.
+    """Progress of an epoch after an update.
 
     Attributes:
         done, total: batches of the epoch.
@@ -203,7 +203,7 @@ class StepProgress(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What a feature measured after an epoch.
+    """Measurement of a feature after an epoch.
 
     Attributes:
         columns: of ``train.csv``.
@@ -248,7 +248,7 @@ class EpochRecord:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """How a run ended.
+    """End of a run.
 
     Attributes:
         finished: False when it was interrupted.
@@ -266,7 +266,7 @@ class TrainingResult:
 
 @dataclass(frozen=True)
 class TrainOutcome:
-    """What a run gave.
+    """Result of a run.
 
     Attributes:
         folder: its files.

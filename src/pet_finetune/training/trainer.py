@@ -193,7 +193,7 @@ class Trainer:
         return self.options.epochs * max(1, self.num_steps(0))
 
     def _scheduled_step(self) -> float:
-        """How many of :attr:`total_steps` are done; every epoch is as long a part of the schedule.
+        """Completed steps of :attr:`total_steps`; all epochs have the same length in the schedule.
 
         So none has to be cut into batches before its time.
         """

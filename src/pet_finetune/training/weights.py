@@ -88,7 +88,7 @@ class Unfreezing(Feature):
 
 
 def _begins(network: PET, options: Unfreeze | None) -> dict[int, tuple[str, ...]]:
-    """What begins to train after how many epochs."""
+    """Parts that begin to train, by epoch."""
     if options is None:
         return {}
     if options.stages is not None:
