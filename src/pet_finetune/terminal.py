@@ -20,14 +20,13 @@ from importlib.util import find_spec
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from rich.console import Console, RenderableType
-from rich.table import Table
-
 from . import processes
 from .log import FILE_ONLY, get_logger, last_line, stderr_console
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # rich takes a while, and --help needs none of it
+    from rich.console import RenderableType
     from rich.progress import Progress, TextColumn
+    from rich.table import Table
 
 #: The eye needs no more, drawing takes time from the steps, and numbers to show from a GPU's queue.
 REDRAWS_PER_SECOND = 4
@@ -297,6 +296,8 @@ _WIDTH = 110  # where there is no terminal
 
 def table_text(table: Table) -> str:
     """A table as plain lines."""
+    from rich.console import Console
+
     console = Console(width=_WIDTH, no_color=True, force_terminal=False, markup=False, emoji=False)
     with console.capture() as capture:
         console.print(table)
@@ -307,6 +308,8 @@ def print_rich(content: RenderableType) -> None:
     """Print a table or the like to standard output, names in brackets as they are."""
     if sys.stdout is None:  # it was closed
         return
+    from rich.console import Console
+
     clear()
     width = None if sys.stdout.isatty() else _WIDTH
     Console(file=sys.stdout, width=width, markup=False, emoji=False).print(content)
@@ -321,6 +324,8 @@ def show(table: Table) -> str:
 
 def facts_table(title: object, facts: Mapping[str, str]) -> Table:
     """Names in bold and what there is to say of each."""
+    from rich.table import Table
+
     table = Table(title=str(title), title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
