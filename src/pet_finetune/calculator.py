@@ -158,7 +158,7 @@ class PETCalculator(Calculator):
         return self.model.dtype
 
     def load_adapter(self, directory: str | os.PathLike[str], name: str) -> None:
-        """Load an adapter folder beside those that are there; the first one is used at once.
+        """Load one more adapter folder; the first one becomes active.
 
         Raises:
             AdapterError: it cannot be read, belongs to another base, or the name is taken.
@@ -247,7 +247,7 @@ class PETCalculator(Calculator):
     def get_property(
         self, name: str, atoms: Atoms | None = None, allow_calculation: bool = True
     ) -> Any:
-        """ASE's; says of an uncertainty that there is not why.
+        """ASE's ``get_property``, with the reason if an uncertainty is not available.
 
         Raises:
             PropertyNotImplementedError: the model has no such property.

@@ -191,7 +191,7 @@ def read_table(path: Path) -> tuple[list[str], list[list[str]]]:
 
 
 def note_digest(path: Path) -> None:
-    """Write beside a file of the cache what :func:`is_sound` compares it with."""
+    """Write the digest of a file of the cache for :func:`is_sound`."""
     write_whole(path.with_suffix(".sha256"), hashlib.sha256(path.read_bytes()).hexdigest())
 
 
@@ -217,7 +217,7 @@ def size_text(size: int) -> str:
 
 
 def check_file(file: Path, what: str) -> None:
-    """Refuse a path that is no file, with the nearest name beside it."""
+    """Refuse a path that is not a file, with the nearest name in its folder."""
     if file.is_dir():
         deepmd = (
             " It is a data set of DeePMD-kit; in Python, dpdata converts it: dpdata.LabeledSystem("

@@ -115,7 +115,7 @@ def _upet_name(text: str) -> re.Match[str] | None:
 
 
 def _refuse(path: Path) -> None:
-    """Refuse a path that is no file of a model, with the checkpoints beside it."""
+    """Refuse a path that is not a model file, with the checkpoints in its folder."""
     if path.is_dir():
         if (path / "adapter_config.json").exists():
             raise CheckpointError(
@@ -208,7 +208,7 @@ def _newest(name: str) -> Path:
 
 
 def _knock(server: str) -> None:
-    """Find out at once that there is no connection, which the hub's library tries six times.
+    """Detect a missing connection at once; the hub's library tries six times.
 
     Raises:
         OSError: nobody answers; other trouble is left to the library.

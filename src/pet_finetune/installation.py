@@ -77,7 +77,7 @@ _notices: list[str] = []
 
 
 def notice() -> str | None:
-    """One line on where caches go instead of their usual place; None if there, or if told."""
+    """Notice of another place for caches; None if not needed or already shown."""
     return f"{_notices.pop()}: caches are kept in {_temporary()}." if _notices else None
 
 

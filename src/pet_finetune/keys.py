@@ -103,7 +103,7 @@ class TargetSpec:
 
 
 def main_energy(energies: Collection[str]) -> str | None:
-    """The energy meant where none is named: the only one there is, else ``energy``, if any."""
+    """Default energy: the only one, else ``energy``, if any."""
     if len(energies) == 1:
         return next(iter(energies))
     return "energy" if "energy" in energies else None
@@ -115,7 +115,7 @@ def base_name(target: str) -> str:
 
 
 def direct_quantity(target: str) -> Literal["force", "pressure"] | None:
-    """The quantity of a target that its name alone says is a direct force or stress."""
+    """Quantity of a target with the name of a direct force or stress."""
     base = base_name(target)
     if base in DIRECT_FORCES:
         return "force"

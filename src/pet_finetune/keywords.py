@@ -126,11 +126,11 @@ class Full(Method):
 
 
 class Replay(Keywords, place="replay", schema=ReplayOptions):
-    """Train on what the foundation knows beside the new data."""
+    """Train on structures labelled by the foundation, in addition to the new data."""
 
 
 class Anchor(Keywords, place="anchor", schema=AnchorOptions):
-    """Hold the weights near those of the foundation."""
+    """Keep the weights near those of the foundation."""
 
 
 class Retention(Keywords, place="retention", schema=RetentionOptions):

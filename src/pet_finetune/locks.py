@@ -41,7 +41,7 @@ _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that holds a lock, as its file says.
+    """The process that holds a lock, from its file.
 
     Attributes:
         host, pid: which process.
@@ -66,7 +66,7 @@ class Holder:
         return cls(socket.gethostname(), os.getpid(), _born(os.getpid()), since, command)
 
     def lives(self) -> bool:
-        """Whether the process is there; asked on its own host."""
+        """Whether the process lives; only valid on its own host."""
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
@@ -125,7 +125,7 @@ class FileLock:
             time.sleep(0.5)
 
     def release(self) -> None:
-        """Give the lock back; nothing happens where it is not held."""
+        """Release the lock, if it is held."""
         if self._file is None:
             return
         self._stop.set()
@@ -264,7 +264,7 @@ class FileLock:
 
 @contextlib.contextmanager
 def only_one(path: Path) -> Iterator[None]:
-    """Be the only process that makes a file or a folder; waits for another one, and says so."""
+    """Make a file or folder in one process only; others wait, with a notice."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f"{path.name}.lock"))
     if not lock.acquire():

@@ -1,4 +1,4 @@
-"""The processes of a run: which one this is, what they say together, and how all of them end.
+"""The processes of a run: rank, communication, and a common end.
 
 Several processes train one model (see :mod:`pet_finetune.training.step`). A launcher starts
 them: torchrun, SLURM's srun, or this package itself for ``device: 4``. Outside of :func:`joined`
@@ -169,7 +169,7 @@ class _Watch(threading.Thread):
 
 
 def declare(store: Any, text: str) -> bool:
-    """Say in the store that the run has failed; whether this process is the first to say so."""
+    """Record in the store that the run failed; returns whether this process is the first."""
     said: bytes = store.compare_set("failed", "", text)
     return said.decode() == text
 
@@ -282,7 +282,7 @@ def leader() -> bool:
 
 
 def local_rank() -> int | None:
-    """Which process this is on its host; None where there is one alone."""
+    """Rank of the process on its host; None for a single process."""
     return None if _world is None else _world.launch.local_rank
 
 

@@ -76,7 +76,7 @@ def seed_process(seed: Sequence[int]) -> None:
 def set_generators(
     states: Mapping[str, Any], device: torch.device, otherwise: Sequence[int]
 ) -> None:
-    """Let torch's generators go on where they were.
+    """Restore the state of torch's generators.
 
     Args:
         states: as :func:`generator_states` gave them, maybe of fewer processes.

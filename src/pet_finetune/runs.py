@@ -149,7 +149,7 @@ def works_elsewhere(folder: Path) -> bool:
 
 
 def _asked(folder: Path) -> tuple[FileLock, bool]:
-    """The lock of a folder, taken where that can be, and whether nobody else has it."""
+    """The lock of a folder, if possible, and whether no other process holds it."""
     lock = FileLock(folder / LOCK)
     try:
         return lock, lock.acquire()
@@ -165,13 +165,13 @@ def _in_use(folder: Path, lock: FileLock) -> RunError:
 
 
 def starts_of(record: Mapping[str, Any]) -> list[str]:
-    """When a run was begun and gone on with, as its record says, and now, for the record."""
+    """Times of a run's starts from its record, with now added."""
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds")
     return [*record.get(STARTED, []), now]
 
 
 def newest_run(root: Path, state: str) -> Path | None:
-    """The folder of the run that was begun or gone on with last; None where there is none.
+    """Folder of the run that was started or continued last; None if there is none.
 
     A run that was begun later and ended before it wrote its state is named in the log.
 
@@ -204,7 +204,7 @@ def _name_dead(
     since: tuple[datetime.datetime, int] | None,
     state: str,
 ) -> None:
-    """Say which runs were begun after the one that is gone on with, and left no state."""
+    """Log later runs that left no state to continue from."""
     records = (path for name in _RECORDS for path in sorted(root.rglob(name)))
     others = [folder for folder in dict.fromkeys(map(_run_of, records)) if folder not in alive]
     later = {folder: when for folder in others if (when := _last_start(folder)) is not None}
@@ -228,7 +228,7 @@ def _run_of(state: Path) -> Path:
 
 
 def _last_start(folder: Path) -> tuple[datetime.datetime, int] | None:
-    """When a run was begun or gone on with, by its record or else its name; UTC, and a number."""
+    """Last start of a run from its record or name; UTC, and a number."""
     named = _DATED.search(folder.absolute().as_posix())
     number = int(named[3] or 0) if named else 0
     known = [
@@ -321,7 +321,7 @@ def changed_options(options: Options, before: Mapping[str, Any]) -> Iterator[Cha
 
 
 def with_defaults_of(options: Options, before: Mapping[str, Any]) -> Options:
-    """The options with which a run goes on that may have begun with other defaults."""
+    """The options of a continued run, with the defaults of its start."""
     training = options.training
     then = before.get("architecture", {}).get("training", {})
     left_out = {

@@ -1,4 +1,4 @@
-"""Tables on the terminal; showing that something goes on, and ending it politely.
+"""Tables and progress on the terminal, and the handling of Ctrl-C.
 
 Whatever may take long is done while a :class:`Watch` is open: a bar, or a line each minute in a
 log. All open ones share one place on the terminal, in which the innermost is seen; a bar of its own
@@ -179,7 +179,7 @@ class _Screen:
         bar.start()
 
     def stop(self, bar: Progress) -> None:
-        """Draw it no more; nothing happens where it is not drawn."""
+        """Stop drawing."""
         bar.stop()
         with self._lock:
             self._others.discard(bar)
@@ -205,7 +205,7 @@ class _Screen:
                     self._look(time.monotonic())
 
     def _look(self, now: float) -> None:
-        """Draw, or write a line, where it is time to."""
+        """Draw, or write a line, if it is time."""
         if self._hidden:
             return
         watch = self._open[-1]
@@ -323,7 +323,7 @@ def show(table: Table) -> str:
 
 
 def facts_table(title: object, facts: Mapping[str, str]) -> Table:
-    """Names in bold and what there is to say of each."""
+    """Table of bold names and their values."""
     from rich.table import Table
 
     table = Table(title=str(title), title_justify="left", show_header=False)

@@ -215,7 +215,7 @@ class AdaptedPotential:
         self._rounded = {}
 
     def _apply(self) -> None:
-        """Make the potential what the names and switches say."""
+        """Apply the active adapters and switches to the potential."""
         self._take_off()
         name = self.active_adapter
         if name is None:

@@ -61,7 +61,7 @@ def _add(digest: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
 
 
 def content_digest(tensors: Mapping[str, torch.Tensor], values: Any) -> str:
-    """SHA-256 of tensors with their names, types and shapes, and of JSON values beside them.
+    """SHA-256 of tensors with their names, types and shapes, and of JSON values.
 
     For formats that have no checksum of their own: one changed bit gives another digest.
     """

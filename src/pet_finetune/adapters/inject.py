@@ -325,7 +325,7 @@ def unmerge(model: Potential) -> None:
 
 @contextmanager
 def adapters_disabled(model: Potential) -> Iterator[None]:
-    """Within this context the model is its base again, bit for bit; quantised where it is.
+    """Context in which the model is its base again, bit for bit (or its quantised base).
 
     The low-rank updates or prompts are switched off, the heads trained beside them give way to
     those they started from, and so do the baselines and scales.

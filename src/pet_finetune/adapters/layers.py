@@ -124,7 +124,7 @@ class LoraLinear(Adapted):
         return torch.addmm(self.base_weight(), self.lora_B, self.lora_A, alpha=self.scaling)
 
     def effective_weight(self) -> Tensor:
-        """W + s B A, [out, in]; W alone where the adapter is disabled or goes apart."""
+        """W + s B A, [out, in]; W alone if the adapter is disabled or computed separately."""
         return self.base_weight() if self._goes_apart else self._whole_weight()
 
     def _whole_weight(self) -> Tensor:
@@ -149,7 +149,7 @@ class LoraLinear(Adapted):
         return self.scaling * ((x @ self.lora_A.T) @ self.lora_B.T)
 
     def low_rank_update(self) -> LowRankUpdate | None:
-        """The update, where it is what trains."""
+        """The trained update."""
         if self.quantized is not None or self._goes_apart or self.merged or not self.enabled:
             return None
         if self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad):

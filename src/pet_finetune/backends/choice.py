@@ -55,7 +55,7 @@ class _State:
 
 
 def loaded() -> bool:
-    """Whether the library is there, and models may be told to use it."""
+    """Whether the library is loaded and models may use it."""
     return _State.loaded
 
 
@@ -103,7 +103,7 @@ def prepare(device: torch.device | str = "cpu") -> bool:
 
 
 def _load() -> tuple[int, str] | None:
-    """Compile if need be and load; a level of logging and a reason where that failed."""
+    """Compile if needed and load; a log level and a reason on failure."""
     try:
         path = _library_path()
         reason = _missing(path)
@@ -298,7 +298,7 @@ def default_backend() -> Backend:
 
 
 def choose_backend(device: torch.device | str = "cpu") -> Backend:
-    """The best there is for a device; compiles the operators where that was not done yet.
+    """The best back end for a device; compiles the operators if needed.
 
     Raises:
         ConfigError: ``PET_FINETUNE_KERNELS`` is not one of its values, or requires what cannot be

@@ -40,7 +40,7 @@ _INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
 
 
 class CannotCompile(PetFinetuneError):
-    """There is no compiled graph; the message, which goes on after a colon, says why."""
+    """A graph cannot be compiled; the message gives the reason after a colon."""
 
 
 def is_compiled(key: str, device: torch.device) -> bool:

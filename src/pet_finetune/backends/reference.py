@@ -39,7 +39,7 @@ class Formula:
     def backward(
         self, grad: Tensor, kept: Tensors, waiting: Sequence[Gradients] = ()
     ) -> tuple[Gradients, Gradients]:
-        """The gradient on each input, None where it has none; and what :meth:`second` shall have.
+        """The gradient of each input (or None), and the values for :meth:`second`.
 
         Args:
             grad: of the output.
@@ -68,7 +68,7 @@ def twice(formula: Formula, *inputs: Tensor) -> Tensor:
 
 
 class _Forward(torch.autograd.Function):
-    """The operator; beside its result, nothing: what that depends on has been differentiated."""
+    """The operator; only its result, because its inputs have been differentiated."""
 
     @staticmethod
     def forward(ctx: Any, formula: Formula, *inputs: Tensor) -> tuple[Tensor, Tensor]:

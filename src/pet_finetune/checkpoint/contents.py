@@ -79,7 +79,7 @@ def _uncertainties(model: Potential) -> dict[str, dict[str, Any]]:
 
 
 def _changed(hypers: ModelOptions) -> str:
-    """The hyperparameters: sizes always, others where they are not the default."""
+    """Hyperparameters: all sizes, and others that differ from the default."""
     sizes = ("d_pet", "d_node", "d_head", "d_feedforward", "num_heads", "num_gnn_layers",
              "num_attention_layers")  # fmt: skip
     parts = [f"{name} {getattr(hypers, name)}" for name in sizes]
@@ -92,7 +92,7 @@ def _changed(hypers: ModelOptions) -> str:
 
 
 def _baselines(model: Any) -> Table:
-    """The energies of the elements; those of a universal model side by side."""
+    """Energies of the elements, in columns for a universal model."""
     table = Table(title="baseline per species", title_justify="left")
     headings = ["element"]
     scalars = [spec for spec in model.targets.values() if spec.rank == 0]
@@ -169,7 +169,7 @@ def _training(own: Mapping[str, Any]) -> str:
 
 
 def checkpoint_facts(path: str | Path) -> dict[str, Any]:
-    """All that a checkpoint holds beside its weights, as plain values for JSON."""
+    """Everything in a checkpoint except its weights, as plain values for JSON."""
     checkpoint = load_checkpoint(path)
     model = checkpoint.model
     return {
@@ -312,7 +312,7 @@ def combine_adapters(
 def check_adapters(
     directories: Sequence[str | Path], checkpoint: str | Path | None = None
 ) -> list[AdapterFinding]:
-    """Check adapter folders, alone, with their base where it is given, and with each other.
+    """Check adapter folders alone, with their base (if given), and with each other.
 
     Raises:
         CheckpointError: the base cannot be read.

@@ -1,4 +1,4 @@
-"""The oldest way to hand over a model: a bare state dict with two numpy files beside it.
+"""The legacy start: a bare state dict with two numpy files.
 
 ``MODEL_TO_START_WITH`` is a state dict under metatrain's parameter names (of any era, with or
 without the prefixes ``backend.``, ``model.`` or ``module.``), ``ALL_SPECIES_PATH`` the atomic
@@ -124,7 +124,7 @@ def _count(network: Mapping[str, Tensor], pattern: str) -> int:
 
 
 def _options(network: Mapping[str, Tensor], given: ModelOptions, where: str) -> ModelOptions:
-    """Complete what the weights say by what the options say; they must not contradict."""
+    """Complete the hyperparameters of the weights with the options, which must not contradict."""
     try:
         found = infer_hypers(network)
     except (KeyError, StopIteration, ValueError) as error:

@@ -66,7 +66,7 @@ VERSION = 1
 
 
 def is_native(content: Any) -> bool:
-    """Whether what a file holds says it is in our format, of any version."""
+    """Whether the content of a file is in our format, of any version."""
     return isinstance(content, dict) and content.get("format") == FORMAT
 
 

@@ -1,4 +1,4 @@
-"""Opening any checkpoint: ours or metatrain's, told apart by what is inside."""
+"""Opening any checkpoint, ours or metatrain's, recognised by its content."""
 
 from __future__ import annotations
 

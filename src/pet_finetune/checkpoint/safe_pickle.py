@@ -38,7 +38,7 @@ from pet_finetune.errors import CheckpointError, damage_explained
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """A tensor the pickle describes; its bytes stay in the archive until they are asked for."""
+    """A tensor in the pickle; its bytes are read from the archive on demand."""
 
     #: The archive entry holding the storage, e.g. ``"0"`` for ``data/0``.
     key: str

@@ -198,7 +198,7 @@ def usable_targets(
 
 
 def _layout(archive: TorchArchive, info: Inert) -> TensorBlock:
-    """The one block that says which shape the target has."""
+    """The block that defines the shape of the target."""
     layout = info.get("layout")
     stored = layout.state[0] if isinstance(layout, Inert) and layout.state else None
     if not isinstance(stored, StoredTensor):

@@ -167,7 +167,7 @@ OF_SYSTEMS: Mapping[str, Option] = {
 
 
 def check_models(*checkpoints: str | Path | None) -> list[Path]:
-    """The files of checkpoints, which are fetched where they are given by address or name.
+    """Files of checkpoints, fetched if given by address or name.
 
     Raises:
         CheckpointError: one is not there.

@@ -165,7 +165,7 @@ def _restart(
 
 
 def _newest(root: Path | None, or_none: bool) -> Path | None:
-    """The folder below ``root`` whose simulation was begun or gone on with last.
+    """Folder below ``root`` with the most recently started or continued simulation.
 
     Raises:
         DynamicsError: there is none, and that is no answer.

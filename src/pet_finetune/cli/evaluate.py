@@ -175,7 +175,7 @@ def _how(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _no_names(arguments: argparse.Namespace, source: str) -> None:
-    """Names and units of labels have no place beside something that says them."""
+    """Refuse names and units of labels if another argument defines them."""
     for name, attribute in _OF_FILES.items():
         if getattr(arguments, attribute) is not None:
             raise ConfigError(

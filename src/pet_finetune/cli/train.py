@@ -183,7 +183,7 @@ def _named(arguments: argparse.Namespace) -> int:
 
 
 def find_restart(wanted: str | None, output: Path | None) -> tuple[Path | None, list[str]]:
-    """The ``last.ckpt`` to go on from, of an ensemble that of a member, and what to say of it.
+    """The ``last.ckpt`` to continue from (a member's for an ensemble), and its notice.
 
     ``auto`` without a run to go on with starts a new one, as metatrain does: the first job of a
     chain has the same command as those that follow.

@@ -83,13 +83,13 @@ def miscalibration_area(observed: np.ndarray, expected: np.ndarray = LEVELS) -> 
 
 
 class Comparison:
-    """Errors beside spreads, gathered batch by batch."""
+    """Errors and spreads, collected batch by batch."""
 
     def __init__(self) -> None:
         self._found: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}
 
     def add(self, batch: LabelledBatch, predictions: Mapping[str, object]) -> None:
-        """Compare with the labels what predictions of committees and last layers say.
+        """Add predictions of committees or last layers and their labels.
 
         Args:
             batch: with labels.
@@ -149,7 +149,7 @@ class Curves:
 
     @classmethod
     def of(cls, found: Deviations, factor: float) -> Curves:
-        """Of errors beside spreads, which a factor makes uncertainties."""
+        """Calibration from errors and spreads."""
         before, after = found.coverage(), found.scaled(factor).coverage()
         areas = miscalibration_area(before), miscalibration_area(after)
         return cls(LEVELS, before, after, *areas, factor)

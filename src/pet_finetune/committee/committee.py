@@ -54,7 +54,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class CommitteePrediction(Prediction):
-    """The mean of a committee, and what each of its members says.
+    """Mean of a committee, and the predictions of its members.
 
     Attributes:
         members: the same quantities with an axis of the members in front; forces and stress are
@@ -164,7 +164,7 @@ class Committee(nn.Module):
         stress: bool = False,
         spread: bool = True,
     ) -> CommitteePrediction:
-        """Means and members' values of energies and, where asked for, forces and stresses.
+        """Means and members' values of energies and, on request, forces and stresses.
 
         Args:
             batch: as for :meth:`Potential.predict`.
@@ -251,7 +251,7 @@ def _limit(limits: Mapping[str, int], batch: Batch) -> int:
 
 
 def _map(function: Callable[..., Tensor], *predictions: Prediction) -> Prediction:
-    """A function of each quantity that there is."""
+    """Apply a function to each quantity."""
     values: dict[str, Any] = {}
     for name in vars(predictions[0]):
         parts = [getattr(prediction, name) for prediction in predictions]

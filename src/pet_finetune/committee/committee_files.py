@@ -1,4 +1,4 @@
-"""Committees on disk: adapter folders, and the file that says which belong together."""
+"""Committees on disk: adapter folders, and the file that lists them."""
 
 from __future__ import annotations
 

@@ -281,7 +281,7 @@ def _covariances(
 def _predicted(
     model: Potential, batches: Iterable[LabelledBatch], targets: Sequence[str], what: str
 ) -> Iterator[tuple[LabelledBatch, dict[str, Prediction | Property]]]:
-    """Batches with what a model says of targets, features included; ``what`` is shown."""
+    """Batches with predictions of targets and their features; ``what`` is shown."""
     wanted = dict.fromkeys(targets, (False, False))
     with Watch(what, "structures") as watch:
         for batch in on_device(batches, model.device, model.dtype):

@@ -220,7 +220,7 @@ def mapping(
 
 
 def only(allowed: str, why: str) -> Callable[[Any], str]:
-    """Build the check of an option that has one value here, and say why."""
+    """Build the check of an option with one allowed value, with the reason."""
 
     def convert(value: Any) -> str:
         if value != allowed:

@@ -373,7 +373,7 @@ def _same_files(options: Options) -> Iterator[str]:
 
 
 def _rehearsed_report(options: Options) -> Iterator[str]:
-    """A report on structures that are replayed says nothing of others."""
+    """Notice that the forgetting report uses the replayed structures."""
     replay, retention = options.finetune.replay, options.finetune.retention
     if replay is None or not retention.wanted:
         return

@@ -267,7 +267,7 @@ def quantity_is_assumed(name: str, target: Mapping[str, Any]) -> bool:
 
 
 def _complete_quantity(name: str, target: dict[str, Any]) -> None:
-    """Fill in the quantity where it is not given; an empty one is one that is no energy."""
+    """Fill in a missing quantity; an empty one is not an energy."""
     if quantity_is_assumed(name, target):
         target["quantity"] = "energy"
     elif not target.get("quantity"):

@@ -176,7 +176,7 @@ _START: Path = ("architecture", "training", "finetune", "read_from")
 
 @dataclass(frozen=True)
 class LoadedOptions:
-    """Options, what there is to say about them, and what they were made from."""
+    """Options with their notices and sources."""
 
     options: Options
     #: One line for each older spelling, assumption, or option without effect.

@@ -258,7 +258,7 @@ def _dataset(path: Any, names: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _in_words_of_the_file(line: str, settings: _Settings) -> str:
-    """A problem of the options, told of the setting that it comes from."""
+    """A problem of the options in terms of its setting in the file."""
     for option, (setting, _) in settings.items():
         path = format_path(option)
         if line.startswith(f"{path}:"):

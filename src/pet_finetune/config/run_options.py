@@ -174,7 +174,7 @@ class ArchitectureOptions(Section):
 
 
 class Options(Section):
-    """Everything a run is told, as read from ``options.yaml``."""
+    """All options of a run, as in ``options.yaml``."""
 
     seed: NonNegativeInt | None = None
     """Seed of all random numbers. Null draws one and writes it to the log."""

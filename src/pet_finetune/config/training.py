@@ -271,7 +271,7 @@ class EarlyStopping(Section):
 
 
 class TrainingOptions(Section):
-    """The training run. Defaults that differ from metatrain's say so."""
+    """Options of the training run. Defaults that differ from metatrain's are marked."""
 
     batch_size: PositiveInt | None = None
     """Structures in a batch. Null chooses: 5 for 10 to 100 training structures, a twentieth of them

@@ -77,7 +77,7 @@ def write_exact(path: str | Path, frames: Sequence[Atoms]) -> None:
 
 
 def restore_exact(atoms: Atoms) -> bool:
-    """Give a structure of such a file its info, arrays and results; False where it is another's."""
+    """Restore info, arrays and results of a structure; False if the file is not ours."""
     data = atoms.info.get("data")
     content = data.get(_KEY) if isinstance(data, Mapping) else None
     if content is None:

@@ -94,7 +94,7 @@ def misses_a_cell(atoms: Atoms) -> int:
 
 
 def charge_and_spin(atoms: Atoms, max_charge: int, max_spin: int) -> tuple[int, int]:
-    """Total charge and spin multiplicity 2S+1 from ``atoms.info``; 0 and 1 where it is silent.
+    """Total charge and spin multiplicity 2S+1 from ``atoms.info``; defaults 0 and 1.
 
     Args:
         atoms: one structure.
@@ -244,7 +244,7 @@ class MovingAtoms:
         return positions, cell, pbc
 
     def rebuild(self, origin: Origin) -> None:
-        """Build the list of an :attr:`origin` again, to go on as if there had been no stop."""
+        """Rebuild the list of an :attr:`origin`, for an exact restart."""
         self._build(*(torch.from_numpy(np.array(array)) for array in origin))
 
     def _build(self, positions: Tensor, cell: Tensor, pbc: Tensor) -> None:
@@ -253,7 +253,7 @@ class MovingAtoms:
         self._built_for = positions, cell, pbc
 
     def _holds(self, positions: Tensor, cell: Tensor, pbc: Tensor) -> bool:
-        """Whether the list at hand has every pair within the cutoff."""
+        """Whether the current list has every pair within the cutoff."""
         old_positions, old_cell, old_pbc = self._built_for
         if positions.shape != old_positions.shape or not torch.equal(pbc, old_pbc):
             return False

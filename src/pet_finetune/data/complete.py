@@ -142,7 +142,7 @@ def check_sqlite(data: bytes, there: int, source: str) -> None:
 
 
 def _check_poscar(text: str, count: int, source: str) -> None:
-    """Positions right behind the last atom are of more atoms than the numbers say."""
+    """Check that no further positions follow the last atom."""
     lines = text.split("\n")
     numbers = next((k for k in (5, 6) if k < len(lines) and _WHOLE.fullmatch(lines[k])), None)
     if numbers is None or count != 1:

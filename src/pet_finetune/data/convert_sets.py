@@ -197,7 +197,7 @@ def _convert_to_zip(
     names: Collection[str] | None,
     total: int | None,
 ) -> Converted:
-    """Pack a folder beside the zip, and write the zip from it."""
+    """Pack a folder next to the zip, and write the zip from it."""
     with only_one(target):
         if target.exists():
             with zipfile.ZipFile(target) as archive:

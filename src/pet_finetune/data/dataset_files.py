@@ -110,7 +110,7 @@ def property_column(reading: DatasetFiles, spec: TargetSpec, target: TargetOptio
 
 
 def log_partial(column: Column, values: Sequence[Tensor | None]) -> None:
-    """Say how many frames have a label; aloud where others seem to have it by another name."""
+    """Log how many frames have a label, with a warning if others have a similar name."""
     other = column.other_name(values)
     _logger.log(
         logging.WARNING if other else logging.INFO,
@@ -169,7 +169,7 @@ class Gradient:
         )
 
     def _none_found(self, column: Column, usable: Sequence[bool] | None) -> None:
-        """Raise when the label was asked for, warn when it seems to have another name."""
+        """Raise if a required label is missing, warn if a similar name exists."""
         first = self.reading.chosen[0]
         if self.options.required:
             if usable is not None and not any(usable):
@@ -218,7 +218,7 @@ def isolated_frames(frames: Sequence[Atoms]) -> list[int]:
 
 
 def sets_of_isolated_atoms(datasets: Sequence[DatasetOptions]) -> list[int]:
-    """Numbers of the data sets of nothing but isolated atoms, beside one of larger structures.
+    """Numbers of data sets that contain only isolated atoms, if others have larger structures.
 
     Those that the options ask to train on do not count.
     """
@@ -248,7 +248,7 @@ def _is_alone(atoms: Atoms) -> bool:
 def without_unconverged(
     chosen: Sequence[int], doubtful: Mapping[int, str], source: str, how: str
 ) -> list[int]:
-    """The frames that are wanted, without those of failed calculations unless these are kept.
+    """The selected frames without failed calculations, unless these are kept.
 
     Raises:
         DataError: there are some, and the options refuse them; or nothing else is left.

@@ -370,7 +370,7 @@ class _Reader:
         self._explain(error, lines)
 
     def _explain(self, error: Exception, lines: Sequence[str]) -> NoReturn:
-        """The error of ASE with the place where it happened."""
+        """ASE's error with its place in the file."""
         layout, first = SymbolLayout.of("" if self.plain else lines[0]), self.start + 2
         for number, row in enumerate(lines[1:]):
             for column, (word, kind) in enumerate(zip(row.split(), layout.kinds, strict=False), 1):

@@ -142,7 +142,7 @@ def forget_files() -> None:
 
 
 def _keep(key: tuple[Any, ...], content: FrameFile) -> None:
-    """Remember a file, and forget the oldest ones where that is too much."""
+    """Cache a file, and drop the oldest ones."""
     _read[key] = content
     while len(_read) > 1:
         kept = [one.frames for one in _read.values() if not isinstance(one.frames, Folder)]

@@ -235,7 +235,7 @@ class Loader:
         return self.epoch(0)
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[LabelledBatch]:
-        """The batches of an epoch, made one by one as they are asked for.
+        """The batches of an epoch, made one by one on demand.
 
         Args:
             epoch: number of the epoch, at least 0.
@@ -358,7 +358,7 @@ def _spread(structures: Sequence[Structure], count: int, label: str) -> np.ndarr
 
 
 class _OnTheFly:
-    """Batches of one structure each, read and prepared when they are asked for."""
+    """Batches of one structure each, read and prepared on demand."""
 
     def __init__(self, structures: OnDisk, cutoff: float, dtype: torch.dtype) -> None:
         self._structures, self._cutoff, self._dtype = structures, cutoff, dtype

@@ -90,7 +90,7 @@ class Values:
 
 
 class Folder(Sequence["Atoms"]):
-    """A memory-mapped folder: frames that are read from disk when they are asked for.
+    """A memory-mapped folder: frames that are read from disk on demand.
 
     Attributes:
         path: of the folder.
@@ -205,7 +205,7 @@ class Folder(Sequence["Atoms"]):
         return array.view(np.ndarray)
 
     def _label(self, file: Path, known: tuple[bool, tuple[int, ...]] | None) -> Values:
-        """The values of a label; more digits of numbers of structures stand beside them."""
+        """The values of a label, in 64 bits where the folder has them."""
         of_atoms, inner = self._guessed(file) if known is None else known
         rows = int(self.ends[-1]) if of_atoms else len(self)
         array = self._mapped(file, (rows, *inner), "<f4")

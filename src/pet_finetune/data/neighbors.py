@@ -131,7 +131,7 @@ def expected_neighbors(
 
 
 def _heights(positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray) -> np.ndarray:
-    """Distances between the faces of the cell, and how far the atoms reach where there is none."""
+    """Distances between the faces of the cell, or the extent of the atoms without one."""
     if not pbc.any():
         return np.ptp(positions, axis=0) if len(positions) else np.zeros(3)
     box = _whole_cell(cell, pbc)

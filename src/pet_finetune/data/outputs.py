@@ -276,7 +276,7 @@ def _by_energy(
 
 
 def _full_cycles(text: str) -> Iterator[tuple[int, str]]:
-    """Steps of an OUTCAR that used all NELM iterations and do not say that they converged."""
+    """Steps of an OUTCAR that used all NELM iterations without a sign of convergence."""
     limit = re.search(r"\bNELM\s*=\s*(\d+);", text)
     if limit is None:
         return

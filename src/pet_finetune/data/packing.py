@@ -108,7 +108,7 @@ def pack(
     names: Collection[str] | None = None,
     total: int | None = None,
 ) -> int:
-    """Write frames as a memory-mapped folder; one that was begun is gone on with.
+    """Write frames as a memory-mapped folder, or continue an unfinished one.
 
     Args:
         target: the folder; it appears when it is whole.
@@ -237,7 +237,7 @@ class _Writer:
         self._atoms += count
 
     def _tell_text(self, name: str) -> None:
-        """Say once that a label which is a number elsewhere is text in a frame: stars, say."""
+        """Warn once of a label that is text in a frame (such as stars) and a number elsewhere."""
         if name not in self._told:
             self._told.add(name)
             _logger.warning(
@@ -312,7 +312,7 @@ class _Writer:
             (self._folder / file).unlink(missing_ok=True)
 
     def record(self, position: int) -> None:
-        """Write down what is done, from where another process can go on."""
+        """Record the progress, from which another process can continue."""
         self.position = position
         for file in self._files.values():
             file.flush()

@@ -1,4 +1,4 @@
-"""A labelled set of structures and what models say of it, as one small ``.npz`` file."""
+"""A labelled set of structures and predictions of models, as one small ``.npz`` file."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Predicted:
 
     @classmethod
     def of(cls, structures: Sequence[Structure], set_name: str) -> Predicted:
-        """The structures and their labels; no model has been asked yet."""
+        """The structures and their labels, without predictions."""
         sources = tuple(dict.fromkeys(structure.source for structure in structures))
         return cls(
             set_name=set_name,

@@ -171,7 +171,7 @@ def _read_weights(
 def _check_energies(
     reading: DatasetFiles, column: Column, labels: Mapping[str, Sequence[Tensor | None]]
 ) -> None:
-    """Let frames go without an energy that have forces or a stress, and say so.
+    """Accept frames without an energy that have forces or a stress, with a notice.
 
     Raises:
         DataError: a frame has no label of the target at all, or no frame has an energy though there

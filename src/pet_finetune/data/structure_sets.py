@@ -28,7 +28,7 @@ SAMPLE, OF_ELEMENT = 1_000, 50
 
 
 class _Listed:
-    """Structures in memory beside others on disk, with what :class:`~.stored.Stored` has."""
+    """Structures in memory with the interface of :class:`~.stored.Stored`."""
 
     def __init__(self, structures: Sequence[Structure]) -> None:
         self._structures = structures
@@ -61,7 +61,7 @@ Store = Stored | _Listed
 
 
 class OnDisk(Sequence[Structure]):
-    """Structures that are read when they are asked for.
+    """Structures that are read on demand.
 
     Args:
         stores: where they are.

@@ -36,7 +36,7 @@ _ISOTOPE = re.compile(r"([0-9]{1,3})([A-Za-z]{1,2})$")
 
 @lru_cache(maxsize=4096)
 def element_of(label: str) -> tuple[str, float | None] | None:
-    """The element that a label of an atom stands for, where it has one meaning.
+    """The element of an atom's label, if it is unambiguous.
 
     ``Fe``, ``fe`` and ``26`` are iron; ``C1``, ``C_a`` and ``Fe2+`` are sites of carbon and iron;
     ``D``, ``T``, ``2H`` and ``13C`` are isotopes.

@@ -44,7 +44,7 @@ _RESULTS: dict[str, Callable[[np.ndarray], Any]] = {
 
 
 class PredictionWriter:
-    """A file of structures and what a model says of them, in eV and Å, in the order they come.
+    """A file of structures with predictions, in eV and Å, in the order of writing.
 
     It appears whole when the ``with`` block ends. If that ends with an error, what came until then
     is in a file beside it, ``<name>.partial<ending>``.

@@ -1,4 +1,4 @@
-"""What a simulation is asked to do, and ASE's integrators, temperatures and freedoms for it."""
+"""Settings of a simulation, and ASE's integrators, temperatures and degrees of freedom."""
 
 from __future__ import annotations
 

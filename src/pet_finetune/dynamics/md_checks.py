@@ -114,7 +114,7 @@ def check_start(
     format: str = "",
     types: Mapping[int, str] | None = None,
 ) -> tuple[Atoms, PETCalculator]:
-    """Read structure and model, and see whether they can be simulated as asked.
+    """Read structure and model, and check that they can be simulated with the settings.
 
     Returns:
         The structure, without a calculator, and the calculator.
@@ -150,7 +150,7 @@ def read_frame(
     format: str = "",
     types: Mapping[int, str] | None = None,
 ) -> Atoms:
-    """One frame of a file; the last where none is named, which is said when there are several.
+    """One frame of a file; by default the last, with a notice if there are several.
 
     Raises:
         DataError: the file cannot be read, or has no such frame.

@@ -74,7 +74,7 @@ class MDFiles:
 
     @classmethod
     def existing(cls, folder: Path) -> MDFiles:
-        """Those of a run that was made before; nothing is made where there is none."""
+        """Files of an existing run; nothing is created."""
         if not (folder / STATE).is_file():
             raise DynamicsError(
                 f"--restart: '{folder}' holds no {STATE}, so there is nothing to go on from. "

@@ -145,7 +145,7 @@ def _record(model: ModelChoice, settings: MDSettings, before: Mapping[str, Any])
 
 
 def _relax(atoms: Atoms, settings: MDSettings) -> None:
-    """Bring the start nearer to a minimum where asked, and say when its forces are absurd."""
+    """Relax the start if requested, and warn of very large forces."""
     before = _largest_force(atoms)
     if settings.minimize:
         FIRE(atoms, logfile=None).run(fmax=_RELAXED, steps=settings.minimize)

@@ -85,7 +85,7 @@ _SHORTEST = 0.1  # ps
 
 @dataclass(frozen=True)
 class Summary:
-    """Figures of a whole run, parts before a restart included. None where there is no such thing.
+    """Numbers of a whole run, with parts before a restart. None if not available.
 
     Attributes:
         time: ps.

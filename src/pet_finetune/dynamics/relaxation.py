@@ -272,7 +272,7 @@ class _Underway:
         self._optimizer = OPTIMIZERS[settings.optimizer](self._moving, logfile=None)
 
     def move(self) -> Relaxed | None:
-        """Make a step from what was computed; the result, where it is at rest or has made them all.
+        """Make a step; returns the result if the structure is relaxed or has used all steps.
 
         Raises:
             DynamicsError: energy or forces are infinite.

@@ -131,7 +131,7 @@ def _write_metatomic(
     outside: torch.dtype,
     calibration: float,
 ) -> ExportOutcome:
-    """Write a model for engines; ``about`` is what the file says of itself."""
+    """Write a model for engines; ``about`` is the metadata of the file."""
     from .targets import choose_outputs, uncertainty_outputs
     from .write import ModelCheck, interaction_range, write_model
 

@@ -40,7 +40,7 @@ def choose_outputs(
 def uncertainty_outputs(
     potentials: Sequence[Potential], outputs: Mapping[str, str]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """The names of the uncertainties of energies, and of what each member says, by energy.
+    """Names of the outputs for uncertainties and ensembles, by energy.
 
     Args:
         potentials: several are a committee; one has what its last layers give.

@@ -196,7 +196,7 @@ class ModelCheck:
 
 
 def _mean(predictions: Sequence[Prediction | Property]) -> Prediction | Property:
-    """The mean of what several models say of one target."""
+    """Mean prediction of several models for one target."""
     first, *others = predictions
     if not others:
         return first

@@ -11,5 +11,5 @@ from .retention import RetentionReport
 
 
 def features() -> list[Feature]:
-    """The features of this room; each does nothing where the options do not ask for it."""
+    """The features of this room; each is inactive unless the options enable it."""
     return [RetentionReport(), ReplayFeature(), AnchorFeature(), DimerReport()]

@@ -265,7 +265,7 @@ class DimerReport(Keeping):
 def report_dimers(
     before: DimerCurves, target: str, model: Potential, files: RunFiles
 ) -> dict[str, str]:
-    """Write the curves before and after, and say what became of each pair's wall.
+    """Write the curves before and after, and log the repulsion of each pair.
 
     Returns:
         What became of the wall, by pair.

@@ -1,4 +1,4 @@
-"""Replay: the loss of structures that the foundation knows, beside each batch of the user's.
+"""Replay: a loss on structures that the foundation knows, added to each batch.
 
 Replayed data against forgetting: A. Robins, Connection Science 7, 123 (1995), where the network
 labels what it replays ("pseudorehearsal"). The structures that all features of this room look at
@@ -216,7 +216,7 @@ class ReplayLoss:
         self._wanted = {objective.target: (objective.forces, objective.stress)}
 
     def __call__(self, step: Step) -> Tensor:
-        """The weighted loss of what goes beside a batch, a scalar."""
+        """The weighted loss of the replayed structures, a scalar."""
         replayed = self.beside.batch(step.epoch, step.index).to(self.model.device, self.model.dtype)
         predictions = self.model.predict_many(replayed.graph, self._wanted, create_graph=True)
         objective = self.objective.at(loss_stage(self._options, step.epoch))
@@ -317,7 +317,7 @@ class ReplayFeature(Keeping):
         }
 
     def losses(self, step: Step) -> Mapping[str, Tensor]:
-        """The loss of what goes beside a batch."""
+        """The loss of the replayed structures."""
         return {} if self._loss is None else {self.name: self._loss(step)}
 
 
@@ -327,7 +327,7 @@ def number_beside(own: int, fraction: float) -> int:
 
 
 class Beside:
-    """Draws what goes beside each batch of another loader.
+    """Draws replayed structures for each batch of another loader.
 
     The second set is gone through in a new random order again and again, so that its structures
     occur equally often. What is drawn is a function of the seed, the epoch and the batch.

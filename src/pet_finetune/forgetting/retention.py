@@ -1,4 +1,4 @@
-"""The forgetting report: errors on structures that say what the foundation knew."""
+"""The forgetting report: errors on structures that the foundation knows."""
 
 from __future__ import annotations
 

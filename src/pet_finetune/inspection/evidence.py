@@ -148,7 +148,7 @@ def readings_of(declared: Declared, quantities: Collection[str]) -> list[Reading
 
 
 def assumed_unit(declared: Declared, quantity: str) -> str:
-    """The name of the unit that the options say, or that is taken where they say none."""
+    """The unit in the options, or the assumed one."""
     own = getattr(declared, quantity)
     return next((u for u in UNITS[quantity] if abs(_log_of(quantity, u, own)) < 1e-6), "assumed")
 

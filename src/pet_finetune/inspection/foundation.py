@@ -1,4 +1,4 @@
-"""The labels beside what a foundation says: units, and frames that nothing else explains."""
+"""Comparison of the labels with a foundation: units and outliers."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ _ENERGY, _FORCE = 2e-3, 0.02
 
 @dataclass(frozen=True)
 class Twins:
-    """Two frames that are all but one, and how far they are apart, Å."""
+    """Two nearly equal frames and their distance, Å."""
 
     one: InspectedFrame
     two: InspectedFrame
@@ -158,7 +158,7 @@ _USUAL = (0.7, 1.15)
 
 
 def check_lengths(dataset: InspectedDataset) -> Iterator[Finding]:
-    """Positions in Bohr or nm, by the nearest distances beside the covalent radii (ASE's table)."""
+    """Positions in Bohr or nm, from nearest distances and covalent radii (ASE's table)."""
     for file, frames in dataset.files.items():
         gaps = [e.gaps[~np.isin(e.numbers, NOBLE)] for e in frames if e.size > 1]
         found = np.concatenate([*gaps, np.zeros(0)])
@@ -324,7 +324,7 @@ def _count(items: Sequence[object]) -> str:
 
 
 def check_charges_used(dataset: InspectedDataset, conditioned: bool) -> Iterator[Finding]:
-    """Charges and spins in the file that the model is not told."""
+    """Charges and spins in the file that the model does not use."""
     if conditioned:
         return
     charged = [e for e in dataset.frames if e.structure.charge != 0]

@@ -1,4 +1,4 @@
-"""What is looked at, as arrays that every check needs, and what a check has to say."""
+"""Inspected data as arrays for all checks, and the findings of a check."""
 
 from __future__ import annotations
 

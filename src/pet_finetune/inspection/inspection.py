@@ -236,7 +236,7 @@ def cells_of(options: Options) -> list[Finding]:
 
 
 def read_checked(options: Options, seed: int) -> Splits:
-    """The three sets; where they cannot be read, all that is wrong with the files at once.
+    """The three sets, or all problems of the files at once.
 
     Raises:
         DataError: naming each problem.

@@ -100,7 +100,7 @@ def target_of_file(
 def _beside(
     frames: Sequence[Atoms], file: str, keys: Mapping[str, str | None]
 ) -> Iterator[Finding]:
-    """Notes on values that are not taken and may be meant: other totals, columns like forces."""
+    """Notes on unused values that may be labels: other totals, columns like forces."""
     for kind, key in keys.items():
         others = [
             name
@@ -242,7 +242,7 @@ def _find_keys(frames: Sequence[Atoms], kind: str, energy: str = "") -> tuple[li
 
 
 def _candidates(frames: Sequence[Atoms], kind: str) -> tuple[list[str], list[str]]:
-    """Names that contain that of a label and fit, and those that say that they are something else.
+    """Names that contain that of a label: suitable ones, and others.
 
     The first and the last frame are looked at.
     """

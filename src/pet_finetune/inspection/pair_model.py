@@ -95,7 +95,7 @@ class PairModel:
         return _evidence({"force": -1.0}, log, _REPULSION_SIGMA, text, sign, correlation)
 
     def _of_energies(self, frames: Sequence[InspectedFrame]) -> Evidence | None:
-        """Spread of the energies of equal compositions and volumes beside that of the model."""
+        """Spread of the energies of equal compositions and volumes against that of the model."""
         chosen = [k for k, e in enumerate(frames) if e.energy is not None and displaced(e)]
         if self.agreement < _CORRELATED or len(chosen) < _FEWEST:
             return None
@@ -208,7 +208,7 @@ def _equations(
 
 
 def _solve(normal: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    """Weights, held small where the forces say nothing of them."""
+    """Weights, regularised where the forces do not determine them."""
     size = float(np.trace(normal))
     if size == 0.0:
         return np.zeros(len(prediction))

@@ -76,7 +76,7 @@ def evidence_of(
 
 
 def _compare(energies: np.ndarray, works: np.ndarray, quantity: str, of: str) -> Evidence | None:
-    """Differences of energies beside what they should be."""
+    """Energy differences against their expected values."""
     if len(works) < _FEWEST_STEPS or not works.any() or not energies.any():
         return None
     log, sigma, sign = log_ratio(energies, works, 0.12)
@@ -251,7 +251,7 @@ def _largest_stresses(frames: Sequence[InspectedFrame]) -> Evidence | None:
 
 
 def _disorder(frames: Sequence[InspectedFrame]) -> Evidence | None:
-    """Stresses beside what the forces and the distances make of them.
+    """Stresses against estimates from forces and distances.
 
     The shear of a cell of displaced atoms is a sum of random pulls, each a force times a distance.
     """

@@ -1,4 +1,4 @@
-"""What a run will take, from one measured step; a method and options for the data at hand."""
+"""Time and memory of a run from one measured step; suggested method and options."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _MIB = 2**20
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say it."""
+    """Duration in words."""
     if seconds < 100:
         return f"{seconds:.0f} seconds"
     if seconds < 6000:
@@ -248,7 +248,7 @@ _SPARE = 40
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Options for the data at hand.
+    """Suggested options for the data.
 
     Attributes:
         options: a whole file, as plain values.

@@ -174,7 +174,7 @@ def _factors(found: Sequence[Reading]) -> dict[str, float] | None:
 
 
 def in_found_units(dataset: InspectedDataset, findings: Iterable[Finding]) -> InspectedDataset:
-    """The labels as they are if the units were found, so that other checks can go on.
+    """The labels in the units found, for the other checks.
 
     Files whose units are in doubt without it being clear what they are lose their labels.
     """
@@ -216,7 +216,7 @@ def _named(reading: Reading) -> str:
 
 
 def _one_unit(best: Reading, declared: Declared) -> str | None:
-    """The unit of the energy with which the options say it all, if there is one."""
+    """The single unit of the energy that describes all labels, if any."""
     energy = best.units.get("energy")
     if energy is None or energy == PER_ATOM:
         return None

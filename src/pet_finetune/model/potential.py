@@ -136,7 +136,7 @@ class Potential(nn.Module):
     def add_species(
         self, numbers: Iterable[int], like: Mapping[int, int] | None = None
     ) -> tuple[int, ...]:
-        """Teach the model elements that it lacks; what it says of others stays, bit for bit.
+        """Add elements to the model; predictions for others do not change, bit for bit.
 
         Every embedding gets a row, every baseline an entry, and the repulsion a covalent radius
         for each. Rows are ordered by atomic number, so those of known elements may move.
@@ -247,7 +247,7 @@ class Potential(nn.Module):
         stress: bool = False,
         create_graph: bool = False,
     ) -> Prediction:
-        """Energies of a batch and, where asked for, forces and stresses.
+        """Energies of a batch and, on request, forces and stresses.
 
         Args:
             batch: edges up to at least :attr:`cutoff`, on the model's device and dtype.

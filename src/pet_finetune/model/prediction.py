@@ -1,4 +1,4 @@
-"""What a potential says of energies: with forces and stresses, and with an uncertainty.
+"""Predictions of energies, with forces and stresses, and with an uncertainty.
 
 Torch's inference mode records none of what derivatives need: here they are computed outside it.
 

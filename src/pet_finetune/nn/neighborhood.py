@@ -218,7 +218,7 @@ class NeighborhoodBuilder(Accelerated, nn.Module):
         )
 
     def with_edges(self, batch: Batch) -> Batch:
-        """A batch that holds what its vectors decide: where the network shall not look at numbers.
+        """A batch with its edges chosen, for graphs that cannot depend on values.
 
         On a GPU that spares it some waiting for them, and a traced graph needs it.
         """
@@ -330,7 +330,7 @@ class SteadyEdges:
         return batch._replace(edges=self._edges._replace(radii=near.radii)), slack
 
     def hold(self, slack: float) -> bool:
-        """Whether all edges that count were there; where they soon will not, they are chosen anew.
+        """Whether all relevant edges were included; chosen anew before they are not.
 
         Args:
             slack: of :meth:`choose`.

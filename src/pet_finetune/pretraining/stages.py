@@ -53,7 +53,7 @@ _Item = TypeVar("_Item")
 
 
 class Work:
-    """The folder that the stages keep what they found in; the same command goes on with it."""
+    """Work folder of the stages; the same command continues with it."""
 
     def __init__(self, folder: Path, settings: PretrainOptions, content: dict[str, str]) -> None:
         self.folder = folder
@@ -192,7 +192,7 @@ def pretrain_model(
 
 
 def pretrained(options: Options) -> Options:
-    """Options of a run whose start has learned the system first, as ``finetune.pretrain`` says.
+    """Options of a run that starts from the result of ``finetune.pretrain``.
 
     What it gives is kept in the cache under a name made of settings, structures and weights, and
     found there by the next run.
@@ -315,7 +315,7 @@ def _write_sets(folder: Path, frames: Sequence[Atoms], settings: PretrainOptions
 def _trained(
     folder: Path, checkpoint: str | Path, target: str, settings: PretrainOptions, device: str
 ) -> TrainOutcome:
-    """Train the foundation in full, or go on with it."""
+    """Train the foundation in full, or continue that training."""
     targets = {target: {"quantity": "energy", "key": "energy", "unit": "eV"}}
     sets = {
         f"{name}_set": {
@@ -352,7 +352,7 @@ def _trained(
 def _finish(
     work: Work, outcome: TrainOutcome, teacher: Teacher, sizes: dict[str, int], output: Path
 ) -> PretrainResult:
-    """Write the checkpoint, which says what it was made from, and sum up."""
+    """Write the checkpoint with its provenance, and a summary."""
     if not outcome.after:
         raise TrainingError(f"The training in '{outcome.folder}' gave no errors.")
     before = plain_errors(outcome.before).get("test", {})

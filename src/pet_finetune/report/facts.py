@@ -132,7 +132,7 @@ Facts = Iterator[tuple[str, str, str]]
 
 
 def duration(seconds: float) -> str:
-    """A time as people say it."""
+    """Duration in words."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 90 * 60:

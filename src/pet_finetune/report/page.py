@@ -1,4 +1,4 @@
-"""The page ``report.html``: one file that needs nothing beside it."""
+"""The page ``report.html``: one self-contained file."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _title(folder: str) -> str:
 
 @cache
 def _template() -> Template:
-    """The page's template; whatever it is given is escaped, unless it says that it is markup."""
+    """The page's template; values are escaped unless marked as markup."""
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -220,7 +220,7 @@ def _errors_of(run: RunRecord, quantity: Quantity) -> dict[str, np.ndarray]:
 
 
 def _told(column: tuple[Quantity, dict[str, np.ndarray]], index: int) -> str:
-    """Before and after of one structure, in words."""
+    """Text on one structure before and after."""
     quantity, errors = column
     values = " → ".join(number(quantity.factor * float(v[index])) for v in errors.values())
     return f"{values} {quantity.unit}"
@@ -297,7 +297,7 @@ def _dimers(run: RunRecord, drawn: bool) -> dict[str, Any] | None:
 
 
 def _committee(run: RunRecord, drawn: bool) -> dict[str, Any] | None:
-    """Errors of the members beside the committee's, and the calibration."""
+    """Errors of the members and the committee, and the calibration."""
     committee = run.committee
     if committee is None:
         return None

@@ -50,7 +50,7 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
 
 
 def page_of(folder: Path) -> str:
-    """The page of a run, without what a damaged file of it says.
+    """The page of a run, without damaged files.
 
     The files are plain JSON and tables, which anyone can change: what they hold is used as it
     stands, and the file that breaks the page is found by leaving one out after another.
@@ -164,4 +164,4 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def log_message(self, format: str, *values: object) -> None:
-        """Say nothing: a browser asks every few seconds."""
+        """Log nothing, because a browser asks every few seconds."""

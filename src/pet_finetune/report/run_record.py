@@ -184,7 +184,7 @@ class RunRecord:
 
     @property
     def primary_set(self) -> str | None:
-        """The set that says most of the model: the one it saw least of."""
+        """The primary set: the one that training saw least of."""
         errors = self.after or self.before
         return next((name for name in ("test", "validation", "train") if name in errors), None)
 

@@ -140,7 +140,7 @@ def _count(run: RunRecord) -> int | None:
 
 
 def _measured_on(run: RunRecord) -> str:
-    """The set in words, and how far it can be trusted."""
+    """Text on the set and its reliability."""
     name, count = run.primary_set, _count(run)
     if name is None:
         return ""
@@ -242,7 +242,7 @@ def _overfitting(run: RunRecord) -> Iterator[str]:
 
 
 def _forgotten(run: RunRecord) -> Iterator[str]:
-    """Drift on what the foundation knew, where it is larger than the error on the own data."""
+    """Forgetting, if it is larger than the error on the user's data."""
     kept = run.after.get("retention", {})
     for target, values in kept.items():
         drift = values.get("forces_mae")

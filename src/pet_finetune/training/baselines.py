@@ -180,7 +180,7 @@ def prepare_baselines(
 
 
 def settled_baselines(model: Potential, loader: Loader, target: str, ridge: float) -> Tensor:
-    """Baselines of an energy moved by what the model, as it stands, leaves over, [n_species] eV.
+    """Baselines of an energy refitted to the model's residuals, [n_species] eV.
 
     Args:
         model: is asked in evaluation mode.

@@ -144,7 +144,7 @@ def _train_all(
 
 
 def _is_finished(run: NamedRun) -> bool:
-    """Whether a run is finished; then its log says so, and what its entry says otherwise now."""
+    """Whether a run is finished; logs this, and changes of its entry."""
     folder = run.folder
     if not (folder / RESULTS).exists():
         return False

@@ -134,7 +134,7 @@ class CompiledStep:
         objectives: Mapping[str, Objective],
         parameters: Sequence[Tensor],
     ) -> Gradients | None:
-        """Compute a batch; None where it has to be computed without a graph.
+        """Compute a batch; None if it must be computed without a graph.
 
         That is where compiling failed, and for structures without any edges.
 

@@ -29,7 +29,7 @@ from .objectives import batch_loss, derivatives, objectives_at
 
 
 class RotationalAgreement(Feature):
-    """The feature ``rotational_consistency``: structures just seen, rotated, beside each batch.
+    """The feature ``rotational_consistency``: rotated structures in addition to each batch.
 
     Their labels are what was just said of them. A rotated structure counts ``weight`` times as much
     as a labelled one: the loss is a mean over the rotated ones times their share of the batch.

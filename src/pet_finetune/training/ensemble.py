@@ -1,4 +1,4 @@
-"""A committee trained in one run: its members one after the other, then what they say together."""
+"""A committee trained in one run: its members one after the other, then all together."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def _check_no_members(folder: Path) -> None:
 
 
 def _take_over(last: Path, folder: Path) -> None:
-    """Make sure that a run to go on with is an ensemble, and copy it where it shall go on."""
+    """Check that a run to continue is an ensemble, and copy it to its new folder."""
     old = last.parent.parent
     if not last.parent.name.startswith("member_"):
         raise TrainingError(
