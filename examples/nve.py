@@ -1,11 +1,11 @@
-"""Constant-energy dynamics of one molecule with a fine-tuned model: does the energy stay?
+"""Constant-energy dynamics of one molecule with a fine-tuned model: is the energy conserved?
 
     python examples/nve.py runs/demo/best_model.ckpt datasets/molecules_pbe0_test.xyz \
         --steps 2000 --timestep 0.5 --plot nve.png
 
 Prints the drift (slope of a line through the total energy, per atom and picosecond) and the
-largest departure from the start, and draws both. A potential whose forces are its energy's exact
-derivative keeps the energy but for the integrator's own error.
+largest departure from the start, and plots both. If the forces are the exact derivative of the
+energy, only the integrator's error remains.
 """
 
 from __future__ import annotations

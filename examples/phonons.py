@@ -6,7 +6,7 @@
 Prints the frequencies at the centre of the Brillouin zone and at its corner, and the heat capacity
 at 300 K. Differences of forces need many digits and a model that obeys symmetry, so this computes
 in float64 and as a mean over orientations. Imaginary frequencies, printed as negative ones, mean
-that the crystal is no minimum of the model's energy, or that the model was not made for it.
+that the crystal is not in a minimum of the energy, or that the model is not suited for it.
 """
 
 from __future__ import annotations

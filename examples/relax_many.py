@@ -3,7 +3,7 @@
     python examples/relax_many.py checkpoints/pet-xtb-s.ckpt --count 200
 
 Takes molecules of ASE's G2 set that are made of H, C, N and O, each several times with its atoms
-displaced at random, relaxes all together, and prints how many came to rest and at what energies.
+displaced at random, relaxes all together, and prints how many converged and their energies.
 ``--alone`` relaxes them one after the other with ASE's FIRE instead, for comparison.
 ``pet-finetune relax`` does this for the structures of a file, without torch-sim.
 """
