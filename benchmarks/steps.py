@@ -40,7 +40,7 @@ from pet_finetune.backends.choice import (
     using,
 )
 from pet_finetune.config.run_options import ModelOptions
-from pet_finetune.config.training import TargetLoss
+from pet_finetune.config.target import TargetLoss
 from pet_finetune.data.labelled_batch import LabelledBatch, collate
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.neighbors import structure_neighbors

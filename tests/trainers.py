@@ -11,7 +11,8 @@ import torch
 from models import random_potential
 from pet_finetune.adapters.adapter_config import AdapterConfig
 from pet_finetune.adapters.inject import freeze, inject
-from pet_finetune.config.training import TargetLoss, TrainingOptions
+from pet_finetune.config.target import TargetLoss
+from pet_finetune.config.training import TrainingOptions
 from pet_finetune.data.loader import Loader
 from pet_finetune.training.baselines import fit_composition
 from pet_finetune.training.feature import Feature, Step

@@ -17,7 +17,7 @@ from models import PROPERTIES, crystal, ethanol, lone_atom, random_potential, sl
 from pet_finetune import PETCalculator, graph
 from pet_finetune.adapters.inject import freeze
 from pet_finetune.backends import graphs
-from pet_finetune.config.training import TargetLoss
+from pet_finetune.config.target import TargetLoss
 from pet_finetune.data.labelled_batch import LabelledBatch, batch_from_atoms, collate
 from pet_finetune.data.neighbors import structure_neighbors
 from pet_finetune.data.structure import atoms_to_structure

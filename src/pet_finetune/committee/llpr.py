@@ -22,7 +22,6 @@ from pet_finetune.errors import TrainingError
 from pet_finetune.graph import Batch
 from pet_finetune.keys import TargetSpec
 from pet_finetune.log import get_logger
-from pet_finetune.model.pet import features_key
 from pet_finetune.model.potential import Potential
 from pet_finetune.model.prediction import (
     LastLayer,
@@ -30,6 +29,7 @@ from pet_finetune.model.prediction import (
     Property,
     autograd_possible,
     cholesky_of,
+    features_key,
     forces_of,
     stress_of,
     with_leaves,

@@ -9,7 +9,7 @@ from pet_finetune.errors import did_you_mean
 from pet_finetune.installation import LONG_RANGE, QUANTIZATION, missing_extra
 
 from .data_contradictions import check_data, check_keeping
-from .finetune import METATRAIN_KEYS, METHOD_KEYS
+from .finetune import METHOD_KEYS
 from .problems import Path, Problem, format_path
 from .run_options import Options
 from .training import first_epoch
@@ -17,6 +17,10 @@ from .training import first_epoch
 _MODEL: Path = ("architecture", "model")
 _TRAINING: Path = ("architecture", "training")
 _FINETUNE: Path = (*_TRAINING, "finetune")
+#: Keys that metatrain's own options have under ``finetune.config``.
+METATRAIN_KEYS = frozenset(
+    {"rank", "alpha", "target_modules", "head_modules", "last_layer_modules"}
+)
 
 
 def check(options: Options, raw: dict[str, Any]) -> Iterator[Problem]:

@@ -298,12 +298,6 @@ METHOD_KEYS: dict[FinetuneMethod, frozenset[str]] = {
 }  # fmt: skip
 
 
-#: Keys that metatrain's own options have under ``finetune.config``.
-METATRAIN_KEYS = frozenset(
-    {"rank", "alpha", "target_modules", "head_modules", "last_layer_modules"}
-)
-
-
 def _new_elements(value: Any) -> str | dict[str, str]:
     """``nearest``, ``random``, or the element that each new one starts from, as symbols."""
     if isinstance(value, str):
@@ -402,8 +396,3 @@ class FinetuneOptions(Section):
             value = {**value, "llpr": {} if value["llpr"] else None}
         sections = ("config", "inherit_heads", "retention")
         return {k: v for k, v in value.items() if v is not None or k not in sections}
-
-    @property
-    def starts_from_model(self) -> bool:
-        """Whether training starts from existing weights rather than from scratch."""
-        return self.read_from is not None or self.legacy_start is not None

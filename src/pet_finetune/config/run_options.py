@@ -249,7 +249,7 @@ class Options(Section):
     @property
     def is_finetuning(self) -> bool:
         """Whether training starts from existing weights rather than from scratch."""
-        return self.finetune.starts_from_model
+        return self.finetune.read_from is not None or self.finetune.legacy_start is not None
 
     @property
     def is_committee(self) -> bool:

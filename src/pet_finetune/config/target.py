@@ -1,7 +1,7 @@
-"""Short ways of writing options (a path for a section, ``on`` for a label) spelled out in full.
+"""Targets, what is learned of a set, and their losses; short ways of writing them spelled out.
 
-All functions take what the YAML file holds and never raise: what they do not understand is
-returned as it stands, so that validation reports it at its own place.
+The functions that spell out take what the YAML file holds and never raise: what they do not
+understand is returned as it stands, so that validation reports it at its own place.
 """
 
 from __future__ import annotations
@@ -9,13 +9,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from pet_finetune.errors import UnitError
 from pet_finetune.keys import TargetSpec, direct_quantity
 from pet_finetune.units import own_unit, to_own_unit
 
-from .base import Expects, OneOf, OptionalText, PositiveInt, Section
+from .base import (
+    Expects,
+    NonNegativeFloat,
+    OneOf,
+    OptionalText,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    only,
+)
 
 _SWITCHES = {
     True: "on",
@@ -255,3 +264,85 @@ class TargetOptions(Section):
             description=self.description,
             per_volume=direct_quantity(name) == "pressure",
         )
+
+
+LossType = Literal["mse", "mae", "huber"]
+
+
+class LossTerm(Section):
+    """The loss of one quantity. In a file also just its type."""
+
+    short_forms, short_for = ("string",), "type"
+
+    type: Annotated[LossType, OneOf()] = "mse"
+    """Mean squared error, mean absolute error, or Huber's mixture of both."""
+    weight: NonNegativeFloat = 1.0
+    """Factor in the total loss."""
+    delta: PositiveFloat = 1.0
+    """Huber: the error at which squared becomes absolute, in units of the scaled target."""
+    reduction: Annotated[
+        Literal["mean"],
+        Expects("'mean'", only("mean", "The loss is always a mean; change `weight` to scale it.")),
+    ] = "mean"
+    """How the values of a batch are combined; only `mean`."""
+
+
+class GradientLosses(Section):
+    """Losses of the derivatives of an energy, by metatrain's names."""
+
+    positions: LossTerm | None = None
+    """Loss of the forces."""
+    strain: LossTerm | None = None
+    """Loss of the stress."""
+
+
+class TargetLoss(LossTerm):
+    """The loss of one target and of its forces and stress."""
+
+    forces: LossTerm | None = None
+    """Loss of the forces: a type, or these keys."""
+    stress: LossTerm | None = None
+    """Loss of the stress: a type, or these keys."""
+    virial: LossTerm | None = None
+    """Another name of `stress`."""
+    gradients: GradientLosses = GradientLosses()
+    """Another place for the losses of forces and stress."""
+
+    def forces_term(self) -> LossTerm:
+        """Loss of the forces, wherever it was given; mean squared error otherwise."""
+        return self.forces or self.gradients.positions or LossTerm()
+
+    def stress_term(self) -> LossTerm:
+        """Loss of the stress, wherever it was given; mean squared error otherwise."""
+        return self.stress or self.virial or self.gradients.strain or LossTerm()
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether a loss of forces or stress is given."""
+        given = (self.forces, self.stress, self.virial, self.gradients.positions)
+        return any(term is not None for term in (*given, self.gradients.strain))
+
+    def repeated(self) -> list[tuple[str, ...]]:
+        """Groups of keys that set the same loss, where more than one of them is given."""
+        groups = {
+            "forces": (("forces", self.forces), ("gradients.positions", self.gradients.positions)),
+            "stress": (
+                ("stress", self.stress),
+                ("virial", self.virial),
+                ("gradients.strain", self.gradients.strain),
+            ),
+        }
+        given = [tuple(key for key, term in group if term) for group in groups.values()]
+        return [keys for keys in given if len(keys) > 1]
+
+
+def _kind_of_loss(value: Any) -> str:
+    return "#each" if isinstance(value, Mapping) else "#all"
+
+
+#: One type for everything, or a loss for each target.
+LossOptions = Annotated[
+    Annotated[Annotated[LossType, OneOf()], Tag("#all")]
+    | Annotated[dict[str, TargetLoss], Tag("#each")],
+    Discriminator(_kind_of_loss),
+]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Tag, model_validator
+from pydantic import BeforeValidator, model_validator
 
 from pet_finetune.keys import Compile
 
@@ -27,91 +27,10 @@ from .base import (
     TextList,
     ignored_field,
     mapping,
-    only,
     real_number,
 )
 from .finetune import FinetuneOptions
-
-LossType = Literal["mse", "mae", "huber"]
-
-
-class LossTerm(Section):
-    """The loss of one quantity. In a file also just its type."""
-
-    short_forms, short_for = ("string",), "type"
-
-    type: Annotated[LossType, OneOf()] = "mse"
-    """Mean squared error, mean absolute error, or Huber's mixture of both."""
-    weight: NonNegativeFloat = 1.0
-    """Factor in the total loss."""
-    delta: PositiveFloat = 1.0
-    """Huber: the error at which squared becomes absolute, in units of the scaled target."""
-    reduction: Annotated[
-        Literal["mean"],
-        Expects("'mean'", only("mean", "The loss is always a mean; change `weight` to scale it.")),
-    ] = "mean"
-    """How the values of a batch are combined; only `mean`."""
-
-
-class GradientLosses(Section):
-    """Losses of the derivatives of an energy, by metatrain's names."""
-
-    positions: LossTerm | None = None
-    """Loss of the forces."""
-    strain: LossTerm | None = None
-    """Loss of the stress."""
-
-
-class TargetLoss(LossTerm):
-    """The loss of one target and of its forces and stress."""
-
-    forces: LossTerm | None = None
-    """Loss of the forces: a type, or these keys."""
-    stress: LossTerm | None = None
-    """Loss of the stress: a type, or these keys."""
-    virial: LossTerm | None = None
-    """Another name of `stress`."""
-    gradients: GradientLosses = GradientLosses()
-    """Another place for the losses of forces and stress."""
-
-    def forces_term(self) -> LossTerm:
-        """Loss of the forces, wherever it was given; mean squared error otherwise."""
-        return self.forces or self.gradients.positions or LossTerm()
-
-    def stress_term(self) -> LossTerm:
-        """Loss of the stress, wherever it was given; mean squared error otherwise."""
-        return self.stress or self.virial or self.gradients.strain or LossTerm()
-
-    @property
-    def has_gradients(self) -> bool:
-        """Whether a loss of forces or stress is given."""
-        given = (self.forces, self.stress, self.virial, self.gradients.positions)
-        return any(term is not None for term in (*given, self.gradients.strain))
-
-    def repeated(self) -> list[tuple[str, ...]]:
-        """Groups of keys that set the same loss, where more than one of them is given."""
-        groups = {
-            "forces": (("forces", self.forces), ("gradients.positions", self.gradients.positions)),
-            "stress": (
-                ("stress", self.stress),
-                ("virial", self.virial),
-                ("gradients.strain", self.gradients.strain),
-            ),
-        }
-        given = [tuple(key for key, term in group if term) for group in groups.values()]
-        return [keys for keys in given if len(keys) > 1]
-
-
-def _kind_of_loss(value: Any) -> str:
-    return "#each" if isinstance(value, Mapping) else "#all"
-
-
-#: One type for everything, or a loss for each target.
-LossOptions = Annotated[
-    Annotated[Annotated[LossType, OneOf()], Tag("#all")]
-    | Annotated[dict[str, TargetLoss], Tag("#each")],
-    Discriminator(_kind_of_loss),
-]
+from .target import LossOptions, LossTerm, TargetLoss
 
 #: Bounds on what is chosen where ``num_epochs`` and ``batch_size`` are null.
 FEWEST_EPOCHS, LARGEST_BATCH = 50, 16

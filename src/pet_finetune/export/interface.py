@@ -13,9 +13,8 @@ from metatomic.torch import ModelOutput, NeighborListOptions, System
 from torch import Tensor, nn
 
 from pet_finetune.graph import Batch, renumbered
-from pet_finetune.model.pet import features_key
 from pet_finetune.model.potential import Potential
-from pet_finetune.model.prediction import LastLayer
+from pet_finetune.model.prediction import LastLayer, features_key
 
 from .targets import PlainTarget, Wanted, uncertainty_outputs
 

@@ -10,11 +10,7 @@ from typing import TYPE_CHECKING, Final, Optional, cast
 import torch
 from torch import Tensor, nn
 
-from pet_finetune.backends.choice import (
-    Accelerated,
-    default_backend,
-    use_backend,
-)
+from pet_finetune.backends.choice import Accelerated, default_backend, use_backend
 from pet_finetune.backends.fused import permute
 from pet_finetune.backends.instructions import CannotRecord, Part, Recorder, Rows
 from pet_finetune.backends.reference import join, permute_rows
@@ -27,6 +23,7 @@ from pet_finetune.nn.primitives import LayerNorm, Prologue, SiLU, SystemConditio
 from pet_finetune.nn.projection import Chain, Memory, as_row, record_chain, weights_of
 from pet_finetune.nn.recompute import recomputed
 
+from .prediction import features_key
 from .shared_layers import SharedLayers, Tokens
 from .terms import pick_rows, species_table
 
@@ -35,11 +32,6 @@ if TYPE_CHECKING:
 
 #: The parts of the network that belong to single targets.
 HEAD_GROUPS = ("node_heads", "edge_heads", "node_last_layers", "edge_last_layers")
-
-
-def features_key(target: str) -> str:
-    """Under which name :meth:`PET.forward` returns what the last layer of a target sees."""
-    return target + " (features)"
 
 
 class PET(Accelerated, nn.Module):

@@ -23,12 +23,13 @@ from pet_finetune.keys import TargetSpec, main_energy
 from pet_finetune.nn.quantized import num_quantized
 from pet_finetune.profiling import stage
 
-from .pet import HEAD_GROUPS, PET, features_key
+from .pet import HEAD_GROUPS, PET
 from .prediction import (
     LastLayer,
     Prediction,
     Property,
     autograd_possible,
+    features_key,
     forces_of,
     property_of,
     stress_of,
@@ -62,7 +63,7 @@ class Potential(nn.Module):
         self.zbl = ZBL(self.species, covalent_radii(self.species)) if hypers.zbl else None
         #: What :func:`pet_finetune.adapters.inject` put in, if anything.
         self.adapter: object | None = None
-        #: Last-layer uncertainties by target; those that hold: ``committee.last_layer.fresh``.
+        #: Last-layer uncertainties by target; those that hold: ``committee.llpr.fresh``.
         self.uncertainties = nn.ModuleDict()
         for target in targets:
             self.add_target(target)
@@ -313,51 +314,44 @@ class Potential(nn.Module):
             create_graph: as for :meth:`predict`.
             features_of: those whose predictions bring along what the last layer sees, as numbers.
         """
-        with autograd_possible(self, batch) as recordable:
-            return self._predict_targets(recordable, wanted, create_graph, features_of)
-
-    def _predict_targets(
-        self,
-        batch: Batch,
-        wanted: Mapping[str, tuple[bool, bool]],
-        create_graph: bool,
-        features_of: Collection[str],
-    ) -> dict[str, Prediction | Property]:
-        energies = {n: both for n, both in wanted.items() if self.target(n).is_energy}
-        derive = any(forces or stress for forces, stress in energies.values())
-        # Whatever trains, the one derivative taken of this graph is that by the geometry.
-        predicts = derive and not create_graph
-        with torch.set_grad_enabled(derive or torch.is_grad_enabled()):
-            leafy, leaves = with_leaves(batch, self.hypers.long_range.enable, derive)
-            outputs = self.network(leafy, list(wanted), predicts, list(features_of) or None)
-            repulsion = self._repulsion(leafy)
-            keep = create_graph or not derive
-            results: dict[str, Prediction | Property] = {
-                name: self._property(batch, self.targets[name], outputs[name], repulsion, keep)
-                for name in wanted
-                if name not in energies
-            }
-            for index, (name, (forces, stress)) in enumerate(energies.items()):
-                learned = outputs[name].squeeze(-1) * self.scale.get(name).to(outputs[name])
-                if repulsion is not None:
-                    learned = learned + repulsion
-                gradients = None
-                if forces or stress:
-                    with stage("derivatives"):
-                        gradients = torch.autograd.grad(
-                            learned.sum(),
-                            leaves,
-                            create_graph=create_graph,
-                            retain_graph=create_graph or index + 1 < len(energies),
-                            materialize_grads=True,
-                        )
-                if derive and not create_graph:
-                    learned = learned.detach()  # its graph went with the derivative
-                results[name] = self._prediction(batch, name, learned, gradients, forces, stress)
-        for name in features_of:
-            seen = outputs[features_key(name)].detach()
-            results[name] = replace(results[name], features=seen)
-        return {name: results[name] for name in wanted}
+        with autograd_possible(self, batch) as batch:
+            energies = {n: both for n, both in wanted.items() if self.target(n).is_energy}
+            derive = any(forces or stress for forces, stress in energies.values())
+            # Whatever trains, the one derivative taken of this graph is that by the geometry.
+            predicts = derive and not create_graph
+            with torch.set_grad_enabled(derive or torch.is_grad_enabled()):
+                leafy, leaves = with_leaves(batch, self.hypers.long_range.enable, derive)
+                outputs = self.network(leafy, list(wanted), predicts, list(features_of) or None)
+                repulsion = self._repulsion(leafy)
+                keep = create_graph or not derive
+                results: dict[str, Prediction | Property] = {
+                    name: self._property(batch, self.targets[name], outputs[name], repulsion, keep)
+                    for name in wanted
+                    if name not in energies
+                }
+                for index, (name, (forces, stress)) in enumerate(energies.items()):
+                    learned = outputs[name].squeeze(-1) * self.scale.get(name).to(outputs[name])
+                    if repulsion is not None:
+                        learned = learned + repulsion
+                    gradients = None
+                    if forces or stress:
+                        with stage("derivatives"):
+                            gradients = torch.autograd.grad(
+                                learned.sum(),
+                                leaves,
+                                create_graph=create_graph,
+                                retain_graph=create_graph or index + 1 < len(energies),
+                                materialize_grads=True,
+                            )
+                    if derive and not create_graph:
+                        learned = learned.detach()  # its graph went with the derivative
+                    results[name] = self._prediction(
+                        batch, name, learned, gradients, forces, stress
+                    )
+            for name in features_of:
+                seen = outputs[features_key(name)].detach()
+                results[name] = replace(results[name], features=seen)
+            return {name: results[name] for name in wanted}
 
     def _property(
         self, batch: Batch, spec: TargetSpec, raw: Tensor, repulsion: Tensor | None, keep: bool

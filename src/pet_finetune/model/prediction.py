@@ -27,6 +27,11 @@ from pet_finetune.keys import TargetSpec
 from pet_finetune.nn.quantized import FixedBuffers
 
 
+def features_key(target: str) -> str:
+    """Under which name the network returns what the last layer of a target sees."""
+    return target + " (features)"
+
+
 @dataclass(frozen=True)
 class Prediction:
     """Prediction for a batch.

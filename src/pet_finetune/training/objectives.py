@@ -17,13 +17,8 @@ import torch
 from torch import Tensor
 
 from pet_finetune import processes
-from pet_finetune.config.training import (
-    LossStage,
-    LossTerm,
-    TargetLoss,
-    TrainingOptions,
-    first_epoch,
-)
+from pet_finetune.config.target import LossTerm, TargetLoss
+from pet_finetune.config.training import LossStage, TrainingOptions, first_epoch
 from pet_finetune.data.labelled_batch import LabelledBatch, on_device
 from pet_finetune.data.loader import Loader
 from pet_finetune.errors import TrainingError

@@ -29,8 +29,7 @@ from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.committee.llpr import fresh, predict_uncertain
 from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.errors import CheckpointError
-from pet_finetune.model.pet import features_key
-from pet_finetune.model.prediction import cholesky_of
+from pet_finetune.model.prediction import cholesky_of, features_key
 
 
 @pytest.mark.parametrize("kind", KINDS)

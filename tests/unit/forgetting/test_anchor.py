@@ -8,7 +8,7 @@ import torch
 from models import ethanol, random_potential
 from pet_finetune.adapters.adapter_config import AdapterConfig
 from pet_finetune.adapters.inject import freeze, inject, lora_layers
-from pet_finetune.config.training import TargetLoss
+from pet_finetune.config.target import TargetLoss
 from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.data.loader import Loader
 from pet_finetune.forgetting.anchor import (

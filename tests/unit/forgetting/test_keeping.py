@@ -15,7 +15,8 @@ import torch
 import pet_finetune
 from models import random_potential
 from pet_finetune import forgetting
-from pet_finetune.config.training import TargetLoss, TrainingOptions
+from pet_finetune.config.target import TargetLoss
+from pet_finetune.config.training import TrainingOptions
 from pet_finetune.data.loader import Loader
 from pet_finetune.forgetting.dimers import dimer_curves
 from pet_finetune.forgetting.replay import Beside, ReplayLoss, as_plain, from_plain

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from models import random_potential
-from pet_finetune.config.training import RotationalConsistency, TargetLoss, TrainingOptions
+from pet_finetune.config.target import TargetLoss
+from pet_finetune.config.training import RotationalConsistency, TrainingOptions
 from pet_finetune.data.epochs import rotate_batch
 from pet_finetune.data.loader import Loader
 from pet_finetune.training.consistency import RotationalAgreement, rotational_spread

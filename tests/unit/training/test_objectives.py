@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pet_finetune.config.training import LossTerm, TargetLoss
+from pet_finetune.config.target import LossTerm, TargetLoss
 from pet_finetune.data.labelled_batch import collate
 from pet_finetune.data.neighbors import structure_neighbors
 from pet_finetune.model.prediction import Prediction

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from models import random_potential
-from pet_finetune.config.training import TargetLoss, TrainingOptions
+from pet_finetune.config.target import TargetLoss
+from pet_finetune.config.training import TrainingOptions
 from pet_finetune.data.loader import Loader
 from pet_finetune.errors import TrainingError
 from pet_finetune.training import profile as profile_module

@@ -12,7 +12,7 @@ import torch
 
 from models import PROPERTIES, SPECIES, crystal, ethanol, property_potential
 from pet_finetune.config.load import parse_options
-from pet_finetune.config.training import TargetLoss
+from pet_finetune.config.target import TargetLoss
 from pet_finetune.data.labelled_batch import collate
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.neighbors import structure_neighbors
