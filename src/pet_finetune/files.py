@@ -229,6 +229,13 @@ def check_file(file: Path, what: str) -> None:
         raise DataError(
             f"The {what} {str(file)!r} is a folder; give a file that ASE reads.{deepmd}"
         )
+    try:
+        str(file).encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"The name of the {what} {str(file)!r} is not UTF-8, as options and results are. "
+            "Rename it, or set a locale of UTF-8 (LC_ALL=C.UTF-8)."
+        ) from None
     if file.is_file():
         return
     folder = file.parent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 import time
@@ -103,3 +104,19 @@ def test_an_interrupt_outside_training(here, command, monkeypatch):
     monkeypatch.setattr("pet_finetune.api.train", interrupt)
     answer = command("train", "options.yaml", "-c", "base.ckpt")
     assert (answer.code, answer.err) == (130, "interrupted\n")
+
+
+def test_every_name_of_a_file_can_be_printed(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert stream.errors == "backslashreplace"
+
+
+def test_a_current_folder_that_was_removed_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["info", "model.ckpt"]) == 1
+    assert "current folder was removed" in capsys.readouterr().err

@@ -32,6 +32,7 @@ from pet_finetune.files import is_sound, note_digest, replacing
 from pet_finetune.installation import cache_folders, notice
 from pet_finetune.locks import only_one
 from pet_finetune.log import get_logger
+from pet_finetune.terminal import Watch
 
 from .operators import register_fakes
 
@@ -186,7 +187,8 @@ def _compiled(path: Path) -> Path:
     # A warning, because that is shown also where nobody set up logging, and the wait needs a word.
     _LOG.warning("Compiling the CPU kernels, once on this machine: a minute or two.")
     started = time.perf_counter()
-    with replacing(path) as library, _on_path(ninja.BIN_DIR):
+    watch = Watch("compiling the CPU kernels")
+    with watch, replacing(path) as library, _on_path(ninja.BIN_DIR):
         cpp_extension.load(
             name=_NAME,
             sources=[str(source) for source in sorted(_SOURCES.glob("*.cpp"))],

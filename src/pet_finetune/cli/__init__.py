@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Sequence
 
@@ -84,9 +86,12 @@ def _complete_files(parser: argparse.ArgumentParser, files: object) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status (0 done, 1 bad input, 130 interrupted)."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as of stderr: any name of a file can be shown
+        sys.stdout.reconfigure(errors="backslashreplace")
     parsed = make_parser().parse_args(arguments)
     try:
         with Watch(lambda: _doing(parsed.command)):
+            _check_here()
             status: int = parsed.run(parsed)
     except PetFinetuneError as error:
         if parsed.debug:
@@ -115,6 +120,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 1
     return status
+
+
+def _check_here() -> None:
+    """Refuse a current folder that was removed: libraries fail in riddles there."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise PetFinetuneError(
+            "The current folder was removed. Go to one that exists (cd), and start again."
+        ) from error
 
 
 def _doing(command: str) -> str:

@@ -70,6 +70,7 @@ def check_complete(content: Content, count: int) -> None:
         _check_poscar(text, count, source)
     elif kind == "vasp-xdatcar":
         _check_last_line(text, source)
+    _check_last_number(text, source)
     beginning = _BEGINNINGS.get(kind)
     expected = len(beginning.findall(text)) if beginning is not None else 0
     if expected > count:
@@ -163,6 +164,22 @@ def _check_last_line(text: str, source: str) -> None:
         last, before = lines[-1].rstrip(), lines[-2].rstrip()
         if last and len(last) < len(before):
             raise _cut(source, f"its last line is shorter than the one before: {last!r}")
+
+
+def _check_last_number(text: str, source: str) -> None:
+    """Tell of a last line without its end whose number has fewer decimals than the one above."""
+    before, last = ([""] + text[-10_000:].split("\n"))[-2:]
+    if not last.strip() or not before.strip():
+        return
+    decimals, above = (len(line.split()[-1].partition(".")[2]) for line in (last, before))
+    if decimals < above:
+        _logger.warning(
+            "%s has no line break at its end, and its last number fewer decimals than the one "
+            "above it (%r): the file may be cut off. Compare it with the original; a line break at "
+            "its end says that it is whole.",
+            source,
+            last.strip(),
+        )
 
 
 def _cut(source: str, what: str) -> DataError:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import zipfile
+from pathlib import Path
 
 import ase.db
 import numpy as np
@@ -499,3 +501,22 @@ def test_a_structure_that_is_cut_off_is_refused(tmp_path, form):
     file.write_text("".join(lines[:last]))
     with pytest.raises(DataError, match="cut off|has no|ASE cannot read"):
         read_frames(file, form)
+
+
+@pytest.mark.parametrize("form", ["cif", "gaussian-in", "xsf"])
+def test_a_last_number_that_is_cut_off_is_told_of(tmp_path, package_log, form):
+    file = tmp_path / "a"
+    write(file, bulk("SiC", "zincblende", a=4.36) * 2, format=form)
+    whole = file.read_text().rstrip()
+    for text, told in ((whole + "\n", False), (whole, False), (whole[:-3], True)):
+        package_log.clear()
+        file.write_text(text)
+        read_frames(file, form)
+        assert ("last number fewer decimals" in package_log.text) == told
+
+
+def test_a_name_that_is_not_utf8_is_told_of(tmp_path):
+    file = Path(os.fsdecode(os.fsencode(tmp_path / "d") + b"\xe4ta.xyz"))
+    write(file, molecule("H2O"), format="extxyz")
+    with pytest.raises(DataError, match=r"name of the data file '.*d\\udce4ta.xyz' is not UTF-8"):
+        read_frames(file)
