@@ -101,7 +101,7 @@ def work_folder(parent: Path) -> Path:
 
 
 def run_page(page: str, folder: Path) -> list[str]:
-    """Run all blocks; returns the text that each shall have on the page."""
+    """Run all blocks; returns the new text of each."""
     texts = []
     for block, match in zip(blocks(page), BLOCK.finditer(page), strict=True):
         output = run(block, folder)

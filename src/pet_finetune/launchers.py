@@ -35,7 +35,7 @@ class Launch:
 def quiet() -> None:
     """Keep torch from writing its own notes about processes that are gone; before it is imported.
 
-    What happened is told in one line by whoever knows it.
+    The process that knows the cause reports it in one line.
     """
     if int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -1,11 +1,10 @@
-"""A lock on a file that dies with its process: who works in a folder, who compiles the kernels.
+"""Locks on files that end with their process: one process per folder, one to compile kernels.
 
-Where the file system has ``flock`` (local disks, NFS), the kernel frees the lock of a process that
-ended in whatever way. Where it has not (Lustre without the option, some network disks), the file
-itself is the lock: made by one process only, and taken over when that process is gone. The file
-says who holds it. A process of another host cannot be asked whether it lives, so each holder
-touches its file every few seconds, and whoever finds the file of another host looks whether that
-goes on; this also guards disks whose ``flock`` is not seen by other hosts.
+With ``flock`` (local disks, NFS) the operating system frees the lock when its process ends. Without
+it (Lustre without the option, some network disks) the file itself is the lock: one process creates
+it, and another takes it over when that process is gone. The file names its holder. Processes of
+other hosts cannot be checked directly, so each holder touches its file every few seconds, and
+others watch whether this continues. This also guards disks whose ``flock`` other hosts do not see.
 """
 
 from __future__ import annotations
@@ -87,7 +86,7 @@ class FileLock:
 
     Attributes:
         path: as given.
-        holder: whoever held it when this process last asked in vain, as far as the file says.
+        holder: the holder at the last failed attempt of this process, from the file.
     """
 
     def __init__(self, path: Path) -> None:

@@ -224,7 +224,7 @@ def _fail(world: _World, error: BaseException) -> None:
     launch, store = world.launch, world.store
     text = str(error) or type(error).__name__
     if isinstance(error, RuntimeError) and re.search(r"gloo|NCCL|Connection|peer", text):
-        # Another process is gone, and this one does not know why: whoever knows will say so.
+        # Another process is gone; the one that knows the cause reports it.
         world.watch.failing.clear()
         _quietly(store.set, "suspicion", "1")
         time.sleep(_SILENCE + 5.0)

@@ -1,9 +1,9 @@
 """A run's folder, which belongs to one process, and the options that have changed since it began.
 
-A folder that nobody named is made by whoever comes first, and the next one gets ``.1`` after its
-name. One that was named is made where it does not exist; while a process works in it, every other
-one is refused. Which of several runs is the last one is what their records say, and the dates in
-their names where they have no record; file times change when a folder is copied.
+A folder with a default name is created by the first process; the next one gets ``.1`` after its
+name. A named folder is created if needed; while a process works in it, all others are refused. The
+latest of several runs is found by their records, or by the dates in their names without a record;
+file times change when a folder is copied.
 """
 
 from __future__ import annotations

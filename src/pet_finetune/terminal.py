@@ -261,8 +261,8 @@ class InterruptGuard:
     """While open, the first SIGINT or SIGTERM only sets :attr:`requested`; a second one acts.
 
     A process that was started with these signals ignored (in the background of a script, under
-    nohup, by some batch systems) hears them all the same: whoever sends them means this process. It
-    ignores them again when the guard is closed.
+    nohup, by some batch systems) handles them too while the guard is open, because they are sent
+    to this process on purpose.
 
     Outside the main thread, where Python handles no signals, it does nothing.
     """

@@ -90,7 +90,7 @@ def prepare(device: torch.device | str = "cpu") -> bool:
     failure = _load()
     if failure is not None and setting == "require":
         raise ConfigError(
-            f"{VARIABLE}=require, but {failure[1]}. Mend that, or set {VARIABLE}=auto to compute "
+            f"{VARIABLE}=require, but {failure[1]}. Fix this, or set {VARIABLE}=auto to compute "
             "with plain torch operations, more slowly."
         )
     _State.tried = True

@@ -85,7 +85,7 @@ def compiled_graph(
             return _loaded(path) if is_sound(path) else _compiled(path, function, inputs, free)
     except Exception as error:  # a compiler has more ways to fail than can be listed
         _LOG.debug("compiling failed", exc_info=True)
-        # A file that is damaged, or that another build of torch made, shall not stay in the way.
+        # Remove a damaged file, or one of another build of torch.
         with suppress(OSError):
             path.unlink(missing_ok=True)
         raise CannotCompile(_first_line(str(error)) or type(error).__name__) from error

@@ -77,10 +77,10 @@ def count_packs(order: np.ndarray, num_atoms: np.ndarray, max_atoms: int, min_at
 
 
 def deal(work: np.ndarray, size: int) -> list[np.ndarray]:
-    """Deal structures out to processes so that all have about as much to do.
+    """Distribute structures to processes with about equal work.
 
-    The largest goes first, always to whoever has least: within 4/3 of the best that there is (R. L.
-    Graham, SIAM J. Appl. Math. 17, 416 (1969)).
+    The largest goes first, always to the process with the least work: within 4/3 of the optimum (R.
+    L. Graham, SIAM J. Appl. Math. 17, 416 (1969)).
 
     Args:
         work: of each structure, above 0.

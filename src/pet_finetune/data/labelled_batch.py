@@ -264,8 +264,8 @@ def on_device(
     does that for one batch ahead, and puts it where the GPU reads it without stopping the CPU.
 
     Args:
-        batches: on the CPU; where they come from a generator, it must share no state with whoever
-            uses the batches (a :class:`~.loader.Loader`'s draws from its own random streams).
+        batches: on the CPU; a generator of them must share no state with the user of the batches
+            (a :class:`~.loader.Loader`'s draws from its own random streams).
         device: where the batches go.
         dtype: of their floating-point tensors.
         ready: adds what a GPU would have to wait for, such as the edges that a network sees; that

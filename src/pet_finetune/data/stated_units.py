@@ -1,7 +1,6 @@
 """Units that a file itself states (``energy-unit=kcal/mol``, ``stress_unit=GPa``, ``units=real``).
 
-What a file says of its own labels is used, aloud; where the options say something else by name,
-reading stops.
+Units stated in a file are used, with a notice; if the options name other units, reading stops.
 """
 
 from __future__ import annotations

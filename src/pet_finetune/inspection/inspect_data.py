@@ -324,7 +324,7 @@ def write_suggestion(inspection: Inspection, path: str | Path) -> None:
     unchecked = [f.what for f in inspection.findings if f.code == "units-unchecked"]
     lines += [f"# Not checked: {what}" for what in unchecked]
     if errors:
-        lines.append(f"# To be mended first: {', '.join(errors)}")
+        lines.append(f"# Correct first: {', '.join(errors)}")
     try:
         write_whole(file, "\n".join([*lines, to_yaml(suggestion.options)]) + "\n")
     except OSError as error:

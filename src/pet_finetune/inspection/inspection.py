@@ -168,7 +168,7 @@ def _check(
     doubtful = {frames.file for finding in lengths for frames in finding.where}
     odd = list(check_units(dataset, paths, declared, more, doubtful, pairs))
     yield from odd
-    # The rest as if the units were mended: else every frame would stand out.
+    # Other checks assume the units found; otherwise every frame would be an outlier.
     mended = in_found_units(dataset, [*lengths, *odd])
     if mended is not dataset:
         paths = {file: steps(frames, pairs[file]) for file, frames in mended.files.items()}

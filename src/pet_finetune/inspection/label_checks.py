@@ -188,7 +188,7 @@ def check_cells(
     try:
         frames = read_frames(path, format, types)[:_SAMPLE]
     except DataError:
-        return  # whoever reads the labels says what is wrong with it
+        return  # reading the labels reports the problem
     odd = [
         k for k, atoms in enumerate(frames) if abs(atoms.cell.volume) > 1e-6 and not atoms.pbc.any()
     ]

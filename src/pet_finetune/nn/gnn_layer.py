@@ -164,7 +164,7 @@ def sum_over_edges(values: Tensor, neighborhood: Neighborhood, num_atoms: int) -
     )
 
 
-#: What is refused, for whoever knows which structure it is.
+#: Message for callers that know which structure it is.
 PARTLY_PERIODIC = (
     "A structure is periodic in one or two directions, and long-range features are made for "
     "structures that are periodic in all three or in none. Use a cell with a layer of vacuum and "

@@ -159,7 +159,7 @@ def _groups(
     for name, parameter in parameters.items():
         key = (_factor(name, network, options), parameter.dim() > 1)
         members.setdefault(key, []).append(parameter)
-    # Those that learn at the rate of the run come first: whoever reads that rate looks there.
+    # Groups with the run's own rate come first, because the shown rate is read there.
     order = sorted(members, key=lambda key: (abs(key[0] - 1.0), not key[1]))
     return [
         {

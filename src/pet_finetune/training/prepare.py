@@ -185,7 +185,7 @@ def prepare_run(
     check_known(structures, model, ADVICE if options.is_finetuning else "")
     forget_files()
     data = load_data(options, trained_on, model, own_seed, dtype)
-    # The input is sound: compiling, should the operators need it, is not in vain.
+    # The input is valid, so compiling the operators now is worthwhile.
     use_backend(model, choose_backend(device))
     kept: dict[str, Any] = {}
     baselines: list[BaselineTable] = []

@@ -135,7 +135,7 @@ def _train_in(
                 rooms.report(files.folder)
             return outcome
     except PetFinetuneError as error:
-        # Whoever called shows it; the log is where one looks for it a week later.
+        # The caller shows it; the log keeps it for later.
         _logger.error("%s", error, extra=FILE_ONLY)
         raise
     if processes.first():
