@@ -13,7 +13,7 @@ from pet_finetune.config.training import TrainingOptions, first_epoch
 from pet_finetune.errors import TrainingError
 from pet_finetune.model.pet import HEAD_GROUPS, PET
 
-from .soap import SOAP
+from .soap import SOAP, AdamW
 
 #: What the parts at the two ends are called.
 HEADS = "heads"
@@ -135,7 +135,7 @@ def _adamw(
     learning_rate: float,
     betas: tuple[float, float] = _ADAMW_BETAS,
 ) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+    return AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
 
 def _muon(groups: list[dict[str, Any]], learning_rate: float) -> torch.optim.Optimizer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from inspect import unwrap
 from typing import Any
 
 import torch
@@ -45,7 +46,25 @@ class _Stack:
         yield from sorted(rows.items())
 
 
-class SOAP(torch.optim.Optimizer):
+class LightOptimizer(torch.optim.Optimizer):
+    """An optimiser that leaves torch's compiler alone: torch's own import it, which takes 1.2 s.
+
+    They do so to be left out of compiled graphs, and no optimiser is part of one here.
+    """
+
+    add_param_group = unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = unwrap(torch.optim.Optimizer.load_state_dict)
+
+
+class AdamW(LightOptimizer, torch.optim.AdamW):
+    """torch's."""
+
+    step = torch.no_grad()(unwrap(torch.optim.AdamW.step))
+
+
+class SOAP(LightOptimizer):
     """Adam for matrices, in coordinates in which their entries hardly correlate.
 
     A running mean of G Gᵀ and of Gᵀ G is kept for the gradients G of each matrix. The gradient is

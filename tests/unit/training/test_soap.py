@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import builtins
 import io
 
 import pytest
 import torch
 from torch import nn
 
-from pet_finetune.training.soap import SOAP
+from pet_finetune.training.soap import SOAP, AdamW
 
 SHAPES = ((6, 6), (6, 6), (4, 4), (1, 1), (6, 6))
 
@@ -211,3 +212,27 @@ def test_decay_shrinks_what_has_no_gradient_worth_the_name():
 def test_only_matrices_are_taken():
     with pytest.raises(ValueError, match="is for matrices"):
         SOAP([nn.Parameter(torch.zeros(3))])
+
+
+@pytest.mark.parametrize("kind", [SOAP, AdamW])
+def test_no_optimiser_wakes_torchs_compiler(kind, monkeypatch):
+    """It would take over a second to import, and torch's own import it in each step."""
+    imported, original = [], builtins.__import__
+
+    def noted(name, *arguments):
+        imported.append(name)
+        return original(name, *arguments)
+
+    monkeypatch.setattr(builtins, "__import__", noted)
+    parameter = nn.Parameter(torch.ones(2, 3))
+    parameter.grad = torch.ones(2, 3)
+    optimizer = kind([parameter], lr=0.1)
+    for _ in range(2):
+        optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.zero_grad()
+    assert parameter.grad is None
+    assert float(parameter.detach().max()) < 1.0
+    assert not [name for name in imported if name.startswith("torch._dynamo")]
+    torch.optim.AdamW([parameter]).step()
+    assert "torch._dynamo" in imported
