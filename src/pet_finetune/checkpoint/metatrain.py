@@ -12,6 +12,7 @@ from torch import Tensor
 from pet_finetune.errors import CheckpointError, UnitError
 from pet_finetune.model.pet import HEAD_GROUPS
 from pet_finetune.model.potential import Potential
+from pet_finetune.model.terms import species_table
 from pet_finetune.units import length_to_angstrom
 
 from .archive import Checkpoint, TorchArchive, build_potential, model_options, plain_value
@@ -237,9 +238,7 @@ def _network(state: Mapping[str, Tensor], targets: set[str], where: str) -> dict
 
 def _check_species_table(model: Potential, network: Mapping[str, Tensor], where: str) -> None:
     """The order of elements in the file's tables must be the one the model now assumes."""
-    expected = torch.full((max(model.species) + 1,), -1)
-    expected[list(model.species)] = torch.arange(len(model.species))
-    if not torch.equal(network["species_to_species_index"].cpu(), expected):
+    if not torch.equal(network["species_to_species_index"].cpu(), species_table(model.species)):
         raise CheckpointError(f"{where}: the table of chemical elements contradicts their list.")
 
 

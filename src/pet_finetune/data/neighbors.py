@@ -119,7 +119,7 @@ def expected_neighbors(
     """
     count = len(positions)
     try:
-        heights = _heights(positions, cell, pbc)
+        heights = cell_heights(positions, cell, pbc)
     except np.linalg.LinAlgError:
         return math.inf
     # Beyond its borders a structure has nothing: neighbours are at most what lies within them.
@@ -130,7 +130,7 @@ def expected_neighbors(
         return float(density * part * np.prod(inside))
 
 
-def _heights(positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray) -> np.ndarray:
+def cell_heights(positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray) -> np.ndarray:
     """Distances between the faces of the cell, or the extent of the atoms without one."""
     if not pbc.any():
         return np.ptp(positions, axis=0) if len(positions) else np.zeros(3)
@@ -225,7 +225,7 @@ def _without_gaps(positions: np.ndarray, pbc: np.ndarray, cutoff: float) -> np.n
     A gap along an axis that is wider than the cutoff is cut down to twice the cutoff: the pairs
     stay the same, and a cell list of far apart atoms is as small as one of near ones.
     """
-    if pbc.any() or (_heights(positions, positions, pbc) <= 4.0 * cutoff).all():
+    if pbc.any() or (cell_heights(positions, positions, pbc) <= 4.0 * cutoff).all():
         return positions
     moved = positions
     for axis in range(3):
@@ -244,7 +244,7 @@ def _safe_reach(positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray, cutoff
     It has one cell of the cutoff's size for each part of the box, and where these are more than
     1e5 it makes them larger in proportion, which leaves none along a thin direction.
     """
-    heights = _heights(positions, cell, pbc)
+    heights = cell_heights(positions, cell, pbc)
     reach = float(cutoff)
     while float(np.prod(np.maximum(1.0, heights / reach))) > _MOST_CELLS:
         if float(heights.min()) / reach > 4.0:

@@ -13,6 +13,7 @@ from pet_finetune.data.loader import Loader
 from pet_finetune.data.neighbors import expected_neighbors
 from pet_finetune.data.structure_sets import of_species
 from pet_finetune.model.potential import Potential
+from pet_finetune.model.prediction import evaluating
 
 from .evidence import Evidence
 from .inspected import (
@@ -70,19 +71,17 @@ def ask(
     started = time.perf_counter()
     predictions: list[FoundationPrediction] = []
     chunk: list[int] = []
-    training = model.training
-    model.eval()
-    for place, position in enumerate(order.tolist()):
-        chunk.append(position)
-        full = sum(structures[k].num_atoms for k in chunk) >= _BATCH_ATOMS
-        if not full and place + 1 < len(order):
-            continue
-        frames = [by_structure[id(structures[k])] for k in chunk]
-        predictions += _predict(model, target, frames)
-        chunk = []
-        if time.perf_counter() - started > seconds:
-            break
-    model.train(training)
+    with evaluating(model):
+        for place, position in enumerate(order.tolist()):
+            chunk.append(position)
+            full = sum(structures[k].num_atoms for k in chunk) >= _BATCH_ATOMS
+            if not full and place + 1 < len(order):
+                continue
+            frames = [by_structure[id(structures[k])] for k in chunk]
+            predictions += _predict(model, target, frames)
+            chunk = []
+            if time.perf_counter() - started > seconds:
+                break
     return predictions
 
 

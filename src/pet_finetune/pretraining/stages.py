@@ -45,8 +45,7 @@ from pet_finetune.training.run import train
 from pet_finetune.training.run_files import BEST, LAST
 from pet_finetune.training.step import TrainOutcome
 
-from .explore import DROPPED, NAME, digest, explore, tasks_of
-from .teacher import Teacher, teacher_of
+from .exploration import DROPPED, NAME, Teacher, digest, explore, tasks_of, teacher_of
 
 _RECORD = "pretrain.json"
 _Item = TypeVar("_Item")

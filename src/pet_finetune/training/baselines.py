@@ -20,6 +20,7 @@ from pet_finetune.graph import Batch
 from pet_finetune.keys import TargetSpec, forces_key
 from pet_finetune.log import get_logger
 from pet_finetune.model.potential import Potential
+from pet_finetune.model.prediction import evaluating
 from pet_finetune.model.terms import fit_composition
 from pet_finetune.terminal import Watch
 
@@ -300,14 +301,11 @@ def predicted(model: Potential, loader: Loader, ask: Callable[[Batch], Tensor]) 
         ask: gives the answer for one batch, whose rows are joined.
     """
     parts = []
-    training = model.training
-    model.eval()
     watch = Watch("predictions for the baselines", "structures", len(loader.structures))
-    with torch.no_grad(), watch:
+    with evaluating(model), torch.no_grad(), watch:
         for batch in loader.view(max_atoms_per_batch=max(_MANY_ATOMS, loader.atoms_per_batch)):
             parts.append(ask(batch.graph.to(model.device, model.dtype)).cpu())
             watch.step(batch.graph.num_structures)
-    model.train(training)
     return torch.cat(parts)
 
 

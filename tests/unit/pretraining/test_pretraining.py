@@ -24,9 +24,8 @@ from pet_finetune.config.finetune import PretrainOptions
 from pet_finetune.config.problems import checked_section
 from pet_finetune.data.frame_files import read_frames
 from pet_finetune.errors import ConfigError, DataError, RunError, SpeciesError
-from pet_finetune.pretraining.explore import NAME, Task, explore, tasks_of
+from pet_finetune.pretraining.exploration import NAME, Task, Teacher, explore, tasks_of, teacher_of
 from pet_finetune.pretraining.stages import DROPPED, PretrainResult, Work, pretrain_model
-from pet_finetune.pretraining.teacher import Teacher, teacher_of
 
 #: For import by path.
 module = __name__

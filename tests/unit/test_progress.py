@@ -1,4 +1,4 @@
-"""What takes long is seen: on a terminal, and in a log."""
+"""What is shown while something goes on; tables hold the names of files as they are."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from logs import logging_as_it_was
 from pet_finetune import log, terminal
 from pet_finetune.log import LastLine, get_logger, setup_logging
-from pet_finetune.terminal import Watch
+from pet_finetune.terminal import Watch, facts_table, show
 
 
 @pytest.fixture(autouse=True)
@@ -170,3 +170,16 @@ def test_a_terminal_is_never_silent(tmp_path, watched) -> None:
     assert heard.status == 0, heard.text
     assert (heard.longest.processor < 2.0) == watched, heard.longest
     assert ("5 of 10 steps" in heard.text) == watched
+
+
+def test_names_in_brackets_are_no_markup(capsys):
+    text = show(facts_table("[/b] :smile:.xyz", {"[red]": "[/x]"}))
+    for said in (text, capsys.readouterr().out):
+        assert "[/b] :smile:.xyz" in said
+        assert "[red]" in said
+        assert "[/x]" in said
+
+
+def test_a_closed_output_is_no_error(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert "name" in show(facts_table("", {"name": "value"}))
