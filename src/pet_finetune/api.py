@@ -106,7 +106,7 @@ def finetune(
     """Fine-tune a model on structures, as ``pet-finetune train`` does.
 
     Args:
-        model: the start: a checkpoint or a loaded model, not changed. None: the options say it.
+        model: the start: a checkpoint or a loaded model, not changed. None: from the options.
         train: ``Atoms`` or a list of them (eV and Å; labels in the calculator's results, ``info``
             or ``arrays``), the path of a file that ASE reads, a section of ``training_set``, or
             all options: a dictionary as in an options file, or the path of one (``.yaml``).
@@ -114,12 +114,12 @@ def finetune(
         test: given in the same ways.
         targets: what is learned, as ``targets`` of a data set:
             ``{"energy": {"key": "REF_energy", "unit": "eV"}}``. None is ``energy`` with ``forces``
-            and ``stress`` where they are there.
+            and ``stress`` if present.
         method: :class:`Lora`, :class:`Dora`, :class:`Qlora`, :class:`Prompt`, :class:`Heads` or
-            :class:`Full`. None is LoRA where a model is given.
+            :class:`Full`. None is LoRA if a model is given.
         features: one or several of :class:`Replay`, :class:`Anchor`, :class:`Retention`, and of
             objects of :class:`Feature` classes of your own.
-        folder: where the files of the run are kept; without one they are removed at the end.
+        folder: folder of the run's files; None removes them at the end.
         check: whether the data are inspected first.
         options: any other option by its name: those of ``architecture.training`` (``epochs`` is
             short for ``num_epochs``, ``batch_size``, ``learning_rate``...), of its ``finetune``
@@ -188,14 +188,14 @@ def evaluate(
         model: a checkpoint or a loaded model.
         structures: ``Atoms``, a list of them, the path of a file, or a list of paths.
         adapter: folder of an adapter of this checkpoint.
-        target: which target is compared; None for the energy of the adapter or, where there is
-            none, of the model; of several, ``energy``.
+        target: the compared target; None for the energy of the adapter, or else of the model; of
+            several, ``energy``.
         device: ``auto``, ``cpu`` or ``cuda``.
-        labels: names and units of the labels. Structures without are predicted only.
+        labels: names and units of the labels. Structures without labels are only predicted.
         as_tensormaps: whether the result holds metatensor's ``TensorMap`` of the target too; or
             names of outputs, features among them (``["feature"]``), or a mapping from these to
             ``"atom"`` or ``"system"``, as for :func:`pet_finetune.export.tensormaps.tensor_maps`.
-        how: what else to do.
+        how: further settings.
 
     Returns:
         Errors and predictions by set: ``structures`` for structures in memory, else the path.
@@ -228,16 +228,16 @@ def inspect(
     device: str = "auto",
     seconds: float = 20.0,
 ) -> Inspection:
-    """Look at the data before anything is trained on them, as ``pet-finetune inspect`` does.
+    """Check data before training, as ``pet-finetune inspect`` does.
 
     Args:
         structures: ``Atoms``, a list of them, the path of a file, or a list of paths.
-        model: to compare the labels with.
+        model: foundation to compare the labels with.
         validation: another set, given in the same ways.
         test: likewise.
         systems: more options of ``systems`` for all files: ``format``, ``types``.
-        device: where the model is asked.
-        seconds: how long it may be asked; of large sets it sees a part.
+        device: device of the model.
+        seconds: time limit for its predictions; it sees a part of large sets.
     """
     with ExitStack() as stack:
         above = stack.enter_context(tempfile.TemporaryDirectory(prefix="pet-finetune-"))
@@ -260,14 +260,14 @@ def pretrain(
     device: str = "auto",
     **settings: Any,
 ) -> PretrainResult:
-    """Let a foundation learn a system at a cheap level, as ``pet-finetune pretrain`` does.
+    """Train a foundation on a system with cheap labels, as ``pet-finetune pretrain`` does.
 
     Args:
         model: the foundation: a checkpoint or a loaded model, which is not changed.
         structures: ``Atoms``, a list of them, or the path of a file; labels are not used.
         output: the checkpoint to write; None for the model in memory only.
-        work: the folder of the stages, with which the same call goes on where it was stopped;
-            ``<output>.work`` without it, and none without ``output``.
+        work: folder of the stages, from which the same call continues after a stop; default
+            ``<output>.work``, and none without ``output``.
         systems: how a file is read: ``format``, ``types``.
         device: ``auto``, ``cpu`` or ``cuda``.
         settings: the options of ``finetune.pretrain``: ``teacher``, ``n``, ``temperatures``,
@@ -303,14 +303,14 @@ def add_uncertainty(
     device: str = "auto",
     **settings: Any,
 ) -> AdaptedPotential:
-    """Give a model an uncertainty from its last layer (LLPR); its weights stay as they are.
+    """Add a last-layer uncertainty (LLPR) to a model without changing its weights.
 
     Args:
         model: a checkpoint or a loaded model, which is not changed.
-        train: what it was trained on: ``Atoms``, a list of them, the path of a file, or several.
-        validation: other structures, with energies, which the factor is found on.
+        train: its training structures: ``Atoms``, a list of them, the path of a file, or several.
+        validation: other structures with energies, for the calibration factor.
         output: a checkpoint to write.
-        target: of which target; None for the only energy.
+        target: the target; None for the only energy.
         labels: names and units of the labels in files.
         device: ``auto``, ``cpu`` or ``cuda``.
         settings: the options of ``finetune.llpr``: ``regularizer``, ``calibration_method``,
@@ -339,7 +339,7 @@ def export(model: Model, output: str | os.PathLike[str], **settings: Any) -> Exp
 
     Args:
         model: a checkpoint or a loaded model.
-        output: the file, ``model.pt``; one that exists is replaced.
+        output: the file, such as ``model.pt``; an existing one is replaced.
         settings: as for :func:`pet_finetune.export.export.export_model`: ``adapter``, ``target``,
             ``dtype``, ``name``, ``authors``.
     """

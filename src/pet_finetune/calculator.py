@@ -51,36 +51,35 @@ _IGNORED = {"initial_charges", "initial_magmoms"}
 class PETCalculator(Calculator):
     """Energy, forces and stress from a PET potential, for everything ASE does with them.
 
-    One evaluation gives all properties, so asking for another one of the same atoms is free.
-    Results are in eV, eV/Å and eV/Å³; ``energies`` divides the energy over atoms as the model
-    happens to do, and only its sum has a meaning.
+    One evaluation gives all properties, so another property of the same atoms costs nothing.
+    Results are in eV, eV/Å and eV/Å³. Only the sum of ``energies`` has a physical meaning.
 
     Args:
         model: a checkpoint of pet-finetune or metatrain, or a potential, which is copied.
-        adapter: an adapter folder to put on top of it; merged into the weights. Others can be
-            loaded beside it and switched to while the calculator is in use.
+        adapter: an adapter folder, merged into the weights. More can be loaded and switched to
+            while the calculator is in use.
         adapters: several adapter folders, or the folder of a run with ``finetune.ensemble``: a
-            committee. All properties are its mean, and there are those of
+            committee. All properties are its mean, with the additional ones of
             :data:`COMMITTEE_PROPERTIES`.
-        spread: ``"always"`` computes what each member says, and uncertainties, with everything
-            else; ``"on_demand"`` by an evaluation of its own, once they are asked for. None is
-            ``"always"`` for a committee; of a last layer (LLPR) the energy's uncertainty comes with
-            everything else then, and its members' forces and stress on demand.
-        target: the energy to use. Without it: the only one of the adapter, or of the model where
-            there is none, else ``energy``.
+        spread: ``"always"`` computes uncertainties and the members' predictions with every
+            evaluation; ``"on_demand"`` by a separate evaluation on request. None is ``"always"``
+            for a committee; for a last layer (LLPR) it computes the energy's uncertainty with
+            every evaluation, and the members' forces and stress on request.
+        target: the energy to use. Default: the only one of the adapter, or else of the model, else
+            ``energy``.
         non_conservative: True for forces and stress from the model's direct heads
             (``non_conservative_...``) instead of derivatives of the energy, ``"forces"`` or
             ``"stress"`` for one of them: faster, and energies are no longer conserved.
         device: ``auto`` (the first GPU, else the CPU), ``cpu``, ``cuda``, ``cuda:1``...
         dtype: ``float32``, ``float64``, or None for the model's own.
         skin: margin of the neighbour list in Å; it changes speed, never results.
-        orientations: 2 for the mean of the structure and its image in a point, 4, 12 or 24 for that
-            over a group of as many rotations: a model that only learned its symmetry is then closer
-            to obeying it. Each costs an evaluation.
-        compile: ``on`` computes energy and derivatives by one graph that torch's compiler makes,
-            once for a kind of model, in a minute or two; ``off`` never; ``auto`` by one that was
-            made before, on a GPU. The first result is compared with one without the graph. Not of
-            committees, direct heads and features.
+        orientations: 2 for the mean over the structure and its inversion, 4, 12 or 24 for a group
+            of as many rotations. This reduces the error of the learned symmetry; each orientation
+            costs an evaluation.
+        compile: ``on`` computes energy and derivatives with one compiled graph, made once for a
+            kind of model in a minute or two; ``off`` never; ``auto`` uses an existing graph, on a
+            GPU. The first result is compared with an uncompiled one. Committees, direct heads and
+            features are not compiled.
 
     Attributes:
         model: the potential, adapter merged, or the committee; frozen, in evaluation mode.
@@ -88,8 +87,8 @@ class PETCalculator(Calculator):
         device: where the potential is evaluated.
 
     Raises:
-        PetFinetuneError: of the kind that says what is wrong with checkpoint, adapter, target,
-            device or dtype. Structures that cannot be computed raise it when they are.
+        PetFinetuneError: a problem of checkpoint, adapter, target, device or dtype; also for
+            structures that cannot be computed.
     """
 
     # ASE declares both of these as attributes that instances may change.
@@ -166,7 +165,7 @@ class PETCalculator(Calculator):
         self._switch(lambda adapted: adapted.load_adapter(os.fspath(directory), name))
 
     def set_adapter(self, name: str) -> None:
-        """Use another adapter from now on, in a running simulation too.
+        """Switch to another adapter, also during a simulation.
 
         The base is not read again, and nothing of the last adapter is left.
 
@@ -176,7 +175,7 @@ class PETCalculator(Calculator):
         self._switch(lambda adapted: adapted.set_adapter(name))
 
     def disable_adapters(self) -> None:
-        """Compute with the base alone from now on."""
+        """Switch to the base without adapters."""
         self._switch(AdaptedPotential.disable_adapters)
 
     @property

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 
 class PetFinetuneError(Exception):
-    """Base of all errors this package raises for a reason the user can act on."""
+    """Base class of all errors that this package raises on purpose."""
 
 
 class ConfigError(PetFinetuneError):

@@ -116,14 +116,14 @@ class FinetuneResult:
     Attributes:
         model: the best model, adapter merged; of an ensemble, the committee.
         adapter: its adapter; None for methods without one, and for an ensemble.
-        table: errors of the starting model and of the best one, for printing; None without any.
+        table: errors of the starting and the best model, for printing; None without any.
         errors: the same as numbers in eV, Å and the targets' units, ``"before"`` and ``"after"``,
             by set, target and name: ``errors["after"]["test"]["energy"]["forces_mae"]``.
         history: the columns of ``train.csv`` over the epochs, NaN where a cell is empty: a pandas
-            ``DataFrame`` where pandas is installed, else a dictionary of arrays ``[n_epochs]``. The
+            ``DataFrame`` if pandas is installed, else a dictionary of arrays ``[n_epochs]``. The
             members of an ensemble follow each other and have a column ``member``.
-        finished: False where the run was interrupted; the model is the best one until then.
-        folder: the files of the run; None where they are removed.
+        finished: False if the run was interrupted; the model is then the best one so far.
+        folder: folder of the run's files; None if removed.
     """
 
     model: AdaptedPotential | Committee = field(repr=False)

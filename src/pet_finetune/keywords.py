@@ -106,7 +106,7 @@ class Lora(Method):
 
 
 class Dora(Method):
-    """LoRA with the lengths of the weights' rows trained apart from their directions."""
+    """LoRA that trains the lengths of the weights' rows separately from their directions."""
 
 
 class Qlora(Method):
@@ -134,7 +134,7 @@ class Anchor(Keywords, place="anchor", schema=AnchorOptions):
 
 
 class Retention(Keywords, place="retention", schema=RetentionOptions):
-    """The report on what was forgotten."""
+    """The forgetting report."""
 
 
 @dataclass

@@ -36,11 +36,11 @@ def load_checkpoint(path: str | os.PathLike[str], *, keep_adapter: bool = False)
 
     Args:
         path: the file, or its address or name (:func:`~pet_finetune.hub.find_model`).
-        keep_adapter: when the file is of an interrupted LoRA run, leave its adapter unmerged in
-            order to train it further; otherwise it is merged into the weights.
+        keep_adapter: keep the adapter of an interrupted LoRA run unmerged, for further training;
+            otherwise it is merged into the weights.
 
     Raises:
-        CheckpointError: with one line saying what the file is instead, or what is wrong.
+        CheckpointError: the file is something else, or damaged; the message says so in one line.
     """
     with TorchArchive(path) as archive, damage_explained(archive.damaged):
         content = archive.content()

@@ -127,8 +127,8 @@ class PretrainResult:
 
     Attributes:
         model: the best model; its energy is at the teacher's level.
-        checkpoint: the file; None where it is removed.
-        frames: labelled frames that were trained on, picked the best model, and were held out.
+        checkpoint: the file; None if removed.
+        frames: numbers of labelled frames for training, for choosing the model, and held out.
         dropped: frames that were not used, by stage and reason.
         before, after: errors on the held-out frames, eV and Å, as in ``results.json``.
         seconds: of each stage, ``wall`` and ``cpu``.

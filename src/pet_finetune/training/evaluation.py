@@ -46,11 +46,10 @@ class EvaluationResult:
 
     Attributes:
         errors: by data set and target.
-        spreads: what a rotation changes, where asked for.
-        predictions: for each structure of a set the values by the names of their labels, in eV
-            and Å, where they are kept.
-        tensormaps: for each set the tensor maps that were asked for, by their names.
-        uncertainties: for each set and energy that has one, the errors beside it, eV/atom.
+        spreads: differences under rotation, if requested.
+        predictions: for each structure of a set the values by label, in eV and Å, if kept.
+        tensormaps: for each set the requested tensor maps, by name.
+        uncertainties: for each set and energy with one, errors and uncertainties, eV/atom.
     """
 
     errors: dict[str, dict[str, Metrics]]
@@ -66,9 +65,9 @@ class LabelNames:
 
     Attributes:
         key: name of the energy or of another target's values; None: ``energy``, or the target's.
-        forces, stress, virial: names; None is ASE's, and the label is used where it is there.
+        forces, stress, virial: names; None is ASE's, and the label is used if present.
         energy_unit: None is eV, or the unit of the target.
-        length_unit: of positions and cells; forces and stress are in the units these two make.
+        length_unit: of positions and cells; forces and stress are in units of both.
         systems: more options of ``systems``: ``format``, ``types``.
     """
 
@@ -87,12 +86,12 @@ class EvaluationSettings:
 
     Attributes:
         rotations: random orientations in which energies and forces are compared; 0 for none.
-        output: where predictions are written; several sets are told apart by ``_<name>``.
+        output: file of the predictions; several sets get ``_<name>`` in their names.
         batch_size: structures predicted at once.
         keep: whether predictions are part of the result.
-        tensormaps: outputs that the result holds as tensor maps, as for
-            :func:`pet_finetune.export.tensormaps.tensor_maps`; none of them without it.
-        compile: as for the calculator: predictions by compiled graphs where it says so.
+        tensormaps: outputs in the result as tensor maps, as for
+            :func:`pet_finetune.export.tensormaps.tensor_maps`; default none.
+        compile: ``on``, ``off`` or ``auto``, as for the calculator.
     """
 
     rotations: int = 0
@@ -156,7 +155,7 @@ def evaluate_files(
         device: as in the options.
         labels: names and units in the files. A file without the label is predicted only, if that
             is asked for and the label is not named.
-        how: what else to do.
+        how: further settings.
     """
     outputs = _outputs(how, [str(index) for index in range(len(files))])
     model, adapted = open_model(checkpoint, adapter, device)
@@ -227,7 +226,7 @@ def evaluate_datasets(
         adapter: folder of an adapter of this checkpoint.
         target: the one target to compare; None for all that a set and the model share.
         device: as in the options.
-        how: what else to do.
+        how: further settings.
     """
     if how.output is None and not all(dataset.targets for dataset in datasets):
         raise ConfigError(
@@ -278,7 +277,7 @@ def evaluate_options(
         target: the one target to compare; None for all that options and model share.
         device: instead of that of the options.
         seed: used where the options name none.
-        how: what else to do.
+        how: further settings.
     """
     specs = options.target_specs()
     if target is not None and target not in specs:

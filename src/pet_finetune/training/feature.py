@@ -99,13 +99,12 @@ class Feature:
     """Base class of features of training; it does nothing.
 
     Attributes:
-        name: under which its state and what it keeps are saved; unique in a run.
-        heading: what its errors are called in the final table; its name where empty.
-        heads: heads of the foundation that have to stay in the model, known after :meth:`check`.
-        shared: whether what :meth:`losses` gives of a part of a batch is that part's share already,
-            as :func:`~.objectives.batch_loss` gives it. Else it is taken for a mean over the
-            structures of the part, or for the same on every process, and counts by how many of the
-            batch's structures the process has.
+        name: key of its saved state and kept data; unique in a run.
+        heading: heading of its errors in the final table; default: its name.
+        heads: heads of the foundation that must stay in the model, known after :meth:`check`.
+        shared: whether :meth:`losses` of a part of a batch is already that part's share, as from
+            :func:`~.objectives.batch_loss`. Otherwise it is a mean over the structures of the part
+            (or equal on all processes) and is weighted by the process's number of structures.
         trainer: of the run, from :meth:`start` on.
     """
 
@@ -123,18 +122,18 @@ class Feature:
         """
 
     def start(self, trainer: TrainingRun, kept: Mapping[str, Any] | None) -> None:
-        """Get ready for the first step; by itself it notes the run.
+        """Prepare for the first step; the base class stores the run.
 
         Args:
             trainer: of the run; its model has adapters and baselines in place.
-            kept: what :meth:`kept` gave when the run began, for a run that goes on.
+            kept: result of :meth:`kept` at the start, for a continued run.
         """
         self.trainer = trainer
 
     def kept(self) -> dict[str, Any] | None:
         """Data made in :meth:`start` that must not change until the run ends.
 
-        Tensors and plain values, written once. None where there is nothing.
+        Tensors and plain values, written once; None without any.
         """
         return None
 
@@ -144,8 +143,8 @@ class Feature:
     def losses(self, step: Step) -> Mapping[str, Tensor]:
         """Weighted scalars that are added to the loss of a batch, by name.
 
-        They depend on the step and the weights alone, so that a run that is resumed computes the
-        very same. The mean of each over an epoch is the column ``train/<name>`` of ``train.csv``.
+        They must depend on the step and the weights alone, so that a resumed run computes the
+        same. The mean of each over an epoch is the column ``train/<name>`` of ``train.csv``.
         """
         return {}
 
@@ -153,10 +152,10 @@ class Feature:
         """Called when the weights were updated, with the epoch counted from 0."""
 
     def step_ended(self, progress: StepProgress) -> None:
-        """Called after each update, once it is counted."""
+        """Called after each update has been counted."""
 
     def weights(self) -> AbstractContextManager[object]:
-        """A context within which the model has the weights to be validated and kept."""
+        """Context in which the model has the weights to validate and save."""
         return nullcontext()
 
     def validate(self, model: Potential, epoch: int) -> Measured | None:
@@ -167,14 +166,14 @@ class Feature:
         """Called after each epoch, within :meth:`weights`."""
 
     def save(self) -> None:
-        """Called when the state of the run should be written."""
+        """Called when the state of the run must be written."""
 
     def state(self) -> dict[str, Any]:
         """State that the run depends on: tensors and plain values, saved with the run."""
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state` gave."""
+        """Restore the result of :meth:`state`."""
 
     def close(self) -> None:
         """Called once when the loop ends: finished, interrupted, or by an error."""
@@ -183,11 +182,11 @@ class Feature:
         """Add to the best model of a finished run, before it is evaluated.
 
         Args:
-            best: as it was read from its file; what a feature adds to the model, it writes too.
+            best: the best model as read from its file; the feature also writes its additions.
             files: of the run.
 
         Returns:
-            What goes into ``results.json``.
+            Entries for ``results.json``.
         """
         return {}
 
@@ -200,7 +199,7 @@ class Feature:
         return ()
 
     def finish(self, best: Potential, files: RunFiles) -> Mapping[str, Any]:
-        """Look at the best model of a finished run; the result goes into ``results.json``."""
+        """Evaluate the best model of a finished run; the result goes into ``results.json``."""
         return {}
 
 
