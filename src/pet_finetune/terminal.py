@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -312,7 +312,8 @@ def print_rich(content: RenderableType) -> None:
 
     clear()
     width = None if sys.stdout.isatty() else _WIDTH
-    Console(file=sys.stdout, width=width, markup=False, emoji=False).print(content)
+    with suppress(SystemExit):  # rich's, where the reader has gone (| head): it ends no run
+        Console(file=sys.stdout, width=width, markup=False, emoji=False).print(content)
 
 
 def show(table: Table) -> str:

@@ -120,3 +120,23 @@ def test_a_current_folder_that_was_removed_is_named(tmp_path, monkeypatch, capsy
     (tmp_path / "gone").rmdir()
     assert main(["info", "model.ckpt"]) == 1
     assert "current folder was removed" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_gone_ends_nothing():
+    code = (
+        "import sys; from pet_finetune.terminal import facts_table, show\n"
+        "sys.stdin.read(); print(show(facts_table('a', {'b': 'c'})), file=sys.stderr)"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as run:
+        run.stdout.close()
+        run.stdin.close()
+        assert b"b" in run.stderr.read()
+    assert run.returncode == 0
+
+
+def test_standard_error_may_be_closed(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(["eval", str(tmp_path / "a.ckpt"), str(tmp_path / "a.xyz")]) == 1
+    assert sys.stderr.name == "/dev/null"
+    sys.stderr.close()

@@ -86,6 +86,9 @@ def _complete_files(parser: argparse.ArgumentParser, files: object) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status (0 done, 1 bad input, 130 interrupted)."""
+    for name in ("stdout", "stderr"):  # closed: a file of ours would become what libraries print to
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # as of stderr: any name of a file can be shown
         sys.stdout.reconfigure(errors="backslashreplace")
     parsed = make_parser().parse_args(arguments)
