@@ -29,6 +29,8 @@ BLOCK = re.compile(r"(?:<!-- output: (?P<shown>.*?) -->\n)?```console\n(?P<text>
 FIGURE = re.compile(r"<!-- figure: (?P<made>\S+) as (?P<name>\S+) -->")
 # What differs from run to run and tells a reader nothing.
 DATES = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (INFO|WARNING) +", re.M)
+#: Where the package lies here, which the page leaves out.
+PLACE = re.compile(r"(?<=\$schema=)\S*(?=/pet_finetune/)")
 WIDTH = "96"
 # The commands of the environment that runs this, whether or not it is on the path.
 COMMANDS = 'pet-finetune() { "$PYTHON" -m pet_finetune "$@"; }; ase() { "$PYTHON" -m ase "$@"; }; '
@@ -70,7 +72,7 @@ def run(block: Block, folder: Path) -> str:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        output = done.stdout
+        output = PLACE.sub("...", done.stdout)
         if done.returncode:
             raise SystemExit(f"failed: {command}\n{output}")
     return output
