@@ -251,7 +251,7 @@ def check_file(file: Path, what: str) -> None:
         near = did_you_mean(file.name, (entry.name for entry in folder.iterdir()))
     before, at, _ = str(file).rpartition("@")
     if at and Path(before).is_file():
-        near = f" Frames are chosen by `indices` beside `read_from: {before}`, not by @."
+        near = f" Frames are chosen by `indices` next to `read_from: {before}`, not by @."
     elif str(file).startswith("~"):
         near = " ~ is known to the shell only: write the whole path."
     elif any(letter in str(file) for letter in "*?"):

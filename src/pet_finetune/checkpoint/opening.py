@@ -175,7 +175,7 @@ def _what_it_is(content: Any) -> str:
         return f"the file holds a {type(content).__name__}, not a checkpoint. {wanted}"
     if content and all(isinstance(value, StoredTensor) for value in content.values()):
         return (
-            "the file is a bare state dict, which does not say what it is the state of. Start "
+            "the file is a bare state dict, without the model's hyperparameters. Start "
             "from it with MODEL_TO_START_WITH, ALL_SPECIES_PATH and SELF_CONTRIBUTIONS_PATH."
         )
     names = ", ".join(sorted(str(key) for key in content)[:5])

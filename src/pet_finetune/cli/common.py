@@ -253,7 +253,7 @@ def are_named_runs(arguments: argparse.Namespace, first: str | None, clash: Sequ
         return False
     if first is not None:
         raise ConfigError(
-            f"--config {arguments.config} and {first} both say what to do: give one of them."
+            f"--config {arguments.config} and {first} contradict each other: give one of them."
         )
     if clash:
         raise ConfigError(

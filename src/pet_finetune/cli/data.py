@@ -123,7 +123,7 @@ def _check(arguments: argparse.Namespace, options: list[str]) -> None:
     if options and common.systems_of(arguments):
         raise ConfigError(
             "inspect: --format and --types say how files are read, but the options file says that "
-            "of its own: `format` and `types` beside `read_from` of the systems."
+            "of its own: `format` and `types` next to `read_from` of the systems."
         )
     if arguments.override and not options:
         raise ConfigError("inspect: -r changes an option, but no options file is given.")

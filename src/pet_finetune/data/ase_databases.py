@@ -72,7 +72,7 @@ def write_exact(path: str | Path, frames: Sequence[Atoms]) -> None:
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(
             f"Cannot write '{path}': {reason}. Check that its folder is writable and has space "
-            "left; what was finished before stands."
+            "left; what was finished before is kept."
         ) from error
 
 

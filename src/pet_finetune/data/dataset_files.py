@@ -269,7 +269,7 @@ def without_unconverged(
         none = "" if left else " No other frame is left."
         raise DataError(
             f"{text}{none} Energies and forces of such frames are no labels: compute them again. "
-            "`unconverged: drop` beside `read_from` of the systems leaves them out, `keep` takes "
+            "`unconverged: drop` next to `read_from` of the systems leaves them out, `keep` takes "
             "them as they are."
         )
     _logger.warning("%s They are left out.", text)

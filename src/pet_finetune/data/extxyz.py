@@ -293,7 +293,7 @@ class _Reader:
         return (
             f"{self.source}: the places of the elements {what}, which are types of atoms in files "
             "of LAMMPS and would be hydrogen, helium, ... as atomic numbers. Say which type is "
-            "which element: `types: {1: O, 2: H}` beside `read_from` of the systems, or --types "
+            "which element: `types: {1: O, 2: H}` next to `read_from` of the systems, or --types "
             "1=O,2=H on the command line."
         )
 

@@ -226,7 +226,7 @@ def _guess(content: Content) -> str:
         )
     raise DataError(
         f"ASE cannot read {source}: neither name nor content says which format it is. Say it: "
-        "`format: ...` beside `read_from` of the systems, or --format on the command line (`ase "
+        "`format: ...` next to `read_from` of the systems, or --format on the command line (`ase "
         "info --formats` lists the names). Extended xyz (.xyz, .extxyz) always works; dpdata makes "
         "it of outputs that ASE does not know (ABACUS, SIESTA, OpenMX, PWmat, DeePMD-kit...)."
     )
@@ -283,7 +283,7 @@ def _frames(content: Content, types: Mapping[int, str], watch: Watch) -> Iterato
     elif kind == "runnerdata":
         _logger.warning(
             "%s states no units: it is read as RuNNer's, in Bohr and Hartree. If it is one of "
-            "n2p2 in others, `format: n2p2` beside `read_from` (--format n2p2) takes the numbers "
+            "n2p2 in others, `format: n2p2` next to `read_from` (--format n2p2) takes the numbers "
             "as they stand, in the units of the options.",
             source,
         )

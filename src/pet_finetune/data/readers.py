@@ -257,7 +257,7 @@ def _log_isolated(reading: DatasetFiles, offer_baselines: bool) -> None:
             values = {z: round(float(e), 6) for z, e in known if e is not None}
             offers |= {name: values} if values else {}
     _logger.info(
-        "%s: %s and are left out.%s `isolated_atoms: train` beside `read_from` of the systems, in "
+        "%s: %s and are left out.%s `isolated_atoms: train` next to `read_from` of the systems, in "
         "an options file, trains on them.",
         reading.source,
         f"{len(isolated)} of {total} frames are isolated atoms ({list_frames(isolated)})"

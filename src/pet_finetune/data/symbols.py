@@ -280,7 +280,7 @@ def _unknown_types(source: str, types: Sequence[int]) -> DataError:
     example = ", ".join(f"{t}: {s}" for t, s in zip(types, ("O", "H", "Na", "Cl"), strict=False))
     return DataError(
         f"{source} has types of atoms ({shown}) and does not say which elements they are. Say it: "
-        f"`types: {{{example}}}` beside `read_from` of the systems, or on the command line "
+        f"`types: {{{example}}}` next to `read_from` of the systems, or on the command line "
         f"--types {example.replace(': ', '=').replace(', ', ',')}. In LAMMPS, `dump_modify "
         "... element O H` with a column `element`, or the masses of a data file, say it too."
     )
@@ -310,7 +310,7 @@ def _check_masses(text: str, names: Sequence[str], source: str) -> None:
 def _no_mass(what: str) -> DataError:
     return DataError(
         f"{what} is that of no element, or of several. Name the elements of the types: `types: "
-        "{1: O, ...}` beside `read_from` of the systems, or --types 1=O,..."
+        "{1: O, ...}` next to `read_from` of the systems, or --types 1=O,..."
     )
 
 

@@ -290,8 +290,8 @@ class Stability:
         if not row.temperature <= self.max_temperature:
             speeds = np.linalg.norm(atoms.get_velocities(), axis=1)
             return (
-                f"the temperature is {row.temperature:,.0f} K, {self.target:g} K was asked for and "
-                f"{self.max_temperature:,.0f} K is the limit (--max-temperature); the fastest is "
+                f"the temperature is {row.temperature:,.0f} K; the target is {self.target:g} K and "
+                f"the limit {self.max_temperature:,.0f} K (--max-temperature); the fastest is "
                 f"{atom_name(atoms, int(speeds.argmax()))}"
             )
         return None

@@ -77,7 +77,7 @@ class MDFiles:
         """Files of an existing run; nothing is created."""
         if not (folder / STATE).is_file():
             raise DynamicsError(
-                f"--restart: '{folder}' holds no {STATE}, so there is nothing to go on from. "
+                f"--restart: '{folder}' holds no {STATE}, so there is nothing to continue. "
                 "Name the output folder of a run of `pet-finetune md`."
             )
         return cls(folder)

@@ -350,7 +350,7 @@ def check_charges_used(dataset: InspectedDataset, conditioned: bool) -> Iterator
             "note",
             "unused-spin",
             f"the frames have several spin multiplicities ({', '.join(map(str, sorted(spins)))}), "
-            "and the model is not told",
+            "and the model does not use this",
             (),
             "If a structure occurs with several of them, the model learns an average.",
             "Nothing, if each structure is in its ground state; otherwise use a model with "

@@ -82,7 +82,7 @@ def _isolated_atoms(source: str, alone: list[int], count: int) -> Finding:
         (Frames(source, tuple(alone)),),
         "They are left out of the sets; their energies can be the baselines of a model "
         "trained from scratch.",
-        "`isolated_atoms: train` beside `read_from` of the systems trains on them.",
+        "`isolated_atoms: train` next to `read_from` of the systems trains on them.",
         {"count": len(alone)},
     )
 
@@ -110,7 +110,7 @@ def _without_failed(dataset: DatasetOptions) -> tuple[DatasetOptions, list[Findi
             "Their energies and forces are not usable as labels. They are left out, here and in "
             "training."
         ),
-        "Compute them again. `unconverged: error` beside `read_from` of the systems stops instead.",
+        "Compute them again. `unconverged: error` next to `read_from` of the systems stops.",
         {"count": len(failed)},
     )
     return dataset.model_copy(update={"indices": tuple(left)}), [finding]

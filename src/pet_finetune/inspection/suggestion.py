@@ -346,7 +346,7 @@ def _have_forces(training_set: Any) -> bool:
 def _method(load: Load, parameters: int) -> tuple[dict[str, Any], str]:
     """The method with its settings, and why it is chosen."""
     if load.structures < _FEW:
-        why = f"{load.structures} structures say too little to change more than the heads"
+        why = f"{load.structures} structures are too few to train more than the heads"
         return {"method": "heads"}, why
     if parameters > _LARGE:
         why = (

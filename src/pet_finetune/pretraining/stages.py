@@ -173,7 +173,7 @@ def pretrain_model(
         except PetFinetuneError as error:
             raise type(error)(f"structure {number}: {error}") from error
     if not frames:
-        raise DataError("There are no structures to begin from.")
+        raise DataError("There are no structures to start from.")
     content = {"foundation": weights_fingerprint(model)[:16], "structures": digest(frames)}
     folder = Path(work) if work is not None else output.with_suffix(".work")
     with RunFolder.take(folder):
@@ -343,7 +343,7 @@ def _trained(
     last = place / LAST
     outcome = train(loaded.options, place, restart=last if last.exists() else None, check=False)
     if not outcome.result.finished:
-        _logger.warning("To go on, repeat the command that this began with.")
+        _logger.warning("To continue, repeat the first command.")
         raise KeyboardInterrupt
     return outcome
 

@@ -38,7 +38,7 @@ def recipes(run: RunRecord) -> list[Recipe]:
     if "adapter" in names:
         settings = f"{_foundation(run)!r}, adapter={_path(run, 'adapter')!r}"
         code = _python(f"atoms.calc = PETCalculator({settings})")
-        note = "Small to keep and to send; it says the same as best_model.ckpt."
+        note = "Small to store and to send; predicts the same as best_model.ckpt."
         made.append(Recipe("The adapter on its foundation", "python", code, note))
     made.append(_again(run))
     return made

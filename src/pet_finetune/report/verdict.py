@@ -223,7 +223,7 @@ def _warnings(run: RunRecord, changes: Sequence[ErrorChange]) -> Iterator[str]:
         )
     count = _count(run)
     if count is not None and count < 20 and run.after and run.status == "finished":
-        yield f"Only {count} structures judge this model: another draw may say something else."
+        yield f"Only {count} structures were evaluated: another selection may give other errors."
 
 
 def _overfitting(run: RunRecord) -> Iterator[str]:

@@ -73,7 +73,7 @@ class InParts:
             self.count *= 2
             _logger.warning(
                 "a step with %d atoms ran out of memory (%s): from here on each batch is computed "
-                "in %d parts, which changes nothing but the time; a smaller batch_size or "
+                "in %d parts, which changes only the time; a smaller batch_size or "
                 "max_atoms_per_batch does without",
                 batch.graph.num_atoms,
                 reason,
