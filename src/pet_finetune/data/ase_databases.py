@@ -25,7 +25,7 @@ from pet_finetune.files import replacing
 from pet_finetune.installation import missing_extra
 from pet_finetune.log import get_logger
 
-from .complete import check_sqlite
+from .formats import check_sqlite
 
 _logger = get_logger(__name__)
 #: Key of a row's data under which everything but the bare structure stands.

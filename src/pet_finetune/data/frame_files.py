@@ -1,7 +1,7 @@
 """Frames and frame numbers from files; every failure says what to look at.
 
 ASE reads; what it takes for something else, leaves out or invents is seen to here and in the
-modules beside: :mod:`.text`, :mod:`.complete`, :mod:`.extxyz`, :mod:`.symbols`, :mod:`.outputs`.
+modules beside: :mod:`.text`, :mod:`.formats`, :mod:`.extxyz`, :mod:`.symbols`, :mod:`.outputs`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from pet_finetune.log import get_logger
 from pet_finetune.terminal import Watch
 
 from .ase_databases import is_database, is_lmdb, rows_of
-from .complete import check_complete, check_ends, check_frames
 from .extxyz import read_extxyz
+from .formats import check_complete, check_ends, check_frames, format_of
 from .metatrain_sets import (
     Folder,
     identity_of_set,
@@ -232,20 +232,6 @@ def _guess(content: Content) -> str:
     )
 
 
-#: What ASE most often misses in files that it cannot read, by its name of the format.
-_MEANT = {
-    "lammps-data": " The line `Atoms # full` of a data file names the style of its columns.",
-    "lammps-dump-text": " `ITEM: BOX BOUNDS` has to say how the box ends: `ITEM: BOX BOUNDS pp pp "
-    "pp`.",
-    "cif": " Each atom of a CIF needs the symbol of its element and three numbers, not `?`.",
-    "cp2k-dcd": " A DCD says no elements: write its frames as extended xyz with MDAnalysis or "
-    "MDTraj.",
-    "vasp": " The line before the numbers of atoms names their elements: Si O.",
-    "vasp-xdatcar": " Each configuration has as many rows as the numbers of atoms say.",
-    "vasp-out": " The vasprun.xml of the same calculation holds the same and is read as well.",
-}
-
-
 def _unreadable(error: Exception, content: Content, given: bool) -> DataError:
     kind, source, text = content.kind, content.source, content.text
     if isinstance(error, ModuleNotFoundError):
@@ -255,7 +241,7 @@ def _unreadable(error: Exception, content: Content, given: bool) -> DataError:
         )
     reason = str(error).strip() or "no reason given"
     how = "as the options say" if given else "guessed from name and content; `format` names it"
-    more = _MEANT.get(kind, "")
+    more = format_of(kind).advice
     if kind == "lammps-dump-text" and "ITEM: BOX BOUNDS\n" not in text:
         more = ""
     elif kind == "cif" and "Spacegroup" in type(error).__name__:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import bisect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from pet_finetune.errors import DataError
 from pet_finetune.log import get_logger
 
 from .calculator_input import molecules_in
+from .formats import GAUSSIAN_ENERGY, VASP_STEP, format_of
 
 _logger = get_logger(__name__)
 
@@ -46,54 +46,6 @@ _FAILED = re.compile(
 _CLUSTER = 8
 #: In a table of names and values (``info``, ``key_value_pairs``): false means the same.
 _FLAGS = re.compile(r"(?i)(?:is_|scf_|electronic_)*converged(?:_scf|_electronic)?$")
-
-
-@dataclass(frozen=True)
-class _Code:
-    """Layout of the frames in the output of a code."""
-
-    #: Lines of which every frame has one.
-    frame: re.Pattern[str]
-    #: Whether the line ends the frame's part of the text; else it begins it.
-    ends: bool = True
-    #: What a part must hold for ASE to make a frame of it.
-    holds: re.Pattern[str] | None = None
-
-
-_CODES: Mapping[str, _Code] = {
-    "vasp-out": _Code(re.compile(r"FREE ENERGIE OF THE ION-ELECTRON SYSTEM")),
-    "gaussian-out": _Code(re.compile(r"^ *SCF Done:.*", re.M)),
-    "orca-output": _Code(re.compile(r"ORCA TERMINATED NORMALLY|ORCA GEOMETRY RELAXATION STEP")),
-    "espresso-out": _Code(
-        re.compile(r"Program PWSCF|ATOMIC_POSITIONS"),
-        ends=False,
-        holds=re.compile(
-            r"!    total energy|Forces acting on atoms|total   stress|Magnetic moment per site"
-            r"|End of self-consistent calculation|End of band structure calculation"
-        ),
-    ),
-    "aims-output": _Code(
-        re.compile(
-            r"Self-consistency cycle converged|Self-consistency cycle not converged"
-            r"|SELF-CONSISTENCY CYCLE DID NOT CONVERGE|SCF cycle not converged"
-        )
-    ),
-    "castep-castep": _Code(re.compile(r"^ *Final (?:free )?energy.*=", re.M)),
-    "nwchem-out": _Code(re.compile(r"Total (?:DFT|SCF) energy")),
-    "gpaw-out": _Code(re.compile(r"^Positions:", re.M), ends=False),
-}
-
-
-#: What a finished run writes at the end.
-_LAST_WORDS = {
-    "espresso-out": "JOB DONE",
-    "gaussian-out": "Normal termination",
-    "orca-output": "ORCA TERMINATED NORMALLY",
-    "aims-output": "Have a nice day",
-    "vasp-out": "General timing and accounting",
-    "vasp-xml": "</modeling>",
-    "castep-castep": "Total time",
-}
 
 
 def is_cp2k(text: str) -> bool:
@@ -136,7 +88,7 @@ def hint_of(text: str, kind: str = "") -> str:
     """
     found = _FAILED.search(text)
     if found is None:
-        last = _LAST_WORDS.get(kind, "")
+        last = format_of(kind).last_words
         if last in text:
             return ""
         return (
@@ -165,7 +117,7 @@ def doubtful_frames(kind: str, text: str, frames: Sequence[Atoms]) -> dict[int, 
         if kind == "vasp-out":
             found |= dict(_full_cycles(text))
         found |= _failures(kind, text, frames)
-    if kind in _CODES:
+    if format_of(kind).frame is not None:
         found |= dict(_unfinished(frames))
     if kind == "gaussian-out" and "Input orientation:" not in text:
         found |= dict(_turned(frames))
@@ -212,7 +164,7 @@ def _failures(kind: str, text: str, frames: Sequence[Atoms]) -> dict[int, str]:
         reason = f"line {_line(text, line.start())}: {_whole_line(text, line)!r}"
         place = line.start()
         if line[0].startswith("Convergence failure"):  # behind the energy that it is about
-            energies = list(_CODES["gaussian-out"].frame.finditer(text, 0, place))
+            energies = list(GAUSSIAN_ENERGY.finditer(text, 0, place))
             place = energies[-1].start() if energies else place
         for number in part_of(place):
             found.setdefault(number, reason)
@@ -222,13 +174,13 @@ def _failures(kind: str, text: str, frames: Sequence[Atoms]) -> dict[int, str]:
 def _parts(kind: str, text: str, frames: Sequence[Atoms]) -> Callable[[int], Sequence[int]]:
     """Which frames a place in the text belongs to; all of them where that is not clear."""
     everything = range(len(frames))
-    code = _CODES.get(kind)
-    if code is None or len(frames) == 1:
+    code = format_of(kind)
+    if code.frame is None or len(frames) == 1:
         return lambda place: everything
     marks = list(code.frame.finditer(text))
     if kind == "gaussian-out" and len(marks) != len(frames):
         return _by_energy(marks, frames)
-    if not code.ends:
+    if not code.frame_ends:
         starts = [mark.start() for mark in marks]
         kept = [
             begin
@@ -281,7 +233,7 @@ def _full_cycles(text: str) -> Iterator[tuple[int, str]]:
     if limit is None:
         return
     begin = 0
-    for number, mark in enumerate(_CODES["vasp-out"].frame.finditer(text)):
+    for number, mark in enumerate(VASP_STEP.finditer(text)):
         part = text[begin : mark.start()]
         begin = mark.end()
         cycles = [int(k) for k in re.findall(r"Iteration +\d+\( *(\d+)\)", part)]
@@ -335,7 +287,7 @@ def clean_outcar(text: str, source: str) -> str:
     """
     text, learned = _LEARNED.subn("", text) if "ML TOTEN" in text else (text, 0)
     if learned:
-        computed = len(_CODES["vasp-out"].frame.findall(text))
+        computed = len(VASP_STEP.findall(text))
         if not computed:
             raise DataError(
                 f"{source}: all {learned} steps are predictions of VASP's machine-learned force "

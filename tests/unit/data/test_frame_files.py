@@ -14,8 +14,8 @@ from ase import Atoms
 from ase.build import bulk, molecule
 from ase.io import write
 
-from pet_finetune.data.complete import check_complete
 from pet_finetune.data.dataset_files import frame_numbers
+from pet_finetune.data.formats import check_complete
 from pet_finetune.data.frame_files import read_frames
 from pet_finetune.data.structure import list_frames
 from pet_finetune.data.text import Content

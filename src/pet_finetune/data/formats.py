@@ -1,9 +1,10 @@
-"""Whether a file was read whole, and nothing invented: what it holds against what was read."""
+"""What each format says of itself; whether a file was read whole, and nothing invented."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from ase import Atoms
@@ -15,37 +16,122 @@ from .text import CELL_WORDS, Content
 
 _logger = get_logger(__name__)
 
-# Formats whose readers know no cell, though files may hold one.
-_WITHOUT_CELL = frozenset(
-    {"turbomole", "nwchem-in", "mol", "sdf", "gromos", "gaussian-in", "proteindatabank"}
-)
-#: Lines that begin a frame, by format: as many frames are in the file.
-_BEGINNINGS = {
-    "vasp-out": re.compile(r"FREE ENERGIE OF THE ION-ELECTRON SYSTEM"),
-    "vasp-xdatcar": re.compile(r"^\s*Direct configuration\s*=", re.M),
-    "lammps-dump-text": re.compile(r"^ITEM: TIMESTEP", re.M),
-    "proteindatabank": re.compile(r"^MODEL\b", re.M),
-    "cif": re.compile(r"^\s*_atom_site_(?:label|type_symbol)\s*$(?:(?!^\s*data_)[\s\S])*", re.M),
-    "vasp-xml": re.compile(r"<calculation>"),
+#: Lines of which every step of VASP, and every energy of Gaussian, has one.
+VASP_STEP = re.compile(r"FREE ENERGIE OF THE ION-ELECTRON SYSTEM")
+GAUSSIAN_ENERGY = re.compile(r"^ *SCF Done:.*", re.M)
+
+
+@dataclass(frozen=True)
+class Format:
+    """What the text of a format says of itself, and ASE's reader does not.
+
+    Attributes:
+        frame: lines of which every frame of an output has one.
+        frame_ends: whether that line ends the frame's part of the text; else it begins it.
+        holds: what a part must hold for ASE to make a frame of it.
+        last_words: what a finished run writes at the end.
+        begins: what begins a frame: the file holds as many.
+        part: how parts begin and end; ASE takes those without an end for whole ones.
+        num_atoms: how many atoms each structure should have.
+        no_cell: whether ASE reads no cell, though files may hold one.
+        advice: what ASE most often misses in files that it cannot read.
+    """
+
+    frame: re.Pattern[str] | None = None
+    frame_ends: bool = True
+    holds: re.Pattern[str] | None = None
+    last_words: str = ""
+    begins: re.Pattern[str] | None = None
+    part: tuple[str, str] = ("", "")
+    num_atoms: re.Pattern[str] | None = None
+    no_cell: bool = False
+    advice: str = ""
+
+
+_RUNNER = Format(part=("begin", "end"))
+_MOL = r"(?:[^\n]*\n){3}(...)..."
+#: By ASE's names.
+FORMATS: Mapping[str, Format] = {
+    "aims-output": Format(
+        frame=re.compile(
+            r"Self-consistency cycle converged|Self-consistency cycle not converged"
+            r"|SELF-CONSISTENCY CYCLE DID NOT CONVERGE|SCF cycle not converged"
+        ),
+        last_words="Have a nice day",
+    ),
+    "castep-castep": Format(
+        frame=re.compile(r"^ *Final (?:free )?energy.*=", re.M), last_words="Total time"
+    ),
+    "cif": Format(
+        begins=re.compile(
+            r"^\s*_atom_site_(?:label|type_symbol)\s*$(?:(?!^\s*data_)[\s\S])*", re.M
+        ),
+        advice=" Each atom of a CIF needs the symbol of its element and three numbers, not `?`.",
+    ),
+    "cp2k-dcd": Format(
+        advice=" A DCD says no elements: write its frames as extended xyz with MDAnalysis or "
+        "MDTraj.",
+    ),
+    "dlp4": Format(num_atoms=re.compile(r"\A[^\n]*\n\s*\d+\s+\d+\s+(\d+)")),
+    "espresso-out": Format(
+        frame=re.compile(r"Program PWSCF|ATOMIC_POSITIONS"),
+        frame_ends=False,
+        holds=re.compile(
+            r"!    total energy|Forces acting on atoms|total   stress|Magnetic moment per site"
+            r"|End of self-consistent calculation|End of band structure calculation"
+        ),
+        last_words="JOB DONE",
+    ),
+    "gaussian-in": Format(no_cell=True),
+    "gaussian-out": Format(frame=GAUSSIAN_ENERGY, last_words="Normal termination"),
+    "gen": Format(num_atoms=re.compile(r"\A\s*(\d+)")),
+    "gpaw-out": Format(frame=re.compile(r"^Positions:", re.M), frame_ends=False),
+    "gromos": Format(part=(r"(?:TITLE|TIMESTEP|POSITION|VELOCITY|BOX)\b", "END"), no_cell=True),
+    "lammps-data": Format(
+        advice=" The line `Atoms # full` of a data file names the style of its columns."
+    ),
+    "lammps-dump-text": Format(
+        begins=re.compile(r"^ITEM: TIMESTEP", re.M),
+        advice=" `ITEM: BOX BOUNDS` has to say how the box ends: `ITEM: BOX BOUNDS pp pp pp`.",
+    ),
+    "mol": Format(num_atoms=re.compile(rf"\A{_MOL}"), no_cell=True),
+    "n2p2": _RUNNER,
+    # Without an end ASE searches for hours.
+    "nwchem-in": Format(part=("(?i:geometry)", "(?i:end)"), no_cell=True),
+    "nwchem-out": Format(frame=re.compile(r"Total (?:DFT|SCF) energy")),
+    "orca-output": Format(
+        frame=re.compile(r"ORCA TERMINATED NORMALLY|ORCA GEOMETRY RELAXATION STEP"),
+        last_words="ORCA TERMINATED NORMALLY",
+    ),
+    "proteindatabank": Format(
+        begins=re.compile(r"^MODEL\b", re.M), part=(r"MODEL\b", "ENDMDL"), no_cell=True
+    ),
+    "res": Format(part=("TITL", "END")),
+    "rmc6f": Format(num_atoms=re.compile(r"\A[\s\S]*?^Number of atoms: *(\d+)", re.M)),
+    "runnerdata": _RUNNER,
+    "sdf": Format(num_atoms=re.compile(rf"(?:\A|^\$\$\$\$[^\n]*\n){_MOL}", re.M), no_cell=True),
+    "turbomole": Format(part=(r"\$coord", r"\$(?!coord)"), no_cell=True),
+    "vasp": Format(advice=" The line before the numbers of atoms names their elements: Si O."),
+    "vasp-out": Format(
+        frame=VASP_STEP,
+        last_words="General timing and accounting",
+        begins=VASP_STEP,
+        advice=" The vasprun.xml of the same calculation holds the same and is read as well.",
+    ),
+    "vasp-xdatcar": Format(
+        begins=re.compile(r"^\s*Direct configuration\s*=", re.M),
+        advice=" Each configuration has as many rows as the numbers of atoms say.",
+    ),
+    "vasp-xml": Format(begins=re.compile(r"<calculation>"), last_words="</modeling>"),
 }
-#: How parts of a text begin and end, by format; ASE takes those without an end for whole ones.
-_ENDS = {
-    "runnerdata": ("begin", "end"),
-    "n2p2": ("begin", "end"),
-    "nwchem-in": ("(?i:geometry)", "(?i:end)"),  # without an end ASE searches for hours
-    "proteindatabank": (r"MODEL\b", "ENDMDL"),
-    "gromos": (r"(?:TITLE|TIMESTEP|POSITION|VELOCITY|BOX)\b", "END"),
-    "res": ("TITL", "END"),
-    "turbomole": (r"\$coord", r"\$(?!coord)"),
-}
-#: How many atoms each structure of a file should have, by format.
-_COUNTS = {
-    "gen": re.compile(r"\A\s*(\d+)"),
-    "dlp4": re.compile(r"\A[^\n]*\n\s*\d+\s+\d+\s+(\d+)"),
-    "rmc6f": re.compile(r"\A[\s\S]*?^Number of atoms: *(\d+)", re.M),
-    "mol": re.compile(r"\A(?:[^\n]*\n){3}(...)..."),
-    "sdf": re.compile(r"(?:\A|^\$\$\$\$[^\n]*\n)(?:[^\n]*\n){3}(...)...", re.M),
-}
+_NOTHING = Format()
+
+
+def format_of(kind: str) -> Format:
+    """What is known of a format, by ASE's name."""
+    return FORMATS.get(kind, _NOTHING)
+
+
 #: The cell that a PDB file has where there is none.
 _UNITY = re.compile(r"^CRYST1(?: +1\.0+){3}(?: +90\.0+){3}", re.M)
 _WHOLE = re.compile(r"\s*\d+(?:\s+\d+)*\s*(?:!.*)?")
@@ -71,7 +157,7 @@ def check_complete(content: Content, count: int) -> None:
     elif kind == "vasp-xdatcar":
         _check_last_line(text, source)
     _check_last_number(text, source)
-    beginning = _BEGINNINGS.get(kind)
+    beginning = format_of(kind).begins
     expected = len(beginning.findall(text)) if beginning is not None else 0
     if expected > count:
         raise DataError(
@@ -97,9 +183,9 @@ def check_ends(content: Content) -> None:
     Raises:
         DataError: it is cut off.
     """
-    begin, end = _ENDS.get(content.kind, ("", ""))
     begins, ends = (
-        len(re.findall(rf"^\s*{word}", content.text, re.M)) if word else 0 for word in (begin, end)
+        len(re.findall(rf"^\s*{word}", content.text, re.M)) if word else 0
+        for word in format_of(content.kind).part
     )
     if ends < begins:
         raise _cut(content.source, f"{begins} of its parts begin and {ends} end")
@@ -206,15 +292,16 @@ def check_frames(content: Content, frames: Sequence[Atoms]) -> None:
                 "Remove them, or write their elements."
             )
         _check_occupancies(atoms, where)
-    if kind in _COUNTS:
-        counts = [int(n) if n.strip().isdecimal() else 0 for n in _COUNTS[kind].findall(text)]
+    expected = format_of(kind).num_atoms
+    if expected is not None:
+        counts = [int(n) if n.strip().isdecimal() else 0 for n in expected.findall(text)]
         for number, (atoms, count) in enumerate(zip(frames, counts, strict=False)):
             if len(atoms) < count:
                 raise _cut(source, f"frame {number} has {len(atoms)} of {count} atoms")
     if kind == "proteindatabank":
         _check_cryst1(text, frames, source)
     bare = (
-        kind in _WITHOUT_CELL
+        format_of(kind).no_cell
         and not _UNITY.search(text)
         and not any(a.pbc.any() or a.cell.any() for a in frames)
     )
