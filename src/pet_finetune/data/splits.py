@@ -79,8 +79,8 @@ def make_splits(options: Options, seed: int) -> Splits:
     """Read the data and cut them into sets as the options say.
 
     Frames named by ``indices`` of the validation or test set leave the training set first; then
-    the fractions are drawn from what is left, from every training file separately. Drawn frames
-    keep the order of the file.
+    the fractions are drawn from what is left, from every training file separately, or from small
+    ones together. Drawn frames keep the order of the file.
 
     Raises:
         DataError: files that cannot be read (see :func:`~.readers.read_structures`), indices that
@@ -103,11 +103,14 @@ def make_splits(options: Options, seed: int) -> Splits:
     fractions = {name: choice for name, choice in chosen.items() if isinstance(choice, float)}
     for number in isolated:
         read_structures(options.training_set[number], offer_baselines=scratch, leave_out=True)
+    for numbers in _drawn_together(options, pools, fractions):
+        rng = np.random.default_rng([seed, numbers[0]])
+        for name, drawn in _draw({k: pools[k] for k in numbers}, fractions, rng).items():
+            for number, frames in drawn.items():
+                members[name].append(_Members("training_set", number, pools[number].take(frames)))
     for number, pool in pools.items():
-        rng = np.random.default_rng([seed, number])
-        for name, frames in _draw(pool, fractions, rng).items():
-            members[name].append(_Members("training_set", number, pool.take(frames)))
-        members["train"].append(_Members("training_set", number, pool.take(pool.left)))
+        if pool.left:
+            members["train"].append(_Members("training_set", number, pool.take(pool.left)))
     for name, choice in chosen.items():
         datasets = choice if isinstance(choice, tuple) else ()
         isolated = sets_of_isolated_atoms(datasets)
@@ -254,11 +257,33 @@ def _refuse_overlap(
         )
 
 
+def _drawn_together(
+    options: Options, pools: Mapping[int, _Pool], fractions: Mapping[str, float]
+) -> list[list[int]]:
+    """Numbers of the training sets that are drawn from at once.
+
+    Each by itself, but those of the same targets together where the fraction of each would be less
+    than a structure, as with one calculation a file.
+    """
+    least = min((fraction for fraction in fractions.values() if fraction > 0), default=1.0)
+    groups: dict[object, list[int]] = {}
+    for number, pool in pools.items():
+        is_small = int(least * len(pool.left) + 0.5) < 1
+        key = tuple(options.training_set[number].targets) if is_small else number
+        groups.setdefault(key, []).append(number)
+    return list(groups.values())
+
+
 def _draw(
-    pool: _Pool, fractions: Mapping[str, float], rng: np.random.Generator
-) -> dict[str, list[int]]:
-    """Draw each fraction of what is left in the pool, at least one frame if it is above 0."""
-    total = len(pool.left)
+    pools: Mapping[int, _Pool], fractions: Mapping[str, float], rng: np.random.Generator
+) -> dict[str, dict[int, list[int]]]:
+    """Draw each fraction of what is left in the pools, at least one frame if it is above 0.
+
+    Returns:
+        by name of the set and number of the pool, the frames.
+    """
+    left = [(number, frame) for number, pool in pools.items() for frame in pool.left]
+    total = len(left)
     sizes = {
         name: max(1, int(fraction * total + 0.5))
         for name, fraction in fractions.items()
@@ -266,14 +291,18 @@ def _draw(
     }
     if total <= sum(sizes.values()):
         drawn = ", ".join(f"{size} for the {name} set" for name, size in sizes.items())
+        more = f" and {len(pools) - 1} more" if len(pools) > 1 else ""
+        source = next(iter(pools.values())).source
         raise DataError(
-            f"{pool.source}: of {total} structures{f', {drawn},' if drawn else ''} none is left "
+            f"{source}{more}: of {total} structures{f', {drawn},' if drawn else ''} none is left "
             "to train on. Give more structures or smaller fractions."
         )
     order = rng.permutation(total)
-    result, start = {}, 0
+    result: dict[str, dict[int, list[int]]] = {name: {} for name in sizes}
+    start = 0
     for name, size in sizes.items():
-        result[name] = [pool.left[k] for k in sorted(order[start : start + size].tolist())]
+        for k in sorted(order[start : start + size].tolist()):
+            result[name].setdefault(left[k][0], []).append(left[k][1])
         start += size
     return result
 

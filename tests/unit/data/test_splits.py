@@ -123,6 +123,23 @@ def test_several_training_files_are_split_each(files):
     ]
 
 
+def test_files_too_small_for_their_fractions_are_split_together(files):
+    single = [{"systems": "train.xyz", "targets": {"energy": {}}, "indices": [k]}
+              for k in range(10)]  # fmt: skip
+    other = {"systems": "other.xyz", "targets": {"dipole": {"key": "energy"}}, "indices": [0, 1, 2]}
+    chosen = options(training_set=[*single, other], validation_set=0.1, test_set=0.2)
+    splits = make_splits(chosen, seed=0)
+    numbers = {name: [(s.source, s.index) for s in getattr(splits, name)] for name in SETS}
+    # The one of another target is in no set with them, and each target is validated.
+    assert {name: len(found) for name, found in numbers.items()} == {
+        "train": 8, "validation": 2, "test": 3,
+    }  # fmt: skip
+    assert len(set(chain(*numbers.values()))) == 13
+    assert frames(splits) != frames(make_splits(chosen, seed=1))
+    splits.save("splits.json")
+    assert frames(load_splits("splits.json", chosen)) == frames(splits)
+
+
 @pytest.mark.parametrize(
     ("sets", "message"),
     [
