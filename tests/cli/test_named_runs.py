@@ -184,7 +184,7 @@ CONFIG = ("train", "--config", "runs.json")
         (CONFIG, "which run? Give --run-name NAME, or --all. Runs: plain, dora, heads."),
         ((*CONFIG, "--run-name", "dara"), "there is no run 'dara'. Did you mean 'dora'?"),
         ((*CONFIG, "--run-name", "dora", "--all"), "give one of them."),
-        ((*CONFIG, "--all", "options.yaml"), "--config runs.json and options.yaml both say"),
+        ((*CONFIG, "--all", "options.yaml"), "--config runs.json and options.yaml contradict"),
         ((*CONFIG, "--all", "-c", "base.ckpt"), "-c does not go with --config"),
         ((*CONFIG, "--all", "--restart", "auto"), "--restart does not go with --config"),
         (("train", "--run-name", "dora"), "--run-name needs the file that names the runs"),

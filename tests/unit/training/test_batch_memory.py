@@ -52,7 +52,7 @@ def test_parts_give_the_run_of_the_whole(kind, limit, caplog):
             assert metrics.as_dict() == pytest.approx(other.train[target].as_dict(), rel=1e-4)
             expected = {kind: sums[2] for kind, sums in other.train[target].state().items()}
             assert {k: sums[2] for k, sums in metrics.state().items()} == expected
-    assert "each batch is computed in 2 parts, which changes nothing but the time" in caplog.text
+    assert "each batch is computed in 2 parts, which changes only the time" in caplog.text
     assert len(curve(told)) == len(curve(lines))
 
 
