@@ -416,7 +416,7 @@ class PETCalculator(Calculator):
         self._steady = self._steady_edges()
 
     def _steady_edges(self) -> SteadyEdges | None:
-        """What spares a GPU, from which reading takes time, the choice of edges in each step."""
+        """Edges chosen ahead for several steps, because each read from a GPU takes time."""
         if isinstance(self.model, Committee) or len(self._rotations) > 1:
             return None
         on_cpu = self.device.type == "cpu"

@@ -188,7 +188,7 @@ class FileLock:
         return None
 
     def _open_alone(self) -> int | None:
-        """As :meth:`_open`, where the file system locks nothing: who makes the file has it."""
+        """:meth:`_open` without locks of the file system: the creator of the file holds it."""
         while True:
             new = self._own_path()
             file = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)

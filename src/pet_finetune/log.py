@@ -208,7 +208,7 @@ def stderr_console() -> Console:
 
 
 def html_of(content: RenderableType) -> str:
-    """What rich prints, as HTML for a notebook."""
+    """Output of rich as HTML for a notebook."""
     from rich.console import Console
 
     console = Console(file=io.StringIO(), record=True, width=110, markup=False, emoji=False)

@@ -27,7 +27,7 @@ def stage(name: str) -> AbstractContextManager[object]:
 
 
 def each(name: str, items: Iterable[T]) -> Iterator[T]:
-    """The same items; making each of them is the stage ``name``."""
+    """The items; making each one is timed as the stage ``name``."""
     iterator = iter(items)
     while True:
         with stage(name):

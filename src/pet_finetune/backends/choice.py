@@ -233,7 +233,7 @@ class Arena:
 
     @property
     def bytes(self) -> int:
-        """What is kept and free now, at most."""
+        """Limit of the memory that is kept and free."""
         return 0 if self._arena is None else int(self._arena.bytes())
 
     def __getstate__(self) -> dict[str, Any]:

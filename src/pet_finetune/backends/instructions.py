@@ -208,7 +208,7 @@ class Recorder:
         )
 
     def _keep(self, tensor: Tensor | None) -> int:
-        """Where the numbers of a tensor are among all weights; -1 without one."""
+        """Offset of a tensor among all weights; -1 without one."""
         if tensor is None:
             return -1
         numbers = tensor.detach().to(self.dtype).flatten()

@@ -75,7 +75,7 @@ class TorchArchive:
         return read_pickle(bytes(self._read(f"{self._root}/data.pkl")), str(self.path))
 
     def filled(self, content: Any) -> Any:
-        """What :meth:`content` gave, with the tensors themselves in the place of their records.
+        """Result of :meth:`content` with the tensors in place of their records.
 
         Raises:
             CheckpointError: if one is missing or damaged, or it holds what is not plain.

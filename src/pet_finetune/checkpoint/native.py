@@ -215,7 +215,7 @@ def _adapter_content(model: Potential) -> dict[str, Any]:
 
 
 def _target_content(target: AdapterTarget) -> dict[str, Any]:
-    """What the base has of a target of an adapter."""
+    """Values of the base for a target of an adapter."""
     assert target.composition is not None
     return {
         "inherited_from": target.inherited_from,

@@ -55,7 +55,7 @@ def load_checkpoint(path: str | os.PathLike[str], *, keep_adapter: bool = False)
 
 
 def _finite(checkpoint: Checkpoint) -> Checkpoint:
-    """The same, or an error: what has diverged predicts nothing."""
+    """The checkpoint, or an error if its weights are not finite."""
     for name, weights in checkpoint.model.network.named_parameters():
         # NaN and infinity are among the extremes, which are found in one pass.
         extremes = weights.detach().aminmax() if weights.numel() else ()

@@ -133,7 +133,7 @@ def _device(rewriting: Rewriting) -> None:
 
 
 def _renamed(rewriting: Rewriting) -> None:
-    """What has another name; with nothing under it, it says nothing."""
+    """Move renamed options; empty ones are dropped."""
     for place, today, names, notice in _RENAMED:
         section = rewriting.section(place) or {}
         for old, new in names.items():

@@ -243,7 +243,7 @@ class Options(Section):
         return self.model_copy(update={"architecture": architecture})
 
     def with_finetune(self, **changes: Any) -> Options:
-        """The same for ``architecture.training.finetune``."""
+        """Copy with other values of ``architecture.training.finetune``."""
         return self.with_training(finetune=self.finetune.model_copy(update=changes))
 
     @property

@@ -65,7 +65,7 @@ def pack(
 
 
 def count_packs(order: np.ndarray, num_atoms: np.ndarray, max_atoms: int, min_atoms: int) -> int:
-    """How many pieces :func:`pack` makes, without making them; a few steps a piece."""
+    """Number of packs of :func:`pack`, without making them."""
     ends = np.cumsum(num_atoms[order]).tolist()
     count = first = filled = 0
     while first < len(ends):

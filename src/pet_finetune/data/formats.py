@@ -1,4 +1,4 @@
-"""What each format says of itself; whether a file was read whole, and nothing invented."""
+"""Statements of formats about themselves, and checks that files were read completely."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GAUSSIAN_ENERGY = re.compile(r"^ *SCF Done:.*", re.M)
 
 @dataclass(frozen=True)
 class Format:
-    """What the text of a format says of itself, and ASE's reader does not.
+    """Statements in the text of a format that ASE's reader ignores.
 
     Attributes:
         frame: lines of which every frame of an output has one.
@@ -128,7 +128,7 @@ _NOTHING = Format()
 
 
 def format_of(kind: str) -> Format:
-    """What is known of a format, by ASE's name."""
+    """Entry of a format, by ASE's name."""
     return FORMATS.get(kind, _NOTHING)
 
 

@@ -35,7 +35,7 @@ class Whole:
     sources: tuple[str, ...]
 
     def first(self, count: int) -> Whole:
-        """The same of its first structures alone."""
+        """The first structures alone."""
         return Whole(
             self.positions[self.positions < count],
             self.atoms[:count],
@@ -45,7 +45,7 @@ class Whole:
         )
 
     def rows(self, per_atom: bool) -> Tensor:
-        """Where the rows of the process's structures (or atoms) are among those of all."""
+        """Indices of the process's structures (or atoms) among those of all."""
         if not per_atom:
             return torch.from_numpy(self.positions)
         ends = np.cumsum(self.atoms)
@@ -296,7 +296,7 @@ def _pinned(
 
 
 def one_ahead(items: Iterable[T]) -> Iterator[T]:
-    """The same items in the same order; a thread makes the next one while one is used.
+    """The items in order; a thread makes the next one while one is used.
 
     An error in making an item is raised where that item would have come.
     """

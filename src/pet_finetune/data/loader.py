@@ -140,7 +140,7 @@ class Loader:
         return int(self.num_atoms.mean() * self.batch_size)
 
     def shared(self, rank: int, size: int) -> Loader:
-        """The same batches, of each of which this process has a part.
+        """The batches, each reduced to the part of this process.
 
         The structures of a batch are dealt out so that all processes have about as many edges
         and atoms to compute. What the parts make together does not depend on how many there are. A

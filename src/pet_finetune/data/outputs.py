@@ -242,7 +242,7 @@ def _full_cycles(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _vasprun(text: str, count: int) -> dict[int, str]:
-    """The same in vasprun.xml, and steps that a machine-learned force field predicted."""
+    """Status in vasprun.xml, and steps predicted by a machine-learned force field."""
     limit = re.search(r'name="NELM">\s*(\d+)\s*<', text)
     ediff = re.search(r'name="EDIFF">\s*(\S+?)\s*<', text)
     threshold = float(ediff[1]) if ediff and re.fullmatch(r"[-+.\dEe]+", ediff[1]) else 0.0

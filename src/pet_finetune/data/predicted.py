@@ -92,7 +92,7 @@ class Predicted:
         )
 
     def to_bytes(self) -> bytes:
-        """As a compressed ``.npz`` that opens without pickle."""
+        """Compressed ``.npz`` that opens without pickle."""
         arrays = {name: np.asarray(getattr(self, name)) for name in _PLAIN}
         arrays |= {"version": np.array(_VERSION), "set_name": np.array(self.set_name)}
         groups = {_LABELS: self.labels, _BASELINES: self.baselines, **self.models}

@@ -175,7 +175,7 @@ class _Members:
     structures: Sequence[Structure]
 
     def part(self) -> SplitPart:
-        """The same as it is saved."""
+        """The part in its saved form."""
         frames = _frames(self.structures)
         return SplitPart(self.section, self.number, self.structures[0].source, frames)
 

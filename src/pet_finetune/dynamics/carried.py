@@ -222,7 +222,7 @@ def _read_masses(atoms: Atoms, where: str) -> None:
 
 
 def _gathered(constraints: Iterable[Any]) -> list[Any]:
-    """The same with one constraint for each mask in place of ASE's one for each atom."""
+    """Constraints with one per mask instead of ASE's one per atom."""
     given, others = list(constraints), []
     masks = [tuple(map(bool, c.mask)) for c in given if isinstance(c, FixCartesian)]
     if len(set(masks)) == len(masks):

@@ -148,7 +148,7 @@ class MDSettings:
         return []
 
     def filled(self, seed: int) -> MDSettings:
-        """The same with every default written out, for the file that a restart reads."""
+        """Settings with all defaults, for the file that a restart reads."""
         changes: dict[str, Any] = {"seed": seed if self.seed is None else self.seed}
         if self.ensemble == "nvt":
             changes["thermostat"] = self.thermostat or "langevin"

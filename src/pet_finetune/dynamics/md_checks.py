@@ -86,7 +86,7 @@ class ModelChoice:
         )
 
     def absolute(self) -> ModelChoice:
-        """The same, to be found from any folder."""
+        """Settings with absolute paths."""
         return replace(
             self,
             checkpoint=str(find_model(self.checkpoint).resolve()),

@@ -109,7 +109,7 @@ class MDFiles:
         self.write(SETTINGS, json.dumps(settings, indent=2) + "\n")
 
     def read_start(self) -> tuple[Atoms, dict[str, Any]]:
-        """What :meth:`write_start` kept."""
+        """Start written by :meth:`write_start`."""
         try:
             settings: dict[str, Any] = json.loads((self / SETTINGS).read_text(encoding="utf-8"))
             digest = sha256((self / START).read_bytes()).hexdigest()

@@ -374,7 +374,7 @@ class _Batches:
 
 
 def _in_order(done: Sequence[Relaxed], output: str | Path) -> list[Relaxed]:
-    """Those that are done in the order of their file, and written so."""
+    """Finished structures in the order of their file."""
     ordered = sorted(done, key=lambda one: one.index)
     if ordered != done:
         with replacing(Path(output)) as partial:

@@ -137,7 +137,7 @@ class _Rows:
     gradients: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def moved(self, start: int) -> _Rows:
-        """The same of structures that come later."""
+        """Tensor map with shifted structure numbers."""
 
         def later(samples: Tensor) -> Tensor:
             return torch.cat([samples[:, :1] + start, samples[:, 1:]], dim=1)

@@ -88,7 +88,7 @@ class RetentionSet:
         return evaluate(model, self._loader, self._wanted)
 
     def errors_after(self, model: Potential, epoch: int) -> dict[str, Metrics]:
-        """The same after the first epoch (1) and every few from then on, else nothing."""
+        """Errors after the first epoch (1) and every few epochs from then on, else nothing."""
         return self.errors(model) if epoch == 1 or epoch % self.every == 0 else {}
 
 

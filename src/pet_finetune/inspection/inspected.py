@@ -60,7 +60,7 @@ class Finding:
 
     @property
     def place(self) -> str:
-        """Where, as text."""
+        """Place as text."""
         return "; ".join(map(str, self.where))
 
     @property
@@ -199,7 +199,7 @@ class InspectedDataset:
         return found
 
     def without(self, files: Collection[str]) -> InspectedDataset:
-        """The same, less what comes from some files."""
+        """The set without structures from some files."""
         if not files:
             return self
         sets = {

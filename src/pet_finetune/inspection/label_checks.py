@@ -390,7 +390,7 @@ def _net_force(frame: InspectedFrame) -> float:
 
 
 def _net_torque(frame: InspectedFrame) -> float:
-    """The same for the torque about the centre, eV/Å."""
+    """Net torque about the centre, as for the force, eV/Å."""
     assert frame.forces is not None
     arms = frame.positions - frame.positions.mean(axis=0)
     torque = float(np.linalg.norm(np.cross(arms, frame.forces).sum(axis=0)))

@@ -162,7 +162,7 @@ def _molecule(
 def _crystal(
     one: InspectedFrame, two: InspectedFrame
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """The same for a crystal; None where a cell is flat.
+    """The step between two frames of a crystal; None if a cell is flat.
 
     The cell's rotation is taken out, what is left of its change is the strain, and atoms move by
     the nearest image.
@@ -278,7 +278,7 @@ def _shadows(vectors: np.ndarray) -> np.ndarray:
 
 
 def _distances(vectors: np.ndarray, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Whole distances from each of some rows to its others, ``[rows, k]``."""
+    """Distances from some rows to all their others, ``[rows, k]``."""
     found = np.empty(others.shape)
     size = max(1, _CHUNK // max(1, others.shape[1] * vectors.shape[1]))
     for start in range(0, len(rows), size):
@@ -329,7 +329,7 @@ def most_different(structures: Sequence[Structure], most: int) -> list[Structure
 
 
 def _shares(sizes: Sequence[int], most: int) -> list[int]:
-    """How many of each group are kept: the same part of each, one at least, ``most`` together."""
+    """Number kept of each group: the same part, at least one, ``most`` in total."""
     wanted = np.asarray(sizes) * min(1.0, most / sum(sizes))
     shares = np.maximum(1, np.floor(wanted).astype(int))
     left = min(most, sum(sizes)) - int(shares.sum())

@@ -202,7 +202,7 @@ def fit_pairs(frames: Sequence[InspectedFrame]) -> PairModel | None:
 def _equations(
     forces: Sequence[np.ndarray], labels: Sequence[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Those of least squares: what the weights are multiplied with, and what comes out."""
+    """Least-squares equations: matrix and right-hand side."""
     design = np.concatenate(forces)
     return design.T @ design, design.T @ np.concatenate(labels)
 
@@ -296,7 +296,7 @@ def _gaussians(distances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _trivial(frames: Sequence[InspectedFrame]) -> np.ndarray:
-    """What forces say nothing of: fractions of the elements, and functions of the volume."""
+    """Terms that forces do not determine: fractions of elements, functions of the volume."""
     elements = sorted({int(z) for e in frames for z in e.elements[0]})
     columns = [compositions(frames, elements)]
     volumes = np.array([e.volume / e.size for e in frames])

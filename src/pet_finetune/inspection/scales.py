@@ -216,7 +216,7 @@ def _largest_forces(frames: Sequence[InspectedFrame]) -> Evidence | None:
 
 
 def _bulk_modulus(steps: Sequence[FrameStep]) -> Evidence | None:
-    """How much the pressure changes with the volume, which it cannot do the other way round."""
+    """Evidence from the bulk modulus, which cannot be negative."""
     usable = [s for s in steps if abs(s.swelling) > 2e-3 and s.pressure == s.pressure]
     usable = [s for s in usable if s.displacement < 0.1]
     if len(usable) < _FEWEST_STEPS:

@@ -239,7 +239,7 @@ def _advice(found: Sequence[Reading], declared: Declared) -> str:
 
 
 def _clause(reading: Reading, declared: Declared) -> str:
-    """What to change in the options if a reading is true."""
+    """Change of the options if a reading is true."""
     energy = _one_unit(reading, declared)
     if reading.units.get("energy") == PER_ATOM:
         return "multiply them by the number of atoms, or give the key of the total energies"

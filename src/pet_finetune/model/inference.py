@@ -147,7 +147,7 @@ class StaticEnergy:
         return raw, None, gradient
 
     def _by_autograd(self, batch: Batch, run: Run) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The same, with the repulsion of atoms [n_atoms], for cutoffs of any kind."""
+        """Energies and derivatives by autograd, with the repulsion [n_atoms], for all cutoffs."""
         with torch.enable_grad():
             batch = batch._replace(edge_vectors=batch.edge_vectors.detach().requires_grad_())
             neighborhood = self._potential.network.neighborhood(batch)

@@ -26,7 +26,7 @@ def bump_step(x: Tensor) -> Tensor:
 
 
 def cosine_step(x: Tensor) -> Tensor:
-    """The same of the cosine."""
+    """Smooth step with a cosine."""
     return 0.5 * (1.0 + torch.cos(torch.pi * x.clamp(0.0, 1.0)))
 
 
@@ -93,7 +93,7 @@ def solve_cutoffs(
 def solver_cutoffs(
     distances: Tensor, centers: Tensor, radii: Tensor, wanted: float, largest: float, width: float
 ) -> Tensor:
-    """The same with gradients, which a last step through the implicit function theorem attaches.
+    """Solver cutoffs with gradients, from a last step by the implicit function theorem.
 
     It is ``r - (n(r) - wanted) / n'(r)`` with ``r`` and ``n'`` held constant.
 

@@ -106,7 +106,7 @@ class _Form:
     parts: tuple[LossPart, ...]
 
     def key(self) -> str:
-        """The same for the same form in another process."""
+        """Key of the form, equal in all processes."""
         return repr((self.trained, self.leaves, self.single, self.labels, self.parts))
 
 

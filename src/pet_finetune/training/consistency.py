@@ -67,7 +67,7 @@ class RotationalAgreement(Feature):
         return {self.name: weight * batch_loss(rotated, predictions, objectives)}
 
     def _rotations(self, step: Step, count: int) -> Tensor:
-        """The same on every process, whatever device the model is on."""
+        """Random rotations, equal on all processes and devices."""
         place = self.trainer.training.seed, step.epoch, step.index
         return random_rotations(count, torch_generator(*place, Stream.CONSISTENCY))
 
