@@ -47,6 +47,11 @@ class Format:
     no_cell: bool = False
     advice: str = ""
 
+    @property
+    def is_output(self) -> bool:
+        """Whether it is the output of a calculation, which ASE converts to eV and Å."""
+        return self.frame is not None or bool(self.last_words)
+
 
 _RUNNER = Format(part=("begin", "end"))
 _MOL = r"(?:[^\n]*\n){3}(...)..."

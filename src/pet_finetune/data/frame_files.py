@@ -77,10 +77,12 @@ class FrameFile:
     Attributes:
         frames: as ASE keeps them; a list, or a :class:`~.metatrain_sets.Folder` on disk.
         doubtful: frames whose labels are no converged results of the calculation, and why.
+        is_output: whether it is the output of a calculation, in units that are known.
     """
 
     frames: Sequence[Atoms]
     doubtful: Mapping[int, str] = field(default_factory=dict)
+    is_output: bool = False
 
 
 _read: OrderedDict[tuple[Any, ...], FrameFile] = OrderedDict()
@@ -184,7 +186,8 @@ def _parse(content: Content, format: str, types: Mapping[int, str]) -> FrameFile
         with_named_elements(content, frames)
     check_complete(content, len(frames))
     check_frames(content, frames)
-    return FrameFile(frames, doubtful_frames(kind, text, frames))
+    doubtful = doubtful_frames(kind, text, frames)
+    return FrameFile(frames, doubtful, format_of(kind).is_output)
 
 
 def _named_format(format: str, source: str) -> str:

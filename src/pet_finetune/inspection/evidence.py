@@ -51,6 +51,7 @@ class Declared:
     Attributes:
         energy, length, own_force, own_stress: eV, Å, eV/Å and eV/Å³ in one unit.
         named: whether the options name the unit of the energy, so that it is no assumption.
+        converted: whether reading converted the units of a program's output, so that they are sure.
     """
 
     energy: float = 1.0
@@ -58,6 +59,7 @@ class Declared:
     own_force: float | None = None
     own_stress: float | None = None
     named: bool = False
+    converted: bool = False
 
     @property
     def force(self) -> float:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pet_finetune.config.dataset import DatasetOptions
+from pet_finetune.config.dataset import DatasetOptions, SystemsOptions
 from pet_finetune.config.run_options import Options
+from pet_finetune.data.frame_files import read_file
 from pet_finetune.data.splits import Splits, make_splits
 from pet_finetune.data.structure import Structure, check_charges
 from pet_finetune.data.structure_sets import check_species, sampled
@@ -220,9 +222,16 @@ def declared_units(datasets: Iterable[DatasetOptions], target: str | None) -> di
         if target is not None and target in data.targets:
             own, length = data.targets[target], length_to_angstrom(data.systems.length_unit)
             forces, stress = (own.gradient_factor(kind, length) for kind in ("forces", "stress"))
-            named = bool(own.unit)
-            found[data.systems.read_from] = Declared(own.factor, length, forces, stress, named)
+            known = bool(own.unit), _is_output(data.systems)
+            found[data.systems.read_from] = Declared(own.factor, length, forces, stress, *known)
     return found
+
+
+def _is_output(systems: SystemsOptions) -> bool:
+    """Whether a file is the output of a calculation; not where it cannot be read, which is told."""
+    with suppress(DataError):
+        return read_file(systems.read_from, systems.format, systems.types).is_output
+    return False
 
 
 def cells_of(options: Options) -> list[Finding]:

@@ -74,7 +74,7 @@ def check_units(
             sure = {q for q in sure if is_sure(q, [*readings, *forms], best)}
             yield from _tell(file, evidence, known, [c.reading for c in found], sure)
         open_to = undecided(best, readings, forms, held)
-        if open_to:
+        if open_to and not known.converted:
             files, *_ = asked.setdefault((repr(open_to), known.named), ([], open_to))
             files.append(file)
     for (_, named), (files, open_to) in asked.items():

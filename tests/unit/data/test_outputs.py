@@ -16,6 +16,7 @@ from pet_finetune.data.frame_files import read_file
 from pet_finetune.data.outputs import clean_outcar, doubtful_frames
 from pet_finetune.data.readers import read_structures
 from pet_finetune.errors import DataError
+from pet_finetune.inspection.inspection import declared_units
 
 WATER = (("O", 0.0, 0.119), ("H", 0.763, -0.477), ("H", -0.763, -0.477))
 RULE = " " + "-" * 69 + "\n"
@@ -326,3 +327,12 @@ def test_forces_of_gaussian_along_other_axes_are_no_labels(tmp_path, turned):
     content = read_file(tmp_path / "a.log")
     assert "forces" in content.frames[0].calc.results
     assert [("NoSymm" in reason) for reason in content.doubtful.values()] == [True] * turned
+
+
+def test_units_of_a_program_s_output_are_known(tmp_path):
+    for name, text in (("a.out", orca([True])), ("a.xyz", "1\nenergy=-1.0\nAr 0 0 0\n")):
+        (tmp_path / name).write_text(text)
+        systems = {"read_from": str(tmp_path / name)}
+        dataset = DatasetOptions.model_validate({"systems": systems, "targets": {"energy": {}}})
+        (units,) = declared_units([dataset], "energy").values()
+        assert units.converted == (name == "a.out")

@@ -223,6 +223,12 @@ def test_units_that_options_name_are_a_note(strained):
     assert "the units of the options" in found.what
 
 
+def test_units_that_reading_converted_are_not_asked_about(strained):
+    structures = relaxed(strained, 0.005)
+    declared = {structures[0].source: Declared(converted=True)}
+    assert "units-unchecked" not in codes(inspect_sets({"train": structures}, "energy", declared))
+
+
 def test_files_that_leave_the_same_open_are_one_finding(strained):
     files = [replace(s, source=f"{k}.xyz") for k, s in enumerate(relaxed(strained, 0.005)[1:21])]
     found = [f for f in look(files).findings if f.code == "units-unchecked"]
