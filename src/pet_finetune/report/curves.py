@@ -13,11 +13,12 @@ import numpy as np
 
 from pet_finetune.data.predicted import Predicted
 from pet_finetune.installation import plotting
+from pet_finetune.training.run_files import Epochs
 
 from . import figures
 from .figures import AFTER, BEFORE, MUTED, WARN, log_ticks, panel
 from .frame_errors import mean_known, residuals
-from .run_record import Epochs, Quantity, RunRecord, best_row
+from .run_record import Quantity, RunRecord, best_row
 from .verdict import number
 
 

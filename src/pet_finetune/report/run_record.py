@@ -13,7 +13,6 @@ from pet_finetune.data.predicted import Predicted
 if TYPE_CHECKING:
     from pet_finetune.forgetting.dimers import DimerRow
 from collections.abc import Callable, Collection
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -27,9 +26,9 @@ from pet_finetune.files import read_object, read_table
 from pet_finetune.keys import forces_key, stress_key
 from pet_finetune.log import get_logger
 from pet_finetune.runs import works_elsewhere
+from pet_finetune.training.metrics import SHOWN
 from pet_finetune.training.run_files import (
     ABOUT,
-    ADAPTER,
     BEST,
     DIMERS,
     LAST,
@@ -39,21 +38,15 @@ from pet_finetune.training.run_files import (
     REPORT,
     RESULTS,
     TABLE,
+    Epochs,
+    read_epochs,
+    sizes_of,
 )
 
 _logger = get_logger(__name__)
 
 #: Errors of one model: ``errors[set][target]["forces_mae"]``, in eV, Å and the targets' own units.
 ErrorTable = Mapping[str, Mapping[str, Mapping[str, float]]]
-#: The rows of a ``train.csv``; cells that are empty there are absent.
-Epochs = Sequence[Mapping[str, float]]
-
-# Factor and unit in which errors of energies and their derivatives are shown, and the values.
-_UNITS = {
-    "energy": (1000.0, "meV/atom", "eV/atom"),
-    "forces": (1000.0, "meV/Å", "eV/Å"),
-    "stress": (1000.0, "meV/Å³", "eV/Å³"),
-}
 
 
 @dataclass(frozen=True)
@@ -211,7 +204,9 @@ class RunRecord:
             return Quantity(target, kind, target, float(factor), _typeset(unit), plain)
         # Of several targets the plain energy needs no name.
         name = f"{target} {kind}" if several and target != "energy" else kind
-        return Quantity(target, kind, name, *_UNITS[kind])
+        factor, unit = SHOWN[kind]
+        plain = _typeset(unit.removeprefix("m"))
+        return Quantity(target, kind, name, factor, _typeset(unit), plain)
 
 
 def best_row(rows: Epochs) -> Mapping[str, float]:
@@ -274,7 +269,7 @@ def read_run(folder: Path, leave_out: Collection[str] = ()) -> RunRecord:
     own = members or [folder]
     results = read(read_object, folder / RESULTS) or {}
     abouts = [read(read_object, path / ABOUT) or {} for path in own]
-    epochs = [read(_epochs, path / TABLE) or [] for path in own]
+    epochs = [read(read_epochs, path / TABLE) or [] for path in own]
     about = _about(abouts[0], own[0])
     after = results.get("after", {})
     if not results and len(epochs) == 1 and (errors := validation_errors(best_row(epochs[0]))):
@@ -295,7 +290,7 @@ def read_run(folder: Path, leave_out: Collection[str] = ()) -> RunRecord:
         dimers=read(dimers, folder / f"{DIMERS}.csv"),
         committee=_committee(results, folder),
         last_layer=_curves_of(results.get("uncertainty", {})),
-        files=_files(folder),
+        files=sizes_of(folder),
     )
 
 
@@ -324,15 +319,6 @@ def _memory(abouts: list[dict[str, Any]]) -> dict[str, float | None]:
             if value is not None:
                 found[key] = max(value, found.get(key) or 0.0)
     return found
-
-
-def _epochs(path: Path) -> Epochs:
-    """The rows of a table as numbers; empty cells and damaged rows are left out."""
-    rows = []
-    for row in _rows(path):
-        with suppress(ValueError):
-            rows.append({name: float(cell) for name, cell in row.items() if cell})
-    return [row for row in rows if math.isfinite(row.get("epoch", math.nan))]
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
@@ -380,13 +366,3 @@ def _committee(results: Mapping[str, Any], folder: Path) -> CommitteeRecord | No
     calibration = _curves_of(results.get("calibration", {}))
     reports = sorted(path.parent.name + f"/{REPORT}" for path in folder.glob(f"member_*/{REPORT}"))
     return CommitteeRecord(results["members"], calibration, reports)
-
-
-def _files(folder: Path) -> dict[str, int]:
-    """Sizes of what is there to be used, bytes."""
-    found = {}
-    if (folder / BEST).exists():
-        found[BEST] = (folder / BEST).stat().st_size
-    if (folder / ADAPTER).is_dir():
-        found[ADAPTER] = sum(path.stat().st_size for path in (folder / ADAPTER).iterdir())
-    return found

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from pet_finetune.config.named_run_options import NamedRun
 from pet_finetune.config.run_options import Options
 from pet_finetune.device import choose_device
 from pet_finetune.errors import ConfigError, DataError, PetFinetuneError, did_you_mean
-from pet_finetune.files import read_object, read_table, size_text
+from pet_finetune.files import read_object, size_text
 from pet_finetune.hub import is_address
 from pet_finetune.log import get_logger, setup_logging
 from pet_finetune.runs import RunFolder, changed_options, own_folder
@@ -35,7 +35,17 @@ from .evaluation import (
 from .metrics import SHOWN
 from .prepare import NO_ROOMS, Rooms
 from .run import train
-from .run_files import ADAPTER, BEST, LAST, OPTIONS, RESULTS, TABLE, RunFiles
+from .run_files import (
+    ADAPTER,
+    BEST,
+    LAST,
+    OPTIONS,
+    RESULTS,
+    TABLE,
+    RunFiles,
+    read_epochs,
+    sizes_of,
+)
 from .step import TrainOutcome
 
 _logger = get_logger(__name__)
@@ -250,14 +260,13 @@ def summarize(run: NamedRun, error: str | None = None) -> RunSummary:
     results, errors, sizes = _results(folder / RESULTS)
     begun = (folder / LAST).exists() or (folder / TABLE).exists()
     status = error or ("finished" if results else "interrupted" if begun else "not begun")
-    adapter = [file.stat().st_size for file in (folder / ADAPTER).glob("*") if file.is_file()]
     return RunSummary(
         name=run.name,
         kind=folder.parent.name,
         status=status,
         errors=errors,
         trainable=sizes.get("trainable"),
-        adapter_bytes=sum(adapter) if adapter else None,
+        adapter_bytes=sizes_of(folder).get(ADAPTER),
         seconds=_seconds(folder / TABLE),
     )
 
@@ -285,19 +294,14 @@ def _results(path: Path) -> tuple[bool, dict[str, float], dict[str, int]]:
 
 
 def _seconds(path: Path) -> float:
-    """Time of a run's epochs; damaged rows are skipped."""
+    """Sum of the epochs' times in a table; damaged rows do not count."""
     try:
-        heading, rows = read_table(path)
+        return round(sum(row.get("seconds", 0.0) for row in read_epochs(path)), 3)
     except FileNotFoundError:
-        return 0.0
+        pass
     except DataError as error:
         _logger.warning("%s", error)
-        return 0.0
-    total = 0.0
-    for row in rows if "seconds" in heading else ():
-        with suppress(ValueError):
-            total += float(row[heading.index("seconds")])
-    return round(total, 3)
+    return 0.0
 
 
 def _table(summaries: Sequence[RunSummary]) -> Table:

@@ -40,7 +40,7 @@ from .loggers import RunDisplay, error_table
 from .metrics import Errors
 from .prepare import NO_ROOMS, Rooms, Run, RunRequest, prepare_run
 from .resume import errors_of, open_run, plain_errors, plain_states
-from .run_files import LOG, OPTIONS, RESULTS, RunFiles
+from .run_files import ADAPTER, BEST, LOG, OPTIONS, RESULTS, RunFiles, sizes_of
 from .sets import AFTER, BEFORE, evaluate_sets, primary_set
 from .step import EpochRecord, TrainingResult, TrainOutcome
 
@@ -220,11 +220,8 @@ def _results_table(run: Run, after: Errors) -> Table:
 
 def _sizes(files: RunFiles) -> list[str]:
     """Sizes of what the run wrote, for the table's foot."""
-    sizes = [f"model: {files.best} ({size_text(files.best.stat().st_size)})"]
-    if files.adapter.is_dir():
-        total = sum(path.stat().st_size for path in files.adapter.iterdir())
-        sizes.append(f"adapter: {files.adapter} ({size_text(total)})")
-    return sizes
+    sizes, names = sizes_of(files.folder), {BEST: "model", ADAPTER: "adapter"}
+    return [f"{names[n]}: {files.folder / n} ({size_text(size)})" for n, size in sizes.items()]
 
 
 _OUTCOME = "outcome.json"

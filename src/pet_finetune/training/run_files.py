@@ -65,6 +65,9 @@ REPORT = "report.html"
 PROFILE = "profile.json"
 TRACE = "profile_trace.json"
 
+#: The rows of a ``train.csv``; cells that are empty there are absent.
+Epochs = Sequence[Mapping[str, float]]
+
 #: What a run that goes on in another folder takes with it.
 _TAKEN_ALONG = (BEST, ADAPTER, TABLE, OPTIONS, SPLITS, KEPT, ABOUT, PREDICTIONS)
 
@@ -279,6 +282,31 @@ def _heading(path: Path) -> list[str]:
         return []
     with path.open(newline="", encoding="utf-8", errors="replace") as stream:
         return next(csv.reader(stream), [])
+
+
+def read_epochs(path: Path) -> Epochs:
+    """Read the rows of a ``train.csv`` as numbers; empty cells and damaged rows are left out.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DataError: it cannot be read.
+    """
+    heading, rows = read_table(path)
+    epochs = []
+    for row in rows:
+        with suppress(ValueError):
+            epochs.append({name: float(c) for name, c in zip(heading, row, strict=True) if c})
+    return [row for row in epochs if math.isfinite(row.get("epoch", math.nan))]
+
+
+def sizes_of(folder: Path) -> dict[str, int]:
+    """Sizes of what a run wrote for use, best model and adapter, bytes."""
+    found = {}
+    if (folder / BEST).exists():
+        found[BEST] = (folder / BEST).stat().st_size
+    if (folder / ADAPTER).is_dir():
+        found[ADAPTER] = sum(path.stat().st_size for path in (folder / ADAPTER).iterdir())
+    return found
 
 
 def provenance_of(
