@@ -42,6 +42,9 @@ def test_a_model_on_files(run, command):
     expected = json.loads((run / "results.json").read_text())["after"]["test"]["energy"]
     assert number(answer, "forces MAE") == pytest.approx(1000 * expected["forces_mae"], abs=0.006)
     assert number(answer, "energy RMSE") == pytest.approx(1000 * expected["energy_rmse"], abs=0.006)
+    titles = ("test.xyz (4", "train.xyz (10", "2 files together")
+    test, train, both = (number(answer, "energy MAE", title) for title in titles)
+    assert both == pytest.approx((4 * test + 10 * train) / 14, abs=0.006)
 
 
 def test_orientations_are_compared_where_asked_for(run, command):

@@ -173,7 +173,12 @@ def evaluate_files(
             options = options.model_copy(update={"targets": {}})
         systems = _systems([options])
         sets[name] = _Set(read_structures(options), [spec.name], systems, output)
-    return _evaluate(model, sets.items(), how)
+    result = _evaluate(model, sets.items(), how)
+    compared = [errors[spec.name] for errors in result.errors.values() if spec.name in errors]
+    if len(compared) > 1:
+        together = {"": {"error": {spec.name: Metrics.together(compared)}}}
+        show(error_table(together, title=f"{len(compared)} files together"))
+    return result
 
 
 def _any_has(options: DatasetOptions, name: str) -> bool:

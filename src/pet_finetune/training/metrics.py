@@ -72,13 +72,18 @@ class Metrics:
         if processes.size() == 1:
             return self
         found = processes.gathered((self.state(), self.spec))
+        return Metrics.together([Metrics(self.target, *one) for one in found])
+
+    @staticmethod
+    def together(several: Sequence[Metrics]) -> Metrics:
+        """The errors that several, of one target, have counted."""
         sums: dict[str, list[float]] = {}
-        for own, _ in found:
-            for kind, new in own.items():
+        for own in several:
+            for kind, new in own.state().items():
                 old = sums.get(kind, [0.0] * len(new))
                 sums[kind] = [a + b for a, b in zip(old, new, strict=True)]
-        told = [spec for own, spec in found if own]  # by a prediction, where there was one
-        return Metrics(self.target, sums, told[0] if told else self.spec)
+        told = [one.spec for one in several if one.kinds]  # by a prediction, where there was one
+        return Metrics(several[0].target, sums, told[0] if told else several[0].spec)
 
     def _add(self, kind: str, errors: Tensor, known: Tensor) -> None:
         errors = torch.where(known, errors.to(torch.float64), 0.0)
