@@ -13,8 +13,6 @@ from pet_finetune.graph import Layout, Rectangles
 
 from .reference import Formula, Gradients, Tensors, autocasts, row_dots, twice
 
-__all__ = ["Attention", "attend", "attend_once", "pad_keys", "pad_rows", "unpad_rows"]
-
 
 class _Pad(torch.autograd.Function):
     @staticmethod

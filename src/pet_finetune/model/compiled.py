@@ -24,11 +24,6 @@ from pet_finetune.nn.quantized import num_quantized
 from .potential import Potential
 from .prediction import Prediction, Property
 
-__all__ = [
-    "CompiledPredictions", "Graphs", "Sizes", "Weights", "distance", "obstacle",
-    "predictions_of", "tensors_of",
-]  # fmt: skip
-
 _LOG = get_logger(__name__)
 #: For each target, whether forces and stress are computed.
 Wanted = Mapping[str, tuple[bool, bool]]
