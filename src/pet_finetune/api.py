@@ -64,6 +64,7 @@ from pet_finetune.keywords import (
     checkpoint_of,
     is_structures,
     listed,
+    with_own_names,
 )
 from pet_finetune.keywords import Model as Model
 from pet_finetune.log import get_logger, setup_logging
@@ -155,6 +156,7 @@ def finetune(
             raise ConfigError("finetune: the members of an ensemble need a folder: folder=...")
         if model is not None:  # after the options were found to be right
             checkpoint_of(model, spare)
+        stack.enter_context(with_own_names(arguments.files))
         outcome = run.train(
             loaded.options,
             own,

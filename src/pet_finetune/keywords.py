@@ -145,11 +145,13 @@ class Arguments:
         folder: where structures given as ``Atoms`` are written.
         tree: raw options.
         names: what the caller called the options that stand at a path.
+        files: what the caller called the structures that are written to a file.
     """
 
     folder: Path
     tree: dict[str, Any] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
     _writes: list[Callable[[], object]] = field(default_factory=list)
 
     def data(self, given: Any, targets: Mapping[str, Any] | None) -> None:
@@ -237,6 +239,7 @@ class Arguments:
             frames = [given] if isinstance(given, Atoms) else list(given)
             path = (self.folder / f"{_SETS.get(name, name)}.db").absolute()
             self._writes.append(lambda: write_exact(path, frames))
+            self.files[str(path)] = _called(name, frames)
             systems = {"read_from": str(path), "length_unit": "angstrom"}
             return {"systems": systems, "targets": dict(targets or _TARGETS)}
         if isinstance(given, (str, os.PathLike)):
@@ -285,6 +288,24 @@ def as_written(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     return str(value) if isinstance(value, torch.device) else value
+
+
+def _called(name: str, frames: Sequence[Atoms]) -> str:
+    """What messages call structures in memory."""
+    idle = any(one.calc is not None and not getattr(one.calc, "results", None) for one in frames)
+    return f"{name} (whose calculators have computed nothing yet)" if idle else name
+
+
+@contextmanager
+def with_own_names(files: Mapping[str, str]) -> Iterator[None]:
+    """Errors name structures in memory as the caller did, not the file that was made of them."""
+    try:
+        yield
+    except DataError as error:
+        text = str(error)
+        for path, name in files.items():
+            text = text.replace(path, name)
+        raise DataError(text) from error
 
 
 def listed(given: Any) -> Any:
@@ -365,5 +386,7 @@ def as_files(structures: Any, name: str) -> Iterator[tuple[list[str], dict[str, 
     else:
         with tempfile.TemporaryDirectory(prefix="pet-finetune-") as above:
             path = str(Path(above, f"{name}.db"))
-            write_exact(path, structures if isinstance(structures, Sequence) else [structures])
-            yield [path], {path: name}
+            frames = structures if isinstance(structures, Sequence) else [structures]
+            write_exact(path, frames)
+            with with_own_names({path: _called(name, frames)}):
+                yield [path], {path: name}

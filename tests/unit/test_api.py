@@ -10,6 +10,7 @@ import ase.io
 import numpy as np
 import pytest
 import torch
+from ase.calculators.emt import EMT
 from ase.io import Trajectory
 
 import pet_finetune as pf
@@ -206,6 +207,19 @@ def test_generators_and_trajectories_are_structures_too(base, tmp_path):
     arguments = keywords.Arguments(tmp_path)
     arguments.data(iter(frames), None)
     assert arguments.tree["training_set"]["systems"]["read_from"].endswith("training_set.db")
+
+
+def test_errors_name_structures_in_memory_as_the_caller_did(base):
+    frames = [atoms.copy() for atoms in molecules(4)]
+    for atoms in frames:
+        atoms.calc = EMT()
+    for call, name in (
+        (lambda: pf.finetune(base, frames, validation=0.25, **FAST), "train"),
+        (lambda: pf.evaluate(base, frames, labels=pf.LabelNames(key="E")), "structures"),
+    ):
+        words = rf" in {name} \(whose calculators have computed nothing yet\), but frame 0"
+        with pytest.raises(DataError, match=words):
+            call()
 
 
 def test_no_structures(base):
