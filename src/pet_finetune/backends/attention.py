@@ -4,14 +4,14 @@ TorchScript compiles these functions where they are part of an exported network.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from pet_finetune.graph import Layout, Rectangles
 
-from .reference import Formula, Gradients, Tensors, autocasts, row_dots, twice
+from .reference import Formula, Gradients, Tensors, Waiting, autocasts, row_dots, twice
 
 
 class _Pad(torch.autograd.Function):
@@ -210,14 +210,15 @@ class Attention(Formula):
         return self._tokens(mixed), kept
 
     def backward(
-        self, grad: Tensor, kept: Tensors, waiting: Sequence[Gradients] = ()
+        self, grad: Tensor, kept: Gradients, waiting: Waiting, asked: Sequence[bool]
     ) -> tuple[Gradients, Gradients]:
         """See :class:`Formula`."""
+        kept = cast("Tensors", kept)
         to_qkv, to_bias, first = [], [], []
         for number, slots in enumerate(self.where.slots):
             (q, k, v), p = kept[2 * number : 2 * number + 2]
             g = self._taken(grad, slots, 1)[0]
-            lefts = [cast("Tensors", left[6 * number : 6 * number + 6]) for left in waiting]
+            lefts = [left[number] for left in waiting]
             to_v, d = torch.bmm(p.mT, g), None
             for _, _, _, y, e, g1 in lefts:
                 to_v.baddbmm_(e.mT, g1)
@@ -233,18 +234,14 @@ class Attention(Formula):
             first.append(g)
         return (self._tokens(to_qkv), _flat(to_bias)), first
 
-    def second(
-        self, towards: Gradients, kept: Tensors, first: Gradients
-    ) -> tuple[Tensor, Gradients]:
+    def second(self, towards: Gradients, kept: Gradients, first: Gradients) -> tuple[Tensor, Any]:
         """See :class:`Formula`."""
-        to_qkv, to_bias = towards
-        if to_qkv is None:
-            parts, heads, _, _, width = kept[0].unflatten(1, (self.heads, -1)).shape
-            to_qkv = kept[0].new_zeros(len(self.where.slot_of_token), parts * heads * width)
+        (to_qkv, to_bias), kept = towards, cast("Tensors", kept)
+        assert to_qkv is not None
         if to_bias is None:
-            to_bias = kept[0].new_zeros(self.where.empty.shape)
+            to_bias = to_qkv.new_zeros(self.where.empty.shape)
         of_grad: list[list[Tensor]] = []
-        left: list[Tensor] = []
+        left: list[Tensors] = []
         for number, (slots, cb) in enumerate(self._with(to_bias)):
             ((q, k, v), p), g = kept[2 * number : 2 * number + 2], cast("Tensor", first[number])
             cq, ck, cv = self._taken(to_qkv, slots, 3)
@@ -256,7 +253,7 @@ class Attention(Formula):
             e = p * w
             of_grad.append([torch.baddbmm(torch.bmm(p, cv), e, v)])
             y = torch.baddbmm(w.mul_(d), g, cv.mT)
-            left += [p * d, cq, ck, y, e, g]
+            left.append((p * d, cq, ck, y, e, g))
         return self._tokens(of_grad), left
 
     def _with(self, flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 Tensors = Sequence[Tensor]
 Gradients = Sequence[Tensor | None]
+Waiting = Sequence[Any]
 
 
 class Formula:
@@ -32,12 +33,12 @@ class Formula:
         """The operator, which autograd can differentiate."""
         raise NotImplementedError
 
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensors]:
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Gradients]:
         """The same result, and the values that the derivatives need."""
         raise NotImplementedError
 
     def backward(
-        self, grad: Tensor, kept: Tensors, waiting: Sequence[Gradients] = ()
+        self, grad: Tensor, kept: Gradients, waiting: Waiting, asked: Sequence[bool]
     ) -> tuple[Gradients, Gradients]:
         """The gradient of each input (or None), and the values for :meth:`second`.
 
@@ -45,16 +46,16 @@ class Formula:
             grad: of the output.
             kept: from :meth:`forward`.
             waiting: from :meth:`second`, whose gradients on the inputs are to be added.
+            asked: of which inputs gradients are needed, beside those of rows.
         """
         raise NotImplementedError
 
-    def second(
-        self, towards: Gradients, kept: Tensors, first: Gradients
-    ) -> tuple[Tensor, Gradients]:
+    def second(self, towards: Gradients, kept: Gradients, first: Gradients) -> tuple[Tensor, Any]:
         """The gradient of :meth:`backward` on its ``grad``, and what is left for later.
 
         Args:
-            towards: the cotangents of the gradients that :meth:`backward` returns.
+            towards: the cotangents of the gradients that :meth:`backward` returns; of the first
+                input there is one.
             kept: from :meth:`forward`.
             first: from :meth:`backward`.
         """
@@ -63,7 +64,9 @@ class Formula:
 
 def twice(formula: Formula, *inputs: Tensor) -> Tensor:
     """The operator of a formula, which can be differentiated twice."""
-    out: Tensor = _Forward.apply(formula, *inputs)[0]
+    # Weights as views, for autograd does not tell of leaves whether their gradients are needed.
+    given = [i.view_as(i) if i.is_leaf and i.requires_grad else i for i in inputs]
+    out: Tensor = _Forward.apply(formula, *given)[0]
     return out
 
 
@@ -75,7 +78,8 @@ class _Forward(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         out, kept = formula.forward(*inputs)
         nothing = out.new_empty(0)
-        ctx.formula, ctx.count, ctx.shape, ctx.waiting = formula, len(inputs), out.shape, []
+        ctx.formula, ctx.count, ctx.waiting = formula, len(inputs), []
+        ctx.shapes = inputs[0].shape, out.shape
         ctx.save_for_backward(*kept, nothing)
         return out, nothing
 
@@ -89,10 +93,12 @@ class _Forward(torch.autograd.Function):
         if grad is None:
             if not waiting:
                 return None, *[None] * ctx.count
-            grad = nothing.new_zeros(ctx.shape)
+            grad = nothing.new_zeros(ctx.shapes[1])
+        needed = torch._C._will_engine_execute_node
+        asked = [node is not None and needed(node) for node, _ in ctx.next_functions]
         if torch.is_grad_enabled():
-            return None, *_Backward.apply(ctx.formula, ctx.waiting, grad, nothing, *kept)
-        return None, *ctx.formula.backward(grad, kept, waiting)[0]
+            return None, *_Backward.apply(ctx, asked, grad, nothing, *kept)
+        return None, *ctx.formula.backward(grad, kept, waiting, asked)[0]
 
 
 class _Backward(torch.autograd.Function):
@@ -100,11 +106,12 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, formula: Formula, waiting: list[Any], grad: Tensor, _: Tensor, *kept: Tensor
+        ctx: Any, of: Any, asked: Sequence[bool], grad: Tensor, _: Tensor, *kept: Tensor | None
     ) -> Any:
         ctx.set_materialize_grads(False)
-        ctx.formula, ctx.waiting, ctx.count = formula, waiting, len(kept)
-        gradients, first = formula.backward(grad, kept)
+        ctx.formula, ctx.waiting, ctx.count = of.formula, of.waiting, len(kept)
+        ctx.shape = of.shapes[0]
+        gradients, first = ctx.formula.backward(grad, kept, (), asked)
         ctx.save_for_backward(*kept, *first)
         return tuple(gradients)
 
@@ -114,7 +121,11 @@ class _Backward(torch.autograd.Function):
             raise RuntimeError(
                 "The network can be differentiated twice: leave create_graph out the second time."
             )
-        kept, first = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        saved, v = ctx.saved_tensors, towards[0]
+        kept, first = saved[: ctx.count], saved[ctx.count :]
+        if v is None:
+            told = next(t for t in towards if t is not None)
+            towards = told.new_zeros(ctx.shape), *towards[1:]
         to_grad, left = ctx.formula.second(towards, kept, first)
         ctx.waiting.append((torch._C._current_graph_task_id(), left))
         return None, None, to_grad, None, *[None] * ctx.count
@@ -179,12 +190,11 @@ class Gate(Formula):
         return self.plain(*inputs), inputs
 
     def backward(
-        self, grad: Tensor, kept: Tensors, waiting: Sequence[Gradients] = ()
+        self, grad: Tensor, kept: Gradients, waiting: Waiting, asked: Sequence[bool]
     ) -> tuple[Gradients, Gradients]:
         """See :class:`Formula`."""
-        to_x = self._slopes(grad, kept[0])
-        for left in waiting:
-            first, towards, s, a = cast("Tensors", left)
+        to_x = self._slopes(grad, cast("Tensors", kept)[0])
+        for first, towards, s, a in waiting:
             slope = torch.addcmul(a, a, s, value=-2.0)  # a (1 - 2 s)
             if self.silu:
                 curvature = torch.ops.aten.sigmoid_backward(slope.add_(2.0), s)
@@ -196,11 +206,9 @@ class Gate(Formula):
             to_gate.addcmul_(torch.addcmul(of_a, of_x, slope), of_s)
         return (to_x,), (grad,)
 
-    def second(
-        self, towards: Gradients, kept: Tensors, first: Gradients
-    ) -> tuple[Tensor, Gradients]:
+    def second(self, towards: Gradients, kept: Gradients, first: Gradients) -> tuple[Tensor, Any]:
         """See :class:`Formula`."""
-        (v,), (x,) = cast("Tensors", towards), kept
+        (v,), (x,) = cast("Tensors", towards), cast("Tensors", kept)
         if self.silu:
             return self._slopes(v, x), (first[0], v, torch.sigmoid(x), x)
         (of_a, of_x), (a, gate) = v.chunk(2, dim=-1), x.chunk(2, dim=-1)
@@ -234,7 +242,7 @@ class Norm(Formula):
             return nn.functional.layer_norm(x, shape, weight, bias[0], self.eps)
         return torch.rms_norm(x, shape, weight, self.eps)
 
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensors]:
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Gradients]:
         """See :class:`Formula`."""
         x, weight = self._part(inputs[0]), inputs[1]
         # The mean of squares and eps: one operation, as it is with a factor and a number.
@@ -244,40 +252,37 @@ class Norm(Formula):
         return out, (inverse, n, *inputs[1:])
 
     def backward(
-        self, grad: Tensor, kept: Tensors, waiting: Sequence[Gradients] = ()
+        self, grad: Tensor, kept: Gradients, waiting: Waiting, asked: Sequence[bool]
     ) -> tuple[Gradients, Gradients]:
         """See :class:`Formula`."""
-        inverse, n, weight, *bias = kept
+        inverse, n, weight, *_ = cast("Tensors", kept)
         h, per = self._part(grad * weight), -1.0 / n.size(-1)
-        to_weight = _summed(grad * n) if weight.requires_grad else None
-        to_bias = [_summed(grad) if b.requires_grad else None for b in bias]
-        along: Tensor | None = None
+        along, to_weight = None, _summed(grad * n) if asked[1] else None
         for *_, vt, of_weight, of_h in waiting:
-            along = vt if along is None or vt is None else along + vt
-            to_weight = (
-                of_weight if to_weight is None or of_weight is None else to_weight + of_weight
-            )
+            along = vt if along is None else along + vt
+            if to_weight is not None and of_weight is not None:
+                to_weight = to_weight + of_weight
             h = h if of_h is None else h + of_h
         along = row_dots(h, n, along)
         to_x = torch.addcmul(h, n, along, value=per)
-        for p, t, nv, nh, *_ in cast("Sequence[Tensors]", waiting):
+        for p, t, nv, nh, *_ in waiting:
             to_x.addcmul_(p, nh, value=per).addcmul_(t, nv, value=per)
         to_x.mul_(inverse)
-        trains = any(w.requires_grad for w in kept[2:])
+        to_bias = [_summed(grad) if needed else None for needed in asked[2:]]
+        trains = weight.requires_grad
         return (to_x, to_weight, *to_bias), (to_x, along, grad if trains else None)
 
-    def second(
-        self, towards: Gradients, kept: Tensors, first: Gradients
-    ) -> tuple[Tensor, Gradients]:
+    def second(self, towards: Gradients, kept: Gradients, first: Gradients) -> tuple[Tensor, Any]:
         """See :class:`Formula`."""
-        inverse, n, weight, *_ = kept
+        inverse, n, weight, *_ = cast("Tensors", kept)
         (t, nh, grad), (v, of_weight, *of_bias) = first, towards
         assert t is not None
-        v = torch.zeros_like(n) if v is None else self._part(v)
+        assert v is not None
+        v = self._part(v)
         nv = row_dots(v, n)
         p = torch.addcmul(v, n, nv, value=-1.0 / n.size(-1)).mul_(inverse)
         to_grad, to_weight, to_h = p * weight, None, None
-        if weight.requires_grad and grad is not None:
+        if grad is not None:
             to_weight = _summed(grad * p)
             if of_weight is not None:
                 to_grad.addcmul_(n, of_weight)

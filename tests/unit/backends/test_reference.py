@@ -160,6 +160,17 @@ def test_passes_over_one_graph_leave_each_other_alone():
         torch.testing.assert_close(own, other)
 
 
+def test_the_gradient_by_rows_computes_none_by_weights(monkeypatch):
+    summed = []
+    monkeypatch.setattr(reference, "_summed", lambda rows: summed.append(1) or rows.sum(0))
+    x, weight = numbers(5, 6), numbers(6, seed=1)
+    out = twice(Norm("rms_norm", 0.1), x, weight)
+    (slope,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+    assert not summed
+    torch.autograd.grad(slope.square().sum(), [x, weight])
+    assert summed
+
+
 HEADS, HEAD = 2, 5
 
 
