@@ -84,6 +84,11 @@ class Work:
         wall, cpu = time.perf_counter(), time.process_time()
         try:
             yield
+        except KeyboardInterrupt:
+            _logger.warning(
+                "What is done stays in %s: the same command goes on there.", self.folder
+            )
+            raise
         finally:
             spent = self.record["seconds"].setdefault(name, {"wall": 0.0, "cpu": 0.0})
             spent["wall"] += time.perf_counter() - wall
@@ -343,7 +348,6 @@ def _trained(
     last = place / LAST
     outcome = train(loaded.options, place, restart=last if last.exists() else None, check=False)
     if not outcome.result.finished:
-        _logger.warning("To continue, repeat the first command.")
         raise KeyboardInterrupt
     return outcome
 

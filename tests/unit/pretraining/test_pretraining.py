@@ -115,12 +115,15 @@ def test_a_damaged_record_is_named(tmp_path: Path) -> None:
         Work(tmp_path, PretrainOptions(), {})
 
 
-def test_time_counts_also_where_a_stage_is_stopped(tmp_path: Path) -> None:
+def test_where_a_stage_is_stopped_time_counts_and_the_way_on_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     work = Work(tmp_path, PretrainOptions(), {})
     with pytest.raises(KeyboardInterrupt), work.stage("label"):
         raise KeyboardInterrupt
     found = json.loads((tmp_path / "pretrain.json").read_text())
     assert found["seconds"]["label"]["wall"] >= 0
+    assert f"stays in {tmp_path}: the same command goes on" in caplog.text
 
 
 @pytest.mark.parametrize("n", [60, 200, 2000])
