@@ -197,7 +197,7 @@ FREE = {
 }  # fmt: skip
 #: A step of the default model with LoRA has so many on a GPU (2,085 with derivatives by autograd,
 #: and fewer adapted layers). More is slower there however small the batch.
-MOST_LAUNCHES = 1210
+MOST_LAUNCHES = 1205
 
 
 class Launches(TorchDispatchMode):
