@@ -16,6 +16,9 @@ LARGEST = 1024
 #: The same holds for the longer side of a matrix twice as long as wide, if it is longer than this:
 #: the shorter one brings most of what both do, for a fraction of the time.
 SMALL = 128
+#: A rotated side that is longer is cut into equal parts of at most this size, each with a basis of
+#: its own: the time of a step goes with the size of the bases, and errors hardly do.
+BLOCK = 128
 #: Updates between two looks at the eigenbases, which change slowly and cost a decomposition each.
 REFRESH = 10
 
@@ -26,16 +29,27 @@ class _Stack:
 
     Attributes:
         parameters: k matrices, [m, n] each.
-        moments: ``exp_avg`` and ``exp_avg_sq``, [k, m, n], both in the eigenbases; of each side
-            that is short enough the running mean of the gradients' products, ``left``
-            [k, m, m] and ``right`` [k, n, n], and its eigenvectors as columns,
-            ``left_basis`` and ``right_basis``.
+        moments: ``exp_avg`` and ``exp_avg_sq``, [k, b, h, w], both in the eigenbases of the b
+            blocks that a matrix is cut into; of each side that is rotated the running mean of the
+            gradients' products, ``left`` [k, b, h, h] and ``right`` [k, b, w, w], and its
+            eigenvectors as columns, ``left_basis`` and ``right_basis``.
         steps: gradients seen by each matrix.
     """
 
     parameters: list[Tensor]
     moments: dict[str, Tensor]
     steps: list[int] = field(default_factory=list)
+
+    def blocks(self, matrices: Tensor) -> Tensor:
+        """[i, m, n] to [i, b, h, w]."""
+        height, width = self.moments["exp_avg"].shape[-2:]
+        cut = matrices.unflatten(2, (-1, width)).unflatten(1, (-1, height))
+        return cut.transpose(2, 3).flatten(1, 2).contiguous()
+
+    def whole(self, blocks: Tensor) -> Tensor:
+        """[i, b, h, w] to [i, m, n]."""
+        across = self.parameters[0].shape[1] // blocks.shape[-1]
+        return blocks.unflatten(1, (-1, across)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
     def due(self) -> Iterator[tuple[int, list[int]]]:
         """Rows of the stack that have a gradient, by how many they have seen before."""
@@ -82,7 +96,7 @@ class SOAP(LightOptimizer):
         weight_decay: decoupled, as in AdamW.
         refresh: steps between two renewals of the eigenvectors.
         largest: sides longer than this are not rotated, nor those longer than :data:`SMALL` that
-            are twice as long as the other.
+            are twice as long as the other; those longer than :data:`BLOCK` in parts.
 
     Raises:
         ValueError: a parameter is no matrix.
@@ -135,7 +149,8 @@ def _stacked(group: Mapping[str, Any], state: Mapping[Tensor, dict[str, Any]]) -
         own = [state[p] or {"step": 0, **fresh} for p in members]
         stack = _Stack(members, {}, [int(s["step"]) for s in own])
         for name in (n for n in own[0] if n != "step"):  # a saved state has sides of its own
-            stack.moments[name] = torch.stack([s[name] for s in own])
+            saved = [s[name] if s[name].dim() == 3 else s[name][None] for s in own]  # once uncut
+            stack.moments[name] = torch.stack(saved)
         for row, parameter in enumerate(members):
             views = {name: moment[row] for name, moment in stack.moments.items()}
             state[parameter].update({"step": stack.steps[row], **views})
@@ -145,12 +160,21 @@ def _stacked(group: Mapping[str, Any], state: Mapping[Tensor, dict[str, Any]]) -
 
 def _fresh(parameter: nn.Parameter, largest: int) -> dict[str, Tensor]:
     """The moments of a matrix that has seen no gradient."""
-    made = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
-    for side, size in zip(("left", "right"), parameter.shape, strict=True):
-        if size <= largest and (size <= SMALL or size < 2 * min(parameter.shape)):
-            made[side] = parameter.new_zeros(size, size)
+    short = min(parameter.shape)
+    turns = [n <= largest and (n <= SMALL or n < 2 * short) for n in parameter.shape]
+    sizes = [_part(n) if turn else n for n, turn in zip(parameter.shape, turns, strict=True)]
+    blocks = parameter.numel() // (sizes[0] * sizes[1])
+    made = {name: parameter.new_zeros(blocks, *sizes) for name in ("exp_avg", "exp_avg_sq")}
+    for side, size, turn in zip(("left", "right"), sizes, turns, strict=True):
+        if turn:
+            made[side] = parameter.new_zeros(blocks, size, size)
             made[f"{side}_basis"] = torch.zeros_like(made[side])
     return {name: moment.detach() for name, moment in made.items()}
+
+
+def _part(size: int) -> int:
+    """How long the parts are where a side is cut into the fewest equal ones."""
+    return next(n for n in range(min(size, BLOCK), 0, -1) if size % n == 0)
 
 
 def _step(group: Mapping[str, Any], stack: _Stack, rows: list[int], seen: int) -> None:
@@ -158,18 +182,19 @@ def _step(group: Mapping[str, Any], stack: _Stack, rows: list[int], seen: int) -
     every = len(rows) == len(stack.parameters)
     moments = stack.moments if every else {n: m[rows] for n, m in stack.moments.items()}
     parameters = [stack.parameters[row] for row in rows]
-    gradient = torch.stack([p.grad for p in parameters if p.grad is not None])
+    gradient = stack.blocks(torch.stack([p.grad for p in parameters if p.grad is not None]))
     if seen > 0:
         rate, decay = group["lr"], group["lr"] * group["weight_decay"]
         change = _adam(moments, gradient, seen, group["betas"], group["eps"])
         if decay:
             torch._foreach_mul_(parameters, 1.0 - decay)
-        torch._foreach_add_(parameters, list(change.unbind()), alpha=-rate)
+        torch._foreach_add_(parameters, list(stack.whole(change).unbind()), alpha=-rate)
     # After the update, so that a gradient does not choose the basis that it is seen in.
     beta = group["betas"][1]
     for side, one, other in (("left", gradient, gradient.mT), ("right", gradient.mT, gradient)):
         if side in moments:
-            moments[side].baddbmm_(one, other, beta=beta, alpha=1.0 - beta)
+            mean, products = moments[side].flatten(0, 1), (one.flatten(0, 1), other.flatten(0, 1))
+            mean.baddbmm_(*products, beta=beta, alpha=1.0 - beta)
             if seen == 0:  # the longest first
                 vectors = torch.linalg.eigh(moments[side].double()).eigenvectors
                 moments[f"{side}_basis"].copy_(vectors.flip(-1))
@@ -187,7 +212,7 @@ def _adam(
     betas: tuple[float, float],
     eps: float,
 ) -> Tensor:
-    """Adam's update, found in the eigenbases, in the coordinates of the parameters [k, m, n]."""
+    """Adam's update, found in the eigenbases, in the parameters' coordinates, [k, b, h, w]."""
     beta1, beta2 = betas
     rotated = _rotated(gradient, moments)
     mean, square = moments["exp_avg"], moments["exp_avg_sq"]
@@ -195,11 +220,12 @@ def _adam(
     square.mul_(beta2).addcmul_(rotated, rotated, value=1.0 - beta2)
     # As the reference: eps beside the root that is not yet corrected for its start at zero.
     correction = (1.0 - beta2**step) ** 0.5 / (1.0 - beta1**step)
-    return _rotated(mean / (square.sqrt() + eps), moments, back=True).mul_(correction)
+    root = square.sqrt().add_(eps)
+    return _rotated(torch.div(mean, root, out=root), moments, back=True).mul_(correction)
 
 
 def _rotated(matrix: Tensor, moments: Mapping[str, Tensor], back: bool = False) -> Tensor:
-    """Into the eigenbases, or back from them; [k, m, n] as the argument."""
+    """Into the eigenbases, or back from them; [k, b, h, w] as the argument."""
     if "left" in moments:
         basis = moments["left_basis"]
         matrix = (basis if back else basis.mT) @ matrix
@@ -219,13 +245,13 @@ def _renew_bases(moments: Mapping[str, Tensor]) -> None:
         product = moments[side] @ basis
         # In falling order of the estimated eigenvalues, since QR takes the first columns as given.
         order = (basis * product).sum(-2).argsort(dim=-1, descending=True, stable=True)
-        columns = order[:, None].expand_as(product)
+        columns = order[..., None, :].expand_as(product)
         renewed = torch.linalg.qr(product.gather(-1, columns)).Q
         rotation = basis.mT @ renewed
         if side == "left":
             mean.copy_(rotation.mT @ mean)
-            square.copy_(square.gather(axis, order[:, :, None].expand_as(square)))
+            square.copy_(square.gather(axis, order[..., None].expand_as(square)))
         else:
             mean.copy_(mean @ rotation)
-            square.copy_(square.gather(axis, order[:, None].expand_as(square)))
+            square.copy_(square.gather(axis, order[..., None, :].expand_as(square)))
         basis.copy_(renewed)

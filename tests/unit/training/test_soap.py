@@ -188,6 +188,41 @@ def test_a_saved_state_says_which_sides_are_rotated(monkeypatch):
     assert torch.equal(parts[0], whole[0])
 
 
+def test_a_long_rotated_side_is_cut_into_parts_that_are_matrices_of_their_own(monkeypatch):
+    monkeypatch.setattr("pet_finetune.training.soap.BLOCK", 4)
+    (whole,), parts = matrices([(6, 8)]), [nn.Parameter(torch.zeros(3, 4).double()) for _ in "1234"]
+    cuts = [(slice(i, i + 3), slice(j, j + 4)) for i in (0, 3) for j in (0, 4)]
+    for part, cut in zip(parts, cuts, strict=True):
+        part.data.copy_(whole.data[cut])
+    start = whole.detach().clone()
+    optimizers = [SOAP([whole], lr=0.03, refresh=2), SOAP(parts, lr=0.03, refresh=2)]
+    for seed in range(6):
+        whole.grad = matrices([(6, 8)], seed)[0].detach()
+        for part, cut in zip(parts, cuts, strict=True):
+            part.grad = whole.grad[cut]
+        for optimizer in optimizers:
+            optimizer.step()
+    assert optimizers[0].state[whole]["right_basis"].shape == (4, 4, 4)
+    for part, cut in zip(parts, cuts, strict=True):
+        torch.testing.assert_close(whole[cut], part)
+        assert (whole[cut] - start[cut]).abs().min() > 1e-4
+
+
+def test_states_that_were_saved_before_sides_were_cut_go_on_as_they_were(monkeypatch):
+    whole, parts = matrices([(6, 6)]), matrices([(6, 6)])
+    optimizer, first = SOAP(whole, lr=0.03), SOAP(parts, lr=0.03)
+    train(whole, optimizer, 6)
+    train(parts, first, 3)
+    state = first.state_dict()
+    for name, moment in state["state"][0].items():
+        state["state"][0][name] = moment if name == "step" else moment[0]
+    monkeypatch.setattr("pet_finetune.training.soap.BLOCK", 3)
+    resumed = SOAP(parts, lr=0.03)
+    resumed.load_state_dict(state)
+    train(parts, resumed, 3)
+    assert torch.equal(parts[0], whole[0])
+
+
 def test_the_state_of_each_matrix_is_that_of_its_batch():
     """Saved states hold what the steps have written, not a copy from the beginning."""
     parameters = matrices()
@@ -195,7 +230,7 @@ def test_the_state_of_each_matrix_is_that_of_its_batch():
     train(parameters, optimizer, 3)
     for p in parameters:
         basis = optimizer.state[p]["left_basis"]
-        torch.testing.assert_close(basis.T @ basis, torch.eye(len(p), dtype=p.dtype))
+        torch.testing.assert_close(basis[0].T @ basis[0], torch.eye(len(p), dtype=p.dtype))
         assert optimizer.state[p]["exp_avg_sq"].min() > 0
 
 
