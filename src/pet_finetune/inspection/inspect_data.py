@@ -75,15 +75,21 @@ def request_of_files(
         systems: more options of ``systems`` for all of them: ``format``, ``types``.
 
     Raises:
-        DataError: a file that cannot be read.
+        DataError: no file of the training set can be read; single ones are findings.
         ConfigError: as reading options.
     """
     findings: list[Finding] = []
     sections: dict[str, Any] = {}
     for name, own in (("training_set", files), ("validation_set", validation), ("test_set", test)):
-        found = []
+        found: list[dict[str, Any]] = []
         for file in own:
-            target, told = target_of_file(file, **(systems or {}))
+            try:
+                target, told = target_of_file(file, **(systems or {}))
+            except DataError as error:
+                if file == own[-1] and not found:
+                    raise
+                findings.append(Finding("error", "unreadable", str(error)))
+                continue
             findings += told
             section = training_section([file], target)
             section["systems"] |= systems or {}

@@ -81,6 +81,17 @@ def test_the_options_that_are_written_read_the_labels_in_ev(tmp_path, repository
             )
 
 
+def test_of_many_files_all_that_cannot_be_read_are_named(tmp_path):
+    good = str(write_frames(tmp_path / "good.xyz", molecules(2)))
+    bad = [str(tmp_path / name) for name in ("empty.xyz", "gone.xyz")]
+    (tmp_path / "empty.xyz").write_text("")
+    request = request_of_files([bad[0], good, bad[1]])
+    assert [finding.code for finding in request.findings] == ["unreadable"] * 2
+    assert [one.systems.read_from for one in request.options.training_set] == [good]
+    with pytest.raises(DataError, match="empty"):
+        request_of_files(bad[:1])
+
+
 def test_a_question_stops_a_run(tmp_path, repository):
     data = hartree(tmp_path / "a.xyz", repository)
     inspection = inspect_data(request_of_files([str(data)]))
