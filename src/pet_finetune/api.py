@@ -31,9 +31,9 @@ from pet_finetune.data.convert_sets import convert as convert
 from pet_finetune.data.frame_files import read_frames
 from pet_finetune.dynamics.integrators import MDSettings as MDSettings
 from pet_finetune.dynamics.md_checks import ModelChoice as ModelChoice
+from pet_finetune.dynamics.md_checks import RelaxSettings as RelaxSettings
 from pet_finetune.dynamics.md_run import restart_md as restart_md
 from pet_finetune.dynamics.md_run import run_md as run_md
-from pet_finetune.dynamics.relaxation import RelaxSettings as RelaxSettings
 from pet_finetune.dynamics.relaxation import relax_structures as relax_structures
 from pet_finetune.errors import ConfigError, DataError
 from pet_finetune.export.export import ExportOutcome

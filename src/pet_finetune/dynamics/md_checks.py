@@ -1,4 +1,4 @@
-"""Checks of a simulation before its first step, and its model."""
+"""Checks of a simulation or a relaxation before its first step; their settings and their model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from ase import Atoms
+from ase.optimize import BFGS, FIRE, LBFGS
 
 from pet_finetune.calculator import PETCalculator
 from pet_finetune.committee.committee_files import COMMITTEE_FILE
@@ -17,7 +18,7 @@ from pet_finetune.data.calculator_input import MISSING_CELL, check_atoms, misses
 from pet_finetune.data.frame_files import read_frames
 from pet_finetune.data.stated_units import StatedUnits
 from pet_finetune.dynamics.integrators import MDSettings
-from pet_finetune.errors import DataError, PetFinetuneError
+from pet_finetune.errors import DataError, PetFinetuneError, did_you_mean
 from pet_finetune.hub import find_model
 from pet_finetune.keys import Compile
 from pet_finetune.log import get_logger
@@ -27,6 +28,43 @@ from .integrators import constraint_problems, degrees_of_freedom, keeps_momentum
 from .loop import CLOSEST, atom_name
 
 _logger = get_logger(__name__)
+#: ASE's optimisers by their names on the command line.
+OPTIMIZERS: Mapping[str, Callable[..., Any]] = {"fire": FIRE, "lbfgs": LBFGS, "bfgs": BFGS}
+
+
+@dataclass(frozen=True)
+class RelaxSettings:
+    """When a structure is relaxed, and what may move.
+
+    Attributes:
+        fmax: the largest force on an atom at the end, eV/A; with ``cell`` the derivative by the
+            strain of each atom's share of it too, as ASE's ``FrechetCellFilter`` counts.
+        steps: the most for one structure.
+        optimizer: ``fire``, ``lbfgs`` or ``bfgs``.
+        cell: whether the cell relaxes with the atoms.
+        pressure: outside, GPa, with ``cell``.
+    """
+
+    fmax: float = 0.05
+    steps: int = 500
+    optimizer: str = "fire"
+    cell: bool = False
+    pressure: float = 0.0
+
+    def problems(self) -> list[str]:
+        """Problems of the settings, one line each."""
+        found = []
+        if not 0 < self.fmax < np.inf:
+            found.append(f"--fmax: expected a number above 0, got {self.fmax:g}.")
+        if self.steps < 1:
+            found.append(f"--steps: expected a number above 0, got {self.steps}.")
+        if self.optimizer not in OPTIMIZERS:
+            names = ", ".join(OPTIMIZERS)
+            guess = did_you_mean(self.optimizer, OPTIMIZERS)
+            found.append(f"--optimizer: expected one of {names}, got '{self.optimizer}'.{guess}")
+        if self.pressure and not self.cell:
+            found.append("--pressure: the cell stays as it is without --cell.")
+        return found
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,6 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.filters import FrechetCellFilter
 from ase.neighborlist import neighbor_list
-from ase.optimize import BFGS, FIRE, LBFGS
 from ase.stress import full_3x3_to_voigt_6_stress
 from rich.table import Table
 
@@ -31,7 +30,7 @@ from pet_finetune.committee.committee import to_numpy
 from pet_finetune.config.problems import config_error
 from pet_finetune.data.calculator_input import check_atoms
 from pet_finetune.data.structure import list_frames
-from pet_finetune.errors import DynamicsError, PetFinetuneError, did_you_mean, is_out_of_memory
+from pet_finetune.errors import DynamicsError, PetFinetuneError, is_out_of_memory
 from pet_finetune.files import check_new, replacing
 from pet_finetune.log import get_logger
 from pet_finetune.terminal import InterruptGuard, Watch, show
@@ -39,53 +38,16 @@ from pet_finetune.terminal import InterruptGuard, Watch, show
 from .carried import carried
 from .integrators import constraint_problems
 from .loop import CLOSEST
-from .md_checks import ModelChoice, read_all, tried
+from .md_checks import OPTIMIZERS, ModelChoice, RelaxSettings, read_all, tried
 
 _logger = get_logger(__name__)
 
-#: ASE's optimisers by their names on the command line.
-OPTIMIZERS: Mapping[str, Callable[..., Any]] = {"fire": FIRE, "lbfgs": LBFGS, "bfgs": BFGS}
 _ENDINGS = (".xyz", ".extxyz")
 _SHOWN = 20
 #: Atoms of a batch: a CPU's caches hold no more, and a GPU is busy with so many.
 _ATOMS_ON_CPU, _ATOMS_ON_GPU = 256, 10_000
 #: What a structure that flies apart makes the calculator and ASE's optimisers raise.
 _FAILURES = (PetFinetuneError, ArithmeticError, ValueError)
-
-
-@dataclass(frozen=True)
-class RelaxSettings:
-    """When a structure is relaxed, and what may move.
-
-    Attributes:
-        fmax: the largest force on an atom at the end, eV/A; with ``cell`` the derivative by the
-            strain of each atom's share of it too, as ASE's ``FrechetCellFilter`` counts.
-        steps: the most for one structure.
-        optimizer: ``fire``, ``lbfgs`` or ``bfgs``.
-        cell: whether the cell relaxes with the atoms.
-        pressure: outside, GPa, with ``cell``.
-    """
-
-    fmax: float = 0.05
-    steps: int = 500
-    optimizer: str = "fire"
-    cell: bool = False
-    pressure: float = 0.0
-
-    def problems(self) -> list[str]:
-        """Problems of the settings, one line each."""
-        found = []
-        if not 0 < self.fmax < np.inf:
-            found.append(f"--fmax: expected a number above 0, got {self.fmax:g}.")
-        if self.steps < 1:
-            found.append(f"--steps: expected a number above 0, got {self.steps}.")
-        if self.optimizer not in OPTIMIZERS:
-            names = ", ".join(OPTIMIZERS)
-            guess = did_you_mean(self.optimizer, OPTIMIZERS)
-            found.append(f"--optimizer: expected one of {names}, got '{self.optimizer}'.{guess}")
-        if self.pressure and not self.cell:
-            found.append("--pressure: the cell stays as it is without --cell.")
-        return found
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,8 @@ _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3}
 _TOLERANCE_MIXED = 0.1
 
 
-def compiles(options: TrainingOptions, model: Potential, num_batches: int) -> bool:
-    """Whether training uses compiled steps, which a line in the log explains."""
+def _compiles(options: TrainingOptions, model: Potential, num_batches: int) -> bool:
+    """Whether training uses compiled steps."""
     if options.compile == "off":
         return False
     reason = _obstacle(options, model)
@@ -127,6 +127,26 @@ class CompiledStep:
         self._weights = self._graphs.weights
         #: Of each form, which parameters the loss depends on.
         self._depends: dict[str, list[bool]] = {}
+
+    @classmethod
+    def chosen(
+        cls,
+        model: Potential,
+        wanted: Mapping[str, tuple[bool, bool]],
+        options: TrainingOptions,
+        num_batches: int,
+    ) -> CompiledStep | None:
+        """Compiled steps where the options have it so, which a line in the log explains.
+
+        Args:
+            model: what trains.
+            wanted: whether forces and stress are computed, for each target.
+            options: ``architecture.training``.
+            num_batches: of the run.
+        """
+        if not _compiles(options, model, num_batches):
+            return None
+        return cls(model, wanted, options.precision)
 
     def __call__(
         self,

@@ -31,7 +31,7 @@ from pet_finetune.rng import generator_states, seed_process, set_generators
 from pet_finetune.terminal import InterruptGuard, Watch
 
 from .batch_memory import InParts
-from .compiled_step import CompiledStep, compiles
+from .compiled_step import CompiledStep
 from .feature import Feature, Step, states_of
 from .metrics import Metrics, evaluate
 from .objectives import (
@@ -60,8 +60,7 @@ from .step import (
 )
 
 _logger = get_logger(__name__)
-# The name of the whole loss among its terms.
-_LOSS = "loss"
+_LOSS = "loss"  # the whole, among its terms
 _SECONDS_BETWEEN_SAVES = 600.0
 
 
@@ -271,10 +270,9 @@ class Trainer:
         parameters: list[nn.Parameter],
     ) -> dict[str, Tensor]:
         """Forward, loss, backward; the whole loss and the terms of features, by name."""
-        epoch = self.progress.epoch
         loss, predictions = self._gradient_of_loss(batch, index, size, parameters)
         losses = {_LOSS: loss}
-        step = Step(epoch, index, batch, predictions)
+        step = Step(self.progress.epoch, index, batch, predictions)
         # One after the other, so that the memory of one graph is enough for all.
         for feature in self.features:
             if type(feature).losses is Feature.losses:
@@ -322,9 +320,7 @@ class Trainer:
     def _compiled(self) -> CompiledStep | None:
         """Computes steps as compiled graphs, where the options have it so."""
         batches = self.total_steps * self.options.gradient_accumulation_steps
-        if not compiles(self.options, self.model, batches):
-            return None
-        return CompiledStep(self.model, self.wanted, self.options.precision)
+        return CompiledStep.chosen(self.model, self.wanted, self.options, batches)
 
     def _end_epoch(self, metrics: dict[str, Metrics], num_batches: int, started: float) -> None:
         """Validate, remember the best, report."""
@@ -339,9 +335,8 @@ class Trainer:
                 stack.enter_context(feature.weights())
             validation = evaluate(self.model, self.validation.view(), self.wanted)
             own = best_metric(validation, self.options.best_model_metric, self._validation_loss)
-            own = processes.from_first(own)
             window = best_window(self.options)
-            metric = progress.averaged(own, window)
+            metric = progress.averaged(processes.from_first(own), window)
             progress.next_epoch()
             progress.count_patience(metric, window, self.options.early_stopping)
             best = progress.is_best(metric, window)
