@@ -124,7 +124,9 @@ class _Backward(torch.autograd.Function):
         saved, v = ctx.saved_tensors, towards[0]
         kept, first = saved[: ctx.count], saved[ctx.count :]
         if v is None:
-            told = next(t for t in towards if t is not None)
+            told = next((t for t in towards if t is not None), None)
+            if told is None:
+                return (None,) * (4 + ctx.count)
             towards = told.new_zeros(ctx.shape), *towards[1:]
         to_grad, left = ctx.formula.second(towards, kept, first)
         ctx.waiting.append((torch._C._current_graph_task_id(), left))

@@ -171,6 +171,22 @@ def test_the_gradient_by_rows_computes_none_by_weights(monkeypatch):
     assert summed
 
 
+def test_a_derivative_that_nothing_depends_on_has_none():
+    x = numbers(5, 6)
+    (slope,) = torch.autograd.grad(twice(Gate("silu"), x).sum(), x, create_graph=True)
+
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    assert torch.autograd.grad(Nothing.apply(slope), x, allow_unused=True) == (None,)
+
+
 HEADS, HEAD = 2, 5
 
 
