@@ -154,6 +154,8 @@ def what_else(content: Content) -> str:
             "holds values of metatensor (.mts) without structures: write both as extended xyz, or "
             "as metatrain's zip or memory-mapped folder, which are read"
         )
+    if data.startswith(b"PK") and b"/data.pkl" in data:  # as torch writes it
+        return "is a checkpoint or an exported model, and structures are needed here"
     for mark, place, words in _ARCHIVES:
         if data[place : place + len(mark)] == mark:
             return f"{words} FILE, then give what is in it"

@@ -330,6 +330,7 @@ def test_packed_files_under_another_name(tmp_path, pack):
         (b"\x28\xb5\x2f\xfd" + bytes(9), "Zstandard"),
         (bytes(257) + b"ustar" + bytes(250), "tar -xf"),
         (b"PK\x03\x04" + bytes(99), "zip archive"),
+        (b"PK\x03\x04" + bytes(26) + b"best_model/data.pkl" + bytes(99), "is a checkpoint"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
         (b"<!DOCTYPE html>\n<html><title>404</title></html>", "a web page"),
     ],
