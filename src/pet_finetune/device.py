@@ -20,7 +20,7 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:
-    """The device that a name stands for.
+    """Return the device that a name means.
 
     Of several processes that work together each has a GPU of its own: the one with the number of
     the process on its host, or the only one that it sees.

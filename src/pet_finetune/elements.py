@@ -54,7 +54,7 @@ def period_and_group(number: int) -> tuple[int, int]:
 
 
 def nearest_element(number: int, known: Collection[int]) -> int:
-    """The known element that stands nearest in the periodic table.
+    """The nearest known element in the periodic table.
 
     One of the same column before any other, and there the fewest rows away; else the fewest
     rows and columns away. Ties go to the nearest, then to the lower, atomic number.

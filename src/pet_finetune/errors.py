@@ -28,7 +28,7 @@ class DataError(PetFinetuneError):
 
 
 class UnitError(PetFinetuneError):
-    """A unit is unknown or cannot be converted to the one asked for."""
+    """A unit is unknown or cannot be converted to the requested unit."""
 
 
 class CheckpointError(PetFinetuneError):
@@ -52,7 +52,7 @@ class DynamicsError(PetFinetuneError):
 
 
 class SpeciesError(PetFinetuneError):
-    """A structure holds a chemical element that the model does not know."""
+    """A structure contains a chemical element that the model does not know."""
 
 
 @contextmanager
@@ -90,7 +90,7 @@ def did_you_mean(name: str, allowed: Iterable[str]) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out; torch has no class of error of its own for that on CPUs."""
+    """Whether an error means that memory ran out; on CPUs torch has no class of error for it."""
     told = str(error)
     return (
         isinstance(error, MemoryError)

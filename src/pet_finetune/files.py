@@ -196,7 +196,7 @@ def note_digest(path: Path) -> None:
 
 
 def is_sound(path: Path) -> bool:
-    """Whether a file of the cache is there and as it was written; a damaged one is named."""
+    """Whether a cached file exists and is undamaged; a damaged one is reported."""
     if not path.exists():
         return False
     note = path.with_suffix(".sha256")

@@ -74,7 +74,7 @@ class Edges(NamedTuple):
 
 
 class Neighborhood(NamedTuple):
-    """Edges within the cutoff and what the network needs to know of them.
+    """Edges within the cutoff, with the quantities that the network needs.
 
     Attributes:
         geometry: [n_edges, 4], from centre to neighbour, and how far, Angstrom; has the gradient.

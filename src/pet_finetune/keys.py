@@ -29,7 +29,7 @@ class LabelKind:
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """One property a model learns and predicts.
+    """A property that a model learns and predicts.
 
     Values are kept in the package's units (eV for an energy); ``unit`` says which.
     """

@@ -168,7 +168,7 @@ class Arguments:
             self.structures("train", given, targets)
 
     def structures(self, name: str, given: Any, targets: Mapping[str, Any] | None) -> None:
-        """One of the sets ``train``, ``validation`` and ``test``."""
+        """Add the set ``train``, ``validation`` or ``test``."""
         option = _SETS[name]
         self._set((option,), name, self._dataset(given, name, targets))
 
@@ -203,7 +203,7 @@ class Arguments:
             self._set((*_FINETUNE, section.place), name, settings)
 
     def options(self, given: Mapping[str, Any]) -> None:
-        """Options by their own names, wherever they stand in the tree."""
+        """Set options by their names, at any place of the tree."""
         for name, value in given.items():
             option = _SHORT.get(name, name)
             if option in Options.model_fields:

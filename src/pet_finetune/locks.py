@@ -143,11 +143,11 @@ class FileLock:
                 os.close(file)
 
     def _own_path(self) -> Path:
-        """A name beside the lock that no other process uses."""
+        """Path in the lock's folder that no other process uses."""
         return self.path.with_name(f"{self.path.name}.{socket.gethostname()}.{os.getpid()}")
 
     def _has_flock(self) -> bool:
-        """Whether files of this folder can be locked; tried on one that nobody else sees.
+        """Whether the folder's file system supports ``flock``, tried on a private file.
 
         The lock's own file is not made for that: empty, it would look abandoned.
         """
@@ -231,7 +231,7 @@ class FileLock:
         return True
 
     def _lives(self, holder: Holder, file: int) -> bool:
-        """Whether the process that a lock's file names still holds it; kept if it does."""
+        """Whether the process named in a lock file still holds it."""
         if holder.inode != os.fstat(file).st_ino:
             return False  # a copy of a folder in use, which nobody uses
         here = holder.host == socket.gethostname()
@@ -240,7 +240,7 @@ class FileLock:
         return lives
 
     def _gives_signs(self, holder: Holder) -> bool:
-        """Whether the file of a process on another host is touched while we look."""
+        """Whether a process on another host touches its file while we wait."""
         _logger.info("looking for %.0f s whether %s lives: its file", _SECONDS_TO_LOOK, holder)
         first, end = self._touched(), time.monotonic() + _SECONDS_TO_LOOK
         while time.monotonic() < end:
@@ -250,7 +250,7 @@ class FileLock:
         return False
 
     def _touched(self) -> int | None:
-        """When the file was touched; opened anew, because NFS asks the server only then."""
+        """Modification time of the file; opened again, because NFS asks the server only then."""
         try:
             file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -313,7 +313,7 @@ def _read_living(file: int) -> Holder | None:
 
 
 def _born(pid: int) -> str:
-    """When a process began, on Linux; nothing elsewhere, or where it has ended."""
+    """Start time of a process on Linux; empty elsewhere or if it has ended."""
     try:
         state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

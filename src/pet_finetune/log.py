@@ -117,7 +117,7 @@ def _log_warning(
 
 @dataclass
 class LastLine:
-    """When the latest line of the log was written, in seconds of ``time.monotonic``."""
+    """Time of the latest log line, in seconds of ``time.monotonic``."""
 
     #: To stderr, and anywhere.
     shown: float = -math.inf
@@ -201,7 +201,7 @@ class _Folding(logging.Handler):
 
 @cache
 def stderr_console() -> Console:
-    """The one rich console of stderr: log lines and a progress bar must know of each other."""
+    """The shared rich console of stderr, so that log lines and progress bars do not collide."""
     from rich.console import Console
 
     return Console(stderr=True)

@@ -220,7 +220,7 @@ def joined(launch: Launch | None, device: torch.device) -> Iterator[None]:
 
 
 def _fail(world: _World, error: BaseException) -> None:
-    """Let the others know of an error; the first process is the one that tells the user."""
+    """Report an error to the other processes; the first process shows it to the user."""
     launch, store = world.launch, world.store
     text = str(error) or type(error).__name__
     if isinstance(error, RuntimeError) and re.search(r"gloo|NCCL|Connection|peer", text):

@@ -34,7 +34,7 @@ class Stream(IntEnum):
 
 @unique
 class MemberStream(IntEnum):
-    """The random streams of one member of an ensemble, beside (seed, member)."""
+    """Random streams of one member of an ensemble, added to (seed, member)."""
 
     SEED = 0
     BOOTSTRAP = 1

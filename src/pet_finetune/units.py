@@ -70,7 +70,7 @@ PRESSURE_UNITS: Mapping[str, float] = {
 
 
 def _folded(unit: str) -> str:
-    """One spelling for all: no spaces, lower case, the angstrom sign (U+212B) as the letter Å."""
+    """Normalise a unit: no spaces, lower case, the angstrom sign (U+212B) as the letter Å."""
     return "".join(unit.split()).replace("\u212b", "Å").casefold()
 
 
@@ -104,7 +104,7 @@ def energy_to_ev(unit: str) -> float:
 
 
 def is_energy_unit(unit: object) -> bool:
-    """Whether this is the name of a unit of energy."""
+    """Whether a name is a unit of energy."""
     known = {_folded(spelling) for spelling in ENERGY_UNITS}
     return isinstance(unit, str) and _folded(unit) in known
 

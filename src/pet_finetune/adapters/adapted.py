@@ -195,7 +195,7 @@ class AdaptedPotential:
 
     @property
     def _fingerprint(self) -> str:
-        """Of the base; taken when it is first needed, which is before anything is put on."""
+        """Fingerprint of the base, computed once, before the first adapter is added."""
         if self._known_fingerprint is None:
             self._known_fingerprint = weights_fingerprint(self.potential)
         return self._known_fingerprint

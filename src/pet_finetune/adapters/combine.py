@@ -1,4 +1,4 @@
-"""One adapter out of several: weighted sums of what they change.
+"""Combine adapters into one: weighted sums of their updates.
 
 Low-rank updates are blended in one of three ways, by the names of Hugging Face PEFT's
 ``add_weighted_adapter``. With weights w, scalings s and factors B, A:

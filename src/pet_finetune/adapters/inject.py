@@ -38,7 +38,7 @@ _logger = get_logger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class AdapterTarget:
-    """One of the targets of an adapter, with what of it is not in the network.
+    """A target of an adapter, with its parts outside the network: baselines and scale.
 
     Attributes:
         spec: what is predicted.

@@ -147,7 +147,7 @@ def attend_once(
 def _by_heads(
     qkv: Tensor, where: Rectangles, bias: Tensor, heads: int
 ) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Of each rectangle queries, keys and values, [atoms, heads, slots, d], and the keys' bias."""
+    """Queries, keys and values of each rectangle, [atoms, heads, slots, d], and the keys' bias."""
     sizes = [slots.numel() for slots in where.slots]
     padded = pad_rows(qkv, where).split(sizes)
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
@@ -160,7 +160,7 @@ def _by_heads(
 
 
 def _joined(mixed: list[Tensor], where: Rectangles) -> Tensor:
-    """Of rectangles [atoms, slots, width] the tokens, [n_atoms + n_edges, width]."""
+    """Collect the tokens [n_atoms + n_edges, width] from rectangles [atoms, slots, width]."""
     return unpad_rows(torch.cat([part.flatten(0, 1) for part in mixed]), where)
 
 

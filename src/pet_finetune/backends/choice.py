@@ -49,7 +49,7 @@ PROCESSOR = "PET_FINETUNE_KERNELS_MARCH"
 
 
 class _State:
-    """Of this process: whether loading was tried, and what came of it."""
+    """State of loading the library in this process: whether it was tried, and the result."""
 
     tried = False
     loaded = False
@@ -136,7 +136,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _library_path() -> Path:
-    """One file for each combination of sources, torch, processor and flags."""
+    """Path of the library; it depends on sources, torch version, processor and compiler flags."""
     parts = [torch.__version__, platform.machine(), _processor(), *_flags()]
     digest = hashlib.sha256("\n".join(parts).encode())
     for source in sorted(_SOURCES.iterdir()):

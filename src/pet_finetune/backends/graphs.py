@@ -179,7 +179,7 @@ def _choose_folder(folder: Path) -> None:
 
 
 def _path(key: str, device: torch.device) -> Path:
-    """One file for each function, code of this package, torch and processor or GPU."""
+    """Path of a compiled graph, which depends on function, package, torch and hardware."""
     digest = hashlib.sha256("\n".join([key, _surroundings(device)]).encode()).hexdigest()[:24]
     paths = [folder / "graphs" / f"{digest}.graph" for folder in cache_folders()]
     return next((path for path in paths if path.exists()), paths[-1])

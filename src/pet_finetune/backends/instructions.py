@@ -29,7 +29,7 @@ class CannotRecord(Exception):
 
 
 class Part(IntEnum):
-    """Of which tokens a buffer has rows, and which of its rows are meant."""
+    """Tokens whose rows a buffer has: centres, edges or both."""
 
     ATOMS = 0
     EDGES = 1

@@ -351,7 +351,7 @@ def _check_alone(adapter: Adapter) -> Iterator[AdapterFinding]:
 
 
 def _check_on_base(adapter: Adapter, base: Potential) -> Iterator[AdapterFinding]:
-    """Whether it fits, how large its update is, and whether predictions are numbers."""
+    """Check an adapter on its base: names and shapes, size of the update, finite predictions."""
     model = merged_copy(base)
     config = install(model, adapter)
     yield AdapterFinding(adapter.name, True, f"fits the base ({weights_fingerprint(base)[:12]})")

@@ -176,7 +176,7 @@ def as_key(value: Any) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class _Global:
-    """A name the file mentioned, with our own stand-in for calling it."""
+    """A global name from a pickle, with the stand-in that is called in its place."""
 
     name: str
     #: None for a name that only says what something is.

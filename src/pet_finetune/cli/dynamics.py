@@ -133,7 +133,7 @@ def _md(arguments: argparse.Namespace) -> int:
 def _restart(
     arguments: argparse.Namespace, folder: Path, settings: dict[str, Any], model: dict[str, Any]
 ) -> int:
-    """Go on with a run; only its length and the place of its model may be said anew."""
+    """Continue a simulation; only its length and the path of its model may change."""
     steps = settings.pop("steps", None)
     unused = [f"--{name.replace('_', '-')}" for name in settings if name != "velocities"]
     # What makes other forces of the same weights would not go on with the run either.

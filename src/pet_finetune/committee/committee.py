@@ -210,7 +210,7 @@ class Committee(nn.Module):
 
     @contextmanager
     def _shared(self, batch: Batch, together: bool) -> Iterator[SharedLayers | None]:
-        """Meanwhile the layers that the members share are computed once, if there are such."""
+        """Context in which layers shared by the members are computed once."""
         network = self._first.network
         layers = network.shared_layers
         enough = together or batch.num_edges * self.size >= _limit(_FEWEST_EDGES, batch)

@@ -239,7 +239,7 @@ def _changed(section: Section, *names: str) -> list[str]:
 
 
 def _check_kept_data(path: Path, dataset: DatasetOptions) -> Iterator[Problem]:
-    """One energy, in a known unit."""
+    """Check that replayed data have one energy, in a known unit."""
     if len(dataset.targets) != 1:
         yield Problem(
             (*path, "targets"),

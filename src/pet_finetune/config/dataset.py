@@ -196,7 +196,7 @@ def expand_set(value: Any) -> Any:
 
 
 def expand_dataset(value: Any) -> Any:
-    """One data set in full: every target knows its file and its key, and gradients their own."""
+    """Expand a data set so that each target and each gradient has its own file and key."""
     if isinstance(value, str):
         value = {"systems": value, "targets": {"energy": {}}}
     if not isinstance(value, Mapping):
@@ -256,7 +256,7 @@ def _complete_direct(name: str, target: dict[str, Any]) -> None:
 
 
 def quantity_is_assumed(name: str, target: Mapping[str, Any]) -> bool:
-    """Whether a target is an energy because nothing speaks against it, as metatrain has it.
+    """Whether a target counts as an energy by default, as in metatrain.
 
     One number for each structure is an energy there unless ``quantity`` says otherwise. A unit
     that no energy has speaks against it here.

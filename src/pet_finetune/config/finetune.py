@@ -58,7 +58,7 @@ class RetentionOptions(Section):
 
     @property
     def wanted(self) -> bool:
-        """Whether there is to be a report."""
+        """Whether a forgetting report is wanted."""
         return self.mode == "on"
 
     def interval(self, num_epochs: int) -> int:

@@ -178,7 +178,7 @@ def _settings(level: Mapping[str, Any], where: str) -> _Settings:
 
 
 def _option(setting: str, where: str) -> Path:
-    """The option that a setting stands for."""
+    """Path of the option that a setting sets."""
     if setting in _SHORT:
         return _SHORT[setting]
     if setting in _DATA:
@@ -247,7 +247,7 @@ def _put(raw: dict[str, Any], option: Path, value: Any, where: str) -> None:
 
 
 def _dataset(path: Any, names: Mapping[str, Any]) -> dict[str, Any]:
-    """One data set, with the units and names that the settings give."""
+    """Options of one data set, with the units and names from the settings."""
     energy = {"key": names.get("energy_key", "energy"), "unit": names.get("energy_unit", "eV")}
     for name in ("forces", "stress"):
         if f"{name}_key" in names:

@@ -146,7 +146,7 @@ _TODAY = {
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with the options."""
+    """A problem of the options."""
 
     #: Where it is.
     path: Path
@@ -161,7 +161,7 @@ class Problem:
         return f"{format_path(self.path)}: {self.text}" if self.path else self.text
 
     def rests_on(self, path: Path) -> bool:
-        """Whether the statement may be wrong because the option at ``path`` is."""
+        """Whether the problem may only follow from another one at ``path``."""
         own = self.path[: len(path)] == path[: len(self.path)]
         return own or any(other[: len(path)] == path for other in self.also)
 

@@ -312,7 +312,7 @@ def _merge_checkpoint(
 
 
 def _spell_out(finetune: dict[str, Any]) -> None:
-    """A shorthand of a method becomes the method it stands for, and its setting."""
+    """Expand the shorthand of a method into the method and its settings."""
     config = finetune.get("config") or {}
     method = finetune.get("method")
     if isinstance(method, str) and method in METHOD_SHORTHANDS and isinstance(config, dict):

@@ -109,7 +109,7 @@ class GradientOptions(Section):
 
     @property
     def wanted(self) -> bool:
-        """Whether the label is to be looked for at all."""
+        """Whether the label is read at all."""
         return self.mode != "off"
 
     @property
@@ -158,7 +158,7 @@ def _sample_kind(value: Any) -> str:
 
 
 class TargetOptions(Section):
-    """One property to learn from a data set."""
+    """A property to learn from a data set."""
 
     short_forms = ("string",)
 

@@ -73,7 +73,7 @@ class LossStage(Section):
 
 
 def _as_list(value: Any) -> Any:
-    """One stage without the list around it, or nothing under the name."""
+    """Accept one stage without a list around it, and an empty value."""
     return [value] if isinstance(value, Mapping) else () if value is None else value
 
 

@@ -1,4 +1,4 @@
-"""One ASE structure as a model's input: whether it can be computed, and its batches.
+"""ASE structures as input of a model: checks and batches.
 
 The batches are made again and again while the atoms move.
 """
@@ -41,7 +41,7 @@ _MANY, _DENSE = 12, 0.065
 
 
 def check_atoms(atoms: Atoms, species: Sequence[int]) -> None:
-    """Refuse what no potential can be evaluated on, and elements that this one does not know.
+    """Check that a potential can be evaluated on a structure and knows its elements.
 
     Raises:
         DataError: no atoms, positions that are not finite, or a cell that cannot be.
@@ -219,7 +219,7 @@ class MovingAtoms:
         return self._fixed
 
     def contacts(self, atoms: Atoms) -> Contacts | None:
-        """Of the structure computed last; None before the first."""
+        """Contacts of the last computed structure; None before the first."""
         if self._pairs is None:
             return None
         positions, cell, _ = _geometry(atoms)

@@ -227,7 +227,7 @@ def _labels_in(target: Path) -> set[str]:
 
 
 def _write_zip(archive: zipfile.ZipFile, folder: Folder) -> None:
-    """One entry a structure; forces and stress are gradients of the energy."""
+    """Write one entry a structure; forces and stress are stored as gradients of the energy."""
     import metatomic.torch as metatomic
 
     with Watch(f"writing {archive.filename}", "structures", len(folder)) as watch:

@@ -320,7 +320,7 @@ def check_frames(content: Content, frames: Sequence[Atoms]) -> None:
 
 
 def _check_cryst1(text: str, frames: Sequence[Atoms], source: str) -> None:
-    """Undo the cell of 1 Å that stands for none, and tell of symmetry that is not applied."""
+    """Remove the dummy cell of 1 Å, and warn about symmetry that is not applied."""
     for atoms in frames if _UNITY.search(text) else ():
         atoms.set_cell(None)
         atoms.pbc = False

@@ -191,7 +191,7 @@ def _parse(content: Content, format: str, types: Mapping[int, str]) -> FrameFile
 
 
 def _named_format(format: str, source: str) -> str:
-    """ASE's name of a format that the user gave."""
+    """ASE's name of the format that the user gave."""
     if format in (*ioformats, _N2P2):
         return format
     if f"{format}-text" in ioformats:

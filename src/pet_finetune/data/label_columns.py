@@ -39,7 +39,7 @@ _LOOKED_AT = 100
 
 
 def to_scalar(raw: np.ndarray, num_atoms: int) -> np.ndarray:
-    """One number, also when it stands in an array of length 1."""
+    """Convert a number or an array of length 1 to a scalar."""
     if raw.size != 1:
         of_atoms = raw.shape[:1] == (num_atoms,)
         hint = ". This looks like values of atoms, which are `sample_kind: atom`"
@@ -192,7 +192,7 @@ class Column:
         return values
 
     def integers(self) -> list[int]:
-        """Whole numbers, such as charges, of the chosen frames.
+        """Integers, such as charges, of the chosen frames.
 
         Raises:
             DataError: a frame has none, or something else.

@@ -334,7 +334,7 @@ class Loader:
         )
 
     def _rotations(self, epoch: int) -> Tensor:
-        """One rotation per structure, whatever batch it falls into; ``[len(structures), 3, 3]``."""
+        """One rotation a structure, independent of its batch; ``[len(structures), 3, 3]``."""
         if self._turned is None or self._turned[0] != epoch:
             generator = torch_generator(self.seed, epoch, Stream.ROTATIONS)
             self._turned = epoch, random_rotations(len(self.structures), generator, self.dtype)

@@ -83,7 +83,7 @@ class Predicted:
         return place(int(self.frames[structure]), source)
 
     def same_structures(self, other: Predicted) -> bool:
-        """Whether the other is of the same set, so that predictions can stand side by side."""
+        """Whether both are of the same set, so that their predictions can be compared."""
         return (
             self.set_name == other.set_name
             and np.array_equal(self.sizes, other.sizes)

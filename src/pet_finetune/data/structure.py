@@ -205,7 +205,7 @@ def check_elements(numbers: np.ndarray, where: str) -> None:
 
 
 def as_integer(value: Any) -> int | None:
-    """The whole number that a file's value stands for (``1``, ``1.0``, ``[1]``), else None."""
+    """Integer that a value of a file represents (``1``, ``1.0``, ``[1]``), or None."""
     try:
         number = float(np.asarray(value).item())
     except (TypeError, ValueError):
@@ -214,7 +214,7 @@ def as_integer(value: Any) -> int | None:
 
 
 def usual_integer(info: Mapping[str, Any], keys: tuple[str, ...], default: int) -> tuple[int, str]:
-    """The integer under its usual names, and what stands there in its place, if anything does.
+    """Integer under its usual names, and a description of an entry that is not an integer.
 
     An entry that only happens to have the name and holds something else is passed over here: it
     matters to a model that reads charge or spin, and to no other (:func:`.check_charges`).

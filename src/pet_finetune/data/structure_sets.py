@@ -193,7 +193,7 @@ class OnDisk(Sequence[Structure]):
         return numbers
 
     def row_of(self, label: str) -> tuple[bool, int]:
-        """Whether a label is of atoms, and how many numbers it has for each atom or structure."""
+        """Whether a label is per atom, and the length of its rows."""
         if label not in self._rows_of:
             one = self[int(np.flatnonzero(self.label_states(label))[0])]
             of_atoms = label_kind(label, one.kinds).per_atom
@@ -307,7 +307,7 @@ def of_species(structures: Sequence[Structure], species: Collection[int]) -> lis
 def check_species(
     structures: Sequence[Structure], species: Collection[int], advice: str = ""
 ) -> None:
-    """Make sure that a model knows all elements.
+    """Check that a model knows all elements.
 
     Args:
         structures: what is to be predicted or trained on.

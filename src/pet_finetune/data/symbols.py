@@ -1,4 +1,4 @@
-"""Elements of atoms in files: labels and names that stand for them, and types of LAMMPS.
+"""Elements of atoms in files, from labels, names and LAMMPS types.
 
 ASE takes the first letters of a name that are some element: chlorine becomes carbon, and the
 massless site of a water model tungsten. A label has one meaning here or is asked about.
@@ -70,7 +70,7 @@ def element_of(label: str) -> tuple[str, float | None] | None:
 
 
 def is_dummy(label: str) -> bool:
-    """Whether a label stands for a place without an atom, a ghost atom included."""
+    """Whether a label marks a dummy or ghost atom."""
     plain = label.rstrip("0123456789").capitalize()
     return plain in _DUMMIES or label == "0" or _GHOST.match(label) is not None
 
@@ -156,7 +156,7 @@ def _rows(kind: str, text: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _meanings(name: str, residue: str, stated: str) -> tuple[str, ...]:
-    """The elements that a name may stand for.
+    """Elements that a name may mean.
 
     Args:
         name: as the file has it; with its four columns in a PDB file, where an element of one
@@ -197,7 +197,7 @@ _ISOTOPES = {1: (2.014, 3.016)}
 
 
 def looks_like_lammps_data(text: str) -> bool:
-    """Whether a text begins as a data file does: so many atoms, so many types, a box."""
+    """Whether a text looks like a LAMMPS data file: numbers of atoms and types, a box."""
     head = text[:4000]
     return all(
         re.search(pattern, head, re.M)
@@ -298,7 +298,7 @@ def _check_atoms(text: str, frames: Sequence[Atoms], source: str) -> None:
 
 
 def _check_masses(text: str, names: Sequence[str], source: str) -> None:
-    """Masses in a column stand for one element each."""
+    """Check that each mass belongs to one element."""
     column = names.index("mass")
     for block in re.split(r"^ITEM: ATOMS .*\n", text, flags=re.M)[1:]:
         rows = block.split("\nITEM:", 1)[0].split("\n")
@@ -340,7 +340,7 @@ def _types_of_data(text: str, source: str) -> dict[int, str]:
 
 
 def with_type_numbers(text: str) -> str:
-    """A data file with numbers in the place of its labels of types, which ASE does not know."""
+    """Replace type labels of a LAMMPS data file by numbers, since ASE cannot read labels."""
     labels = {label: str(n) for n, (label, _) in _section(text, "Atom Type Labels").items()}
     if not labels:
         return text

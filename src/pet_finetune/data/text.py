@@ -199,7 +199,7 @@ def unpacked(data: bytes, file: Path) -> bytes:
 
 
 def is_binary(data: bytes) -> bool:
-    """Whether the content is no text in any encoding that is read."""
+    """Whether the content is not text in any supported encoding."""
     if any(data.startswith(mark) for mark, _ in _MARKS):
         return False
     return b"\0" in data[:8192]
@@ -254,7 +254,7 @@ def cell_in_words(comment: str) -> str:
 
 
 def _is_bare_cell(comment: str) -> bool:
-    """Whether a comment of nothing but numbers is a cell: lengths, lengths and angles, vectors."""
+    """Whether a comment of numbers only is a cell: lengths, lengths and angles, or vectors."""
     words = comment.strip().strip("#").replace(",", " ").split()
     values = np.array([as_number(word) for word in words])
     if len(words) not in (3, 6, 9) or not np.isfinite(values).all():
@@ -266,7 +266,7 @@ def _is_bare_cell(comment: str) -> bool:
 
 
 def as_number(word: str) -> float:
-    """The number that a word stands for, also with an exponent of Fortran's; NaN if it is none."""
+    """Number in a word, Fortran exponents included; NaN if it is not a number."""
     try:
         return float(word.translate(_EXPONENT))
     except ValueError:

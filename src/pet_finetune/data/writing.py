@@ -207,7 +207,7 @@ class PredictionWriter:
     def _to_database(
         self, database: Database, structure: Structure, values: Mapping[str, np.ndarray]
     ) -> None:
-        """A row; what a database has no column for stands in its ``data``."""
+        """Write a row; values without a column go into its ``data``."""
         atoms = self._atoms(structure, values)
         data = {**atoms.info, **{k: v for k, v in atoms.arrays.items() if k not in _STRUCTURE}}
         database.write(atoms, data={name: _plain(value) for name, value in data.items()})

@@ -294,7 +294,7 @@ _RNG = "rng"
 
 
 def keeps_momentum(settings: MDSettings) -> bool:
-    """Whether the total momentum stays as it is; only Langevin's random forces change it."""
+    """Whether the total momentum is conserved; only Langevin's random forces change it."""
     return settings.thermostat != "langevin"
 
 

@@ -34,7 +34,7 @@ OPTIMIZERS: Mapping[str, Callable[..., Any]] = {"fire": FIRE, "lbfgs": LBFGS, "b
 
 @dataclass(frozen=True)
 class RelaxSettings:
-    """When a structure is relaxed, and what may move.
+    """Settings of a relaxation: convergence, and what may move.
 
     Attributes:
         fmax: the largest force on an atom at the end, eV/A; with ``cell`` the derivative by the

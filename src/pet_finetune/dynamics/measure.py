@@ -24,7 +24,7 @@ _logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Measurement:
-    """One step. What a structure or model does not have is None.
+    """Measurements of one step; None for what the structure or model does not have.
 
     Attributes:
         step: 0 is the start.
@@ -114,7 +114,7 @@ class Summary:
 
     @property
     def drifts(self) -> bool:
-        """Whether more than 1 meV/atom is lost or gained in a picosecond, beyond doubt."""
+        """Whether the energy drifts significantly by more than 1 meV/atom in a picosecond."""
         if self.drift is None or self.drift_error is None:
             return False
         return abs(self.drift) > max(1.0, 4.0 * self.drift_error)
@@ -298,7 +298,7 @@ def _draw_volume(axis: Any, time: np.ndarray, rows: Mapping[str, np.ndarray], of
 
 
 def _draw_uncertainty(axis: Any, time: np.ndarray, rows: Mapping[str, np.ndarray], of: Any) -> None:
-    """Of the forces, where it is known; else of the energy."""
+    """Draw the uncertainty of the forces if it is known, else that of the energy."""
     if "max_forces_uncertainty_eV_A" in rows:
         values, limit = rows["max_forces_uncertainty_eV_A"], of["limit"]
         axis.set_ylabel("largest force\nuncertainty (meV/Å)")

@@ -276,7 +276,7 @@ class _Batches:
         self._most = _ATOMS_ON_CPU if calculator.device.type == "cpu" else _ATOMS_ON_GPU
 
     def room(self, underway: Sequence[_Underway], atoms: Atoms) -> bool:
-        """Whether one more structure can be computed with those that are."""
+        """Whether one more structure fits into the batch."""
         return not underway or sum(len(one.atoms) for one in underway) + len(atoms) <= self._most
 
     def compute(self, several: Sequence[_Underway]) -> None:

@@ -344,7 +344,7 @@ def _sharing(members: list[Potential]) -> list[Potential]:
 
 
 def _energy(potential: Potential, wanted: str | None, of_adapter: Sequence[str]) -> str | None:
-    """The target that engines get as their energy, if the model has one that stands out."""
+    """The target that engines get as their energy, if the choice is clear."""
     among = of_adapter or potential.targets
     energies = [name for name in among if potential.target(name).is_energy]
     if wanted is None and main_energy(energies) is None:

@@ -134,7 +134,7 @@ def selected_rows(selected: Labels, sizes: Tensor) -> Tensor:
 
 
 def integer_input(systems: list[System], name: str, low: int, high: int, missing: int) -> Tensor:
-    """A whole number of each system, [n_structures] int64, that the engine hands over."""
+    """Integer input of each system from the engine, [n_structures] int64."""
     values = torch.full((len(systems),), missing, dtype=torch.int64, device=systems[0].device)
     for index, system in enumerate(systems):
         if name in system.known_data():
@@ -173,7 +173,7 @@ class ExportedMember(nn.Module):
         repulsion: Optional[Tensor],  # noqa: UP045
         with_features: bool,
     ) -> Tuple[List[Tensor], Dict[str, Tensor]]:  # noqa: UP006
-        """The values of each atom for each output, [n_atoms, ...], and features where asked for."""
+        """Values of each atom for each output, [n_atoms, ...], and features if requested."""
         seen: List[str] = self.features_of if with_features else []  # noqa: UP006
         raw = self.network(batch, self.target_names, False, seen)
         values: List[Tensor] = []  # noqa: UP006
@@ -236,7 +236,7 @@ class ExportedPotential(nn.Module):
         return [self.neighbors]
 
     def requested_inputs(self) -> Dict[str, ModelOutput]:  # noqa: UP006
-        """Total charge and spin multiplicity, where the model is told them."""
+        """Inputs for the engine: total charge and spin multiplicity, if the model uses them."""
         inputs: Dict[str, ModelOutput] = {}  # noqa: UP006
         if self.conditioned:
             inputs["charge"] = ModelOutput(unit="e", sample_kind="system")
@@ -249,7 +249,7 @@ class ExportedPotential(nn.Module):
         outputs: Dict[str, ModelOutput],  # noqa: UP006
         selected_atoms: Optional[Labels] = None,  # noqa: UP045
     ) -> Dict[str, TensorMap]:  # noqa: UP006
-        """The outputs asked for; see ``metatomic.torch.ModelInterface``."""
+        """Compute the requested outputs; see ``metatomic.torch.ModelInterface``."""
         results: Dict[str, TensorMap] = {}  # noqa: UP006
         if len(systems) == 0 or len(outputs) == 0:
             return results

@@ -60,7 +60,7 @@ def uncertainty_outputs(
 
 
 class Wanted(NamedTuple):
-    """Of what outputs are wanted.
+    """Rows, samples and systems for which outputs are requested.
 
     Attributes:
         rows: [n] atoms of the joined systems.

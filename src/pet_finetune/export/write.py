@@ -70,7 +70,7 @@ def make_system(structure: Structure, options: NeighborListOptions, dtype: torch
 
 
 def _number(name: str, value: int, dtype: torch.dtype) -> TensorMap:
-    """One number of a system, as metatomic hands it to models that ask for it."""
+    """A number of a system in metatomic's layout for additional inputs."""
     block = TensorBlock(
         values=torch.tensor([[value]], dtype=dtype),
         samples=Labels(["system"], torch.zeros(1, 1, dtype=torch.int32)),

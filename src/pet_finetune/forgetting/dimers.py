@@ -157,7 +157,7 @@ class DimerRow:
 
 
 def dimers_csv(distances: Sequence[float], rows: Sequence[DimerRow]) -> str:
-    """One line for each pair and distance: pair, distance (Angstrom), energies (eV)."""
+    """CSV text with a line for each pair and distance: pair, distance (Angstrom), energies (eV)."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names = list(rows[0].curves)

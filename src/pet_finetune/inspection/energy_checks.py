@@ -219,7 +219,7 @@ def check_outliers(
 def _against_neighbours(
     frames: Sequence[InspectedFrame], steps: Sequence[FrameStep]
 ) -> dict[int, float]:
-    """Energies beside those that neighbouring frames and the work to them let expect, eV an atom.
+    """Deviation of energies from those expected from neighbouring frames and work, eV/atom.
 
     Only what is beyond the spread of all frames, and beyond what the work itself is unsure of.
     """

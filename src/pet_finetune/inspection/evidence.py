@@ -129,7 +129,7 @@ class Reading:
     signs: Mapping[str, int] = field(default_factory=dict)
 
     def cost(self, evidence: Iterable[Evidence]) -> float:
-        """Of all the evidence, and of the prior."""
+        """Misfit of a reading to all evidence and the prior."""
         return self.prior + sum(piece.cost(self) for piece in evidence)
 
 

@@ -162,7 +162,7 @@ def _slope(labels: np.ndarray, said: np.ndarray, quantity: str, name: str) -> Ev
 def _slope_of(
     pairs: Sequence[tuple[np.ndarray | None, np.ndarray | None]], quantity: str, name: str
 ) -> Evidence | None:
-    """Of labels against predictions, where there are both."""
+    """Slope of labels against predictions, if both exist."""
     known = [(label, said) for label, said in pairs if label is not None and said is not None]
     if len(known) < _FEWEST:
         return None
@@ -171,7 +171,7 @@ def _slope_of(
 
 
 def _energy_slope(predictions: Sequence[FoundationPrediction]) -> Evidence | None:
-    """Of what a sum over elements leaves over."""
+    """Slope of the energies after subtraction of a sum over elements."""
     labelled = [a for a in predictions if a.frame.energy is not None and a.frame.size > 1]
     elements = {int(z) for a in labelled for z in a.frame.elements[0]}
     if len(labelled) < _FEWEST + 3 * len(elements):

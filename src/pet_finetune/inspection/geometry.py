@@ -253,7 +253,7 @@ def check_distances(dataset: InspectedDataset) -> Iterator[Finding]:
 
 
 def check_loneliness(dataset: InspectedDataset, cutoff: float | None) -> Iterator[Finding]:
-    """Atoms without a neighbour, which a model of finite reach knows by their baseline only."""
+    """Find atoms without a neighbour, whose energy in the model is only their baseline."""
     reach = cutoff or REACH
     near = min(reach, REACH)
     alone = {id(e): _alone(e, reach) for e in dataset.frames if float(e.nearest.max()) > near}

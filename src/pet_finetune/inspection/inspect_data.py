@@ -210,7 +210,7 @@ def _read(request: Request) -> tuple[dict[str, Sequence[Structure]], list[Findin
 
 
 def _energy_target(model: Potential, target: str | None) -> str | None:
-    """Which energy of a foundation is asked for."""
+    """Name of the foundation's energy target to compare with."""
     energies = [name for name, spec in model.targets.items() if spec.is_energy]
     if target is None or not energies:
         return None

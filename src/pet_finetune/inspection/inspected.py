@@ -37,7 +37,7 @@ class Frames:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that a user should know about the data.
+    """A finding about the data that the user should know.
 
     Attributes:
         severity: ``error`` (a run would break), ``warning`` (a run would likely be a waste) or
@@ -153,7 +153,7 @@ class InspectedFrame:
 
     @cached_property
     def volume(self) -> float:
-        """Of the cell, Å³; 0 where not periodic in all directions."""
+        """Volume of the cell, Å³; 0 if not periodic in all directions."""
         return self.structure.volume
 
     @cached_property
@@ -187,7 +187,7 @@ class InspectedDataset:
 
     @cached_property
     def frames(self) -> tuple[InspectedFrame, ...]:
-        """Of all sets."""
+        """Frames of all sets."""
         return tuple(frame for frames in self.sets.values() for frame in frames)
 
     @cached_property

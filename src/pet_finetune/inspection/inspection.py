@@ -316,7 +316,7 @@ def _reference(start: Start, target: str | None) -> str | None:
 
 
 def problem_of(errors: Sequence[Finding]) -> PetFinetuneError | None:
-    """One error for all that would break a run."""
+    """Combine all problems that would break a run into one error."""
     if not errors:
         return None
     if len(errors) > 1:

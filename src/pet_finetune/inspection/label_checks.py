@@ -61,7 +61,7 @@ def _isolated(dataset: DatasetOptions) -> list[Finding]:
 
 
 def sets_left_out(datasets: Sequence[DatasetOptions]) -> dict[int, Finding]:
-    """Notes on files of nothing but isolated atoms beside others, by the number of the set."""
+    """Findings on files that contain only isolated atoms, by the index of the set."""
     try:
         numbers = sets_of_isolated_atoms(datasets)
     except DataError:  # reading that file says why

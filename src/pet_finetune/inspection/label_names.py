@@ -158,7 +158,7 @@ def _beside(
 
 
 def _agree(frames: Sequence[Atoms], stress: str, virial: str) -> bool:
-    """Whether a virial is that of the stress, in the first and the last frame with both."""
+    """Whether virial and stress agree, in the first and the last frame with both."""
     for atoms in (frames[0], frames[-1]):
         values = [find_value(atoms, name) for name in (stress, virial)]
         if any(value is None for value in values) or atoms.cell.rank != 3:

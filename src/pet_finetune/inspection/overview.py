@@ -24,7 +24,7 @@ _COHESIVE = 15.0
 
 
 def references_of(frames: Sequence[InspectedFrame]) -> str:
-    """Whether the energies hold those of the free atoms, in words; empty without energies."""
+    """Text on whether the energies contain those of free atoms; empty without energies."""
     energies = [abs(e.energy) / e.size for e in frames if e.energy is not None and e.size > 1]
     if not energies:
         return ""
@@ -47,7 +47,7 @@ class Range:
 
     @classmethod
     def of(cls, values: Sequence[float] | np.ndarray) -> Range | None:
-        """Of at least one value, else None."""
+        """Range of the values; None without values."""
         array = np.asarray(values, dtype=float)
         if not array.size:
             return None
@@ -57,7 +57,7 @@ class Range:
 
 @dataclass(frozen=True)
 class SetFacts:
-    """One set.
+    """Facts about one set.
 
     Attributes:
         structures, atoms: numbers of them.

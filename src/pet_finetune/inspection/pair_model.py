@@ -218,13 +218,13 @@ def _solve(normal: np.ndarray, prediction: np.ndarray) -> np.ndarray:
 
 
 def _fits(frame: InspectedFrame) -> bool:
-    """Whether its pairs are few enough, and none lies at one place."""
+    """Whether a frame can be fitted: not too many pairs, and no coinciding atoms."""
     near = expected_neighbors(frame.positions, frame.cell, frame.pbc, _REACH)
     return near * frame.size < _PAIRS and float(frame.nearest.min()) > 0.1
 
 
 def displaced(frame: InspectedFrame) -> bool:
-    """Whether the atoms are so far from their places that this rules energies and stresses."""
+    """Whether displacements of the atoms dominate energies and stresses."""
     near = float(np.median(frame.nearest))
     return bool(np.isfinite(near)) and rms(_forces(frame)) * near > _DISPLACED
 

@@ -48,7 +48,7 @@ def evidence_of(
     pairs: PairModel | None = None,
     about: Collection[str] = ("energy", "force", "stress"),
 ) -> list[Evidence]:
-    """All that a file says of its units.
+    """Collect the evidence of a file on its units.
 
     Args:
         frames: of one file.
@@ -145,7 +145,7 @@ def _all_electron(frames: Sequence[InspectedFrame]) -> Evidence | None:
 
 
 def _sizes(frames: Sequence[InspectedFrame]) -> Evidence | None:
-    """Whether energies grow with the number of atoms, as those of whole structures do.
+    """Evidence on total or per-atom energies from their growth with the number of atoms.
 
     A sum over elements is fitted to the energies of atoms and, as if these were per atom already,
     to the energies as they stand: one of the two leaves much less over.

@@ -1,4 +1,4 @@
-"""Whether energies, forces and stresses are in the units they are taken to be in."""
+"""Check of the assumed units of energies, forces and stresses."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def _tell(
 
 
 def _all_units(reading: Reading, found: Sequence[Reading], declared: Declared) -> dict[str, str]:
-    """The unit of each quantity that one of several readings speaks of."""
+    """Units of the quantities of one reading."""
     quantities = dict.fromkeys(quantity for one in found for quantity in one.units)
     return {q: reading.units.get(q) or assumed_unit(declared, q) for q in quantities}
 

@@ -165,7 +165,7 @@ class StaticEnergy:
 
 
 class FrozenEnergy:
-    """One energy of a potential that does not train, computed the fastest way that there is.
+    """One energy of a potential in inference, computed by the fastest available way.
 
     That is by a compiled graph, by :class:`StaticEnergy`, or by the potential's own modules.
 
@@ -370,7 +370,7 @@ def predict_mean(
 
 
 def _mean(parts: Sequence[AnyPrediction], chunks: Sequence[Tensor]) -> AnyPrediction:
-    """One prediction of those of copies; ``chunks`` are the rotations of each."""
+    """Mean over the predictions of rotated copies; ``chunks`` are the rotations of each."""
     values: dict[str, Any] = {}
     for name, first in vars(parts[0]).items():
         each = [getattr(part, name) for part in parts]

@@ -356,7 +356,7 @@ class Potential(nn.Module):
     def _property(
         self, batch: Batch, spec: TargetSpec, raw: Tensor, repulsion: Tensor | None, keep: bool
     ) -> Property:
-        """One property; its graph is kept where nobody takes it away with a derivative."""
+        """Compute one property; its graph is kept unless a derivative consumes it."""
         scale, baseline = self.scale.get(spec.name), None
         relative = self.scale.relative(spec.name)
         if relative is not None:

@@ -57,7 +57,7 @@ class SharedLayers:
     def sharing(
         self, batch: Batch, run: Callable[[Batch, int], Tokens], together: bool = False
     ) -> Iterator[None]:
-        """Meanwhile :meth:`tokens` are those of a batch, computed when first asked for.
+        """Context in which :meth:`tokens` are those of a batch, computed on first use.
 
         Args:
             batch: the structures once.

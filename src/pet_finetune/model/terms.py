@@ -195,7 +195,7 @@ class Scale(FixedBuffers):
         self.register_buffer(f"factor_{target}", value)
 
     def relative(self, target: str) -> Tensor | None:
-        """Factors beside that of :meth:`get`, [n_species, num_subtargets] float64, or None."""
+        """Factors relative to :meth:`get`, [n_species, num_subtargets] float64, or None."""
         return self._buffers.get(f"relative_{target}")
 
     def set_relative(self, target: str, factors: Tensor | None) -> None:
@@ -251,7 +251,7 @@ class ZBL(nn.Module):
         self.amplitudes, self.decays = list(_AMPLITUDES), list(_DECAYS)
 
     def rearranged(self, species: Sequence[int]) -> "ZBL":
-        """One for other species; those known today keep their radii."""
+        """Copy for other species; known species keep their radii."""
         radii = covalent_radii(species).to(self.covalent_radii)
         for index, number in enumerate(species):
             known = int(self.species_index[number]) if number < len(self.species_index) else -1

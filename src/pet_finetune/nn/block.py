@@ -247,7 +247,7 @@ class Block(nn.Module):
     def forward(
         self, nodes: Tensor, edges: Tensor, layout: Layout, bias: Tensor, memory: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """One block.
+        """Compute one block.
 
         Args:
             nodes: [n_atoms, d_node].

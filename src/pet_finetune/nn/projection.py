@@ -107,7 +107,7 @@ def plain_linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
 
 
 def _fits(linear: nn.Module, x: Tensor) -> bool:
-    """Whether the kernels know what this layer computes, and its widths suit them."""
+    """Whether the kernels support this layer and its widths."""
     adapted = isinstance(linear, Adapted) and linear.fusable
     if not (adapted or type(linear) is nn.Linear):
         return False

@@ -57,7 +57,7 @@ def _outer_map(device: torch.device) -> Tensor:
 
 
 class QuantizedWeight(FixedBuffers):
-    """A matrix [out, in] in few bits; :meth:`dense` gives the numbers it stands for.
+    """A quantised matrix [out, in]; :meth:`dense` dequantises it.
 
     Args:
         size: [2] int64, out and in.
@@ -233,7 +233,7 @@ class QuantizedLinear(nn.Module):
         return product(x, self.quantized, self.bias)
 
     def to_linear(self, dtype: torch.dtype) -> nn.Linear:
-        """A plain layer with the numbers that the quantised weight stands for."""
+        """Convert to a plain layer with dequantised weights."""
         weight = nn.Parameter(self.quantized.dense(dtype))
         bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())
         return plain_linear(weight, bias)
@@ -244,7 +244,7 @@ class QuantizedLinear(nn.Module):
 
 
 def dense_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with the weights that its quantised ones stand for in their place.
+    """Dequantise the weights of a state dict.
 
     Args:
         state: names and tensors; those of a quantised layer ``X`` are ``X.quantized.<part>``.

@@ -204,7 +204,7 @@ def inspected(atoms: Atoms) -> InspectedFrame:
 
 
 def _contacts(atoms: Atoms) -> str | None:
-    """Whether atoms are in each other or far from all others."""
+    """Problem with the distances: atoms too close to or too far from others; else None."""
     if not np.isfinite(atoms.positions).all():
         return "exploded"
     if len(atoms) == 1:
@@ -218,7 +218,7 @@ def _contacts(atoms: Atoms) -> str | None:
 def _too_high(
     atoms: Atoms, calculator: PETCalculator, settings: PretrainOptions, level: float
 ) -> str | None:
-    """Whether forces, or the energy above that of the start, are beyond their bounds."""
+    """Problem with forces or energy above the start beyond their bounds; None if there is none."""
     if atoms.calc is None:
         atoms.calc = calculator
     largest = float(np.linalg.norm(atoms.get_forces(), axis=1).max())

@@ -157,7 +157,7 @@ _VIEW = rotate("20x,-30y")
 def frames_of(
     predicted: Predicted, worst: list[int], forces: Quantity | None, captions: list[str]
 ) -> list[dict[str, Any]]:
-    """Structures as plain values: short names, since they stand in the file for every atom.
+    """Structures as plain values with short names, to keep the file small.
 
     Args:
         predicted: all structures.
@@ -207,7 +207,7 @@ def frames_of(
 
 
 def small_enough(predicted: Predicted, index: int) -> bool:
-    """Whether a structure may stand in the page."""
+    """Whether a structure is small enough for the page."""
     return int(predicted.sizes[index]) <= _MOST_ATOMS
 
 

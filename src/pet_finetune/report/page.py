@@ -245,7 +245,7 @@ def _largest(run: RunRecord, forces: Quantity | None, index: int, model: str) ->
 
 
 def _script_data(content: Mapping[str, Any]) -> str:
-    """JSON that cannot end the script element it stands in."""
+    """JSON that is safe inside a script element."""
     text = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 

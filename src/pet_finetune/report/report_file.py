@@ -73,7 +73,7 @@ def page_of(folder: Path) -> str:
 
 
 def report_or_warn(folder: Path) -> None:
-    """Write the report of a run that has just ended; whatever goes wrong, the run stands."""
+    """Write the report of a finished run; an error becomes a warning."""
     try:
         path = write_report(folder)
     except Exception as error:  # noqa: BLE001 - hours of training must not end in a page's error

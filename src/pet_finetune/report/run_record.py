@@ -51,7 +51,7 @@ ErrorTable = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 @dataclass(frozen=True)
 class Quantity:
-    """One kind of number that a model predicts and is compared in.
+    """A quantity in which predictions and labels are compared.
 
     Attributes:
         target: which target of the model.
@@ -356,7 +356,7 @@ def _dimers(path: Path, verdicts: Mapping[str, str]) -> Dimers | None:
 
 
 def _curves_of(calibration: Mapping[str, Mapping[str, Any]]) -> dict[str, Curves]:
-    """Coverage curves as they stand in ``results.json``."""
+    """Coverage curves from ``results.json``."""
     return {name: Curves.from_plain(curve) for name, curve in calibration.items()}
 
 

@@ -154,7 +154,7 @@ def _measured_on(run: RunRecord) -> str:
 
 
 def _sentence(run: RunRecord, known: Sequence[ErrorChange], tone: str) -> str:
-    """One sentence that can stand alone."""
+    """Verdict in one self-contained sentence."""
     what = "Fine-tuning" if run.is_finetuning else "Training"
     if not run.after:
         return _unfinished(run, what)

@@ -100,7 +100,7 @@ def _ridge(given: float, unknown: Tensor) -> Tensor:
 
 
 def _scale(options: Options, loader: Loader, target: str, left: Tensor) -> float:
-    """The energy that an output of 1 of a new network stands for, eV.
+    """Energy scale of a new network, eV for an output of 1.
 
     Forces say it best where there are any: their spread times the amplitude of a bond's
     vibration is what an atom's energy varies by, however alike the structures of the set are.

@@ -56,7 +56,7 @@ _KINDS = ("energy", "forces", "stress")
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One line of the comparison.
+    """Summary of a run: a line of the comparison.
 
     Attributes:
         name, kind: of the run; the kind is the folder above its own (bits, rank, variant).
@@ -272,7 +272,7 @@ def summarize(run: NamedRun, error: str | None = None) -> RunSummary:
 
 
 def _results(path: Path) -> tuple[bool, dict[str, float], dict[str, int]]:
-    """Whether a run has results, its errors by set, target and quantity, and its parameters."""
+    """Results of a run: whether there are any, errors by set, target and quantity, parameters."""
     quantities = [f"{kind}_mae" for kind in _KINDS]
     try:
         results = read_object(path)

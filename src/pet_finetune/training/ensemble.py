@@ -182,7 +182,7 @@ def _take_over(last: Path, folder: Path) -> None:
 
 
 def _seed(options: Options, files: RunFiles, going_on: bool) -> int:
-    """Of the whole ensemble: all members must cut the data alike."""
+    """Seed of the whole ensemble: all members must split the data alike."""
     if not going_on:
         return seed_everything(None) if options.seed is None else options.seed
     seed = int(read_yaml(files.folder / OPTIONS)["seed"])

@@ -182,7 +182,7 @@ def evaluate_files(
 
 
 def _any_has(options: DatasetOptions, name: str) -> bool:
-    """Whether a frame has any label of a target: for an energy, forces or a stress too."""
+    """Whether any frame has a label of a target (for an energy also forces or stress)."""
     systems, target = options.systems, options.targets[name]
     keys = [target.key or name]
     if target.is_energy:
@@ -243,7 +243,7 @@ def evaluate_datasets(
     model, adapted = open_model(checkpoint, adapter, device)
 
     def sets() -> Iterator[tuple[str, _Set]]:
-        """One after the other is read."""
+        """Read the sets one after the other."""
         named: set[str] = set()
         for dataset, mark, output in zip(datasets, marks, outputs, strict=True):
             known = [name for name in dataset.targets if name in model.targets]

@@ -91,7 +91,7 @@ class TrainingRun(Protocol):
     validation: Loader
 
     def state(self) -> dict[str, Any]:
-        """All that the rest of the run depends on."""
+        """State that the rest of the run depends on."""
         ...
 
 

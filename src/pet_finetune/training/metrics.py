@@ -146,7 +146,7 @@ class Metrics:
 def labelled_values(
     target: str, prediction: Prediction | Property
 ) -> Iterator[tuple[str, str, Tensor, bool]]:
-    """All that is predicted of a target.
+    """Iterate over the labelled quantities of a target.
 
     Yields:
         The name of its labels, the kind of error, the values, and whether their rows are atoms.
@@ -238,7 +238,7 @@ def _divided(spec: TargetSpec) -> bool:
 
 
 def _rows(factors: Tensor, values: Tensor) -> Tensor:
-    """One factor a row, in the dtype of the values."""
+    """Factors with one entry for each row, in the dtype of the values."""
     return factors.to(values).view(-1, *(1,) * (values.dim() - 1))
 
 
@@ -249,7 +249,7 @@ SPREAD = "~spread"
 
 
 class PredictionRecorder:
-    """Gathers what a model says of the batches of a loader, in the order of its structures."""
+    """Collects predictions for a loader's batches, in the order of its structures."""
 
     def __init__(self, loader: Loader, set_name: str) -> None:
         self.loader, self.set_name = loader, set_name
@@ -257,7 +257,7 @@ class PredictionRecorder:
         self._rows: dict[str, bool] = {}  # whether a name's rows are atoms
 
     def add(self, batch: LabelledBatch, predictions: Mapping[str, Prediction | Property]) -> None:
-        """Keep what a model says of the next batch."""
+        """Add the predictions of the next batch."""
         for target, prediction in predictions.items():
             for key, kind, values, per_atom in labelled_values(target, prediction):
                 self._keep(key, values, per_atom)

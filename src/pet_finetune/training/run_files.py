@@ -1,4 +1,4 @@
-"""Files of a run, written as it goes, and what they say of where it comes from."""
+"""Files of a run, written as it goes, with its provenance."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ class RunFiles:
             write_whole(self.folder / name, content)
 
     def tell(self, facts: Mapping[str, Any]) -> None:
-        """Add to what ``run.json`` says of the run."""
+        """Add facts to ``run.json``."""
         self.write(ABOUT, json.dumps({**self.about(), **facts}, indent=2) + "\n")
 
     def about(self) -> dict[str, Any]:
@@ -205,7 +205,7 @@ class RunFiles:
     def keep_predictions(
         self, recorder: PredictionRecorder, name: str, model: Potential | Committee
     ) -> None:
-        """Write what a model, ``before`` or ``after``, says of a set beside what others say."""
+        """Store the predictions of the model ``before`` or ``after`` training for a set."""
         path, known = self.folder / PREDICTIONS, None
         if path.exists():
             try:

@@ -204,7 +204,7 @@ def evaluate_sets(
     wanted: dict[str, tuple[bool, bool]],
     features: Sequence[Feature] = (),
 ) -> Errors:
-    """Errors of a model on every set; what it says of the one that says most is kept.
+    """Errors of a model on every set; predictions of the primary set are kept.
 
     Those of a training set with more structures than say anything new are of a part of it.
     """

@@ -216,7 +216,7 @@ class Measured(NamedTuple):
 
 @dataclass
 class EpochRecord:
-    """One line of ``train.csv``.
+    """Record of an epoch: a line of ``train.csv``.
 
     Attributes:
         epoch: from 1.

@@ -156,7 +156,7 @@ class Trainer:
         return due
 
     def _run_epoch(self) -> bool:
-        """One epoch, from the batch where the progress stands; False when interrupted."""
+        """Run one epoch from the current batch on; False when interrupted."""
         progress = self.progress
         started = time.perf_counter() - progress.seconds
         self.model.train()
@@ -220,7 +220,7 @@ class Trainer:
     def step(
         self, group: Iterable[LabelledBatch], size: int, metrics: Mapping[str, Metrics]
     ) -> StepResult:
-        """One update of the weights, from the mean of the losses of some batches.
+        """Update the weights once, from the mean of the losses of some batches.
 
         Args:
             group: the batches; the gradient of one is taken before the next is asked for.
@@ -366,7 +366,7 @@ class Trainer:
         return mean_loss(self.model, self.validation.view(), self.objectives, self.options)
 
     def state(self) -> dict[str, Any]:
-        """All that the rest of the run depends on: tensors and plain values only.
+        """State that the rest of the run depends on: tensors and plain values only.
 
         The optimiser's tensors are the run's own: write them before the next step.
         """

@@ -33,7 +33,7 @@ _ALL = "all"
 
 
 class Unfreezing(Feature):
-    """The feature ``finetune.unfreeze``: says of each epoch what trains, and freezes the rest."""
+    """The feature ``finetune.unfreeze``: sets in each epoch which weights train."""
 
     name = "unfreeze"
 
