@@ -129,7 +129,7 @@ def test_errors_are_those_of_the_options_with_the_caller_s_names(base):
             targets={"energy": {"kye": "x"}},
         )
     lines = caught.value.problems
-    starts = ("epochs: expected a positive integer, got 0.", "metod: unknown option.",
+    starts = ("epochs: expected a positive integer or null, got 0.", "metod: unknown option.",
               "method.rnk: unknown option. Did you mean 'rank'?", "Anchor.type: expected one of",
               "train.targets.energy.kye: unknown option. Did you mean 'key'")  # fmt: skip
     for start in starts:
