@@ -30,6 +30,8 @@ class Tool(ABC):
 
     #: The logger to which the tool writes a line that begins with "epoch" after each epoch.
     epoch_logger: str
+    #: The class whose ``zero_grad`` begins a training step.
+    optimizer: type[Optimizer] = Optimizer
 
     @abstractmethod
     def versions(self) -> dict[str, str]:
@@ -92,15 +94,15 @@ class Bench:
         """A run; returns the peak in MB from its first step's start to its last step's end."""
         meters: list[MemoryMeter] = []
         peaks: list[float] = []
-        zero_grad = Optimizer.zero_grad
+        optimizer, zero_grad = self._tool.optimizer, self._tool.optimizer.zero_grad
 
         def first_step(self: Optimizer, set_to_none: bool = True) -> None:
             """Both tools begin a step with this call."""
-            Optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
+            optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
             meters.append(MemoryMeter(device))
             zero_grad(self, set_to_none)
 
-        Optimizer.zero_grad = first_step  # type: ignore[method-assign]
+        optimizer.zero_grad = first_step  # type: ignore[method-assign]
         hook = register_optimizer_step_post_hook(lambda *_: peaks.append(meters[0].peak()))
         try:
             self._tool.train(Path(options), Path(folder))

@@ -12,12 +12,14 @@ import pet_finetune
 from pet_finetune.api import evaluate_files, train
 from pet_finetune.calculator import PETCalculator
 from pet_finetune.config.load import load_options
+from pet_finetune.training.soap import LightOptimizer
 
 
 class PetFinetune(Tool):
     """What ``pet-finetune train``, ``pet-finetune eval`` and scripts with ASE run."""
 
     epoch_logger = "pet_finetune.training.loggers"
+    optimizer = LightOptimizer
 
     def versions(self) -> dict[str, str]:
         return {"pet-finetune": pet_finetune.__version__}
