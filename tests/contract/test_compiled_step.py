@@ -274,6 +274,7 @@ def test_one_line_says_what_was_decided(setting, method, options, said, followed
     assert not followed_only
 
 
+@pytest.mark.slow
 def test_a_compiled_calculator_says_the_same(followed_only):
     model = random_potential(num_neighbors_adaptive=4.0, zbl=True, **ONE)
     own, other = (PETCalculator(model, device="cpu", compile=c) for c in ("on", "off"))

@@ -203,6 +203,7 @@ def test_of_a_committee(dtype: str | None, tmp_path: Path) -> None:
         assert float(theirs[index]) == pytest.approx(ours, rel=1e-9 if dtype else 1e-3)
 
 
+@pytest.mark.slow
 def test_weights_that_members_share_are_written_once(tmp_path: Path) -> None:
     base = random_potential(d_node=64, d_feedforward=256)
     checkpoint = save_checkpoint(tmp_path / "base.ckpt", base)
