@@ -21,7 +21,7 @@ from .epochs import count_packs, deal, in_blocks, pack, random_rotations, rotate
 from .labelled_batch import LabelledBatch, Whole, collate_labelled, num_known, prepare
 from .neighbors import structure_neighbors
 from .structure import Structure, evenly_apart
-from .structure_sets import OF_ELEMENT, SAMPLE, OnDisk, label_names
+from .structure_sets import OF_ELEMENT, SAMPLE, OnDisk, label_names, sizes_of_structures
 
 _logger = get_logger(__name__)
 
@@ -74,12 +74,11 @@ class Loader:
         #: The structures, in the order given, and the atoms of each, ``[n]``.
         self.structures: Sequence[Structure] = structures
         self._prepared: _OnTheFly | list[LabelledBatch]
+        self.num_atoms = sizes_of_structures(structures)
         if isinstance(structures, OnDisk):
-            self.num_atoms = structures.num_atoms
             self._prepared = _OnTheFly(structures, cutoff, dtype)
         else:
             self.structures = tuple(structures)
-            self.num_atoms = np.array([s.num_atoms for s in structures], dtype=np.int64)
             self._prepared = []
             with Watch("neighbours of the structures", "structures", len(structures)) as watch:
                 for structure in structures:

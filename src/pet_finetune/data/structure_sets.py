@@ -32,7 +32,7 @@ class _Listed:
 
     def __init__(self, structures: Sequence[Structure]) -> None:
         self._structures = structures
-        self.num_atoms = np.array([s.num_atoms for s in structures], dtype=np.int64)
+        self.num_atoms = sizes_of_structures(structures)
         found = [np.unique(s.numbers.numpy(), return_counts=True) for s in structures]
         self.species = np.unique(np.concatenate([numbers for numbers, _ in found]))
         self.atoms_of = np.zeros((len(structures), len(self.species)), dtype=np.int32)
@@ -279,6 +279,13 @@ def evenly_spread(items: Sequence[T], most: int = SAMPLE) -> Sequence[T]:
     if len(items) <= most or isinstance(items, list | tuple):
         return items
     return [items[k] for k in np.linspace(0, len(items) - 1, most).astype(np.int64).tolist()]
+
+
+def sizes_of_structures(structures: Sequence[Structure]) -> np.ndarray:
+    """Number of atoms of each structure, [n] int64."""
+    if isinstance(structures, OnDisk):
+        return structures.num_atoms
+    return np.array([s.num_atoms for s in structures], dtype=np.int64)
 
 
 def label_names(structures: Sequence[Structure]) -> set[str]:

@@ -26,7 +26,7 @@ from pet_finetune.data.labelled_batch import LabelledBatch, on_device
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.splits import Splits
 from pet_finetune.data.structure import Structure
-from pet_finetune.data.structure_sets import OnDisk, label_names, taken
+from pet_finetune.data.structure_sets import label_names, sizes_of_structures, taken
 from pet_finetune.keys import forces_key, stress_key
 from pet_finetune.log import get_logger
 from pet_finetune.model.potential import Potential
@@ -98,12 +98,7 @@ def with_chosen_sizes(options: Options, structures: Sequence[Structure]) -> Opti
     training = options.training
     if training.batch_size is not None and training.num_epochs is not None:
         return options
-    per_structure = (
-        structures.num_atoms
-        if isinstance(structures, OnDisk)
-        else [s.num_atoms for s in structures]
-    )
-    atoms = int(np.sum(per_structure))
+    atoms = int(sizes_of_structures(structures).sum())
     batch = training.batch_size or default_batch_size(len(structures), atoms)
     most = training.max_atoms_per_batch
     batches = atoms / most if isinstance(most, int) else math.ceil(len(structures) / batch)

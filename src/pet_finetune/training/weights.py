@@ -185,7 +185,10 @@ class SettledBaselines(Feature):
                     for target, objective in trainer.objectives.items()
                     if objective.energy
                 }
-        for target, values in processes.from_first(settled).items():
+        settled = processes.from_first(settled)
+        if not settled:
+            return {}
+        for target, values in settled.items():
             moved = 1000 * float((values - model.composition.get(target).cpu()).abs().max())
             _logger.info("baselines of '%s' settled: by up to %.2f meV", target, moved)
             model.composition.set(target, values)
