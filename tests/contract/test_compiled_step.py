@@ -325,6 +325,7 @@ def test_a_compiled_evaluation_says_the_same(followed_only, tmp_path):
     assert len(followed_only) == 2  # the lone atom, a batch of its own, has no edges
 
 
+@SLOW
 def test_atoms_in_two_rectangles_are_predicted_by_a_graph_of_their_own(followed_only, monkeypatch):
     model = random_potential(**ONE)
     found = CompiledPredictions(model)

@@ -104,6 +104,7 @@ def test_of_every_kind(kind: str, dtype: str, tolerance: float, tmp_path: Path) 
     assert_same_numbers(engine(tmp_path / "model.pt"), calculator, frames, tolerance)
 
 
+@pytest.mark.slow
 def test_of_variants_and_properties(tmp_path: Path) -> None:
     """Each output is what the potential says; direct forces and stress go by standard names."""
     model = property_potential()

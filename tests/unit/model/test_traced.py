@@ -45,7 +45,8 @@ def inputs_of(model: Potential, frames) -> tuple[list[Tensor], object]:
     return tree_flatten(model.network.neighborhood.with_edges(batch))
 
 
-@pytest.mark.parametrize("kind", ["lora", pytest.param("adaptive", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "adaptive"])
 def test_a_step_of_training_as_a_graph(kind, with_kernels):
     """Energy, forces, stress, and the gradients of a loss on them by all that trains.
 
