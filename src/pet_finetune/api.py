@@ -64,6 +64,7 @@ from pet_finetune.keywords import (
     checkpoint_of,
     is_structures,
     listed,
+    renamed,
     with_own_names,
 )
 from pet_finetune.keywords import Model as Model
@@ -72,6 +73,7 @@ from pet_finetune.pretraining.stages import PretrainResult as PretrainResult
 from pet_finetune.pretraining.stages import pretrain_model
 from pet_finetune.report.report_file import ReportServer as ReportServer
 from pet_finetune.report.report_file import write_report as write_report
+from pet_finetune.rng import own_random_numbers
 from pet_finetune.runs import RunFolder
 from pet_finetune.terminal import show as show
 from pet_finetune.training import run, uncertainty
@@ -133,6 +135,7 @@ def finetune(
     if isinstance(features, (Keywords, Feature)):
         features = [features]
     with ExitStack() as stack:
+        stack.enter_context(own_random_numbers())
         if folder is None:
             above = stack.enter_context(tempfile.TemporaryDirectory(prefix="pet-finetune-"))
             place = Path(above, "run")
@@ -247,9 +250,11 @@ def inspect(
         if model is not None:
             start = checkpoint_of(model, Path(above, _FOUNDATION))
         given = {"structures": structures, "validation": validation, "test": test}
-        sets = [stack.enter_context(as_files(some, name))[0] for name, some in given.items()]
-        request = request_of_files(sets[0], start, sets[1], sets[2], systems=systems)
-        return inspect_data(request, device=device, seconds=seconds)
+        sets = [stack.enter_context(as_files(some, name)) for name, some in given.items()]
+        (train, own), (held, second), (last, third) = sets
+        request = request_of_files(train, start, held, last, systems=systems)
+        found = inspect_data(request, device=device, seconds=seconds)
+        return renamed(found, own | second | third)
 
 
 def pretrain(
@@ -285,6 +290,7 @@ def pretrain(
     else:
         frames = list(read_frames(structures, **(systems or {})))
     with ExitStack() as stack:
+        stack.enter_context(own_random_numbers())
         above = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pet-finetune-")))
         stack.callback(setup_logging)  # the log file of the training is closed before it goes
         start = checkpoint_of(model, above / _FOUNDATION)

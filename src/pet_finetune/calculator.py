@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,7 +28,7 @@ from pet_finetune.data.calculator_input import (
     charge_and_spin,
     check_atoms,
 )
-from pet_finetune.device import check_forked, choose_device, choose_dtype
+from pet_finetune.device import check_forked, choose_device, choose_dtype, plain_torch
 from pet_finetune.errors import AdapterError, ConfigError, DataError
 from pet_finetune.graph import Batch, join_graphs
 from pet_finetune.keys import Compile
@@ -97,7 +98,7 @@ class PETCalculator(Calculator):
     ignored_changes = _IGNORED
     name = "pet"
 
-    @torch.inference_mode(False)
+    @plain_torch()
     def __init__(
         self,
         model: str | os.PathLike[str] | Potential | AdaptedPotential,
@@ -114,6 +115,7 @@ class PETCalculator(Calculator):
         compile: Compile = "auto",
     ) -> None:
         super().__init__()
+        self._lock = threading.RLock()
         if not skin >= 0.0:
             raise ConfigError(f"skin: the margin is a length of 0 Å or more, got {skin}.")
         _check_choice("compile", compile, ("auto", "on", "off"))
@@ -207,7 +209,7 @@ class PETCalculator(Calculator):
         self._moving.rebuild(origin)
         self.reset()
 
-    @torch.inference_mode(False)
+    @plain_torch()
     def _switch(self, change: Callable[[AdaptedPotential], None]) -> None:
         """Change the adapter in use; what was computed is of another model then."""
         if self._adapted is None:
@@ -255,7 +257,8 @@ class PETCalculator(Calculator):
             raise PropertyNotImplementedError(
                 f"{name}: {no_property(self._last_layer, self.target)}"
             )
-        return super().get_property(name, atoms, allow_calculation)
+        with self._lock:  # a thread's results are not those of another one's structure
+            return super().get_property(name, atoms, allow_calculation)
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """Changes since the last calculation, with charge and spin if the model uses them."""
@@ -278,7 +281,7 @@ class PETCalculator(Calculator):
             changes = [] if same else ["info"]
         return changes
 
-    @torch.inference_mode(False)
+    @plain_torch()
     def calculate(
         self,
         atoms: Atoms | None = None,
@@ -317,7 +320,7 @@ class PETCalculator(Calculator):
         super().calculate(atoms, properties, system_changes)
         self.results = results
 
-    @torch.inference_mode(False)
+    @plain_torch()
     def predict_together(
         self,
         structures: Sequence[Atoms],
@@ -400,6 +403,7 @@ class PETCalculator(Calculator):
     def __getstate__(self) -> dict[str, Any]:
         """Without the neighbour list, and with the model on the CPU: any machine can open it."""
         state = self.__dict__.copy()
+        del state["_lock"]
         state["_moving"] = self._moving.fresh()
         state["_frozen"] = state["_steady"] = None
         if self.device.type != "cpu":
@@ -408,9 +412,10 @@ class PETCalculator(Calculator):
             state["_adapted"] = copy.deepcopy(self._adapted, memo)
         return state
 
-    @torch.inference_mode(False)
+    @plain_torch()
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._lock = threading.RLock()
         self.device = choose_device(self._wanted_device)
         self.model.to(self.device)
         self._steady = self._steady_edges()

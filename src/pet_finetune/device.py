@@ -6,6 +6,8 @@ import functools
 import importlib.metadata
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -15,6 +17,15 @@ from pet_finetune.installation import __version__
 
 #: Packages whose versions determine the numbers.
 PACKAGES = ("torch", "ase", "numpy", "vesin")
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """Torch without the caller's inference mode and default device, as context or decorator."""
+    elsewhere = torch.get_default_device().type != "cpu"
+    with torch.inference_mode(False), torch.device("cpu") if elsewhere else nullcontext():
+        yield
+
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 

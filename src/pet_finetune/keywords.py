@@ -12,13 +12,14 @@ import os
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from ase import Atoms
+from ase.db.row import AtomsRow
 from pydantic import BaseModel
 
 from pet_finetune.adapters.adapted import AdaptedPotential
@@ -37,8 +38,9 @@ from pet_finetune.config.finetune import (
 from pet_finetune.config.load import LoadedOptions, parse_options, read_yaml
 from pet_finetune.config.problems import format_path
 from pet_finetune.config.run_options import Options
-from pet_finetune.data.ase_databases import write_exact
+from pet_finetune.data.ase_databases import frame_of, write_exact
 from pet_finetune.errors import ConfigError, DataError
+from pet_finetune.log import shown_names
 from pet_finetune.model.potential import Potential
 
 #: A checkpoint, or a model that was loaded.
@@ -298,21 +300,42 @@ def _called(name: str, frames: Sequence[Atoms]) -> str:
 
 @contextmanager
 def with_own_names(files: Mapping[str, str]) -> Iterator[None]:
-    """Errors name structures in memory as the caller did, not the file that was made of them."""
+    """Errors and log name structures in memory as the caller did, not the file made of them."""
     try:
+        shown_names.update(files)
         yield
     except DataError as error:
-        text = str(error)
-        for path, name in files.items():
-            text = text.replace(path, name)
-        raise DataError(text) from error
+        raise DataError(renamed(str(error), files)) from error
+    finally:
+        for path in files:
+            shown_names.pop(path, None)
+
+
+def renamed(value: Any, names: Mapping[str, str]) -> Any:
+    """A value, and all that it holds, with the caller's names in its texts."""
+    if isinstance(value, str):
+        for path, name in names.items():
+            value = value.replace(path, name)
+        return value
+    if isinstance(value, Mapping):
+        return {renamed(key, names): renamed(one, names) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)([renamed(one, names) for one in value])
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(
+            value, **{f.name: renamed(getattr(value, f.name), names) for f in fields(value)}
+        )
+    return value
 
 
 def listed(given: Any) -> Any:
-    """Structures of a generator, or of a trajectory of ASE's, as a list; the rest as it is."""
-    if isinstance(given, (Atoms, Mapping, Sequence, str, os.PathLike)):
+    """Structures of a generator, a trajectory or rows of ASE's as a list; the rest as it is."""
+    if isinstance(given, (Atoms, Mapping, str, os.PathLike)) or not isinstance(given, Iterable):
         return given
-    return list(given) if isinstance(given, Iterable) else given
+    items = given if isinstance(given, Sequence) else list(given)
+    if any(isinstance(one, AtomsRow) for one in items):
+        items = [frame_of(one, {}) if isinstance(one, AtomsRow) else one for one in items]
+    return items
 
 
 def is_structures(given: Any) -> bool:

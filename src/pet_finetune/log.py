@@ -36,6 +36,8 @@ _DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
 #: Numbers of a message (of a frame, say), and lists of them; not those inside names of files.
 _NUMBERS = re.compile(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?(?!\w|\.\w)", re.I)
 _LISTS = re.compile(r"#(?:, #)+")
+#: What messages call files that are made of structures in memory.
+shown_names: dict[str, str] = {}
 #: So much of a message is repeated where the others like it are counted.
 _SHOWN = 60
 
@@ -195,6 +197,10 @@ class _Folding(logging.Handler):
         last_line.any = now = time.monotonic()
         if not getattr(record, "file_only", False):
             last_line.shown = now
+        for path, name in shown_names.items():
+            if path in (text := record.getMessage()):
+                changed = {"msg": text.replace(path, name), "args": ()}
+                record = logging.makeLogRecord({**record.__dict__, **changed})
         for target in self.targets:
             target.handle(record)
 

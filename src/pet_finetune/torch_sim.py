@@ -13,6 +13,7 @@ from torch import Tensor
 from pet_finetune.calculator import PETCalculator
 from pet_finetune.committee.committee_files import Adapters
 from pet_finetune.data.calculator_input import MovingAtoms
+from pet_finetune.device import plain_torch
 from pet_finetune.errors import PetFinetuneError
 from pet_finetune.installation import missing_extra
 from pet_finetune.keys import Compile
@@ -69,7 +70,7 @@ class PETTorchSimModel(ModelInterface):
         self._compute_stress, self._compute_forces = compute_stress, True
         self._moving: list[MovingAtoms] = []
 
-    @torch.inference_mode(False)
+    @plain_torch()
     def forward(self, state: Any, **unused: object) -> dict[str, Tensor]:
         """Compute the structures of a state.
 

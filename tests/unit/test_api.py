@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import io
 import os
 from pathlib import Path
 
+import ase.db
 import ase.io
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from pet_finetune import keywords
 from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.config.finetune import METHOD_KEYS, METHOD_SHORTHANDS, FinetuneConfig
 from pet_finetune.errors import ConfigError, DataError, TrainingError
+from pet_finetune.log import get_logger, setup_logging, shown_names
 from tiny_data import molecules, options, write_options
 
 FAST = {"epochs": 2, "batch_size": 4, "seed": 1, "device": "cpu", "check": False}
@@ -40,7 +43,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def result(base):
-    before = set(os.listdir())
+    before, random = set(os.listdir()), torch.get_rng_state()
     made = pf.finetune(
         pf.load(base),
         molecules(8),
@@ -51,6 +54,7 @@ def result(base):
         **FAST,
     )
     assert set(os.listdir()) == before, "no file need be written"
+    assert torch.equal(torch.get_rng_state(), random), "the script's random numbers are its own"
     return made
 
 
@@ -182,9 +186,13 @@ def test_a_changed_model_is_what_training_starts_from(base, tmp_path):
 def test_structures_can_be_inspected(base):
     frames = molecules(4)
     frames[2].calc.results["forces"] = frames[2].calc.results["forces"] * np.nan
-    found = pf.inspect(frames, pf.load(base), seconds=0.5)
+    found = pf.inspect(frames, pf.load(base), validation=frames[:1], seconds=0.5)
     assert found.errors
     assert found.errors[0].code in found._repr_html_()
+    assert {frames.file for one in found.findings for frames in one.where} == {
+        "structures", "validation"
+    }  # fmt: skip
+    assert "pet-finetune-" not in repr(found)
 
 
 def test_structures_without_labels_are_predicted(base):
@@ -197,13 +205,16 @@ def test_structures_without_labels_are_predicted(base):
 def test_generators_and_trajectories_are_structures_too(base, tmp_path):
     frames = molecules(3)
     ase.io.write(tmp_path / "a.traj", frames)
+    rows = ase.db.connect(tmp_path / "a.db")
+    for atoms in frames:
+        rows.write(atoms)
     errors = [
         pf.evaluate(base, given, device="cpu").errors["structures"]["energy"].mae("energy")
-        for given in (frames, iter(frames), Trajectory(str(tmp_path / "a.traj")))
+        for given in (frames, iter(frames), Trajectory(str(tmp_path / "a.traj")), rows.select())
     ]
     with pytest.raises(DataError, match="expected structures, or names of files, got float64"):
         pf.evaluate(base, np.zeros(3))
-    assert errors == pytest.approx([errors[0]] * 3)
+    assert errors == pytest.approx([errors[0]] * 4)
     arguments = keywords.Arguments(tmp_path)
     arguments.data(iter(frames), None)
     assert arguments.tree["training_set"]["systems"]["read_from"].endswith("training_set.db")
@@ -220,6 +231,16 @@ def test_errors_name_structures_in_memory_as_the_caller_did(base):
         words = rf" in {name} \(whose calculators have computed nothing yet\), but frame 0"
         with pytest.raises(DataError, match=words):
             call()
+
+
+def test_the_log_names_structures_in_memory_as_the_caller_did(tmp_path):
+    told = io.StringIO()
+    with logging_as_it_was(), keywords.as_files(molecules(1), "validation") as (files, _):
+        setup_logging().handlers[0].targets[0].setStream(told)
+        get_logger("x").info("frame 0 of %s", files[0])
+    get_logger("x").info("frame 0 of %s", files[0])
+    assert "frame 0 of validation\n" in told.getvalue()
+    assert not shown_names
 
 
 def test_no_structures(base):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import pickle
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -135,6 +137,29 @@ def test_results_are_the_callers_to_change(calc: PETCalculator):
     forces = atoms.get_forces()
     forces *= 0.0
     assert np.abs(atoms.get_forces()).max() > 0.0
+
+
+def test_threads_may_share_a_calculator(calc: PETCalculator, monkeypatch: pytest.MonkeyPatch):
+    structures = [ethanol(), crystal(), slab()]
+    expected = [calc.get_potential_energy(atoms) for atoms in structures]
+    calculate = calc.calculate
+
+    def slowly(*args):
+        calculate(*args)
+        time.sleep(0.002)
+
+    monkeypatch.setattr(calc, "calculate", slowly)
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(calc.get_potential_energy, structures * 2))
+    assert found == pytest.approx(expected * 2, abs=1e-12)
+
+
+def test_a_default_device_of_the_script_changes_nothing(model: Potential):
+    expected = PETCalculator(model, device="cpu").get_forces(ethanol())
+    with torch.device("meta"):
+        found = PETCalculator(model, device="cpu").get_forces(ethanol())
+        assert torch.get_default_device().type == "meta"
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("make", [ethanol, slab], ids=lambda make: make.__name__)

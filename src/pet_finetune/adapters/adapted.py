@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from pet_finetune.adapters.base_weights import weights_fingerprint
+from pet_finetune.device import plain_torch
 from pet_finetune.errors import AdapterError, did_you_mean
 from pet_finetune.graph import Batch
 from pet_finetune.model.potential import Potential
@@ -38,7 +38,7 @@ class AdaptedPotential:
         source: the file that the base was read from; None where it was made otherwise.
     """
 
-    @torch.inference_mode(False)
+    @plain_torch()
     def __init__(self, base: Potential) -> None:
         self.potential = base
         self.source: Path | None = None
@@ -79,7 +79,7 @@ class AdaptedPotential:
         config = active_adapter(self.potential)
         return () if config is None else tuple(config.targets)
 
-    @torch.inference_mode(False)
+    @plain_torch()
     def load_adapter(self, directory: str | Path, name: str = "default") -> None:
         """Read an adapter folder; the first one becomes active.
 
@@ -89,7 +89,7 @@ class AdaptedPotential:
         """
         self.add_adapter(read_adapter(directory), name)
 
-    @torch.inference_mode(False)
+    @plain_torch()
     def add_adapter(self, adapter: Adapter, name: str = "default") -> None:
         """Take an adapter in; the first one becomes active."""
         if name in self._adapters:
@@ -111,38 +111,38 @@ class AdaptedPotential:
             self._active = previous
             self._apply()
 
-    @torch.inference_mode(False)
+    @plain_torch()
     def set_adapter(self, name: str) -> None:
         """Use this adapter from now on; a merged model merges it too."""
         self._named(name)
         self._active, self._enabled = name, True
         self._apply()
 
-    @torch.inference_mode(False)
+    @plain_torch()
     def disable_adapters(self) -> None:
         """Be the base again, bit for bit."""
         self._enabled = False
         self._apply()
 
-    @torch.inference_mode(False)
+    @plain_torch()
     def enable_adapters(self) -> None:
         """Undo :meth:`disable_adapters`."""
         self._enabled = True
         self._apply()
 
-    @torch.inference_mode(False)
+    @plain_torch()
     def merge(self) -> None:
         """Put the active adapter into the weights; what is predicted stays the same."""
         self._merged = True
         merge(self.potential)
 
-    @torch.inference_mode(False)
+    @plain_torch()
     def unmerge(self) -> None:
         """Undo :meth:`merge`."""
         self._merged = False
         unmerge(self.potential)
 
-    @torch.inference_mode(False)
+    @plain_torch()
     def add_weighted_adapter(
         self,
         weights: Mapping[str, float],
@@ -162,7 +162,7 @@ class AdaptedPotential:
             self._apply()
         self.add_adapter(blended, name)
 
-    @torch.inference_mode(False)
+    @plain_torch()
     def delete_adapter(self, name: str) -> None:
         """Forget an adapter; the active one leaves the base behind."""
         self._named(name)

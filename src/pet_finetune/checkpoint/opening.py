@@ -8,13 +8,12 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from pet_finetune.adapters.adapted import AdaptedPotential
 from pet_finetune.adapters.inject import active_adapter, merged_copy
 from pet_finetune.adapters.peft_files import load_adapter
 from pet_finetune.committee.committee import Committee
 from pet_finetune.committee.committee_files import Adapters, load_committee
+from pet_finetune.device import plain_torch
 from pet_finetune.errors import CheckpointError, ConfigError, damage_explained
 from pet_finetune.log import get_logger
 from pet_finetune.model.potential import Potential
@@ -28,7 +27,7 @@ from .stored_targets import StoredTarget
 _log = get_logger(__name__)
 
 
-@torch.inference_mode(False)
+@plain_torch()
 def load_checkpoint(path: str | os.PathLike[str], *, keep_adapter: bool = False) -> Checkpoint:
     """Open a checkpoint written by pet-finetune or by metatrain (PET, model format 1 to 16).
 
@@ -67,7 +66,7 @@ def _finite(checkpoint: Checkpoint) -> Checkpoint:
     return checkpoint
 
 
-@torch.inference_mode(False)
+@plain_torch()
 def load_numbers(path: str | os.PathLike[str]) -> tuple[Sequence[int], list[StoredTarget]]:
     """The elements of a checkpoint, and its targets with their baselines and scales.
 
@@ -86,7 +85,7 @@ def load_numbers(path: str | os.PathLike[str]) -> tuple[Sequence[int], list[Stor
     ]
 
 
-@torch.inference_mode(False)
+@plain_torch()
 def load(path: str | os.PathLike[str]) -> AdaptedPotential:
     """Open a checkpoint as a base that adapters can be loaded onto.
 
@@ -99,7 +98,7 @@ def load(path: str | os.PathLike[str]) -> AdaptedPotential:
     return adapted
 
 
-@torch.inference_mode(False)
+@plain_torch()
 def open_adapted(
     model: str | os.PathLike[str] | Potential | AdaptedPotential,
     adapter: str | os.PathLike[str] | None = None,
@@ -122,7 +121,7 @@ def open_adapted(
     return adapted
 
 
-@torch.inference_mode(False)
+@plain_torch()
 def open_potential(
     model: str | os.PathLike[str] | Potential, adapter: str | os.PathLike[str] | None = None
 ) -> tuple[Potential, tuple[str, ...]]:
@@ -142,7 +141,7 @@ def open_potential(
     return (potential, ()) if config is None else (merged_copy(potential), tuple(config.targets))
 
 
-@torch.inference_mode(False)
+@plain_torch()
 def open_committee(
     model: str | os.PathLike[str] | Potential | AdaptedPotential,
     adapters: Adapters,

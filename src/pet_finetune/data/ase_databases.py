@@ -61,6 +61,13 @@ def write_exact(path: str | Path, frames: Sequence[Atoms]) -> None:
         contents.append({name: _storables(values, left_out) for name, values in places.items()})
     if not contents:
         raise DataError("The list of structures is empty.")
+    if again := len(frames) - len({id(atoms) for atoms in frames}):
+        _logger.warning(
+            "%d of %d structures are the same object as an earlier one in the list, with its last "
+            "positions and results. In a loop, append a copy with results of its own.",
+            again,
+            len(frames),
+        )
     if left_out:
         _logger.info("Not numbers or text, and left out: %s", ", ".join(sorted(left_out)))
     try:
@@ -122,8 +129,12 @@ def _storables(values: Mapping[str, Any], left_out: set[str]) -> dict[str, Any]:
 
 def _storable(value: Any) -> Any:
     """A value as the database takes it: plain ones, arrays of numbers, and lists of these."""
+    if hasattr(value, "detach"):  # torch's
+        value = value.detach().cpu()
     if isinstance(value, np.generic):
         return _storable(value.item())
+    if hasattr(value, "__array__"):  # JAX's too
+        value = np.asarray(value)
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, np.ndarray):
@@ -185,7 +196,7 @@ def rows_of(path: Path, after: int = 0, kind: str = "db") -> Iterator[tuple[int,
         with _Lmdb(path) as database:
             for number in database.ids():
                 if number > after:
-                    yield number, _frame(database.row(number), {})
+                    yield number, frame_of(database.row(number), {})
         return
     if kind == "db":
         with path.open("rb") as file:
@@ -202,12 +213,13 @@ def rows_of(path: Path, after: int = 0, kind: str = "db") -> Iterator[tuple[int,
                 row = next(found, None)
                 if row is None:
                     return
-                frame = _frame(row, units)
+                frame = frame_of(row, units)
             last = int(row.id)
             yield last, frame
 
 
-def _frame(row: AtomsRow, units: Mapping[str, str]) -> Atoms:
+def frame_of(row: AtomsRow, units: Mapping[str, str]) -> Atoms:
+    """A row of a database with its labels in ``info``, where ``units`` go too."""
     atoms = row.toatoms(add_additional_information=True)
     if not restore_exact(atoms):
         _flatten(atoms)

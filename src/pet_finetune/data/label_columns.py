@@ -228,7 +228,8 @@ class Column:
             f"The {self.what} should be under {self.key!r} in {self.source}, but "
             f"{place(index)} has no such value ({count} of {len(self.chosen)} frames lack it). "
             f"It has: {names}.{self.suggestion(index)} Name the right one with `key` in "
-            "the options; on the command line of eval: --energy-key, --forces-key, --stress-key."
+            "the options (in Python `targets`, or labels=pf.LabelNames(key=...)); on the command "
+            "line of eval: --energy-key, --forces-key, --stress-key."
         )
 
     def suggestion(self, index: int) -> str:

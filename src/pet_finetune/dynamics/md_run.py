@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from ase import Atoms
 from ase.optimize import FIRE
 from rich.table import Table
 
+from pet_finetune.device import plain_torch
 from pet_finetune.dynamics.integrators import MDSettings
 from pet_finetune.dynamics.loop import Outcome, simulate
 from pet_finetune.dynamics.md_files import MDFiles
@@ -50,7 +50,7 @@ class MDResult:
     summary: Summary
 
 
-@torch.inference_mode(False)
+@plain_torch()
 def run_md(
     model: ModelChoice,
     structure: str | Path,
@@ -97,7 +97,7 @@ def run_md(
         return _go(atoms, filled, files, rng)
 
 
-@torch.inference_mode(False)
+@plain_torch()
 def restart_md(
     folder: str | Path, *, model: Mapping[str, Any] | None = None, steps: int | None = None
 ) -> MDResult:

@@ -17,7 +17,6 @@ from typing import Any
 import ase.io
 import ase.units
 import numpy as np
-import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.filters import FrechetCellFilter
@@ -30,6 +29,7 @@ from pet_finetune.committee.committee import to_numpy
 from pet_finetune.config.problems import config_error
 from pet_finetune.data.calculator_input import check_atoms
 from pet_finetune.data.structure import list_frames
+from pet_finetune.device import plain_torch
 from pet_finetune.errors import DynamicsError, PetFinetuneError, is_out_of_memory
 from pet_finetune.files import check_new, replacing
 from pet_finetune.log import get_logger
@@ -71,7 +71,7 @@ class Relaxed:
     largest: float
 
 
-@torch.inference_mode(False)
+@plain_torch()
 def relax_structures(
     model: ModelChoice,
     structures: str | Path,

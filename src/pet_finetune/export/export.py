@@ -26,7 +26,7 @@ from pet_finetune.committee.llpr import fresh
 from pet_finetune.config.run_options import Options
 from pet_finetune.data.readers import probe_structures
 from pet_finetune.data.structure import Structure
-from pet_finetune.device import choose_dtype
+from pet_finetune.device import choose_dtype, plain_torch
 from pet_finetune.errors import CheckpointError, ConfigError
 from pet_finetune.files import check_writable, size_text
 from pet_finetune.hub import find_model
@@ -68,7 +68,7 @@ class ExportOutcome:
     notices: tuple[str, ...] = ()
 
 
-@torch.inference_mode(False)
+@plain_torch()
 def export_model(
     checkpoint: str | os.PathLike[str],
     output: str | os.PathLike[str],

@@ -22,6 +22,7 @@ from torch import Tensor
 from pet_finetune.data.labelled_batch import collate
 from pet_finetune.data.neighbors import structure_neighbors
 from pet_finetune.data.structure import Structure
+from pet_finetune.device import plain_torch
 from pet_finetune.errors import ConfigError, did_you_mean
 from pet_finetune.graph import Batch, Neighborhood
 from pet_finetune.keys import TargetSpec, base_name
@@ -54,7 +55,7 @@ def output_names(model: Potential) -> list[str]:
     return names + [_FEATURE + part for part in parts]
 
 
-@torch.inference_mode(False)
+@plain_torch()
 def tensor_maps(
     model: Potential,
     structures: Sequence[Structure],

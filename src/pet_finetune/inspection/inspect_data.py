@@ -18,7 +18,7 @@ from pet_finetune.config.run_options import Options
 from pet_finetune.data.splits import make_splits
 from pet_finetune.data.structure import Structure
 from pet_finetune.data.structure_sets import find_species, of_species
-from pet_finetune.device import choose_device
+from pet_finetune.device import choose_device, plain_torch
 from pet_finetune.elements import symbol_of
 from pet_finetune.errors import ConfigError, DataError, PetFinetuneError
 from pet_finetune.files import check_new, write_whole
@@ -139,7 +139,7 @@ def _moved(dataset: DatasetOptions, file: str) -> DatasetOptions:
     return dataset.model_copy(update={"systems": systems, "targets": targets, "indices": None})
 
 
-@torch.inference_mode(False)
+@plain_torch()
 def inspect_data(request: Request, *, device: str = "auto", seconds: float = 20.0) -> Inspection:
     """Look at the data, and at what a run with them takes.
 

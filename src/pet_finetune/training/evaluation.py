@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from pet_finetune.backends.choice import choose_backend, use_backend
 from pet_finetune.checkpoint.opening import open_potential
@@ -24,7 +23,7 @@ from pet_finetune.data.splits import make_splits
 from pet_finetune.data.structure import Structure
 from pet_finetune.data.structure_sets import evenly_spread, joined
 from pet_finetune.data.writing import check_prediction_path, numbered
-from pet_finetune.device import choose_device
+from pet_finetune.device import choose_device, plain_torch
 from pet_finetune.errors import ConfigError, DataError, did_you_mean
 from pet_finetune.keys import Compile, TargetSpec, direct_quantity
 from pet_finetune.log import get_logger
@@ -131,7 +130,7 @@ def open_model(
     return model.to(chosen).eval(), targets
 
 
-@torch.inference_mode(False)
+@plain_torch()
 def evaluate_files(
     checkpoint: str | Path | Potential,
     files: Sequence[str | Path],
@@ -213,7 +212,7 @@ def chosen_target(model: Potential, wanted: str | None, of_adapter: Sequence[str
     return model.target(wanted)
 
 
-@torch.inference_mode(False)
+@plain_torch()
 def evaluate_datasets(
     datasets: Sequence[DatasetOptions],
     checkpoint: str | Path,
@@ -259,7 +258,7 @@ def evaluate_datasets(
     return _evaluate(model, sets(), how)
 
 
-@torch.inference_mode(False)
+@plain_torch()
 def evaluate_options(
     options: Options,
     checkpoint: str | Path,

@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity
 from pet_finetune.backends.choice import Arena
 from pet_finetune.config.run_options import Options
 from pet_finetune.data.labelled_batch import LabelledBatch
-from pet_finetune.device import choose_device, versions
+from pet_finetune.device import choose_device, plain_torch, versions
 from pet_finetune.errors import PetFinetuneError, TrainingError
 from pet_finetune.log import FILE_ONLY, get_logger, setup_logging
 from pet_finetune.profiling import (
@@ -339,7 +339,7 @@ def _operations(events: EventList, device: torch.device) -> list[Operation]:
     ]
 
 
-@torch.inference_mode(False)
+@plain_torch()
 def profile_run(
     options: Options,
     folder: str | Path | RunFolder | None,

@@ -26,7 +26,7 @@ from pet_finetune import launchers, processes
 from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.config.load import parse_options, read_yaml
 from pet_finetune.config.run_options import Options
-from pet_finetune.device import choose_device
+from pet_finetune.device import choose_device, plain_torch
 from pet_finetune.errors import ConfigError, PetFinetuneError, TrainingError
 from pet_finetune.files import size_text
 from pet_finetune.log import FILE_ONLY, get_logger, setup_logging
@@ -47,7 +47,7 @@ from .step import EpochRecord, TrainingResult, TrainOutcome
 _logger = get_logger(__name__)
 
 
-@torch.inference_mode(False)
+@plain_torch()
 def train(
     options: Options,
     folder: str | Path | RunFolder | None = None,

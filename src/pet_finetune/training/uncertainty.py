@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 
 from pet_finetune import processes
@@ -17,6 +16,7 @@ from pet_finetune.committee.calibration import Curves
 from pet_finetune.committee.llpr import Fitted, fit_last_layers
 from pet_finetune.config.finetune import LastLayerOptions
 from pet_finetune.data.loader import Loader
+from pet_finetune.device import plain_torch
 from pet_finetune.errors import TrainingError
 from pet_finetune.log import FILE_ONLY, get_logger
 from pet_finetune.model.potential import Potential
@@ -32,7 +32,7 @@ _logger = get_logger(__name__)
 _BATCH = 32  # structures, when a model gets an uncertainty that it was not trained with
 
 
-@torch.inference_mode(False)
+@plain_torch()
 def add_uncertainty(
     checkpoint: str | Path | Potential,
     training: Sequence[str | Path],

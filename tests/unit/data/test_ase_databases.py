@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from ase import Atoms
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
@@ -48,6 +49,24 @@ def test_everything_comes_back_bit_for_bit(tmp_path):
         assert all(same(old.arrays[name], new.arrays[name]) for name in old.arrays)
         assert set(new.calc.results) == set(old.calc.results)
         assert all(same(old.calc.results[k], new.calc.results[k]) for k in old.calc.results)
+
+
+def test_labels_in_tensors_are_numbers(tmp_path):
+    atoms = frame()
+    forces = torch.tensor(atoms.calc.results["forces"], requires_grad=True)
+    atoms.calc.results.update(energy=torch.tensor(-3.25, requires_grad=True), forces=forces)
+    write_exact(tmp_path / "a.db", [atoms])
+    (back,) = read_frames(tmp_path / "a.db")
+    assert back.calc.results["energy"] == -3.25
+    assert same(back.calc.results["forces"], forces.detach())
+
+
+def test_one_object_several_times_is_warned_of(tmp_path, caplog):
+    one = frame()
+    write_exact(tmp_path / "a.db", [one, frame(1)])
+    assert not caplog.text
+    write_exact(tmp_path / "a.db", [one, frame(1), one])
+    assert "1 of 3 structures are the same object as an earlier one" in caplog.text
 
 
 def test_results_of_another_structure_are_refused(tmp_path):
