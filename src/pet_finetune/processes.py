@@ -261,6 +261,14 @@ def alone() -> Iterator[None]:
         _world.alone = False
 
 
+def num_cores() -> int:
+    """Cores that this process may use: those of its affinity, at most ``OMP_NUM_THREADS``."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return min(cores, int(asked)) if asked.isdecimal() and int(asked) else cores
+
+
 def size() -> int:
     """Number of processes that train the same model."""
     return 1 if _world is None or _world.alone else _world.launch.size

@@ -168,6 +168,13 @@ def add_convert(commands: common.Commands) -> None:
         metavar="NAME",
         help="names of the values to keep (default: all that are numbers)",
     )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that read and check (default: one a core, where that pays); the result is "
+        "the same",
+    )
 
 
 def _convert(arguments: argparse.Namespace) -> int:
@@ -176,7 +183,11 @@ def _convert(arguments: argparse.Namespace) -> int:
 
     log = common.start_log()
     done = convert(
-        arguments.source, arguments.output, format=arguments.format, labels=arguments.labels
+        arguments.source,
+        arguments.output,
+        format=arguments.format,
+        labels=arguments.labels,
+        workers=arguments.workers,
     )
     log.info(
         "%s %s %d structures with %s",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sqlite3
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -165,29 +166,32 @@ def is_database(path: Path) -> bool:
         return file.read(len(_SQLITE)) == _SQLITE
 
 
-def count_rows(path: Path) -> int:
-    """Number of rows of a database.
+def row_numbers(path: Path) -> list[int]:
+    """The numbers of the rows of a database, ascending.
 
     Raises:
         DataError: it cannot be read.
     """
-    if not is_lmdb(path):
-        with (
-            damage_explained(lambda met: DataError(f"{path} cannot be read: {met}.")),
-            ase.db.connect(str(path), type="db") as rows,
-        ):
-            return int(rows.count())
-    with _Lmdb(path) as rows:
-        return len(rows.ids())
+    if is_lmdb(path):
+        with _Lmdb(path) as database:
+            return database.ids()
+    with (
+        damage_explained(lambda met: DataError(f"{path} cannot be read: {met}.")),
+        closing(sqlite3.connect(path)) as rows,
+    ):
+        return [number for (number,) in rows.execute("SELECT id FROM systems ORDER BY id")]
 
 
-def rows_of(path: Path, after: int = 0, kind: str = "db") -> Iterator[tuple[int, Atoms]]:
+def rows_of(
+    path: Path, after: int = 0, kind: str = "db", last: int | None = None
+) -> Iterator[tuple[int, Atoms]]:
     """The frames of a database with the numbers of their rows.
 
     Args:
         path: the file.
         after: the number of the last row that is left out.
         kind: ASE's name of the format, of a file that is no LMDB.
+        last: the number of the last row that is read; None for all.
 
     Raises:
         DataError: it is damaged or cut off; names the row.
@@ -195,27 +199,27 @@ def rows_of(path: Path, after: int = 0, kind: str = "db") -> Iterator[tuple[int,
     if is_lmdb(path):
         with _Lmdb(path) as database:
             for number in database.ids():
-                if number > after:
+                if number > after and (last is None or number <= last):
                     yield number, frame_of(database.row(number), {})
         return
     if kind == "db":
         with path.open("rb") as file:
             check_sqlite(file.read(100), path.stat().st_size, str(path))
     with ase.db.connect(str(path), type=kind) as rows:
-        units, last = _units_of_schnet(rows.metadata), after
-        found = iter(rows.select(f"id>{after}" if after else None))
+        units, limits = _units_of_schnet(rows.metadata), [f"id>{after}"] if after else []
+        found = iter(rows.select(",".join([*limits, *([] if last is None else [f"id<={last}"])])))
         while True:
             with damage_explained(
-                lambda met, last=last: DataError(  # type: ignore[misc]
-                    f"{path} cannot be read after row {last}: {met}. Copy it again."
+                lambda met, after=after: DataError(  # type: ignore[misc]
+                    f"{path} cannot be read after row {after}: {met}. Copy it again."
                 )
             ):
                 row = next(found, None)
                 if row is None:
                     return
                 frame = frame_of(row, units)
-            last = int(row.id)
-            yield last, frame
+            after = int(row.id)
+            yield after, frame
 
 
 def frame_of(row: AtomsRow, units: Mapping[str, str]) -> Atoms:

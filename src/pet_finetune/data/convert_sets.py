@@ -6,8 +6,9 @@ import io
 import shutil
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,15 @@ from pet_finetune.locks import only_one
 from pet_finetune.log import get_logger
 from pet_finetune.terminal import Watch
 
-from .ase_databases import count_rows, is_database
-from .extxyz import read_extxyz
+from .ase_databases import is_database
+from .frame_blocks import FrameSource, in_order, streamed, xyz
 from .frame_files import read_file
 from .metatrain_sets import VERSION, Folder, is_metatrain_set, zip_count
-from .packing import FrameSource, identity_of, pack, set_frames
-from .symbols import as_types
-from .text import to_text
+from .packing import identity_of, pack, set_frames
 
 _logger = get_logger(__name__)
-#: Bytes of text that are read together.
-_TEXT = 1 << 23
+#: Structures that are written into a zip together.
+_TOGETHER = 200
 _XYZ = (".xyz", ".extxyz")
 #: Of files, which folders are not called like.
 _ENDINGS = (*_XYZ, ".db", ".traj", ".json", ".aselmdb", ".h5", ".hdf5", ".npz", ".cif", ".pt")
@@ -61,6 +60,7 @@ def convert(
     format: str = "",
     types: Mapping[int, str] | None = None,
     labels: Collection[str] | None = None,
+    workers: int | None = 1,
 ) -> Converted:
     """Write the structures of a file as a set that stays on disk.
 
@@ -75,6 +75,9 @@ def convert(
         format: ASE's name of the format, where the name of the file does not tell.
         types: elements by number of the type of atom.
         labels: names of the values that are kept; None for all.
+        workers: processes that read and check; None for as many as there are cores, where that
+            pays. The result is the same. With several a script needs
+            ``if __name__ == "__main__":``, for they import it.
 
     Raises:
         DataError: the file cannot be read; the output holds something else, or cannot be written.
@@ -90,40 +93,35 @@ def convert(
     if not target.exists():
         check_new(target, makes_folders=True)
     names = None if labels is None else sorted(labels)
-    key = f"{identity_of(file)} {format} {sorted((types or {}).items())} {names} {VERSION}"
-    frames, total = _frames_of(file, format, types)
+    content = identity_of(file, whole=True)
+    key = f"{content} {format} {sorted((types or {}).items())} {names} {VERSION}"
+    frames = _frames_of(file, format, types)
     if target.suffix == ".zip":
-        done = _convert_to_zip(file, target, key, frames, names, total)
+        done = _convert_to_zip(target, key, frames, names, workers)
     else:
         made = not (target / "ns.npy").exists()
-        count = pack(target, key, str(source), frames, names=names, total=total)
+        count = pack(target, key, frames, names=names, workers=workers)
         done = Converted(target, count, tuple(Folder(target).labels), made)
     if missing := sorted({*(names or ())} - {*done.labels}):
         _logger.warning("no frame of %s has %s as numbers", source, ", ".join(missing))
     return done
 
 
-def _frames_of(
-    file: Path, format: str, types: Mapping[int, str] | None
-) -> tuple[FrameSource, int | None]:
-    """Iterator over the frames of a file, and their number."""
-    if is_metatrain_set(file):
-        if file.is_dir():
-            folder = Folder(file)
-            return lambda first, done: _numbered(folder, first), len(folder)
-        return set_frames(file), zip_count(file)
-    if is_database(file):
-        return set_frames(file), count_rows(file)
+def _frames_of(file: Path, format: str, types: Mapping[int, str] | None) -> FrameSource:
+    """Source of the frames of a file."""
+    if is_metatrain_set(file) and file.is_dir():
+        folder = Folder(file)
+        return streamed(str(file), partial(_numbered, folder), len(folder))
+    if is_metatrain_set(file) or is_database(file):
+        return set_frames(file)
     if file.suffix.lower() in _XYZ and format in ("", "extxyz", "xyz"):
-        plain = format == "xyz"
-        return lambda begin, done: _xyz(file, begin, done, types, plain), None
+        return xyz(file, types or {}, plain=format == "xyz")
     content = read_file(file, format, types)
     sound = [k for k in range(len(content.frames)) if k not in content.doubtful]
     if content.doubtful:
         _logger.warning("%s: %d frames of calculations that did not converge are left out", file,
                         len(content.doubtful))  # fmt: skip
-    chosen = [content.frames[k] for k in sound]
-    return lambda first, done: _numbered(chosen, first), len(chosen)
+    return streamed(str(file), partial(_numbered, [content.frames[k] for k in sound]), len(sound))
 
 
 def _numbered(frames: Any, first: int) -> Iterator[tuple[int, Atoms]]:
@@ -131,71 +129,15 @@ def _numbered(frames: Any, first: int) -> Iterator[tuple[int, Atoms]]:
         yield number + 1, frames[number]
 
 
-def _xyz(
-    file: Path, begin: int, frame: int, types: Mapping[int, str] | None, plain: bool
-) -> Iterator[tuple[int, Atoms]]:
-    """The frames of extended xyz from a byte and a number on, each with the byte behind it."""
-    elements = as_types(types or {})
-    with file.open("rb") as stream:
-        line = 0
-        if begin:  # what was read before counts in messages
-            for piece in iter(lambda: stream.read(min(_TEXT, begin - stream.tell())), b""):
-                line += piece.count(b"\n")
-        while True:
-            start = stream.tell()
-            raw, ends = _whole_frames(stream)
-            if not raw.strip():
-                return
-            text = to_text(raw, str(file))
-            frames = read_extxyz(text, str(file), elements, plain=plain, before=(frame, line))
-            for number, atoms in enumerate(frames):
-                yield start + (ends[number] if number < len(ends) else len(raw)), atoms
-            line += raw.count(b"\n")
-            frame += len(frames)
-
-
-def _whole_frames(stream: io.BufferedReader) -> tuple[bytes, list[int]]:
-    """Lines of as many whole frames as make up some megabytes, and where each frame ends.
-
-    Where lines are no frames, all that is left is given, and reading it says what is wrong.
-    """
-    lines: list[bytes] = []
-    ends: list[int] = []
-    size = 0
-    while size < _TEXT:
-        head = stream.readline()
-        if not head:
-            break
-        lines.append(head)
-        size += len(head)
-        if not head.strip():
-            continue
-        if not head.strip().isdigit():
-            lines.append(stream.read())
-            break
-        body = list(islice(stream, int(head) + 1))
-        lines += body
-        size += sum(map(len, body))
-        place = stream.tell()
-        while (more := stream.readline()).lstrip()[:3] == b"VEC":
-            lines.append(more)
-            size += len(more)
-            place = stream.tell()
-        stream.seek(place)
-        ends.append(size)
-    return b"".join(lines), ends
-
-
 # The zip ----------------------------------------------------------------------------------------
 
 
 def _convert_to_zip(
-    file: Path,
     target: Path,
     key: str,
-    frames: FrameSource,
+    source: FrameSource,
     names: Collection[str] | None,
-    total: int | None,
+    workers: int | None,
 ) -> Converted:
     """Pack a folder next to the zip, and write the zip from it."""
     with only_one(target):
@@ -207,12 +149,12 @@ def _convert_to_zip(
             labels = tuple(sorted(_labels_in(target)))
             return Converted(target, zip_count(target), labels, made=False)
         aside = target.with_name(f"{target.name}.folder")
-        count = pack(aside, key, str(file), frames, names=names, total=total)
+        count = pack(aside, key, source, names=names, workers=workers)
         folder = Folder(aside)
         try:
             with replacing(target) as partial, zipfile.ZipFile(partial, "w") as archive:
                 archive.comment = key.encode()
-                _write_zip(archive, folder)
+                _write_zip(archive, folder, source.workers(workers))
         except OSError as error:
             raise DataError(f"Cannot write {target}: {error.strerror or error}.") from error
         shutil.rmtree(aside)
@@ -226,30 +168,45 @@ def _labels_in(target: Path) -> set[str]:
                 if first == "0" and field.endswith(".mts")}  # fmt: skip
 
 
-def _write_zip(archive: zipfile.ZipFile, folder: Folder) -> None:
+def _write_zip(archive: zipfile.ZipFile, folder: Folder, workers: int) -> None:
     """Write one entry a structure; forces and stress are stored as gradients of the energy."""
-    import metatomic.torch as metatomic
-
-    with Watch(f"writing {archive.filename}", "structures", len(folder)) as watch:
-        for index in range(len(folder)):
-            rows = folder.rows(index)
-            cell = torch.zeros(3, 3, dtype=torch.float64)
-            if folder.cells is not None:
-                cell = torch.from_numpy(folder.cells[index].astype(np.float64))
-            system = metatomic.System(
-                torch.from_numpy(folder.numbers[rows].astype(np.int32)),
-                torch.from_numpy(folder.positions[rows].astype(np.float64)),
-                cell,
-                (cell != 0).any(dim=1),
-            )
-            with archive.open(f"{index}/system.mta", "w") as entry:
-                metatomic.save(entry, system)
-            for name, found in _maps(folder, index, cell).items():
-                with archive.open(f"{index}/{name}.mts", "w") as entry:
-                    np.save(entry, found.save_buffer().numpy())
-            watch.step()
+    firsts = range(0, len(folder), _TOGETHER)
+    with (
+        Watch(f"writing {archive.filename}", "structures", len(folder)) as watch,
+        closing(in_order(partial(_entries, folder.path), firsts, workers)) as found,
+    ):
+        for entries in found:
+            for name, content in entries:
+                archive.writestr(name, content)
+                watch.step(name.endswith("/system.mta"))
         with archive.open("metadata/atom_counts.npy", "w") as entry:
             np.save(entry, folder.num_atoms)
+
+
+def _entries(path: Path, first: int) -> list[tuple[str, bytes]]:
+    """Names and contents of the entries of some structures."""
+    import metatomic.torch as metatomic
+
+    folder, found = Folder(path), []
+    for index in range(first, min(first + _TOGETHER, len(folder))):
+        rows = folder.rows(index)
+        cell = torch.zeros(3, 3, dtype=torch.float64)
+        if folder.cells is not None:
+            cell = torch.from_numpy(folder.cells[index].astype(np.float64))
+        system = metatomic.System(
+            torch.from_numpy(folder.numbers[rows].astype(np.int32)),
+            torch.from_numpy(folder.positions[rows].astype(np.float64)),
+            cell,
+            (cell != 0).any(dim=1),
+        )
+        content = io.BytesIO()
+        metatomic.save(content, system)
+        found.append((f"{index}/system.mta", content.getvalue()))
+        for name, one in _maps(folder, index, cell).items():
+            content = io.BytesIO()
+            np.save(content, one.save_buffer().numpy())
+            found.append((f"{index}/{name}.mts", content.getvalue()))
+    return found
 
 
 def _maps(folder: Folder, index: int, cell: torch.Tensor) -> dict[str, Any]:

@@ -55,6 +55,7 @@ def read_extxyz(
     plain: bool = False,
     step: Callable[[], None] = lambda: None,
     before: tuple[int, int] = (0, 0),
+    notes: Counter[str] | None = None,
 ) -> list[Atoms]:
     """All frames of an XYZ file, plain or extended.
 
@@ -68,6 +69,7 @@ def read_extxyz(
         plain: whether the comment is only a comment.
         step: called after each frame.
         before: frames and lines of the file before this text, where it is a part.
+        notes: where notices are counted, for :func:`tell`.
 
     Raises:
         DataError: names frame and line of what cannot be read, or would be read as something
@@ -75,9 +77,19 @@ def read_extxyz(
     """
     reader = _Reader(text.split("\n"), source, dict(types or {}), plain, text.endswith("\n"))
     reader.frame, reader.before = before
+    reader.notes = Counter() if notes is None else notes
     frames = list(reader.frames(step))
-    reader.finish()
+    reader.finish(len(frames))
+    if notes is None:
+        tell(reader.notes, source, len(frames))
     return frames
+
+
+def tell(notes: Counter[str], source: str, count: int) -> None:
+    """Log notices of a file with so many frames."""
+    for note, found in notes.items():
+        level = logging.WARNING if note.endswith(ASYMMETRIC) else logging.INFO
+        _logger.log(level, "%s: %d of %d frames %s", source, found, count, note)
 
 
 @dataclass
@@ -114,8 +126,7 @@ class _Reader:
                 line += 1
             if line >= len(self.lines):
                 return
-            count = self._count(line)
-            self.start = line
+            count, self.start = self._count(line), line
             end = line + 2 + count
             last = min(len(self.lines), end + 3)
             while end < last and _VECTOR.match(self.lines[end]):
@@ -125,20 +136,14 @@ class _Reader:
             self.frame += 1
             line = end
 
-    def finish(self) -> None:
-        """Notices for the whole file."""
+    def finish(self, count: int) -> None:
+        """Judge what only the whole text tells."""
         if self.types and not self.mapped:
             _logger.warning("%s: %s", self.source, UNUSED_TYPES)
-        largest = len(self.numeric)
         if self.numeric and not self.symbolic and not self.types:
-            if self.numeric == set(range(1, largest + 1)):
-                raise DataError(self._typed(largest))
-            self.notes["have atomic numbers in place of symbols; they are taken as such"] = (
-                self.frame
-            )
-        for note, count in self.notes.items():
-            level = logging.WARNING if note.endswith(ASYMMETRIC) else logging.INFO
-            _logger.log(level, "%s: %d of %d frames %s", self.source, count, self.frame, note)
+            if self.numeric == set(range(1, len(self.numeric) + 1)):
+                raise DataError(self._typed(len(self.numeric)))
+            self.notes["have atomic numbers in place of symbols; they are taken as such"] = count
 
     def _count(self, line: int) -> int:
         """The number of atoms that a frame begins with."""
@@ -148,17 +153,10 @@ class _Reader:
         if not self.frame:
             self._fail(line, f"a number of atoms is expected, found {_shown(word)}")
         before = f"frame {self.frame - 1}, which begins on line {self.shown}"
+        missing = f"the number of atoms of the next frame is expected, found {_shown(word)}"
         if len(word.split()) >= 4:
-            self._fail(
-                line,
-                f"the number of atoms of the next frame is expected, found {_shown(word)}. This "
-                f"looks like an atom more than {before}, says it has",
-            )
-        self._fail(
-            line,
-            f"{before}, ends here, and the number of atoms of the next one is expected, found "
-            f"{_shown(word)}",
-        )
+            self._fail(line, f"{missing}. This looks like an atom more than {before}, says it has")
+        self._fail(line, f"{before}, ends here, and {missing}")
 
     def _read(self, count: int, end: int) -> Atoms:
         """The frame that begins at ``start``."""
@@ -175,12 +173,13 @@ class _Reader:
         vectors = self.lines[first + count : end]
         if not vectors:
             self._refuse_cell(comment)
+        lines = [comment, *rows, *vectors]
         try:
-            atoms = self._atoms([comment, *rows, *vectors], count)
+            atoms = self._atoms(lines, count)
         except DataError:
             raise
         except Exception as error:  # noqa: BLE001  ASE raises whatever it meets
-            atoms = self._second_try(error, [comment, *rows, *vectors], count)
+            atoms = self._second_try(error, lines, count)
         if not self.frame and is_cp2k_comment(comment) and not atoms.pbc.any():
             wrong = "" if _NO_CELL.search(comment) else wrong_in_cp2k(self.source, atoms)
             if wrong:

@@ -19,7 +19,6 @@ from ase.units import Hartree
 from pet_finetune.errors import DataError
 from pet_finetune.log import get_logger
 
-from .calculator_input import molecules_in
 from .formats import GAUSSIAN_ENERGY, VASP_STEP, format_of
 
 _logger = get_logger(__name__)
@@ -63,6 +62,8 @@ def wrong_in_cp2k(source: str, atoms: Atoms) -> str:
 
     Its files of positions, velocities and forces look alike, and none of them says a cell.
     """
+    from .calculator_input import molecules_in  # and torch, which reading does without
+
     moving = re.search(r"(?i)(?:^|[-_.])(frc|force|vel)", Path(source).name)
     solid = len(atoms) > _CLUSTER and not np.isin(atoms.numbers, (1, 6)).any()
     if moving is None and not solid and molecules_in(atoms) == 1:

@@ -11,13 +11,14 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from ase import Atoms
-from ase.stress import voigt_6_to_full_3x3_stress
 
 from pet_finetune.errors import DataError
 from pet_finetune.files import read_object, write_whole
@@ -26,29 +27,22 @@ from pet_finetune.locks import only_one
 from pet_finetune.log import get_logger
 from pet_finetune.terminal import Watch
 
-from .ase_databases import count_rows, is_database, rows_of
+from .ase_databases import is_database
+from .extxyz import tell
+from .frame_blocks import Frame, FrameSource, in_order, prepared, rows, streamed
 from .metatrain_sets import ABOUT, VERSION, Folder, is_large, read_about, zip_count, zip_frames
-from .stated_units import is_statement
-from .structure import check_geometry, place
+from .structure import place
 
 _logger = get_logger(__name__)
-_PROGRESS, _SIZES = "progress.json", "sizes.bin"
+_PROGRESS, _SIZES = "progress.json", "sizes.i8"
 #: Seconds between two records of what is done.
 _SECONDS = 5.0
-#: Names that metatrain keeps for other things.
-_KEPT = frozenset({"x", "a", "c", "ns", "na", "numbers", "positions"})
-#: Results of calculators that are of atoms.
-_OF_ATOMS = frozenset({"forces", "energies", "stresses", "charges", "magmoms"})
 #: Pieces of a file that tell it from others, and their bytes.
 _PIECES, _PIECE = 256, 65536
 
-#: Frames from a position on (before which there is a number of others), each with the position
-#: behind it.
-FrameSource = Callable[[int, int], "Iterator[tuple[int, Atoms]]"]
 
-
-def identity_of(path: Path) -> str:
-    """Changes with the content: the size of a file, and 256 pieces of it, evenly spread.
+def identity_of(path: Path, *, whole: bool = False) -> str:
+    """Changes with the content: the size of a file, and 256 pieces of it, evenly spread, or all.
 
     Of a folder, of all its files.
     """
@@ -57,13 +51,16 @@ def identity_of(path: Path) -> str:
         if not file.is_file():
             continue
         size = file.stat().st_size
+        whole_file = whole or size <= _PIECE * _PIECES
         digest.update(f"{file.name if path.is_dir() else ''} {size};".encode())
         with file.open("rb") as stream:
-            for begin in np.linspace(0, max(0, size - _PIECE), _PIECES).astype(np.int64).tolist():
+            if whole_file:
+                while piece := stream.read(_PIECE * 16):
+                    digest.update(piece)
+                continue
+            for begin in np.linspace(0, size - _PIECE, _PIECES).astype(np.int64).tolist():
                 stream.seek(begin)
                 digest.update(stream.read(_PIECE))
-                if size <= _PIECE:
-                    break
     return digest.hexdigest()
 
 
@@ -76,47 +73,44 @@ def packed(path: Path) -> Folder | None:
     Raises:
         DataError: it is damaged; names the frame.
     """
-    if is_database(path):
-        count = count_rows(path)
-    elif path.suffix == ".zip" and path.is_file():
-        count = zip_count(path)
-    else:
+    if not is_database(path) and not (path.suffix == ".zip" and path.is_file()):
         return None
-    if not is_large(count):
+    source = set_frames(path)
+    if not is_large(source.total):
         return None
     key = identity_of(path)
     target = cache_folders()[-1] / "sets" / f"{key}-{VERSION}"
     if not target.exists():
-        _logger.info("%s has %d structures: they are packed once into %s", path, count, target)
-    pack(target, key, str(path), set_frames(path), total=count)
+        _logger.info(
+            "%s has %d structures: they are packed once into %s", path, source.total, target
+        )
+    pack(target, key, source)
     return Folder(target, str(path))
 
 
 def set_frames(path: Path) -> FrameSource:
-    """Reader of the frames of a database or of metatrain's zip."""
+    """Source of the frames of a database or of metatrain's zip."""
     if is_database(path):
-        return lambda position, done: rows_of(path, position)
-    return lambda position, done: zip_frames(path, position)
+        return rows(path)
+    return streamed(str(path), partial(zip_frames, path), zip_count(path))
 
 
 def pack(
     target: Path,
     key: str,
-    source: str,
-    frames: FrameSource,
+    source: FrameSource,
     *,
     names: Collection[str] | None = None,
-    total: int | None = None,
+    workers: int | None = 1,
 ) -> int:
     """Write frames as a memory-mapped folder, or continue an unfinished one.
 
     Args:
         target: the folder; it appears when it is whole.
         key: of the content and the options; a folder with the same one is there already.
-        source: where the frames come from, for messages.
-        frames: gives them.
+        source: where the frames come from.
         names: of the labels that are kept; None for all.
-        total: how many frames there are, where that is known.
+        workers: processes that read and check; None for as many as pay.
 
     Returns:
         How many structures there are.
@@ -127,13 +121,14 @@ def pack(
     with only_one(target):
         if target.is_dir() and any(target.iterdir()):
             if read_about(target).get("key") == key:
+                _tidy(target)  # a process may have ended before it did
                 return int(np.load(target / "ns.npy"))
             raise DataError(
                 f"{target} holds something else (another set, or the same with other options). "
                 "Remove it, or choose another folder."
             )
         try:
-            return _pack(target, key, source, frames, names, total)
+            return _pack(target, key, source, names, workers)
         except OSError as error:
             raise DataError(
                 f"Cannot write {target}: {error.strerror or error}. What is done stays beside it; "
@@ -144,36 +139,40 @@ def pack(
 def _pack(
     target: Path,
     key: str,
-    source: str,
-    frames: FrameSource,
+    source: FrameSource,
     names: Collection[str] | None,
-    total: int | None,
+    workers: int | None,
 ) -> int:
-    writer = _Writer(target.with_name(f"{target.name}.part"), key, source, names)
+    writer = _Writer(target.with_name(f"{target.name}.part"), key, source.name)
     if writer.count:
         _logger.info("going on with %s after %d structures", target, writer.count)
-    written, position = time.monotonic(), writer.position
-    with Watch(f"packing {source}", "structures", total) as watch:
-        watch.step(writer.count)
-        try:
-            for position, atoms in frames(writer.position, writer.count):
-                writer.add(atoms)
-                watch.step()
+    blocks = source.blocks(writer.position, writer.count)
+    found = in_order(partial(prepared, source.name, names), blocks, source.workers(workers))
+    written, notes = time.monotonic(), Counter[str]()
+    unit = "MB" if source.in_bytes else "structures"
+    with (
+        Watch(f"packing {source.name}", unit, source.total) as watch,
+        closing(writer),
+        closing(found),
+    ):
+        for frames, some in found:
+            for frame in frames:
+                writer.add(frame)
+                watch.done = frame.end // 10**6 if source.in_bytes else writer.count
                 if time.monotonic() - written > _SECONDS:
-                    writer.record(position)
+                    writer.record()
                     written = time.monotonic()
-        except BaseException:
-            writer.close()
-            raise
-    writer.finish(target)
+            notes += some
+        tell(notes, source.name, writer.count)
+        writer.finish(target)
     return writer.count
 
 
 class _Writer:
     """The arrays of a folder while they grow."""
 
-    def __init__(self, folder: Path, key: str, source: str, names: Collection[str] | None) -> None:
-        self._folder, self._key, self._source, self._names = folder, key, source, names
+    def __init__(self, folder: Path, key: str, source: str) -> None:
+        self._folder, self._key, self._source = folder, key, source
         self.count = self.position = self._atoms = 0
         self._columns: dict[str, dict[str, Any]] = {}
         self._dropped: dict[str, str] = {}
@@ -188,11 +187,15 @@ class _Writer:
         record = self._folder / _PROGRESS
         if record.exists():
             state = read_object(record)
-            if (state.get("key"), state.get("version")) == (self._key, VERSION):
+            sizes = state["sizes"]
+            there = {f.name: f.stat().st_size for f in self._folder.iterdir() if f.name in sizes}
+            # Files are shorter than the record says where the machine went down.
+            whole = all(there.get(name, -1) >= size for name, size in sizes.items())
+            if (state.get("key"), state.get("version")) == (self._key, VERSION) and whole:
                 self.count, self.position = state["count"], state["position"]
                 self._atoms, self._columns = state["atoms"], state["columns"]
                 self._dropped, self._notes = state["dropped"], state["notes"]
-                for name, size in state["sizes"].items():
+                for name, size in sizes.items():
                     os.truncate(self._folder / name, size)
                 return
         elif self._folder.is_dir() and any(self._folder.iterdir()):
@@ -207,17 +210,22 @@ class _Writer:
             self._files[name] = (self._folder / name).open("ab", buffering=1 << 18)
         return self._files[name]
 
-    def add(self, atoms: Atoms) -> None:
+    def add(self, frame: Frame) -> None:
         """Write a frame behind the others."""
-        where, count = place(self.count, self._source), len(atoms)
-        pbc = np.array(atoms.pbc, dtype=bool)
-        cell = np.where(pbc[:, None], np.asarray(atoms.cell, dtype=np.float64), 0.0)
-        check_geometry(atoms.numbers, atoms.positions, cell, pbc, where)
-        self._file("x.bin").write(atoms.positions.astype("<f4").tobytes())
-        self._file("a.bin").write(atoms.numbers.astype("<i4").tobytes())
-        self._file("c.bin").write(cell.astype("<f4").tobytes())
+        where, count = place(self.count, self._source), frame.size
+        for file, content in zip(("x.bin", "a.bin", "c.bin"), frame.geometry, strict=True):
+            self._file(file).write(content)
         self._file(_SIZES).write(np.int64(count).tobytes())
-        labels = self._labels(atoms, where)
+        for name, text in frame.units.items():
+            if self._notes.setdefault(name, text) != text:
+                raise DataError(
+                    f"{where} states {name}={text}, and frames before it "
+                    f"{name}={self._notes[name]}. Make two sets of them."
+                )
+        for name, text in frame.texts.items():
+            if name not in self._dropped:
+                self._texts.setdefault(name, f"{where} ({text!r})")
+        labels = {k: one for k, one in frame.labels.items() if k not in self._dropped}
         for name, (array, of_atoms) in labels.items():
             column = self._columns.get(name)
             if column is None:
@@ -234,6 +242,7 @@ class _Writer:
             )
             self._write_values(name, column, array)
         self.count += 1
+        self.position = frame.end
         self._atoms += count
 
     def _tell_text(self, name: str) -> None:
@@ -253,40 +262,6 @@ class _Writer:
             self._file(f"{name}.f8").write(array.astype("<f8").tobytes())
             if float(narrow) != float(array) and not np.isnan(array):
                 column["exact"] = False
-
-    def _labels(self, atoms: Atoms, where: str) -> dict[str, tuple[np.ndarray, bool]]:
-        """Numbers of a frame by name, and whether they are of atoms; notes texts about units."""
-        found: dict[str, tuple[np.ndarray, bool]] = {}
-        results: Mapping[str, Any] = getattr(atoms.calc, "results", None) or {}
-        places = (
-            (atoms.info, lambda name: False),
-            (atoms.arrays, lambda name: True),
-            (results, lambda name: name in _OF_ATOMS),
-        )
-        for values, is_of_atoms in places:
-            for key, value in values.items():
-                name = str(key)
-                if isinstance(value, str) and is_statement(name):
-                    if self._notes.setdefault(name, value) != value:
-                        raise DataError(
-                            f"{where} states {name}={value}, and frames before it "
-                            f"{name}={self._notes[name]}. Make two sets of them."
-                        )
-                    continue
-                if value is None or name in found or not self._wanted(name):
-                    continue
-                if isinstance(value, str):
-                    self._texts.setdefault(name, f"{where} ({value[:20]!r})")
-                    continue
-                array = np.asarray(value)
-                if array.dtype.kind in "iufb" and array.size:
-                    found[name] = _shaped(name, array.astype(np.float64)), is_of_atoms(name)
-        return found
-
-    def _wanted(self, name: str) -> bool:
-        if name in _KEPT or "/" in name or name.startswith("."):
-            return False
-        return name not in self._dropped and (self._names is None or name in self._names)
 
     def _new_column(self, name: str, array: np.ndarray, of_atoms: bool) -> dict[str, Any]:
         """Begin a label; the frames before this one lack it."""
@@ -311,14 +286,13 @@ class _Writer:
                 self._files.pop(file).close()
             (self._folder / file).unlink(missing_ok=True)
 
-    def record(self, position: int) -> None:
+    def record(self) -> None:
         """Record the progress, from which another process can continue."""
-        self.position = position
         for file in self._files.values():
             file.flush()
-        names = [name for name in os.listdir(self._folder) if name.endswith((".bin", ".f8"))]
+        names = [name for name in os.listdir(self._folder) if name.endswith((".bin", ".f8", ".i8"))]
         state = {
-            "key": self._key, "version": VERSION, "count": self.count, "position": position,
+            "key": self._key, "version": VERSION, "count": self.count, "position": self.position,
             "atoms": self._atoms, "columns": self._columns, "dropped": self._dropped,
             "notes": self._notes,
             "sizes": {name: (self._folder / name).stat().st_size for name in names},
@@ -334,18 +308,15 @@ class _Writer:
     def finish(self, target: Path) -> None:
         """Write the index, and give the folder its name."""
         if not self.count:
-            self.close()
             raise DataError(f"{self._source} holds no structures.")
+        self.record()
         self.close()
         sizes = np.fromfile(self._folder / _SIZES, np.int64)
         np.save(self._folder / "ns.npy", np.array(self.count))
         np.save(self._folder / "na.npy", np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
         for name, column in self._columns.items():
-            wide = self._folder / f"{name}.f8"
-            if wide.exists():
-                if not column["exact"]:
-                    _as_npy(wide, self._folder / f"{name}.npy", self.count)
-                wide.unlink()
+            if not column["exact"]:
+                _as_npy(self._folder / f"{name}.f8", self._folder / f"{name}.npy", self.count)
         labels = {
             name: {"of_atoms": column["of_atoms"], "shape": column["shape"]}
             for name, column in self._columns.items()
@@ -353,23 +324,16 @@ class _Writer:
         about = {"version": VERSION, "key": self._key, "source": self._source, "labels": labels,
                  "notes": self._notes}  # fmt: skip
         write_whole(self._folder / ABOUT, json.dumps(about))
-        for name in (_SIZES, _PROGRESS):
-            (self._folder / name).unlink(missing_ok=True)
         if target.is_dir():  # an empty one
             target.rmdir()
         self._folder.rename(target)
+        _tidy(target)
 
 
-def _shaped(name: str, array: np.ndarray) -> np.ndarray:
-    """Values as metatrain has them: numbers without axes, stress and virial as 3x3."""
-    if array.shape == (1,):
-        return array.reshape(())
-    if "stress" in name.lower() or "virial" in name.lower():
-        if array.shape == (6,):
-            return np.asarray(voigt_6_to_full_3x3_stress(array))
-        if array.shape == (9,):
-            return array.reshape(3, 3)
-    return array
+def _tidy(folder: Path) -> None:
+    """Remove what only writing it took."""
+    for file in (folder / _SIZES, folder / _PROGRESS, *folder.glob("*.f8")):
+        file.unlink(missing_ok=True)
 
 
 def _as_npy(raw: Path, target: Path, count: int) -> None:

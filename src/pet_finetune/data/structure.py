@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from ase import Atoms
 from ase.data import chemical_symbols
-from torch import Tensor
 
 from pet_finetune.errors import DataError
 from pet_finetune.keys import LabelKind
 from pet_finetune.log import get_logger
+
+if TYPE_CHECKING:  # what only reads frames does without it
+    from torch import Tensor
 
 _logger = get_logger(__name__)
 #: Where a total charge is looked for in ``atoms.info`` when the options name no key.
@@ -65,7 +66,7 @@ class Structure:
     @property
     def volume(self) -> float:
         """Cell volume in Å³; 0 where the structure is not periodic in all directions."""
-        return abs(float(torch.linalg.det(self.cell))) if bool(self.pbc.all()) else 0.0
+        return abs(float(self.cell.det())) if bool(self.pbc.all()) else 0.0
 
     @property
     def where(self) -> str:
@@ -129,6 +130,8 @@ def atoms_to_structure(
             direction without a cell vector. Charge and multiplicity are what the file says:
             :func:`check_charges` judges them for a model that reads them.
     """
+    import torch
+
     where = place(index, source)
     numbers = np.array(atoms.numbers, dtype=np.int64)
     positions = np.array(atoms.positions, dtype=np.float64) * length_factor

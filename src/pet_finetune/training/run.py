@@ -245,7 +245,7 @@ def _start_processes(
         }
         job.write_text(OmegaConf.to_yaml(OmegaConf.create(content)), encoding="utf-8")
         error = Path(place, "error.txt")
-        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, _num_cores() // count))
+        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, processes.num_cores() // count))
         with _environment({processes.ERROR_FILE: str(error), "OMP_NUM_THREADS": threads}):
             failure = _run(count, job)
         written = Path(place, _OUTCOME)
@@ -265,13 +265,6 @@ def _plain(options: Options) -> dict[str, Any]:
     if options.training.learning_rate is None:
         del plain["architecture"]["training"]["learning_rate"]
     return plain
-
-
-def _num_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 @contextmanager

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sqlite3
 import sys
 import types
+import zipfile
 import zlib
 
 import ase.db
@@ -15,7 +17,7 @@ import pytest
 from ase.io.jsonio import encode
 
 from pet_finetune.config.load import parse_options
-from pet_finetune.data import convert_sets, metatrain_sets, packing
+from pet_finetune.data import frame_blocks, metatrain_sets, packing
 from pet_finetune.data.convert_sets import convert
 from pet_finetune.data.frame_files import forget_files, read_frames
 from pet_finetune.data.label_columns import find_value
@@ -115,7 +117,7 @@ def test_metatrain_reads_the_zip(tmp_path, data):
 
 
 def test_xyz_is_read_piece_by_piece(tmp_path, monkeypatch):
-    monkeypatch.setattr(convert_sets, "_TEXT", 700)  # a frame or two
+    monkeypatch.setattr(frame_blocks, "_TEXT", 700)  # a frame or two
     path = write_frames(tmp_path / "data.xyz", FRAMES)
     convert(path, tmp_path / "set")
     for one, frame in zip(Folder(tmp_path / "set"), read_frames(path), strict=True):
@@ -126,7 +128,7 @@ def test_xyz_is_read_piece_by_piece(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("together", [200, 1 << 20])
 def test_a_frame_that_is_cut_off_is_named(tmp_path, monkeypatch, together):
-    monkeypatch.setattr(convert_sets, "_TEXT", together)
+    monkeypatch.setattr(frame_blocks, "_TEXT", together)
     path = write_frames(tmp_path / "data.xyz", molecules(5, names=("CH4",)))
     text = path.read_text().splitlines(keepends=True)
     path.write_text("".join(text[:-2]))
@@ -139,11 +141,23 @@ class Stopped(BaseException):
     """As Ctrl-C."""
 
 
+def stop(*ignored):
+    raise Stopped
+
+
+def stopped(source, target, where):
+    """A conversion that is stopped where it calls a function of ``packing``."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(packing, where, stop)
+        with pytest.raises(Stopped):
+            convert(source, target)
+
+
 @pytest.mark.parametrize("kind", ["xyz", "db", "zip"])
 def test_what_was_stopped_goes_on(tmp_path, monkeypatch, data, kind):
     source = data
     if kind == "xyz":
-        monkeypatch.setattr(convert_sets, "_TEXT", 700)
+        monkeypatch.setattr(frame_blocks, "_TEXT", 700)
         source = write_frames(tmp_path / "data.xyz", FRAMES)
     elif kind == "zip":
         source = tmp_path / "source.zip"
@@ -167,6 +181,78 @@ def test_what_was_stopped_goes_on(tmp_path, monkeypatch, data, kind):
     assert calls == [0, 1, 2, 3, 4, 5, 5, 6]
     for file in (tmp_path / "whole").iterdir():
         assert file.read_bytes() == (tmp_path / "set" / file.name).read_bytes(), file.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["xyz", "db", "zip"])
+def test_several_processes_write_what_one_writes(tmp_path, monkeypatch, caplog, data, kind):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(frame_blocks, "_TEXT", 700)
+    monkeypatch.setattr(frame_blocks, "_TOGETHER", 2)
+    source = write_frames(tmp_path / "data.xyz", FRAMES) if kind == "xyz" else data
+    if kind == "xyz":  # notices of blocks are told of the whole, and what processes log is logged
+        source.write_bytes(source.read_bytes().replace(b"energy=", b"note=\xe5 dump=1 energy="))
+    ending = ".zip" if kind == "zip" else ""
+    found = []
+    for workers in (1, 2):
+        caplog.clear()
+        target = tmp_path / f"set{workers}{ending}"
+        convert(source, target, workers=workers)
+        files = [target] if ending else sorted(target.iterdir())
+        content = {file.name.strip("12"): file.read_bytes() for file in files}
+        if ending:
+            with zipfile.ZipFile(target) as archive:
+                content = {name: archive.read(name) for name in archive.namelist()}
+        found.append((content, [r.getMessage().replace(str(target), "") for r in caplog.records]))
+    assert found[0] == found[1]
+    assert kind != "xyz" or any("not UTF-8" in message for message in found[0][1])
+
+
+@pytest.mark.slow
+def test_errors_and_the_end_of_a_process_of_several(tmp_path, monkeypatch):
+    monkeypatch.setattr(frame_blocks, "_TEXT", 200)
+    path = write_frames(tmp_path / "data.xyz", molecules(5, names=("CH4",)))
+    text = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(text[:-2]))
+    with pytest.raises(DataError, match="the last frame, 4, which begins on line 29, is cut off"):
+        convert(path, tmp_path / "set", workers=2)
+    with pytest.raises(DataError, match="was killed"):
+        list(frame_blocks.in_order(os._exit, [3], 2))
+    assert not multiprocessing.active_children()
+
+
+def test_a_record_that_says_more_than_there_is_begins_anew(tmp_path, monkeypatch, data):
+    """As after the machine went down: the record is on the disk, and not all that it counts."""
+    convert(data, tmp_path / "whole")
+    stopped(data, tmp_path / "set", "_tidy")
+    (tmp_path / "set").rename(tmp_path / "set.part")
+    os.truncate(tmp_path / "set.part" / "x.bin", 12)
+    convert(data, tmp_path / "set")
+    for file in (tmp_path / "whole").iterdir():
+        assert file.read_bytes() == (tmp_path / "set" / file.name).read_bytes(), file.name
+
+
+@pytest.mark.parametrize("last", ["_as_npy", "_tidy"])
+def test_what_was_stopped_at_its_end_is_finished(tmp_path, monkeypatch, data, last):
+    convert(data, tmp_path / "whole")
+    stopped(data, tmp_path / "set", last)
+    monkeypatch.setattr(packing._Writer, "add", None)  # nothing is done again
+    assert convert(data, tmp_path / "set").structures == 7
+    names = {file.name for file in (tmp_path / "set").iterdir()}
+    assert names == {file.name for file in (tmp_path / "whole").iterdir()}
+    assert_holds(tmp_path / "set", FRAMES)
+
+
+def test_another_content_of_the_same_size_is_another_set(tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "_PIECES", 2)
+    monkeypatch.setattr(packing, "_PIECE", 64)
+    path = write_frames(tmp_path / "data.xyz", FRAMES)
+    before = packing.identity_of(path), packing.identity_of(path, whole=True)
+    text = path.read_bytes()
+    middle = len(text) // 2
+    path.write_bytes(text[:middle] + b"#" + text[middle + 1 :])
+    assert packing.identity_of(path) == before[0]
+    assert packing.identity_of(path, whole=True) != before[1]
 
 
 def test_another_content_begins_anew_and_replaces_nothing(tmp_path, data):
