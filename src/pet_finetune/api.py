@@ -205,6 +205,9 @@ def evaluate(
     Returns:
         Errors and predictions by set: ``structures`` for structures in memory, else the path.
     """
+    for name, given, kind in (("labels", labels, LabelNames), ("how", how, EvaluationSettings)):
+        if not isinstance(given, kind | None):
+            raise ConfigError(f"{name}: expected a pf.{kind.__name__}(...), got {given!r}.")
     how = replace(how or EvaluationSettings(), keep=True)
     if as_tensormaps is not False:
         how = replace(how, tensormaps=() if as_tensormaps is True else as_tensormaps)
@@ -252,6 +255,8 @@ def inspect(
         given = {"structures": structures, "validation": validation, "test": test}
         sets = [stack.enter_context(as_files(some, name)) for name, some in given.items()]
         (train, own), (held, second), (last, third) = sets
+        if not train:
+            raise DataError("structures: there are none.")
         request = request_of_files(train, start, held, last, systems=systems)
         found = inspect_data(request, device=device, seconds=seconds)
         return renamed(found, own | second | third)

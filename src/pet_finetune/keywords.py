@@ -25,7 +25,7 @@ from pydantic import BaseModel
 from pet_finetune.adapters.adapted import AdaptedPotential
 from pet_finetune.adapters.base_weights import weights_fingerprint
 from pet_finetune.checkpoint.native import save_checkpoint
-from pet_finetune.checkpoint.opening import load_checkpoint
+from pet_finetune.checkpoint.opening import load_checkpoint, no_model
 from pet_finetune.config.finetune import (
     METHOD_KEYS,
     METHOD_SHORTHANDS,
@@ -158,6 +158,11 @@ class Arguments:
 
     def data(self, given: Any, targets: Mapping[str, Any] | None) -> None:
         """The training set: structures, a path or a section; or a whole tree of options."""
+        if targets is not None and not isinstance(targets, Mapping):
+            raise ConfigError(
+                'targets: expected a dictionary, such as {"energy": {"key": "REF_energy", "unit": '
+                f'"eV"}}}}, got {type(targets).__name__}.'
+            )
         if isinstance(given, (str, os.PathLike)) and Path(given).suffix in _YAML:
             given = read_yaml(os.fspath(given))
         if isinstance(given, Mapping) and "systems" not in given:
@@ -362,9 +367,7 @@ def _address(model: Any) -> str:
     """
     if isinstance(model, (str, os.PathLike)):
         return os.fspath(model)
-    raise ConfigError(
-        f"model: expected a checkpoint, or a model as pf.load gives it, got {type(model).__name__}."
-    )
+    raise no_model(model)
 
 
 def checkpoint_of(model: Model, spare: Path, *, write: bool = True) -> str:

@@ -285,6 +285,16 @@ def test_models_and_structures_of_another_kind_are_refused(base):
             wrong(*([5] if wrong is pf.inspect else [molecules(1), molecules(1)]))
     with pytest.raises(pf.PetFinetuneError, match="structures: expected structures"):
         pf.evaluate(base, pf.load(base))
+    for call, message in (
+        (lambda: pf.PETCalculator(None), "model: expected a checkpoint .* got NoneType"),
+        (lambda: pf.PETCalculator(pf.load_checkpoint(base)), "got Checkpoint. Give its attribute"),
+        (lambda: pf.evaluate(base, molecules(1), labels={}), r"labels: expected a pf.LabelNames"),
+        (lambda: pf.evaluate(base, molecules(1), how=3), r"how: expected a pf.EvaluationSettings"),
+        (lambda: pf.finetune(base, molecules(4), targets="E"), "targets: expected a dictionary"),
+        (lambda: pf.inspect([]), "structures: there are none"),
+    ):
+        with pytest.raises(pf.PetFinetuneError, match=message):
+            call()
 
 
 def test_methods_are_those_of_the_schema():

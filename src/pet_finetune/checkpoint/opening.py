@@ -40,7 +40,10 @@ def load_checkpoint(path: str | os.PathLike[str], *, keep_adapter: bool = False)
 
     Raises:
         CheckpointError: the file is something else, or damaged; the message says so in one line.
+        ConfigError: it is no path.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise no_model(path)
     with TorchArchive(path) as archive, damage_explained(archive.damaged):
         content = archive.content()
         if is_native(content):
@@ -51,6 +54,23 @@ def load_checkpoint(path: str | os.PathLike[str], *, keep_adapter: bool = False)
     for notice in converted.notices:
         _log.info("%s: %s", converted.path, notice)
     return _finite(converted)
+
+
+#: What to do with objects that are taken for models.
+_HINTS = {
+    "Checkpoint": " Give its attribute `model`.",
+    "Committee": " For a committee, give its foundation and the folder of its run: PETCalculator("
+    "foundation, adapters=folder), pf.export(foundation, file, adapter=folder).",
+}
+
+
+def no_model(given: object) -> ConfigError:
+    """The error for an object that is neither a model nor the path of one."""
+    kind = type(given).__name__
+    return ConfigError(
+        "model: expected a checkpoint (a path, an address or a name), or a model as pf.load gives "
+        f"it, got {kind}.{_HINTS.get(kind, '')}"
+    )
 
 
 def _finite(checkpoint: Checkpoint) -> Checkpoint:

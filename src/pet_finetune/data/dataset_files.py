@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -178,7 +178,9 @@ class Gradient:
                     "periodic in all three directions (pbc and a cell). Set it to `off`."
                 )
             raise column.missing(first, len(self.reading.chosen))
-        suggestion = column.suggestion(first)
+        suggestion, kind = column.suggestion(first), self.kind
+        if not suggestion and kind == "stress":
+            suggestion, kind = replace(column, key="virial").suggestion(first), "virial"
         if suggestion and (usable is None or any(usable)):
             _logger.warning(
                 "%s has no %r, so the %s are left out.%s Then write `%s: {key: ...}` in the "
@@ -187,7 +189,7 @@ class Gradient:
                 column.key,
                 column.what,
                 suggestion,
-                self.kind,
+                kind,
             )
 
 

@@ -137,7 +137,7 @@ class RunFiles:
         if self.last.exists():
             raise TrainingError(
                 f"The output folder '{self.folder}' holds a run already. Choose another with "
-                f"-o FOLDER, or go on with that run: --restart {self.folder}."
+                f"-o FOLDER (folder=... in Python), or go on with it: --restart {self.folder}."
             )
         if self.best.exists() or (self.folder / TABLE).exists():
             raise TrainingError(
