@@ -1,19 +1,19 @@
 """A pickle reader that can build nothing but inert records.
 
 A checkpoint written by ``torch.save`` is a zip archive around a pickle, and a pickle is a program
-that may call any function of any module. This reader runs the small part of the pickle machine
-that PyTorch's files use. Names in the file never reach ``import``: each must be listed here and is
-replaced by a builder of ours, so that what comes out are numbers, strings, containers,
-:class:`StoredTensor` (where a tensor lies in the archive, not its data) and :class:`Inert` (the
-name of a foreign class beside what the file said about it). Everything else is refused by name
-before anything is done with it.
+that may call any function of any module. This reader runs the few instructions that PyTorch's files
+use. Names in the file never reach ``import``: each must be listed here and is replaced by a builder
+of ours, so that what comes out are numbers, strings, containers, :class:`StoredTensor` (where a
+tensor lies in the archive, not its data) and :class:`Inert` (the name of a foreign class beside
+what the file said about it). Everything else is refused by name before anything is done with it.
 
-Own machine rather than a subclass of ``pickle.Unpickler``: that one would still run
-``__setstate__``, ``__reduce__`` results and the extension registry, and it sizes its memo from
-the file.
+It is Python's own reader written in Python, with a table of instructions that lacks all that could
+call or set something. The compiled ``pickle.Unpickler`` cannot be restricted so: it would still run
+``__setstate__``, ``__reduce__`` results and the extension registry, and it sizes its memo from the
+file.
 
-Own machine rather than ``torch.load(weights_only=True)`` with stand-ins in
-``torch.serialization.safe_globals``: that reads every checkpoint we know, but (torch 2.13)
+``torch.load(weights_only=True)`` with stand-ins in ``torch.serialization.safe_globals`` reads every
+checkpoint we know too, but (torch 2.13)
 
 * a dictionary key of tuples within tuples, three million bytes of them, ends the process with a
   segmentation fault, because keys of any kind are hashed;
@@ -25,15 +25,19 @@ Own machine rather than ``torch.load(weights_only=True)`` with stand-ins in
 
 from __future__ import annotations
 
+import io
+import pickle
 import pickletools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from pet_finetune.errors import CheckpointError, damage_explained
+
+_PureUnpickler: Any = pickle._Unpickler
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,58 +187,44 @@ class _Global:
     build: Callable[..., Any] | None
 
 
-_MARK = object()
-
-#: Instructions that push the value they carry.
-_LITERALS = frozenset(
-    {
-        *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-        *("STRING", "BINSTRING", "SHORT_BINSTRING"),
-        *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
-        *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
-    }
-)
-
-_CONSTANTS: Mapping[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-
-_EMPTY: Mapping[str, Callable[[], Any]] = {
-    "EMPTY_TUPLE": tuple,
-    "EMPTY_LIST": list,
-    "EMPTY_DICT": dict,
-    "EMPTY_SET": set,
-}
-
-_TUPLES: Mapping[str, int] = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+def _code(name: str) -> int:
+    """The code of an instruction."""
+    return int(getattr(pickle, name)[0])
 
 
-@dataclass
-class _Machine:
-    """The stack, the memo and the instructions of the pickle machine that PyTorch's files use."""
+#: Instructions that push what they carry, build containers, or take from the stack and the memo.
+_READ = (
+    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT",
+    "STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
+    "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "NONE", "NEWTRUE", "NEWFALSE",
+    "EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3",
+    "LIST", "APPEND", "APPENDS", "MARK", "POP", "POP_MARK", "DUP", "PUT", "BINPUT", "LONG_BINPUT",
+    "MEMOIZE", "GET", "BINGET", "LONG_BINGET", "GLOBAL", "STACK_GLOBAL", "BINPERSID",
+    "PROTO", "FRAME", "STOP",
+)  # fmt: skip
 
-    where: str
-    stack: list[Any] = field(default_factory=list)
-    memo: dict[int, Any] = field(default_factory=dict)
 
-    def run(self, data: bytes) -> Any:
-        for opcode, argument, _ in pickletools.genops(data):
-            name = opcode.name
-            if name in _LITERALS:
-                self.stack.append(argument)
-            elif name in _CONSTANTS:
-                self.stack.append(_CONSTANTS[name])
-            elif name in _EMPTY:
-                self.stack.append(_EMPTY[name]())
-            elif name in _TUPLES:
-                size = _TUPLES[name]
-                self.stack[-size:] = [tuple(self.stack[-size:])]
-            elif name == "STOP":
-                return self.stack.pop()
-            else:
-                instruction = getattr(self, f"do_{name}", None)
-                if instruction is None:
-                    raise self.refusal(f"uses the pickle instruction {name}")
-                instruction(argument)
-        raise ValueError("the pickle has no end")
+class _Instructions(dict[int, Callable[["_Reader"], None]]):
+    """What the reader does, by the code of an instruction; all others are refused by name."""
+
+    def __missing__(self, code: int) -> Callable[[_Reader], None]:
+        known = (op.name for op in pickletools.opcodes if op.code == chr(code))
+        name = next(known, f"of code {code}")
+
+        def refuse(reader: _Reader) -> None:
+            raise reader.refusal(f"uses the pickle instruction {name}")
+
+        return refuse
+
+
+class _Reader(_PureUnpickler):
+    """Python's reader with the instructions that PyTorch's files use, and names of ours."""
+
+    dispatch = _Instructions({c: _PureUnpickler.dispatch[c] for c in map(_code, _READ)})
+
+    def __init__(self, data: bytes, where: str) -> None:
+        super().__init__(io.BytesIO(data), encoding="latin-1")
+        self.where = where
 
     def refusal(self, what: str) -> CheckpointError:
         return CheckpointError(
@@ -242,21 +232,13 @@ class _Machine:
             "nothing in the file was executed. Get the checkpoint again from a source you trust."
         )
 
-    def items_since_mark(self) -> list[Any]:
-        for position in range(len(self.stack) - 1, -1, -1):
-            if self.stack[position] is _MARK:
-                items = self.stack[position + 1 :]
-                del self.stack[position:]
-                return items
-        raise ValueError("a group of items has no beginning")
-
-    def find(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> Any:
         """Our stand-in for ``module.name``; never an import."""
         full = f"{module}.{name}"
         if full in DTYPES:
             return DTYPES[full]
         if full in STORAGE_DTYPES:
-            # Only ever passed to BINPERSID, which looks the dtype up by this name.
+            # Only ever passed to persistent_load, which looks the dtype up by this name.
             return _Global(full, None)
         if full in CALLS:
             return _Global(full, CALLS[full])
@@ -264,122 +246,65 @@ class _Machine:
             return _Global(full, lambda *args: Inert(full, args))
         raise self.refusal(f"asks for {full}")
 
-    def call(self, function: Any, args: Any) -> Any:
+    def persistent_load(self, reference: Any) -> Storage:
+        """The storage that a tensor is a view of."""
+        if type(reference) is not tuple or len(reference) != 5 or reference[0] != "storage":
+            raise ValueError("a storage is not described as PyTorch does it")
+        _, kind, key, _, size = reference
+        if not isinstance(kind, _Global) or kind.name not in STORAGE_DTYPES:
+            raise ValueError("a storage has no element type")
+        return Storage(str(key), STORAGE_DTYPES[kind.name], as_count(size))
+
+    def _call(self) -> None:
+        args, function = self.stack.pop(), self.stack.pop()
         if not isinstance(function, _Global):
             raise self.refusal(f"calls an object of type {type(function).__name__}")
         if type(args) is not tuple:
             raise ValueError("the arguments of a call are not a tuple")
         if function.build is None:
             raise self.refusal(f"calls {function.name}")
-        return function.build(*args)
+        self.append(function.build(*args))
 
-    def do_PROTO(self, version: int) -> None:
-        if version > 5:
-            raise ValueError(f"pickle protocol {version} is unknown")
-
-    def do_FRAME(self, _: int) -> None:
-        return  # announces the length of what follows, which the zip archive has told already
-
-    def do_MARK(self, _: None) -> None:
-        self.stack.append(_MARK)
-
-    def do_POP(self, _: None) -> None:
-        self.stack.pop()
-
-    def do_POP_MARK(self, _: None) -> None:
-        self.items_since_mark()
-
-    def do_DUP(self, _: None) -> None:
-        self.stack.append(self.stack[-1])
-
-    def do_PUT(self, index: int) -> None:
-        self.memo[index] = self.stack[-1]
-
-    do_BINPUT = do_LONG_BINPUT = do_PUT
-
-    def do_MEMOIZE(self, _: None) -> None:
-        self.memo[len(self.memo)] = self.stack[-1]
-
-    def do_GET(self, index: int) -> None:
-        self.stack.append(self.memo[index])
-
-    do_BINGET = do_LONG_BINGET = do_GET
-
-    def do_TUPLE(self, _: None) -> None:
-        self.stack.append(tuple(self.items_since_mark()))
-
-    def do_LIST(self, _: None) -> None:
-        self.stack.append(self.items_since_mark())
-
-    def do_DICT(self, _: None) -> None:
-        items = self.items_since_mark()
-        self.stack.append({})
-        self._set_items(items)
-
-    def do_APPEND(self, _: None) -> None:
-        item = self.stack.pop()
-        self._list().append(item)
-
-    def do_APPENDS(self, _: None) -> None:
-        items = self.items_since_mark()
-        self._list().extend(items)
-
-    def _list(self) -> list[Any]:
-        if type(self.stack[-1]) is not list:
-            raise ValueError("items are appended to what is not a list")
-        return self.stack[-1]
-
-    def do_SETITEM(self, _: None) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self._set_items([key, value])
-
-    def do_SETITEMS(self, _: None) -> None:
-        self._set_items(self.items_since_mark())
-
-    def _set_items(self, items: list[Any]) -> None:
-        target = self.stack[-1]
-        if type(target) not in (dict, OrderedDict) or len(items) % 2:
-            raise ValueError("items are stored in what is not a dictionary")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            target[as_key(key)] = value
-
-    def do_ADDITEMS(self, _: None) -> None:
-        items = self.items_since_mark()
-        if type(self.stack[-1]) is not set:
-            raise ValueError("members are added to what is not a set")
-        self.stack[-1].update(as_key(item) for item in items)
-
-    def do_GLOBAL(self, both: str) -> None:
-        module, _, name = both.partition(" ")
-        self.stack.append(self.find(module, name))
-
-    def do_STACK_GLOBAL(self, _: None) -> None:
-        name, module = self.stack.pop(), self.stack.pop()
-        self.stack.append(self.find(str(module), str(name)))
-
-    def do_REDUCE(self, _: None) -> None:
-        args, function = self.stack.pop(), self.stack.pop()
-        self.stack.append(self.call(function, args))
-
-    do_NEWOBJ = do_REDUCE
-
-    def do_BUILD(self, _: None) -> None:
-        state = self.stack.pop()
-        target = self.stack[-1]
+    def _build(self) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, Inert):
             target.state = state
         elif not isinstance(target, (OrderedDict, StoredTensor)):
             # A state dict carries its modules' version numbers this way; we have no use for them.
             raise self.refusal(f"sets the state of an object of type {type(target).__name__}")
 
-    def do_BINPERSID(self, _: None) -> None:
-        reference = self.stack.pop()
-        if type(reference) is not tuple or len(reference) != 5 or reference[0] != "storage":
-            raise ValueError("a storage is not described as PyTorch does it")
-        _, kind, key, _, size = reference
-        if not isinstance(kind, _Global) or kind.name not in STORAGE_DTYPES:
-            raise ValueError("a storage has no element type")
-        self.stack.append(Storage(str(key), STORAGE_DTYPES[kind.name], as_count(size)))
+    def _dict(self) -> None:
+        items = self.pop_mark()
+        self.append({})
+        self._set_items(items)
+
+    def _set_item(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set_items([key, value])
+
+    def _set_items(self, items: list[Any] | None = None) -> None:
+        items = self.pop_mark() if items is None else items
+        target = self.stack[-1]
+        if type(target) not in (dict, OrderedDict) or len(items) % 2:
+            raise ValueError("items are stored in what is not a dictionary")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            target[as_key(key)] = value
+
+    def _add_items(self) -> None:
+        items = self.pop_mark()
+        if type(self.stack[-1]) is not set:
+            raise ValueError("members are added to what is not a set")
+        self.stack[-1].update(as_key(item) for item in items)
+
+    dispatch |= {
+        _code("REDUCE"): _call,
+        _code("NEWOBJ"): _call,
+        _code("BUILD"): _build,
+        _code("DICT"): _dict,
+        _code("SETITEM"): _set_item,
+        _code("SETITEMS"): _set_items,
+        _code("ADDITEMS"): _add_items,
+    }
 
 
 def read_pickle(data: bytes, where: str) -> Any:
@@ -393,4 +318,4 @@ def read_pickle(data: bytes, where: str) -> Any:
             instruction PyTorch does not, or is damaged.
     """
     with damage_explained(lambda why: CheckpointError(f"{where}: the file is damaged ({why}).")):
-        return _Machine(where).run(data)
+        return _Reader(data, where).load()
