@@ -57,14 +57,11 @@ class SpeciesError(PetFinetuneError):
 
 @contextmanager
 def damage_explained(explain: Callable[[str], PetFinetuneError]) -> Iterator[None]:
-    """Turn whatever a damaged file makes a library raise into one of our errors.
+    """Turn whatever a damaged file makes a library raise into the error that ``explain`` makes.
 
     For the border where a file becomes values, and nowhere else: zip, pickle, JSON, NumPy and the
     code that builds from what they gave raise two dozen kinds between them, and each list of kinds
     was found to lack one. Errors of ours pass as they are.
-
-    Args:
-        explain: makes the error to raise, from a line that says what was met.
     """
     try:
         yield

@@ -76,11 +76,7 @@ def make_writable(folder: Path, kind: type[PetFinetuneError]) -> None:
 
 
 def check_room(folder: Path, size: int) -> None:
-    """Refuse to begin a file that the disk has no room for.
-
-    Args:
-        folder: where it would be; it must exist.
-        size: at least so many bytes.
+    """Refuse to begin a file of at least ``size`` bytes that the disk of a folder has no room for.
 
     Raises:
         OSError: there is less.

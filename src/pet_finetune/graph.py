@@ -133,10 +133,6 @@ def _cuts(counts: Tensor, num_tokens: int) -> list[tuple[int, int]]:
 
     One, two, four or eight rectangles, as few as leave hardly a slot empty. Each has two atoms:
     a compiled graph would take a size of one for a constant.
-
-    Args:
-        counts: [n_atoms] int64, neighbours, ascending.
-        num_tokens: of all of them.
     """
     num_atoms = counts.size(0)
     if num_atoms == 0:
@@ -182,9 +178,7 @@ def _num_slots(chosen: list[int], ends: list[int], widths: list[int]) -> int:
 def renumbered(kept: Tensor, reverse: Tensor) -> Tensor:
     """The reverse of each of some edges among themselves, [n_kept].
 
-    Args:
-        kept: [n_kept] int64, ascending; with each edge its reverse.
-        reverse: [n] int64, of all edges.
+    ``kept`` is ascending and has with each edge its reverse.
     """
     place = torch.empty_like(reverse)
     place[kept] = torch.arange(kept.size(0), device=kept.device)
@@ -295,11 +289,7 @@ class Batch(NamedTuple):
 
 
 def join_graphs(graphs: Sequence[Batch]) -> Batch:
-    """Several batches as one: concatenation and index offsets, nothing else.
-
-    Args:
-        graphs: at least one; indices may be int32, those of the result are int64.
-    """
+    """Several batches as one, with int64 indices: concatenation and offsets, nothing else."""
     sizes = torch.tensor([[g.num_atoms, g.num_edges, g.num_structures] for g in graphs])
     before = (sizes.cumsum(0) - sizes).tolist()
     pairs = list(zip(graphs, before, strict=True))
@@ -330,12 +320,7 @@ def repeat_batch(batch: Batch, count: int) -> Batch:
 
 
 def rotate_graphs(batch: Batch, rotations: Tensor) -> Batch:
-    """Rotate each structure; the edges that a network sees stay the same.
-
-    Args:
-        batch: the structures.
-        rotations: [b, 3, 3], on the device of the batch; vectors become ``R v``.
-    """
+    """Rotate each structure (``R v``, R [b, 3, 3]); the edges that a network sees stay the same."""
     transposed = rotations.to(batch.cells.dtype).transpose(1, 2)
     # Centres ascend, so the edges of a structure end where its last atom's edges end.
     ends = torch.searchsorted(batch.centers, batch.atoms_per_structure.cumsum(0))

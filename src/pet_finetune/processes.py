@@ -334,11 +334,7 @@ def next_number(name: str) -> int:
 
 
 def check_distinct(devices: list[tuple[str, str]]) -> None:
-    """Make sure that no two processes have the same GPU.
-
-    Args:
-        devices: host and identity of each process's GPU; empty where it has none.
-    """
+    """Make sure that no two processes have the same GPU, by host and identity (empty: none)."""
     seen: dict[tuple[str, str], int] = {}
     for number, (host, identity) in enumerate(devices):
         other = seen.setdefault((host, identity), number)

@@ -103,11 +103,8 @@ class QuantizationReport:
 def quantize_base(model: Potential, config: AdapterConfig) -> QuantizationReport:
     """Hold the frozen linear layers outside heads and trained modules in few bits, in place.
 
-    Their floating weights are not kept.
-
-    Args:
-        model: with the adapter of ``config`` in it, not merged.
-        config: resolved; ``quant_bits`` is 4 or 8.
+    Their floating weights are not kept. The adapter of ``config`` (``quant_bits`` 4 or 8) is in the
+    model, not merged.
 
     Raises:
         ConfigError: the library that quantises is not installed.

@@ -262,13 +262,9 @@ def grown_tables(model: Potential) -> Iterator[tuple[str, GrownEmbedding]]:
 
 
 def train_new_rows(model: Potential, species: Sequence[int]) -> None:
-    """Let the embeddings of some species train and keep those of all others, in place.
+    """Let the embeddings of some species that the model knows train and keep all others, in place.
 
     Tables that train whole are left as they are.
-
-    Args:
-        model: knows the species (:meth:`~pet_finetune.model.potential.Potential.add_species`).
-        species: atomic numbers; with none of them, nothing happens.
     """
     rows = [model.species.index(number) for number in species]
     if not rows:

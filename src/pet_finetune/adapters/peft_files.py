@@ -65,11 +65,7 @@ def save_adapter(model: Potential, directory: str | Path, base_name: str = "") -
 
 
 def load_adapter(model: Potential, directory: str | Path) -> AdapterConfig:
-    """Put the adapter of a folder into its base model, in place.
-
-    Args:
-        model: the base, without adapter.
-        directory: written by :func:`save_adapter` or by PEFT.
+    """Put the adapter of a folder (of :func:`save_adapter` or PEFT) into its base, in place.
 
     Raises:
         AdapterError: no adapter there, a damaged one, one of another base (both are named), or

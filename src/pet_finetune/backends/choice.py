@@ -320,12 +320,7 @@ class Accelerated:
 
 
 def use_backend(model: nn.Module, backend: Backend) -> None:
-    """Have all of a model computed by a back end; by plain torch while it cannot compute there.
-
-    Args:
-        model: or a part of one.
-        backend: who is asked to.
-    """
+    """Have a model computed by a back end; by plain torch while that cannot compute there."""
     weight = next(model.parameters(), None)
     fits = weight is None or backend.computes_on(weight.device, weight.dtype)
     for module in model.modules():

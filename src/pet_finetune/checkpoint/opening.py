@@ -90,8 +90,7 @@ def _finite(checkpoint: Checkpoint) -> Checkpoint:
 def load_numbers(path: str | os.PathLike[str]) -> tuple[Sequence[int], list[StoredTarget]]:
     """The elements of a checkpoint, and its targets with their baselines and scales.
 
-    Args:
-        path: of any model that can be loaded, or of metatrain's ``composition`` or ``scaler``.
+    Also of metatrain's ``composition`` or ``scaler``, which are no whole models.
     """
     with TorchArchive(path) as archive, damage_explained(archive.damaged):
         content = archive.content()
@@ -123,11 +122,9 @@ def open_adapted(
     model: str | os.PathLike[str] | Potential | AdaptedPotential,
     adapter: str | os.PathLike[str] | None = None,
 ) -> AdaptedPotential:
-    """A base with its adapters, to predict with.
+    """A base with its adapters, to predict with; a potential is copied.
 
-    Args:
-        model: a checkpoint, or a potential with or without adapters, which is copied.
-        adapter: an adapter folder, put on as ``default``.
+    An adapter folder is put on as ``default``.
     """
     if isinstance(model, AdaptedPotential):
         adapted = copy.deepcopy(model)
@@ -145,11 +142,9 @@ def open_adapted(
 def open_potential(
     model: str | os.PathLike[str] | Potential, adapter: str | os.PathLike[str] | None = None
 ) -> tuple[Potential, tuple[str, ...]]:
-    """A plain potential to predict with, and the targets of the adapter that went into it, if any.
+    """A plain potential to predict with, and the targets of the adapter merged into it, if any.
 
-    Args:
-        model: a checkpoint, or a potential, which is copied.
-        adapter: an adapter folder to put on top of it; merged into the weights.
+    A potential is copied.
     """
     if isinstance(model, Potential):
         potential = copy.deepcopy(model)

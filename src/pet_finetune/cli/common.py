@@ -113,9 +113,7 @@ def start_log(notices: Iterable[str] = (), level: str = "INFO") -> logging.Logge
 def add_model_arguments(parser: Arguments, of_committee: str) -> None:
     """Add ``--adapter`` and :data:`OF_MODEL`.
 
-    Args:
-        parser: of a command that moves atoms.
-        of_committee: what becomes of the uncertainty of several adapters.
+    ``of_committee`` says what becomes of the uncertainty of several adapters.
     """
     parser.add_argument(
         "--adapter", action="append", default=[], metavar="DIR",

@@ -89,12 +89,7 @@ class Comparison:
         self._found: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}
 
     def add(self, batch: LabelledBatch, predictions: Mapping[str, object]) -> None:
-        """Add predictions of committees or last layers and their labels.
-
-        Args:
-            batch: with labels.
-            predictions: by target; those without a spread are passed over.
-        """
+        """Add labels of a batch and predictions by target, without those that have no spread."""
         atoms = batch.graph.atoms_per_structure
         for name, prediction in predictions.items():
             if not isinstance(prediction, CommitteePrediction):

@@ -41,12 +41,7 @@ MixedPrecision = Annotated[Literal["bf16-mixed"], OneOf()]
 
 
 def first_epoch(start: float, num_epochs: int) -> int:
-    """The first epoch, from 0, that lies wholly in the part of a run that begins at ``start``.
-
-    Args:
-        start: a fraction of the run.
-        num_epochs: of the run.
-    """
+    """The first epoch, from 0, wholly within the part of a run from a fraction of it on."""
     return math.ceil(start * num_epochs - _TINY)
 
 

@@ -36,11 +36,9 @@ _NO_GEOMETRY = {"initial_charges", "initial_magmoms"}
 
 
 def write_exact(path: str | Path, frames: Sequence[Atoms]) -> None:
-    """Write structures with everything that may be a label.
+    """Write structures with everything that may be a label to a ``.db``, which is replaced.
 
-    Args:
-        path: ends in ``.db``; a file that exists is replaced.
-        frames: in order. Results of their calculators are written, nothing is computed.
+    Results of their calculators are written, nothing is computed.
 
     Raises:
         DataError: there are none, one is no ``Atoms``, its results are of another structure, or

@@ -137,9 +137,7 @@ class Gradient:
     def read(self, factor: float, usable: Sequence[bool] | None = None) -> list[Tensor | None]:
         """Values of the chosen frames; None where missing or not ``usable``.
 
-        Args:
-            factor: of the units of energy and length, for options without a unit.
-            usable: for each frame whether its value counts; None for all.
+        ``factor`` is of the units of energy and length, for options without a unit.
         """
         if not self.options.wanted:
             return [None] * len(self.reading.chosen)
@@ -153,11 +151,7 @@ class Gradient:
         return values
 
     def column(self, factor: float) -> tuple[Column, float]:
-        """Column of the values and their conversion to eV and Å.
-
-        Args:
-            factor: of the units of energy and length, for options without a unit.
-        """
+        """Column of the values and their conversion to eV and Å; ``factor`` as for :meth:`read`."""
         what = f"{self.kind} of target {self.target!r}"
         source = self.options.read_from or self.source
         column = self.reading.column(what, source, self.options.key or self.kind, self.shape)

@@ -77,14 +77,10 @@ def count_packs(order: np.ndarray, num_atoms: np.ndarray, max_atoms: int, min_at
 
 
 def deal(work: np.ndarray, size: int) -> list[np.ndarray]:
-    """Distribute structures to processes with about equal work.
+    """Distribute structures to ``size`` processes with about equal work.
 
     The largest goes first, always to the process with the least work: within 4/3 of the optimum (R.
     L. Graham, SIAM J. Appl. Math. 17, 416 (1969)).
-
-    Args:
-        work: of each structure, above 0.
-        size: how many processes there are.
 
     Returns:
         Positions in ``work`` for each process, ascending; empty for some if there are too few.
@@ -130,14 +126,10 @@ def random_rotations(
 
 
 def rotate_batch(batch: LabelledBatch, rotations: Tensor) -> LabelledBatch:
-    """Turn each structure of a batch with its labels.
+    """Turn each structure of a batch with its labels, by ``rotations``, ``[b, 3, 3]``.
 
     Vectors become ``R v``, tensors ``R s R^T``; scalars stay. Missing labels (NaN) stay NaN; one
     NaN component makes all three of a vector, or all nine of a tensor, NaN.
-
-    Args:
-        batch: the batch.
-        rotations: ``[b, 3, 3]``, on the device of the batch.
     """
     graph, labels = batch.graph, dict(batch.labels)
     if not graph.num_structures:

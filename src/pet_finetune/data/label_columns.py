@@ -216,12 +216,7 @@ class Column:
         return integers
 
     def missing(self, index: int, count: int) -> DataError:
-        """The error for a frame that lacks the value.
-
-        Args:
-            index: the first frame that lacks it.
-            count: how many of the chosen frames lack it.
-        """
+        """The error for ``count`` frames that lack the value, the first of which is ``index``."""
         atoms = self.frames[index]
         names = ", ".join(map(repr, names_in(atoms))) or "nothing but the structure"
         return DataError(
@@ -243,11 +238,7 @@ class Column:
         return f" Did you mean {inside[0]!r}?" if inside else ""
 
     def other_name(self, values: Sequence[Tensor | None]) -> str:
-        """A sentence, with a leading space, if frames without a value have it by another name.
-
-        Args:
-            values: of the chosen frames, None where a frame has none.
-        """
+        """A sentence, with a leading space, if frames without a value have it by another name."""
         without = [k for k, value in zip(self.chosen, values, strict=True) if value is None]
         for index in [without[k] for k in evenly_apart(len(without), _LOOKED_AT)]:
             if find_value(self.frames[index], self.key) is None:

@@ -234,12 +234,7 @@ class Loader:
         return self.epoch(0)
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[LabelledBatch]:
-        """The batches of an epoch, made one by one on demand.
-
-        Args:
-            epoch: number of the epoch, at least 0.
-            start_batch: number of batches to leave out at the start, to go on mid-epoch.
-        """
+        """The batches of an epoch from ``start_batch`` on, both from 0, made on demand."""
         first, step = self._dealt
         for members in self._plan(epoch)[start_batch + first :: step]:
             yield self.collate(members, epoch, (self._share,))

@@ -81,12 +81,7 @@ def wrong_in_cp2k(source: str, atoms: Atoms) -> str:
 
 
 def hint_of(text: str, kind: str = "") -> str:
-    """For a message about an output that cannot be read: its SCF failed, or it is cut off.
-
-    Args:
-        text: of the file.
-        kind: ASE's name of the format.
-    """
+    """For a message about an output that cannot be read: its SCF failed, or it is cut off."""
     found = _FAILED.search(text)
     if found is None:
         last = format_of(kind).last_words

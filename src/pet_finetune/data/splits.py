@@ -123,10 +123,6 @@ def make_splits(options: Options, seed: int) -> Splits:
 def load_splits(path: str | Path, options: Options) -> Splits:
     """Read the data again and restore the sets that :meth:`Splits.save` wrote.
 
-    Args:
-        path: the JSON file.
-        options: the options of the run that wrote it (how to read its files).
-
     Raises:
         DataError: the file is none of ours, or the data have changed since.
     """

@@ -169,11 +169,7 @@ class Stored:
         return str([(name, array.shape) for name, array in arrays.items()])
 
     def check(self, rows: np.ndarray, energies: Iterable[str]) -> None:
-        """Refuse structures that cannot be trained on.
-
-        Args:
-            rows: the structures that are wanted.
-            energies: targets of which each has to have some label.
+        """Refuse structures that cannot be trained on; of ``energies`` each has to have some label.
 
         Raises:
             DataError: names the first of them.
@@ -274,12 +270,7 @@ class Stored:
 
 
 def _state(values: np.ndarray, starts: np.ndarray | None) -> np.ndarray:
-    """Completeness of a label in each structure, ``[n]``.
-
-    Args:
-        values: a row for each structure, or for each atom.
-        starts: the first atom of each structure.
-    """
+    """Completeness of a label in each structure, ``[n]``; of atoms with their ``starts``."""
     flat = values.reshape(len(values), -1)
     unknown = np.isnan(flat)
     some, every = unknown.any(axis=1), unknown.all(axis=1)

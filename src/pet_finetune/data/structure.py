@@ -189,11 +189,7 @@ def check_geometry(
 
 
 def check_elements(numbers: np.ndarray, where: str) -> None:
-    """Refuse atomic numbers that no element has.
-
-    Args:
-        numbers: atomic numbers, ``[n]``.
-        where: the structure, for messages.
+    """Refuse atomic numbers, ``[n]``, that no element has.
 
     Raises:
         DataError: says which.

@@ -262,9 +262,7 @@ def taken(structures: Sequence[Structure], positions: np.ndarray) -> Sequence[St
 def sampled(structures: Sequence[Structure], what: str) -> Sequence[Structure]:
     """A set that is looked at more than once: of a large one on disk a part, in memory.
 
-    Args:
-        structures: the set.
-        what: what looks at it, for the one line that says so.
+    ``what`` looks at it, for the one line that says so.
     """
     if not isinstance(structures, OnDisk):
         return structures

@@ -56,9 +56,6 @@ _OF_STEP = frozenset({"step", "time_fs", "temperature_K", CONSTRAINTS})
 def carried(atoms: Atoms) -> tuple[Atoms, list[str]]:
     """A structure with all it carries that is true of every frame and that extended XYZ can hold.
 
-    Args:
-        atoms: as the simulation moves them.
-
     Returns:
         A copy without calculator; and the names of what was left out: results that were computed
         for this geometry, and what the format cannot hold.

@@ -212,12 +212,9 @@ def degrees_of_freedom(atoms: Atoms, momentum_kept: bool) -> int:
 
     3N, less those that constraints take, less the motions of the whole that nothing changes: for
     free atoms 3 translations, and of a structure that is not periodic 3 rotations (2 of a linear
-    one). ASE's ``Atoms.get_temperature`` counts 3N less the constraints, which makes a molecule of
-    nine atoms at rest 22 % too cold.
-
-    Args:
-        atoms: the structure.
-        momentum_kept: nothing (such as Langevin's random forces) changes the total momentum.
+    one), where nothing (such as Langevin's random forces) changes the total momentum. ASE's
+    ``Atoms.get_temperature`` counts 3N less the constraints, which makes a molecule of nine atoms
+    at rest 22 % too cold.
     """
     fixed = np.zeros((len(atoms), 3), dtype=bool)
     removed = 0

@@ -99,9 +99,8 @@ class ModelChoice:
     def open(self, spread_of_forces: bool = False) -> PETCalculator:
         """The calculator.
 
-        Args:
-            spread_of_forces: whether the forces of the members of a last layer are derived at every
-                step, as those of a committee are anyhow.
+        With ``spread_of_forces`` the forces of the members of a last layer are derived at every
+        step, as those of a committee are anyhow.
 
         Raises:
             PetFinetuneError: checkpoint, adapters, target, device or precision are wrong.

@@ -42,9 +42,7 @@ def uncertainty_outputs(
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Names of the outputs for uncertainties and ensembles, by energy.
 
-    Args:
-        potentials: several are a committee; one has what its last layers give.
-        outputs: the name of each output, and the target it is.
+    Several potentials are a committee; one has what its last layers give.
     """
     spreads: dict[str, str] = {}
     ensembles: dict[str, str] = {}

@@ -155,12 +155,7 @@ class ModelCheck:
             self._compare(output, ask(output)[0], numbers)
 
     def read_back(self, path: Path, targets: Mapping[str, str]) -> None:
-        """Read a checkpoint again and ask the model in it.
-
-        Args:
-            path: the checkpoint.
-            targets: its name of each target, and the model's.
-        """
+        """Read a checkpoint again and ask the model in it, by its names of the targets."""
         again = load_checkpoint(path).model
         pairs = [(s, structure_neighbors(s, again.cutoff)) for s in self.structures]
         wanted = {name: (again.target(name).is_energy, False) for name in targets}

@@ -339,9 +339,7 @@ def element_fit(
 ) -> tuple[list[int], np.ndarray, np.ndarray]:
     """Energies as a sum over atoms: least squares, per atom, of the smallest norm.
 
-    Args:
-        frames: the structures.
-        values: eV an atom; None for the labels.
+    Of ``values``, eV an atom, or else of the labels.
 
     Returns:
         The elements, their energies in eV, and what is left over for each frame, eV an atom.

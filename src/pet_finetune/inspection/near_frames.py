@@ -60,8 +60,7 @@ class FrameStep:
 def near_pairs(frames: Sequence[InspectedFrame]) -> list[tuple[int, int]]:
     """Positions of frames that hold the same atoms in the same order and are near each other.
 
-    Args:
-        frames: with energies and forces; others are passed over.
+    Those without energies and forces are passed over.
     """
     usable = [
         k
@@ -83,11 +82,9 @@ def near_pairs(frames: Sequence[InspectedFrame]) -> list[tuple[int, int]]:
 
 
 def steps(frames: Sequence[InspectedFrame], pairs: Sequence[tuple[int, int]]) -> list[FrameStep]:
-    """Steps between frames, as far as they are near enough and still have their labels.
+    """Steps between frames of one file, as far as they are near and still have their labels.
 
-    Args:
-        frames: of one file.
-        pairs: from :func:`near_pairs`; they do not depend on what the labels are.
+    The pairs, of :func:`near_pairs`, do not depend on what the labels are.
     """
     made = []
     for one, two in pairs:
@@ -306,10 +303,6 @@ def most_different(structures: Sequence[Structure], most: int) -> list[Structure
     their fingerprints; every group of such structures keeps the same part, and one at least as far
     as that goes: of more groups than wanted structures, those with the most different compositions
     keep one. Sets of millions of atoms are first thinned out evenly.
-
-    Args:
-        structures: with neighbours that can be found.
-        most: how many to keep.
     """
     if len(structures) <= most:
         return list(structures)

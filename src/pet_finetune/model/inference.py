@@ -181,12 +181,7 @@ class FrozenEnergy:
         self._static = StaticEnergy(potential, target)
 
     def predict(self, batch: Batch, *, stress: bool = False) -> Prediction:
-        """Energy and forces, and the stress.
-
-        Args:
-            batch: the structures.
-            stress: whether it is computed.
-        """
+        """Energy and forces, and the stress where it is wanted."""
         if self._compiled is not None:
             wanted = {self._target: (True, stress)}
             found = self._compiled.predict(batch, wanted)
@@ -340,12 +335,7 @@ def orientations(count: int) -> Tensor:
 
 
 def copies(batch: Batch, rotations: Tensor) -> Batch:
-    """A batch in ``k`` orientations: all structures in the first, and so on.
-
-    Args:
-        batch: the structures.
-        rotations: ``[k, 3, 3]``; vectors become ``R v``.
-    """
+    """A batch in ``k`` orientations, ``[k, 3, 3]``: all structures in the first, and so on."""
     matrices = rotations.to(batch.edge_vectors)
     return repeat_batch(batch, len(rotations))._replace(
         positions=torch.einsum("kij,nj->kni", matrices, batch.positions).flatten(0, 1),

@@ -162,11 +162,9 @@ class PET(Accelerated, nn.Module):
         return tables
 
     def rearrange_species(self, species: Sequence[int], sources: Sequence[int | None]) -> None:
-        """Give every embedding table one row for each of other species, in place.
+        """Give every embedding table one row for each of other species, ascending, in place.
 
-        Args:
-            species: atomic numbers, ascending.
-            sources: for each of them the row it takes over today; None for a random one.
+        ``sources`` are the rows they take over today; None is a random one.
         """
         for path, table in self.species_embeddings().items():
             assert isinstance(table, nn.Embedding), f"{path} has rows that train apart"

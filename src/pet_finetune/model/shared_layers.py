@@ -103,9 +103,7 @@ class SharedLayers:
     def back(self, gradients: Sequence[Tensor], count: int) -> Tensor | None:
         """The gradient of each member on its edge vectors, or None where it waits for the others.
 
-        Args:
-            gradients: of the tensors of :meth:`computed`, each that of so many members in turn.
-            count: members.
+        ``gradients`` are of the tensors of :meth:`computed`, each that of so many members in turn.
         """
         if self._sums is None:
             each = zip(*(gradient.chunk(count) for gradient in gradients), strict=True)

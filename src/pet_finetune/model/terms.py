@@ -62,15 +62,10 @@ def sources_of(old: Sequence[int], new: Sequence[int], like: Mapping[int, int]) 
 
 
 def pick_rows(table: Tensor, sources: Sequence[int | None]) -> Tensor:
-    """Rows of a table in another order, some of them twice, others new.
+    """Rows of a table, [n_species, width], in another order, some of them twice, others new.
 
-    Args:
-        table: [n_species, width].
-        sources: for each row of the result the one it copies, or None for a random one: normal,
-            with the mean and the spread that each column has in the table.
-
-    Returns:
-        [len(sources), width].
+    ``sources`` are the rows copied, or None for a random one: normal, with the mean and the spread
+    that each column has in the table.
     """
     mean, spread = table.mean(0), table.std(0, correction=0)
     rows = []
@@ -101,11 +96,9 @@ class Composition(FixedBuffers):
         self.register_buffer("species_index", species_table(species), persistent=False)
 
     def rearrange_species(self, species: Sequence[int], sources: Sequence[int | None]) -> None:
-        """Keep baselines of other species, in place.
+        """Keep baselines of other species, ascending, in place.
 
-        Args:
-            species: atomic numbers, ascending.
-            sources: for each of them the entry it takes over today; None for the mean of all.
+        ``sources`` are the entries they take over today; None is the mean of all.
         """
         for name, values in list(self._buffers.items()):
             if name.startswith("weights_") and values is not None:

@@ -307,11 +307,8 @@ class SteadyEdges:
     def choose(self, batch: Batch) -> tuple[Batch, Tensor]:
         """The batch with its edges, and by how much the nearest of the others do not count.
 
-        Args:
-            batch: with the tensors of the same neighbour list as long as that is used.
-
-        Returns:
-            The batch, and a number of its device, in Angstrom, for :meth:`hold`.
+        The number, in Angstrom on the batch's device, is for :meth:`hold`. The batch has the
+        tensors of the same neighbour list as long as that is used.
         """
         known = self._all
         if known is None or known.centers is not batch.centers:
@@ -330,11 +327,7 @@ class SteadyEdges:
         return batch._replace(edges=self._edges._replace(radii=near.radii)), slack
 
     def hold(self, slack: float) -> bool:
-        """Whether all relevant edges were included; chosen anew before they are not.
-
-        Args:
-            slack: of :meth:`choose`.
-        """
+        """Whether all relevant edges were included, by the number of :meth:`choose`."""
         if not slack > self._margin / 2:
             self._edges = None
         return not slack <= 0.0

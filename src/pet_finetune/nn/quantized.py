@@ -169,14 +169,10 @@ QUANTIZED: dict[int, type[NF4Weight] | type[Int8Weight]] = {4: NF4Weight, 8: Int
 
 @torch.no_grad()
 def quantize(weight: Tensor, bits: int) -> QuantizedWeight:
-    """Hold a weight in few bits, on its device.
+    """Hold a weight, [out, in], in 4 or 8 bits, on its device.
 
     Quantised on the CPU from float32 whatever the weight's device and type, so that the same base
     gives the same numbers on every machine and in every precision.
-
-    Args:
-        weight: [out, in].
-        bits: 4 or 8.
 
     Raises:
         ConfigError: the library is not installed.
@@ -244,11 +240,7 @@ class QuantizedLinear(nn.Module):
 
 
 def dense_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Dequantise the weights of a state dict.
-
-    Args:
-        state: names and tensors; those of a quantised layer ``X`` are ``X.quantized.<part>``.
-    """
+    """Dequantise the weights of a state dict, ``X.quantized.<part>`` of a layer X."""
     dense, parts = {}, defaultdict[str, dict[str, Tensor]](dict)
     for name, tensor in state.items():
         layer, quantised, part = name.partition(QUANTIZED_PART)

@@ -124,9 +124,8 @@ class Feature:
     def start(self, trainer: TrainingRun, kept: Mapping[str, Any] | None) -> None:
         """Prepare for the first step; the base class stores the run.
 
-        Args:
-            trainer: of the run; its model has adapters and baselines in place.
-            kept: result of :meth:`kept` at the start, for a continued run.
+        The model has adapters and baselines in place. ``kept`` is the result of :meth:`kept` at the
+        start, for a continued run.
         """
         self.trainer = trainer
 
@@ -179,11 +178,9 @@ class Feature:
         """Called once when the loop ends: finished, interrupted, or by an error."""
 
     def complete(self, best: Checkpoint, files: RunFiles) -> Mapping[str, Any]:
-        """Add to the best model of a finished run, before it is evaluated.
+        """Add to the best model of a finished run, read from its file, before it is evaluated.
 
-        Args:
-            best: the best model as read from its file; the feature also writes its additions.
-            files: of the run.
+        The feature also writes its additions.
 
         Returns:
             Entries for ``results.json``.

@@ -35,12 +35,7 @@ def depth_names(network: PET) -> list[str]:
 
 
 def depth_of(parameter: str, network: PET) -> int:
-    """Depth of a parameter: 0 for heads and last layers, largest for the embeddings.
-
-    Args:
-        parameter: its path in the network.
-        network: which says how many layers there are.
-    """
+    """Depth of a parameter: 0 for heads and last layers, largest for the embeddings."""
     part, _, rest = parameter.partition(".")
     num_layers = len(network.gnn_layers)
     if part in HEAD_GROUPS:

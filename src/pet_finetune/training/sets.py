@@ -68,33 +68,19 @@ class RunData:
 
 
 def default_batch_size(structures: int, atoms: int) -> int:
-    """Batch size for a training set: small enough for many updates, large enough for a mean.
-
-    Args:
-        structures: number of training structures.
-        atoms: number of all their atoms.
-    """
+    """Batch size for a training set: small enough for many updates, large enough for a mean."""
     by_updates = max(1, structures // 20, min(_SMALLEST_BATCH, structures // 2))
     by_atoms = max(1, int(_ATOMS_OF_BATCH * structures / max(1, atoms)))
     return min(LARGEST_BATCH, by_updates, by_atoms)
 
 
 def default_num_epochs(updates: float) -> int:
-    """Number of epochs for a training set.
-
-    Args:
-        updates: in one epoch.
-    """
+    """Number of epochs for a training set with so many updates in one."""
     return max(FEWEST_EPOCHS, min(_MOST_EPOCHS, math.ceil(_UPDATES / max(1.0, updates))))
 
 
 def with_chosen_sizes(options: Options, structures: Sequence[Structure]) -> Options:
-    """Options with numbers in place of null for ``batch_size`` and ``num_epochs``.
-
-    Args:
-        options: of the run.
-        structures: to train on.
-    """
+    """Options with numbers in place of null for ``batch_size`` and ``num_epochs``."""
     training = options.training
     if training.batch_size is not None and training.num_epochs is not None:
         return options

@@ -106,17 +106,10 @@ def total(values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def add_gradients(parameters: Sequence[Parameter], flag: bool) -> bool:
-    """Give all processes the sum of their gradients.
+    """Give all processes the sum of their gradients; whether any of them has set its flag.
 
     A parameter that no process has a gradient for has none afterwards: the optimiser leaves it
-    alone, as with one process.
-
-    Args:
-        parameters: in the same order everywhere.
-        flag: of this process.
-
-    Returns:
-        Whether any process has set its flag.
+    alone, as with one process. The parameters are in the same order everywhere.
     """
     if processes.size() == 1:
         return flag
