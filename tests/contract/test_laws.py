@@ -43,10 +43,6 @@ def test_unmerging_returns_the_base(adapted: Potential, base: Potential):
     laws.unmerging_returns_the_base(adapted, base)
 
 
-def test_disabled_equals_the_base(adapted: Potential, base: Potential):
-    laws.disabled_equals_the_base(adapted, base, FRAMES)
-
-
 @pytest.mark.parametrize(
     "config",
     [

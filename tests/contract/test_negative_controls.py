@@ -247,12 +247,6 @@ def test_unmerging(faults, base: Potential, adapted: Potential, monkeypatch):
         laws.unmerging_returns_the_base(adapted, base)
 
 
-def test_disabling(base: Potential, adapted: Potential, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(laws, "adapters_disabled", no_context)
-    with pytest.raises(AssertionError):
-        laws.disabled_equals_the_base(adapted, base, FRAMES)
-
-
 def forgets_the_adapter(model: Potential) -> None:
     """Its layers stay where they are."""
     model.adapter = None

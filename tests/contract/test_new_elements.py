@@ -71,10 +71,6 @@ def test_only_what_is_stated_trains(grown: Potential, base: Potential, settings:
     laws.only_what_is_stated_trains(model, base, config, tables)
 
 
-def test_disabled_equals_the_base(adapted: Potential, base: Potential):
-    laws.disabled_equals_the_base(adapted, base, KNOWN)
-
-
 def test_ejected_is_the_base(adapted: Potential, base: Potential):
     laws.ejected_is_the_base(adapted, base, KNOWN)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,6 @@ from pet_finetune.errors import AdapterError
 from pet_finetune.keys import TargetSpec
 from pet_finetune.log import get_logger
 from pet_finetune.model.potential import Potential
-from pet_finetune.nn.block import PromptTokens
 from pet_finetune.nn.primitives import ROWS
 from pet_finetune.nn.quantized import QuantizedLinear, num_quantized
 
@@ -321,42 +319,6 @@ def unmerge(model: Potential) -> None:
     """Undo :func:`merge`: the base weights come back bit for bit."""
     for _, layer in lora_layers(model):
         layer.unmerge()
-
-
-@contextmanager
-def adapters_disabled(model: Potential) -> Iterator[None]:
-    """Context in which the model is its base again, bit for bit (or its quantised base).
-
-    The low-rank updates or prompts are switched off, the heads trained beside them give way to
-    those they started from, and so do the baselines and scales.
-    """
-    state = adapter_state(model)
-    layers: list[LoraLinear | PromptTokens] = [layer for _, layer in lora_layers(model)]
-    if state.config.num_prompts:
-        layers += prompts(model).values()
-    before = [layer.enabled for layer in layers]
-    heads = {name: model.network.get_parameter(name) for name in state.saved}
-    trained = {name: parameter.detach().clone() for name, parameter in heads.items()}
-    targets = [target_of(model, name) for name in state.config.targets]
-    try:
-        for layer in layers:
-            layer.enabled = False
-        _copy_into(heads, state.saved)
-        for target in state.targets:
-            target.put_on(model)
-        yield
-    finally:
-        for layer, enabled in zip(layers, before, strict=True):
-            layer.enabled = enabled
-        _copy_into(heads, trained)
-        for target in targets:
-            target.put_on(model)
-
-
-@torch.no_grad()
-def _copy_into(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
-    for name, parameter in parameters.items():
-        parameter.copy_(values[name])
 
 
 def merged_copy(model: Potential) -> Potential:

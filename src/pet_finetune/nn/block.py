@@ -93,10 +93,9 @@ class Attention(Accelerated, nn.Module):
             mixed = attend_once(qkv, where, bias, self.num_heads, self.scale)
         else:
             mixed = attend(qkv, where, bias, self.num_heads, self.scale)
-        if self.prompt is not None:  # two conditions, for TorchScript compiles both parts of `and`
-            if self.prompt.enabled:
-                of_prompt = self.input_linear(self.prompt.adaption_prompt)
-                mixed = mixed + self.prompt(qkv[:, : mixed.size(1)], of_prompt, self.scale)
+        if self.prompt is not None:
+            of_prompt = self.input_linear(self.prompt.adaption_prompt)
+            mixed = mixed + self.prompt(qkv[:, : mixed.size(1)], of_prompt, self.scale)
         out: Tensor = self.output_linear(mixed)
         return out
 
@@ -104,8 +103,7 @@ class Attention(Accelerated, nn.Module):
         self, tokens: Tensor, starts: Tensor, bias: Tensor, norm: RowOp | None, memory: int
     ) -> Tensor:
         """By fused operators; predictions by one, which keeps nothing but the tokens."""
-        backend, heads, scale = self.backend, self.num_heads, self.scale
-        prompt = None if self.prompt is None or not self.prompt.enabled else self.prompt
+        backend, heads, scale, prompt = self.backend, self.num_heads, self.scale, self.prompt
         if memory == Memory.INPUTS_ONLY and prompt is None:
             first = packed_layer(backend, self.input_linear, tokens, norm)
             last = packed_layer(backend, self.output_linear, tokens)
@@ -120,7 +118,7 @@ class Attention(Accelerated, nn.Module):
 
     def record(self, to: Recorder, tokens: Rows, norm: RowOp | None) -> Rows:
         """:meth:`forward` as instructions, up to the output layer, whose input is returned."""
-        if self.prompt is not None and self.prompt.enabled:
+        if self.prompt is not None:
             raise CannotRecord("a prompt")
         qkv = record_linear(to, self.input_linear, tokens, norm)
         return to.attend(qkv, self.num_heads, self.scale)
@@ -147,7 +145,6 @@ class PromptTokens(nn.Module):
         # Rows of about unit size, as the norm before the attention gives the real tokens.
         self.adaption_prompt = nn.Parameter(torch.randn(length, width))
         self.adaption_gate = nn.Parameter(torch.zeros(num_heads))
-        self.enabled = True
 
     def forward(self, queries: Tensor, projected: Tensor, scale: float) -> Tensor:
         """Attention of the tokens to the prompt, times the gates.

@@ -9,7 +9,6 @@ from models import ethanol, random_potential, trained_adapter
 from pet_finetune.adapters.adapter_config import AdapterConfig
 from pet_finetune.adapters.inject import (
     active_adapter,
-    adapters_disabled,
     freeze,
     inject,
     trainable_report,
@@ -148,23 +147,6 @@ def test_layers_inside_a_sequential_are_replaced():
     inject(model, AdapterConfig(rank=1, target_modules="all-linear"))
     assert isinstance(model.network.gnn_layers[0].compress[0], LoraLinear)
     assert isinstance(model.network.combination_mlps[1][2], LoraLinear)
-
-
-def test_disabling_gives_everything_back_even_after_an_error():
-    model = trained_adapter(random_potential())
-    batch = batch_from_atoms(ethanol(), 3.5)
-    base = random_potential().predict(batch)
-    adapted = model.predict(batch)
-
-    def fail():
-        with adapters_disabled(model):
-            assert torch.equal(model.predict(batch).forces, base.forces)
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        fail()
-    assert torch.equal(model.predict(batch).energy, adapted.energy)
-    assert not torch.equal(adapted.energy, base.energy)
 
 
 def test_the_report_counts_what_trains():

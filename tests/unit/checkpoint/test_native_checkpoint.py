@@ -11,7 +11,7 @@ import torch
 from checkpoint_files import small_model
 
 from pet_finetune.adapters.adapter_config import AdapterConfig
-from pet_finetune.adapters.inject import active_adapter, adapters_disabled, inject, merge
+from pet_finetune.adapters.inject import active_adapter, eject, inject, merge
 from pet_finetune.checkpoint import native
 from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.checkpoint.opening import load_checkpoint
@@ -272,8 +272,8 @@ def test_the_adapter_of_a_run_that_can_go_on_is_kept_apart(tmp_path, batch, merg
         assert torch.equal(value, state[name]), name
     assert active_adapter(resumed) == active_adapter(model)
     assert resumed.adapter.fingerprint == model.adapter.fingerprint
-    with adapters_disabled(resumed):
-        assert torch.equal(resumed.predict(batch).energy, base.predict(batch).energy)
+    eject(resumed)
+    assert torch.equal(resumed.predict(batch).energy, base.predict(batch).energy)
     plain = load_checkpoint(path)
     assert active_adapter(plain.model) is None
     assert plain.training == {"epoch": 1}

@@ -221,10 +221,10 @@ def test_prompts_equal_the_formula(tokens):
     """The paper's: beside the softmax over the tokens one over the prompt, times its gate."""
     layer = prompted_attention(gates=[0.7, -0.4])
     found = run(layer, tokens)
-    layer.prompt.enabled = False
+    prompt, layer.prompt = layer.prompt, None
     without = run(layer, tokens)
     queries = layer.input_linear(tokens).chunk(3, -1)[0]
-    _, keys, values = layer.input_linear(layer.prompt.adaption_prompt).chunk(3, -1)
+    _, keys, values = layer.input_linear(prompt.adaption_prompt).chunk(3, -1)
     size = PROMPTED_WIDTH // PROMPTED_HEADS
     parts = []
     for head, gate in enumerate((0.7, -0.4)):
@@ -239,7 +239,7 @@ def test_prompts_equal_the_formula(tokens):
 def test_a_fresh_prompt_changes_no_bit(tokens):
     layer = prompted_attention()
     fresh = run(layer, tokens)
-    layer.prompt.enabled = False
+    layer.prompt = None
     assert torch.equal(fresh, run(layer, tokens))
 
 
