@@ -188,7 +188,7 @@ def cost_of(
         files = RunFiles(Path(folder))
         settings = parse_options(options).options
         device = torch.device("cpu")
-        trainer = prepare_run(settings, files, None, device, NO_ROOMS, to_finish=False).trainer
+        trainer = prepare_run(settings, files, device, NO_ROOMS, to_finish=False).trainer
         metrics = trainer.progress.metrics(list(trainer.objectives))
         batches = itertools.chain.from_iterable(map(trainer.batches, range(updates)))
         taken = []

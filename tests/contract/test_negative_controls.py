@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -178,11 +177,6 @@ def nothing(*args: Any, **options: Any) -> None:
 
 def as_it_is(model: Potential, *args: Any, **options: Any) -> Potential:
     return model
-
-
-@contextlib.contextmanager
-def no_context(model: Potential) -> Iterator[None]:
-    yield
 
 
 def adds_up(model: Potential) -> None:

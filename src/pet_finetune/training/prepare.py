@@ -136,84 +136,60 @@ def own_features(options: TrainingOptions) -> list[Feature]:
 def prepare_run(
     options: Options,
     files: RunFiles,
-    saved: SavedRun | None,
     device: torch.device,
     rooms: Rooms,
     *,
     to_finish: bool = True,
     check: bool = False,
 ) -> Run:
-    """Read everything, set the baselines, choose what trains.
+    """Read everything for a new run, set the baselines, choose what trains.
 
     Args:
         options: checked options.
         files: of the run.
-        saved: the run to go on with, if it is not a new one.
         device: where it trains.
         rooms: what other rooms bring into the run.
-        to_finish: whether a new run will be trained to its end, and therefore evaluates the
-            starting model and writes down what features keep of it.
+        to_finish: whether it will be trained to its end, and therefore evaluates the starting
+            model and writes down what features keep of it.
         check: whether the data are inspected before anything is trained on them.
     """
     check_targets(options)
-    stated = options if saved else with_stated_numbers(options)
-    dtype = dtype_of_bits(options.base_precision)
-    seed = seed_everything(saved.state.seed if saved else options.seed)
-    seed = seed_everything(processes.from_first(seed))
-    _logger.info("seed %d, %s, %d bits", seed, device, options.base_precision)
-    splits = _splits(options, files, saved, seed, rooms.read if check else make_splits)
+    stated = with_stated_numbers(options)
+    seed = _seeded(options, options.seed, device)
+    splits = (rooms.read if check else make_splits)(options, seed)
     _check_metric(options, splits)
-    own_seed, trained_on = seed, splits
-    if options.finetune.member is not None:
-        own_seed, trained_on = of_member(options, splits, seed)
-        seed_everything(own_seed)
+    own_seed, trained_on = of_member(options, splits, seed)
     options = with_chosen_sizes(options, trained_on.train)
-    start = saved.start() if saved else start_model(options, splits)
-    model = start.model.to(device=device, dtype=dtype)
-    features = [
-        *rooms.features(),
-        *own_features(options.training),
-        *(loggers(options, files) if to_finish else ()),
-    ]
-    if not saved:
-        foundation = foundation_of(start, options) if start.fingerprint is not None else None
-        plan = Plan(options, start, foundation, splits, trained_on.train, own_seed)
-        looks = rooms.inspect() if check and processes.first() else ()
-        for feature in [*looks, *features]:
-            feature.check(plan)
-    structures = joined([splits.train, splits.validation, splits.test])
-    check_known(structures, model, ADVICE if options.is_finetuning else "")
-    forget_files()
-    data = load_data(options, trained_on, model, own_seed, dtype)
-    # The input is valid, so compiling the operators now is worthwhile.
-    use_backend(model, choose_backend(device))
-    kept: dict[str, Any] = {}
-    baselines: list[BaselineTable] = []
-    if saved:
-        kept = files.read_kept() if saved.state.fingerprint else {}
-    else:
-        heads = [head for feature in features for head in feature.heads]
-        baselines = _begin(stated, start, data, heads)
-        model.to(device=device, dtype=dtype)
-        if processes.first():
-            splits.save(files.folder / SPLITS)
-        files.write(OPTIONS, options_of_run(options, seed))
-    files.base_name = start.name
-    files.provenance = saved.provenance if saved else provenance_of(options, start, data.sets, seed)
-    trainer = _trainer(options, model, data, features, kept, saved)
-    if to_finish and not saved and start.fingerprint is not None:
-        files.write_kept({f.name: f.kept() for f in features if type(f).kept is not Feature.kept})
-    trainable = trainable_report(model)
+    start = start_model(options, splits)
+    dtype = dtype_of_bits(options.base_precision)
+    start.model.to(device=device, dtype=dtype)
+    features = _features(options, rooms, files if to_finish else None)
+    foundation = foundation_of(start, options) if start.fingerprint is not None else None
+    plan = Plan(options, start, foundation, splits, trained_on.train, own_seed)
+    looks = rooms.inspect() if check and processes.first() else ()
+    for feature in [*looks, *features]:
+        feature.check(plan)
+    data = _loaded(options, splits, trained_on, start.model, own_seed)
+    heads = [head for feature in features for head in feature.heads]
+    baselines = _begin(stated, start, data, heads)
+    start.model.to(device=device, dtype=dtype)
+    if processes.first():
+        splits.save(files.folder / SPLITS)
+    files.write(OPTIONS, options_of_run(options, seed))
+    files.base_name, files.provenance = start.name, provenance_of(options, start, data.sets, seed)
+    trainer = _trainer(options, start.model, data, features)
+    trainable = trainable_report(start.model)
     _logger.info("%s", trainable)
-    if saved:
-        files.drop_rows_after(trainer.progress.epoch)
-        state = replace(saved.state, max_atoms=data.train.max_atoms_per_batch)
-        return Run(options, files, data, trainer, state)
     before: Errors = {}
     if to_finish:
-        files.tell(about_run(options, files.provenance, splits, model, baselines, trainable))
+        if start.fingerprint is not None:
+            kept = {f.name: f.kept() for f in features if type(f).kept is not Feature.kept}
+            files.write_kept(kept)
+        facts = about_run(options, files.provenance, splits, start.model, baselines, trainable)
+        files.tell(facts)
         if options.final_eval:
-            before = evaluate_sets(files, BEFORE, model, data, trainer.wanted, trainer.features)
+            model, wanted = start.model, trainer.wanted
+            before = evaluate_sets(files, BEFORE, model, data, wanted, trainer.features)
             files.tell({BEFORE: plain_errors(before)})
     state = RunState(
         seed=seed,
@@ -229,18 +205,56 @@ def prepare_run(
     return Run(options, files, data, trainer, state)
 
 
-def _splits(
-    options: Options,
-    files: RunFiles,
-    saved: SavedRun | None,
-    seed: int,
-    read: Callable[[Options, int], Splits],
-) -> Splits:
-    """The three sets: drawn for a new run, as they were for one that goes on."""
-    if saved is None:
-        return read(options, seed)
+def resume_run(files: RunFiles, saved: SavedRun, device: torch.device, rooms: Rooms) -> Run:
+    """Read everything again for a run that goes on, and put its trainer where it was."""
+    options = saved.options
+    check_targets(options)
+    seed = _seeded(options, saved.state.seed, device)
     take_files(saved, files)
-    return load_splits(files.folder / SPLITS, options)
+    splits = load_splits(files.folder / SPLITS, options)
+    _check_metric(options, splits)
+    own_seed, trained_on = of_member(options, splits, seed)
+    options = with_chosen_sizes(options, trained_on.train)
+    start = saved.start()
+    start.model.to(device=device, dtype=dtype_of_bits(options.base_precision))
+    data = _loaded(options, splits, trained_on, start.model, own_seed)
+    kept = files.read_kept() if saved.state.fingerprint else {}
+    files.base_name, files.provenance = start.name, saved.provenance
+    trainer = _trainer(options, start.model, data, _features(options, rooms, files), kept, saved)
+    _logger.info("%s", trainable_report(start.model))
+    files.drop_rows_after(trainer.progress.epoch)
+    state = replace(saved.state, max_atoms=data.train.max_atoms_per_batch)
+    return Run(options, files, data, trainer, state)
+
+
+def _seeded(options: Options, seed: int | None, device: torch.device) -> int:
+    """The seed of a run, the same in all processes, from which all generators start."""
+    seed = seed_everything(processes.from_first(seed_everything(seed)))
+    _logger.info("seed %d, %s, %d bits", seed, device, options.base_precision)
+    return seed
+
+
+def _features(options: Options, rooms: Rooms, files: RunFiles | None) -> list[Feature]:
+    """All that takes part in a run; without files nothing is logged."""
+    logged = () if files is None else loggers(options, files)
+    return [*rooms.features(), *own_features(options.training), *logged]
+
+
+def _loaded(
+    options: Options,
+    splits: Splits,
+    trained_on: Splits,
+    model: Potential,
+    seed: int,
+) -> RunData:
+    """The loaders of structures, all of which the model has to know."""
+    structures = joined([splits.train, splits.validation, splits.test])
+    check_known(structures, model, ADVICE if options.is_finetuning else "")
+    forget_files()
+    data = load_data(options, trained_on, model, seed, model.dtype)
+    # The input is valid, so compiling the operators now is worthwhile.
+    use_backend(model, choose_backend(model.device))
+    return data
 
 
 def _check_metric(options: Options, splits: Splits) -> None:
@@ -274,8 +288,8 @@ def _trainer(
     model: Potential,
     data: RunData,
     features: Sequence[Feature],
-    kept: Mapping[str, Any],
-    saved: SavedRun | None,
+    kept: Mapping[str, Any] | None = None,
+    saved: SavedRun | None = None,
 ) -> Trainer:
     """The trainer, where a run that goes on left it."""
     rate = options.training.learning_rate

@@ -370,7 +370,7 @@ def profile_run(
         for notice in notices:
             _logger.warning(notice)
         try:
-            run = prepare_run(options, files, None, device, rooms, to_finish=False)
+            run = prepare_run(options, files, device, rooms, to_finish=False)
             _logger.info("profile: nothing of what these steps train is kept")
             profile = profile_steps(run.trainer, steps, path / TRACE)
         except PetFinetuneError as error:

@@ -38,7 +38,7 @@ from .ensemble import train_ensemble
 from .feature import Feature
 from .loggers import RunDisplay, error_table
 from .metrics import Errors
-from .prepare import NO_ROOMS, Rooms, Run, RunRequest, prepare_run
+from .prepare import NO_ROOMS, Rooms, Run, RunRequest, prepare_run, resume_run
 from .resume import errors_of, open_run, plain_errors, plain_states
 from .run_files import ADAPTER, BEST, LOG, OPTIONS, RESULTS, RunFiles, sizes_of
 from .sets import AFTER, BEFORE, evaluate_sets, primary_set
@@ -109,20 +109,19 @@ def _train_in(
     folder: Path, options: Options, device: torch.device, request: RunRequest
 ) -> TrainOutcome:
     """Train one model in a folder of its own."""
-    files, rooms, saved = RunFiles(folder), request.rooms, None
+    files, rooms = RunFiles(folder), request.rooms
     if request.restart is None:
         files.check_free(request.source)
     setup_logging(file=files.folder / LOG)
     for notice in request.notices:
         _logger.warning(notice)
     try:
-        if request.restart is not None:
-            saved = open_run(request.restart, options)
-            options = saved.options
-        check = request.check and saved is None
-        run = prepare_run(options, files, saved, device, rooms, check=check)
+        if request.restart is None:
+            run = prepare_run(options, files, device, rooms, check=request.check)
+        else:
+            run = resume_run(files, open_run(request.restart, options), device, rooms)
         files.tell({STARTED: starts_of(files.about())})
-        trainer, training = run.trainer, options.training
+        trainer, training = run.trainer, run.options.training
         trainer.add(RunRecorder(run))
         done = trainer.progress.epoch
         trainer.add(RunDisplay(training.epochs, training.log_interval, done))

@@ -31,7 +31,7 @@ from pet_finetune.keys import forces_key, stress_key
 from pet_finetune.log import get_logger
 from pet_finetune.model.potential import Potential
 from pet_finetune.model.prediction import evaluating
-from pet_finetune.rng import MemberStream, Stream, torch_generator
+from pet_finetune.rng import MemberStream, Stream, seed_everything, torch_generator
 
 from .feature import Feature
 from .metrics import Errors, PredictionRecorder, evaluate, split_predictions
@@ -211,15 +211,17 @@ def primary_set(sets: Collection[str]) -> str:
 
 
 def of_member(options: Options, splits: Splits, seed: int) -> tuple[int, Splits]:
-    """The seed of ``finetune.member`` and the sets it is trained with.
+    """The seed of ``finetune.member`` and the sets it is trained with; the run's without one.
 
     Both are functions of the ensemble's seed and the member's number alone. Validation and test
     sets are those of all members; with ``finetune.bootstrap`` the training set is a bootstrap
     sample: as many, drawn with replacement (Breiman, Mach. Learn. 24, 123 (1996)), in order.
     """
     member = options.finetune.member
-    assert member is not None, "a single run has no member"
+    if member is None:
+        return seed, splits
     own = int(np.random.SeedSequence([seed, member, MemberStream.SEED]).generate_state(1)[0] >> 1)
+    seed_everything(own)
     if not options.finetune.bootstrap:
         return own, splits
     rng = np.random.default_rng([seed, member, MemberStream.BOOTSTRAP])
