@@ -196,9 +196,8 @@ def rows_of(
     """
     if is_lmdb(path):
         with _Lmdb(path) as database:
-            for number in database.ids():
-                if number > after and (last is None or number <= last):
-                    yield number, frame_of(database.row(number), {})
+            for number in database.ids(after, last):
+                yield number, frame_of(database.row(number), {})
         return
     if kind == "db":
         with path.open("rb") as file:
@@ -283,8 +282,8 @@ class _Lmdb:
         self._read.abort()
         self._file.close()
 
-    def ids(self) -> list[int]:
-        """Numbers of the rows, ascending."""
+    def ids(self, after: int = 0, last: int | None = None) -> list[int]:
+        """Numbers of the rows behind one, ascending, to the last."""
         following = self._value("nextid")
         if not isinstance(following, int):
             raise DataError(
@@ -293,7 +292,8 @@ class _Lmdb:
                 "fairchem, or write extended xyz."
             )
         deleted = set(self._value("deleted_ids") or ())
-        return [number for number in range(1, following) if number not in deleted]
+        end = following if last is None else last + 1
+        return [number for number in range(after + 1, end) if number not in deleted]
 
     def row(self, number: int) -> AtomsRow:
         """The row with a number."""
