@@ -38,6 +38,7 @@ ERROR_FILE = "PET_FINETUNE_ERROR_FILE"
 _logger = logging.getLogger("pet_finetune.processes")
 _BEAT, _SILENCE, _SUSPICIOUS_SILENCE = 2.0, 40.0, 12.0  # seconds
 _TO_MEET = 300.0
+_FIRST_GONE = "process 0 is gone"
 #: So long the process that failed, and then the first one, have to say why.
 _TO_TELL = 1.0
 # Nothing that all processes do together takes longer; those that are gone are noticed otherwise.
@@ -122,7 +123,7 @@ class _Watch(threading.Thread):
             except (RuntimeError, OSError) as error:  # the store went with the process that had it
                 if self._stopped.wait(2 * _BEAT):
                     return
-                found = f"process 0 is gone ({str(error).splitlines()[0]})"
+                found = f"{_FIRST_GONE} ({str(error).splitlines()[0]})"
             if found:
                 self._end(found)
 
@@ -164,6 +165,8 @@ class _Watch(threading.Thread):
             _logger.error("all processes end: %s", found)
             leave_error(found)
             _quietly(self._world.store.set, "told", "1")
+        elif found.startswith(_FIRST_GONE):  # which else tells it
+            print(f"error: {found}", file=sys.stderr)
         logging.shutdown()
         os._exit(1)
 

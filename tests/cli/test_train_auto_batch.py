@@ -10,18 +10,23 @@ import torch
 
 from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.model.potential import Potential
-from pet_finetune.training import batch_memory
+from pet_finetune.training import batch_memory, sets
 from tiny_data import options, write_options
 
 
 def test_the_number_is_found_once_and_kept(here, command, stop, monkeypatch):
     monkeypatch.setattr(batch_memory, "_free_mib", lambda: 1e6)
     monkeypatch.setattr(batch_memory, "_STEPS", 3)
-    write_options(Path("mine.yaml"), options({"max_atoms_per_batch": "auto"}))
+    sizes = {"max_atoms_per_batch": "auto", "batch_size": None, "num_epochs": None}
+    write_options(Path("mine.yaml"), options(sizes))
+    # The chosen batch size of 4 would have 2 updates an epoch, the one that is found has 3.2.
+    monkeypatch.setattr(sets, "FEWEST_EPOCHS", 1)
+    monkeypatch.setattr(sets, "_UPDATES", 9)
     stop(2)
     answer = command("train", "mine.yaml", "-c", "base.ckpt", "-o", "run")
     assert answer.code == 130
     assert "max_atoms_per_batch: auto: 12 atoms" in answer.err
+    assert "max_atoms_per_batch 12, num_epochs 3: chosen" in answer.err
     saved = load_checkpoint(Path("run/last.ckpt")).training
     assert "max_atoms_per_batch: auto" in Path("run/options.yaml").read_text()
     monkeypatch.setattr(batch_memory, "largest_batch", None)

@@ -184,8 +184,9 @@ def test_the_end_of_one_ends_all(impatient, end):
     assert impatient.read_text().startswith("process 1 of 3 gives no sign of life any more")
 
 
-def test_the_end_of_the_first_ends_all(impatient):
+def test_the_end_of_the_first_ends_all(impatient, capfd):
     assert together(2, be_killed, 0) == [-signal.SIGKILL, 1]
+    assert "error: process 0 is gone" in capfd.readouterr().err
 
 
 def diverge():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -203,11 +204,12 @@ def _on_cpu(trial: _Trial, largest: int, cap: int) -> int:
 
 
 def _free_mib() -> float:
-    """Memory that new processes could have, MiB."""
+    """Memory that a new process could have, MiB; those of this run on this host share it."""
+    shared = processes.gathered(socket.gethostname()).count(socket.gethostname())
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) / 1024
+                return int(line.split()[1]) / 1024 / shared
     except OSError:
         pass
     return 4096.0

@@ -33,7 +33,7 @@ from .extend import ADVICE, check_known
 from .feature import Feature, Plan
 from .loggers import baseline_text, loggers
 from .metrics import Errors
-from .objectives import check_metric
+from .objectives import Objective, check_metric
 from .resume import RunState, SavedRun, plain_errors, take_files
 from .run_files import OPTIONS, SPLITS, RunFiles, about_run, provenance_of
 from .sets import (
@@ -173,6 +173,7 @@ def prepare_run(
     heads = [head for feature in features for head in feature.heads]
     baselines = _begin(stated, start, data, heads)
     start.model.to(device=device, dtype=dtype)
+    options = _filled(options, start.model, data)
     if processes.first():
         splits.save(files.folder / SPLITS)
     files.write(OPTIONS, options_of_run(options, seed))
@@ -218,6 +219,7 @@ def resume_run(files: RunFiles, saved: SavedRun, device: torch.device, rooms: Ro
     start = saved.start()
     start.model.to(device=device, dtype=dtype_of_bits(options.base_precision))
     data = _loaded(options, splits, trained_on, start.model, own_seed)
+    options = _filled(options, start.model, data, saved.state.max_atoms)
     kept = files.read_kept() if saved.state.fingerprint else {}
     files.base_name, files.provenance = start.name, saved.provenance
     trainer = _trainer(options, start.model, data, _features(options, rooms, files), kept, saved)
@@ -255,6 +257,24 @@ def _loaded(
     # The input is valid, so compiling the operators now is worthwhile.
     use_backend(model, choose_backend(model.device))
     return data
+
+
+def _filled(options: Options, model: Potential, data: RunData, known: int | None = None) -> Options:
+    """The options; ``max_atoms_per_batch: auto`` fills the loaders first, and sets the epochs."""
+    if options.training.max_atoms_per_batch != "auto":
+        return options
+    objectives = _objectives(options, model, data)
+    most = known or largest_batch(model, data.train, objectives, options.training)
+    data.fill(most)
+    return with_chosen_sizes(options, data.train.structures, most)
+
+
+def _objectives(options: Options, model: Potential, data: RunData) -> dict[str, Objective]:
+    """What is trained of each target."""
+    labels = label_names(data.train.structures)
+    return {
+        name: objective_of(options.training, model, name, labels) for name in options.target_specs()
+    }
 
 
 def _check_metric(options: Options, splits: Splits) -> None:
@@ -295,18 +315,11 @@ def _trainer(
     rate = options.training.learning_rate
     if rate is None:
         rate = saved.state.learning_rate if saved else options.learning_rate()
-    labels = label_names(data.train.structures)
-    objectives = {
-        name: objective_of(options.training, model, name, labels) for name in options.target_specs()
-    }
-    if options.training.max_atoms_per_batch == "auto":
-        known = saved.state.max_atoms if saved else None
-        data.fill(known or largest_batch(model, data.train, objectives, options.training))
     training = data.train.shared(processes.rank(), processes.size())
     _check_sizes(training, processes.size())
     trainer = Trainer(
         model,
-        objectives,
+        _objectives(options, model, data),
         training,
         data.validation,
         options.training,

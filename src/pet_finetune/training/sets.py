@@ -79,19 +79,27 @@ def default_num_epochs(updates: float) -> int:
     return max(FEWEST_EPOCHS, min(_MOST_EPOCHS, math.ceil(_UPDATES / max(1.0, updates))))
 
 
-def with_chosen_sizes(options: Options, structures: Sequence[Structure]) -> Options:
-    """Options with numbers in place of null for ``batch_size`` and ``num_epochs``."""
+def with_chosen_sizes(
+    options: Options, structures: Sequence[Structure], most: int | None = None
+) -> Options:
+    """Options with numbers in place of null for ``batch_size`` and ``num_epochs``.
+
+    With ``max_atoms_per_batch: auto`` the epochs follow once it is known; ``most`` is what was
+    found for it.
+    """
     training = options.training
     if training.batch_size is not None and training.num_epochs is not None:
         return options
     atoms = int(sizes_of_structures(structures).sum())
     batch = training.batch_size or default_batch_size(len(structures), atoms)
-    most = training.max_atoms_per_batch
-    batches = atoms / most if isinstance(most, int) else math.ceil(len(structures) / batch)
+    limit = most or training.max_atoms_per_batch
+    if limit == "auto":
+        return options.with_training(batch_size=batch)
+    batches = atoms / limit if limit else math.ceil(len(structures) / batch)
     epochs = training.num_epochs
     if epochs is None:
         epochs = default_num_epochs(batches / training.gradient_accumulation_steps)
-    by = f"max_atoms_per_batch {most}" if most else f"batch_size {batch}"
+    by = f"max_atoms_per_batch {limit}" if limit else f"batch_size {batch}"
     _logger.info("%s, num_epochs %d: chosen by the %d training structures where not given",
                  by, epochs, len(structures))  # fmt: skip
     return options.with_training(batch_size=batch, num_epochs=epochs)
