@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from ase import Atoms
 
 # Names that are written twice (`x as x`) are passed on to the command line.
@@ -73,7 +75,6 @@ from pet_finetune.pretraining.stages import PretrainResult as PretrainResult
 from pet_finetune.pretraining.stages import pretrain_model
 from pet_finetune.report.report_file import ReportServer as ReportServer
 from pet_finetune.report.report_file import write_report as write_report
-from pet_finetune.rng import own_random_numbers
 from pet_finetune.runs import RunFolder
 from pet_finetune.terminal import show as show
 from pet_finetune.training import run, uncertainty
@@ -91,6 +92,18 @@ from pet_finetune.training.step import TrainOutcome as TrainOutcome
 
 _logger = get_logger(__name__)
 _FOUNDATION = "foundation.ckpt"
+
+
+@contextmanager
+def _callers_state_kept() -> Iterator[None]:
+    """A context that leaves a script's random numbers of torch and its warnings alone."""
+    shown = warnings.showwarning
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=gpus):
+        try:
+            yield
+        finally:
+            warnings.showwarning = shown
 
 
 def finetune(
@@ -135,7 +148,7 @@ def finetune(
     if isinstance(features, (Keywords, Feature)):
         features = [features]
     with ExitStack() as stack:
-        stack.enter_context(own_random_numbers())
+        stack.enter_context(_callers_state_kept())
         if folder is None:
             above = stack.enter_context(tempfile.TemporaryDirectory(prefix="pet-finetune-"))
             place = Path(above, "run")
@@ -173,7 +186,7 @@ def finetune(
 def _rooms(own: Sequence[Feature], temporary: bool) -> Rooms:
     """Rooms of a run with the caller's own features."""
     rooms = replace(ROOMS, features=lambda: [*features_of_rooms(), *own], own=bool(own))
-    return replace(rooms, report=lambda folder: None) if temporary else rooms
+    return replace(rooms, report=lambda folder: None, kept=False) if temporary else rooms
 
 
 def evaluate(
@@ -295,7 +308,7 @@ def pretrain(
     else:
         frames = list(read_frames(structures, **(systems or {})))
     with ExitStack() as stack:
-        stack.enter_context(own_random_numbers())
+        stack.enter_context(_callers_state_kept())
         above = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pet-finetune-")))
         stack.callback(setup_logging)  # the log file of the training is closed before it goes
         start = checkpoint_of(model, above / _FOUNDATION)

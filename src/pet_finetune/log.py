@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from . import processes
 
@@ -225,9 +225,14 @@ def html_of(content: RenderableType) -> str:
     )
 
 
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a standard stream is a terminal; a program without a console has none."""
+    return stream is not None and stream.isatty()
+
+
 def _stream_handler() -> logging.Handler:
     """A rich handler when stderr is a terminal, plain lines otherwise (files, batch queues)."""
-    if sys.stderr.isatty():
+    if is_terminal(sys.stderr):
         from rich.logging import RichHandler
 
         rich_handler = RichHandler(

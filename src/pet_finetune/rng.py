@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from enum import IntEnum, unique
 from typing import Any
 
@@ -50,12 +49,6 @@ def seed_everything(seed: int | None) -> int:
         seed = random.SystemRandom().randrange(2**31)
     torch.manual_seed(seed % 2**63)  # which takes no larger ones
     return seed
-
-
-def own_random_numbers() -> AbstractContextManager[None]:
-    """A context that leaves torch's random numbers as a script had them."""
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    return torch.random.fork_rng(devices=gpus)
 
 
 def torch_generator(*place: int) -> torch.Generator:

@@ -21,7 +21,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from . import processes
-from .log import FILE_ONLY, get_logger, last_line, stderr_console
+from .log import FILE_ONLY, get_logger, is_terminal, last_line, stderr_console
 
 if TYPE_CHECKING:  # rich takes a while, and --help needs none of it
     from rich.console import RenderableType
@@ -45,7 +45,7 @@ def _draws() -> bool:
     """Whether this process shows bars on stderr."""
     # Of several that a launcher started, before they have met, each takes itself for the leader.
     leads = processes.leader() and os.environ.get("RANK", "0") == "0"
-    return leads and (sys.stderr.isatty() or _in_notebook())
+    return leads and (is_terminal(sys.stderr) or _in_notebook())
 
 
 def progress_bar(before: TextColumn, *after: TextColumn) -> Progress | None:
@@ -63,7 +63,7 @@ def progress_bar(before: TextColumn, *after: TextColumn) -> Progress | None:
         transient=True,
         refresh_per_second=REDRAWS_PER_SECOND,
         # What is printed goes above the bar, unless it goes elsewhere.
-        redirect_stdout=sys.stdout.isatty(),
+        redirect_stdout=is_terminal(sys.stdout),
     )
 
 
@@ -311,7 +311,7 @@ def print_rich(content: RenderableType) -> None:
     from rich.console import Console
 
     clear()
-    width = None if sys.stdout.isatty() else _WIDTH
+    width = None if is_terminal(sys.stdout) else _WIDTH
     with suppress(SystemExit):  # rich's, where the reader has gone (| head): it ends no run
         Console(file=sys.stdout, width=width, markup=False, emoji=False).print(content)
 

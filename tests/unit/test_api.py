@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import io
 import os
+import signal
+import warnings
 from pathlib import Path
 
 import ase.db
@@ -44,6 +46,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def result(base):
     before, random = set(os.listdir()), torch.get_rng_state()
+    shown = warnings.showwarning
     made = pf.finetune(
         pf.load(base),
         molecules(8),
@@ -55,6 +58,7 @@ def result(base):
     )
     assert set(os.listdir()) == before, "no file need be written"
     assert torch.equal(torch.get_rng_state(), random), "the script's random numbers are its own"
+    assert warnings.showwarning is shown
     return made
 
 
@@ -169,6 +173,21 @@ def test_features_of_the_caller_s_own_take_part(base):
     mine = Counting()
     pf.finetune(base, molecules(8), 0.25, features=[mine], **{**FAST, "batch_size": 3})
     assert mine.steps == 4
+
+
+def test_an_interrupted_run_without_a_folder_gives_its_best_model(base, capsys):
+    class Interrupt(pf.Feature):
+        name = "interrupt"
+
+        def epoch_ended(self, record):
+            signal.raise_signal(signal.SIGINT)
+
+    result = pf.finetune(base, molecules(6), validation=0.34, features=[Interrupt()], **FAST)
+    assert not result.finished
+    assert len(column(result.history, "epoch")) == 1
+    told = capsys.readouterr().err
+    assert "interrupted; the result is the best model so far" in told
+    assert "--restart" not in told
 
 
 def test_a_changed_model_is_what_training_starts_from(base, tmp_path):

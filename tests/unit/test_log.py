@@ -9,6 +9,7 @@ import pytest
 
 from logs import logging_as_it_was
 from pet_finetune.log import get_logger, setup_logging
+from pet_finetune.terminal import progress_bar
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +35,16 @@ def test_lines_go_to_stderr_and_to_the_file(
     written = file.read_text(encoding="utf-8")
     assert "epoch 3" in written
     assert "unseen" not in written
+
+
+def test_a_program_without_a_console_logs_to_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr", None)
+    setup_logging(file=tmp_path / "train.log")
+    get_logger("x").info("written")
+    assert progress_bar(None) is None
+    assert "written" in (tmp_path / "train.log").read_text(encoding="utf-8")
 
 
 def test_setting_up_twice_does_not_double_the_lines(capsys: pytest.CaptureFixture[str]) -> None:

@@ -151,6 +151,10 @@ class AdaptedPotential:
         rank: int | None = None,
     ) -> None:
         """Blend adapters into a new one, see :func:`~.combine.combine`; it is not yet active."""
+        if not isinstance(weights, Mapping):
+            raise AdapterError(
+                'weights: expected a dictionary, such as {"water": 0.5, "ice": 0.5}.'
+            )
         parts = [
             (replace(self._named(adapter), name=adapter), weight)
             for adapter, weight in weights.items()

@@ -225,8 +225,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return read_object(path)
     except FileNotFoundError as error:
+        inside = path.parent / "adapter"  # of a run
+        hint = f" Did you mean '{inside}'?" if (inside / path.name).exists() else ""
         raise AdapterError(
-            f"There is no adapter in '{path.parent}': {path.name} is missing."
+            f"There is no adapter in '{path.parent}': {path.name} is missing.{hint}"
         ) from error
     except DataError as error:
         raise AdapterError(str(error)) from error

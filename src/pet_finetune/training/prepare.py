@@ -83,6 +83,7 @@ class Rooms:
         read: the three sets by a seed; says all that is wrong with the files at once.
         report: writes the report of the run in a folder.
         own: whether any of these are the caller's own, which other processes cannot be given.
+        kept: whether the folder of the run stays when it has ended.
         start: options of a new run with the model that it starts from made ready.
     """
 
@@ -91,6 +92,7 @@ class Rooms:
     read: Callable[[Options, int], Splits] = make_splits
     report: Callable[[Path], None] = lambda folder: None
     own: bool = False
+    kept: bool = True
     start: Callable[[Options], Options] = lambda options: options
 
 

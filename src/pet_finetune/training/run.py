@@ -139,11 +139,12 @@ def _train_in(
         raise
     if processes.first():
         rooms.report(files.folder)
+    command = ["pet-finetune", "train", f"{files.folder / OPTIONS}"]
     _logger.warning(
-        "interrupted; the state is saved. Go on with: %s",
-        shlex.join(
-            ["pet-finetune", "train", f"{files.folder / OPTIONS}", "--restart", f"{files.folder}"]
-        ),
+        "interrupted; %s",
+        f"the state is saved. Go on with: {shlex.join([*command, '--restart', f'{files.folder}'])}"
+        if rooms.kept
+        else "the result is the best model so far. A run with folder=... can go on later.",
     )
     return TrainOutcome(files.folder, result, {}, {})
 

@@ -147,6 +147,8 @@ def test_a_blend_becomes_an_adapter(base: Potential, tmp_path):
     model = AdaptedPotential(copy.deepcopy(base))
     for name, one in parts.items():
         model.load_adapter(save_adapter(one, tmp_path / name), name=name)
+    with pytest.raises(AdapterError, match="weights: expected a dictionary"):
+        model.add_weighted_adapter(["a", "b"], name="mix")
     model.add_weighted_adapter({"a": 0.5, "b": 0.5}, name="mix", combination="cat")
     assert model.active_adapter == "a"
     model.set_adapter("mix")

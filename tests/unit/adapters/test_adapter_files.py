@@ -134,6 +134,11 @@ def test_missing_files(folder, name, message):
         load_adapter(random_potential(), folder)
 
 
+def test_the_folder_of_a_run_is_told_from_its_adapter(folder):
+    with pytest.raises(AdapterError, match=r"Did you mean '.*adapter'\?"):
+        load_adapter(random_potential(), folder.parent)
+
+
 @pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
 @pytest.mark.parametrize("content", [b"", b"{", b"[1, 2]", b"\xff\xfe\x00junk"])
 def test_damaged_files(folder, name, content):
