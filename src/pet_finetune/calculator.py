@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -42,11 +41,8 @@ from pet_finetune.model.inference import (
 )
 from pet_finetune.model.inference import orientations as make_orientations
 from pet_finetune.model.potential import Potential
-from pet_finetune.model.prediction import LastLayer, Prediction
+from pet_finetune.model.prediction import LastLayer, Prediction, Property
 from pet_finetune.nn.neighborhood import SteadyEdges
-
-#: Of what a structure has, this is not read by the potential.
-_IGNORED = {"initial_charges", "initial_magmoms"}
 
 
 class PETCalculator(Calculator):
@@ -62,10 +58,9 @@ class PETCalculator(Calculator):
         adapters: several adapter folders, or the folder of a run with ``finetune.ensemble``: a
             committee. All properties are its mean, with the additional ones of
             :data:`COMMITTEE_PROPERTIES`.
-        spread: ``"always"`` computes uncertainties and the members' predictions with every
-            evaluation; ``"on_demand"`` by a separate evaluation on request. None is ``"always"``
-            for a committee; for a last layer (LLPR) it computes the energy's uncertainty with
-            every evaluation, and the members' forces and stress on request.
+        spread: ``"always"`` computes uncertainties and the members' predictions every time,
+            ``"on_demand"`` on request. None: always of a committee; of a last layer (LLPR) the
+            energy's uncertainty always, the members' forces and stress on request.
         target: the energy to use. Default: the only one of the adapter, or else of the model, else
             ``energy``.
         non_conservative: True for forces and stress from the model's direct heads
@@ -75,12 +70,10 @@ class PETCalculator(Calculator):
         dtype: ``float32``, ``float64``, or None for the model's own.
         skin: margin of the neighbour list in Å; it changes speed, never results.
         orientations: 2 for the mean over the structure and its inversion, 4, 12 or 24 for a group
-            of as many rotations. This reduces the error of the learned symmetry; each orientation
-            costs an evaluation.
+            of as many rotations: a smaller error of the learned symmetry, at N evaluations.
         compile: ``on`` computes energy and derivatives with one compiled graph, made once for a
-            kind of model in a minute or two; ``off`` never; ``auto`` uses an existing graph, on a
-            GPU. The first result is compared with an uncompiled one. Committees, direct heads and
-            features are not compiled.
+            kind of model in a minute or two; ``off`` never; ``auto`` uses an existing one, on a
+            GPU. Committees, direct heads and features are not compiled.
 
     Attributes:
         model: the potential, adapter merged, or the committee; frozen, in evaluation mode.
@@ -95,7 +88,7 @@ class PETCalculator(Calculator):
     # ASE declares both of these as attributes that instances may change.
     implemented_properties = ["energy", "free_energy", "energies", "forces", "stress"]  # noqa: RUF012
     # The potential does not read them, so setting them costs no evaluation.
-    ignored_changes = _IGNORED
+    ignored_changes = {"initial_charges", "initial_magmoms"}  # noqa: RUF012
     name = "pet"
 
     @plain_torch()
@@ -105,7 +98,7 @@ class PETCalculator(Calculator):
         *,
         adapter: str | os.PathLike[str] | None = None,
         adapters: Adapters | None = None,
-        spread: Literal["always", "on_demand", "asked"] | None = None,
+        spread: Literal["always", "on_demand"] | None = None,
         target: str | None = None,
         non_conservative: NonConservative = False,
         device: str | torch.device = "auto",
@@ -118,7 +111,6 @@ class PETCalculator(Calculator):
         self._lock = threading.RLock()
         if not skin >= 0.0:
             raise ConfigError(f"skin: the margin is a length of 0 Å or more, got {skin}.")
-        _check_choice("compile", compile, ("auto", "on", "off"))
         self._rotations = make_orientations(orientations)
         self._wanted_device = str(device)
         self.device = choose_device(self._wanted_device)
@@ -127,10 +119,12 @@ class PETCalculator(Calculator):
             raise ConfigError(
                 "adapter and adapters: give one of them, a single adapter or those of a committee."
             )
-        if spread == "asked":
-            warnings.warn('spread="asked" is now "on_demand"', DeprecationWarning, stacklevel=2)
-            spread = "on_demand"
-        _check_choice("spread", spread or "always", ("always", "on_demand"))
+        for option, value, allowed in (
+            ("compile", compile, ("auto", "on", "off")),
+            ("spread", spread or "always", ("always", "on_demand")),
+        ):
+            if value not in allowed:
+                raise ConfigError(f"{option}: '{value}' is not one of {', '.join(allowed)}.")
         self._spread = spread
         self._wanted_target = target
         self._wanted_direct: NonConservative = non_conservative
@@ -146,7 +140,6 @@ class PETCalculator(Calculator):
         if self._adapted is not None:
             self._adapted.merge()
         self.model: Potential | Committee = potential.eval().requires_grad_(False)
-        self._conditioned = potential.hypers.system_conditioning
         self._moving = MovingAtoms(potential.cutoff, float(skin))
         self._steady = self._steady_edges()
         self._compile = compile
@@ -167,9 +160,7 @@ class PETCalculator(Calculator):
         self._switch(lambda adapted: adapted.load_adapter(os.fspath(directory), name))
 
     def set_adapter(self, name: str) -> None:
-        """Switch to another adapter, also during a simulation.
-
-        The base is not read again, and nothing of the last adapter is left.
+        """Switch to another adapter, also during a simulation; nothing of the last one is left.
 
         Raises:
             AdapterError: no adapter of this name was loaded.
@@ -200,7 +191,7 @@ class PETCalculator(Calculator):
     def neighbor_origin(self) -> Origin | None:
         """Positions, cell and pbc for which the neighbour list in use was built; None before one.
 
-        Setting what another calculator had here makes this one go on to the same last bit.
+        Set to what another calculator had here, this one goes on to the same last bit.
         """
         return self._moving.origin
 
@@ -254,19 +245,17 @@ class PETCalculator(Calculator):
             PropertyNotImplementedError: the model has no such property.
         """
         if name in COMMITTEE_PROPERTIES and name not in self.implemented_properties:
-            raise PropertyNotImplementedError(
-                f"{name}: {no_property(self._last_layer, self.target)}"
-            )
+            why = no_property(self._last_layer, self.target)
+            raise PropertyNotImplementedError(f"{name}: {why}")
         with self._lock:  # a thread's results are not those of another one's structure
             return super().get_property(name, atoms, allow_calculation)
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """Changes since the last calculation, with charge and spin if the model uses them."""
         known = self.atoms
-        changes: list[str]
         if (
             known is not None
-            and self.ignored_changes >= _IGNORED
+            and self.ignored_changes >= PETCalculator.ignored_changes
             and np.array_equal(known.numbers, atoms.numbers)
             and np.array_equal(known.cell.array, atoms.cell.array)
             and np.array_equal(known.pbc, atoms.pbc)
@@ -277,8 +266,8 @@ class PETCalculator(Calculator):
         else:
             changes = super().check_state(atoms, tol=tol)
         if not changes and known is not None:
-            same = self._charge_and_spin(known) == self._charge_and_spin(atoms)
-            changes = [] if same else ["info"]
+            now, then = (charge_and_spin(one, self.model.hypers) for one in (atoms, known))
+            changes = [] if now == then else ["info"]
         return changes
 
     @plain_torch()
@@ -314,7 +303,7 @@ class PETCalculator(Calculator):
             if self._steady is not None:
                 chosen, slack = self._steady.choose(batch)
             with self._arena.reused():
-                prediction = self._in_orientations(chosen, predict)
+                prediction = predict_mean(chosen, self._rotations, predict)
             results, left = results_of(prediction, slack)
             holds = self._steady is None or self._steady.hold(left)
         super().calculate(atoms, properties, system_changes)
@@ -322,29 +311,21 @@ class PETCalculator(Calculator):
 
     @plain_torch()
     def predict_together(
-        self,
-        structures: Sequence[Atoms],
-        neighbors: Sequence[MovingAtoms],
-        *,
-        stress: bool = True,
+        self, structures: Sequence[Atoms], neighbors: Sequence[MovingAtoms], *, stress: bool = True
     ) -> Prediction:
         """Energies and forces of several structures in one batch, without uncertainties.
 
-        Args:
-            structures: in any mix.
-            neighbors: of :meth:`fresh_neighbors`, one for each structure, for its next call too.
-            stress: whether stresses are computed; they are zero where a structure is not periodic.
+        Each has ``neighbors`` of :meth:`fresh_neighbors`, for its next call too. Stresses are zero
+        where it is not periodic.
         """
         check_forked(self.device)
         batch = join_graphs(list(map(self._batch, structures, neighbors)))
         stress = stress and any(bool(atoms.pbc.all()) for atoms in structures)
-        mean: Callable[..., Prediction]
-        if isinstance(self.model, Committee):
-            mean = partial(self.model.predict, target=self.target, spread=False)
-        else:
-            mean = self._energy().predict
+        model, mean = self.model, self._energy
+        if isinstance(model, Committee):
+            mean = partial(model.predict, target=self.target, spread=False)
         with self._arena.reused():
-            return self._in_orientations(batch, partial(mean, stress=stress))
+            return predict_mean(batch, self._rotations, partial(mean, stress=stress))
 
     def fresh_neighbors(self) -> MovingAtoms:
         """A neighbour list for one structure, to be used again while its atoms move."""
@@ -353,52 +334,38 @@ class PETCalculator(Calculator):
     def _batch(self, atoms: Atoms, neighbors: MovingAtoms) -> Batch:
         """A structure as the model's input; its edges reach as far as the skin."""
         check_atoms(atoms, self.model.species)
-        charge, spin = self._charge_and_spin(atoms)
+        charge, spin = charge_and_spin(atoms, self.model.hypers)
         return neighbors.batch(atoms, charge, spin, self.device, self.model.dtype)
-
-    def _in_orientations(self, batch: Batch, predict: Callable[[Batch], Prediction]) -> Prediction:
-        if len(self._rotations) == 1:
-            return predict(batch)
-        return predict_mean(batch, self._rotations, predict)
 
     def _predict(self, batch: Batch, stress: bool, asked: frozenset[str]) -> Prediction:
         members = not OF_MEMBERS.isdisjoint(asked) or self._spread == "always"
         if isinstance(self.model, Committee):
-            members = members or self._spread is None
-            return self.model.predict(batch, self.target, stress=stress, spread=members)
+            spread = members or self._spread is None
+            return self.model.predict(batch, self.target, stress=stress, spread=spread)
         layer = self._last_layer
         if self._spread == "on_demand" and asked.isdisjoint(COMMITTEE_PROPERTIES):
             layer = None
-        prediction = self._without_spread(batch, stress, layer is not None)
+        model, target, features = self.model, self.target, layer is not None
+        prediction: Prediction | Property
+        if self._direct is not None:
+            prediction = predict_direct(model, batch, target, self._direct, stress, features)
+        elif layer is None:
+            return self._energy(batch, stress)
+        else:
+            wanted = {target: (True, stress)}
+            prediction = model.predict_targets(batch, wanted, features_of=[target])[target]
+        assert isinstance(prediction, Prediction)
         if layer is None:
             return prediction
         members = members and self._direct is None
-        return with_uncertainty(self.model, batch, prediction, self.target, layer, members)
+        return with_uncertainty(model, batch, prediction, target, layer, members)
 
-    def _without_spread(self, batch: Batch, stress: bool, features: bool) -> Prediction:
-        assert isinstance(self.model, Potential)
-        if self._direct is not None:
-            return predict_direct(self.model, batch, self.target, self._direct, stress, features)
-        if features:
-            wanted = {self.target: (True, stress)}
-            found = self.model.predict_targets(batch, wanted, features_of=[self.target])
-            prediction = found[self.target]
-            assert isinstance(prediction, Prediction)
-            return prediction
-        return self._energy().predict(batch, stress=stress)
-
-    def _energy(self) -> FrozenEnergy:
-        """Function that computes the energy of one model."""
+    def _energy(self, batch: Batch, stress: bool) -> Prediction:
+        """The energy of one model, frozen at first use."""
         assert isinstance(self.model, Potential)
         if self._frozen is None:
             self._frozen = FrozenEnergy(self.model, self.target, self._compile)
-        return self._frozen
-
-    def _charge_and_spin(self, atoms: Atoms) -> tuple[int, int]:
-        if not self._conditioned:
-            return 0, 1
-        hypers = self.model.hypers
-        return charge_and_spin(atoms, hypers.max_charge, hypers.max_spin_multiplicity)
+        return self._frozen.predict(batch, stress=stress)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the neighbour list, and with the model on the CPU: any machine can open it."""
@@ -422,12 +389,10 @@ class PETCalculator(Calculator):
 
     def _steady_edges(self) -> SteadyEdges | None:
         """Edges chosen ahead for several steps, because each read from a GPU takes time."""
-        if isinstance(self.model, Committee) or len(self._rotations) > 1:
+        if (
+            isinstance(self.model, Committee)
+            or len(self._rotations) > 1
+            or self.device.type == "cpu"
+        ):
             return None
-        on_cpu = self.device.type == "cpu"
-        return None if on_cpu else SteadyEdges(self.model.network.neighborhood)
-
-
-def _check_choice(option: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{option}: '{value}' is not one of {', '.join(allowed)}.")
+        return SteadyEdges(self.model.network.neighborhood)

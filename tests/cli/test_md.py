@@ -113,11 +113,14 @@ def test_a_simulation_is_gone_on_with_from_anywhere(md, command, monkeypatch) ->
 def test_orientations_move_the_atoms_by_their_mean(md, command, monkeypatch) -> None:
     rotated = []
     monkeypatch.setattr(
-        calculator, "predict_mean", lambda *given: rotated.append(1) or predict_mean(*given)
+        calculator,
+        "predict_mean",
+        lambda *given: rotated.append(len(given[1])) or predict_mean(*given),
     )
     assert md("--orientations", 4).code == 0
     steps = len(rotated)
     assert steps > 6
+    assert set(rotated) == {4}
     assert command("md", "--restart", "run", "--steps", 8).code == 0
     assert len(rotated) > steps
     assert json.loads(Path("run/md.json").read_text())["model"]["orientations"] == 4

@@ -19,6 +19,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from pet_finetune.config.run_options import ModelOptions
 from pet_finetune.errors import DataError, SpeciesError
 from pet_finetune.graph import Batch
 from pet_finetune.log import get_logger
@@ -93,17 +94,15 @@ def misses_a_cell(atoms: Atoms) -> int:
     return count if count >= _MANY else 0
 
 
-def charge_and_spin(atoms: Atoms, max_charge: int, max_spin: int) -> tuple[int, int]:
-    """Total charge and spin multiplicity 2S+1 from ``atoms.info``; defaults 0 and 1.
-
-    Args:
-        atoms: one structure.
-        max_charge: largest absolute charge the model knows.
-        max_spin: largest multiplicity the model knows.
+def charge_and_spin(atoms: Atoms, hypers: ModelOptions) -> tuple[int, int]:
+    """Total charge and spin multiplicity 2S+1 from ``atoms.info``; else, or unconditioned, 0 and 1.
 
     Raises:
         DataError: a value that is no whole number, or beyond what the model knows.
     """
+    if not hypers.system_conditioning:
+        return 0, 1
+    max_charge, max_spin = hypers.max_charge, hypers.max_spin_multiplicity
     charge, odd_charge = usual_integer(atoms.info, DEFAULT_CHARGE_KEYS, 0)
     spin, odd_spin = usual_integer(atoms.info, DEFAULT_SPIN_KEYS, 1)
     if odd_charge or odd_spin:

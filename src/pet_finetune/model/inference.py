@@ -354,6 +354,8 @@ def predict_mean(
         rotations: ``[k, 3, 3]``.
         predict: of a batch; quantities may have axes in front, as those of a committee's members.
     """
+    if len(rotations) == 1:
+        return predict(batch)
     most = max(1, _MOST_ATOMS // max(1, batch.num_atoms))
     chunks = rotations.split(most)
     return _mean([predict(copies(batch, some)) for some in chunks], chunks)

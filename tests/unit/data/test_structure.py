@@ -10,6 +10,7 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 
+from pet_finetune.config.run_options import ModelOptions
 from pet_finetune.data.calculator_input import charge_and_spin
 from pet_finetune.data.structure import (
     Structure,
@@ -185,6 +186,9 @@ def test_what_is_beyond_them_is_named(charges, spins, message):
         check_charges(structures(charges, spins), max_charge=2, max_spin=4)
 
 
+CONDITIONED = ModelOptions(system_conditioning=True, max_charge=2, max_spin_multiplicity=4)
+
+
 @pytest.mark.parametrize(
     ("info", "found"),
     [
@@ -200,7 +204,7 @@ def test_charge_and_spin_under_their_usual_names(info, found):
     structure = atoms_to_structure(atoms)
     check_charges([structure], max_charge=2, max_spin=4)
     assert (structure.charge, structure.spin) == found
-    assert charge_and_spin(atoms, max_charge=2, max_spin=4) == found
+    assert charge_and_spin(atoms, CONDITIONED) == found
 
 
 @pytest.mark.parametrize(
@@ -216,4 +220,4 @@ def test_what_is_no_whole_number_is_refused_by_who_reads_it(info, words):
     with pytest.raises(DataError, match=f"frame 4 of a.xyz: {words}.*1 of 1 structures"):
         check_charges([structure], max_charge=2, max_spin=4)
     with pytest.raises(DataError, match=f"{words}, not a whole number"):
-        charge_and_spin(atoms, max_charge=2, max_spin=4)
+        charge_and_spin(atoms, CONDITIONED)
