@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,6 @@ from pet_finetune.adapters.peft_files import read_adapter
 from pet_finetune.calculator import PETCalculator
 from pet_finetune.checkpoint.opening import load, open_committee
 from pet_finetune.committee.committee import Committee
-from pet_finetune.config.named_run_options import NamedRun
 from pet_finetune.config.run_options import Options
 from pet_finetune.errors import CheckpointError, ConfigError
 from pet_finetune.export.export import check_output_of_run, export_model, export_table
@@ -33,7 +32,7 @@ from pet_finetune.terminal import show
 from pet_finetune.training import compare_runs, run
 from pet_finetune.training.feature import Feature
 from pet_finetune.training.prepare import Rooms
-from pet_finetune.training.profile import TrainingProfile, profile_run
+from pet_finetune.training.profile import profile_run
 from pet_finetune.training.resume import plain_errors
 from pet_finetune.training.run_files import ADAPTER, BEST
 from pet_finetune.training.step import TrainOutcome
@@ -94,16 +93,8 @@ def train_as_told(job: Path) -> TrainOutcome:
     return run.train_as_told(job, train)
 
 
-def train_named(runs: Sequence[NamedRun], source: str | Path, **settings: Any) -> int:
-    """Train named runs; see :func:`pet_finetune.training.compare_runs.train_named`."""
-    return compare_runs.train_named(runs, source, rooms=ROOMS, **settings)
-
-
-def profile(
-    options: Options, folder: str | Path | None, steps: int, **settings: Any
-) -> TrainingProfile:
-    """Time a few steps; see :func:`pet_finetune.training.profile.profile_run`."""
-    return profile_run(options, folder, steps, rooms=ROOMS, **settings)
+train_named = partial(compare_runs.train_named, rooms=ROOMS)
+profile = partial(profile_run, rooms=ROOMS)
 
 
 _logger = get_logger(__name__)

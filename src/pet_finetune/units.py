@@ -161,3 +161,13 @@ def to_own_unit(quantity: str, unit: str) -> float:
     if quantity not in _CONVERTED or not unit:
         return 1.0
     return _CONVERTED[quantity][1](unit)
+
+
+def duration(seconds: float) -> str:
+    """Duration in words."""
+    if seconds < 90:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min"

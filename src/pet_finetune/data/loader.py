@@ -66,11 +66,10 @@ class Loader:
             dtype: float dtype of the batches.
 
         Raises:
-            DataError: no structures, or sizes below 1.
+            DataError: no structures.
         """
         if not structures:
             raise DataError("There are no structures to load: the set is empty.")
-        _check_sizes(batch_size, max_atoms_per_batch, seed)
         #: The structures, in the order given, and the atoms of each, ``[n]``.
         self.structures: Sequence[Structure] = structures
         self._prepared: _OnTheFly | list[LabelledBatch]
@@ -121,7 +120,6 @@ class Loader:
         """
         other = copy.copy(self)
         if batch_size is not None or max_atoms_per_batch is not None:
-            _check_sizes(batch_size, max_atoms_per_batch, self.seed)
             other.batch_size, other.max_atoms_per_batch = batch_size, max_atoms_per_batch
         other.min_atoms_per_batch = 0
         other.shuffle = shuffle
@@ -360,15 +358,3 @@ class _OnTheFly:
     def __getitem__(self, member: int) -> LabelledBatch:
         structure = self._structures[member]
         return prepare(structure, structure_neighbors(structure, self._cutoff), self._dtype)
-
-
-def _check_sizes(batch_size: int | None, max_atoms_per_batch: int | None, seed: int) -> None:
-    """Refuse sizes that make no batches."""
-    if batch_size is None and max_atoms_per_batch is None:
-        raise DataError("Give the loader a batch_size or max_atoms_per_batch.")
-    sizes = {"batch_size": batch_size, "max_atoms_per_batch": max_atoms_per_batch}
-    for name, value in sizes.items():
-        if value is not None and value < 1:
-            raise DataError(f"{name} must be at least 1, found {value}.")
-    if seed < 0:
-        raise DataError(f"The seed must be at least 0, found {seed}.")

@@ -209,11 +209,6 @@ def _named_frames(options: Options, name: str) -> list[int]:
     choice = options.validation_set if name == "validation" else options.test_set
     if not isinstance(choice, IndexedSet):
         return []
-    if len(options.training_set) > 1:
-        raise DataError(
-            f"{name}_set.indices needs a single training set, found {len(options.training_set)}. "
-            "Give the set as data sets of its own, each with `indices`."
-        )
     return frame_numbers(choice.indices, None, options.training_set[0].systems.read_from)
 
 

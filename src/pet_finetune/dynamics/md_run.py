@@ -113,29 +113,25 @@ def restart_md(
     """
     MDFiles.existing(Path(folder))
     with own_folder(folder) as path:
-        return _go_on(MDFiles.existing(path), model or {}, steps)
-
-
-def _go_on(files: MDFiles, model: Mapping[str, Any], steps: int | None) -> MDResult:
-    """Go on with the run of a folder that is this process's own."""
-    state = files.load_state()
-    setup_logging(file=files / LOG)
-    atoms, kept = files.read_start()
-    settings = MDSettings(**kept["settings"])
-    if steps is not None:
-        settings = replace(settings, steps=steps)
-    done = int(state["integrator/nsteps"])
-    if done >= settings.steps:
-        raise DynamicsError(
-            f"--restart: the run in '{files.folder}' has made {done} steps of {settings.steps}: "
-            "nothing is left to do. Ask for more with --steps."
-        )
-    kept_model = {**kept["model"], "adapters": tuple(kept["model"]["adapters"])}
-    chosen = ModelChoice(**{**kept_model, **model})
-    atoms.calc = chosen.open(settings.stop_uncertainty is not None)
-    files.write_start(atoms, _record(chosen, settings, kept))
-    _logger.info("going on from step %d of %d in %s", done, settings.steps, files.folder)
-    return _go(atoms, settings, files, np.random.default_rng(settings.seed), state)
+        files = MDFiles.existing(path)
+        state = files.load_state()
+        setup_logging(file=files / LOG)
+        atoms, kept = files.read_start()
+        settings = MDSettings(**kept["settings"])
+        if steps is not None:
+            settings = replace(settings, steps=steps)
+        done = int(state["integrator/nsteps"])
+        if done >= settings.steps:
+            raise DynamicsError(
+                f"--restart: the run in '{files.folder}' has made {done} steps of "
+                f"{settings.steps}: nothing is left to do. Ask for more with --steps."
+            )
+        kept_model = {**kept["model"], "adapters": tuple(kept["model"]["adapters"])}
+        chosen = ModelChoice(**{**kept_model, **(model or {})})
+        atoms.calc = chosen.open(settings.stop_uncertainty is not None)
+        files.write_start(atoms, _record(chosen, settings, kept))
+        _logger.info("going on from step %d of %d in %s", done, settings.steps, files.folder)
+        return _go(atoms, settings, files, np.random.default_rng(settings.seed), state)
 
 
 def _record(model: ModelChoice, settings: MDSettings, before: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from rich.text import Text
 
 from pet_finetune.elements import symbol_of
 from pet_finetune.log import html_of
+from pet_finetune.units import duration
 
 from .inspected import SEVERITIES, Finding, InspectedDataset, InspectedFrame, element_fit, rms
-from .suggestion import Estimate, Load, Suggestion, duration
+from .suggestion import Estimate, Load, Suggestion
 
 #: eV an atom, below which energies of bonds stay.
 _COHESIVE = 15.0
@@ -316,6 +317,6 @@ def _cost(inspection: Inspection, load: Load) -> RenderableType:
     for name in ("method", "trained parameters", "an epoch", "memory, MiB"):
         table.add_column(name, justify="left" if name == "method" else "right")
     for one in inspection.estimates:
-        seconds = f"{one.seconds:.2g} s" if one.seconds < 10 else duration(one.seconds)
-        table.add_row(one.method, f"{one.trainable:,}", seconds, f"{one.memory:.0f}")
+        cells = one.method, f"{one.trainable:,}", duration(one.seconds), f"{one.memory:.0f}"
+        table.add_row(*cells)
     return table

@@ -21,21 +21,13 @@ from pet_finetune.data.structure import Structure
 from pet_finetune.graph import Batch
 from pet_finetune.model.potential import Potential
 from pet_finetune.training.sets import default_batch_size, default_num_epochs
+from pet_finetune.units import duration
 
 #: Edges that a measured step should have: enough to be no overhead, few enough for seconds.
 _EDGES, _MOST_ATOMS = 8000, 400
 #: Structures, and atoms in them, that edges are counted on.
 _SAMPLE, _SAMPLE_ATOMS = 200, 40_000
 _MIB = 2**20
-
-
-def duration(seconds: float) -> str:
-    """Duration in words."""
-    if seconds < 100:
-        return f"{seconds:.0f} seconds"
-    if seconds < 6000:
-        return f"{seconds / 60:.0f} minutes"
-    return f"{seconds / 3600:.1f} hours"
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 from ase.data import atomic_numbers
 
 from pet_finetune.files import size_text
+from pet_finetune.units import duration
 
 from .run_record import RunRecord, best_row
 
@@ -129,16 +130,6 @@ def _again(run: RunRecord) -> Recipe:
 
 #: Name, value, and what is printed small below it.
 Facts = Iterator[tuple[str, str, str]]
-
-
-def duration(seconds: float) -> str:
-    """Duration in words."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 90 * 60:
-        return f"{seconds / 60:.0f} min"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02d} min"
 
 
 def _counted(count: int, word: str) -> str:

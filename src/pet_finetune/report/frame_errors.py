@@ -144,7 +144,7 @@ def _parts(
 
 #: Structures in the view, and the atoms of the largest that is worth its place in the file.
 MOST_FRAMES = 8
-_MOST_ATOMS = 1500
+MOST_ATOMS = 1500
 # Of the sum of the covalent radii: two atoms closer than that are drawn with a bond, also where
 # it is stretched as in hot MD.
 _BOND = 1.25
@@ -204,11 +204,6 @@ def frames_of(
             }
         )
     return frames
-
-
-def small_enough(predicted: Predicted, index: int) -> bool:
-    """Whether a structure is small enough for the page."""
-    return int(predicted.sizes[index]) <= _MOST_ATOMS
 
 
 def elements_of(frames: list[dict[str, Any]]) -> dict[int, list[Any]]:

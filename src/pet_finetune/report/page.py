@@ -28,6 +28,7 @@ from .figures import (
     spread_panel,
 )
 from .frame_errors import (
+    MOST_ATOMS,
     MOST_FRAMES,
     AtomGroup,
     by_element,
@@ -36,7 +37,6 @@ from .frame_errors import (
     elements_of,
     frames_of,
     residuals,
-    small_enough,
     still,
 )
 from .run_record import Quantity, RunRecord
@@ -168,7 +168,7 @@ def _structures(run: RunRecord, drawn: bool) -> dict[str, Any] | None:
     leading = next((c for c in columns if c[0].kind == "forces"), columns[0])
     errors = leading[1][model]
     order = np.argsort(-np.nan_to_num(errors, nan=-1.0), kind="stable")[:_MOST_ROWS].tolist()
-    shown = [i for i in order if small_enough(predicted, i)][:MOST_FRAMES]
+    shown = [i for i in order if predicted.sizes[i] <= MOST_ATOMS][:MOST_FRAMES]
     forces = leading[0] if leading[0].kind == "forces" else None
     captions = [f"{leading[0].name} MAE {_told(leading, i)}" for i in shown]
     frames = frames_of(predicted, shown, forces, captions)

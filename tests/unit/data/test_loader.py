@@ -173,20 +173,6 @@ def test_dtype_and_label_names(structures):
     assert loader.label_names == ("energy", "energy/forces")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({}, "batch_size or max_atoms_per_batch"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"max_atoms_per_batch": 0}, "max_atoms_per_batch must be at least 1"),
-        ({"batch_size": 1, "seed": -1}, "seed"),
-    ],
-)
-def test_impossible_arguments(structures, arguments, message):
-    with pytest.raises(DataError, match=message):
-        Loader(structures, 4.0, **arguments)
-
-
 def test_no_structures():
     with pytest.raises(DataError, match="empty"):
         Loader([], 4.0, batch_size=2)

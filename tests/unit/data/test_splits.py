@@ -163,12 +163,6 @@ def test_training_and_validation_indices_overlap(files):
         make_splits(options(training_set=training, validation_set={"indices": [3, 2]}), seed=0)
 
 
-def test_indices_need_one_training_file(files):
-    chosen = options(training_set=["train.xyz", "other.xyz"], validation_set={"indices": [1]})
-    with pytest.raises(DataError, match="single training set, found 2"):
-        make_splits(chosen, seed=0)
-
-
 @pytest.mark.parametrize(
     "sets",
     [
