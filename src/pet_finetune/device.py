@@ -7,7 +7,7 @@ import importlib.metadata
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -21,9 +21,14 @@ PACKAGES = ("torch", "ase", "numpy", "vesin")
 
 @contextmanager
 def plain_torch() -> Iterator[None]:
-    """Torch without the caller's inference mode and default device, as context or decorator."""
-    elsewhere = torch.get_default_device().type != "cpu"
-    with torch.inference_mode(False), torch.device("cpu") if elsewhere else nullcontext():
+    """Torch without inference mode, autocast or default device of the caller; also a decorator."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
         yield
 
 

@@ -17,6 +17,7 @@ from pet_finetune.device import plain_torch
 from pet_finetune.errors import PetFinetuneError
 from pet_finetune.installation import missing_extra
 from pet_finetune.keys import Compile
+from pet_finetune.log import get_logger
 from pet_finetune.model.potential import Potential
 
 _lacking = missing_extra("torch_sim", "torch-sim")
@@ -25,6 +26,8 @@ if _lacking is not None:
 
 from torch_sim import SimState  # noqa: E402
 from torch_sim.models.interface import ModelInterface  # noqa: E402
+
+_logger = get_logger(__name__)
 
 
 class PETTorchSimModel(ModelInterface):
@@ -69,6 +72,7 @@ class PETTorchSimModel(ModelInterface):
         self._device, self._dtype = self._calculator.device, self._calculator.dtype
         self._compute_stress, self._compute_forces = compute_stress, True
         self._moving: list[MovingAtoms] = []
+        self._told = False
 
     @plain_torch()
     def forward(self, state: Any, **unused: object) -> dict[str, Tensor]:
@@ -90,6 +94,12 @@ class PETTorchSimModel(ModelInterface):
         if isinstance(state, Mapping):
             state = SimState(masses=torch.ones(len(state["positions"])), **state)
         frames = _frames(state)
+        if not self._told and any(atoms.cell.rank == 3 and not atoms.pbc.any() for atoms in frames):
+            self._told = True
+            _logger.warning(
+                "torch-sim says that structures with a cell are not periodic, as it does for slabs "
+                "(pbc = [True, True, False]). Give slabs pbc = True and a vacuum."
+            )
         while len(self._moving) < len(frames):
             self._moving.append(self._calculator.fresh_neighbors())
         prediction = self._calculator.predict_together(

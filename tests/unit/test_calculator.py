@@ -25,6 +25,7 @@ from pet_finetune import PETCalculator
 from pet_finetune.adapters.peft_files import save_adapter
 from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.data.labelled_batch import batch_from_atoms
+from pet_finetune.device import plain_torch
 from pet_finetune.errors import AdapterError, ConfigError, DataError, PetFinetuneError, SpeciesError
 from pet_finetune.model.potential import Potential
 
@@ -160,6 +161,14 @@ def test_a_default_device_of_the_script_changes_nothing(model: Potential):
         found = PETCalculator(model, device="cpu").get_forces(ethanol())
         assert torch.get_default_device().type == "meta"
     np.testing.assert_array_equal(found, expected)
+
+
+def test_the_precision_of_the_script_is_not_ours():
+    ones = torch.ones(2, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (ones @ ones).dtype == torch.bfloat16
+        with plain_torch():
+            assert (ones @ ones).dtype == torch.float32
 
 
 @pytest.mark.parametrize("make", [ethanol, slab], ids=lambda make: make.__name__)

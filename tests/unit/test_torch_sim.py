@@ -60,6 +60,18 @@ def test_molecules_have_no_stress(potential):
     assert found["forces"][3:].numpy() == pytest.approx(frames[1].get_forces(), abs=1e-9)
 
 
+def test_slabs_that_torch_sim_takes_for_clusters_are_warned_of(potential, caplog):
+    slab = boxes()[1]
+    model = PETTorchSimModel(potential, device="cpu")
+    model(state_of([slab]))
+    model(state_of([molecule("H2O")]))
+    assert not caplog.text
+    slab.pbc = (True, True, False)
+    for _ in range(2):
+        model(state_of([slab]))
+    assert caplog.text.count("Give slabs pbc = True and a vacuum") == 1
+
+
 def test_structures_relax_together(potential):
     frames = boxes()
     model = PETTorchSimModel(potential, device="cpu")
