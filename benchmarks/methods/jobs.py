@@ -100,7 +100,7 @@ def carry_out(job: Job, work: Path, foundation: Path, threads: int, cost_only: b
         work: holds the splits; the run gets a folder in it.
         foundation: the checkpoint to start from.
         threads: of the process.
-        cost_only: evaluate nothing, only time and memory count.
+        cost_only: check and evaluate nothing, only time and memory of training count.
     """
     folder = work / "runs" / job.name
     shutil.rmtree(folder, ignore_errors=True)  # of a benchmark that was interrupted
@@ -108,7 +108,7 @@ def carry_out(job: Job, work: Path, foundation: Path, threads: int, cost_only: b
     (folder / "options.yaml").write_text(yaml.safe_dump(job.options(work, foundation)))
     words = [sys.executable, "-m", "pet_finetune", "train", "options.yaml", "-o", "run"]
     if cost_only:
-        words += ["-r", "final_eval=false"]
+        words += ["--no-check", "-r", "final_eval=false"]
     started = time.perf_counter()
     with (folder / "output.log").open("w") as log:
         memory, status = run_and_measure(words, folder, threads, log)
