@@ -1,9 +1,8 @@
 """Tables and progress on the terminal, and the handling of Ctrl-C.
 
 Whatever may take long is done while a :class:`Watch` is open: a bar, or a line each minute in a
-log. All open ones share one place on the terminal, in which the innermost is seen; a bar of its own
-kind (:func:`start_bar`) takes that place while it is drawn. Ctrl-C and SIGTERM are noted, and acted
-on between two steps.
+log. All open ones share one place on the terminal, in which the innermost is seen. Ctrl-C and
+SIGTERM are noted, and acted on between two steps.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from .log import FILE_ONLY, get_logger, is_terminal, last_line, stderr_console
 
 if TYPE_CHECKING:  # rich takes a while, and --help needs none of it
     from rich.console import RenderableType
-    from rich.progress import Progress, TextColumn
+    from rich.progress import Progress
     from rich.table import Table
 
 #: The eye needs no more, drawing takes time from the steps, and numbers to show from a GPU's queue.
@@ -48,22 +47,20 @@ def _draws() -> bool:
     return leads and (is_terminal(sys.stderr) or _in_notebook())
 
 
-def progress_bar(before: TextColumn, *after: TextColumn) -> Progress | None:
-    """A bar between texts, with the time that is left; None where stderr can show none."""
-    if not _draws():
-        return None
-    from rich.progress import BarColumn, Progress, TimeRemainingColumn
+def _new_bar() -> Progress:
+    """A bar between what is done and how far it is, with the time that is left."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     return Progress(
-        before,
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
-        *after,
+        TextColumn("{task.fields[words]}", markup=False),
         TimeRemainingColumn(),
         console=stderr_console(),
         transient=True,
         refresh_per_second=REDRAWS_PER_SECOND,
         # What is printed goes above the bar, unless it goes elsewhere.
-        redirect_stdout=is_terminal(sys.stdout),
+        redirect_stdout=sys.stdout.isatty(),
     )
 
 
@@ -128,8 +125,7 @@ class _Screen:
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._bar: Progress | None = None
-        #: Bars that are drawn in place of watches, and how often the terminal was given away.
-        self._others: set[Progress] = set()
+        #: How often the terminal was given away.
         self._hidden = 0
         #: When the last sign was given, and when the last watch of a row of them was closed.
         self._signed = self._left = -math.inf
@@ -171,20 +167,6 @@ class _Screen:
             if bar is not None:
                 bar.stop()
 
-    def start(self, bar: Progress) -> None:
-        """Draw a bar of :func:`progress_bar`, in place of what watches draw."""
-        with self._lock:
-            self.clear()
-            self._others.add(bar)
-        bar.start()
-
-    def stop(self, bar: Progress) -> None:
-        """Stop drawing."""
-        bar.stop()
-        with self._lock:
-            self._others.discard(bar)
-            self._signed = time.monotonic()
-
     @contextmanager
     def hidden(self) -> Iterator[None]:
         """Leave the terminal to other processes while the context is open."""
@@ -210,7 +192,7 @@ class _Screen:
             return
         watch = self._open[-1]
         draws = _draws()
-        if draws and not self._others:
+        if draws:
             said = max(self._signed, self._since, last_line.shown)
             if self._bar is not None or now - said >= _SILENCE:
                 self._draw(watch)
@@ -222,12 +204,9 @@ class _Screen:
 
     def _draw(self, watch: Watch) -> None:
         from rich.errors import LiveError
-        from rich.progress import TextColumn
 
         if self._bar is None:
-            words = TextColumn("{task.fields[words]}", markup=False)
-            bar = progress_bar(TextColumn("{task.description}", markup=False), words)
-            assert bar is not None
+            bar = _new_bar()
             try:
                 bar.start()
             except LiveError:  # the caller draws something
@@ -239,12 +218,13 @@ class _Screen:
             self._bar.reset(self._task, total=watch.total)
         self._signed = time.monotonic()
         shown = watch.counts or f"{watch.seconds:.0f} s"
-        self._bar.update(self._task, description=watch.what, completed=watch.done, words=shown)
+        self._bar.update(
+            self._task, total=watch.total, description=watch.what, completed=watch.done, words=shown
+        )
 
 
 _screen = _Screen()
-clear, start_bar, stop_bar = _screen.clear, _screen.start, _screen.stop
-handed_over = _screen.hidden
+clear, handed_over = _screen.clear, _screen.hidden
 
 if hasattr(os, "register_at_fork"):  # in the child there is no thread, and nothing is drawn
     os.register_at_fork(after_in_child=lambda: vars(_screen).update(vars(_Screen())))

@@ -9,7 +9,7 @@ import pytest
 
 from logs import logging_as_it_was
 from pet_finetune.log import get_logger, setup_logging
-from pet_finetune.terminal import progress_bar
+from pet_finetune.terminal import Watch
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,8 @@ def test_a_program_without_a_console_logs_to_its_file(
     monkeypatch.setattr("sys.stderr", None)
     setup_logging(file=tmp_path / "train.log")
     get_logger("x").info("written")
-    assert progress_bar(None) is None
+    with Watch("with nobody to see it"):
+        pass
     assert "written" in (tmp_path / "train.log").read_text(encoding="utf-8")
 
 

@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 from ase import Atoms, units
 from ase.md.md import MolecularDynamics
-from rich.progress import TextColumn
 
 from pet_finetune.installation import plotting
 from pet_finetune.log import get_logger
-from pet_finetune.terminal import REDRAWS_PER_SECOND, Watch, progress_bar, start_bar, stop_bar
+from pet_finetune.terminal import Watch
 
 from .integrators import conserved_quantity, temperature
 
@@ -170,40 +169,27 @@ class MDDisplay:
     def __init__(self, steps: int, done: int, atoms: int) -> None:
         self._steps, self._done, self._atoms = steps, done, atoms
         self._first: float | None = None
-        self._began = self._moved = time.monotonic()
-        self._watch = Watch("simulating", "steps", steps)  # a line each minute in a log
-        self._bar = progress_bar(
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-            TextColumn("{task.fields[words]}"),
-        )
+        self._began, self._text = time.monotonic(), "simulating"
+        self._watch = Watch(lambda: self._text, "steps", steps)
+        self._watch.done = done
 
     def __enter__(self) -> MDDisplay:
         self._watch.__enter__()
-        if self._bar is not None:
-            start_bar(self._bar)
-            self._task = self._bar.add_task("md", total=self._steps, completed=self._done, words="")
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            stop_bar(self._bar)
         self._watch.__exit__(*exception)
 
     def step(self, row: Measurement) -> None:
-        """Show a step, unless one was shown only just now."""
+        """Show a step; a tenth of them are logged."""
         if row.conserved is not None and self._first is None:
             self._first = row.conserved
-        now = time.monotonic()
-        self._watch.done = row.step
-        last = row.step >= self._steps
-        if self._bar is not None and (last or now - self._moved > 1 / REDRAWS_PER_SECOND):
-            self._moved = now
-            self._bar.update(self._task, completed=row.step, words=self._words(row, now))
+        self._watch.done, self._text = row.step, self._words(row)
         tenth = self._steps // _LINES
-        if last or (tenth and row.step % tenth == 0 and row.step > self._done):
-            _logger.info("step %d/%d | %s", row.step, self._steps, self._words(row, now))
+        if row.step >= self._steps or (tenth and row.step % tenth == 0 and row.step > self._done):
+            _logger.info("step %d/%d | %s", row.step, self._steps, self._text)
 
-    def _words(self, row: Measurement, now: float) -> str:
+    def _words(self, row: Measurement) -> str:
         parts = [f"{row.temperature:.0f} K"]
         if row.conserved is not None and self._first is not None:
             drift = 1000.0 * (row.conserved - self._first) / self._atoms
@@ -215,7 +201,7 @@ class MDDisplay:
         elif row.energy_uncertainty is not None:
             sure = 1000.0 * row.energy_uncertainty / self._atoms
             parts.append(f"uncertainty {sure:.1f} meV/atom")
-        rate = (row.step - self._done) / max(now - self._began, 1e-9)
+        rate = (row.step - self._done) / max(time.monotonic() - self._began, 1e-9)
         parts.append(f"{rate:.1f} steps/s")
         return " | ".join(parts)
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import TaskID, TextColumn
 from rich.table import Table
 
 from pet_finetune import processes
@@ -25,8 +24,8 @@ from pet_finetune.committee.calibration import Curves, Deviations, miscalibratio
 from pet_finetune.config.run_options import Options
 from pet_finetune.errors import ConfigError
 from pet_finetune.installation import missing_extra
-from pet_finetune.log import FILE_ONLY, get_logger
-from pet_finetune.terminal import REDRAWS_PER_SECOND, progress_bar, start_bar, stop_bar, table_text
+from pet_finetune.log import get_logger
+from pet_finetune.terminal import Watch, table_text
 
 from .baselines import BaselineTable
 from .consistency import Spread
@@ -36,8 +35,6 @@ from .run_files import RunFiles, columns_of
 from .step import EpochRecord, StepProgress
 
 _logger = get_logger(__name__)
-
-_SECONDS_BETWEEN_LINES = 60.0
 
 
 def describe(metrics: Mapping[str, Metrics]) -> str:
@@ -62,74 +59,41 @@ class RunDisplay(Feature):
         epochs_done: where a resumed run goes on.
     """
 
+    name = "display"
+
     def __init__(self, num_epochs: int, log_interval: int, epochs_done: int = 0) -> None:
         self._num_epochs = num_epochs
         self._log_interval = log_interval
         self._epoch = epochs_done
-        self._moved = -math.inf
-        self._line_at = time.monotonic()
-        self._task: TaskID | None = None
-        self._bar = progress_bar(
-            TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
-            TextColumn("loss {task.fields[loss]:.3g}  forces {task.fields[forces]} meV/A"),
-            TextColumn("{task.fields[rate]:.0f} structures/s"),
-        )
-
-    name = "display"
-
-    def _begin(self) -> None:
-        """Show the bar; not before the first step, so that what is logged before stays whole."""
-        if self._bar is not None and self._task is None:
-            start_bar(self._bar)
-            self._task = self._bar.add_task(
-                "train", epoch=1, epochs=self._num_epochs, loss=math.nan, forces="-", rate=0.0
-            )
+        self._told, self._text = -math.inf, ""
+        self._watch = Watch(lambda: self._text)
+        self._begun = False
 
     def close(self) -> None:
         """Leave the terminal as it was."""
-        if self._bar is not None:
-            stop_bar(self._bar)
+        if self._begun:
+            self._watch.__exit__()
 
     def step_ended(self, progress: StepProgress) -> None:
-        """Move the bar, unless it has only just been moved, and write a line each minute."""
+        """Move the bar, and say once a second how it goes: numbers make the CPU wait for a GPU."""
         done, total, loss, metrics, rate = progress
-        self._begin()
+        if not self._begun:  # not before the first step, so that what is logged before stays whole
+            self._begun = True
+            self._watch.__enter__()
+        self._watch.total = total * self._num_epochs
+        self._watch.done = total * self._epoch + done
         now = time.monotonic()
-        if done < total and now - self._line_at >= _SECONDS_BETWEEN_LINES:
-            self._line_at = now
-            self._line(done, total, loss, metrics, rate)
-        if (
-            self._bar is None
-            or self._task is None
-            or (done < total and now - self._moved < 1 / REDRAWS_PER_SECOND)
-        ):
+        if done < total and now - self._told < 1.0:
             return
-        self._moved = now
+        self._told = now
         forces = [m.mae("forces") for m in metrics.values() if "forces" in m.kinds]
-        self._bar.update(
-            self._task,
-            total=total * self._num_epochs,
-            completed=total * self._epoch + done,
-            epoch=self._epoch + 1,
-            loss=loss,
-            forces=f"{forces[0] * 1000:.1f}" if forces else "-",
-            rate=rate,
-        )
-
-    def _line(
-        self, done: int, total: int, loss: float, metrics: Mapping[str, Metrics], rate: float
-    ) -> None:
-        _logger.info(
-            "epoch %*d/%d, batch %*d of %d | loss %.4g | train %s | %.0f structures/s",
-            len(str(self._num_epochs)), self._epoch + 1, self._num_epochs,
-            len(str(total)), done, total, loss, describe(metrics), rate,
-            extra=FILE_ONLY if self._bar else None,
-        )  # fmt: skip
+        shown = f", forces {1000 * forces[0]:.1f} meV/A" if forces else ""
+        where = f"epoch {self._epoch + 1}/{self._num_epochs}"
+        self._text = f"{where}, loss {loss:.3g}{shown}, {rate:.0f} structures/s"
 
     def epoch_ended(self, record: EpochRecord) -> None:
         """A line in the log."""
         self._epoch = record.epoch
-        self._line_at = time.monotonic()
         last = record.epoch == self._num_epochs
         if record.epoch % self._log_interval and not last and record.epoch > 1:
             return
