@@ -39,7 +39,7 @@ from pet_finetune.config.load import LoadedOptions, parse_options, read_yaml
 from pet_finetune.config.problems import format_path
 from pet_finetune.config.run_options import Options
 from pet_finetune.data.ase_databases import frame_of, write_exact
-from pet_finetune.errors import ConfigError, DataError
+from pet_finetune.errors import ConfigError, DataError, PetFinetuneError
 from pet_finetune.log import shown_names
 from pet_finetune.model.potential import Potential
 
@@ -309,8 +309,9 @@ def with_own_names(files: Mapping[str, str]) -> Iterator[None]:
     try:
         shown_names.update(files)
         yield
-    except DataError as error:
-        raise DataError(renamed(str(error), files)) from error
+    except PetFinetuneError as error:
+        error.args = renamed(error.args, files)
+        raise
     finally:
         for path in files:
             shown_names.pop(path, None)

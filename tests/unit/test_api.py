@@ -23,7 +23,7 @@ from models import random_potential
 from pet_finetune import keywords
 from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.config.finetune import METHOD_KEYS, METHOD_SHORTHANDS, FinetuneConfig
-from pet_finetune.errors import ConfigError, DataError, TrainingError
+from pet_finetune.errors import ConfigError, DataError, SpeciesError, TrainingError
 from pet_finetune.log import get_logger, setup_logging, shown_names
 from tiny_data import molecules, options, write_options
 
@@ -250,6 +250,9 @@ def test_errors_name_structures_in_memory_as_the_caller_did(base):
         words = rf" in {name} \(whose calculators have computed nothing yet\), but frame 0"
         with pytest.raises(DataError, match=words):
             call()
+    frames[1].numbers[0] = 79
+    with pytest.raises(SpeciesError, match="frame 1 of structures"):
+        pf.evaluate(base, frames)
 
 
 def test_the_log_names_structures_in_memory_as_the_caller_did(tmp_path):

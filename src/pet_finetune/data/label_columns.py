@@ -279,7 +279,7 @@ def fits(atoms: Atoms, name: str, shape: Shape) -> bool:
     value = np.asarray(find_value(atoms, name))
     try:
         shape(value.astype(np.float64), len(atoms))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
     return value.dtype != bool  # a word of a comment stands for true in ASE
 

@@ -70,6 +70,12 @@ class MDSettings:
     stop_uncertainty: float | None = None
     max_temperature: float | None = None
 
+    def __post_init__(self) -> None:
+        """Make plain numbers of NumPy's, for the record of the run."""
+        for name, value in vars(self).items():
+            if isinstance(value, np.generic):
+                object.__setattr__(self, name, value.item())
+
     def problems(self) -> list[str]:
         """Problems of the settings, one line each."""
         return [*self._names(), *self._numbers(), *self._clashes()]
@@ -97,8 +103,9 @@ class MDSettings:
             if value is not None and not 0 < value < math.inf:
                 found.append(f"{_option(name)}: expected a number above 0, got {value:g}.")
         for name, least in (("steps", 1), ("every", 1), ("minimize", 0)):
-            if getattr(self, name) < least:
-                found.append(f"--{name}: expected {least} or more, got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                found.append(f"--{name}: expected {least} or more, a whole number, got {value}.")
         if self.seed is not None and self.seed < 0:
             found.append(f"--seed: expected 0 or more, got {self.seed}.")
         if self.pressure is not None and not math.isfinite(self.pressure):

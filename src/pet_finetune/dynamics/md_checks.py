@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from pet_finetune.data.calculator_input import MISSING_CELL, check_atoms, misses
 from pet_finetune.data.frame_files import read_frames
 from pet_finetune.data.stated_units import StatedUnits
 from pet_finetune.dynamics.integrators import MDSettings
-from pet_finetune.errors import DataError, PetFinetuneError, did_you_mean
+from pet_finetune.errors import ConfigError, DataError, PetFinetuneError, did_you_mean
 from pet_finetune.hub import find_model
 from pet_finetune.keys import Compile
 from pet_finetune.log import get_logger
@@ -131,6 +132,36 @@ class ModelChoice:
         )
 
 
+def chosen_model(model: ModelChoice | str | os.PathLike[str]) -> ModelChoice:
+    """A choice as it is, or that of a checkpoint.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if isinstance(model, ModelChoice):
+        return model
+    if isinstance(model, (str, os.PathLike)):
+        return ModelChoice(os.fspath(model))
+    raise ConfigError(
+        f"model: expected a checkpoint or a ModelChoice, got {type(model).__name__}. Write a model "
+        'in memory to a file first: pf.export(model, "model.ckpt").'
+    )
+
+
+def _frames_of(
+    given: str | Path | Atoms, format: str, types: Mapping[int, str] | None
+) -> Sequence[Atoms]:
+    """The frames of a file, or a structure in memory."""
+    if isinstance(given, Atoms):
+        return [given]
+    if isinstance(given, (str, os.PathLike)):
+        return read_frames(given, format, types)
+    raise DataError(
+        f"structures: expected the path of a file or an Atoms, got {type(given).__name__}. Write "
+        'several to a file first: ase.io.write("structures.traj", frames).'
+    )
+
+
 _T = TypeVar("_T")
 
 
@@ -145,7 +176,7 @@ def tried(problems: list[str], make: Callable[[], _T]) -> _T | None:
 
 def check_start(
     model: ModelChoice,
-    structure: str | Path,
+    structure: str | Path | Atoms,
     settings: MDSettings,
     index: int | None,
     format: str = "",
@@ -182,7 +213,7 @@ def check_start(
 
 
 def read_frame(
-    structure: str | Path,
+    structure: str | Path | Atoms,
     index: int | None,
     format: str = "",
     types: Mapping[int, str] | None = None,
@@ -192,7 +223,7 @@ def read_frame(
     Raises:
         DataError: the file cannot be read, or has no such frame.
     """
-    frames = read_frames(structure, format, types)
+    frames = _frames_of(structure, format, types)
     if index is None and len(frames) > 1:
         _logger.info(
             "%s has %d frames: the last, %d, is taken (--index N takes another)",
@@ -204,18 +235,18 @@ def read_frame(
 
 
 def read_all(
-    structures: str | Path,
+    structures: str | Path | Atoms,
     index: int | None,
     format: str = "",
     types: Mapping[int, str] | None = None,
 ) -> list[tuple[int, Atoms]]:
     """The frames of a file with their numbers, or the one that is named."""
-    frames = read_frames(structures, format, types)
+    frames = _frames_of(structures, format, types)
     wanted = range(len(frames)) if index is None else [index]
     return [(number, _frame(frames, number, structures)) for number in wanted]
 
 
-def _frame(frames: Sequence[Atoms], chosen: int, structure: str | Path) -> Atoms:
+def _frame(frames: Sequence[Atoms], chosen: int, structure: str | Path | Atoms) -> Atoms:
     """A copy in Å of one of the frames of a file, with what ASE's readers leave aside."""
     if not -len(frames) <= chosen < len(frames):
         raise DataError(
@@ -239,7 +270,7 @@ def _frame(frames: Sequence[Atoms], chosen: int, structure: str | Path) -> Atoms
     return from_ase(atoms, f"frame {chosen} of {structure}" if len(frames) > 1 else str(structure))
 
 
-def _of_structure(atoms: Atoms, structure: str | Path, settings: MDSettings) -> list[str]:
+def _of_structure(atoms: Atoms, structure: str | Path | Atoms, settings: MDSettings) -> list[str]:
     problems = []
     if settings.ensemble == "npt" and not (atoms.pbc.all() and atoms.cell.rank == 3):
         problems.append(
@@ -272,7 +303,7 @@ def _of_structure(atoms: Atoms, structure: str | Path, settings: MDSettings) -> 
 
 def _of_both(
     atoms: Atoms,
-    structure: str | Path,
+    structure: str | Path | Atoms,
     calculator: PETCalculator,
     settings: MDSettings,
     compute: bool,

@@ -26,7 +26,7 @@ from pet_finetune.runs import STARTED, own_folder, starts_of
 from pet_finetune.terminal import InterruptGuard, show
 
 from .integrators import degrees_of_freedom, draw_velocities, keeps_momentum, temperature
-from .md_checks import ModelChoice, check_start
+from .md_checks import ModelChoice, check_start, chosen_model
 from .md_files import FINAL, LOG, PLOT, RESULTS, TRAJECTORY
 from .measure import MDDisplay, Summary, simulation_svg, summarize
 
@@ -52,8 +52,8 @@ class MDResult:
 
 @plain_torch()
 def run_md(
-    model: ModelChoice,
-    structure: str | Path,
+    model: ModelChoice | str | Path,
+    structure: str | Path | Atoms,
     settings: MDSettings,
     folder: str | Path | None = None,
     *,
@@ -64,8 +64,8 @@ def run_md(
     """Simulate a structure, and print a short summary.
 
     Args:
-        model: which model.
-        structure: any file ASE reads.
+        model: which model: a checkpoint, or more.
+        structure: any file ASE reads, or a structure.
         settings: how to move the atoms.
         folder: where trajectory, log, plot and state go; ``outputs/DATE/TIME`` without it. It
             belongs to this process until the run ends.
@@ -77,6 +77,7 @@ def run_md(
         ConfigError: anything that can be seen to be wrong before the first step, all at once.
         DynamicsError: the folder holds a simulation already, or this one has gone wrong.
     """
+    model = chosen_model(model)
     if folder is not None:
         MDFiles.check_free(Path(folder))
     atoms, calculator = check_start(model, structure, settings, index, format, types)
@@ -164,7 +165,7 @@ def _largest_force(atoms: Atoms) -> float:
 
 
 def _start_moving(
-    atoms: Atoms, settings: MDSettings, rng: np.random.Generator, structure: str | Path
+    atoms: Atoms, settings: MDSettings, rng: np.random.Generator, structure: str | Path | Atoms
 ) -> None:
     """Keep the velocities of the file, or draw new ones."""
     given = bool(atoms.get_momenta().any())

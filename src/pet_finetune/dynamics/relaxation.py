@@ -38,7 +38,7 @@ from pet_finetune.terminal import InterruptGuard, Watch, show
 from .carried import carried
 from .integrators import constraint_problems
 from .loop import CLOSEST
-from .md_checks import OPTIMIZERS, ModelChoice, RelaxSettings, read_all, tried
+from .md_checks import OPTIMIZERS, ModelChoice, RelaxSettings, chosen_model, read_all, tried
 
 _logger = get_logger(__name__)
 
@@ -73,8 +73,8 @@ class Relaxed:
 
 @plain_torch()
 def relax_structures(
-    model: ModelChoice,
-    structures: str | Path,
+    model: ModelChoice | str | Path,
+    structures: str | Path | Atoms,
     output: str | Path,
     settings: RelaxSettings,
     *,
@@ -85,8 +85,8 @@ def relax_structures(
     """Relax the structures of a file, many at once, and write them to another file.
 
     Args:
-        model: which model.
-        structures: any file ASE reads.
+        model: which model: a checkpoint, or more.
+        structures: any file ASE reads, or one structure.
         output: extended XYZ with the relaxed frames, each written as soon as it is done, and in
             their order at the end; ``relax_frame`` (its number in the file), ``relax_steps`` and
             ``relax_converged`` stand beside each.
@@ -179,8 +179,8 @@ def _claimed(output: Path) -> Iterator[None]:
 
 
 def _check(
-    model: ModelChoice,
-    structures: str | Path,
+    model: ModelChoice | str | Path,
+    structures: str | Path | Atoms,
     output: Path,
     settings: RelaxSettings,
     index: int | None,
@@ -190,7 +190,7 @@ def _check(
     """The frames and the calculator, once all that can be seen to be wrong was looked for."""
     problems = settings.problems()
     frames = tried(problems, lambda: read_all(structures, index, format, types)) or []
-    calculator = tried(problems, model.open)
+    calculator = tried(problems, chosen_model(model).open)
     if output.suffix not in _ENDINGS:
         problems.append(f"-o {output}: expected a name that ends in {' or '.join(_ENDINGS)}.")
     else:

@@ -292,7 +292,7 @@ def test_forces_under_another_name_are_not_overlooked(tmp_path, labelled, log):
 
 def test_a_virial_that_nobody_asked_for_is_not_overlooked(tmp_path, log):
     (atoms,) = crystals(1)
-    atoms.info.update(energy=0.0, REF_virial=np.eye(3))
+    atoms.info.update(energy=0.0, REF_virial=np.eye(3), number=10**400)
     write(tmp_path / "set.xyz", [atoms])
     read_structures(options(tmp_path / "set.xyz", {"energy": {}}))
     assert "Did you mean 'REF_virial'? Then write `virial: {key: ...}`" in log.text

@@ -22,6 +22,7 @@ from pet_finetune.dynamics.measure import simulation_svg, summarize
         ({"timestep": 0.0}, "--timestep: expected a number above 0"),
         ({"timestep": 6.0}, "--timestep: 6 fs is too long"),
         ({"steps": 0}, "--steps: expected 1 or more"),
+        ({"steps": 3.5}, "--steps: expected 1 or more, a whole number, got 3.5."),
         ({"every": 0}, "--every: expected 1 or more"),
         ({"minimize": -1}, "--minimize: expected 0 or more"),
         ({"seed": -1}, "--seed: expected 0 or more"),
@@ -51,6 +52,12 @@ def test_what_cannot_be_is_refused(given, said: str) -> None:
 def test_what_can_be_is_not(given) -> None:
     assert MDSettings(**given).problems() == []
     assert MDSettings(**given).filled(1).problems() == []
+
+
+def test_numbers_of_numpy_are_plain() -> None:
+    settings = MDSettings(steps=np.int64(3), temperature=np.float32(300))
+    assert [type(settings.steps), type(settings.temperature)] == [int, float]
+    assert not settings.problems()
 
 
 def test_a_long_step_with_hydrogen_is_warned_of() -> None:

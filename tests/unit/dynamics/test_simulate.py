@@ -14,10 +14,12 @@ from ase.constraints import FixAtoms, FixBondLengths, FixCartesian, FixCom, Hook
 
 from models import crystal, ethanol, random_potential
 from pet_finetune import PETCalculator
+from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.dynamics.integrators import MDSettings, draw_velocities
 from pet_finetune.dynamics.loop import Outcome, simulate
+from pet_finetune.dynamics.md_checks import check_start, chosen_model
 from pet_finetune.dynamics.md_files import START, STATE, STOPPED, TABLE, TRAJECTORY, MDFiles
-from pet_finetune.errors import DynamicsError
+from pet_finetune.errors import DynamicsError, PetFinetuneError
 from pet_finetune.model.potential import Potential
 
 QUICK = MDSettings(timestep=0.1, steps=12, every=3, temperature=100.0)
@@ -90,6 +92,27 @@ def test_a_stopped_run_ends_as_one_that_never_stopped(run, tmp_path: Path, kind:
     with np.load(tmp_path / "whole" / STATE) as one, np.load(tmp_path / "parts" / STATE) as other:
         assert set(one) == set(other)
         assert [name for name in one if not np.array_equal(one[name], other[name])] == []
+
+
+def test_a_structure_in_memory_is_one_of_a_file(model: Potential, tmp_path: Path) -> None:
+    base = save_checkpoint(tmp_path / "base.ckpt", model)
+    atoms = ethanol()
+    atoms.set_constraint(FixAtoms([0]))
+    draw_velocities(atoms, 100.0, np.random.default_rng(0))
+    ase.io.write(tmp_path / "start.traj", atoms)
+    (one, calculator), (other, _) = (
+        check_start(chosen_model(base), given, QUICK, None)
+        for given in (atoms, tmp_path / "start.traj")
+    )
+    assert one == other
+    assert one is not atoms
+    assert str(one.constraints) == str(other.constraints) == str(atoms.constraints)
+    np.testing.assert_array_equal(one.get_momenta(), other.get_momenta())
+    assert calculator.get_potential_energy(one) == PETCalculator(model).get_potential_energy(atoms)
+    with pytest.raises(PetFinetuneError, match="model: expected a checkpoint or a ModelChoice"):
+        chosen_model(model)
+    with pytest.raises(PetFinetuneError, match="structures: expected the path of a file or an At"):
+        check_start(chosen_model(base), [atoms], QUICK, None)
 
 
 HELD = {
