@@ -169,6 +169,12 @@ def add_convert(commands: common.Commands) -> None:
         help="names of the values to keep (default: all that are numbers)",
     )
     parser.add_argument(
+        "--neighbors",
+        type=float,
+        metavar="CUTOFF",
+        help="write neighbour lists too, for models of this cutoff (in the unit of the positions)",
+    )
+    parser.add_argument(
         "--workers",
         type=int,
         metavar="N",
@@ -187,6 +193,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         arguments.output,
         format=arguments.format,
         labels=arguments.labels,
+        neighbors=arguments.neighbors,
         workers=arguments.workers,
     )
     log.info(

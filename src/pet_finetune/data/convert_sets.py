@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
 import shutil
 import zipfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -26,11 +27,15 @@ from .ase_databases import is_database
 from .frame_blocks import FrameSource, in_order, streamed, xyz
 from .frame_files import read_file
 from .metatrain_sets import VERSION, Folder, is_metatrain_set, zip_count
+from .neighbors import NeighborList, edge_vectors
 from .packing import identity_of, pack, set_frames
+from .stored import stored_neighbors
 
 _logger = get_logger(__name__)
 #: Structures that are written into a zip together.
 _TOGETHER = 200
+#: The columns of a neighbour list, as metatomic orders them.
+_PAIR = ["first_atom", "second_atom", "cell_shift_a", "cell_shift_b", "cell_shift_c"]
 _XYZ = (".xyz", ".extxyz")
 #: Of files, which folders are not called like.
 _ENDINGS = (*_XYZ, ".db", ".traj", ".json", ".aselmdb", ".h5", ".hdf5", ".npz", ".cif", ".pt")
@@ -60,6 +65,7 @@ def convert(
     format: str = "",
     types: Mapping[int, str] | None = None,
     labels: Collection[str] | None = None,
+    neighbors: float | None = None,
     workers: int | None = 1,
 ) -> Converted:
     """Write the structures of a file as a set that stays on disk.
@@ -75,6 +81,7 @@ def convert(
         format: ASE's name of the format, where the name of the file does not tell.
         types: elements by number of the type of atom.
         labels: names of the values that are kept; None for all.
+        neighbors: cutoff of neighbour lists that are written too, in the unit of the positions.
         workers: processes that read and check; None for as many as there are cores, where that
             pays. The result is the same. With several a script needs
             ``if __name__ == "__main__":``, for they import it.
@@ -92,15 +99,18 @@ def convert(
         )
     if not target.exists():
         check_new(target, makes_folders=True)
+    if neighbors is not None and not 0 < neighbors < math.inf:
+        raise DataError(f"neighbors: a cutoff above 0, not {neighbors}.")
     names = None if labels is None else sorted(labels)
     content = identity_of(file, whole=True)
-    key = f"{content} {format} {sorted((types or {}).items())} {names} {VERSION}"
+    key = f"{content} {format} {sorted((types or {}).items())} {names} {neighbors} {VERSION}"
     frames = _frames_of(file, format, types)
+    write = partial(pack, source=frames, names=names, cutoff=neighbors, workers=workers)
     if target.suffix == ".zip":
-        done = _convert_to_zip(target, key, frames, names, workers)
+        done = _convert_to_zip(target, key, write, frames.workers(workers))
     else:
         made = not (target / "ns.npy").exists()
-        count = pack(target, key, frames, names=names, workers=workers)
+        count = write(target, key)
         done = Converted(target, count, tuple(Folder(target).labels), made)
     if missing := sorted({*(names or ())} - {*done.labels}):
         _logger.warning("no frame of %s has %s as numbers", source, ", ".join(missing))
@@ -133,11 +143,7 @@ def _numbered(frames: Any, first: int) -> Iterator[tuple[int, Atoms]]:
 
 
 def _convert_to_zip(
-    target: Path,
-    key: str,
-    source: FrameSource,
-    names: Collection[str] | None,
-    workers: int | None,
+    target: Path, key: str, write: Callable[[Path, str], int], workers: int
 ) -> Converted:
     """Pack a folder next to the zip, and write the zip from it."""
     with only_one(target):
@@ -149,12 +155,12 @@ def _convert_to_zip(
             labels = tuple(sorted(_labels_in(target)))
             return Converted(target, zip_count(target), labels, made=False)
         aside = target.with_name(f"{target.name}.folder")
-        count = pack(aside, key, source, names=names, workers=workers)
+        count = write(aside, key)
         folder = Folder(aside)
         try:
             with replacing(target) as partial, zipfile.ZipFile(partial, "w") as archive:
                 archive.comment = key.encode()
-                _write_zip(archive, folder, source.workers(workers))
+                _write_zip(archive, folder, workers)
         except OSError as error:
             raise DataError(f"Cannot write {target}: {error.strerror or error}.") from error
         shutil.rmtree(aside)
@@ -199,6 +205,10 @@ def _entries(path: Path, first: int) -> list[tuple[str, bytes]]:
             cell,
             (cell != 0).any(dim=1),
         )
+        if folder.cutoff is not None:
+            options = metatomic.NeighborListOptions(folder.cutoff, full_list=True, strict=True)
+            pairs = stored_neighbors(folder, index)
+            system.add_neighbor_list(options, neighbor_block(pairs, system.positions, cell))
         content = io.BytesIO()
         metatomic.save(content, system)
         found.append((f"{index}/system.mta", content.getvalue()))
@@ -207,6 +217,19 @@ def _entries(path: Path, first: int) -> list[tuple[str, bytes]]:
             np.save(content, one.save_buffer().numpy())
             found.append((f"{index}/{name}.mts", content.getvalue()))
     return found
+
+
+def neighbor_block(pairs: NeighborList, positions: torch.Tensor, cell: torch.Tensor) -> Any:
+    """A neighbour list as a TensorBlock of metatomic's, with the type of the positions."""
+    from metatensor.torch import Labels, TensorBlock
+
+    rows = torch.cat([pairs.centers[:, None], pairs.neighbors[:, None], pairs.shifts], dim=1)
+    return TensorBlock(
+        values=edge_vectors(positions, cell, pairs).unsqueeze(-1),
+        samples=Labels(_PAIR, rows.to(torch.int32)),
+        components=[Labels(["xyz"], torch.arange(3).unsqueeze(1))],
+        properties=Labels(["distance"], torch.zeros(1, 1, dtype=torch.int32)),
+    )
 
 
 def _maps(folder: Folder, index: int, cell: torch.Tensor) -> dict[str, Any]:

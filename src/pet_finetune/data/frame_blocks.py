@@ -199,6 +199,7 @@ class Frame:
         labels: numbers by name, and whether they are of atoms.
         units: what it states of units.
         texts: the beginning of what is text, by name.
+        pairs: bytes of the neighbour list, if there is one; see :class:`~.metatrain_sets.Folder`.
     """
 
     end: int
@@ -207,16 +208,18 @@ class Frame:
     labels: dict[str, tuple[np.ndarray, bool]] = field(default_factory=dict)
     units: dict[str, str] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
+    pairs: bytes = b""
 
 
 def prepared(
-    source: str, names: Collection[str] | None, block: Block
+    source: str, names: Collection[str] | None, cutoff: float | None, block: Block
 ) -> tuple[list[Frame], Counter[str]]:
     """The frames of a block, read and checked, and its notes.
 
     Args:
         source: of the frames, for messages.
         names: of the labels that are kept; None for all.
+        cutoff: of a neighbour list, in the unit of the positions; None for no list.
         block: what is read.
 
     Raises:
@@ -226,12 +229,27 @@ def prepared(
     for number, (end, atoms) in enumerate(block.read(), block.first):
         pbc = np.array(atoms.pbc, dtype=bool)
         cell = np.where(pbc[:, None], np.asarray(atoms.cell, dtype=np.float64), 0.0)
-        check_geometry(atoms.numbers, atoms.positions, cell, pbc, place(number, source))
+        where = place(number, source)
+        check_geometry(atoms.numbers, atoms.positions, cell, pbc, where)
         arrays = (atoms.positions.astype("<f4"), atoms.numbers.astype("<i4"), cell.astype("<f4"))
         x, a, c = (array.tobytes() for array in arrays)
         frames.append(Frame(end, len(atoms), (x, a, c)))
         _add_labels(frames[-1], atoms, names)
+        if cutoff is not None:
+            frames[-1].pairs = _pairs(arrays[0], arrays[2], pbc, cutoff, where)
     return frames, block.notes
+
+
+def _pairs(x: np.ndarray, cell: np.ndarray, pbc: np.ndarray, cutoff: float, where: str) -> bytes:
+    """The neighbour list of what is written, which has 32 bits."""
+    import torch  # which frames without a list are read without
+
+    from .neighbors import neighbor_list
+
+    position, box = (torch.from_numpy(array.astype(np.float64)) for array in (x, cell))
+    found = neighbor_list(position, box, torch.from_numpy(pbc), cutoff, where)
+    columns = torch.stack([found.centers, found.neighbors, found.reverse], dim=1)
+    return torch.cat([columns, found.shifts], dim=1).numpy().astype("<i4").tobytes()
 
 
 def _add_labels(frame: Frame, atoms: Atoms, names: Collection[str] | None) -> None:

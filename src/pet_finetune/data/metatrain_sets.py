@@ -26,6 +26,8 @@ _logger = get_logger(__name__)
 _INDEX = ("ns.npy", "na.npy")
 #: What ``pet-finetune convert`` says of a folder beside metatrain's files, and its version.
 ABOUT, VERSION = "converted.json", 1
+#: Beside it, neighbour lists: a row for each directed pair, and the pairs before each structure.
+PAIRS, PAIR_ENDS, PAIR = "pairs.i4", "pairs.npy", np.dtype(("<i4", 6))
 #: Structures, and a twentieth of the atoms, that a set may have to be kept in memory, where its
 #: neighbour lists are too: about 1 GB.
 MOST_IN_MEMORY = 50_000
@@ -101,6 +103,7 @@ class Folder(Sequence["Atoms"]):
         cells: ``[n, 3, 3]``; None where there are none.
         labels: the values of each name.
         notes: texts that all frames have in ``info``, such as units.
+        cutoff: of the neighbour lists that it has, in the unit of positions; None without.
 
     Raises:
         DataError: something is missing, cut off, or of a shape that fits nothing.
@@ -142,6 +145,17 @@ class Folder(Sequence["Atoms"]):
             if file.stem not in _GEOMETRY
         }
         self._warn_of_digits()
+        self.cutoff: float | None = about.get("cutoff")
+        if self.cutoff is not None:
+            with damage_explained(lambda met: DataError(f"{path} cannot be read: {met}.")):
+                self._pair_ends = np.load(path / PAIR_ENDS)
+                there = (path / PAIRS).stat().st_size // PAIR.itemsize
+            if there != self._pair_ends[count]:
+                raise DataError(f"{path / PAIRS} is cut off. Convert the data again.")
+            self._pairs = np.empty((0, 6), "<i4")
+            if there:  # no empty file can be mapped
+                mapped = np.memmap(path / PAIRS, "<i4", "r", shape=(there, 6))
+                self._pairs = self._kept(mapped)
 
     def __len__(self) -> int:
         return len(self.ends) - 1
@@ -164,6 +178,10 @@ class Folder(Sequence["Atoms"]):
     def rows(self, index: int) -> slice:
         """The atoms of a structure."""
         return slice(int(self.ends[index]), int(self.ends[index + 1]))
+
+    def pairs(self, index: int) -> np.ndarray:
+        """Centre, neighbour, reverse and cell shift of each directed pair, ``[e, 6]`` int32."""
+        return self._pairs[self._pair_ends[index] : self._pair_ends[index + 1]]
 
     def release(self) -> None:
         """Let the pages that were read go: they count as memory of the process until then."""

@@ -30,11 +30,24 @@ from pet_finetune.terminal import Watch
 from .ase_databases import is_database
 from .extxyz import tell
 from .frame_blocks import Frame, FrameSource, in_order, prepared, rows, streamed
-from .metatrain_sets import ABOUT, VERSION, Folder, is_large, read_about, zip_count, zip_frames
+from .metatrain_sets import (
+    ABOUT,
+    PAIR,
+    PAIR_ENDS,
+    PAIRS,
+    VERSION,
+    Folder,
+    is_large,
+    read_about,
+    zip_count,
+    zip_frames,
+)
 from .structure import place
 
 _logger = get_logger(__name__)
 _PROGRESS, _SIZES = "progress.json", "sizes.i8"
+#: Endings of the files that grow with each frame.
+_GROWING = (".bin", ".f8", ".i4", ".i8")
 #: Seconds between two records of what is done.
 _SECONDS = 5.0
 #: Pieces of a file that tell it from others, and their bytes.
@@ -101,6 +114,7 @@ def pack(
     source: FrameSource,
     *,
     names: Collection[str] | None = None,
+    cutoff: float | None = None,
     workers: int | None = 1,
 ) -> int:
     """Write frames as a memory-mapped folder, or continue an unfinished one.
@@ -110,6 +124,7 @@ def pack(
         key: of the content and the options; a folder with the same one is there already.
         source: where the frames come from.
         names: of the labels that are kept; None for all.
+        cutoff: of neighbour lists, in the unit of the positions; None for none.
         workers: processes that read and check; None for as many as pay.
 
     Returns:
@@ -128,7 +143,7 @@ def pack(
                 "Remove it, or choose another folder."
             )
         try:
-            return _pack(target, key, source, names, workers)
+            return _pack(target, key, source, names, cutoff, workers)
         except OSError as error:
             raise DataError(
                 f"Cannot write {target}: {error.strerror or error}. What is done stays beside it; "
@@ -141,13 +156,15 @@ def _pack(
     key: str,
     source: FrameSource,
     names: Collection[str] | None,
+    cutoff: float | None,
     workers: int | None,
 ) -> int:
-    writer = _Writer(target.with_name(f"{target.name}.part"), key, source.name)
+    writer = _Writer(target.with_name(f"{target.name}.part"), key, source.name, cutoff)
     if writer.count:
         _logger.info("going on with %s after %d structures", target, writer.count)
     blocks = source.blocks(writer.position, writer.count)
-    found = in_order(partial(prepared, source.name, names), blocks, source.workers(workers))
+    prepare = partial(prepared, source.name, names, cutoff)
+    found = in_order(prepare, blocks, source.workers(workers))
     written, notes = time.monotonic(), Counter[str]()
     unit = "MB" if source.in_bytes else "structures"
     with (
@@ -171,8 +188,8 @@ def _pack(
 class _Writer:
     """The arrays of a folder while they grow."""
 
-    def __init__(self, folder: Path, key: str, source: str) -> None:
-        self._folder, self._key, self._source = folder, key, source
+    def __init__(self, folder: Path, key: str, source: str, cutoff: float | None) -> None:
+        self._folder, self._key, self._source, self._cutoff = folder, key, source, cutoff
         self.count = self.position = self._atoms = 0
         self._columns: dict[str, dict[str, Any]] = {}
         self._dropped: dict[str, str] = {}
@@ -215,7 +232,10 @@ class _Writer:
         where, count = place(self.count, self._source), frame.size
         for file, content in zip(("x.bin", "a.bin", "c.bin"), frame.geometry, strict=True):
             self._file(file).write(content)
-        self._file(_SIZES).write(np.int64(count).tobytes())
+        edges = len(frame.pairs) // PAIR.itemsize
+        self._file(_SIZES).write(np.array([count, edges], np.int64).tobytes())
+        if self._cutoff is not None:
+            self._file(PAIRS).write(frame.pairs)
         for name, text in frame.units.items():
             if self._notes.setdefault(name, text) != text:
                 raise DataError(
@@ -290,7 +310,7 @@ class _Writer:
         """Record the progress, from which another process can continue."""
         for file in self._files.values():
             file.flush()
-        names = [name for name in os.listdir(self._folder) if name.endswith((".bin", ".f8", ".i8"))]
+        names = [name for name in os.listdir(self._folder) if name.endswith(_GROWING)]
         state = {
             "key": self._key, "version": VERSION, "count": self.count, "position": self.position,
             "atoms": self._atoms, "columns": self._columns, "dropped": self._dropped,
@@ -311,9 +331,12 @@ class _Writer:
             raise DataError(f"{self._source} holds no structures.")
         self.record()
         self.close()
-        sizes = np.fromfile(self._folder / _SIZES, np.int64)
+        sizes = np.fromfile(self._folder / _SIZES, np.int64).reshape(-1, 2)
+        ends = np.concatenate([[[0, 0]], np.cumsum(sizes, axis=0)])
         np.save(self._folder / "ns.npy", np.array(self.count))
-        np.save(self._folder / "na.npy", np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
+        np.save(self._folder / "na.npy", ends[:, 0])
+        if self._cutoff is not None:
+            np.save(self._folder / PAIR_ENDS, ends[:, 1])
         for name, column in self._columns.items():
             if not column["exact"]:
                 _as_npy(self._folder / f"{name}.f8", self._folder / f"{name}.npy", self.count)
@@ -322,7 +345,7 @@ class _Writer:
             for name, column in self._columns.items()
         }
         about = {"version": VERSION, "key": self._key, "source": self._source, "labels": labels,
-                 "notes": self._notes}  # fmt: skip
+                 "notes": self._notes, "cutoff": self._cutoff}  # fmt: skip
         write_whole(self._folder / ABOUT, json.dumps(about))
         if target.is_dir():  # an empty one
             target.rmdir()

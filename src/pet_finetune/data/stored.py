@@ -7,6 +7,7 @@ over the arrays, without making the structures.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,6 +23,7 @@ from pet_finetune.terminal import Watch
 from .dataset_files import DatasetFiles, energy_column, gradient_of, property_column
 from .label_columns import Column
 from .metatrain_sets import Folder
+from .neighbors import NeighborList
 from .structure import (
     DEFAULT_CHARGE_KEYS,
     DEFAULT_SPIN_KEYS,
@@ -146,6 +148,13 @@ class Stored:
             odd=odd,
         )
 
+    def neighbors(self, row: int, cutoff: float) -> NeighborList | None:
+        """The neighbour list of a structure, if the folder has one for this cutoff (Å)."""
+        kept = self.folder.cutoff
+        if kept is None or not math.isclose(kept * self._length, cutoff, rel_tol=1e-6):
+            return None
+        return stored_neighbors(self.folder, row)
+
     def _weights(self, row: int, stored: StoredLabel) -> torch.Tensor:
         """The weights of a label's rows: a number for each atom, or one."""
         rows, per_atom = self.folder.rows(row), label_kind(stored.label, self.kinds).per_atom
@@ -267,6 +276,12 @@ class Stored:
                     states[which] = np.where(states[which] == ABSENT, found, states[which])
                 folder.release()
                 watch.step(len(sound))
+
+
+def stored_neighbors(folder: Folder, row: int) -> NeighborList:
+    """The neighbour list that a folder has of a structure."""
+    columns = torch.from_numpy(folder.pairs(row).astype(np.int64))
+    return NeighborList(columns[:, 0], columns[:, 1], columns[:, 3:], columns[:, 2])
 
 
 def _state(values: np.ndarray, starts: np.ndarray | None) -> np.ndarray:

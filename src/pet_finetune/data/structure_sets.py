@@ -16,6 +16,7 @@ from pet_finetune.keys import label_kind
 from pet_finetune.log import get_logger
 
 from .labelled_batch import num_known
+from .neighbors import NeighborList, structure_neighbors
 from .stored import ABSENT, PARTLY, WHOLE, Stored
 from .structure import Structure, evenly_apart, structures_fingerprint
 
@@ -91,6 +92,13 @@ class OnDisk(Sequence[Structure]):
         if isinstance(index, slice):
             return self.take(np.arange(len(self))[index])
         return self.stores[self.which[index]].structure(int(self.rows[index]))
+
+    def with_neighbors(self, index: int, cutoff: float) -> tuple[Structure, NeighborList]:
+        """A structure and its neighbour list, which is stored beside it or computed."""
+        structure, store = self[index], self.stores[self.which[index]]
+        row = int(self.rows[index])
+        kept = store.neighbors(row, cutoff) if isinstance(store, Stored) else None
+        return structure, structure_neighbors(structure, cutoff) if kept is None else kept
 
     def take(self, positions: np.ndarray) -> OnDisk:
         """Structures at some positions."""

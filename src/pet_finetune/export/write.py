@@ -27,8 +27,9 @@ from torch import Tensor
 
 from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.committee.llpr import LastLayerPrediction, fresh, predict_uncertain
+from pet_finetune.data.convert_sets import neighbor_block
 from pet_finetune.data.labelled_batch import collate
-from pet_finetune.data.neighbors import edge_vectors, structure_neighbors
+from pet_finetune.data.neighbors import structure_neighbors
 from pet_finetune.data.structure import Structure
 from pet_finetune.errors import CheckpointError
 from pet_finetune.files import check_room, replacing
@@ -41,8 +42,6 @@ from .targets import uncertainty_outputs
 
 #: How much numbers may differ, relative to 1 plus the largest of them.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
-#: The columns of a neighbour list, as metatomic orders them.
-_PAIR = ["first_atom", "second_atom", "cell_shift_a", "cell_shift_b", "cell_shift_c"]
 
 
 def make_system(structure: Structure, options: NeighborListOptions, dtype: torch.dtype) -> System:
@@ -55,13 +54,7 @@ def make_system(structure: Structure, options: NeighborListOptions, dtype: torch
         pbc=structure.pbc,
     )
     pairs = structure_neighbors(structure, options.engine_cutoff("angstrom"))
-    rows = torch.cat([pairs.centers[:, None], pairs.neighbors[:, None], pairs.shifts], dim=1)
-    neighbors = TensorBlock(
-        values=edge_vectors(positions, cell, pairs).to(dtype).unsqueeze(-1),
-        samples=Labels(_PAIR, rows.to(torch.int32)),
-        components=[Labels(["xyz"], torch.arange(3).unsqueeze(1))],
-        properties=Labels(["distance"], torch.zeros(1, 1, dtype=torch.int32)),
-    )
+    neighbors = neighbor_block(pairs, positions, cell).to(dtype)
     register_autograd_neighbors(system, neighbors, check_consistency=False)
     system.add_neighbor_list(options, neighbors)
     system.add_data("charge", _number("charge", structure.charge, dtype))

@@ -14,6 +14,7 @@ import ase.db
 import ase.io
 import numpy as np
 import pytest
+import torch
 from ase.io.jsonio import encode
 
 from pet_finetune.config.load import parse_options
@@ -21,8 +22,11 @@ from pet_finetune.data import frame_blocks, metatrain_sets, packing
 from pet_finetune.data.convert_sets import convert
 from pet_finetune.data.frame_files import forget_files, read_frames
 from pet_finetune.data.label_columns import find_value
+from pet_finetune.data.loader import Loader
 from pet_finetune.data.metatrain_sets import ABOUT, Folder
+from pet_finetune.data.neighbors import edge_vectors, structure_neighbors
 from pet_finetune.data.readers import read_structures
+from pet_finetune.data.structure import atoms_to_structure
 from pet_finetune.data.structure_sets import OnDisk
 from pet_finetune.errors import DataError
 from tiny_data import crystals, data_section, molecules, write_folder, write_frames
@@ -381,6 +385,48 @@ def test_a_folder_converts_to_a_zip(tmp_path):
     convert(folder, tmp_path / "set.zip")
     for one, other in zip(read_frames(tmp_path / "set.zip"), Folder(folder), strict=True):
         np.testing.assert_array_equal(one.arrays["forces"], other.arrays["forces"])
+
+
+def test_neighbour_lists_are_stored_for_a_cutoff(tmp_path, data, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(metatrain_sets, "MOST_IN_MEMORY", 3)
+    assert convert(data, tmp_path / "set", neighbors=3.0).made
+    structures = read_structures(dataset(tmp_path / "set"))
+    assert isinstance(structures, OnDisk)
+    for cutoff in (3.0, 2.5):  # of the second there are none
+        for index, structure in enumerate(structures):
+            _, found = structures.with_neighbors(index, cutoff)
+            for ours, theirs in zip(found, structure_neighbors(structure, cutoff), strict=True):
+                assert torch.equal(ours, theirs)
+    for cutoff, told in ((3.0, 0), (2.5, 1)):
+        assert len(Loader(structures, cutoff, batch_size=4)) == 2
+        assert caplog.text.count("they are computed") == told
+    one = structures.stores[0].neighbors(6, 3.0)
+    assert one is not None
+    assert one.num_edges > 0
+    assert structures.stores[0].neighbors(6, 2.5) is None
+    with pytest.raises(DataError, match="holds something else"):
+        convert(data, tmp_path / "set")
+    with pytest.raises(DataError, match="a cutoff above 0, not -1"):
+        convert(data, tmp_path / "new", neighbors=-1.0)
+    os.truncate(tmp_path / "set" / "pairs.i4", 24)
+    with pytest.raises(DataError, match=r"pairs.i4 is cut off"):
+        Folder(tmp_path / "set")
+
+
+def test_neighbour_lists_in_a_zip_are_those_of_metatrain(tmp_path, data):
+    found = pytest.importorskip("metatrain.utils.data.dataset")
+    convert(data, tmp_path / "set.zip", neighbors=3.0)
+    system = found.DiskDataset(tmp_path / "set.zip")[5].system
+    (options,) = system.known_neighbor_lists()
+    assert (options.cutoff, options.full_list, options.strict) == (3.0, True, True)
+    block = system.get_neighbor_list(options)
+    structure = atoms_to_structure(FRAMES[5])
+    pairs = structure_neighbors(structure, 3.0)
+    columns = [pairs.centers[:, None], pairs.neighbors[:, None], pairs.shifts]
+    assert torch.equal(block.samples.values, torch.cat(columns, dim=1).int())
+    vectors = edge_vectors(structure.positions, structure.cell, pairs).unsqueeze(-1)
+    torch.testing.assert_close(block.values, vectors, atol=1e-5, rtol=0)
 
 
 class _FakeLmdb(types.ModuleType):
