@@ -397,23 +397,19 @@ def checkpoint_of(model: Model, spare: Path, *, write: bool = True) -> str:
 def as_files(structures: Any, name: str) -> Iterator[tuple[list[str], dict[str, str]]]:
     """Structures as files, and what to call those that are made for it."""
     structures = listed(structures)
-    if isinstance(structures, (str, os.PathLike)):
-        yield [os.fspath(structures)], {}
-    elif not isinstance(structures, (Atoms, Sequence)):
-        kind = type(structures).__name__
-        raise DataError(f"{name}: expected structures, or names of files, got {kind}.")
-    elif len(structures) and not is_structures(structures):
-        for one in structures:
-            if not isinstance(one, (str, os.PathLike)):
-                kind = type(one).__name__
-                raise DataError(f"{name}: expected structures, or names of files, got {kind}.")
-        yield [os.fspath(path) for path in structures], {}
-    elif not len(structures):
-        yield [], {}
-    else:
+    if isinstance(structures, Atoms):
+        structures = [structures] if len(structures) else []
+    if structures and is_structures(structures):
         with tempfile.TemporaryDirectory(prefix="pet-finetune-") as above:
             path = str(Path(above, f"{name}.db"))
-            frames = structures if isinstance(structures, Sequence) else [structures]
-            write_exact(path, frames)
-            with with_own_names({path: _called(name, frames)}):
+            write_exact(path, structures)
+            with with_own_names({path: _called(name, structures)}):
                 yield [path], {path: name}
+        return
+    single = isinstance(structures, str) or not isinstance(structures, Sequence)
+    paths = [structures] if single else structures
+    for one in paths:
+        if not isinstance(one, (str, os.PathLike)):
+            kind = type(one).__name__
+            raise DataError(f"{name}: expected structures, or names of files, got {kind}.")
+    yield [os.fspath(path) for path in paths], {}

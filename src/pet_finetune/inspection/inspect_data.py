@@ -30,7 +30,15 @@ from pet_finetune.training.extend import ADVICE
 from pet_finetune.training.starting_model import read_start
 
 from .inspected import Finding
-from .inspection import Foundation, cells_of, declared_units, energy_of, inspect_sets, looked_at
+from .inspection import (
+    Foundation,
+    cells_of,
+    declared_units,
+    energy_compared,
+    energy_of,
+    inspect_sets,
+    looked_at,
+)
 from .label_checks import read_anyway, sets_left_out
 from .label_names import target_of_file
 from .overview import Inspection
@@ -164,7 +172,7 @@ def inspect_data(request: Request, *, device: str = "auto", seconds: float = 20.
         grows = options.finetune.new_elements is not None
         foundation = Foundation(
             model,
-            _energy_target(model, target),
+            energy_compared(model, target),
             tuple(model.species),
             known_too=None if grows else (),
             advice=ADVICE,
@@ -209,14 +217,6 @@ def _read(request: Request) -> tuple[dict[str, Sequence[Structure]], list[Findin
     return sets, findings
 
 
-def _energy_target(model: Potential, target: str | None) -> str | None:
-    """Name of the foundation's energy target to compare with."""
-    energies = [name for name, spec in model.targets.items() if spec.is_energy]
-    if target is None or not energies:
-        return None
-    return target if target in energies else "energy" if "energy" in energies else energies[0]
-
-
 def _with_cost(
     inspection: Inspection,
     request: Request,
@@ -244,7 +244,7 @@ def _with_cost(
     batch = first.options["architecture"]["training"]["batch_size"]
     if not request.whole and options.training.max_atoms_per_batch is None:
         batch = options.training.batch_size or batch
-    reference = None if model is None else _energy_target(model, target)
+    reference = None if model is None else energy_compared(model, target)
     known = [] if model is None else of_species(training, model.species)
     broken = {f.code for f in inspection.errors} & {"unknown-charges", "same-place"}
     if model is None or reference is None or target is None or not known or broken:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -20,7 +20,6 @@ from pet_finetune.model.potential import Potential
 from pet_finetune.terminal import Watch
 from pet_finetune.training.extend import ADVICE
 from pet_finetune.training.feature import Feature, Plan
-from pet_finetune.training.starting_model import Start
 from pet_finetune.units import length_to_angstrom
 
 from .energy_checks import check_belonging, check_levels, check_outliers
@@ -285,7 +284,7 @@ class Preflight(Feature):
         known = tuple(z for z in start.model.species if z not in start.new_species)
         foundation = Foundation(
             start.model,
-            _reference(start, target),
+            energy_compared(start.model, target, start.fresh),
             known,
             known_too=tuple(start.new_species),
             advice=ADVICE if options.is_finetuning else "",
@@ -304,15 +303,17 @@ class Preflight(Feature):
             raise problem
 
 
-def _reference(start: Start, target: str | None) -> str | None:
-    """The energy of the foundation that the labels are compared with; None from scratch."""
-    if start.fingerprint is None or target is None:
+def energy_compared(
+    model: Potential, target: str | None, fresh: Collection[str] = ()
+) -> str | None:
+    """The energy of a foundation that the labels are compared with; heads that are new have none.
+
+    That of the same name, else ``energy``, else the first.
+    """
+    known = [name for name, spec in model.targets.items() if spec.is_energy and name not in fresh]
+    if target is None or not known:
         return None
-    if target not in start.fresh:
-        return target
-    added = {*start.fresh, *start.inherited}
-    own = [n for n, spec in start.model.targets.items() if spec.is_energy and n not in added]
-    return own[0] if own else None
+    return next((name for name in (target, "energy") if name in known), known[0])
 
 
 def problem_of(errors: Sequence[Finding]) -> PetFinetuneError | None:

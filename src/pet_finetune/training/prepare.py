@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from pet_finetune import processes
 from pet_finetune.adapters.inject import trainable_report
 from pet_finetune.backends.choice import choose_backend, use_backend
+from pet_finetune.config.load import to_yaml
 from pet_finetune.config.options_reference import schema_line
 from pet_finetune.config.run_options import Options
 from pet_finetune.config.training import TrainingOptions
@@ -359,4 +359,4 @@ def options_of_run(options: Options, seed: int) -> str:
     if options.finetune.read_from is not None:
         # The checkpoint says what the model is like; what stands here would only confuse.
         del plain["architecture"]["model"]
-    return schema_line() + OmegaConf.to_yaml(OmegaConf.create(plain))
+    return schema_line() + to_yaml(plain)

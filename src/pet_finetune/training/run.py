@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from rich.table import Table
 
 from pet_finetune import launchers, processes
 from pet_finetune.checkpoint.opening import load_checkpoint
-from pet_finetune.config.load import parse_options, read_yaml
+from pet_finetune.config.load import parse_options, read_yaml, to_yaml
 from pet_finetune.config.run_options import Options
 from pet_finetune.device import choose_device, plain_torch
 from pet_finetune.errors import ConfigError, PetFinetuneError, TrainingError
@@ -243,7 +242,7 @@ def _start_processes(
             "source": str(request.source),
             "check": request.check,
         }
-        job.write_text(OmegaConf.to_yaml(OmegaConf.create(content)), encoding="utf-8")
+        job.write_text(to_yaml(content), encoding="utf-8")
         error = Path(place, "error.txt")
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, processes.num_cores() // count))
         with _environment({processes.ERROR_FILE: str(error), "OMP_NUM_THREADS": threads}):

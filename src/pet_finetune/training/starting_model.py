@@ -30,6 +30,7 @@ from pet_finetune.log import get_logger
 from pet_finetune.model.potential import Potential
 
 from .extend import add_new_elements, add_targets
+from .step import difference_text
 
 _logger = get_logger(__name__)
 
@@ -231,18 +232,10 @@ def rounding_told(options: Options, model: Potential, loader: Loader) -> Iterato
     batch = next(iter(loader.view())).graph.to(model.device)
     before = model.predict(batch, energies[0])
     yield
-    after = model.predict(batch, energies[0])
-    energy = (after.energy - before.energy) / batch.atoms_per_structure
-    assert after.forces is not None
-    assert before.forces is not None
-    forces = after.forces - before.forces
     _logger.info(
-        "holding the frozen weights in %d bits is not exact: on the first batch it changes "
-        "energies by %.2f meV/atom and forces by %.1f meV/A (%.1f %% of them), root mean squares",
+        "holding the frozen weights in %d bits changes the predictions of the first batch: %s",
         bits,
-        1000 * float(energy.square().mean().sqrt()),
-        1000 * float(forces.square().mean().sqrt()),
-        100 * float(forces.norm() / before.forces.norm().clamp_min(1e-12)),
+        difference_text(model.predict(batch, energies[0]), before, batch),
     )
 
 

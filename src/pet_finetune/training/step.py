@@ -67,11 +67,14 @@ def precision_errors(
         exact = model.predict_targets(batch, wanted)
         with mixed(precision, model):
             rough = model.predict_targets(batch, wanted)
-    parts = [_difference(rough[name], exact[name], batch) for name in wanted]
+    parts = [difference_text(rough[name], exact[name], batch) for name in wanted]
     return f"{precision}: first batch against float32: {'; '.join(parts)}"
 
 
-def _difference(rough: Prediction | Property, exact: Prediction | Property, batch: Batch) -> str:
+def difference_text(
+    rough: Prediction | Property, exact: Prediction | Property, batch: Batch
+) -> str:
+    """How far rough predictions of a batch are from exact ones, in words."""
     if isinstance(rough, Property) or isinstance(exact, Property):
         assert isinstance(rough, Property)
         assert isinstance(exact, Property)
