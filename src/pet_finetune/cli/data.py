@@ -178,8 +178,8 @@ def add_convert(commands: common.Commands) -> None:
         "--workers",
         type=int,
         metavar="N",
-        help="processes that read and check (default: one a core, where that pays); the result is "
-        "the same",
+        help="processes that read and check (default: one a core, up to eight, where that pays); "
+        "the result is the same",
     )
 
 

@@ -44,8 +44,9 @@ R = TypeVar("R")
 #: Bytes of text of a block, and frames of others.
 _TEXT = 1 << 20
 _TOGETHER = 500
-#: So many blocks take as long as another process takes to start.
-_PAYS = 8
+#: So many blocks pay for the start of a process; of more processes some wait for the one that
+#: writes, which takes a sixth of their time for a frame.
+_PAYS, _MOST = 8, 8
 #: Names that metatrain keeps for other things.
 _KEPT = frozenset({"x", "a", "c", "ns", "na", "numbers", "positions"})
 #: Results of calculators that are of atoms.
@@ -86,7 +87,8 @@ class FrameSource:
 
     def workers(self, asked: int | None) -> int:
         """Number of processes: as asked for, or as many as pay on this machine."""
-        return min(num_cores(), self.num_blocks // _PAYS) if asked is None else asked
+        most = min(num_cores(), _MOST, self.num_blocks // _PAYS)
+        return most if asked is None else asked
 
 
 def streamed(
