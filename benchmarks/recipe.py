@@ -326,29 +326,34 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def plot(rows: list[dict[str, Any]], recipes: list[str], path: Path) -> None:
     """Force errors against the number of structures, both logarithmic; the longest runs of each."""
-    errors: dict[str, dict[str, dict[int, list[tuple[int, float]]]]] = {}
+    runs: dict[str, dict[str, dict[int, list[dict[str, Any]]]]] = {}
     for row in rows:
         if not row["cost"] and row["recipe"] in recipes:
-            curve = errors.setdefault(row["set"], {}).setdefault(row["recipe"], {})
-            point = (row["updates"], row["test"]["forces_mae"] * 1e3)
-            curve.setdefault(row["structures"], []).append(point)
-    shown = {name: curves for name, curves in errors.items() if max(map(len, curves.values())) > 1}
-    figure = Figure(figsize=(3.6 * len(shown), 3.4), layout="constrained")
+            curve = runs.setdefault(row["set"], {}).setdefault(row["recipe"], {})
+            curve.setdefault(row["structures"], []).append(row)
+    shown = {name: curves for name, curves in runs.items() if max(map(len, curves.values())) > 1}
+    figure = Figure(figsize=(max(4.8, 3.6 * len(shown)), 3.2), layout="constrained")
     for axes, (name, curves) in zip(
         np.atleast_1d(figure.subplots(1, len(shown))), shown.items(), strict=True
     ):
-        drawn: dict[int, float] = {}
+        sizes, drawn = set(), []
         for recipe, curve in curves.items():
-            longest = {size: max(points)[0] for size, points in curve.items()}
-            means = {
-                size: statistics.mean(error for count, error in points if count == longest[size])
-                for size, points in sorted(curve.items())
-            }
-            axes.loglog(list(means), list(means.values()), "o-", label=recipe)
-            drawn |= means
+            errors: dict[str, list[float]] = {"test": [], "train": []}
+            for size in sorted(curve):
+                longest = max(row["updates"] for row in curve[size])
+                last = [row for row in curve[size] if row["updates"] == longest]
+                for part, means in errors.items():
+                    means.append(statistics.mean(row[part]["forces_mae"] * 1e3 for row in last))
+            (line,) = axes.loglog(sorted(curve), errors["test"], "o-", label=f"{recipe}, test")
+            axes.loglog(
+                sorted(curve), errors["train"], "o:", color=line.get_color(), mfc="white",
+                label=f"{recipe}, training",
+            )  # fmt: skip
+            sizes |= curve.keys()
+            drawn += errors["test"] + errors["train"]
         axes.set(title=name, xlabel="training structures", ylabel="force MAE, meV/Å")
-        log_ticks(axes.xaxis, list(drawn))
-        log_ticks(axes.yaxis, list(drawn.values()))
+        log_ticks(axes.xaxis, sorted(sizes))
+        log_ticks(axes.yaxis, drawn)
         axes.grid(alpha=0.3, which="both")
         axes.legend(frameon=False)
     figure.savefig(path)
