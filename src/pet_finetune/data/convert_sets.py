@@ -102,7 +102,8 @@ def convert(
     if neighbors is not None and not 0 < neighbors < math.inf:
         raise DataError(f"neighbors: a cutoff above 0, not {neighbors}.")
     names = None if labels is None else sorted(labels)
-    content = identity_of(file, whole=True)
+    with Watch(f"looking at {file}"):
+        content = identity_of(file, whole=True)
     key = f"{content} {format} {sorted((types or {}).items())} {names} {neighbors} {VERSION}"
     frames = _frames_of(file, format, types)
     write = partial(pack, source=frames, names=names, cutoff=neighbors, workers=workers)
