@@ -341,7 +341,7 @@ def test_options_of_mtt_eval_are_read_alike(name: str, tmp_path: Path) -> None:
     )
     file = tmp_path / "eval.yaml"
     file.write_text(EVALUATIONS[name])
-    ours = [to_plain(one) for one in load_evaluation(file).datasets]
+    ours = [to_plain(one) for one in load_evaluation(file)[0]]
     known = {option for option, *_ in all_differences()}
     different = differences({"training_set": theirs}, {"training_set": ours})
     assert {option for option, *_ in different} <= known
@@ -427,7 +427,7 @@ def test_metatrains_own_files(file: Path | None, tmp_path: Path) -> None:
     elif isinstance(raw, list) or "systems" in raw:
         expanded = expansion.expand_dataset_config(OmegaConf.create(copy.deepcopy(raw)))
         theirs = OmegaConf.to_container(expanded, resolve=True)
-        ours = [to_plain(one) for one in load_evaluation(file).datasets]
+        ours = [to_plain(one) for one in load_evaluation(file)[0]]
         different = differences({"training_set": theirs}, {"training_set": ours})
     else:
         pytest.skip("no options file")

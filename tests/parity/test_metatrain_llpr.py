@@ -348,8 +348,8 @@ def test_recalibration_is_metatrains(
     assert set(found) == {"energy", *OTHERS}
     # Without a regularizer ours begins at the rounding of the features, not at 1e-20.
     close = {"rtol": 1e-8 if regularizer else 1e-4, "atol": 1e-8}
-    for target, fitted in found.items():
-        name, layer = uncertainty_name(target), fitted.layer
+    for target, (layer, _) in found.items():
+        name = uncertainty_name(target)
         torch.testing.assert_close(layer.covariance, oracle._get_covariance(name))
         torch.testing.assert_close(layer.cholesky, oracle._get_cholesky(name), **close)
         multiplier = oracle._get_multiplier(name).reshape(())
@@ -368,7 +368,7 @@ def test_members_are_drawn_around_the_last_layer_as_metatrain_draws_them(tmp_pat
     frames = labelled(1, 33)
     loader = our_set(model, frames)
     options = LastLayerOptions(num_ensemble_members=20000)
-    layer = fit_last_layers(model, loader, loader, ["energy"], options)["energy"].layer
+    layer, _ = fit_last_layers(model, loader, loader, ["energy"], options)["energy"]
     names = pet.last_layer_parameter_names["energy"]
     own = torch.cat([pet.state_dict()[name] for name in names], dim=1)[0]
     probe = torch.eye(layer.width, dtype=torch.float64)

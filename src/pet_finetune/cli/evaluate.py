@@ -212,12 +212,12 @@ def _with_options(arguments: argparse.Namespace) -> int:
     common.check_models(arguments.checkpoint)
     common.check_folders(arguments.adapter)
     if is_evaluation(arguments.first):
-        sets = load_evaluation(arguments.first, arguments.override)
-        common.check_sets(sets.datasets)
+        sets, notices = load_evaluation(arguments.first, arguments.override)
+        common.check_sets(sets)
         from pet_finetune.api import evaluate_datasets
 
-        common.start_log(sets.notices)
-        evaluate_datasets(sets.datasets, arguments.checkpoint, **_how(arguments))
+        common.start_log(notices)
+        evaluate_datasets(sets, arguments.checkpoint, **_how(arguments))
         return 0
     loaded = load_options(arguments.first, arguments.override, require_start=False)
     common.check_sets(loaded.options.datasets())

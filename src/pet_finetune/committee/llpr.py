@@ -190,19 +190,6 @@ def _gradients(
         ]
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """An uncertainty that was made.
-
-    Attributes:
-        layer: for the weights that the model has.
-        curves: of an energy, its coverage on the validation set without and with the factor.
-    """
-
-    layer: LastLayer
-    curves: Curves | None = None
-
-
 @torch.no_grad()
 def fit_last_layers(
     model: Potential,
@@ -211,8 +198,8 @@ def fit_last_layers(
     targets: Sequence[str],
     options: LastLayerOptions,
     seed: int = 0,
-) -> dict[str, Fitted]:
-    """Uncertainties of targets, calibrated.
+) -> dict[str, tuple[LastLayer, Curves | None]]:
+    """Uncertainties of targets, calibrated; of energies with their coverage on the validation set.
 
     Args:
         model: in evaluation mode; not changed.
@@ -239,7 +226,7 @@ def fit_last_layers(
                 "regularizer, or null."
             ) from error
         bare[target] = LastLayer(covariance, factor, 1.0, None, fingerprints[target])
-    found: dict[str, Fitted] = {}
+    found: dict[str, tuple[LastLayer, Curves | None]] = {}
     for target, (errors, sizes) in _residuals(model, validation, bare).items():
         multiplier = _multiplier(errors, sizes, options.calibration_method, target)
         layer, curves, members = bare[target], None, None
@@ -247,7 +234,7 @@ def fit_last_layers(
             members = _members(model, target, layer, multiplier, options, seed)
             curves = Curves.of(Deviations(errors.numpy(), sizes.numpy()), multiplier)
         parts = layer.covariance, layer.cholesky, multiplier, members, layer.fingerprint
-        found[target] = Fitted(LastLayer(*parts).to(model.device), curves)
+        found[target] = LastLayer(*parts).to(model.device), curves
     return found
 
 

@@ -300,16 +300,6 @@ def _remove(tree: dict[str, Any], path: Path) -> Path:
 _ANY = {"energy": {"unit": "eV", "forces": False, "stress": False}}
 
 
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """Data sets to compare a model with."""
-
-    #: A set without ``targets`` has no labels to compare with: predictions only.
-    datasets: tuple[DatasetOptions, ...]
-    #: As of :class:`~.load.LoadedOptions`.
-    notices: tuple[str, ...]
-
-
 def is_evaluation(path: str | FilePath) -> bool:
     """Whether a YAML file holds data sets alone, as ``mtt eval`` takes them.
 
@@ -320,8 +310,12 @@ def is_evaluation(path: str | FilePath) -> bool:
     return isinstance(content, list) or ("systems" in content and "training_set" not in content)
 
 
-def load_evaluation(path: str | FilePath, overrides: Sequence[str] = ()) -> EvaluationOptions:
-    """Read and check an options file of ``mtt eval``.
+def load_evaluation(
+    path: str | FilePath, overrides: Sequence[str] = ()
+) -> tuple[tuple[DatasetOptions, ...], list[str]]:
+    """The data sets of an options file of ``mtt eval``, checked, and notices.
+
+    A set without ``targets`` has no labels to compare with: predictions only.
 
     Args:
         path: a YAML file with one data set (``systems``, ``targets``...) or a list of them.
@@ -347,7 +341,7 @@ def load_evaluation(path: str | FilePath, overrides: Sequence[str] = ()) -> Eval
         dataset.model_copy(update={"targets": {}}) if bare else dataset
         for dataset, bare in zip(loaded.options.training_set, unlabelled, strict=True)
     )
-    return EvaluationOptions(datasets, tuple(_own(line) for line in loaded.notices))
+    return datasets, [_own(line) for line in loaded.notices]
 
 
 def _own(line: str) -> str:

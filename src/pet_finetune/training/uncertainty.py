@@ -13,13 +13,14 @@ from pet_finetune.checkpoint.archive import Checkpoint
 from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.committee.calibration import Curves
-from pet_finetune.committee.llpr import Fitted, fit_last_layers
+from pet_finetune.committee.llpr import fit_last_layers
 from pet_finetune.config.finetune import LastLayerOptions
 from pet_finetune.data.loader import Loader
 from pet_finetune.device import plain_torch
 from pet_finetune.errors import TrainingError
 from pet_finetune.log import FILE_ONLY, get_logger
 from pet_finetune.model.potential import Potential
+from pet_finetune.model.prediction import LastLayer
 from pet_finetune.terminal import show
 
 from .evaluation import LabelNames, chosen_target, open_model, read_labelled
@@ -68,10 +69,10 @@ def add_uncertainty(
         raise TrainingError(
             f"The validation structures have no values of '{spec.name}' to calibrate with."
         )
-    model.set_uncertainty(spec.name, found[spec.name].layer)
+    layer, curves = found[spec.name]
+    model.set_uncertainty(spec.name, layer)
     if output is not None:
         save_checkpoint(output, model, provenance=provenance)
-    curves = found[spec.name].curves
     if curves is not None:
         show(_table({spec.name: curves}))
     return model
@@ -109,7 +110,7 @@ class LastLayerUncertainty(Feature):
     def complete(self, best: Checkpoint, files: RunFiles) -> Mapping[str, Any]:
         """Fit the uncertainties, give them to the model and write it with them."""
         trainer, model = self.trainer, best.model
-        fitted: dict[str, Fitted] = {}
+        fitted: dict[str, tuple[LastLayer, Curves | None]] = {}
         with processes.alone():
             if processes.first():
                 fitted = fit_last_layers(
@@ -121,11 +122,11 @@ class LastLayerUncertainty(Feature):
                     trainer.training.seed,
                 )
         fitted = processes.from_first(fitted)
-        for target, own in fitted.items():
-            model.set_uncertainty(target, own.layer)
+        for target, (layer, _) in fitted.items():
+            model.set_uncertainty(target, layer)
         if processes.first():
             save_checkpoint(files.best, model, provenance=best.provenance)
-        curves = {name: own.curves for name, own in fitted.items() if own.curves is not None}
+        curves = {name: curve for name, (_, curve) in fitted.items() if curve is not None}
         if curves:
             _logger.info("uncertainty\n%s", show(_table(curves)), extra=FILE_ONLY)
         return {"uncertainty": {name: curve.plain() for name, curve in curves.items()}}
