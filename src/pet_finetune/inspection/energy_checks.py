@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -37,45 +36,21 @@ def check_levels(dataset: InspectedDataset) -> Iterator[Finding]:
         for file, frames in dataset.files.items()
     }
     files = {file: frames for file, frames in files.items() if frames}
-    names = list(files)
-    first = max(names, key=lambda name: len(files[name]), default="")
-    if len(names) > 1:
-        levels = _levels_of(first, files[first])
-        for name in names:
-            if name != first:
-                yield from _compare_files(levels, name, files[name])
+    first = max(files, key=lambda name: len(files[name]), default="")
+    for name in files:
+        if name != first:
+            yield from _compare_files(first, files[first], name, files[name])
     for file, frames in files.items():
         yield from _split_levels(file, frames)
 
 
-@dataclass(frozen=True)
-class _Levels:
-    """Energies of the elements in a reference file.
-
-    Attributes:
-        file: its name.
-        elements, weights, rest: of :func:`element_fit`.
-        rows: an orthonormal basis of its compositions, ``[k, n_elements]``.
-    """
-
-    file: str
-    elements: list[int]
-    weights: np.ndarray
-    rest: np.ndarray
-    rows: np.ndarray
-
-
-def _levels_of(file: str, frames: Sequence[InspectedFrame]) -> _Levels:
-    elements, weights, rest = element_fit(frames)
-    basis = np.linalg.svd(compositions(frames, elements), full_matrices=False)
-    return _Levels(file, elements, weights, rest, basis[2][basis[1] > 1e-6 * basis[1][0]])
-
-
 def _compare_files(
-    first: _Levels, second: str, others: Sequence[InspectedFrame]
+    first: str, frames: Sequence[InspectedFrame], second: str, others: Sequence[InspectedFrame]
 ) -> Iterator[Finding]:
     """Distance of a file's energies from those by another file's elements."""
-    elements, weights, rest, rows = first.elements, first.weights, first.rest, first.rows
+    elements, weights, rest = element_fit(frames)
+    basis = np.linalg.svd(compositions(frames, elements), full_matrices=False)
+    rows = basis[2][basis[1] > 1e-6 * basis[1][0]]
     known = [e for e in others if np.isin(e.elements[0], elements).all()]
     if not known:
         return
@@ -93,13 +68,13 @@ def _compare_files(
     yield Finding(
         "warning",
         "mixed-levels",
-        f"the energies of {second} are {shift:+.3g} eV an atom away from those of {first.file} at "
+        f"the energies of {second} are {shift:+.3g} eV an atom away from those of {first} at "
         f"the same composition; within the files they spread by {spread:.2g}",
         (Frames(second),),
         "Two levels of theory, programs or references in one target: the model learns an "
         "average, and validation against the other one means nothing.",
         "Train on one of them, or shift one to the references of the other.",
-        {"shift": shift, "spread": spread, "beside": first.file},
+        {"shift": shift, "spread": spread, "beside": first},
     )
 
 
