@@ -24,7 +24,7 @@ from pet_finetune.log import get_logger
 from pet_finetune.terminal import Watch
 
 from .ase_databases import is_database
-from .frame_blocks import FrameSource, in_order, streamed, xyz
+from .frame_blocks import FrameSource, in_order, stored, streamed, xyz
 from .frame_files import read_file
 from .metatrain_sets import VERSION, Folder, is_metatrain_set, zip_count
 from .neighbors import NeighborList, edge_vectors
@@ -121,8 +121,7 @@ def convert(
 def _frames_of(file: Path, format: str, types: Mapping[int, str] | None) -> FrameSource:
     """Source of the frames of a file."""
     if is_metatrain_set(file) and file.is_dir():
-        folder = Folder(file)
-        return streamed(str(file), partial(_numbered, folder), len(folder))
+        return stored(file)
     if is_metatrain_set(file) or is_database(file):
         return set_frames(file)
     if file.suffix.lower() in _XYZ and format in ("", "extxyz", "xyz"):

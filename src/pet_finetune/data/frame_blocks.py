@@ -33,6 +33,7 @@ from pet_finetune.processes import num_cores
 
 from .ase_databases import row_numbers, rows_of
 from .extxyz import read_extxyz
+from .metatrain_sets import Folder
 from .stated_units import is_statement
 from .structure import check_geometry, place
 from .symbols import as_types
@@ -118,12 +119,29 @@ def rows(path: Path) -> FrameSource:
     return FrameSource(str(path), blocks, len(numbers), num_blocks=len(numbers) // _TOGETHER)
 
 
+def stored(path: Path) -> FrameSource:
+    """Source of the frames of metatrain's folder."""
+    count, each = len(Folder(path)), 10 * _TOGETHER  # a folder takes a while to open
+
+    def blocks(position: int, done: int) -> Iterator[Block]:
+        for first in range(position, count, each):
+            yield Block(first, partial(_stored, path, first, min(first + each, count)), Counter())
+
+    return FrameSource(str(path), blocks, count, num_blocks=count // _TOGETHER)
+
+
+def _stored(path: Path, first: int, last: int) -> Iterator[tuple[int, Atoms]]:
+    """Some frames of a folder, each with the number of the next."""
+    folder = Folder(path)
+    for number in range(first, last):
+        yield number + 1, folder[number]
+
+
 def xyz(path: Path, types: Mapping[int, str], plain: bool) -> FrameSource:
     """Source of the frames of extended xyz; see :func:`.read_extxyz`."""
-    size = path.stat().st_size
-    read = partial(read_extxyz, types=as_types(types), plain=plain)
-    return FrameSource(str(path), partial(_xyz_blocks, path, read), size // 10**6, True,
-                       size // _TEXT)  # fmt: skip
+    size, read = path.stat().st_size, partial(read_extxyz, types=as_types(types), plain=plain)
+    blocks = partial(_xyz_blocks, path, read)
+    return FrameSource(str(path), blocks, size // 10**6, True, size // _TEXT)
 
 
 def _xyz_blocks(
@@ -373,9 +391,7 @@ def _begin() -> None:
 
 
 def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
+    multiprocessing.parent_process().join()  # type: ignore[union-attr]
     os._exit(1)
 
 

@@ -157,14 +157,14 @@ def stopped(source, target, where):
             convert(source, target)
 
 
-@pytest.mark.parametrize("kind", ["xyz", "db", "zip"])
+@pytest.mark.parametrize("kind", ["xyz", "db", "folder", "zip"])
 def test_what_was_stopped_goes_on(tmp_path, monkeypatch, data, kind):
     source = data
     if kind == "xyz":
         monkeypatch.setattr(frame_blocks, "_TEXT", 700)
         source = write_frames(tmp_path / "data.xyz", FRAMES)
-    elif kind == "zip":
-        source = tmp_path / "source.zip"
+    elif kind != "db":
+        source = tmp_path / ("source.zip" if kind == "zip" else "source")
         convert(data, source)
     convert(source, tmp_path / "whole")
     monkeypatch.setattr(packing, "_SECONDS", -1.0)
@@ -188,12 +188,14 @@ def test_what_was_stopped_goes_on(tmp_path, monkeypatch, data, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["xyz", "db", "zip"])
+@pytest.mark.parametrize("kind", ["xyz", "db", "folder", "zip"])
 def test_several_processes_write_what_one_writes(tmp_path, monkeypatch, caplog, data, kind):
     caplog.set_level("INFO")
     monkeypatch.setattr(frame_blocks, "_TEXT", 700)
     monkeypatch.setattr(frame_blocks, "_TOGETHER", 2)
     source = write_frames(tmp_path / "data.xyz", FRAMES) if kind == "xyz" else data
+    if kind == "folder":
+        source = write_folder(tmp_path / "old", molecules(25))
     if kind == "xyz":  # notices of blocks are told of the whole, and what processes log is logged
         source.write_bytes(source.read_bytes().replace(b"energy=", b"note=\xe5 dump=1 energy="))
     ending = ".zip" if kind == "zip" else ""
