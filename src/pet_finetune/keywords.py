@@ -272,11 +272,7 @@ class Arguments:
     def _renamed(self, line: str) -> str:
         """A problem with the caller's name of the option in front of that of the file."""
         place, colon, text = line.partition(": ")
-        found = [
-            path
-            for path in self.names
-            if place == path or place.startswith((f"{path}.", f"{path}["))
-        ]
+        found = [p for p in self.names if place == p or place.startswith((f"{p}.", f"{p}["))]
         if not colon or not found:
             return line
         path = max(found, key=len)
@@ -348,9 +344,8 @@ def is_structures(given: Any) -> bool:
     """Whether these are structures in memory; an empty list is one of them."""
     if isinstance(given, Atoms):
         return True
-    if not isinstance(given, Sequence) or isinstance(given, (str, bytes)):
-        return False
-    return all(isinstance(one, Atoms) for one in given)
+    several = isinstance(given, Sequence) and not isinstance(given, (str, bytes))
+    return several and all(isinstance(one, Atoms) for one in given)
 
 
 def as_model(model: Model) -> str | Potential:
@@ -361,11 +356,7 @@ def as_model(model: Model) -> str | Potential:
 
 
 def _address(model: Any) -> str:
-    """The path or address of a checkpoint.
-
-    Raises:
-        ConfigError: it is something else.
-    """
+    """The path or address of a checkpoint; what is something else is refused."""
     if isinstance(model, (str, os.PathLike)):
         return os.fspath(model)
     raise no_model(model)
@@ -374,20 +365,15 @@ def _address(model: Any) -> str:
 def checkpoint_of(model: Model, spare: Path, *, write: bool = True) -> str:
     """The file that a model is read from: its own where it is still that model, or ``spare``.
 
-    Args:
-        model: a checkpoint or a loaded model.
-        spare: where one is written that lives in memory only.
-        write: whether that is done.
+    One that lives in memory only is written there, if ``write``.
     """
     if not isinstance(model, (AdaptedPotential, Potential)):
         return _address(model)
-    if isinstance(model, AdaptedPotential) and model.source is not None:
-        unchanged = model.source.exists() and model.active_adapter is None and (
-            weights_fingerprint(load_checkpoint(model.source).model)
-            == weights_fingerprint(model.potential)
-        )  # fmt: skip
-        if unchanged:
-            return os.fspath(model.source)
+    source = model.source if isinstance(model, AdaptedPotential) else None
+    if source is not None and source.exists() and model.active_adapter is None:
+        own = weights_fingerprint(load_checkpoint(source).model)
+        if own == weights_fingerprint(model.potential):
+            return os.fspath(source)
     if write:
         save_checkpoint(spare, model.potential if isinstance(model, AdaptedPotential) else model)
     return os.fspath(spare.absolute())

@@ -188,11 +188,7 @@ def expand_datasets(value: Any) -> Any:
 
 def expand_set(value: Any) -> Any:
     """A validation or test set: a fraction and indices stay, all else becomes a list."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return value
-    if isinstance(value, Mapping) and set(value) == {"indices"}:
-        return value
-    return expand_datasets(value)
+    return expand_datasets(value) if _kind_of_set(value) == "#datasets" else value
 
 
 def expand_dataset(value: Any) -> Any:
