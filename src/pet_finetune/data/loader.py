@@ -20,7 +20,6 @@ from pet_finetune.terminal import Watch
 from .epochs import count_packs, deal, in_blocks, pack, random_rotations, rotate_batch
 from .labelled_batch import LabelledBatch, Whole, collate_labelled, num_known, prepare
 from .neighbors import structure_neighbors
-from .stored import Stored
 from .structure import Structure, evenly_apart
 from .structure_sets import OF_ELEMENT, SAMPLE, OnDisk, label_names, sizes_of_structures
 
@@ -355,16 +354,6 @@ class _OnTheFly:
 
     def __init__(self, structures: OnDisk, cutoff: float, dtype: torch.dtype) -> None:
         self._structures, self._cutoff, self._dtype = structures, cutoff, dtype
-        for store in structures.stores:
-            if (
-                isinstance(store, Stored)
-                and store.folder.cutoff is not None
-                and store.neighbors(0, cutoff) is None
-            ):
-                _logger.info(
-                    "%s has neighbour lists for the cutoff %g, and the model has %g A: they are "
-                    "computed", store.folder.source, store.folder.cutoff, cutoff,
-                )  # fmt: skip
 
     def __getitem__(self, member: int) -> LabelledBatch:
         return prepare(*self._structures.with_neighbors(member, self._cutoff), self._dtype)

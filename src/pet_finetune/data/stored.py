@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from pet_finetune.config.dataset import ExtraDataOptions
 from pet_finetune.config.target import TargetOptions
 from pet_finetune.errors import DataError
 from pet_finetune.keys import LabelKind, forces_key, label_kind, stress_key, weights_key
+from pet_finetune.log import get_logger
 from pet_finetune.terminal import Watch
 
 from .dataset_files import DatasetFiles, energy_column, gradient_of, property_column
@@ -34,6 +36,7 @@ from .structure import (
     place,
 )
 
+_logger = get_logger(__name__)
 #: Atoms that a pass over the arrays looks at together, and structures after whose reading their
 #: pages are let go.
 _ATOMS_TOGETHER, _RELEASE = 1_000_000, 50_000
@@ -151,7 +154,10 @@ class Stored:
     def neighbors(self, row: int, cutoff: float) -> NeighborList | None:
         """The neighbour list of a structure, if the folder has one for this cutoff (Å)."""
         kept = self.folder.cutoff
-        if kept is None or not math.isclose(kept * self._length, cutoff, rel_tol=1e-6):
+        if kept is None:
+            return None
+        if not math.isclose(kept * self._length, cutoff, rel_tol=1e-6):
+            _tell_of_cutoff(self.folder.source, kept, cutoff)
             return None
         return stored_neighbors(self.folder, row)
 
@@ -276,6 +282,12 @@ class Stored:
                     states[which] = np.where(states[which] == ABSENT, found, states[which])
                 folder.release()
                 watch.step(len(sound))
+
+
+@cache
+def _tell_of_cutoff(source: str, kept: float, cutoff: float) -> None:
+    _logger.info("%s has neighbour lists for the cutoff %g, and the model has %g A: they are computed",
+                 source, kept, cutoff)  # fmt: skip
 
 
 def stored_neighbors(folder: Folder, row: int) -> NeighborList:
