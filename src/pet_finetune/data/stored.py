@@ -286,7 +286,7 @@ class Stored:
 
 @cache
 def _tell_of_cutoff(source: str, kept: float, cutoff: float) -> None:
-    _logger.info("%s has neighbour lists for the cutoff %g, and the model has %g A: they are computed",
+    _logger.info("%s has neighbour lists for the cutoff %g, the model has %g A: they are computed",
                  source, kept, cutoff)  # fmt: skip
 
 
