@@ -125,7 +125,7 @@ def test_qlora_says_what_it_saves_and_what_rounding_changes(here, train):
     answer = train(options({"finetune": {"method": "qlora"}}), "-c", "base.ckpt")
     log = Path("run/train.log").read_text()
     assert "frozen layers are held in 4 bits: the network takes" in log
-    assert "on the first batch it changes energies by" in log
+    assert "changes the predictions of the first batch: energy " in log
     assert "kernels-community" not in answer.err
     merged = open_potential("base.ckpt", "run/adapter")[0]
     torch.testing.assert_close(
