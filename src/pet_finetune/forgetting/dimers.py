@@ -76,6 +76,8 @@ def pair_name(pair: tuple[int, int]) -> str:
 def dimer_curves(model: Potential, target: str, species: Iterable[int]) -> DimerCurves:
     """The curves of all pairs of some elements."""
     pairs = pairs_of(species)
+    if not pairs:  # all elements are new to the foundation
+        return DimerCurves((), torch.zeros(0, len(distances())))
     lengths = torch.cat([distances(), torch.tensor([_APART], dtype=torch.float64)])
     parts = []
     with evaluating(model), torch.no_grad():

@@ -39,6 +39,12 @@ def test_energies_are_relative_to_the_two_atoms_far_apart():
     assert float(curves.energies[2, where]) == pytest.approx(float(together - 2 * alone))
 
 
+def test_of_no_elements_there_are_no_curves():
+    curves = dimer_curves(random_potential(), "energy", ())
+    assert curves.pairs == ()
+    assert curves.energies.shape == (0, len(distances()))
+
+
 def test_the_model_is_left_in_its_mode():
     model = random_potential().train()
     dimer_curves(model, "energy", (6,))
