@@ -236,6 +236,9 @@ class TrainingOptions(Section):
     end. The metric `loss` uses the weights of the last stage throughout."""
     label_noise: LabelNoise = LabelNoise()
     """Gaussian noise on the training labels."""
+    track_energy_offset: Fraction = 0.8
+    """Share of the running mean of all energies' errors that the loss does not see: it follows
+    differences of energies instead of their common offset. 0 is off."""
     per_structure_targets: TextList = ()
     """Targets of structures that are not divided by the number of atoms in the loss, logs and
     tables: name intensive properties here, such as a band gap. Energies are always shown per

@@ -139,6 +139,16 @@ class Feature:
     def before_step(self, epoch: int) -> None:
         """Called before each update, with the epoch counted from 0."""
 
+    def labels(self, batch: LabelledBatch, epoch: int, index: int) -> LabelledBatch:
+        """The batch with its labels as the loss sees them; tables show errors of the real ones.
+
+        Args:
+            batch: as it was read, or as the feature before changed it.
+            epoch: from 0.
+            index: of the batch in the epoch.
+        """
+        return batch
+
     def losses(self, step: Step) -> Mapping[str, Tensor]:
         """Weighted scalars that are added to the loss of a batch, by name.
 

@@ -31,6 +31,7 @@ from .batch_memory import largest_batch
 from .consistency import RotationalAgreement
 from .extend import ADVICE, check_known
 from .feature import Feature, Plan
+from .labels_of_loss import NoisyLabels, TrackedOffset
 from .loggers import baseline_text, loggers
 from .metrics import Errors
 from .objectives import Objective, check_metric
@@ -126,6 +127,10 @@ def own_features(options: TrainingOptions) -> list[Feature]:
         features.append(Unfreezing())
     if options.rotational_consistency is not None:
         features.append(RotationalAgreement())
+    if options.label_noise.energy or options.label_noise.forces:
+        features.append(NoisyLabels())
+    if options.track_energy_offset:
+        features.append(TrackedOffset())
     if options.ema is not None or options.swa is not None:
         features.append(Averaging())
     if options.baseline.mode not in ("keep", "values") and not options.atomic_baseline:

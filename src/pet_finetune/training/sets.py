@@ -19,10 +19,9 @@ from pet_finetune.config.run_options import Options
 from pet_finetune.config.training import (
     FEWEST_EPOCHS,
     LARGEST_BATCH,
-    LabelNoise,
     TrainingOptions,
 )
-from pet_finetune.data.labelled_batch import LabelledBatch, on_device
+from pet_finetune.data.labelled_batch import on_device
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.splits import Splits
 from pet_finetune.data.structure import Structure
@@ -31,7 +30,7 @@ from pet_finetune.keys import forces_key, stress_key
 from pet_finetune.log import get_logger
 from pet_finetune.model.potential import Potential
 from pet_finetune.model.prediction import evaluating
-from pet_finetune.rng import MemberStream, Stream, seed_everything, torch_generator
+from pet_finetune.rng import MemberStream, seed_everything
 
 from .feature import Feature
 from .metrics import Errors, PredictionRecorder, evaluate, split_predictions
@@ -304,43 +303,3 @@ def relabelled(
                     labels[target + name.removeprefix(source)] = value
         made.append(replace(structure, labels=labels))
     return made
-
-
-def add_label_noise(
-    batch: LabelledBatch, targets: Collection[str], noise: LabelNoise, seed: tuple[int, int, int]
-) -> LabelledBatch:
-    """The batch with noise on its energies and forces; stresses stay.
-
-    Args:
-        batch: with labels, NaN where a structure lacks one.
-        targets: energies whose labels get noise.
-        noise: standard deviations, eV/atom and eV/Angstrom.
-        seed: of the run, the epoch and the batch; the noise depends on nothing else.
-    """
-    if not noise.energy and not noise.forces:
-        return batch
-    generator = torch_generator(*seed, Stream.NOISE)  # float64 whatever the labels are
-    labels = dict(batch.labels)
-    for target in sorted(targets):
-        for name, width in ((target, noise.energy), (forces_key(target), noise.forces)):
-            label, whole = labels.get(name), batch.whole
-            known = label is not None if whole is None else name in whole.known
-            if not known or not width:
-                continue
-            drawn = _normal(batch, name != target, generator)
-            if label is not None:
-                atoms = batch.graph.atoms_per_structure if name == target else 1.0
-                labels[name] = label + width * atoms * drawn.to(label)
-    return replace(batch, labels=labels)
-
-
-def _normal(batch: LabelledBatch, of_forces: bool, generator: torch.Generator) -> Tensor:
-    """Normal numbers for energies, [b], or forces, [n, 3]: for a part those of its whole."""
-    whole, graph = batch.whole, batch.graph
-    if whole is None:
-        count = graph.num_atoms if of_forces else graph.num_structures
-    else:
-        count = int(whole.atoms.sum()) if of_forces else batch.size
-    shape = (count, 3) if of_forces else (count,)
-    drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
-    return drawn if whole is None else drawn[whole.rows(of_forces)]

@@ -45,7 +45,6 @@ from .objectives import (
 )
 from .optimizer import check_and_clip, load_optimizer, make_optimizer, rate_at, set_learning_rate
 from .resume import Progress
-from .sets import add_label_noise
 from .step import (
     EpochRecord,
     StepProgress,
@@ -297,12 +296,12 @@ class Trainer:
     ) -> tuple[Tensor, Mapping[str, Prediction | Property]]:
         """The loss of a batch and its predictions; arguments as above."""
         objectives = objectives_at(self.objectives, self.options, self.progress.epoch)
-        seed = (self.training.seed, self.progress.epoch, index)
-        energies = [name for name, own in objectives.items() if own.energy]
-        noisy = add_label_noise(batch, energies, self.options.label_noise, seed)
+        seen = batch
+        for feature in self.features:
+            seen = feature.labels(seen, self.progress.epoch, index)
         if self._compiled is not None:
             with stage("compiled step"):
-                found = self._compiled(noisy, objectives, parameters)
+                found = self._compiled(seen, objectives, parameters)
                 if found is not None:
                     add_part(parameters, found.gradients, size)
                     return found.loss, found.predictions
@@ -310,7 +309,7 @@ class Trainer:
         with stage("energies"), mixed(self.options.precision, self.model):
             predictions = self.model.predict_targets(batch.graph, self.wanted, create_graph=True)
         with stage("loss"):
-            loss = batch_loss(noisy, predictions, objectives)
+            loss = batch_loss(seen, predictions, objectives)
         with stage("backward"):
             # Named inputs: the edge vectors ask for gradients too, and nobody reads theirs.
             (loss / size).backward(inputs=parameters)
