@@ -47,7 +47,7 @@ class DatasetFiles:
         self.options, self.source = options, systems.read_from
         content = read_file(self.source, systems.format, systems.types)
         self.frames = content.frames
-        self._files, self._units = {self.source: self.frames}, dict[str, StatedUnits]()
+        self._files, self._units = {self.source: content}, dict[str, StatedUnits]()
         self.declared_length = length_to_angstrom(systems.length_unit)
         self.length = self.stated(self.source).factor(
             "length",
@@ -69,21 +69,23 @@ class DatasetFiles:
     def stated(self, source: str) -> StatedUnits:
         """The units that a file that was read states."""
         if source not in self._units:
-            self._units[source] = StatedUnits.of(self._files[source], source)
+            content = self._files[source]
+            self._units[source] = StatedUnits.of(content.frames, source, content.converted)
         return self._units[source]
 
     def column(self, what: str, source: str, key: str, shape: Shape) -> Column:
         """The values of a name; ``source`` may be another file with the same frames."""
         source = source or self.source
         if source not in self._files:
-            self._files[source] = read_file(source).frames
-            if len(self._files[source]) != len(self.frames):
+            self._files[source] = read_file(source)
+            count = len(self._files[source].frames)
+            if count != len(self.frames):
                 raise DataError(
-                    f"The {what} come from {source}, which has {len(self._files[source])} frames, "
-                    f"but {self.source} with the structures has {len(self.frames)}. They must "
+                    f"The {what} come from {source}, which has {count} frames, but "
+                    f"{self.source} with the structures has {len(self.frames)}. They must "
                     "hold the same frames in the same order."
                 )
-        return Column(what, source, key, self._files[source], self.chosen, shape)
+        return Column(what, source, key, self._files[source].frames, self.chosen, shape)
 
     def volumes(self) -> list[float]:
         """Volumes of the chosen frames in Å³, 0 where not periodic in all three directions."""

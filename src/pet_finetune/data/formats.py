@@ -47,11 +47,6 @@ class Format:
     no_cell: bool = False
     advice: str = ""
 
-    @property
-    def is_output(self) -> bool:
-        """Whether it is the output of a calculation, which ASE converts to eV and Å."""
-        return self.frame is not None or bool(self.last_words)
-
 
 _RUNNER = Format(part=("begin", "end"))
 _MOL = r"(?:[^\n]*\n){3}(...)..."
@@ -130,6 +125,11 @@ FORMATS: Mapping[str, Format] = {
     "vasp-xml": Format(begins=re.compile(r"<calculation>"), last_words="</modeling>"),
 }
 _NOTHING = Format()
+#: What ASE takes as it stands; numbers of all other formats it converts to eV and Å.
+OF_ANY_UNITS = frozenset(
+    {"bundletrajectory", "cfg", "db", "extxyz", "json", "mysql", "n2p2", "netcdftrajectory",
+     "postgresql", "traj", "xyz"}
+)  # fmt: skip
 
 
 def format_of(kind: str) -> Format:

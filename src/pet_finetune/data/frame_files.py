@@ -29,7 +29,7 @@ from pet_finetune.terminal import Watch
 
 from .ase_databases import is_database, is_lmdb, rows_of
 from .extxyz import read_extxyz
-from .formats import check_complete, check_ends, check_frames, format_of
+from .formats import OF_ANY_UNITS, check_complete, check_ends, check_frames, format_of
 from .metatrain_sets import (
     Folder,
     identity_of_set,
@@ -77,12 +77,12 @@ class FrameFile:
     Attributes:
         frames: as ASE keeps them; a list, or a :class:`~.metatrain_sets.Folder` on disk.
         doubtful: frames whose labels are no converged results of the calculation, and why.
-        is_output: whether it is the output of a calculation, in units that are known.
+        converted: ASE's name of the format whose numbers it converted to eV and Å; else empty.
     """
 
     frames: Sequence[Atoms]
     doubtful: Mapping[int, str] = field(default_factory=dict)
-    is_output: bool = False
+    converted: str = ""
 
 
 _read: OrderedDict[tuple[Any, ...], FrameFile] = OrderedDict()
@@ -169,9 +169,11 @@ def _parse(content: Content, format: str, types: Mapping[int, str]) -> FrameFile
     text = clean_outcar(content.text, source) if kind == "vasp-out" else content.text
     content = replace(content, kind=kind, text=text)
     check_ends(content)
+    options = lammps_units(content) if kind in LAMMPS else {}
+    as_they_stand = kind in OF_ANY_UNITS or (kind in LAMMPS and not options)
     with Watch(f"reading {source}", "frames") as watch:
         try:
-            frames = list(_frames(content, types, watch))
+            frames = list(_frames(content, types, watch, options))
         except DataError:
             raise
         except Exception as error:  # ASE's many readers raise whatever they meet
@@ -187,7 +189,7 @@ def _parse(content: Content, format: str, types: Mapping[int, str]) -> FrameFile
     check_complete(content, len(frames))
     check_frames(content, frames)
     doubtful = doubtful_frames(kind, text, frames)
-    return FrameFile(frames, doubtful, format_of(kind).is_output)
+    return FrameFile(frames, doubtful, "" if as_they_stand else kind)
 
 
 def _named_format(format: str, source: str) -> str:
@@ -259,13 +261,14 @@ def _unreadable(error: Exception, content: Content, given: bool) -> DataError:
     )
 
 
-def _frames(content: Content, types: Mapping[int, str], watch: Watch) -> Iterator[Atoms]:
-    """The frames of a file, as its format is read."""
+def _frames(
+    content: Content, types: Mapping[int, str], watch: Watch, options: dict[str, Any]
+) -> Iterator[Atoms]:
+    """The frames of a file, as its format is read with these options of ASE's."""
     kind, source, text = content.kind, content.source, content.text
     if kind in ("extxyz", "xyz"):
         yield from read_extxyz(text, source, types, plain=kind == "xyz", step=watch.step)
         return
-    options: dict[str, Any] = {}
     if kind == _N2P2:
         kind = "runnerdata"
         options["output_units"] = Units.ATOMIC  # as which ASE takes what it reads
@@ -282,9 +285,8 @@ def _frames(content: Content, types: Mapping[int, str], watch: Watch) -> Iterato
         options["non_convergence_ok"] = True  # it is looked for here
     elif kind == "orca-output":  # ASE knows the older words, and takes the newer ones for a number
         text = text.replace("(SCF not fully converged!)", "(Wavefunction not fully converged!)")
-    elif kind in LAMMPS:
-        options |= lammps_units(content)
-        text = with_type_numbers(text) if kind == "lammps-data" else text
+    elif kind == "lammps-data":
+        text = with_type_numbers(text)
     for part in _records(kind, text) if text else (content.data,):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

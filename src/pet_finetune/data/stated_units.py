@@ -67,14 +67,16 @@ class StatedUnits:
     Attributes:
         source: the file.
         values: by key as it stands in the frames, e.g. ``{"stress-unit": "GPa"}``.
+        converted: the format, where ASE has converted the numbers to eV and Å; else empty.
     """
 
     source: str
     values: Mapping[str, str]
+    converted: str = ""
     _said: set[str] = field(default_factory=set)
 
     @staticmethod
-    def of(frames: Sequence[Atoms], source: str) -> StatedUnits:
+    def of(frames: Sequence[Atoms], source: str, converted: str = "") -> StatedUnits:
         """Look through the frames of a file.
 
         Raises:
@@ -91,7 +93,7 @@ class StatedUnits:
                         f"{source}: frame {number} states {key}={value}, and frames before it "
                         f"{key}={values[str(key)]}. Convert them to one unit, or make two files."
                     )
-        return StatedUnits(source, values)
+        return StatedUnits(source, values, converted)
 
     def factor(self, kind: str, key: str, declared: float, said: str, default: bool) -> float:
         """Factor that converts values to eV and Å.
@@ -106,6 +108,14 @@ class StatedUnits:
         Raises:
             DataError: file and options contradict each other, or the unit is of no such quantity.
         """
+        if self.converted:
+            if default or math.isclose(declared, 1.0, rel_tol=1e-4):
+                return 1.0
+            raise DataError(
+                f"{self.source} is of the format {self.converted!r}, whose numbers ASE converts to "
+                f"eV and Å on reading, and the options say {said} for the {kind}: they would be "
+                "converted twice. Leave this unit out of the options."
+            )
         found = self._find(kind, key)
         if found is None:
             return declared

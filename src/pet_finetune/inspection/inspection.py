@@ -221,15 +221,16 @@ def declared_units(datasets: Iterable[DatasetOptions], target: str | None) -> di
         if target is not None and target in data.targets:
             own, length = data.targets[target], length_to_angstrom(data.systems.length_unit)
             forces, stress = (own.gradient_factor(kind, length) for kind in ("forces", "stress"))
-            known = bool(own.unit), _is_output(data.systems)
+            known = bool(own.unit), _is_converted(data.systems, own.read_from)
             found[data.systems.read_from] = Declared(own.factor, length, forces, stress, *known)
     return found
 
 
-def _is_output(systems: SystemsOptions) -> bool:
-    """Whether a file is the output of a calculation; not where it cannot be read, which is told."""
+def _is_converted(systems: SystemsOptions, labels: str) -> bool:
+    """Whether ASE converts the labels; not where the file cannot be read, which is told."""
     with suppress(DataError):
-        return read_file(systems.read_from, systems.format, systems.types).is_output
+        file = (labels,) if labels else (systems.read_from, systems.format, systems.types)
+        return bool(read_file(*file).converted)
     return False
 
 

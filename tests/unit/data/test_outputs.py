@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.io import write
+from ase.units import Bohr, Hartree
 
 from pet_finetune.config.dataset import DatasetOptions
 from pet_finetune.data.frame_files import read_file
@@ -336,3 +338,45 @@ def test_units_of_a_program_s_output_are_known(tmp_path):
         dataset = DatasetOptions.model_validate({"systems": systems, "targets": {"energy": {}}})
         (units,) = declared_units([dataset], "energy").values()
         assert units.converted == (name == "a.out")
+
+
+DUMP = (
+    "ITEM: UNITS\nreal\nITEM: TIMESTEP\n0\nITEM: NUMBER OF ATOMS\n1\nITEM: BOX BOUNDS pp pp pp\n"
+    "0 9\n0 9\n0 9\nITEM: ATOMS id element x y z fx fy fz\n1 O 0 0 0 1 0 0\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "systems", "energy"),
+    [
+        ("a.out", orca([True]), {}, {"unit": "Hartree"}),
+        ("a.out", orca([True]), {"length_unit": "bohr"}, {}),
+        ("a.log", gaussian_forces(False), {}, {"forces": {"unit": "Hartree/Bohr"}}),
+        ("a.dump", DUMP, {}, {"unit": "kcal/mol"}),
+        ("coord", "$coord\n0 0 0 h\n0 0 1.4 h\n$end\n", {"length_unit": "bohr"}, {}),
+    ],
+)
+def test_numbers_that_ase_converts_are_not_converted_again(tmp_path, name, text, systems, energy):
+    (tmp_path / name).write_text(text)
+    options = {
+        "systems": {"read_from": str(tmp_path / name), **systems},
+        "targets": {"energy": energy},
+    }
+    with pytest.raises(DataError, match="they would be converted twice"):
+        read_structures(DatasetOptions.model_validate(options))
+
+
+def test_labels_of_an_output_beside_positions_in_bohr_are_in_ev(tmp_path):
+    (tmp_path / "a.log").write_text(gaussian_forces(False))
+    write(
+        tmp_path / "a.xyz",
+        read_file(tmp_path / "a.log").frames[0],
+        columns=["symbols", "positions"],
+    )
+    systems = {"read_from": str(tmp_path / "a.xyz"), "length_unit": "bohr"}
+    targets = {"energy": {"read_from": str(tmp_path / "a.log")}}
+    (found,) = read_structures(
+        DatasetOptions.model_validate({"systems": systems, "targets": targets})
+    )
+    assert found.labels["energy"].item() == pytest.approx(-76.4 * Hartree, rel=1e-5)
+    assert float(found.labels["energy/forces"][0, 2]) == pytest.approx(0.02 * Hartree / Bohr)
