@@ -23,7 +23,7 @@ from ase.io.extxyz import key_val_str_to_dict, read_xyz
 from pet_finetune.errors import DataError
 from pet_finetune.log import get_logger
 
-from .outputs import is_cp2k_comment, wrong_in_cp2k
+from .outputs import is_cp2k_comment, units_of_ipi, wrong_in_cp2k
 from .structure import ASYMMETRIC, ROUNDING, asymmetry
 from .symbols import UNUSED_TYPES, element_of, is_dummy
 from .text import SymbolLayout, as_number, cell_in_words, named
@@ -185,6 +185,8 @@ class _Reader:
             if wrong:
                 self._fail(self.start + 1, wrong)
             self.notes["are of CP2K, whose E is in Hartree, and taken as molecules in no cell"] = 1
+        if wrong := units_of_ipi(comment, atoms):
+            self._fail(self.start + 1, wrong)
         for index, mass in masses.items():
             if "masses" not in atoms.arrays:
                 atoms.set_masses(atomic_masses[atoms.numbers])

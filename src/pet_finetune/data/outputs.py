@@ -57,6 +57,24 @@ def is_cp2k_comment(comment: str) -> bool:
     return re.match(r"\s*i\s*=\s*\d+,\s*(?:time\s*=\s*[-\d.]+|E\s*=)", comment) is not None
 
 
+def units_of_ipi(comment: str, atoms: Atoms) -> str:
+    """Keep the unit that the comment of a frame of i-PI states, ``positions{atomic_unit}``.
+
+    Returns:
+        Why the frame is no structure: the columns hold something else; empty if it is one.
+    """
+    found = re.search(r"(?<![\w=])((?!cell\{)[a-z_]+)\{(\w[\w/^*-]*)\}", comment)
+    if found is None:
+        return ""
+    if found[1] not in ("positions", "x_centroid"):
+        return (
+            f"this is a file of i-PI that holds {found[1]} in place of positions. Write them as "
+            "labels beside the positions, in extended xyz"
+        )
+    atoms.info["positions-unit"] = found[2]
+    return ""
+
+
 def wrong_in_cp2k(source: str, atoms: Atoms) -> str:
     """Why a trajectory of CP2K is no set of molecules, with what to do; empty if it may be one.
 

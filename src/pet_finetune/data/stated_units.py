@@ -191,7 +191,7 @@ def _of_one_kind(unit: str) -> Mapping[str, str]:
 def _spelled(unit: str, kind: str) -> str:
     """A unit in the spelling of the options."""
     folded = "".join(unit.split()).casefold()
-    if folded in ("au", "a.u.", "atomic"):
+    if folded in ("au", "a.u.", "atomic", "atomic_unit"):
         return _STYLES["atomic"].get(kind, unit)
     if folded in ("kb", "kbar") and kind == "stress":
         return "kbar"

@@ -11,8 +11,10 @@ import pytest
 from ase.build import bulk, molecule
 from ase.io import write
 
+from pet_finetune.config.dataset import DatasetOptions
 from pet_finetune.data.extxyz import read_extxyz
 from pet_finetune.data.frame_files import read_frames
+from pet_finetune.data.readers import read_structures
 from pet_finetune.data.symbols import element_of
 from pet_finetune.errors import DataError
 
@@ -309,6 +311,16 @@ def test_trajectories_of_cp2k_lose_no_cell(caplog):
         f"{s} {p[0]} {p[1]} {p[2]}" for s, p in zip(SILICON.symbols, SILICON.positions, strict=True)
     )
     assert "no cell" in refused("16\n i = 1, E = -63.1\n" + "\n".join(rows) + "\n")
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_frame_of_i_pi_says_the_unit_of_its_positions(tmp_path, plain):
+    comment = "# Step: 0 Bead: 0 positions{atomic_unit} cell{angstrom}"
+    (tmp_path / "a.xyz").write_text(f"2\n{comment}\nH 0 0 0\nH 0 0 1.4\n")
+    systems = {"read_from": str(tmp_path / "a.xyz"), "format": "xyz" if plain else ""}
+    (found,) = read_structures(DatasetOptions.model_validate({"systems": systems, "targets": {}}))
+    assert float(found.positions[1, 2]) == pytest.approx(1.4 * 0.529177, rel=1e-5)
+    assert "holds forces" in refused(f"1\n{comment.replace('positions', 'forces')}\nH 0 0 0\n")
 
 
 def test_a_key_of_one_meaning_stands_once():
