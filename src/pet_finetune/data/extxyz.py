@@ -195,6 +195,8 @@ class _Reader:
 
     def _check_columns(self, rows: list[str], layout: SymbolLayout, first: int) -> None:
         """Stop at a row with fewer columns than are named; note those with more."""
+        if rows and not layout.placed:
+            self._fail(first - 1, layout.NOWHERE.format(layout.names))
         more = 0
         for number, row in enumerate(rows):
             width = len(row.split())
@@ -300,8 +302,7 @@ class _Reader:
 
     def _refuse_cell(self, comment: str) -> None:
         """Stop where the comment holds a cell that would be lost."""
-        read = not self.plain and re.search(r"Lattice\s*=", comment)
-        if read or _NO_CELL.search(comment):
+        if _NO_CELL.search(comment) or (not self.plain and re.search(r"Lattice\s*=", comment)):
             return
         cell = cell_in_words(comment)
         if self.plain and not cell and "Lattice" in comment:

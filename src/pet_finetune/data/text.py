@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 
@@ -293,6 +293,13 @@ class SymbolLayout:
     species: int | None
     #: Other columns that name it, by name.
     others: Mapping[str, int]
+    #: Whether there are positions; ASE puts all atoms at the origin without them.
+    placed: bool
+
+    NOWHERE: ClassVar = (
+        "no column is named pos, so that all atoms would be at the origin ({}). Name that of the "
+        "positions pos:R:3; multiply fractional coordinates by the cell first"
+    )
 
     @property
     def width(self) -> int:
@@ -309,11 +316,12 @@ class SymbolLayout:
         """The columns that a comment names; element and position without it."""
         found = _PROPERTIES.search(comment)
         words = (found[1] if found else _DEFAULT).split(":")
-        kinds, species, others = "", None, {}
+        kinds, species, others, placed = "", None, {}, False
         for name, kind, count in zip(words[::3], words[1::3], words[2::3], strict=False):
+            placed |= name in ("pos", "positions")
             if name == "species" and kind == "S":
                 species = len(kinds)
             elif name.lower() in _ELEMENTS and count == "1":
                 others[name] = len(kinds)
             kinds += kind[:1] * (int(count) if count.isdecimal() else 0)
-        return SymbolLayout(":".join(words), kinds, species, others)
+        return SymbolLayout(":".join(words), kinds, species, others, placed)

@@ -323,6 +323,11 @@ def test_a_frame_of_i_pi_says_the_unit_of_its_positions(tmp_path, plain):
     assert "holds forces" in refused(f"1\n{comment.replace('positions', 'forces')}\nH 0 0 0\n")
 
 
+def test_columns_without_positions_are_refused():
+    assert "all atoms would be at the origin" in refused(WATER.replace(":pos:", ":frac:"))
+    assert read(WATER.replace(":pos:", ":positions:"))[0].positions[1, 0] == 0.96
+
+
 def test_a_key_of_one_meaning_stands_once():
     message = refused(WATER.replace("energy=-1.5", "energy=-1.5 energy=-2.5"))
     assert "energy stands more than once" in message
