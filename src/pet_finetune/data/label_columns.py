@@ -157,13 +157,20 @@ class Column:
             DataError: wrong shapes, values that are no numbers, NaN or infinity.
         """
         values: list[Tensor | None] = []
-        broken, lopsided = [], []
+        broken, lopsided, differing = [], [], []
         for position, index in enumerate(self.chosen):
             raw = find_value(self.frames[index], self.key)
             if raw is None or (usable is not None and not usable[position]):
                 values.append(None)
                 continue
             array = self._shaped(raw, index)
+            other = _results(self.frames[index]).get(self.key)
+            if not (
+                other is None
+                or other is raw
+                or np.allclose(array, self._shaped(other, index), rtol=1e-6, equal_nan=True)
+            ):
+                differing.append(index)
             if (
                 self.shape is to_stress
                 and np.size(raw) == 9
@@ -183,6 +190,13 @@ class Column:
                 f"{self.source} ({len(broken)} of {len(self.chosen)} frames). Remove these frames "
                 "or compute them again."
             )
+        if differing:
+            _logger.warning(
+                "%s: %d of %d frames have two different %s named %r, in info or arrays and among "
+                "the results of a calculator (first %s). The former are taken; remove what is "
+                "out of date",
+                self.source, len(differing), len(values), self.what, self.key, place(differing[0]),
+            )  # fmt: skip
         if lopsided:
             _logger.warning(
                 "%s: the %s (%r) of %d of %d frames %s (first %s)",

@@ -230,6 +230,17 @@ def test_labels_asked_for_that_no_frame_has(tmp_path, label):
         read_structures(options(tmp_path / "set.xyz", {"energy": {label: True}}))
 
 
+@pytest.mark.parametrize(("energy", "told"), [(-1.0, False), (-9.0, True)])
+def test_two_values_of_one_name_are_told_of(tmp_path, log, energy, told):
+    atoms = Atoms("H")
+    atoms.info["energy"] = energy
+    atoms.calc = SinglePointCalculator(atoms, energy=-1.0, forces=np.ones((1, 3)))
+    write(tmp_path / "a.traj", atoms)
+    (found,) = read_structures(options(tmp_path / "a.traj"))
+    assert found.labels["energy"].item() == energy
+    assert ("1 of 1 frames have two different values" in log.text) == told
+
+
 @pytest.mark.parametrize("key", ["stress", "my_stress"])
 def test_a_stress_that_is_not_symmetric_is_told_of(tmp_path, log, key):
     atoms = bulk("Cu", cubic=True)
