@@ -37,20 +37,30 @@ def check_levels(dataset: InspectedDataset) -> Iterator[Finding]:
     }
     files = {file: frames for file, frames in files.items() if frames}
     first = max(files, key=lambda name: len(files[name]), default="")
-    for name in files:
-        if name != first:
-            yield from _compare_files(first, files[first], name, files[name])
+    if len(files) > 1:
+        levels = _levels_of(first, files[first])  # once: there may be thousands of files
+        for name in files:
+            if name != first:
+                yield from _compare_files(levels, name, files[name])
     for file, frames in files.items():
         yield from _split_levels(file, frames)
 
 
-def _compare_files(
-    first: str, frames: Sequence[InspectedFrame], second: str, others: Sequence[InspectedFrame]
-) -> Iterator[Finding]:
-    """Distance of a file's energies from those by another file's elements."""
+_Levels = tuple[str, Sequence[int], np.ndarray, np.ndarray, np.ndarray]
+
+
+def _levels_of(file: str, frames: Sequence[InspectedFrame]) -> _Levels:
+    """Name, fit of the elements, and an orthonormal basis of the compositions of a file."""
     elements, weights, rest = element_fit(frames)
     basis = np.linalg.svd(compositions(frames, elements), full_matrices=False)
-    rows = basis[2][basis[1] > 1e-6 * basis[1][0]]
+    return file, elements, weights, rest, basis[2][basis[1] > 1e-6 * basis[1][0]]
+
+
+def _compare_files(
+    levels: _Levels, second: str, others: Sequence[InspectedFrame]
+) -> Iterator[Finding]:
+    """Distance of a file's energies from those by another file's elements."""
+    first, elements, weights, rest, rows = levels
     known = [e for e in others if np.isin(e.elements[0], elements).all()]
     if not known:
         return
