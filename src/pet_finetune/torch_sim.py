@@ -73,6 +73,11 @@ class PETTorchSimModel(ModelInterface):
         self._compute_stress, self._compute_forces = compute_stress, True
         self._moving: list[MovingAtoms] = []
         self._told = False
+        if self._calculator.model.hypers.system_conditioning:
+            _logger.warning(
+                "The model reads charge and spin, which torch-sim does not hand on: all structures "
+                "are computed as neutral singlets."
+            )
 
     @plain_torch()
     def forward(self, state: Any, **unused: object) -> dict[str, Tensor]:

@@ -265,13 +265,24 @@ def test_charge_and_spin_of_a_conditioned_model():
     assert calc.get_potential_energy(bad) == pytest.approx(energies[0], abs=1e-11)
 
 
-def test_charge_of_an_unconditioned_model_is_not_read(calc: PETCalculator, evaluations: list[int]):
+def test_charge_of_an_unconditioned_model_is_not_read(
+    calc: PETCalculator, evaluations: list[int], caplog: pytest.LogCaptureFixture
+):
     atoms = ethanol()
     atoms.calc = calc
     atoms.get_potential_energy()
     atoms.info["charge"] = "a label of the user's own"
     atoms.get_potential_energy()
     assert len(evaluations) == 1
+    atoms.info.update(charge=0, spin=1)
+    calc.calculate(atoms)
+    assert not caplog.text
+    for _ in range(2):
+        atoms.info["charge"] = -1
+        calc.calculate(atoms)
+    assert (
+        caplog.text.count("charge -1 and the spin multiplicity 1, which this model does not") == 1
+    )
 
 
 def _energy(calc: PETCalculator) -> float:

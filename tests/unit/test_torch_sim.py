@@ -72,6 +72,13 @@ def test_slabs_that_torch_sim_takes_for_clusters_are_warned_of(potential, caplog
     assert caplog.text.count("Give slabs pbc = True and a vacuum") == 1
 
 
+def test_charges_that_torch_sim_does_not_hand_on_are_warned_of(caplog):
+    PETTorchSimModel(random_potential(), device="cpu")
+    assert not caplog.text
+    PETTorchSimModel(random_potential(system_conditioning=True), device="cpu")
+    assert "all structures are computed as neutral singlets" in caplog.text
+
+
 def test_structures_relax_together(potential):
     frames = boxes()
     model = PETTorchSimModel(potential, device="cpu")
