@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -103,7 +104,7 @@ class PETCalculator(Calculator):
         *,
         adapter: str | os.PathLike[str] | None = None,
         adapters: Adapters | None = None,
-        spread: Literal["always", "on_demand"] | None = None,
+        spread: Literal["always", "on_demand", "asked"] | None = None,
         target: str | None = None,
         non_conservative: NonConservative = False,
         device: str | torch.device = "auto",
@@ -124,6 +125,9 @@ class PETCalculator(Calculator):
             raise ConfigError(
                 "adapter and adapters: give one of them, a single adapter or those of a committee."
             )
+        if spread == "asked":
+            warnings.warn('spread="asked" is now "on_demand"', DeprecationWarning, stacklevel=2)
+            spread = "on_demand"
         for option, value, allowed in (
             ("compile", compile, ("auto", "on", "off")),
             ("spread", spread or "always", ("always", "on_demand")),

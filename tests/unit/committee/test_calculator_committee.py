@@ -115,7 +115,8 @@ def test_the_spread_of_forces_can_wait_until_it_is_asked_for(base, folders, tmp_
         np.testing.assert_allclose(found, other.calc.results[name], atol=1e-12)
     assert len(seen) == 2
     # Members that share nothing tell their forces for nothing.
-    calc = PETCalculator(base, adapters=folders, spread="on_demand", device="cpu")
+    with pytest.warns(DeprecationWarning, match="on_demand"):  # as it was spelled before
+        calc = PETCalculator(base, adapters=folders, spread="asked", device="cpu")
     calc.get_property("forces", atoms)
     assert "forces_uncertainty" in calc.results
 
