@@ -163,8 +163,7 @@ def read_native(
         model = _model(content, str(path))
         if content["adapter"] is not None:
             adapter = _with_targets(content["adapter"])
-            if adapter["config"].pop("init", "default") != "default":
-                raise archive.damaged("its adapter began as PiSSA's or OLoRA's, which are gone")
+            adapter = _as_lora(adapter, str(path), resumes=keep_adapter)
             _restore_adapter(model, adapter, content["weights"])
             model = model if keep_adapter else merged_copy(model)
         provenance = dict(content["provenance"])
@@ -238,6 +237,37 @@ def _with_targets(content: Mapping[str, Any]) -> Mapping[str, Any]:
         "targets": {name: {**own, "scale": float(own["scale"])}},
         "brought_targets": [name] if content.get("brought_target") else [],
     }
+
+
+def _as_lora(content: Mapping[str, Any], where: str, *, resumes: bool) -> Mapping[str, Any]:
+    """An adapter that started from PiSSA's or OLoRA's factors as plain LoRA of twice the rank.
+
+    Releases before had these methods. Their update is ``s (B A - B0 A0)`` with the factors of the
+    start in the file as well: one product of the factors side by side.
+    """
+    config, tensors = dict(content["config"]), dict(content["tensors"])
+    start = config.pop("init", "default")
+    if start != "default":
+        if resumes:
+            raise CheckpointError(
+                f"{where}: this run trains factors that started as those of {start}, which this "
+                "release no longer does. Start a new run from the file with -c; the model in it "
+                "can be evaluated and exported as before."
+            )
+        for name in [name for name in tensors if name.endswith(".lora_A")]:
+            other = name.removesuffix("A") + "B"
+            start_a = tensors.pop(name.replace(".lora_A", ".start_A"))
+            start_b = tensors.pop(other.replace(".lora_B", ".start_B"))
+            tensors[name] = torch.cat([tensors[name], start_a])
+            tensors[other] = torch.cat([tensors[other], -start_b], dim=1)
+        stretch = 2**0.5 if config["use_rslora"] else 2.0
+        config["rank"] *= 2
+        config["alpha"] *= stretch
+        config["rank_pattern"] = {key: 2 * rank for key, rank in config["rank_pattern"].items()}
+        config["alpha_pattern"] = {
+            key: stretch * alpha for key, alpha in config["alpha_pattern"].items()
+        }
+    return {**content, "config": config, "tensors": tensors}
 
 
 @torch.no_grad()

@@ -188,11 +188,18 @@ def _lora_switch(rewriting: Rewriting) -> None:
 
 
 def _first_factors(rewriting: Rewriting) -> None:
-    """``init`` of older files and PEFT's ``init_lora_weights`` say how factors start anyway."""
-    config = rewriting.section(_CONFIG) or {}
+    """``init``, which once chose between LoRA's start, PiSSA's and OLoRA's."""
+    config = rewriting.section(_CONFIG)
     for name in ("init", "init_lora_weights"):
-        if config.get(name) in (None, True, "default"):
-            config.pop(name, None)
+        value = None if config is None else config.pop(name, None)
+        if value not in (None, True, "default"):
+            rewriting.problems.append(
+                Problem(
+                    (*_CONFIG, name),
+                    f"is {value!r}, but factors start as LoRA's do (A random, B zero): PiSSA and "
+                    "OLoRA brought no gain over it and are gone. Leave this out.",
+                )
+            )
 
 
 def _per_atom(rewriting: Rewriting) -> None:

@@ -15,6 +15,7 @@ from models import ethanol
 from pet_finetune.adapters.peft_files import load_adapter
 from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.data.labelled_batch import batch_from_atoms
+from pet_finetune.errors import CheckpointError
 
 FILES = Path(__file__).with_name("pissa")
 EXPECTED = json.loads((FILES / "predictions.json").read_text())
@@ -34,3 +35,9 @@ def test_an_old_adapter_opens_as_plain_lora_of_twice_the_rank(name):
     config = load_adapter(model, FILES / name)
     assert config.rank == 4  # it trained with 2
     assert_predicts(model, name)
+
+
+def test_the_checkpoint_of_an_interrupted_run_opens_and_does_not_go_on():
+    assert_predicts(load_checkpoint(FILES / "run.ckpt").model, "pissa")
+    with pytest.raises(CheckpointError, match="Start a new run from the file with -c"):
+        load_checkpoint(FILES / "run.ckpt", keep_adapter=True)

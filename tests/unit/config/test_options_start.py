@@ -164,6 +164,14 @@ def test_pefts_names_of_settings() -> None:
     assert (own.rank, own.alpha, own.use_rslora) == (4, 2.0, True)
 
 
+@pytest.mark.parametrize("key", ["init", "init_lora_weights"])
+def test_factors_start_as_loras_alone(key: str) -> None:
+    """Once there was a choice, and options files of then are still about."""
+    load({"finetune": {"config": {"rank": 4, key: "default"}}}, "m.ckpt")
+    (line,) = problems({"finetune": {"config": {"rank": 4, key: "pissa"}}}, "m.ckpt")
+    assert line.startswith(f"{FINETUNE}.config.{key}: is 'pissa', but")
+
+
 @pytest.mark.parametrize(
     ("config", "key", "phrase"),
     [
