@@ -272,6 +272,9 @@ _AS_BEGUN = (
 )
 #: Of ``finetune``, what is looked at again when a run goes on.
 _LOOKED_AT = tuple(_TRAINING + "finetune." + name for name in ("unfreeze", "replay", "anchor"))
+#: Of ``training``, what a run goes on with unless the file says otherwise, since its default was
+#: another in older releases; with the value of runs that do not say.
+_OLDER_DEFAULTS = {"optimizer": "adamw", "ema": None}
 #: Change no number of a run that goes on; pre-training was over when it began.
 _NO_MATTER = (
     *(_TRAINING + name for name in ("log_interval", "checkpoint_interval")),
@@ -321,9 +324,15 @@ def with_defaults_of(options: Options, before: Mapping[str, Any]) -> Options:
     """The options of a continued run, with the defaults of its start."""
     training = options.training
     then = before.get("architecture", {}).get("training", {})
-    left_out = [name for name in ("optimizer", "ema") if name not in training.model_fields_set]
-    left_out += [name for name in _CHOSEN[1:] if getattr(training, name) is None]
-    return options.with_training(**{name: then[name] for name in left_out if name in then})
+    left_out = {
+        name: then.get(name, default)
+        for name, default in _OLDER_DEFAULTS.items()
+        if name not in training.model_fields_set
+    } | {
+        name: then[name] for name in _CHOSEN[1:]
+        if name in then and getattr(training, name) is None
+    }  # fmt: skip
+    return options.with_training(**left_out)
 
 
 def _below(name: str, sections: tuple[str, ...]) -> bool:

@@ -19,8 +19,9 @@ def options(**training):
 OLD = {"architecture": {"training": {"optimizer": "adamw", "ema": None, "num_epochs": 7}}}
 
 
-def test_a_run_goes_on_with_the_defaults_it_began_with():
-    training = with_defaults_of(options(num_epochs=7), OLD).training
+@pytest.mark.parametrize("before", [OLD, {}])
+def test_a_run_goes_on_with_the_defaults_it_began_with(before):
+    training = with_defaults_of(options(num_epochs=7), before).training
     assert (training.optimizer, training.ema) == ("adamw", None)
     assert training.num_epochs == 7
 
