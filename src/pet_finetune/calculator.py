@@ -27,8 +27,8 @@ from pet_finetune.data.calculator_input import (
     Origin,
     charge_and_spin,
     check_atoms,
+    unread_charge_and_spin,
 )
-from pet_finetune.data.structure import DEFAULT_CHARGE_KEYS, DEFAULT_SPIN_KEYS, usual_integer
 from pet_finetune.device import check_forked, choose_device, choose_dtype, plain_torch
 from pet_finetune.errors import AdapterError, ConfigError, DataError
 from pet_finetune.graph import Batch, join_graphs
@@ -48,7 +48,6 @@ from pet_finetune.model.prediction import LastLayer, Prediction, Property
 from pet_finetune.nn.neighborhood import SteadyEdges
 
 _logger = get_logger(__name__)
-_CHARGE_AND_SPIN = (DEFAULT_CHARGE_KEYS, DEFAULT_SPIN_KEYS)
 
 
 class PETCalculator(Calculator):
@@ -345,15 +344,10 @@ class PETCalculator(Calculator):
         """A structure as the model's input; its edges reach as far as the skin."""
         check_atoms(atoms, self.model.species)
         charge, spin = charge_and_spin(atoms, self.model.hypers)
-        if not self._told and atoms.info and not self.model.hypers.system_conditioning:
-            given = [usual_integer(atoms.info, keys, 0)[0] for keys in _CHARGE_AND_SPIN]
-            self._told = given[0] != 0 or given[1] > 1
-            if self._told:
-                _logger.warning(
-                    "atoms.info has the charge %d and the spin multiplicity %d, which this model "
-                    "does not read.",
-                    *(given[0], max(given[1], 1)),
-                )
+        unread = "" if self._told else unread_charge_and_spin(atoms, self.model.hypers)
+        if unread:
+            self._told = True
+            _logger.warning("%s", unread)
         return neighbors.batch(atoms, charge, spin, self.device, self.model.dtype)
 
     def _predict(self, batch: Batch, stress: bool, asked: frozenset[str]) -> Prediction:

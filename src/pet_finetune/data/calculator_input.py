@@ -120,6 +120,20 @@ def charge_and_spin(atoms: Atoms, hypers: ModelOptions) -> tuple[int, int]:
     return charge, spin
 
 
+def unread_charge_and_spin(atoms: Atoms, hypers: ModelOptions) -> str:
+    """Charge and spin in ``atoms.info`` that the model does not read, in words; empty if none."""
+    if hypers.system_conditioning or not atoms.info:
+        return ""
+    charge, _ = usual_integer(atoms.info, DEFAULT_CHARGE_KEYS, 0)
+    spin, _ = usual_integer(atoms.info, DEFAULT_SPIN_KEYS, 1)
+    if charge == 0 and spin <= 1:
+        return ""
+    return (
+        f"atoms.info has the charge {charge} and the spin multiplicity {max(spin, 1)}, which this "
+        "model does not read."
+    )
+
+
 #: Positions, cell and pbc of a neighbour list.
 Origin = tuple[np.ndarray, np.ndarray, np.ndarray]
 

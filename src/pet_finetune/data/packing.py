@@ -204,7 +204,7 @@ class _Writer:
         record = self._folder / _PROGRESS
         if record.exists():
             state = read_object(record)
-            sizes = state["sizes"]
+            sizes = state.get("sizes", {})
             there = {f.name: f.stat().st_size for f in self._folder.iterdir() if f.name in sizes}
             # Files are shorter than the record says where the machine went down.
             whole = all(there.get(name, -1) >= size for name, size in sizes.items())

@@ -54,6 +54,7 @@ _STAGES = {
     "replay": "structures that the foundation knows (finetune.replay)",
     "rotations": "predictions in another orientation (rotational_consistency)",
     "anchor": "distance from the foundation (finetune.anchor)",
+    "energy offset": "mean error of the energies (track_energy_offset)",
     "loss": "errors and their weights",
     "backward": "gradient of the loss (what trains: finetune.method)",
     "update": "clipping, optimiser, running average (what trains, ema)",

@@ -218,7 +218,7 @@ def primary_set(sets: Collection[str]) -> str:
 
 
 def of_member(options: Options, splits: Splits, seed: int) -> tuple[int, Splits]:
-    """The seed of ``finetune.member`` and the sets it is trained with; the run's without one.
+    """The seed of ``finetune.member``, set in all generators, and its sets; else those of the run.
 
     Both are functions of the ensemble's seed and the member's number alone. Validation and test
     sets are those of all members; with ``finetune.bootstrap`` the training set is a bootstrap

@@ -226,12 +226,16 @@ def test_errors_and_the_end_of_a_process_of_several(tmp_path, monkeypatch):
     assert not multiprocessing.active_children()
 
 
-def test_a_record_that_says_more_than_there_is_begins_anew(tmp_path, monkeypatch, data):
+@pytest.mark.parametrize("record", [None, "{}"])
+def test_a_record_that_says_more_than_there_is_begins_anew(tmp_path, data, record):
     """As after the machine went down: the record is on the disk, and not all that it counts."""
     convert(data, tmp_path / "whole")
     stopped(data, tmp_path / "set", "_tidy")
     (tmp_path / "set").rename(tmp_path / "set.part")
-    os.truncate(tmp_path / "set.part" / "x.bin", 12)
+    if record is None:
+        os.truncate(tmp_path / "set.part" / "x.bin", 12)
+    else:  # or it is of another version
+        (tmp_path / "set.part" / packing._PROGRESS).write_text(record)
     convert(data, tmp_path / "set")
     for file in (tmp_path / "whole").iterdir():
         assert file.read_bytes() == (tmp_path / "set" / file.name).read_bytes(), file.name
