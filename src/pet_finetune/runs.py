@@ -274,7 +274,7 @@ _AS_BEGUN = (
 _LOOKED_AT = tuple(_TRAINING + "finetune." + name for name in ("unfreeze", "replay", "anchor"))
 #: Of ``training``, what a run goes on with unless the file says otherwise, since its default was
 #: another in older releases; with the value of runs that do not say.
-_OLDER_DEFAULTS = {"optimizer": "adamw", "ema": None}
+_OLDER_DEFAULTS = {"optimizer": "adamw", "ema": None, "track_energy_offset": 0.0}
 #: Change no number of a run that goes on; pre-training was over when it began.
 _NO_MATTER = (
     *(_TRAINING + name for name in ("log_interval", "checkpoint_interval")),

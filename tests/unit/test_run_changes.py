@@ -23,6 +23,7 @@ OLD = {"architecture": {"training": {"optimizer": "adamw", "ema": None, "num_epo
 def test_a_run_goes_on_with_the_defaults_it_began_with(before):
     training = with_defaults_of(options(num_epochs=7), before).training
     assert (training.optimizer, training.ema) == ("adamw", None)
+    assert training.track_energy_offset == 0.0
     assert training.num_epochs == 7
 
 

@@ -392,8 +392,6 @@ class Trainer:
                 parameter.copy_(trained[name])
         load_optimizer(self.optimizer, state["optimizer"])
         states = states_of(state)
-        # A run that was saved before there was such a feature goes on without it.
-        self.features = tuple(f for f in self.features if f.name in states or not f.state())
         for feature in self.features:
             if feature.name in states:
                 feature.load_state(states[feature.name])
