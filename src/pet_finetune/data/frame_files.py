@@ -1,7 +1,8 @@
 """Frames and frame numbers from files; every failure says what to look at.
 
 ASE reads; what it takes for something else, leaves out or invents is seen to here and in the
-modules beside: :mod:`.text`, :mod:`.formats`, :mod:`.extxyz`, :mod:`.symbols`, :mod:`.outputs`.
+modules beside: :mod:`.text`, :mod:`.formats`, :mod:`.extxyz`, :mod:`.symbols`, :mod:`.outputs`,
+:mod:`.corrections`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from pet_finetune.log import get_logger
 from pet_finetune.terminal import Watch
 
 from .ase_databases import is_database, is_lmdb, rows_of
+from .corrections import clean_outcar, put_frames_right, put_right
 from .extxyz import read_extxyz
 from .formats import OF_ANY_UNITS, check_complete, check_ends, check_frames, format_of
 from .metatrain_sets import (
@@ -36,7 +38,7 @@ from .metatrain_sets import (
     is_metatrain_set,
     read_metatrain_set,
 )
-from .outputs import clean_outcar, doubtful_frames, hint_of, is_cp2k
+from .outputs import doubtful_frames, hint_of, is_cp2k
 from .packing import packed
 from .symbols import (
     LAMMPS,
@@ -66,6 +68,13 @@ _logger = get_logger(__name__)
 # Files that were read stay in memory up to so many frames and atoms, so that a look at the names of
 # labels and the reading of them is one parse.
 _KEPT_FRAMES, _KEPT_ATOMS = 50_000, 2_000_000
+#: Words that a text needs, of formats that ASE tells by endings: .out, .log, .dat, .md.
+_WORDS = {
+    "castep-md": "<-- R",
+    "espresso-out": "PWSCF",
+    "gamess-us-punch": r"\$DATA",
+    "gaussian-out": "Gaussian|SCF Done|GINC",
+}
 #: A name of ours: RuNNer's files in the units of the options.
 _N2P2 = "n2p2"
 
@@ -188,6 +197,7 @@ def _parse(content: Content, format: str, types: Mapping[int, str]) -> FrameFile
         with_named_elements(content, frames)
     check_complete(content, len(frames))
     check_frames(content, frames)
+    put_frames_right(content, frames)
     doubtful = doubtful_frames(kind, text, frames)
     return FrameFile(frames, doubtful, "" if as_they_stand else kind)
 
@@ -207,6 +217,12 @@ def _named_format(format: str, source: str) -> str:
 def _guess(content: Content) -> str:
     """ASE's name of the format, from the name and the content of a file."""
     source, text = content.source, content.text
+    if is_cp2k(text):
+        raise DataError(
+            f"{source} is an output of CP2K, which ASE has no reader for.{hint_of(text)} Convert "
+            "positions, cell, energies and forces to extended xyz (cp2k-output-tools or dpdata "
+            "do that)."
+        )
     if looks_like_lammps_data(text):
         return "lammps-data"
     head = text[:50_000].encode() if text else content.data[:50_000]
@@ -214,15 +230,10 @@ def _guess(content: Content) -> str:
         kind: str = filetype(named(io.BytesIO(head), content.name))
     except UnknownFileTypeError:
         kind = ""
-    # Every name that ends with .out is one of Quantum ESPRESSO's to ASE.
-    if kind in ioformats and not (kind == "espresso-out" and "PWSCF" not in text):
+    if kind == "abinit-in" and re.search(r"^\.Version .* of ABINIT", text, re.M):
+        kind = "abinit-out"  # whose echo of the input ASE takes for one
+    if kind in ioformats and re.search(_WORDS.get(kind, ""), text):
         return kind
-    if is_cp2k(text):
-        raise DataError(
-            f"{source} is an output of CP2K, which ASE has no reader for.{hint_of(text)} Convert "
-            "positions, cell, energies and forces to extended xyz (cp2k-output-tools or dpdata "
-            "do that)."
-        )
     arrays = arrays_of(content)
     if arrays:
         raise DataError(
@@ -265,7 +276,7 @@ def _frames(
     content: Content, types: Mapping[int, str], watch: Watch, options: dict[str, Any]
 ) -> Iterator[Atoms]:
     """The frames of a file, as its format is read with these options of ASE's."""
-    kind, source, text = content.kind, content.source, content.text
+    kind, source, text = content.kind, content.source, put_right(content)
     if kind in ("extxyz", "xyz"):
         yield from read_extxyz(text, source, types, plain=kind == "xyz", step=watch.step)
         return
@@ -283,8 +294,6 @@ def _frames(
         options["fractional_occupancies"] = True
     elif kind == "aims-output":
         options["non_convergence_ok"] = True  # it is looked for here
-    elif kind == "orca-output":  # ASE knows the older words, and takes the newer ones for a number
-        text = text.replace("(SCF not fully converged!)", "(Wavefunction not fully converged!)")
     elif kind == "lammps-data":
         text = with_type_numbers(text)
     for part in _records(kind, text) if text else (content.data,):

@@ -16,7 +16,6 @@ import numpy as np
 from ase import Atoms
 from ase.units import Hartree
 
-from pet_finetune.errors import DataError
 from pet_finetune.log import get_logger
 
 from .formats import GAUSSIAN_ENERGY, VASP_STEP, format_of
@@ -280,44 +279,6 @@ def _settled(calculation: str, threshold: float) -> bool:
     if len(energies) < 2 or energies[0] is None or energies[1] is None:
         return False
     return abs(float(energies[1][1]) - float(energies[0][1])) < threshold
-
-
-_LEARNED = re.compile(
-    r"^[^\n]*(?:\bML FORCE on cell|TOTAL-FORCE \(eV/Angst\) \(ML\)).*?"
-    r"^[^\n]*\bML energy +without entropy[^\n]*\n(?:\s*\n[^\n]*enthalpy is ML TOTEN[^\n]*\n)?",
-    re.M | re.S,
-)
-_WITHOUT_VDW = re.compile(r"(?: eV)?\s+w/o vdW\s*=\s*\S+(?: eV)?")
-
-
-def clean_outcar(text: str, source: str) -> str:
-    """An OUTCAR without what ASE takes for something else.
-
-    Steps that VASP's machine-learned force field predicted are no DFT: they are left out, which
-    the log says. Of energies with and without van der Waals terms the ones without go.
-
-    Raises:
-        DataError: no step was computed by DFT.
-    """
-    text, learned = _LEARNED.subn("", text) if "ML TOTEN" in text else (text, 0)
-    if learned:
-        computed = len(VASP_STEP.findall(text))
-        if not computed:
-            raise DataError(
-                f"{source}: all {learned} steps are predictions of VASP's machine-learned force "
-                "field (ML_LMLFF); none was computed by DFT, so there is nothing to learn from. "
-                "Recompute some of these structures, or use the ML_AB file's data."
-            )
-        _logger.warning(
-            "%s: %d steps are predictions of VASP's machine-learned force field and are left out; "
-            "the %d steps computed by DFT are read",
-            source,
-            learned,
-            computed,
-        )
-    if "w/o vdW" in text:
-        text = _WITHOUT_VDW.sub("", text)
-    return text
 
 
 def _is_false(value: object) -> bool:

@@ -14,8 +14,9 @@ from ase.io import write
 from ase.units import Bohr, Hartree
 
 from pet_finetune.config.dataset import DatasetOptions
+from pet_finetune.data.corrections import clean_outcar
 from pet_finetune.data.frame_files import read_file
-from pet_finetune.data.outputs import clean_outcar, doubtful_frames
+from pet_finetune.data.outputs import doubtful_frames
 from pet_finetune.data.readers import read_structures
 from pet_finetune.errors import DataError
 from pet_finetune.inspection.inspection import declared_units
