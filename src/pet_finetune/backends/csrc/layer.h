@@ -17,23 +17,29 @@ enum class Side { forward, backward };
 void pack_side(const Tensor& weight, Side side, bool rounds, void* to) {
   const int64_t out_width = weight.size(0), in = weight.size(1);
   const bool forward = side == Side::forward;
-  const int64_t depth = forward ? in : out_width, columns = forward ? out_width : in;
-  const int64_t by_depth = forward ? 1 : in, by_column = forward ? in : 1;
   if (rounds) {
     const float* w = data<float>(weight);
-    const auto half = [&](int64_t k, int64_t n) {
-      return Bfloat16::rounded(w[k * by_depth + n * by_column]);
-    };
-    Panels<Bfloat16::Pair>::pack(
-        depth / 2, columns, static_cast<Bfloat16::Pair*>(to),
-        [&](int64_t k, int64_t n) { return half(2 * k, n) | half(2 * k + 1, n) << 16; });
+    auto* pairs = static_cast<Bfloat16::Pair*>(to);
+    const auto half = [&](int64_t o, int64_t i) { return Bfloat16::rounded(w[o * in + i]); };
+    if (forward)
+      Panels<Bfloat16::Pair>::pack<true>(in / 2, out_width, pairs, [&](int64_t k, int64_t n) {
+        return half(n, 2 * k) | half(n, 2 * k + 1) << 16;
+      });
+    else
+      Panels<Bfloat16::Pair>::pack<false>(out_width / 2, in, pairs, [&](int64_t k, int64_t n) {
+        return half(2 * k, n) | half(2 * k + 1, n) << 16;
+      });
     return;
   }
   AT_DISPATCH_FLOATING_TYPES(weight.scalar_type(), "pack", [&] {
     const scalar_t* w = data<scalar_t>(weight);
-    Panels<scalar_t>::pack(depth, columns, static_cast<scalar_t*>(to), [&](int64_t k, int64_t n) {
-      return w[k * by_depth + n * by_column];
-    });
+    auto* panels = static_cast<scalar_t*>(to);
+    if (forward)
+      Panels<scalar_t>::template pack<true>(
+          in, out_width, panels, [&](int64_t k, int64_t n) { return w[n * in + k]; });
+    else
+      Panels<scalar_t>::template pack<false>(
+          out_width, in, panels, [&](int64_t k, int64_t n) { return w[k * in + n]; });
   });
 }
 

@@ -32,12 +32,21 @@ struct Panels {
   static constexpr int W = kVectorBytes / int(sizeof(T));
   int64_t depth, columns;  // columns: a multiple of the vector width
 
-  template <typename Element>
+  // Deep: elements that follow each other along the depth lie side by side in memory, and are
+  // taken as squares, which the compiler transposes in registers.
+  template <bool Deep, typename Element>
   static void pack(int64_t depth, int64_t columns, T* to, Element&& element) {
+    constexpr int S = Deep ? 4 : 1;  // divides all widths
     for (int64_t n = 0; n < columns; n += 2 * W) {
       const int64_t wide = std::min<int64_t>(2 * W, columns - n);
-      for (int64_t k = 0; k < depth; ++k)
-        for (int64_t j = 0; j < wide; ++j) *to++ = element(k, n + j);
+      for (int64_t k = 0; k < depth; k += S, to += S * wide)
+        for (int64_t j = 0; j < wide; j += S) {
+          T square[S][S];
+          for (int c = 0; c < S; ++c)
+            for (int r = 0; r < S; ++r) square[c][r] = element(k + r, n + j + c);
+          for (int r = 0; r < S; ++r)
+            for (int c = 0; c < S; ++c) to[r * wide + j + c] = square[c][r];
+        }
     }
   }
 
