@@ -215,13 +215,17 @@ def _adam(
     """Adam's update, found in the eigenbases, in the parameters' coordinates, [k, b, h, w]."""
     beta1, beta2 = betas
     rotated = _rotated(gradient, moments)
-    mean, square = moments["exp_avg"], moments["exp_avg_sq"]
-    mean.lerp_(rotated, 1.0 - beta1)
-    square.mul_(beta2).addcmul_(rotated, rotated, value=1.0 - beta2)
-    # As the reference: eps beside the root that is not yet corrected for its start at zero.
-    correction = (1.0 - beta2**step) ** 0.5 / (1.0 - beta1**step)
-    root = square.sqrt().add_(eps)
-    return _rotated(torch.div(mean, root, out=root), moments, back=True).mul_(correction)
+    correction = (1.0 - beta2**step) ** 0.5
+    change = torch.zeros_like(rotated)
+    # torch's own step of zeros, in one pass over the numbers. As the reference: eps beside the root
+    # that is not yet corrected for its start at zero.
+    torch._fused_adam_(
+        [change], [rotated], [moments["exp_avg"]], [moments["exp_avg_sq"]], [],
+        [torch.full((), float(step), device=change.device)],
+        lr=-1.0, beta1=beta1, beta2=beta2, weight_decay=0.0, eps=eps / correction, amsgrad=False,
+        maximize=False,
+    )  # fmt: skip
+    return _rotated(change, moments, back=True)
 
 
 def _rotated(matrix: Tensor, moments: Mapping[str, Tensor], back: bool = False) -> Tensor:
