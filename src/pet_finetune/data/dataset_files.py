@@ -21,7 +21,7 @@ from pet_finetune.log import get_logger
 from pet_finetune.units import length_to_angstrom, to_own_unit
 
 from .frame_files import read_file, read_frames
-from .label_columns import LABEL_SHAPES, Column, Shape, shape_of, to_scalar
+from .label_columns import LABEL_SHAPES, Column, Shape, shape_of, to_scalar, without_fixed
 from .metatrain_sets import (
     Folder,
 )
@@ -145,6 +145,9 @@ class Gradient:
             return [None] * len(self.reading.chosen)
         column, factor = self.column(factor)
         values = column.read(factor, usable)
+        if self.kind == "forces":
+            values = [None if value is None else without_fixed(value) for value in values]
+            self._log_fixed(column, values)
         count, found = len(values), sum(value is not None for value in values)
         if found == 0:
             self._none_found(column, usable)
@@ -163,6 +166,17 @@ class Gradient:
         return column, self.reading.stated(column.source).factor(
             self.kind, column.key, factor, unit or "the units of energy and length", not unit
         )
+
+    def _log_fixed(self, column: Column, values: Sequence[Tensor | None]) -> None:
+        unknown = [0 if value is None else int(value.isnan().any(1).sum()) for value in values]
+        frames = [column.chosen[k] for k, number in enumerate(unknown) if number]
+        if frames:
+            _logger.warning(
+                "%s: %s on %d atoms in %s are exactly zero, and those on the others do not add up "
+                "to zero: constraints have set them to zero. They are left out. In ASE, "
+                "get_forces(apply_constraint=False) gives the forces on fixed atoms",
+                column.source, column.what, sum(unknown), list_frames(frames),
+            )  # fmt: skip
 
     def _none_found(self, column: Column, usable: Sequence[bool] | None) -> None:
         """Raise if a required label is missing, warn if a similar name exists."""

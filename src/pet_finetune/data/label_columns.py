@@ -67,6 +67,25 @@ def to_stress(raw: np.ndarray, num_atoms: int) -> np.ndarray:
     return (matrix + matrix.T) / 2
 
 
+#: From here on forces do not add up to zero: eV/Å, and a part of the sum of their sizes.
+_NET, _NET_PART = 5e-3, 0.01
+
+
+def without_fixed(forces: Tensor) -> Tensor:
+    """Forces with NaN, which is unknown, in place of zeros that only constraints can have made.
+
+    ASE's ``get_forces`` sets forces on fixed atoms to zero, as some codes do. Those on the others
+    then do not add up to zero, and no symmetry explains the exact zeros in their direction.
+
+    Args:
+        forces: ``[n, 3]``, eV/Å.
+    """
+    net, sizes, zero = forces.sum(dim=0).abs(), forces.abs().sum(dim=0), forces == 0
+    apart = net > (_NET_PART * sizes).clamp_min(_NET)
+    fixed = zero & (apart | (zero.all(dim=1, keepdim=True) & apart.any()))
+    return forces.masked_fill(fixed, torch.nan) if bool(fixed.any()) else forces
+
+
 def _to_weights(raw: np.ndarray, num_atoms: int) -> np.ndarray:
     """Weights in the loss: one number for the structure, or one for each atom."""
     if raw.shape not in ((), (1,), (num_atoms,), (num_atoms, 1)):

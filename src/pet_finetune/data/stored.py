@@ -23,7 +23,7 @@ from pet_finetune.log import get_logger
 from pet_finetune.terminal import Watch
 
 from .dataset_files import DatasetFiles, energy_column, gradient_of, property_column
-from .label_columns import Column
+from .label_columns import Column, without_fixed
 from .metatrain_sets import Folder
 from .neighbors import NeighborList
 from .structure import (
@@ -133,7 +133,9 @@ class Stored:
                 continue
             value = stored.column.shape(raw, rows.stop - rows.start) * stored.factor
             value = -value / volume if stored.virial else value
-            labels[stored.label] = torch.as_tensor(value, dtype=torch.float64)
+            known = torch.as_tensor(value, dtype=torch.float64)
+            of_forces = stored.label.endswith(forces_key(""))
+            labels[stored.label] = without_fixed(known) if of_forces else known
             if stored.weights:
                 labels[weights_key(stored.label)] = self._weights(row, stored)
         (charge, spin), odd = self._condition(row)

@@ -30,7 +30,7 @@ class Structure:
     """An immutable structure: atoms, cell, charge, spin and the reference labels it has.
 
     A label that is missing is absent from :attr:`labels`, never zero. NaN stands in one only where
-    single numbers of a property (no energy, force or stress) are unknown.
+    single numbers of a property, or forces on fixed atoms, are unknown.
     """
 
     #: Number of the frame within :attr:`source`, counted from 0.

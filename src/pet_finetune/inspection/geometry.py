@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from scipy.spatial.distance import pdist
 
+from pet_finetune.data.calculator_input import MISSING_CELL, misses_a_cell
+from pet_finetune.data.frame_files import read_frames
 from pet_finetune.data.neighbors import find_pairs
+from pet_finetune.errors import DataError
 from pet_finetune.units import to_own_unit
 
 from .inspected import (
@@ -356,4 +360,39 @@ def check_charges_used(dataset: InspectedDataset, conditioned: bool) -> Iterator
             "Nothing, if each structure is in its ground state; otherwise use a model with "
             "system_conditioning.",
             {"spins": sorted(spins)},
+        )
+
+
+def check_cells(
+    path: str | Path, format: str = "", types: Mapping[int, str] | None = None
+) -> Iterator[Finding]:
+    """Cells that are there but not used, in the first frames of a file."""
+    try:
+        frames = read_frames(path, format, types)[:100]
+    except DataError:
+        return  # reading the labels reports the problem
+    odd = [
+        k for k, atoms in enumerate(frames) if abs(atoms.cell.volume) > 1e-6 and not atoms.pbc.any()
+    ]
+    if odd:
+        yield Finding(
+            "warning",
+            "cell-without-pbc",
+            f"{len(odd)} of the first {len(frames)} frames have a cell, but pbc is False",
+            (Frames(str(path), tuple(odd)),),
+            "They are computed as molecules: atoms at the border of the cell lack neighbours, and "
+            "a stress is not used.",
+            'Write pbc="T T T" into the file if they are periodic; else remove the cell.',
+            {"count": len(odd)},
+        )
+    count = misses_a_cell(frames[0]) if frames else 0
+    if count:
+        yield Finding(
+            "warning",
+            "cell-missing",
+            f"{count} {MISSING_CELL}",
+            (Frames(str(path), (0,)),),
+            "A droplet in vacuum is another system than a liquid or crystal.",
+            'Write Lattice="ax ay az bx by bz cx cy cz" into the comments if they are periodic.',
+            {"molecules": count},
         )

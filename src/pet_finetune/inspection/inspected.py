@@ -118,7 +118,8 @@ class InspectedFrame:
         structure: as it was read.
         set: which of the sets it belongs to.
         numbers, positions, cell, pbc: of the structure.
-        energy, forces, stress: None where missing.
+        energy, forces, stress: None where missing; forces on fixed atoms are zero.
+        fixed: atoms whose forces were set to zero by constraints.
         nearest: distance of each atom to the nearest other one, ``[n]``; infinite where none is
             within :data:`REACH`.
         gaps: the least distance to another atom over the sum of both covalent radii, ``[n]``.
@@ -136,6 +137,7 @@ class InspectedFrame:
     energy: float | None
     forces: np.ndarray | None
     stress: np.ndarray | None
+    fixed: int
     nearest: np.ndarray
     gaps: np.ndarray
     fingerprint: np.ndarray
@@ -245,7 +247,8 @@ def _entry(structure: Structure, name: str, target: str | None) -> InspectedFram
         cell=cell,
         pbc=pbc,
         energy=None if energy is None else float(energy),
-        forces=None if forces is None else forces.numpy(),
+        forces=None if forces is None else forces.nan_to_num().numpy(),
+        fixed=0 if forces is None else int(forces.isnan().any(dim=1).sum()),
         stress=None if stress is None else stress.numpy(),
         nearest=nearest,
         gaps=gaps,

@@ -34,6 +34,7 @@ from .foundation import (
     units_of,
 )
 from .geometry import (
+    check_cells,
     check_charges_used,
     check_distances,
     check_duplicates,
@@ -44,7 +45,6 @@ from .geometry import (
 )
 from .inspected import Finding, InspectedDataset, dataset_of, worst_first
 from .label_checks import (
-    check_cells,
     check_completeness,
     check_forces,
     check_mechanics,

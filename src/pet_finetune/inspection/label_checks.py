@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from ase import Atoms
 
 from pet_finetune.config.dataset import DatasetOptions
-from pet_finetune.data.calculator_input import MISSING_CELL, misses_a_cell
 from pet_finetune.data.dataset_files import frame_numbers, isolated_frames, sets_of_isolated_atoms
 from pet_finetune.data.frame_files import read_file, read_frames
 from pet_finetune.data.label_columns import LABEL_SHAPES, find_value, fits
@@ -20,8 +18,6 @@ from pet_finetune.errors import DataError
 
 from .energy_checks import constant_energies
 from .inspected import Finding, Frames, InspectedDataset, InspectedFrame, frames_of, rms
-
-_SAMPLE = 100
 
 
 def read_anyway(dataset: DatasetOptions) -> tuple[Sequence[Structure], list[Finding]]:
@@ -181,41 +177,6 @@ def _tell(source: str, broken: Mapping[int, str]) -> Iterator[Finding]:
         )
 
 
-def check_cells(
-    path: str | Path, format: str = "", types: Mapping[int, str] | None = None
-) -> Iterator[Finding]:
-    """Cells that are there but not used, in the first frames of a file."""
-    try:
-        frames = read_frames(path, format, types)[:_SAMPLE]
-    except DataError:
-        return  # reading the labels reports the problem
-    odd = [
-        k for k, atoms in enumerate(frames) if abs(atoms.cell.volume) > 1e-6 and not atoms.pbc.any()
-    ]
-    if odd:
-        yield Finding(
-            "warning",
-            "cell-without-pbc",
-            f"{len(odd)} of the first {len(frames)} frames have a cell, but pbc is False",
-            (Frames(str(path), tuple(odd)),),
-            "They are computed as molecules: atoms at the border of the cell lack neighbours, and "
-            "a stress is not used.",
-            'Write pbc="T T T" into the file if they are periodic; else remove the cell.',
-            {"count": len(odd)},
-        )
-    count = misses_a_cell(frames[0]) if frames else 0
-    if count:
-        yield Finding(
-            "warning",
-            "cell-missing",
-            f"{count} {MISSING_CELL}",
-            (Frames(str(path), (0,)),),
-            "A droplet in vacuum is another system than a liquid or crystal.",
-            'Write Lattice="ax ay az bx by bz cx cy cz" into the comments if they are periodic.',
-            {"molecules": count},
-        )
-
-
 #: eV/Å: an atom in a thermal structure feels 1 to 5, in a violent collision up to 30.
 _ABSURD = 50.0
 
@@ -301,6 +262,19 @@ def check_forces(dataset: InspectedDataset) -> Iterator[Finding]:
             "Take the forces out of these frames: frames without forces are fine.",
             {"count": len(unexplained)},
         )
+    held = [e for e in forced if e.fixed]
+    if held:
+        yield Finding(
+            "warning",
+            "fixed-atoms",
+            f"forces on atoms of {len(held)} frames are exactly zero, and those on the others do "
+            "not add up to zero: constraints have set them to zero",
+            frames_of(e.structure for e in held),
+            "A model that learns such zeros is wrong at the fixed atoms and near them.",
+            "Nothing: they are left out. In ASE, get_forces(apply_constraint=False) gives the "
+            "forces on fixed atoms.",
+            {"count": len(held), "atoms": sum(e.fixed for e in held)},
+        )
     size = rms(*[e.forces for e in forced if e.forces is not None])
     if forced and 0.0 < size < _RELAXED and len(forced) > 2:
         yield Finding(
@@ -331,7 +305,7 @@ def check_forces(dataset: InspectedDataset) -> Iterator[Finding]:
 
 def check_mechanics(dataset: InspectedDataset) -> Iterator[Finding]:
     """Net forces, and for molecules net torques, which no potential has."""
-    forced = [e for e in dataset.frames if e.forces is not None and e.size > 1]
+    forced = [e for e in dataset.frames if e.forces is not None and e.size > 1 and not e.fixed]
     size = rms(*[e.forces for e in forced if e.forces is not None])
     limit = max(_NOISE, _NOISE_PART * size)
     pushed = {id(e): _net_force(e) for e in forced}

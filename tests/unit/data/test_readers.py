@@ -380,6 +380,23 @@ def test_constraints_do_not_zero_forces(tmp_path, labelled):
     assert_labels(read_structures(options(tmp_path / "set.traj")), known)
 
 
+def test_forces_that_constraints_set_to_zero_are_unknown(tmp_path, package_log):
+    (atoms,) = crystals(1)
+    atoms.info["energy"] = 0.0
+    held, balanced = (
+        np.array([[0.0, 0.0, 0.3], [0.0, 0.2, 0.1]]),
+        np.array([[0, 0, 0], [0.0, 0, 0]]),
+    )
+    for forces, unknown in ((held, [0, 1]), (balanced, [])):
+        atoms.arrays["forces"] = forces
+        write(tmp_path / "set.xyz", atoms)
+        (structure,) = read_structures(options(tmp_path / "set.xyz"))
+        found = structure.labels["energy/forces"]
+        assert found.isnan().nonzero().flatten().tolist() == unknown
+        assert ("constraints have set them to zero" in package_log.text) == bool(unknown)
+        package_log.clear()
+
+
 def test_only_the_chosen_frames_are_read(tmp_path, labelled):
     frames, known = labelled
     as_calculator(frames, known)

@@ -83,6 +83,13 @@ SPOILED = {
         "zero-forces",
         "warning",
     ),
+    "fixed atoms": (
+        lambda s: relabel(
+            s, forces=s.labels["energy/forces"].index_fill(0, torch.tensor([0]), torch.nan)
+        ),
+        "fixed-atoms",
+        "warning",
+    ),
     "no forces": (lambda s: relabel(s, forces=None), "partial-forces", "note"),
     "net force": (_net, "net-force", "warning"),
     "torque": (_torque, "net-torque", "warning"),

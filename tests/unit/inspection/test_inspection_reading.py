@@ -11,7 +11,8 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from pet_finetune.config.load import parse_options
 from pet_finetune.data.readers import read_structures
 from pet_finetune.errors import DataError
-from pet_finetune.inspection.label_checks import check_cells, read_anyway, sets_left_out
+from pet_finetune.inspection.geometry import check_cells
+from pet_finetune.inspection.label_checks import read_anyway, sets_left_out
 from pet_finetune.inspection.label_names import target_of_file
 from tiny_data import crystals, data_section, molecules, write_frames
 
