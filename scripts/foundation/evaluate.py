@@ -22,7 +22,7 @@ from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.structure import atoms_to_structure
 from pet_finetune.model.potential import Potential
-from pet_finetune.training.consistency import rotational_spread
+from pet_finetune.training.loss_features import rotational_spread
 
 BATCH = 16
 ROTATIONS = 6

@@ -34,15 +34,7 @@ from pet_finetune.errors import AdapterError, ConfigError, DataError
 from pet_finetune.graph import Batch, join_graphs
 from pet_finetune.keys import Compile
 from pet_finetune.log import get_logger
-from pet_finetune.model.inference import (
-    DirectTargets,
-    FrozenEnergy,
-    NonConservative,
-    direct_targets,
-    predict_direct,
-    predict_mean,
-)
-from pet_finetune.model.inference import orientations as make_orientations
+from pet_finetune.model import inference
 from pet_finetune.model.potential import Potential
 from pet_finetune.model.prediction import LastLayer, Prediction, Property
 from pet_finetune.nn.neighborhood import SteadyEdges
@@ -105,7 +97,7 @@ class PETCalculator(Calculator):
         adapters: Adapters | None = None,
         spread: Literal["always", "on_demand", "asked"] | None = None,
         target: str | None = None,
-        non_conservative: NonConservative = False,
+        non_conservative: inference.NonConservative = False,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype | None = None,
         skin: float = 0.5,
@@ -116,7 +108,7 @@ class PETCalculator(Calculator):
         self._lock = threading.RLock()
         if not skin >= 0.0:
             raise ConfigError(f"skin: the margin is a length of 0 Å or more, got {skin}.")
-        self._rotations = make_orientations(orientations)
+        self._rotations = inference.orientations(orientations)
         self._wanted_device = str(device)
         self.device = choose_device(self._wanted_device)
         floating = choose_dtype(dtype)
@@ -135,7 +127,7 @@ class PETCalculator(Calculator):
                 raise ConfigError(f"{option}: '{value}' is not one of {', '.join(allowed)}.")
         self._spread = spread
         self._wanted_target = target
-        self._wanted_direct: NonConservative = non_conservative
+        self._wanted_direct: inference.NonConservative = non_conservative
         self._adapted: AdaptedPotential | None = None
         potential: Potential | Committee
         if adapters is not None:
@@ -152,8 +144,7 @@ class PETCalculator(Calculator):
         self._steady = self._steady_edges()
         self._compile = compile
         self._choose()
-        self._arena = Arena()
-        self._told = False
+        self._arena, self._told = Arena(), False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -223,8 +214,8 @@ class PETCalculator(Calculator):
 
     def _choose(self) -> None:
         """Find in the model, with its adapter, what is computed and which properties there are."""
-        self._frozen: FrozenEnergy | None = None
-        self._direct: DirectTargets | None = None
+        self._frozen: inference.FrozenEnergy | None = None
+        self._direct: inference.DirectTargets | None = None
         self._last_layer: LastLayer | None = None
         more: Sequence[str] = COMMITTEE_PROPERTIES
         model = self.model
@@ -240,7 +231,7 @@ class PETCalculator(Calculator):
             self.target = model.energy_target(self._wanted_target, own)
             # Direct heads of the base do not fit the adapter's features.
             targets = {name: model.targets[name] for name in own or model.targets}
-            self._direct = direct_targets(targets, self.target, self._wanted_direct)
+            self._direct = inference.direct_targets(targets, self.target, self._wanted_direct)
             self._last_layer = fresh(model).get(self.target)
             more = properties_of(self._last_layer, self._direct is not None)
         self.implemented_properties = [*type(self).implemented_properties, *more]
@@ -312,7 +303,7 @@ class PETCalculator(Calculator):
             if self._steady is not None:
                 chosen, slack = self._steady.choose(batch)
             with self._arena.reused():
-                prediction = predict_mean(chosen, self._rotations, predict)
+                prediction = inference.predict_mean(chosen, self._rotations, predict)
             results, left = results_of(prediction, slack)
             holds = self._steady is None or self._steady.hold(left)
         super().calculate(atoms, properties, system_changes)
@@ -334,7 +325,7 @@ class PETCalculator(Calculator):
         if isinstance(model, Committee):
             mean = partial(model.predict, target=self.target, spread=False)
         with self._arena.reused():
-            return predict_mean(batch, self._rotations, partial(mean, stress=stress))
+            return inference.predict_mean(batch, self._rotations, partial(mean, stress=stress))
 
     def fresh_neighbors(self) -> MovingAtoms:
         """A neighbour list for one structure, to be used again while its atoms move."""
@@ -344,8 +335,7 @@ class PETCalculator(Calculator):
         """A structure as the model's input; its edges reach as far as the skin."""
         check_atoms(atoms, self.model.species)
         charge, spin = charge_and_spin(atoms, self.model.hypers)
-        unread = "" if self._told else unread_charge_and_spin(atoms, self.model.hypers)
-        if unread:
+        if not self._told and (unread := unread_charge_and_spin(atoms, self.model.hypers)):
             self._told = True
             _logger.warning("%s", unread)
         return neighbors.batch(atoms, charge, spin, self.device, self.model.dtype)
@@ -361,7 +351,9 @@ class PETCalculator(Calculator):
         model, target, features = self.model, self.target, layer is not None
         prediction: Prediction | Property
         if self._direct is not None:
-            prediction = predict_direct(model, batch, target, self._direct, stress, features)
+            prediction = inference.predict_direct(
+                model, batch, target, self._direct, stress, features
+            )
         elif layer is None:
             return self._energy(batch, stress)
         else:
@@ -377,7 +369,7 @@ class PETCalculator(Calculator):
         """The energy of one model, frozen at first use."""
         assert isinstance(self.model, Potential)
         if self._frozen is None:
-            self._frozen = FrozenEnergy(self.model, self.target, self._compile)
+            self._frozen = inference.FrozenEnergy(self.model, self.target, self._compile)
         return self._frozen.predict(batch, stress=stress)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -402,10 +394,7 @@ class PETCalculator(Calculator):
 
     def _steady_edges(self) -> SteadyEdges | None:
         """Edges chosen ahead for several steps, because each read from a GPU takes time."""
-        if (
-            isinstance(self.model, Committee)
-            or len(self._rotations) > 1
-            or self.device.type == "cpu"
-        ):
+        model = self.model
+        if self.device.type == "cpu" or isinstance(model, Committee) or len(self._rotations) > 1:
             return None
-        return SteadyEdges(self.model.network.neighborhood)
+        return SteadyEdges(model.network.neighborhood)

@@ -36,7 +36,7 @@ from pet_finetune.config.finetune import (
     RetentionOptions,
 )
 from pet_finetune.config.load import LoadedOptions, parse_options, read_yaml
-from pet_finetune.config.problems import format_path
+from pet_finetune.config.problems import config_error, format_path
 from pet_finetune.config.run_options import Options
 from pet_finetune.data.ase_databases import frame_of, write_exact
 from pet_finetune.errors import ConfigError, DataError, PetFinetuneError
@@ -176,8 +176,7 @@ class Arguments:
 
     def structures(self, name: str, given: Any, targets: Mapping[str, Any] | None) -> None:
         """Add the set ``train``, ``validation`` or ``test``."""
-        option = _SETS[name]
-        self._set((option,), name, self._dataset(given, name, targets))
+        self._set((_SETS[name],), name, self._dataset(given, name, targets))
 
     def method(self, method: Method | type[Method] | str | None) -> None:
         """Fine-tuning method as an object, a class or a name."""
@@ -231,10 +230,7 @@ class Arguments:
             loaded = parse_options(as_written(self.tree), checkpoint, source=source)
         except ConfigError as error:
             lines = [self._renamed(line) for line in error.problems]
-            listed = (
-                lines[0] if len(lines) == 1 else f"{len(lines)} problems\n  " + "\n  ".join(lines)
-            )
-            raise ConfigError(f"{source}: {listed}", lines) from None
+            raise config_error(lines, source) from None
         for write in self._writes:
             write()
         return loaded

@@ -12,11 +12,10 @@ from pet_finetune.errors import PetFinetuneError, is_out_of_memory
 from pet_finetune.installation import __version__
 from pet_finetune.terminal import Watch
 
-from .data import add_convert, add_inspect
 from .dynamics import add_md, add_relax
 from .evaluate import add_eval
 from .models import add_adapter, add_export, add_info
-from .show import add_options_command, add_report, add_watch
+from .show import add_convert, add_inspect, add_options_command, add_report, add_watch
 from .train import add_pretrain, add_train
 
 _COMMANDS = (

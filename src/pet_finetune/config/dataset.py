@@ -17,11 +17,7 @@ from pet_finetune.keys import base_name, direct_quantity
 from pet_finetune.units import LENGTH_UNITS, is_energy_unit, length_to_angstrom
 
 from .base import Expects, Fraction, Ignored, OneOf, OptionalText, Section, ignored_field, mapping
-from .target import (
-    Reader,
-    TargetOptions,
-    expand_gradient,
-)
+from .target import Reader, TargetOptions, expand_gradient
 
 
 def _length_unit(value: Any) -> str:

@@ -25,12 +25,7 @@ from pet_finetune.graph import Batch
 from pet_finetune.log import get_logger
 
 from .neighbors import NeighborList, edge_vectors, neighbor_list
-from .structure import (
-    DEFAULT_CHARGE_KEYS,
-    DEFAULT_SPIN_KEYS,
-    check_elements,
-    usual_integer,
-)
+from .structure import DEFAULT_CHARGE_KEYS, DEFAULT_SPIN_KEYS, check_elements, usual_integer
 
 _logger = get_logger(__name__)
 

@@ -24,11 +24,12 @@ from pet_finetune.log import get_logger
 from pet_finetune.terminal import Watch
 
 from .ase_databases import is_database
-from .frame_blocks import FrameSource, in_order, stored, streamed, xyz
+from .frame_blocks import FrameSource, stored, streamed, xyz
 from .frame_files import read_file
 from .metatrain_sets import VERSION, Folder, is_metatrain_set, zip_count
 from .neighbors import NeighborList, edge_vectors
 from .packing import identity_of, pack, set_frames
+from .process_pool import in_order
 from .stored import stored_neighbors
 
 _logger = get_logger(__name__)

@@ -18,14 +18,11 @@ from pet_finetune.errors import DataError
 from pet_finetune.files import check_file
 from pet_finetune.keys import TargetSpec
 from pet_finetune.log import get_logger
-from pet_finetune.units import length_to_angstrom, to_own_unit
+from pet_finetune.units import StatedUnits, length_to_angstrom, to_own_unit
 
 from .frame_files import read_file, read_frames
 from .label_columns import LABEL_SHAPES, Column, Shape, shape_of, to_scalar, without_fixed
-from .metatrain_sets import (
-    Folder,
-)
-from .stated_units import StatedUnits
+from .metatrain_sets import Folder
 from .structure import list_frames
 
 _logger = get_logger(__name__)
@@ -70,7 +67,9 @@ class DatasetFiles:
         """The units that a file that was read states."""
         if source not in self._units:
             content = self._files[source]
-            self._units[source] = StatedUnits.of(content.frames, source, content.converted)
+            # The texts of a folder are those of all its frames.
+            some = content.frames[:1] if isinstance(content.frames, Folder) else content.frames
+            self._units[source] = StatedUnits.of(some, source, content.converted)
         return self._units[source]
 
     def column(self, what: str, source: str, key: str, shape: Shape) -> Column:

@@ -7,40 +7,27 @@ not depend on how many there are.
 from __future__ import annotations
 
 import io
-import logging
-import multiprocessing
-import os
-import signal
-import threading
-from collections import Counter, deque
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from logging.handlers import QueueHandler
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from ase import Atoms
 from ase.stress import voigt_6_to_full_3x3_stress
 
-from pet_finetune.errors import DataError
-from pet_finetune.log import get_logger
 from pet_finetune.processes import num_cores
+from pet_finetune.units import is_statement
 
 from .ase_databases import row_numbers, rows_of
 from .extxyz import read_extxyz
 from .metatrain_sets import Folder
-from .stated_units import is_statement
 from .structure import check_geometry, place
 from .symbols import as_types
 from .text import to_text
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 #: Bytes of text of a block, and frames of others.
 _TEXT = 1 << 20
@@ -308,93 +295,3 @@ def _shaped(name: str, array: np.ndarray) -> np.ndarray:
         if array.shape == (9,):
             return array.reshape(3, 3)
     return array
-
-
-# Processes --------------------------------------------------------------------------------------
-
-
-def in_order(function: Callable[[T], R], inputs: Iterable[T], workers: int) -> Generator[R]:
-    """What a function gives for each input, in their order, computed by several processes.
-
-    They begin with an empty memory (``spawn``), end with this process however it ends, and do not
-    hear Ctrl-C, which this one acts on. What they log is logged here.
-
-    Args:
-        function: can be pickled.
-        inputs: taken a few ahead of the results.
-        workers: number of processes; below 2 this one computes.
-
-    Raises:
-        DataError: a process was killed.
-    """
-    if workers < 2:
-        yield from map(function, inputs)
-        return
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, spawn, _begin)
-    waiting: deque[Future[tuple[R, list[logging.LogRecord]]]] = deque()
-    try:
-        for one in inputs:
-            waiting.append(_submitted(pool, function, one))
-            if len(waiting) > 2 * workers:
-                yield _told(waiting.popleft())
-        while waiting:
-            yield _told(waiting.popleft())
-    except BrokenProcessPool as error:
-        raise DataError(
-            "A process that prepares frames was killed, probably by the system because memory ran "
-            "out. Go on with the same command and fewer processes (--workers 1)."
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _submitted(pool: ProcessPoolExecutor, function: Callable[[T], R], one: T) -> Future[Any]:
-    """Hand work out; a process that starts for it inherits that SIGINT is blocked."""
-    if not hasattr(signal, "pthread_sigmask"):
-        return pool.submit(_heard, function, one)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        return pool.submit(_heard, function, one)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _told(future: Future[tuple[R, list[logging.LogRecord]]]) -> R:
-    """The result, once what the process logged is logged here."""
-    result, records = future.result()
-    for record in records:
-        logger = get_logger(record.name)
-        if logger.isEnabledFor(record.levelno):
-            logger.handle(record)
-    return result
-
-
-class _Heard(QueueHandler):
-    """Keeps what is logged in a process until it is asked for."""
-
-    def enqueue(self, record: logging.LogRecord) -> None:
-        """Keep a record."""
-        self.queue.append(record)  # type: ignore[attr-defined]
-
-
-_said: list[logging.LogRecord] = []
-
-
-def _begin() -> None:
-    """Prepare a process of the pool."""
-    root = get_logger()
-    root.addHandler(_Heard(_said))  # type: ignore[arg-type]
-    root.setLevel(logging.INFO)
-    root.propagate = False
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()  # type: ignore[union-attr]
-    os._exit(1)
-
-
-def _heard(function: Callable[[T], R], one: T) -> tuple[R, list[logging.LogRecord]]:
-    _said.clear()
-    return function(one), list(_said)

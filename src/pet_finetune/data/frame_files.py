@@ -32,12 +32,7 @@ from .ase_databases import is_database, is_lmdb, rows_of
 from .corrections import clean_outcar, put_frames_right, put_right
 from .extxyz import read_extxyz
 from .formats import OF_ANY_UNITS, check_complete, check_ends, check_frames, format_of
-from .metatrain_sets import (
-    Folder,
-    identity_of_set,
-    is_metatrain_set,
-    read_metatrain_set,
-)
+from .metatrain_sets import Folder, identity_of_set, is_metatrain_set, read_metatrain_set
 from .outputs import doubtful_frames, hint_of, is_cp2k
 from .packing import packed
 from .symbols import (

@@ -16,15 +16,7 @@ from pet_finetune.errors import DataError, did_you_mean
 from pet_finetune.keys import TargetSpec
 from pet_finetune.log import get_logger
 
-from .structure import (
-    ASYMMETRIC,
-    ROUNDING,
-    as_integer,
-    asymmetry,
-    evenly_apart,
-    list_frames,
-    place,
-)
+from .structure import ASYMMETRIC, ROUNDING, as_integer, asymmetry, evenly_apart, list_frames, place
 
 #: Makes an array of the expected shape of the raw one, given the number of atoms; raises
 #: ValueError with the shapes that are allowed.

@@ -29,7 +29,7 @@ from pet_finetune.terminal import Watch
 
 from .ase_databases import is_database
 from .extxyz import tell
-from .frame_blocks import Frame, FrameSource, in_order, prepared, rows, streamed
+from .frame_blocks import Frame, FrameSource, prepared, rows, streamed
 from .metatrain_sets import (
     ABOUT,
     PAIR,
@@ -42,6 +42,7 @@ from .metatrain_sets import (
     zip_count,
     zip_frames,
 )
+from .process_pool import in_order
 from .structure import place
 
 _logger = get_logger(__name__)

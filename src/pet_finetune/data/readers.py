@@ -16,13 +16,7 @@ from pet_finetune.keys import TargetSpec, forces_key, stress_key, weights_key
 from pet_finetune.log import get_logger
 from pet_finetune.terminal import Watch
 
-from .dataset_files import (
-    DatasetFiles,
-    energy_column,
-    gradient_of,
-    log_partial,
-    property_column,
-)
+from .dataset_files import DatasetFiles, energy_column, gradient_of, log_partial, property_column
 from .frame_files import read_frames
 from .label_columns import Column, find_value, to_scalar, weights_of
 from .metatrain_sets import Folder

@@ -17,12 +17,12 @@ from pet_finetune.committee.committee_files import COMMITTEE_FILE
 from pet_finetune.config.problems import config_error
 from pet_finetune.data.calculator_input import MISSING_CELL, check_atoms, misses_a_cell
 from pet_finetune.data.frame_files import read_frames
-from pet_finetune.data.stated_units import StatedUnits
 from pet_finetune.dynamics.integrators import MDSettings
 from pet_finetune.errors import ConfigError, DataError, PetFinetuneError, did_you_mean
 from pet_finetune.hub import find_model
 from pet_finetune.keys import Compile
 from pet_finetune.log import get_logger
+from pet_finetune.units import StatedUnits
 
 from .carried import from_ase
 from .integrators import constraint_problems, degrees_of_freedom, keeps_momentum

@@ -11,13 +11,7 @@ import numpy as np
 from ase import Atoms
 
 from pet_finetune.data.frame_files import read_frames
-from pet_finetune.data.label_columns import (
-    LABEL_SHAPES,
-    find_value,
-    fits,
-    names_in,
-    to_stress,
-)
+from pet_finetune.data.label_columns import LABEL_SHAPES, find_value, fits, names_in, to_stress
 from pet_finetune.data.structure_sets import evenly_spread
 
 from .inspected import Finding, Frames

@@ -16,12 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pet_finetune.backends.choice import (
-    EAGER,
-    Accelerated,
-    Backend,
-    using,
-)
+from pet_finetune.backends.choice import EAGER, Accelerated, Backend, using
 
 Function = Callable[..., tuple[Tensor, ...]]
 

@@ -35,17 +35,7 @@ from .evaluation import (
 from .metrics import SHOWN
 from .prepare import NO_ROOMS, Rooms
 from .run import train
-from .run_files import (
-    ADAPTER,
-    BEST,
-    LAST,
-    OPTIONS,
-    RESULTS,
-    TABLE,
-    RunFiles,
-    read_epochs,
-    sizes_of,
-)
+from .run_files import ADAPTER, BEST, LAST, OPTIONS, RESULTS, TABLE, RunFiles, read_epochs, sizes_of
 from .step import TrainOutcome
 
 _logger = get_logger(__name__)

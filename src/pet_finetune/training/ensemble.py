@@ -31,23 +31,8 @@ from .loggers import calibration_table, committee_table
 from .metrics import Errors
 from .prepare import RunRequest, options_of_run
 from .resume import plain_errors
-from .run_files import (
-    ADAPTER,
-    LAST,
-    LOG,
-    OPTIONS,
-    PREDICTIONS,
-    RESULTS,
-    SPLITS,
-    RunFiles,
-)
-from .sets import (
-    AFTER,
-    evaluate_sets,
-    load_data,
-    primary_set,
-    wanted_derivatives,
-)
+from .run_files import ADAPTER, LAST, LOG, OPTIONS, PREDICTIONS, RESULTS, SPLITS, RunFiles
+from .sets import AFTER, evaluate_sets, load_data, primary_set, wanted_derivatives
 from .starting_model import read_start
 from .step import TrainOutcome
 

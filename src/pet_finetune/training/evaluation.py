@@ -31,9 +31,9 @@ from pet_finetune.model.compiled import CompiledPredictions
 from pet_finetune.model.potential import Potential
 from pet_finetune.terminal import show
 
-from .consistency import Spread, rotational_spread
 from .extend import check_known
 from .loggers import error_table, spread_text, uncertainty_text
+from .loss_features import Spread, rotational_spread
 from .metrics import Metrics, errors_and_predictions
 
 _logger = get_logger(__name__)

@@ -28,8 +28,8 @@ from pet_finetune.log import get_logger
 from pet_finetune.terminal import Watch, table_text
 
 from .baselines import BaselineTable
-from .consistency import Spread
 from .feature import Feature, Plan, TrainingRun
+from .loss_features import Spread
 from .metrics import Metrics
 from .run_files import RunFiles, columns_of
 from .step import EpochRecord, StepProgress

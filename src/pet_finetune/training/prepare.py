@@ -28,11 +28,10 @@ from pet_finetune.rng import seed_everything
 
 from .baselines import BaselineTable, prepare_baselines
 from .batch_memory import largest_batch
-from .consistency import RotationalAgreement
 from .extend import ADVICE, check_known
 from .feature import Feature, Plan
-from .labels_of_loss import NoisyLabels, TrackedOffset
 from .loggers import baseline_text, loggers
+from .loss_features import NoisyLabels, RotationalAgreement, TrackedOffset
 from .metrics import Errors
 from .objectives import Objective, check_metric
 from .resume import RunState, SavedRun, plain_errors, take_files
@@ -180,12 +179,13 @@ def prepare_run(
     heads = [head for feature in features for head in feature.heads]
     baselines = _begin(stated, start, data, heads)
     start.model.to(device=device, dtype=dtype)
-    options = _filled(options, start.model, data)
+    objectives = _objectives(options, start.model, data)
+    options = _filled(options, start.model, data, objectives)
     if processes.first():
         splits.save(files.folder / SPLITS)
     files.write(OPTIONS, options_of_run(options, seed))
     files.base_name, files.provenance = start.name, provenance_of(options, start, data.sets, seed)
-    trainer = _trainer(options, start.model, data, features)
+    trainer = _trainer(options, start.model, data, objectives, features)
     trainable = trainable_report(start.model)
     _logger.info("%s", trainable)
     before: Errors = {}
@@ -226,10 +226,12 @@ def resume_run(files: RunFiles, saved: SavedRun, device: torch.device, rooms: Ro
     start = saved.start()
     start.model.to(device=device, dtype=dtype_of_bits(options.base_precision))
     data = _loaded(options, splits, trained_on, start.model, own_seed)
-    options = _filled(options, start.model, data, saved.state.max_atoms)
+    objectives = _objectives(options, start.model, data)
+    options = _filled(options, start.model, data, objectives, saved.state.max_atoms)
     kept = files.read_kept() if saved.state.fingerprint else {}
     files.base_name, files.provenance = start.name, saved.provenance
-    trainer = _trainer(options, start.model, data, _features(options, rooms, files), kept, saved)
+    features = _features(options, rooms, files)
+    trainer = _trainer(options, start.model, data, objectives, features, kept, saved)
     _logger.info("%s", trainable_report(start.model))
     files.drop_rows_after(trainer.progress.epoch)
     state = replace(saved.state, max_atoms=data.train.max_atoms_per_batch)
@@ -266,11 +268,16 @@ def _loaded(
     return data
 
 
-def _filled(options: Options, model: Potential, data: RunData, known: int | None = None) -> Options:
+def _filled(
+    options: Options,
+    model: Potential,
+    data: RunData,
+    objectives: Mapping[str, Objective],
+    known: int | None = None,
+) -> Options:
     """The options; ``max_atoms_per_batch: auto`` fills the loaders first, and sets the epochs."""
     if options.training.max_atoms_per_batch != "auto":
         return options
-    objectives = _objectives(options, model, data)
     most = known or largest_batch(model, data.train, objectives, options.training)
     data.fill(most)
     return with_chosen_sizes(options, data.train.structures, most)
@@ -314,6 +321,7 @@ def _trainer(
     options: Options,
     model: Potential,
     data: RunData,
+    objectives: Mapping[str, Objective],
     features: Sequence[Feature],
     kept: Mapping[str, Any] | None = None,
     saved: SavedRun | None = None,
@@ -326,7 +334,7 @@ def _trainer(
     _check_sizes(training, processes.size())
     trainer = Trainer(
         model,
-        _objectives(options, model, data),
+        objectives,
         training,
         data.validation,
         options.training,

@@ -16,11 +16,7 @@ from torch import Tensor
 
 from pet_finetune.committee.committee import Committee
 from pet_finetune.config.run_options import Options
-from pet_finetune.config.training import (
-    FEWEST_EPOCHS,
-    LARGEST_BATCH,
-    TrainingOptions,
-)
+from pet_finetune.config.training import FEWEST_EPOCHS, LARGEST_BATCH, TrainingOptions
 from pet_finetune.data.labelled_batch import on_device
 from pet_finetune.data.loader import Loader
 from pet_finetune.data.splits import Splits

@@ -19,6 +19,7 @@ from pet_finetune.adapters.peft_files import read_adapter, write_adapter
 from pet_finetune.checkpoint.archive import Checkpoint
 from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.config.finetune import Unfreeze
+from pet_finetune.elements import symbol_of
 from pet_finetune.errors import TrainingError, did_you_mean
 from pet_finetune.log import get_logger
 from pet_finetune.model.pet import PET
@@ -192,6 +193,7 @@ class SettledBaselines(Feature):
             moved = 1000 * float((values - model.composition.get(target).cpu()).abs().max())
             _logger.info("baselines of '%s' settled: by up to %.2f meV", target, moved)
             model.composition.set(target, values)
+        self._tell(files, settled, [symbol_of(number) for number in model.species])
         if processes.first():
             save_checkpoint(files.best, model, provenance=best.provenance)
             if files.adapter.is_dir():
@@ -202,3 +204,11 @@ class SettledBaselines(Feature):
                 ]
                 write_adapter(replace(adapter, targets=tuple(targets)), files.adapter)
         return {}
+
+    def _tell(self, files: RunFiles, settled: Mapping[str, Tensor], symbols: list[str]) -> None:
+        """Put the baselines that the model ends with into the tables of ``run.json``."""
+        tables = files.about().get("baselines", [])
+        for table in (one for one in tables if one["target"] in settled):
+            values = dict(zip(symbols, settled[table["target"]].tolist(), strict=True))
+            table["rows"] = [[*row[:3], values.get(row[0], row[3])] for row in table["rows"]]
+        files.tell({"baselines": tables})

@@ -18,7 +18,7 @@ import torch
 from ase.io.jsonio import encode
 
 from pet_finetune.config.load import parse_options
-from pet_finetune.data import frame_blocks, metatrain_sets, packing
+from pet_finetune.data import frame_blocks, metatrain_sets, packing, process_pool
 from pet_finetune.data.convert_sets import convert
 from pet_finetune.data.frame_files import forget_files, read_frames
 from pet_finetune.data.label_columns import find_value
@@ -222,7 +222,7 @@ def test_errors_and_the_end_of_a_process_of_several(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="the last frame, 4, which begins on line 29, is cut off"):
         convert(path, tmp_path / "set", workers=2)
     with pytest.raises(DataError, match="was killed"):
-        list(frame_blocks.in_order(os._exit, [3], 2))
+        list(process_pool.in_order(os._exit, [3], 2))
     assert not multiprocessing.active_children()
 
 

@@ -13,8 +13,8 @@ from pet_finetune.config.target import TargetLoss
 from pet_finetune.config.training import RotationalConsistency, TrainingOptions
 from pet_finetune.data.epochs import rotate_batch
 from pet_finetune.data.loader import Loader
-from pet_finetune.training.consistency import RotationalAgreement, rotational_spread
 from pet_finetune.training.feature import Step
+from pet_finetune.training.loss_features import RotationalAgreement, rotational_spread
 from pet_finetune.training.objectives import Objective
 from tiny_data import molecules, structures_of
 from trainers import make_trainer, without_directions

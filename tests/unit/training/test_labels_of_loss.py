@@ -10,7 +10,7 @@ import torch
 
 from pet_finetune.config.training import TrainingOptions
 from pet_finetune.training.feature import Step
-from pet_finetune.training.labels_of_loss import TrackedOffset
+from pet_finetune.training.loss_features import TrackedOffset
 from pet_finetune.training.prepare import own_features
 from trainers import make_trainer
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pet_finetune.errors import TrainingError
-from pet_finetune.training.labels_of_loss import add_label_noise
+from pet_finetune.training.loss_features import add_label_noise
 from pet_finetune.training.metrics import Metrics
 from pet_finetune.training.objectives import batch_loss
 from pet_finetune.training.soap import SOAP

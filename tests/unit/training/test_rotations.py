@@ -11,7 +11,7 @@ from models import random_potential
 from pet_finetune.data.epochs import random_rotations
 from pet_finetune.data.labelled_batch import batch_from_atoms
 from pet_finetune.data.loader import Loader
-from pet_finetune.training.consistency import rotational_spread
+from pet_finetune.training.loss_features import rotational_spread
 from tiny_data import molecules, structures_of
 from trainers import without_directions
 

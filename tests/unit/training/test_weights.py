@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ase.data import chemical_symbols
 from torch import nn
 
 from pet_finetune.adapters.peft_files import read_adapter
@@ -85,6 +86,8 @@ def settled_files(trainer, folder):
     """The files of a run that ends with the model as it stands."""
     (feature,) = (f for f in trainer.features if isinstance(f, SettledBaselines))
     files = RunFiles(folder)
+    row = [chemical_symbols[trainer.model.species[0]], 1, 0.0, 0.0]
+    files.tell({"baselines": [{"target": "energy", "rows": [row]}]})
     files.keep_best(trainer.model, SimpleNamespace(epoch=1, metric=0.0))
     feature.complete(load_checkpoint(files.best), files)
     return load_checkpoint(files.best).model, read_adapter(files.adapter)
@@ -102,6 +105,8 @@ def test_the_best_model_and_its_adapter_get_baselines_that_fit_what_is_left_over
     left_over = (counts / atoms[:, None]).T @ (left / atoms)
     torch.testing.assert_close(left_over, torch.zeros_like(left_over), rtol=0, atol=1e-4)
     assert torch.equal(adapter.targets[0].composition, best.composition.get("energy"))
+    ((*_, told),) = RunFiles(tmp_path).about()["baselines"][0]["rows"]
+    assert told == best.composition.get("energy")[0]
 
 
 def test_baselines_stay_where_no_energy_is_known_or_of_molecules_or_they_are_given(tmp_path):
