@@ -311,6 +311,11 @@ class TrainingOptions(Section):
         return self.batch_size or LARGEST_BATCH
 
     @property
+    def baselines_follow(self) -> bool:
+        """Whether baselines may follow the model that is trained: they are not given or kept."""
+        return self.baseline.mode not in ("keep", "values") and not self.atomic_baseline
+
+    @property
     def stated_baselines(self) -> Mapping[str, float | dict[int, float]]:
         """The numbers of ``atomic_baseline``; none where it names a file."""
         return {} if isinstance(self.atomic_baseline, str) else self.atomic_baseline

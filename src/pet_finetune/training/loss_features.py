@@ -8,7 +8,8 @@ and Ceriotti, arXiv:2305.19302). What is left of the difference between orientat
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +29,7 @@ from pet_finetune.rng import Stream, torch_generator
 from .feature import Feature, Step, TrainingRun
 from .metrics import labelled_values
 from .objectives import batch_loss, derivatives, objectives_at
+from .optimizer import share_of_average
 from .step import total
 
 #: What an update adds to the running mean: five of them make it anew, while the offset drifts for
@@ -91,7 +93,8 @@ class TrackedOffset(Feature):
     Any change of the weights moves all energies of a set together, much further than it changes
     their differences, so the gradient of the energies' loss is mostly that of their offset. The
     loss gets labels that are moved by a share of the running mean of the errors per atom, and
-    learns the differences; the rest of the offset is trained as before.
+    learns the differences; the rest of the offset is trained as before. The model that is validated
+    and saved has the offset in its baselines: of averaged weights the average of their offsets.
     """
 
     name = "energy offset"
@@ -103,6 +106,7 @@ class TrackedOffset(Feature):
         self._offsets = torch.zeros(
             len(self._targets), dtype=torch.float64, device=trainer.model.device
         )
+        self._averaged, self._updates = self._offsets.clone(), 0
         self._sums = torch.zeros_like(self._offsets).repeat(2, 1)
 
     def labels(self, batch: LabelledBatch, epoch: int, index: int) -> LabelledBatch:
@@ -134,14 +138,37 @@ class TrackedOffset(Feature):
         means = torch.where(counts > 0, sums / counts.clamp_min(1), self._offsets)
         self._offsets.lerp_(means, _NEW)
         self._sums.zero_()
+        share = share_of_average(self.trainer.options, epoch, self._updates)
+        self._averaged.lerp_(means, share)
+        self._updates += share > 0
+
+    @contextmanager
+    def weights(self) -> Iterator[None]:
+        """Baselines without the offset, unless the options fix them."""
+        if not self.trainer.options.baselines_follow:
+            yield
+            return
+        offsets = self._averaged if self._updates else self._offsets
+        own = [self.trainer.model.composition.get(name) for name in self._targets]
+        before = [baselines.clone() for baselines in own]
+        for baselines, offset in zip(own, offsets, strict=True):
+            baselines -= offset
+        try:
+            yield
+        finally:
+            for baselines, values in zip(own, before, strict=True):
+                baselines.copy_(values)
 
     def state(self) -> dict[str, Any]:
-        """The offsets."""
-        return {"offsets": self._offsets.cpu()}
+        """The offsets, their average and the number of updates in it."""
+        offsets, averaged = self._offsets.cpu(), self._averaged.cpu()
+        return {"offsets": offsets, "averaged": averaged, "updates": self._updates}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from saved offsets."""
+        """Go on from saved offsets; runs of some days had no average of them."""
         self._offsets.copy_(state["offsets"])
+        self._averaged.copy_(state.get("averaged", self._offsets))
+        self._updates = state.get("updates", 0)
 
 
 class RotationalAgreement(Feature):

@@ -237,6 +237,22 @@ def averages_weights(options: TrainingOptions, epoch: int) -> bool:
     return swa is not None and epoch >= first_epoch(swa.start, options.epochs)
 
 
+def share_of_average(options: TrainingOptions, epoch: int, updates: int) -> float:
+    """What the weights of an update make up of their average, ``ema`` or ``swa``.
+
+    Args:
+        options: say how the average is taken.
+        epoch: from 0.
+        updates: in the average so far.
+
+    Returns:
+        A number up to 1; 0 if the update does not count, or there is no average.
+    """
+    if options.ema is not None:
+        return 1.0 - min(options.ema, (2 + updates) / (11 + updates))
+    return 1.0 / (updates + 1) if averages_weights(options, epoch) else 0.0
+
+
 def rate_at(options: TrainingOptions, highest: float, epoch: int, step: float, total: int) -> float:
     """The learning rate of a step."""
     swa = options.swa

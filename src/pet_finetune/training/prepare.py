@@ -132,7 +132,7 @@ def own_features(options: TrainingOptions) -> list[Feature]:
         features.append(TrackedOffset())
     if options.ema is not None or options.swa is not None:
         features.append(Averaging())
-    if options.baseline.mode not in ("keep", "values") and not options.atomic_baseline:
+    if options.baselines_follow:
         features.append(SettledBaselines())  # before LLPR, which is of the model as it will be
     if options.finetune.llpr is not None:
         features.append(LastLayerUncertainty(options.finetune.llpr))

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from pet_finetune import processes
 from pet_finetune.adapters.peft_files import read_adapter, write_adapter
@@ -26,7 +25,7 @@ from pet_finetune.model.pet import PET
 
 from .baselines import settled_baselines
 from .feature import Feature, TrainingRun
-from .optimizer import averages_weights, depth_names, depth_of
+from .optimizer import depth_names, depth_of, share_of_average
 from .run_files import RunFiles
 
 _logger = get_logger(__name__)
@@ -122,15 +121,14 @@ class Averaging(Feature):
         self.updates = 0
         self.average = {name: p.detach().clone() for name, p in trainer.parameters.items()}
 
+    @torch.no_grad()
     def after_update(self, epoch: int) -> None:
         """Take the weights into the average, where the epoch is one that counts."""
-        ema = self.trainer.options.ema
-        if ema is None and not averages_weights(self.trainer.options, epoch):
-            return
-        decay = None if ema is None else min(ema, (2 + self.updates) / (11 + self.updates))
-        step = get_swa_multi_avg_fn() if decay is None else get_ema_multi_avg_fn(decay)
-        step(list(self.average.values()), list(self.trainer.parameters.values()), self.updates)
-        self.updates += 1
+        share = share_of_average(self.trainer.options, epoch, self.updates)
+        if share:
+            current: list[Tensor] = list(self.trainer.parameters.values())
+            torch._foreach_lerp_(list(self.average.values()), current, share)
+            self.updates += 1
 
     @contextmanager
     def weights(self) -> Iterator[None]:

@@ -21,7 +21,7 @@ def tracked(trainer):
     return feature
 
 
-def test_labels_follow_most_of_an_offset_of_all_energies():
+def test_labels_follow_most_of_an_offset_of_all_energies_and_baselines_all_of_the_average():
     trainer = make_trainer()
     feature, batch = tracked(trainer), next(trainer.batches(0))
     atoms, label = batch.graph.atoms_per_structure, batch.labels["energy"].clone()
@@ -39,6 +39,19 @@ def test_labels_follow_most_of_an_offset_of_all_energies():
     torch.testing.assert_close(moved["energy"], expected.to(label))
     assert moved["energy/forces"] is batch.labels["energy/forces"]
     assert torch.equal(batch.labels["energy"], label)
+    resumed = make_trainer()
+    tracked(resumed).load_state(feature.state())
+    for run, options, part in (
+        (trainer, {"ema": 0.99}, 1 - 2 / 11 * 3 / 12),  # the weights' own average
+        (resumed, {"ema": 0.99}, 1 - 2 / 11 * 3 / 12),
+        (trainer, {"baseline": {"mode": "keep"}}, 0),
+    ):
+        run.options = TrainingOptions.model_validate(options)
+        baselines = run.model.composition.get("energy")
+        before = baselines.clone()
+        with tracked(run).weights():
+            torch.testing.assert_close(baselines, before - 0.5 * part)
+        assert torch.equal(baselines, before)
 
 
 def test_energies_that_are_not_known_do_not_count():
