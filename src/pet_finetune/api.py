@@ -28,7 +28,7 @@ from pet_finetune.checkpoint.contents import describe_adapter as describe_adapte
 from pet_finetune.checkpoint.contents import describe_checkpoint as describe_checkpoint
 from pet_finetune.checkpoint.contents import merge_adapter as merge_adapter
 from pet_finetune.config.finetune import LastLayerOptions, PretrainOptions
-from pet_finetune.config.problems import checked_section
+from pet_finetune.config.problems import check_kind, checked_section
 from pet_finetune.data.convert_sets import convert as convert
 from pet_finetune.data.frame_files import read_frames
 from pet_finetune.dynamics.integrators import MDSettings as MDSettings
@@ -219,8 +219,8 @@ def evaluate(
         Errors and predictions by set: ``structures`` for structures in memory, else the path.
     """
     for name, given, kind in (("labels", labels, LabelNames), ("how", how, EvaluationSettings)):
-        if not isinstance(given, kind | None):
-            raise ConfigError(f"{name}: expected a pf.{kind.__name__}(...), got {given!r}.")
+        if given is not None:
+            check_kind(name, given, kind, f"pf.{kind.__name__}")
     how = replace(how or EvaluationSettings(), keep=True)
     if as_tensormaps is not False:
         how = replace(how, tensormaps=() if as_tensormaps is True else as_tensormaps)

@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -17,6 +18,18 @@ from pet_finetune.installation import __version__
 
 #: Packages whose versions determine the numbers.
 PACKAGES = ("torch", "ase", "numpy", "vesin")
+
+
+@contextmanager
+def torchscript() -> Iterator[None]:
+    """Torch without warnings of TorchScript, which metatomic's files are of; also a decorator.
+
+    Importing metatensor causes them too: ``python -W error`` ended there.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", message=".*torch.jit.*")
+        yield
 
 
 @contextmanager

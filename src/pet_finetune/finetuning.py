@@ -181,8 +181,6 @@ def result_of(outcome: TrainOutcome, options: Options, folder: Path | None) -> F
         calculator = partial(PETCalculator, found)
     if folder is None:
         _logger.info("The run had no folder of its own (folder=...): its files are removed now.")
-    if folder is None and outcome.table is not None:  # its notes name files that are removed
-        outcome.table.caption = None
     return FinetuneResult(
         found,
         adapter,

@@ -10,11 +10,13 @@ from __future__ import annotations
 import getpass
 import logging
 import os
+import signal
 import tempfile
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from pet_finetune.errors import PetFinetuneError
@@ -110,6 +112,26 @@ def provide_home() -> None:
         os.environ.setdefault("TRITON_CACHE_DIR", str(_temporary() / "triton"))
     if problem:
         _notices[:] = [problem]
+
+
+def end_while_importing() -> None:
+    """Let Ctrl-C end this process at once while it imports libraries.
+
+    NumPy and torch swallow it there, or are left half imported, which ends in riddles; nothing can
+    be lost yet. At any other time it is Python's ``KeyboardInterrupt``, as before.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupted)
+
+
+def _interrupted(number: int, frame: FrameType | None) -> None:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            shown = "\r\x1b[K\x1b[?25h" if os.isatty(2) else ""  # in place of a bar of ours
+            os.write(2, f"{shown}interrupted\n".encode())
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def _usual() -> Path:

@@ -6,7 +6,9 @@ import inspect
 import io
 import os
 import signal
+import tempfile
 import warnings
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import ase.db
@@ -21,6 +23,7 @@ import pet_finetune as pf
 from logs import logging_as_it_was
 from models import random_potential
 from pet_finetune import keywords
+from pet_finetune.api import relax_structures, run_md
 from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.config.finetune import METHOD_KEYS, METHOD_SHORTHANDS, FinetuneConfig
 from pet_finetune.errors import ConfigError, DataError, SpeciesError, TrainingError
@@ -46,16 +49,19 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def result(base):
     before, random = set(os.listdir()), torch.get_rng_state()
-    shown = warnings.showwarning
-    made = pf.finetune(
-        pf.load(base),
-        molecules(8),
-        validation=0.25,
-        test=molecules(2, seed=3),
-        method=pf.Lora(rank=2),
-        features=[pf.Retention(mode="off")],
-        **FAST,
-    )
+    shown, printed = warnings.showwarning, io.StringIO()
+    with redirect_stdout(printed), redirect_stderr(printed):
+        made = pf.finetune(
+            pf.load(base),
+            molecules(8),
+            validation=0.25,
+            test=molecules(2, seed=3),
+            method=pf.Lora(rank=2),
+            features=[pf.Retention(mode="off")],
+            **FAST,
+        )
+    assert "repulsion at short distances" in printed.getvalue()
+    assert tempfile.gettempdir() not in printed.getvalue(), "files that are removed are not named"
     assert set(os.listdir()) == before, "no file need be written"
     assert torch.equal(torch.get_rng_state(), random), "the script's random numbers are its own"
     assert warnings.showwarning is shown
@@ -312,6 +318,8 @@ def test_models_and_structures_of_another_kind_are_refused(base):
         (lambda: pf.PETCalculator(pf.load_checkpoint(base)), "got Checkpoint. Give its attribute"),
         (lambda: pf.evaluate(base, molecules(1), labels={}), r"labels: expected a pf.LabelNames"),
         (lambda: pf.evaluate(base, molecules(1), how=3), r"how: expected a pf.EvaluationSettings"),
+        (lambda: run_md(base, molecules(1)[0], {"steps": 1}), r"settings: expected a MDSettings"),
+        (lambda: relax_structures(base, molecules(1)[0], "o.xyz", None), "expected a RelaxSet"),
         (lambda: pf.finetune(base, molecules(4), targets="E"), "targets: expected a dictionary"),
         (lambda: pf.inspect([]), "structures: there are none"),
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
@@ -10,6 +11,8 @@ import threading
 
 import pytest
 
+from pet_finetune.__main__ import main
+from pet_finetune.installation import end_while_importing
 from pet_finetune.terminal import InterruptGuard
 
 
@@ -55,6 +58,24 @@ def test_a_second_termination_ends_a_process_that_ignored_it():
     run = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert run.stdout == "True\n"
     assert run.returncode == -signal.SIGTERM
+
+
+def test_ctrl_c_ends_the_command_at_once_while_it_imports(at_start, tmp_path, monkeypatch, capfd):
+    """NumPy and torch swallow it there, or break."""
+    library = "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept: pass\n"
+    (tmp_path / "library_that_swallows.py").write_text(library)
+    monkeypatch.syspath_prepend(tmp_path)
+    ended = []
+    monkeypatch.setattr(os, "_exit", lambda code: ended.append(code) or sys.exit())
+    end_while_importing()
+    importlib.import_module("library_that_swallows")
+    heard = at_start != signal.SIG_IGN
+    assert ended == ([130] if heard else [])
+    assert capfd.readouterr().err == ("interrupted\n" if heard else "")
+    if heard:
+        monkeypatch.setattr(sys, "argv", ["pet-finetune"])
+        monkeypatch.setattr("pet_finetune.cli.main", lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert main() == 130
 
 
 def test_handlers_come_back_after_an_error():

@@ -323,7 +323,7 @@ def _unused_settings(options: Options, raw: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _assumed(options: Options, raw: Mapping[str, Any]) -> Iterator[str]:
-    """Units and quantities that were assumed, as in metatrain, which would not convert units."""
+    """What was assumed as in metatrain, which would not convert units: those, quantities, signs."""
     lengths, energies, quantities = dict[str, None](), dict[str, None](), dict[str, None]()
     for path, dataset in located_datasets(options, raw):
         written = _section(raw, path)
@@ -334,6 +334,11 @@ def _assumed(options: Options, raw: Mapping[str, Any]) -> Iterator[str]:
             place = format_path((*path, "targets", name))
             if target.is_energy and not own.get("unit"):
                 energies[place] = None
+            if target.forces.wanted and "grad" in target.forces.key.casefold():
+                yield (
+                    f"{place}.forces: {target.forces.key!r} is taken as forces, as in metatrain. "
+                    "Of a gradient of the energy change the sign in the file."
+                )
             if direct_quantity(name) is None and quantity_is_assumed(name, own):
                 quantities[place] = None
     if lengths:

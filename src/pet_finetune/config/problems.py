@@ -212,6 +212,23 @@ def problems_of(error: ValidationError, root: type[BaseModel], raw: Any) -> list
     ]
 
 
+def check_kind(name: str, given: object, kind: type, called: str = "") -> None:
+    """Refuse an argument that is no object of its class, such as a dictionary.
+
+    Args:
+        name: of the argument.
+        given: by the caller.
+        kind: the class.
+        called: what callers call it, if not by its own name.
+
+    Raises:
+        ConfigError: with what to write.
+    """
+    if not isinstance(given, kind):
+        called = called or kind.__name__
+        raise ConfigError(f"{name}: expected a {called}(...), got {given!r}.")
+
+
 def checked_section(
     section: type[SectionType], given: Mapping[str, Any], source: str
 ) -> SectionType:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from ase import Atoms
 
+from pet_finetune.device import torchscript
 from pet_finetune.errors import DataError
 from pet_finetune.files import check_file, check_new, replacing
 from pet_finetune.locks import only_one
@@ -190,6 +191,7 @@ def _write_zip(archive: zipfile.ZipFile, folder: Folder, workers: int) -> None:
             np.save(entry, folder.num_atoms)
 
 
+@torchscript()
 def _entries(path: Path, first: int) -> list[tuple[str, bytes]]:
     """Names and contents of the entries of some structures."""
     import metatomic.torch as metatomic

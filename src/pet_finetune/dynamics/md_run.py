@@ -15,6 +15,7 @@ from ase import Atoms
 from ase.optimize import FIRE
 from rich.table import Table
 
+from pet_finetune.config.problems import check_kind
 from pet_finetune.device import plain_torch
 from pet_finetune.dynamics.integrators import MDSettings
 from pet_finetune.dynamics.loop import Outcome, simulate
@@ -77,6 +78,7 @@ def run_md(
         ConfigError: anything that can be seen to be wrong before the first step, all at once.
         DynamicsError: the folder holds a simulation already, or this one has gone wrong.
     """
+    check_kind("settings", settings, MDSettings)
     model = chosen_model(model)
     if folder is not None:
         MDFiles.check_free(Path(folder))

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from pet_finetune.calculator import PETCalculator
 from pet_finetune.committee.committee import to_numpy
-from pet_finetune.config.problems import config_error
+from pet_finetune.config.problems import check_kind, config_error
 from pet_finetune.data.calculator_input import check_atoms
 from pet_finetune.data.structure import list_frames
 from pet_finetune.device import plain_torch
@@ -100,6 +100,7 @@ def relax_structures(
         DynamicsError: at the end, if some could not be relaxed; the others are in the file.
         KeyboardInterrupt: after Ctrl-C.
     """
+    check_kind("settings", settings, RelaxSettings)
     frames, calculator = _check(model, structures, Path(output), settings, index, format, types)
     done: list[Relaxed] = []
     failed: dict[int, str] = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from pet_finetune.committee.llpr import fresh
 from pet_finetune.config.run_options import Options
 from pet_finetune.data.readers import probe_structures
 from pet_finetune.data.structure import Structure
-from pet_finetune.device import choose_dtype, plain_torch
+from pet_finetune.device import choose_dtype, plain_torch, torchscript
 from pet_finetune.errors import CheckpointError, ConfigError
 from pet_finetune.files import check_writable, size_text
 from pet_finetune.hub import find_model
@@ -69,6 +68,7 @@ class ExportOutcome:
 
 
 @plain_torch()
+@torchscript()
 def export_model(
     checkpoint: str | os.PathLike[str],
     output: str | os.PathLike[str],
@@ -154,19 +154,9 @@ def _write_metatomic(
     named = dict(outputs)
     for uncertain in uncertainty_outputs(potentials, outputs):
         named |= {other: outputs[name] for name, other in uncertain.items()}
-    with warnings.catch_warnings():
-        # Of torch about TorchScript, which metatomic's format is made of.
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        warnings.filterwarnings("ignore", message=".*torch.jit.*")
-        write_model(
-            path,
-            potentials,
-            outputs,
-            **about,
-            check=check,
-            dtype=outside,
-            calibration=calibration,
-        )
+    write_model(
+        path, potentials, outputs, **about, check=check, dtype=outside, calibration=calibration
+    )
     return ExportOutcome(path, named, reach, floating, check.difference)
 
 

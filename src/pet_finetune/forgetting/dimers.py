@@ -292,7 +292,8 @@ def report_dimers(
         names = [name for name, found in verdicts.items() if found == kind]
         if names:
             parts.append(f"{words}: {' '.join(names)}")
-    _logger.info("repulsion at short distances (%s): %s", drawn, "; ".join(parts))
+    where = f" ({drawn})" if files.kept else ""
+    _logger.info("repulsion at short distances%s: %s", where, "; ".join(parts))
     return verdicts
 
 

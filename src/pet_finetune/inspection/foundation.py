@@ -26,7 +26,9 @@ from .inspected import (
     robust_spread,
 )
 
-_BATCH_ATOMS, _SAME_PLACE = 256, 1e-3
+#: Atoms asked for at once: less than a batch of any training, whose memory is thus enough.
+_BATCH_ATOMS = 64
+_SAME_PLACE = 1e-3
 #: Pearson correlations above which a slope says something, and from which on it says it well.
 _CORRELATED, _WELL = 0.7, 0.9
 _FEWEST = 5

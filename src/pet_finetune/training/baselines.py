@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from ase.data import chemical_symbols
@@ -178,6 +179,20 @@ def prepare_baselines(
         unit = "eV" if spec.per_volume else spec.unit
         tables.append(BaselineTable(target, mode, rows, scale, unit))
     return tables
+
+
+def settled_rows(tables: Sequence[Mapping[str, Any]], model: Potential) -> list[dict[str, Any]]:
+    """The tables of ``run.json`` with the baselines that a model has at the end of the run."""
+    settled = []
+    for table in tables:
+        rows = table["rows"]
+        if rows:  # in the order of the species; a target of several values has one for each
+            symbols = {row[0].split()[0] for row in rows}
+            known = [k for k, z in enumerate(model.species) if chemical_symbols[z] in symbols]
+            values = model.composition.get(table["target"])[known].flatten().tolist()
+            rows = [[*row[:3], value] for row, value in zip(rows, values, strict=True)]
+        settled.append({**table, "rows": rows})
+    return settled
 
 
 def settled_baselines(model: Potential, loader: Loader, target: str, ridge: float) -> Tensor:

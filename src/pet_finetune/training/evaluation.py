@@ -23,7 +23,7 @@ from pet_finetune.data.splits import make_splits
 from pet_finetune.data.structure import Structure
 from pet_finetune.data.structure_sets import evenly_spread, joined
 from pet_finetune.data.writing import check_prediction_path, numbered
-from pet_finetune.device import choose_device, plain_torch
+from pet_finetune.device import choose_device, plain_torch, torchscript
 from pet_finetune.errors import ConfigError, DataError, did_you_mean
 from pet_finetune.keys import Compile, TargetSpec, direct_quantity
 from pet_finetune.log import get_logger
@@ -376,11 +376,12 @@ def _evaluate(
         if found:
             result.uncertainties[name] = found
         if how.tensormaps is not None:
-            from pet_finetune.export.tensormaps import tensor_maps
+            with torchscript():
+                from pet_finetune.export.tensormaps import tensor_maps
 
-            result.tensormaps[name] = tensor_maps(
-                model, structures, how.tensormaps or targets, batch_size=how.batch_size
-            )
+                result.tensormaps[name] = tensor_maps(
+                    model, structures, how.tensormaps or targets, batch_size=how.batch_size
+                )
         if how.rotations:
             energies = [t for t in targets if model.targets[t].is_energy]
             spreads[name] = {

@@ -33,6 +33,7 @@ from pet_finetune.profiling import peak_gpu_mib, peak_resident_mib
 from pet_finetune.runs import STARTED, RunFolder, own_folder, starts_of
 from pet_finetune.terminal import handed_over, show
 
+from .baselines import settled_rows
 from .ensemble import train_ensemble
 from .feature import Feature
 from .loggers import RunDisplay, error_table
@@ -108,7 +109,8 @@ def _train_in(
     folder: Path, options: Options, device: torch.device, request: RunRequest
 ) -> TrainOutcome:
     """Train one model in a folder of its own."""
-    files, rooms = RunFiles(folder), request.rooms
+    rooms = request.rooms
+    files = RunFiles(folder, rooms.kept)
     if request.restart is None:
         files.check_free(request.source)
     setup_logging(file=files.folder / LOG)
@@ -173,7 +175,8 @@ def _finish(run: Run, result: TrainingResult) -> TrainOutcome:
     files, before, features = run.files, run.state.before, run.trainer.features
     if result.stopped_early:
         _logger.info("stopped early: no improvement for a while")
-    _logger.info("best model: epoch %d of %d, %s", result.best_epoch, result.epochs, files.best)
+    where = f", {files.best}" if files.kept else ""
+    _logger.info("best model: epoch %d of %d%s", result.best_epoch, result.epochs, where)
     after: Errors = {}
     found: dict[str, Any] = {}
     table: Table | None = None
@@ -185,6 +188,8 @@ def _finish(run: Run, result: TrainingResult) -> TrainOutcome:
         best = checkpoint.model.to(device=model.device, dtype=model.dtype)
         for feature in completing:
             found |= feature.complete(checkpoint, files)
+        tables = files.about().get("baselines", ())
+        files.tell({"baselines": settled_rows(tables, best)})
     if run.options.final_eval:
         after = evaluate_sets(files, AFTER, best, run.data, run.trainer.wanted, features)
         table = _results_table(run, after)
@@ -212,7 +217,8 @@ def _results_table(run: Run, after: Errors) -> Table:
     for own in (name for name in after if name not in run.data.sets):
         kept = {name: errors.get(own, {}) for name, errors in columns.items()}
         groups[f"{headings.get(own, own)}: "] = kept
-    notes = [f"{len(run.data.sets[shown].structures)} {shown} structures", *_sizes(run.files)]
+    notes = [f"{len(run.data.sets[shown].structures)} {shown} structures"]
+    notes += _sizes(run.files) if run.files.kept else []
     notes += [note for feature in run.trainer.features for note in feature.notes()]
     return error_table(groups, notes, title=f"errors on the {shown} set")
 

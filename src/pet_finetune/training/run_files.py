@@ -112,6 +112,7 @@ class RunFiles:
 
     Attributes:
         folder: as given; made where it does not exist.
+        kept: whether it stays when the run has ended, so that messages name files in it.
         best, last: the best model so far, adapters merged; all that is needed to go on.
         adapter: the folder of the best adapter.
         base_name: what the model that the run started from is called.
@@ -121,8 +122,8 @@ class RunFiles:
         TrainingError: the folder cannot be written to.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, kept: bool = True) -> None:
+        self.folder, self.kept = folder, kept
         self.best, self.last, self.adapter = folder / BEST, folder / LAST, folder / ADAPTER
         self.base_name = ""
         self.provenance: dict[str, Any] = {}

@@ -124,6 +124,14 @@ def test_a_quantity_that_was_assumed_is_told() -> None:
     assert "taken as energy as in metatrain: training_set.targets.mtt::x." in line
 
 
+def test_forces_that_are_called_a_gradient_are_told() -> None:
+    for key, told in (("gradients", True), ("dft_grad", True), ("REF_forces", False)):
+        energy = {"unit": "eV", "forces": {"key": key}}
+        data = {"systems": "a.xyz", "targets": {"energy": energy}}
+        lines = parse_options({"training_set": data}).notices
+        assert any("taken as forces, as in metatrain" in line for line in lines) == told
+
+
 def test_a_virial_takes_the_place_of_a_stress_that_is_not_named() -> None:
     energy = dataset(virial=True).targets["energy"]
     assert (energy.virial.mode, energy.stress.mode) == ("on", "off")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import resource
+import sys
+import warnings
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -79,6 +81,20 @@ def test_an_interrupted_export_leaves_the_old_file(
         write_model(path, [random_potential()], OUTPUTS, "model")
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_torchs_warnings_of_torchscript_end_no_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing metatensor makes such warnings, errors under ``python -W error``."""
+
+    def find(name: str) -> Path:
+        warnings.warn("`torch.jit.interface` is deprecated", DeprecationWarning, stacklevel=1)
+        raise CheckpointError("there is none")
+
+    monkeypatch.setattr(sys.modules["pet_finetune.export.export"], "find_model", find)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(CheckpointError, match="there is none"):
+            export_model("model.ckpt", "model.pt")
 
 
 def test_a_write_that_fails_on_the_way_is_an_error_of_ours(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from pet_finetune.errors import CheckpointError, ConfigError, TrainingError
 from pet_finetune.keys import TargetSpec
 from pet_finetune.model.potential import Potential
 from pet_finetune.training import baselines
-from pet_finetune.training.baselines import prepare_baselines
+from pet_finetune.training.baselines import prepare_baselines, settled_rows
 from pet_finetune.training.loggers import baseline_text
 from pet_finetune.training.starting_model import with_stated_numbers
 from tiny_data import ATOM_ENERGY, data_section, molecules, structures_of
@@ -79,6 +79,13 @@ def test_refit_finds_the_shift_between_foundation_and_labels(structures):
     expected = torch.tensor([*SHIFTS.values(), 0.0], dtype=torch.float64)
     torch.testing.assert_close(change, expected, atol=1e-4, rtol=0)
     assert table.mode == "refit"
+    told = {**vars(table), "rows": [list(row) for row in table.rows]}
+    assert settled_rows([told], model) == [told]
+    model.composition.get("energy")[C] += 0.5
+    (found,) = settled_rows([told], model)
+    moves = [new[3] - old[3] for new, old in zip(found["rows"], told["rows"], strict=True)]
+    assert moves == pytest.approx([0.0, 0.5, 0.0])
+    model.composition.get("energy")[C] -= 0.5
     labels = torch.stack([s.labels["energy"] for s in structures])
     torch.testing.assert_close(energies_of(model, structures), labels, atol=1e-3, rtol=0)
 
