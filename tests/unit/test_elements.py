@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import pytest
-from ase.data import chemical_symbols
+from ase.data import atomic_numbers, chemical_symbols
 
-from pet_finetune.elements import (
-    atomic_number,
-    nearest_element,
-    period_and_group,
-    symbol_of,
-)
+from pet_finetune.config.base import element
+from pet_finetune.training.extend import nearest_element, period_and_group
 
 FOUNDATION = [1, 6, 7, 8, 9, 15, 16, 17]
 
 
 def test_symbols_are_ases():
-    assert [symbol_of(z) for z in range(1, 119)] == chemical_symbols[1:]
-    assert [atomic_number(name) for name in chemical_symbols[1:]] == list(range(1, 119))
+    assert [element(z) for z in range(1, 119)] == chemical_symbols[1:]
+    assert [element(name) for name in chemical_symbols[1:]] == chemical_symbols[1:]
 
 
 def test_names_and_numbers_mean_elements():
-    assert atomic_number("br") == atomic_number(" Br ") == atomic_number(35) == 35
+    assert element("br") == element(" Br ") == element(35) == "Br"
 
 
 @pytest.mark.parametrize(
@@ -37,7 +33,7 @@ def test_names_and_numbers_mean_elements():
 )
 def test_what_is_no_element(name, message):
     with pytest.raises(ValueError) as caught:
-        atomic_number(name)
+        element(name)
     assert str(caught.value).startswith(message)
 
 
@@ -60,7 +56,7 @@ def test_what_is_no_element(name, message):
     ],
 )
 def test_places_in_the_table(symbol, place):
-    assert period_and_group(atomic_number(symbol)) == place
+    assert period_and_group(atomic_numbers[symbol]) == place
 
 
 @pytest.mark.parametrize(
@@ -80,4 +76,4 @@ def test_places_in_the_table(symbol, place):
     ],
 )
 def test_the_nearest_element(new, known, nearest):
-    assert symbol_of(nearest_element(atomic_number(new), known)) == nearest
+    assert chemical_symbols[nearest_element(atomic_numbers[new], known)] == nearest

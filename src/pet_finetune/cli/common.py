@@ -135,13 +135,13 @@ def systems_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _types(text: str) -> dict[int, str]:
-    from pet_finetune.elements import atomic_number, symbol_of
+    from pet_finetune.config.base import element
 
     types = {}
     for part in text.replace(",", " ").split():
         number, equals, name = part.partition("=")
         try:
-            types[int(number)] = symbol_of(atomic_number(name))
+            types[int(number)] = element(name)
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{part!r}: {error}") from None
         if not equals or int(number) < 1:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
+from ase.data import chemical_symbols
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -21,6 +22,8 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from pet_finetune.errors import did_you_mean
 
 #: What stands in the place of a value that OmegaConf fills in.
 _FILLED_IN = {"type": "string", "pattern": "\\$\\{"}
@@ -168,6 +171,25 @@ def real_number(
         return number
 
     return convert
+
+
+def element(name: Any) -> str:
+    """The symbol of the element that a symbol (any case) or an atomic number means.
+
+    Raises:
+        ValueError: it is no element; the text names the nearest symbol.
+    """
+    symbols = chemical_symbols[1:]
+    if isinstance(name, bool):
+        raise ValueError("YAML reads No as false; put nobelium in quotes.")
+    if isinstance(name, int):
+        if 1 <= name <= len(symbols):
+            return chemical_symbols[name]
+        raise ValueError(f"{name} is no atomic number (1 to {len(symbols)}).")
+    text = str(name).strip().capitalize()
+    if text in symbols:
+        return text
+    raise ValueError(f"{name!r} is no chemical element.{did_you_mean(text, symbols)}")
 
 
 def _flag(value: Any) -> bool:

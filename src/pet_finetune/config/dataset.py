@@ -11,12 +11,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Tag, model_validator
 
-from pet_finetune.elements import atomic_number, symbol_of
 from pet_finetune.errors import UnitError, did_you_mean
 from pet_finetune.keys import base_name, direct_quantity
 from pet_finetune.units import LENGTH_UNITS, is_energy_unit, length_to_angstrom
 
-from .base import Expects, Fraction, Ignored, OneOf, OptionalText, Section, ignored_field, mapping
+from .base import (
+    Expects,
+    Fraction,
+    Ignored,
+    OneOf,
+    OptionalText,
+    Section,
+    element,
+    ignored_field,
+    mapping,
+)
 from .target import Reader, TargetOptions, expand_gradient
 
 
@@ -78,7 +87,7 @@ Types = Annotated[
     dict[int, str],
     Expects(
         "elements by number of the type, for instance {1: O, 2: H}",
-        mapping(lambda name: symbol_of(atomic_number(name)), _type),
+        mapping(element, _type),
     ),
 ]
 

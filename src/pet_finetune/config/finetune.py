@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import model_validator
 
-from pet_finetune.elements import atomic_number, symbol_of
 from pet_finetune.errors import did_you_mean
 
 from .base import (
@@ -24,6 +23,7 @@ from .base import (
     Share,
     Text,
     TextList,
+    element,
     integer,
     listed,
     mapping,
@@ -308,7 +308,7 @@ def _new_elements(value: Any) -> str | dict[str, str]:
         raise ValueError
     sources: dict[str, str] = {}
     for new, old in value.items():
-        name, source = (symbol_of(atomic_number(element)) for element in (new, old))
+        name, source = element(new), element(old)
         if name in sources:
             raise ValueError(f"{name} is named twice.")
         if name == source:

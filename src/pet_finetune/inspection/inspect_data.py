@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ase.data import chemical_symbols
 
 from pet_finetune.backends.choice import choose_backend, ready, use_backend
 from pet_finetune.config.dataset import DatasetOptions
@@ -19,7 +20,6 @@ from pet_finetune.data.splits import make_splits
 from pet_finetune.data.structure import Structure
 from pet_finetune.data.structure_sets import find_species, of_species
 from pet_finetune.device import choose_device, plain_torch
-from pet_finetune.elements import symbol_of
 from pet_finetune.errors import ConfigError, DataError, PetFinetuneError
 from pet_finetune.files import check_new, write_whole
 from pet_finetune.keys import forces_key, stress_key
@@ -283,7 +283,7 @@ def _suggest(
     load = replace(load, structures=count or load.structures)
     unknown = []
     if model is not None:
-        unknown = [symbol_of(z) for z in find_species(training) if z not in model.species]
+        unknown = [chemical_symbols[z] for z in find_species(training) if z not in model.species]
     codes = {finding.code for finding in inspection.findings}
     raw = copy.deepcopy(dict(request.raw))
     for name in ("training_set", "validation_set", "test_set"):

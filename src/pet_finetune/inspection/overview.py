@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+from ase.data import chemical_symbols
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from pet_finetune.elements import symbol_of
 from pet_finetune.log import html_of
 from pet_finetune.units import duration
 
@@ -127,7 +127,7 @@ def _set_facts(frames: Sequence[InspectedFrame]) -> SetFacts:
     return SetFacts(
         structures=len(frames),
         atoms=int(sum(e.size for e in frames)),
-        elements={symbol_of(z): (structures[z], atoms[z]) for z in sorted(atoms)},
+        elements={chemical_symbols[z]: (structures[z], atoms[z]) for z in sorted(atoms)},
         compositions=len({e.formula for e in frames}),
         sizes=sizes,
         periodicity=dict(Counter(_KINDS[int(e.pbc.sum())] for e in frames)),

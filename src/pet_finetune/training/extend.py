@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+
+from ase.data import atomic_numbers, chemical_symbols
 
 from pet_finetune.config.run_options import Options
 from pet_finetune.data.splits import Splits
 from pet_finetune.data.structure import Structure, check_charges
 from pet_finetune.data.structure_sets import OnDisk, check_species, find_species, joined
-from pet_finetune.elements import atomic_number, nearest_element, symbol_of
 from pet_finetune.errors import ConfigError, DataError, SpeciesError, did_you_mean
 from pet_finetune.keys import TargetSpec, direct_quantity
 from pet_finetune.log import get_logger
@@ -18,6 +19,7 @@ from pet_finetune.nn.gnn_layer import PARTLY_PERIODIC
 
 _logger = get_logger(__name__)
 _OPTION = "finetune.new_elements"
+_NOBLE_GASES = (2, 10, 18, 36, 54, 86, 118)
 
 #: What to do about an unknown element where a run may add it.
 ADVICE = (
@@ -56,8 +58,8 @@ def add_new_elements(model: Potential, options: Options, splits: Splits) -> dict
         )
     model.add_species(sources, {new: old for new, old in sources.items() if old is not None})
     for new, old in sources.items():
-        start = "at random" if old is None else f"with the embeddings of {symbol_of(old)}"
-        _logger.info("element %s is new and starts %s", symbol_of(new), start)
+        start = "at random" if old is None else f"with the embeddings of {chemical_symbols[old]}"
+        _logger.info("element %s is new and starts %s", chemical_symbols[new], start)
     return sources
 
 
@@ -66,32 +68,67 @@ def _named_sources(
 ) -> dict[int, int | None]:
     """The mapping of the options in atomic numbers, for the elements that are needed."""
     problems = []
-    wanted = {atomic_number(new): atomic_number(old) for new, old in chosen.items()}
+    wanted = {atomic_numbers[new]: atomic_numbers[old] for new, old in chosen.items()}
     for new, old in wanted.items():
+        name, source = chemical_symbols[new], chemical_symbols[old]
         if new in model.species:
-            problems.append(f"{_OPTION}.{symbol_of(new)}: the model knows it already. Remove it.")
+            problems.append(f"{_OPTION}.{name}: the model knows it already. Remove it.")
         elif old not in model.species:
-            nearest = symbol_of(nearest_element(new, model.species))
+            nearest = chemical_symbols[nearest_element(new, model.species)]
             problems.append(
-                f"{_OPTION}.{symbol_of(new)}: the model lacks {symbol_of(old)} too. It knows "
-                f"{_names(model.species)}; the nearest to {symbol_of(new)} is {nearest}."
+                f"{_OPTION}.{name}: the model lacks {source} too. It knows "
+                f"{_names(model.species)}; the nearest to {name} is {nearest}."
             )
         elif new not in unknown:
-            _logger.warning("%s: no structure holds %s; it is not added", _OPTION, symbol_of(new))
-    for new in unknown:
-        if new not in wanted:
-            nearest = symbol_of(nearest_element(new, model.species))
-            problems.append(
-                f"{_OPTION}: the structures hold {symbol_of(new)} too, which the model lacks. Add "
-                f"{symbol_of(new)}: {nearest} (or another element that it knows)."
-            )
+            _logger.warning("%s: no structure holds %s; it is not added", _OPTION, name)
+    for new in (number for number in unknown if number not in wanted):
+        name = chemical_symbols[new]
+        nearest = chemical_symbols[nearest_element(new, model.species)]
+        problems.append(
+            f"{_OPTION}: the structures hold {name} too, which the model lacks. Add {name}: "
+            f"{nearest} (or another element that it knows)."
+        )
     if problems:
         raise ConfigError("\n".join(problems), problems)
     return {new: wanted[new] for new in unknown}
 
 
 def _names(numbers: tuple[int, ...] | list[int]) -> str:
-    return ", ".join(map(symbol_of, numbers))
+    return ", ".join(chemical_symbols[number] for number in numbers)
+
+
+def period_and_group(number: int) -> tuple[int, int]:
+    """Row (1 to 7) and column (1 to 18) of the periodic table.
+
+    Hydrogen stands in column 1; lanthanides and actinides stand in column 3 with scandium, as in
+    the short form of the table.
+    """
+    period = next(i for i, last in enumerate(_NOBLE_GASES, 1) if number <= last)
+    last = _NOBLE_GASES[period - 1]
+    first = _NOBLE_GASES[period - 2] + 1 if period > 1 else 1
+    column = number - first + 1
+    if number == 2:
+        return 1, 18
+    if column > 2:
+        # Counted from the noble gas; what does not fit between are the f elements.
+        column = max(18 - (last - number), 3)
+    return period, column
+
+
+def nearest_element(number: int, known: Collection[int]) -> int:
+    """The nearest known element in the periodic table.
+
+    One of the same column before any other, and there the fewest rows away; else the fewest
+    rows and columns away. Ties go to the nearest, then to the lower, atomic number.
+    """
+    period, group = period_and_group(number)
+
+    def distance(other: int) -> tuple[bool, int, int, int]:
+        its_period, its_group = period_and_group(other)
+        steps = abs(its_period - period) + abs(its_group - group)
+        return its_group != group, steps, abs(other - number), other
+
+    return min(known, key=distance)
 
 
 def check_known(structures: Sequence[Structure], model: Potential, advice: str = "") -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
 import torch
+from ase.data import chemical_symbols
 
 from pet_finetune import processes
 from pet_finetune.adapters.inject import TrainableReport, active_adapter
@@ -30,7 +31,6 @@ from pet_finetune.data.splits import Splits
 from pet_finetune.data.structure import structures_fingerprint
 from pet_finetune.data.structure_sets import find_species
 from pet_finetune.device import versions
-from pet_finetune.elements import symbol_of
 from pet_finetune.errors import CheckpointError, DataError, TrainingError
 from pet_finetune.files import (
     make_writable,
@@ -318,7 +318,7 @@ def provenance_of(
         "parent": start.name,
         "parent_fingerprint": start.fingerprint,
         "new_elements": {
-            symbol_of(new): "random" if old is None else symbol_of(old)
+            chemical_symbols[new]: "random" if old is None else chemical_symbols[old]
             for new, old in start.new_species.items()
         },
         "parent_provenance": start.provenance,
@@ -353,7 +353,7 @@ def about_run(
             name: {**of_set, "files": [part.file for part in splits.parts[name]]}
             for name, of_set in provenance["data"].items()
         },
-        "data_species": [symbol_of(number) for number in find_species(splits.train)],
+        "data_species": [chemical_symbols[number] for number in find_species(splits.train)],
         "targets": {
             name: {"is_energy": spec.is_energy, "unit": spec.unit, "shown": shown_unit(spec)}
             for name, spec in model.targets.items()

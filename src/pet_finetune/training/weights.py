@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from ase.data import chemical_symbols
 from torch import Tensor
 
 from pet_finetune import processes
@@ -18,7 +19,6 @@ from pet_finetune.adapters.peft_files import read_adapter, write_adapter
 from pet_finetune.checkpoint.archive import Checkpoint
 from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.config.finetune import Unfreeze
-from pet_finetune.elements import symbol_of
 from pet_finetune.errors import TrainingError, did_you_mean
 from pet_finetune.log import get_logger
 from pet_finetune.model.pet import PET
@@ -191,7 +191,7 @@ class SettledBaselines(Feature):
             moved = 1000 * float((values - model.composition.get(target).cpu()).abs().max())
             _logger.info("baselines of '%s' settled: by up to %.2f meV", target, moved)
             model.composition.set(target, values)
-        self._tell(files, settled, [symbol_of(number) for number in model.species])
+        self._tell(files, settled, [chemical_symbols[number] for number in model.species])
         if processes.first():
             save_checkpoint(files.best, model, provenance=best.provenance)
             if files.adapter.is_dir():
