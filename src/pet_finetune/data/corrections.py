@@ -30,6 +30,8 @@ def put_right(content: Content) -> str:
     kind, text, source = content.kind, content.text, content.source
     if kind == "orca-output":  # ASE knows the older words, and takes the newer ones for a number
         return text.replace("(SCF not fully converged!)", "(Wavefunction not fully converged!)")
+    if kind == "espresso-out":  # of hybrid functionals: the energy has two marks, and ASE wants one
+        return text.replace("!!   total energy", "!    total energy")
     if kind == "gaussian-out":
         return _OF_FORCES.sub(r" SCF Done:  E(\1) = \2 A.U.", text)
     if kind == "aims-output":

@@ -33,7 +33,7 @@ from .corrections import clean_outcar, put_frames_right, put_right
 from .extxyz import read_extxyz
 from .formats import OF_ANY_UNITS, check_complete, check_ends, check_frames, format_of
 from .metatrain_sets import Folder, identity_of_set, is_metatrain_set, read_metatrain_set
-from .outputs import doubtful_frames, hint_of, is_cp2k
+from .outputs import doubtful_frames, hint_of, is_cp2k, settings_of
 from .packing import packed
 from .symbols import (
     LAMMPS,
@@ -82,11 +82,13 @@ class FrameFile:
         frames: as ASE keeps them; a list, or a :class:`~.metatrain_sets.Folder` on disk.
         doubtful: frames whose labels are no converged results of the calculation, and why.
         converted: ASE's name of the format whose numbers it converted to eV and Å; else empty.
+        settings: of the calculation, that change its energies.
     """
 
     frames: Sequence[Atoms]
     doubtful: Mapping[int, str] = field(default_factory=dict)
     converted: str = ""
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 _read: OrderedDict[tuple[Any, ...], FrameFile] = OrderedDict()
@@ -194,7 +196,7 @@ def _parse(content: Content, format: str, types: Mapping[int, str]) -> FrameFile
     check_frames(content, frames)
     put_frames_right(content, frames)
     doubtful = doubtful_frames(kind, text, frames)
-    return FrameFile(frames, doubtful, "" if as_they_stand else kind)
+    return FrameFile(frames, doubtful, "" if as_they_stand else kind, settings_of(kind, text))
 
 
 def _named_format(format: str, source: str) -> str:

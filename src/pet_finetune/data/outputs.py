@@ -1,4 +1,4 @@
-"""Status in outputs of electronic-structure codes: did the SCF converge?
+"""Status and settings in outputs of electronic-structure codes: did the SCF converge, with what?
 
 ASE reads energies and forces and drops the status of the calculation. Here the text is searched
 for what the codes write when they give up, and each such line is laid to its frame.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -44,6 +44,59 @@ _FAILED = re.compile(
 _CLUSTER = 8
 #: In a table of names and values (``info``, ``key_value_pairs``): false means the same.
 _FLAGS = re.compile(r"(?i)(?:is_|scf_|electronic_)*converged(?:_scf|_electronic)?$")
+
+
+#: Settings that change energies, by format: what a value of each looks like in the text.
+_SETTINGS: Mapping[str, Mapping[str, str]] = {
+    "aims-output": {"functional": r"^ *xc +(\S+)"},
+    "castep-castep": {
+        "cutoff": r"plane wave basis set cut-off *: *(\S+)",
+        "functional": r"using functional *: *(.*)",
+    },
+    "espresso-out": {
+        "cutoff": r"kinetic-energy cutoff *= *(\S+)",
+        "functional": r"Exchange-correlation *= *([^(\n]*)",
+    },
+    "gaussian-out": {"method": r"^ *#[^\n]*?(?<!\S)([\w()+*,-]+/[\w()+*,-]+)"},
+    "orca-output": {
+        "basis": r"Your calculation utilizes the basis: *(\S+)",
+        "functional": r"^ *Exchange Functional +Exchange +\.+ *(\S+)",
+    },
+    "vasp-out": {
+        "ENCUT": r"^ *ENCUT *= *(\S+) eV",
+        "GGA": r"^ *GGA *= *(\w+) +GGA type",
+        "LDAU": r"^ *LDAU *= *(\S+)",
+        "METAGGA": r"^ *METAGGA *= *(\w+)",
+        "IVDW": r"^ *IVDW *= *(\d+)",
+        "LHFCALC": r"^ *LHFCALC *= *(\S+)",
+    },
+    "vasp-xml": {
+        "ENCUT": r'name="ENMAX"> *([^< ]+)',
+        "GGA": r'name="GGA"> *(\w+)',
+        "LDAU": r'name="LDAU"> *(\w)',
+        "METAGGA": r'name="METAGGA"> *(\w+)',
+        "IVDW": r'name="IVDW"> *(\d+)',
+        "LHFCALC": r'name="LHFCALC"> *(\w)',
+    },
+}
+#: Settings that VASP may print only where they are set.
+_IF_SET = frozenset({"IVDW", "LDAU", "METAGGA"})
+_POTENTIAL = re.compile(r"(?:TITEL *= *|<c>)((?:PAW|US)\w* +([A-Z][a-z]?)(?:_\w+)? +\w+)")
+#: Characters of an output within which it says its settings.
+_HEADER = 2_000_000
+
+
+def settings_of(kind: str, text: str) -> dict[str, str]:
+    """Settings of a calculation that change its energies, by name, as its output says them."""
+    header, found = text[:_HEADER], {}
+    for name, pattern in _SETTINGS.get(kind, {}).items():
+        values = re.findall(pattern, header, re.M)
+        if values or name in _IF_SET:
+            value = values[-1].strip() if values else "F"
+            found[name] = f"{float(value):g}" if re.fullmatch(r"\d+\.\d*", value) else value
+    if kind.startswith("vasp"):
+        found |= {f"potential of {element}": title for title, element in _POTENTIAL.findall(header)}
+    return found
 
 
 def is_cp2k(text: str) -> bool:

@@ -27,6 +27,8 @@ _SAME, _NEARBY = 0.01, 0.25
 #: Energies and work that belong together correlate by more, whatever the set; and differ by less of
 #: either (0.02 to 0.9 and 0.53 to 0.999 in 20 public sets, 0.03 to 0.23 where they do not).
 _TOGETHER, _APART, _FEWEST = 0.45, 0.5, 20
+#: Files that a finding names, at most.
+_NAMED = 8
 
 
 def check_levels(dataset: InspectedDataset) -> Iterator[Finding]:
@@ -44,6 +46,45 @@ def check_levels(dataset: InspectedDataset) -> Iterator[Finding]:
                 yield from _compare_files(levels, name, files[name])
     for file, frames in files.items():
         yield from _split_levels(file, frames)
+
+
+def check_settings(files: Mapping[str, Mapping[str, str]]) -> Iterator[Finding]:
+    """Outputs of one program that were computed with different settings.
+
+    Args:
+        files: settings by name, by file.
+    """
+    differing: dict[str, dict[str, list[str]]] = {}
+    for name in dict.fromkeys(name for settings in files.values() for name in settings):
+        values: dict[str, list[str]] = {}
+        for file, settings in files.items():
+            if name in settings:
+                values.setdefault(settings[name], []).append(file)
+        if len(values) > 1:
+            differing[name] = dict(sorted(values.items(), key=lambda item: -len(item[1])))
+    if not differing:
+        return
+    others = (
+        file for values in differing.values() for own in [*values.values()][1:] for file in own
+    )
+    shown = (
+        f"{name}: " + ", ".join(f"{value} ({len(own)} files)" for value, own in values.items())
+        for name, values in differing.items()
+    )
+    yield Finding(
+        "warning",
+        "mixed-settings",
+        f"the calculations have different settings: {'; '.join(shown)}",
+        tuple(Frames(file) for file in dict.fromkeys(others))[:_NAMED],
+        "Energies of different settings differ by more than a model's error, and cannot be learned "
+        "together.",
+        "Recompute the fewer ones with the settings of the others, remove them, or give each level "
+        "of theory a target of its own (docs/targets.md).",
+        {
+            name: {value: len(own) for value, own in values.items()}
+            for name, values in differing.items()
+        },
+    )
 
 
 _Levels = tuple[str, Sequence[int], np.ndarray, np.ndarray, np.ndarray]

@@ -32,12 +32,12 @@ from pet_finetune.training.starting_model import read_start
 from .inspected import Finding
 from .inspection import (
     Foundation,
-    cells_of,
     declared_units,
     energy_compared,
     energy_of,
     inspect_sets,
     looked_at,
+    told_by_files,
 )
 from .label_checks import read_anyway, sets_left_out
 from .label_names import target_of_file
@@ -182,7 +182,7 @@ def inspect_data(request: Request, *, device: str = "auto", seconds: float = 20.
     declared = declared_units(options.datasets(), target)
     if request.whole:  # nobody named any
         declared = {file: replace(units, named=False) for file, units in declared.items()}
-    known = [*request.findings, *findings, *cells_of(options)]
+    known = [*request.findings, *findings, *told_by_files(options)]
     inspection = inspect_sets(sets, target, declared, foundation, known)
     if not sets.get("train"):
         return inspection

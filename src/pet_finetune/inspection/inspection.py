@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from pet_finetune.training.extend import ADVICE
 from pet_finetune.training.feature import Feature, Plan
 from pet_finetune.units import length_to_angstrom
 
-from .energy_checks import check_belonging, check_levels, check_outliers
+from .energy_checks import check_belonging, check_levels, check_outliers, check_settings
 from .evidence import Declared, Evidence
 from .foundation import (
     FoundationPrediction,
@@ -234,14 +235,20 @@ def _is_converted(systems: SystemsOptions, labels: str) -> bool:
     return False
 
 
-def cells_of(options: Options) -> list[Finding]:
-    """Cells in the files that are not used, each file looked at once."""
-    files = {data.systems.read_from: data.systems for data in options.datasets()}
-    return [
-        finding
-        for file, systems in files.items()
-        for finding in check_cells(file, systems.format, systems.types)
-    ]
+def told_by_files(options: Options) -> list[Finding]:
+    """Cells in the files that are not used, and different settings of calculations.
+
+    Each file is looked at once. Settings are compared among files with the same targets.
+    """
+    files = {data.systems.read_from: data for data in options.datasets()}
+    found, settings = list[Finding](), dict[tuple[str, ...], dict[str, Mapping[str, str]]]()
+    for file, data in files.items():
+        place = file, data.systems.format, data.systems.types
+        found += check_cells(*place)
+        with suppress(DataError):  # what cannot be read is told elsewhere
+            content = read_file(*place)
+            settings.setdefault((content.converted, *data.targets), {})[file] = content.settings
+    return [*found, *chain.from_iterable(map(check_settings, settings.values()))]
 
 
 def read_checked(options: Options, seed: int) -> Splits:
@@ -293,7 +300,7 @@ class Preflight(Feature):
             keeps_baselines=options.is_finetuning and options.baseline_mode() == "keep",
         )
         declared = declared_units(options.datasets(), target)
-        inspection = inspect_sets(sets, target, declared, foundation, cells_of(options))
+        inspection = inspect_sets(sets, target, declared, foundation, told_by_files(options))
         for finding in inspection.findings:
             if finding.severity == "warning":
                 _logger.warning("data: %s", finding.text)

@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -194,9 +195,14 @@ def test_half_a_coordinate_at_the_end_of_an_xdatcar_is_noticed(tmp_path):
         read_frames(file)
 
 
-def test_steps_that_vasp_began_count():
-    with pytest.raises(DataError, match="holds 2 frames"):
-        check_complete(Content(Path(), "vasprun.xml", text="<calculation>" * 2, kind="vasp-xml"), 1)
+def test_steps_that_vasp_began_count(package_log):
+    text = "<calculation>" * 3
+    killed = Content(Path(), "vasprun.xml", text=text, kind="vasp-xml")
+    check_complete(killed, 2)
+    assert "ends within ionic step 3: it is left out" in package_log.text
+    for content, count in ((killed, 1), (replace(killed, text=f"{text}</modeling>"), 2)):
+        with pytest.raises(DataError, match="holds 3 frames"):
+            check_complete(content, count)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from ase.units import Bohr, Hartree
 from pet_finetune.config.dataset import DatasetOptions
 from pet_finetune.data.corrections import clean_outcar
 from pet_finetune.data.frame_files import read_file
-from pet_finetune.data.outputs import doubtful_frames
+from pet_finetune.data.outputs import doubtful_frames, settings_of
 from pet_finetune.data.readers import read_structures
 from pet_finetune.errors import DataError
 from pet_finetune.inspection.inspection import declared_units
@@ -280,11 +280,31 @@ def test_steps_of_a_learned_force_field_are_no_dft(package_log):
         clean_outcar(learned + learned, "OUTCAR")
 
 
+def test_settings_that_an_output_says():
+    said = "  ENCUT  =  520.0 eV  38.2 Ry\n   GGA     =    PE    GGA type\n   LDAU   =  T\n"
+    said += " IVDW = 12\n   TITEL  = PAW_PBE Fe_pv 02Aug2007\n   LHFCALC =     F    Hartree Fock\n"
+    xml = '<i name="ENMAX"> 520.00</i><i type="string" name="GGA">PE</i><i name="LDAU"> T </i>'
+    xml += '<i name="IVDW">    12</i><i name="LHFCALC"> F </i><c>PAW_PBE Fe_pv 02Aug2007  </c>'
+    known = {"ENCUT": "520", "GGA": "PE", "LDAU": "T", "IVDW": "12", "LHFCALC": "F"}
+    known |= {"METAGGA": "F", "potential of Fe": "PAW_PBE Fe_pv 02Aug2007"}
+    assert settings_of("vasp-out", said) == known
+    assert settings_of("vasp-xml", xml) == known
+    assert settings_of("gaussian-out", " #p b3lyp/6-31g* opt\n") == {"method": "b3lyp/6-31g*"}
+    assert settings_of("extxyz", said) == {}
+
+
 def test_energies_without_van_der_waals_terms_go():
     line = "  energy  without entropy=  -3.0 eV    w/o vdW =  -1.0  energy(sigma->0) =  -3.1 eV"
     line += "    w/o vdW =   -1.1"
     assert clean_outcar(line, "OUTCAR").split()[-1] == "-3.1"
     assert clean_outcar(line, "OUTCAR").split()[6] == "-3.1"
+
+
+def test_the_energy_of_a_hybrid_functional_in_quantum_espresso(tmp_path):
+    path = tmp_path / "pw.out"
+    path.write_text(espresso([True]).replace("!    total", "!!   total"))
+    (atoms,) = read_file(path).frames
+    assert atoms.calc.results["energy"] == pytest.approx(-76.0 * Hartree / 2)
 
 
 def test_a_structure_without_an_energy_at_the_end_of_a_run_is_doubtful():

@@ -11,6 +11,7 @@ from ase.build import bulk
 
 from inspected import codes, frames, look, read, relabel, the, turned
 from pet_finetune.data.structure import Structure
+from pet_finetune.inspection.energy_checks import check_settings
 from tiny_data import structures_of
 
 
@@ -260,3 +261,12 @@ def test_known_faults_and_no_others(shared_dir, name):
     assert codes(inspection, "error") == set()
     assert codes(inspection, "warning") == SETS[name]
     assert codes(inspection, "note") >= NOTES.get(name, set())
+
+
+def test_calculations_with_different_settings():
+    ours, theirs = {"ENCUT": "520", "potential of Fe": "PAW_PBE Fe"}, {"ENCUT": "400"}
+    (finding,) = check_settings({"a": ours, "b": theirs, "c": ours})
+    assert finding.code == "mixed-settings"
+    assert "ENCUT: 520 (2 files), 400 (1 files)" in finding.what
+    assert [place.file for place in finding.where] == ["b"]
+    assert not list(check_settings({"a": ours, "b": {"ENCUT": "520"}}))
