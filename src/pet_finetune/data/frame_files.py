@@ -33,6 +33,7 @@ from .corrections import clean_outcar, put_frames_right, put_right
 from .extxyz import read_extxyz
 from .formats import OF_ANY_UNITS, check_complete, check_ends, check_frames, format_of
 from .metatrain_sets import Folder, identity_of_set, is_metatrain_set, read_metatrain_set
+from .npz import names_in_npz, read_npz
 from .outputs import doubtful_frames, hint_of, is_cp2k, settings_of
 from .packing import packed
 from .symbols import (
@@ -231,6 +232,8 @@ def _guess(content: Content) -> str:
         kind = "abinit-out"  # whose echo of the input ASE takes for one
     if kind in ioformats and re.search(_WORDS.get(kind, ""), text):
         return kind
+    if names_in_npz(content):
+        return "npz"
     arrays = arrays_of(content)
     if arrays:
         raise DataError(
@@ -276,6 +279,11 @@ def _frames(
     kind, source, text = content.kind, content.source, put_right(content)
     if kind in ("extxyz", "xyz"):
         yield from read_extxyz(text, source, types, plain=kind == "xyz", step=watch.step)
+        return
+    if kind == "npz":
+        for atoms in read_npz(content):
+            watch.step()
+            yield atoms
         return
     if kind == _N2P2:
         kind = "runnerdata"

@@ -74,7 +74,8 @@ def without_fixed(forces: Tensor) -> Tensor:
     """
     net, sizes, zero = forces.sum(dim=0).abs(), forces.abs().sum(dim=0), forces == 0
     apart = net > (_NET_PART * sizes).clamp_min(_NET)
-    fixed = zero & (apart | (zero.all(dim=1, keepdim=True) & apart.any()))
+    several = apart & (zero.sum(dim=0) > 1)  # one zero in a direction may be chance
+    fixed = zero & (several | (zero.all(dim=1, keepdim=True) & apart.any()))
     return forces.masked_fill(fixed, torch.nan) if bool(fixed.any()) else forces
 
 

@@ -13,6 +13,7 @@ import pytest
 from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
+from ase.units import kcal, mol
 
 from pet_finetune.config.dataset import DatasetOptions
 from pet_finetune.data.frame_files import read_file, read_frames
@@ -184,7 +185,7 @@ def test_outputs_of_cp2k_get_a_message_of_their_own(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.npz", None, "arrays of numpy (R, z)"),
+        ("a.npz", None, "arrays of numpy (X, z)"),
         ("b.npz", b"PK\x03\x04" + bytes(50), "damaged or cut off"),
         ("c.h5", b"\x89HDF\r\n\x1a\n" + bytes(50), "tables of HDF5"),
         ("d.npy", b"\x93NUMPY" + bytes(50), "an array of numpy"),
@@ -192,7 +193,7 @@ def test_outputs_of_cp2k_get_a_message_of_their_own(tmp_path):
     ],
 )
 def test_numbers_without_a_meaning_get_a_message_of_their_own(tmp_path, name, content, words):
-    np.savez(tmp_path / "a.npz", R=np.zeros((5, 3, 3)), z=np.array([8, 1, 1]))
+    np.savez(tmp_path / "a.npz", X=np.zeros((5, 3, 3)), z=np.array([8, 1, 1]))
     if content is not None:
         (tmp_path / name).write_bytes(content)
     message = refused(tmp_path / name)
@@ -520,3 +521,33 @@ def test_a_name_that_is_not_utf8_is_told_of(tmp_path):
     write(file, molecule("H2O"), format="extxyz")
     with pytest.raises(DataError, match=r"name of the data file '.*d\\udce4ta.xyz' is not UTF-8"):
         read_frames(file)
+
+
+def test_arrays_of_md17_and_its_like_are_read(tmp_path, package_log):
+    path, rng = tmp_path / "ethanol.npz", np.random.default_rng(0)
+    positions, forces = rng.normal(size=(2, 2, 3, 3))
+    arrays = {
+        "R": positions,
+        "F": forces,
+        "E": np.array([[-1.0], [-2.0]]),
+        "z": np.array([8, 1, 1]),
+    }
+    np.savez(path, **arrays, e_unit="kcal/mol", r_unit="Ang", theory="PBE")
+    first, second = read_structures(of(path))
+    assert second.labels["energy"].item() == pytest.approx(-2.0 * kcal / mol)
+    assert second.labels["energy/forces"].numpy() == pytest.approx(forces[1] * kcal / mol)
+    assert (first.positions.numpy() == positions[0]).all()
+    assert first.numbers.tolist() == [8, 1, 1]
+    assert not first.pbc.any()
+    assert "theory are not read" in package_log.text
+    padded = {
+        "numbers": np.array([[8, 1, 0], [8, 1, 1]]),
+        "coords": positions,
+        "cell": np.eye(3) * 9,
+    }
+    np.savez(path, **padded, pbc=np.array([True, True, False]))
+    first, second = read_frames(path)
+    assert (len(first), len(second)) == (2, 3)
+    assert first.pbc.tolist() == [True, True, False]
+    np.savez(path, **(arrays | {"F": forces[0]}))
+    assert "the forces have the shape (3, 3)" in refused(path)

@@ -383,17 +383,18 @@ def test_constraints_do_not_zero_forces(tmp_path, labelled):
 def test_forces_that_constraints_set_to_zero_are_unknown(tmp_path, package_log):
     (atoms,) = crystals(1)
     atoms.info["energy"] = 0.0
-    held, balanced = (
-        np.array([[0.0, 0.0, 0.3], [0.0, 0.2, 0.1]]),
-        np.array([[0, 0, 0], [0.0, 0, 0]]),
+    held = np.array([[0.0, 0.0, 0.0], [0.0, 0.2, 0.1]])
+    balanced, chance = (
+        np.array([[0.0, 0.2, 0.1], [0.0, -0.2, -0.1]]),
+        held + [[0.0, 0.0, 0.1], [0, 0, 0]],
     )
-    for forces, unknown in ((held, [0, 1]), (balanced, [])):
+    for forces, unknown in ((held, [True, False]), (balanced, [False] * 2), (chance, [False] * 2)):
         atoms.arrays["forces"] = forces
         write(tmp_path / "set.xyz", atoms)
         (structure,) = read_structures(options(tmp_path / "set.xyz"))
         found = structure.labels["energy/forces"]
-        assert found.isnan().nonzero().flatten().tolist() == unknown
-        assert ("constraints have set them to zero" in package_log.text) == bool(unknown)
+        assert found.isnan().all(dim=1).tolist() == found.isnan().any(dim=1).tolist() == unknown
+        assert ("constraints have set them to zero" in package_log.text) == any(unknown)
         package_log.clear()
 
 
