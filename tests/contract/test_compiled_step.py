@@ -376,22 +376,21 @@ def test_a_run_goes_on_where_compiling_fails(compiler, said, repository, monkeyp
     out = run(repository, monkeypatch, tmp_path, compiler)
     assert f"training steps are computed without compiling: {said}" in out
     assert out.splitlines()[-1] == "True"
-    assert not list(tmp_path.rglob("*.graph"))
+    assert not list(tmp_path.rglob("*.so"))
 
 
 @SLOW
 def test_inductor_gives_the_same_gradients_and_keeps_them(monkeypatch, tmp_path):
     kind = "smallest"  # torch's compiler takes a minute as it is
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    monkeypatch.setattr(graphs, "_compiled", count_calls(made := [], graphs._compiled))
+    monkeypatch.setattr(graphs, "_compile", count_calls(made := [], graphs._compile))
     for _ in range(2):  # the second time from the file
         model, objectives = model_and_objectives(kind)
         step = step_of(model, objectives)
         for frames in (FIRST, *OTHERS):
             check(kind, step, model, objectives, frames)
         assert len(made) == 1
-    assert len(list(tmp_path.rglob("*.graph"))) == 1
+    assert len(list(tmp_path.rglob("*.so"))) == 1
 
 
 def count_calls(made, function):

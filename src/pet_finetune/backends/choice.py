@@ -137,7 +137,7 @@ def _first_line(error: Exception) -> str:
 
 def _library_path() -> Path:
     """Path of the library; it depends on sources, torch version, processor and compiler flags."""
-    parts = [torch.__version__, platform.machine(), _processor(), *_flags()]
+    parts = [torch.__version__, platform.machine(), processor(), *_flags()]
     digest = hashlib.sha256("\n".join(parts).encode())
     for source in sorted(_SOURCES.iterdir()):
         digest.update(source.read_bytes())
@@ -150,7 +150,7 @@ def _flags() -> list[str]:
     return ["-O3", f"-march={os.environ.get(PROCESSOR, 'native')}", *_FLAGS]
 
 
-def _processor() -> str:
+def processor() -> str:
     """The instructions this processor has: home directories travel between machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

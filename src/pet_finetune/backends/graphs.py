@@ -1,9 +1,9 @@
 """A function of tensors as one compiled graph, for inputs of any sizes, kept on disk.
 
 The function is followed once, with sizes left open, down to torch's plain operations, whatever
-derivatives it takes among them (``make_fx``); Inductor makes that into a library for the CPU or
-kernels for a GPU. The result is a file in our cache, which the next process loads in a second
-or two without following anything.
+derivatives it takes among them (``make_fx``); AOTInductor makes that into a library, with kernels
+for a GPU in it. This one file in our cache is all that the next process needs: it loads it in
+milliseconds, without the compiler and without following anything.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
@@ -24,19 +26,22 @@ import torch
 from torch import Tensor
 
 from pet_finetune.errors import PetFinetuneError
-from pet_finetune.files import is_sound, note_digest, replacing
+from pet_finetune.files import check_room, is_sound, note_digest, replacing
 from pet_finetune.installation import cache_folders
 from pet_finetune.locks import only_one
 from pet_finetune.log import get_logger
+
+from .choice import processor
 
 #: Tensors to tensors.
 Graph = Callable[..., Sequence[Tensor]]
 
 _LOG = get_logger(__name__)
 _PACKAGE = Path(__file__).parents[1]
+#: For a compiled graph and what the compiler writes on its way, in bytes.
+_ROOM = 100_000_000
 #: What decides which operations a function of the network consists of.
 _SOURCES = ("adapters", "backends", "graph", "model", "nn", "training")
-_INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
 
 
 class CannotCompile(PetFinetuneError):
@@ -73,16 +78,17 @@ def compiled_graph(
         CannotCompile: there is no compiler, or it or something before it failed.
     """
     path = _path(key, device)
-    _choose_folder(path.parent)
-    if not is_sound(path):
+    sound = is_sound(path)
+    if not sound:
         _check_compiler(device)
         # A warning, because that is shown also where nobody set up logging.
         _LOG.warning("Compiling %s, once for this kind of model: a minute or more.", what)
     try:
-        if is_sound(path):
-            return _loaded(path)
-        with only_one(path):
-            return _loaded(path) if is_sound(path) else _compiled(path, function, inputs, free)
+        if not sound:
+            with only_one(path):
+                if not is_sound(path):
+                    _compile(path, function, inputs, free)
+        return _loaded(path, device)
     except Exception as error:  # a compiler has more ways to fail than can be listed
         _LOG.debug("compiling failed", exc_info=True)
         # Remove a damaged file, or one of another build of torch.
@@ -120,31 +126,41 @@ def followed(
         return make_fx(function)(*fakes), fakes
 
 
-def _compiled(
+def _compile(
     path: Path, function: Graph, inputs: Sequence[Tensor], free: Sequence[Sequence[int]]
-) -> Graph:
-    from torch._inductor import standalone_compile
+) -> None:
     from torch._inductor.async_compile import shutdown_compile_workers
+    from torch._inductor.compile_fx import compile_fx_aot
 
     started = time.perf_counter()
+    for folder in (path.parent, Path(tempfile.gettempdir())):
+        check_room(folder, _ROOM)
     graph, fakes = followed(function, inputs, free)
     try:
-        with torch.no_grad():
-            compiled = standalone_compile(graph, [*fakes], donate_graph_module=True)
+        with replacing(path) as new, torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
+            compile_fx_aot(
+                graph,
+                [*fakes],
+                config_patches={
+                    "aot_inductor.output_path": str(new),
+                    "aot_inductor.embed_kernel_binary": True,  # those of a GPU in the same file
+                },
+            )
     finally:
         shutdown_compile_workers()  # of a pool that would wait for more until this process ends
-    with replacing(path) as new:
-        compiled.save(path=str(new), format="binary")
     note_digest(path)
     _LOG.info("compiled in %.0f s", time.perf_counter() - started)
-    return compiled
 
 
-def _loaded(path: Path) -> Graph:
-    from torch._inductor.standalone_compile import CompiledArtifact
-
-    loaded: Graph = CompiledArtifact.load(path=str(path), format="binary")
-    return loaded
+def _loaded(path: Path, device: torch.device) -> Graph:
+    # Torch's own function for this imports the compiler, which takes seconds.
+    made: Any = torch._C._aoti
+    if device.type == "cpu":
+        runner = made.AOTIModelContainerRunnerCpu(str(path), 1)
+    else:
+        runner = made.AOTIModelContainerRunnerCuda(str(path), 1, str(device))
+    return lambda *values: runner.run([*values])
 
 
 def _check_compiler(device: torch.device) -> None:
@@ -165,19 +181,10 @@ def _first_line(text: str) -> str:
     return next(filter(None, (line.strip() for line in text.splitlines())), "")
 
 
-def _choose_folder(folder: Path) -> None:
-    """Have Inductor keep its libraries with ours, without which a graph is compiled once more."""
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
-    # The variable is the user's, or torch has set it by itself, to a temporary folder.
-    if os.environ.get(_INDUCTOR) in (None, os.path.abspath(default_cache_dir())):
-        os.environ[_INDUCTOR] = str(folder / "inductor")
-
-
 def _path(key: str, device: torch.device) -> Path:
     """Path of a compiled graph, which depends on function, package, torch and hardware."""
     digest = hashlib.sha256("\n".join([key, _surroundings(device)]).encode()).hexdigest()[:24]
-    paths = [folder / "graphs" / f"{digest}.graph" for folder in cache_folders()]
+    paths = [folder / "graphs" / f"{digest}.so" for folder in cache_folders()]
     return next((path for path in paths if path.exists()), paths[-1])
 
 
@@ -187,7 +194,8 @@ def _surroundings(device: torch.device) -> str:
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
     else:
-        where = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        capability = torch.backends.cpu.get_cpu_capability()
+        where = f"{platform.machine()} {capability} {processor()}"
     digest = hashlib.sha256()
     for folder in _SOURCES:
         for source in sorted((_PACKAGE / folder).rglob("*.py")):

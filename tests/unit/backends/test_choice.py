@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,7 +87,7 @@ def test_each_torch_processor_and_target_has_a_library_of_its_own(fresh, monkeyp
     paths = [choice._library_path()]
     for patch in (
         lambda inside: inside.setattr(choice.torch, "__version__", "0.0.1"),
-        lambda inside: inside.setattr(choice, "_processor", lambda: "flags: none"),
+        lambda inside: inside.setattr(choice, "processor", lambda: "flags: none"),
         lambda inside: inside.setenv(choice.PROCESSOR, "x86-64-v3"),
     ):
         with monkeypatch.context() as inside:
@@ -126,16 +128,25 @@ def test_a_damaged_library_is_compiled_again(monkeypatch, tmp_path):
 
 
 def test_a_damaged_graph_is_compiled_again(monkeypatch, tmp_path):
-    path = tmp_path / "one.graph"
+    path = tmp_path / "one.so"
     made = []
     monkeypatch.setattr(graphs, "_path", lambda key, device: path)
-    monkeypatch.setattr(graphs, "_loaded", lambda path: path.read_bytes())
-    monkeypatch.setattr(graphs, "_compiled", lambda path, *function: made.append(path) or "new")
+    monkeypatch.setattr(graphs, "_loaded", lambda path, device: path.read_bytes())
+    monkeypatch.setattr(
+        graphs, "_compile", lambda path, *function: made.append(path) or path.write_bytes(b"new")
+    )
     wanted = ("a graph", "key", torch.device("cpu"), list, [], [])
     path.write_bytes(b"as it was compiled")
     files.note_digest(path)
     assert graphs.compiled_graph(*wanted) == b"as it was compiled"
     path.write_bytes(b"as it was compilee")
     assert not graphs.is_compiled("key", torch.device("cpu"))
-    assert graphs.compiled_graph(*wanted) == "new"
+    assert graphs.compiled_graph(*wanted) == b"new"
     assert made == [path]
+
+
+def test_a_full_disk_is_told_before_anything_is_compiled(monkeypatch, tmp_path):
+    monkeypatch.setattr(graphs, "_path", lambda key, device: tmp_path / "one.so")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(graphs.CannotCompile, match="No space left on device: '"):
+        graphs.compiled_graph("a graph", "key", torch.device("cpu"), list, [], [])
