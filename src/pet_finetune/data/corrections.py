@@ -38,9 +38,16 @@ def put_right(content: Content) -> str:
         return _with_cells(text)
     if kind == "abinit-out":
         return _with_acell(text, source)
+    if kind == "nwchem-out" and "Output coordinates in a.u." in text and _GRADIENT not in text:
+        raise DataError(
+            f"{source} has its geometry in Bohr, which ASE takes for Å. Write it as extended xyz, "
+            "or compute with `geometry units angstroms`."
+        )
     return text
 
 
+#: With it come the positions that they belong to, whose unit is known.
+_GRADIENT = "ENERGY GRADIENTS"
 #: Energies of excited states and of several layers, to which the forces belong that follow: ASE
 #: reads that of the ground state, or of a layer.
 _OF_FORCES = re.compile(
@@ -123,6 +130,8 @@ def clean_outcar(text: str, source: str) -> str:
 
 
 _AENET = re.compile(r"(?i)^ *# *total energy *= *([-+.\dEe]+) *eV", re.M)
+#: GPa, from which on an enthalpy is no energy: 6 meV for 10 Å³.
+_PRESSURE = 0.1
 _NUMBERS: Mapping[str, tuple[str, str]] = {
     "aims-output": (r"^ *Charge += +(\S+): Charged system", r"(?!)"),
     "castep-castep": (r"^ *net charge +of system *: *(\S+)", r"(?!)"),
@@ -144,6 +153,19 @@ def put_frames_right(content: Content, frames: Sequence[Atoms]) -> None:
         raise DataError(
             f"{source} is of a crystal, and its steps do not say their cell: they would be "
             "molecules in vacuum. Write them as extended xyz with a Lattice."
+        )
+    if kind == "nwchem-out":  # plane waves, whose cell is periodic
+        for atoms in (a for a in frames if a.cell.rank == 3):
+            atoms.pbc = True
+    pressure = (
+        max((float(a.info.get("pressure") or 0) for a in frames), key=abs) if kind == "res" else 0
+    )
+    if abs(pressure) > _PRESSURE:
+        _logger.warning(
+            "%s: the energies in files of AIRSS are enthalpies, here with pressures up to %g GPa. "
+            "Take pressure times volume off them before they are labels of an energy",
+            source,
+            pressure,
         )
     if kind == "qbox":
         _from_atomic_units(frames, source)

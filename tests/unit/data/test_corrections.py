@@ -149,3 +149,60 @@ def test_outputs_of_unknown_programs_are_not_taken_for_others_by_their_endings(t
     path.write_text("                              ABACUS v3.4\n TOTAL ENERGY: 1.0\n")
     with pytest.raises(DataError, match="neither name nor content says which format"):
         read_file(path)
+
+
+NWCHEM = """
+                       NWPW PSPW Calculation
+
+                             Geometry "geometry" -> ""
+                             -------------------------
+
+ Output coordinates in angstroms (scale by  1.889725989 to convert to a.u.)
+
+  No.       Tag          Charge          X              Y              Z
+ ---- ---------------- ---------- -------------- -------------- --------------
+    1 C                    6.0000     0.00000000     0.00000000     0.00000000
+
+      Lattice Parameters
+      ------------------
+
+      lattice vectors in angstroms (scale by  1.889725989 to convert to a.u.)
+
+      a1=<   4.000   0.000   0.000 >
+      a2=<   0.000   5.526   0.000 >
+      a3=<   0.000   0.000   4.596 >
+      a=       4.000 b=      5.526 c=       4.596
+
+          *               NWPW PSPW Calculation              *
+ orbital energies:
+     0.3919370E+00 (  10.665eV) occ=1.000
+     0.3908827E+00 (  10.637eV) occ=1.000
+
+ Total PSPW energy     :  -0.1709317826E+02
+"""
+
+
+def test_plane_waves_of_nwchem_are_periodic_and_bohr_is_no_angstrom(tmp_path):
+    path = tmp_path / "carbon.nwo"
+    path.write_text(
+        "              Northwest Computational Chemistry Package (NWChem) 7.0\n" + NWCHEM
+    )
+    (atoms,) = read_file(path).frames
+    assert atoms.pbc.all()
+    path.write_text(
+        path.read_text().replace("Output coordinates in angstroms", "Output coordinates in a.u.")
+    )
+    with pytest.raises(DataError, match="geometry in Bohr"):
+        read_file(path)
+
+
+@pytest.mark.parametrize("pressure", [50.0, 0.01])
+def test_enthalpies_of_airss_are_told_of(tmp_path, package_log, pressure):
+    path = tmp_path / "si.res"
+    path.write_text(
+        f"TITL si {pressure} 64.0 -1000.0 0 0 1 (P1) n - 1\nCELL 1.54 4 4 4 90 90 90\nLATT -1\n"
+        "SFAC Si\nSi 1 0 0 0 1.0\nEND\n"
+    )
+    (atoms,) = read_file(path, "res").frames
+    assert atoms.calc.results["energy"] == -1000.0
+    assert ("are enthalpies" in package_log.text) == (pressure > 1)
