@@ -237,10 +237,19 @@ _ACTS: dict[signal.Signals, signal._HANDLER] = {
 }
 
 
+#: What batch systems are asked to send before the end (SLURM's --signal), and what a terminal sends
+#: that is closed. A script may have a use of its own for them; nohup ignores the last.
+_WARNINGS = [
+    getattr(signal, name) for name in ("SIGUSR1", "SIGXCPU", "SIGHUP") if hasattr(signal, name)
+]
+
+
 class InterruptGuard:
     """While open, the first SIGINT or SIGTERM only sets :attr:`requested`; a second one acts.
 
-    A process that was started with these signals ignored (in the background of a script, under
+    So do SIGUSR1, SIGXCPU and SIGHUP where they would end the process.
+
+    A process that was started with the first two ignored (in the background of a script, under
     nohup, by some batch systems) handles them too while the guard is open, because they are sent
     to this process on purpose.
 
@@ -253,7 +262,8 @@ class InterruptGuard:
 
     def __enter__(self) -> InterruptGuard:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            deadly = [n for n in _WARNINGS if signal.getsignal(n) == signal.SIG_DFL]
+            for number in (signal.SIGINT, signal.SIGTERM, *deadly):
                 self._before[number] = signal.signal(number, self._note)
         return self
 

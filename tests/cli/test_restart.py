@@ -298,14 +298,17 @@ def test_what_cannot_be_gone_on_with(here, command):
     assert "the best model of this run so far, is gone" in failing(command, "--restart", "run")
 
 
-def test_a_second_interrupt_stops_at_once(here, command, monkeypatch):
+def test_a_second_interrupt_stops_at_once(here, command, monkeypatch, assert_whole):
     def twice(self, *ignored):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
+    display = RunDisplay.step_ended
     monkeypatch.setattr(RunDisplay, "step_ended", twice)
     write()
     answer = command("train", "mine.yaml", "-o", "run")
     assert answer.code == 130
     assert answer.err.endswith("interrupted\n")
-    assert not Path("run/last.ckpt").exists()
+    monkeypatch.setattr(RunDisplay, "step_ended", display)
+    assert command("train", "mine.yaml", "-o", "run", "--restart", "auto").code == 0
+    assert_whole("run", "scratch")

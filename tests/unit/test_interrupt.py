@@ -16,8 +16,9 @@ from pet_finetune.installation import end_while_importing
 from pet_finetune.terminal import InterruptGuard
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_is_only_noted(number):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU"])
+def test_the_first_signal_is_only_noted(name):
+    number = signal.Signals[name]
     before = signal.getsignal(number)
     with InterruptGuard() as guard:
         assert not guard.requested
@@ -32,6 +33,20 @@ def at_start(request):
     before = signal.signal(signal.SIGINT, request.param)
     yield request.param
     signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_that_the_script_uses_or_nohup_ignores_is_left_alone():
+    used = []
+    for number, handler in (
+        (signal.SIGUSR1, lambda *_: used.append(1)),
+        (signal.SIGHUP, signal.SIG_IGN),
+    ):
+        before = signal.signal(number, handler)
+        with InterruptGuard() as guard:
+            os.kill(os.getpid(), number)
+        assert not guard.requested
+        assert signal.signal(number, before) is handler
+    assert used == [1]
 
 
 def test_a_second_interrupt_acts(at_start):

@@ -280,8 +280,8 @@ class TrainingOptions(Section):
     """Loggers of each epoch: `csv` (always), `tensorboard`, `wandb` (with the settings in `wandb`),
     `trackio`. The last three need the extra of their name."""
     checkpoint_interval: PositiveInt = 10
-    """Epochs between two saves of `last.ckpt`; it is saved after the first epoch and after ten
-    minutes, too. metatrain's default is 100."""
+    """Epochs between two saves of `last.ckpt`; it is saved at the start, after the first epoch and
+    after ten minutes, too. metatrain's default is 100."""
     finetune: FinetuneOptions = FinetuneOptions()
     """Where training starts and which weights it changes."""
     distributed: Flag | None = None

@@ -123,9 +123,12 @@ def _train_in(
             run = resume_run(files, open_run(request.restart, options), device, rooms)
         files.tell({STARTED: starts_of(files.about())})
         trainer, training = run.trainer, run.options.training
-        trainer.add(RunRecorder(run))
+        recorder = RunRecorder(run)
+        trainer.add(recorder)
         done = trainer.progress.epoch
         trainer.add(RunDisplay(training.epochs, training.log_interval, done))
+        if not trainer.progress.step:  # whatever ends the first epoch, the run can be gone on with
+            recorder.save()
         result = trainer.fit()
         peaks = {"process": peak_resident_mib(), "gpu": peak_gpu_mib(trainer.model.device)}
         files.tell({"peak_memory_mib": peaks})
