@@ -137,6 +137,7 @@ _NUMBERS: Mapping[str, tuple[str, str]] = {
     "castep-castep": (r"^ *net charge +of system *: *(\S+)", r"(?!)"),
     "gamess-us-out": (r"CHARGE OF MOLECULE *= *(\S+)", r"SPIN MULTIPLICITY *= *(\d+)"),
     "gaussian-out": (r"^ *Charge = *(\S+) Mult", r"^ *Charge = *\S+ Multiplicity = *(\d+)"),
+    "gpaw-out": (r"^ *Total [Cc]harge: *(\S+)", r"(?!)"),
     "nwchem-out": (r"^ *Charge *: *(-?\d+)", r"^ *Spin multiplicity *: *(\d+)"),
     "orca-output": (r"Total Charge +Charge +\.+ +(\S+)", r"Multiplicity +Mult +\.+ +(\d+)"),
 }

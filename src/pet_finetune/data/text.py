@@ -57,9 +57,10 @@ _NO_DATA = (
         "and stresses (there in kbar and with VASP's sign) as extended xyz",
     ),
     (
-        re.compile(r"\s*\[?\s*\{[^{}]*\"@module\":\s*\"(?:pymatgen|emmet)"),
-        "is JSON of pymatgen: write its structures with `.to_ase_atoms()` and ase.io.write to "
-        "extended xyz, with energies and forces",
+        re.compile(r"\s*(?!\{\s*\"\d+\":)[\[{][\s\S]{,20000}?\"@module\":\s*\"(?:pymatgen|emmet)"),
+        "is JSON of pymatgen (as MPtrj's and MatPES's): write its structures with "
+        "`.to_ase_atoms()` and ase.io.write to extended xyz, with energies and forces; stresses "
+        "are there in kbar with VASP's sign: times -0.1 ase.units.GPa",
     ),
     (
         re.compile(r"(?i)\s*(?:<\?xml[^>]*>\s*)?<(?:!doctype )?html"),

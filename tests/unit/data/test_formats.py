@@ -367,6 +367,7 @@ def test_units_of_a_database_of_schnetpack_are_used(tmp_path, caplog):
         ("BEGIN_CFG\n Size\n 1\n", "MLIP"),
         (" 1.0 Version\n**************\n", "ML_AB"),
         ('{"@module": "pymatgen.core.structure", "lattice": {}}', "to_ase_atoms"),
+        ('[{"structure": {"@module": "pymatgen.core.structure"}, "energy": 1}]', "VASP's sign"),
     ],
 )
 def test_files_of_others_that_no_reader_knows_are_named(tmp_path, content, words):
