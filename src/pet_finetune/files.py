@@ -216,9 +216,8 @@ def check_file(file: Path, what: str) -> None:
     """Refuse a path that is not a file, with the nearest name in its folder."""
     if file.is_dir():
         deepmd = (
-            " It is a data set of DeePMD-kit; in Python, dpdata converts it: dpdata.LabeledSystem("
-            f"{str(file)!r}, fmt='deepmd/npy' or 'deepmd/raw').to('ase/structure'), then "
-            "ase.io.write('data.xyz', ...)."
+            " It is a data set of DeePMD-kit without arrays of numpy; dpdata makes them: "
+            f"dpdata.LabeledSystem({str(file)!r}, fmt='deepmd/raw').to('deepmd/npy', 'data')."
             if (file / "type.raw").exists()
             else ""
         )

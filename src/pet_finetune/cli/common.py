@@ -192,6 +192,10 @@ def check_folders(*folders: str | Path | None) -> None:
             )
 
 
+#: What folders of metatrain and of DeePMD-kit hold.
+_FOLDERS = ("ns.npy", "na.npy", "set.*/coord.npy", "*/set.*/coord.npy")
+
+
 def check_data(*files: str | Path) -> None:
     """Refuse files of structures that are not there.
 
@@ -199,7 +203,7 @@ def check_data(*files: str | Path) -> None:
         DataError: the first of them.
     """
     for path in map(Path, files):
-        if not (path / "ns.npy").exists() and not (path / "na.npy").exists():  # metatrain's folders
+        if not any(next(path.glob(mark), None) for mark in _FOLDERS):
             check_file(path, "data file")
 
 

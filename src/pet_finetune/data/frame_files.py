@@ -33,7 +33,7 @@ from .corrections import clean_outcar, put_frames_right, put_right
 from .extxyz import read_extxyz
 from .formats import OF_ANY_UNITS, check_complete, check_ends, check_frames, format_of
 from .metatrain_sets import Folder, identity_of_set, is_metatrain_set, read_metatrain_set
-from .npz import names_in_npz, read_npz
+from .numpy_sets import is_deepmd, names_in_npz, read_deepmd, read_npz
 from .outputs import doubtful_frames, hint_of, is_cp2k, settings_of
 from .packing import packed
 from .symbols import (
@@ -111,7 +111,7 @@ def read_file(
 
     Args:
         path: the file, also compressed (.gz, .bz2, .xz); or a data set of metatrain's own, a folder
-            of arrays or a zip.
+            of arrays or a zip, or a folder of DeePMD-kit.
         format: ASE's name of the format; guessed from name and content where empty.
         types: elements by type of atom, for LAMMPS files that do not say them.
 
@@ -120,7 +120,7 @@ def read_file(
             or would be read as something else than is meant.
     """
     file = Path(path)
-    if is_metatrain_set(file) or is_database(file):
+    if is_metatrain_set(file) or is_database(file) or is_deepmd(file):
         key: tuple[Any, ...] = (str(path), identity_of_set(file))
         if key not in _read and (frames := _read_set(file)) is not None:
             _keep(key, FrameFile(frames))
@@ -139,6 +139,8 @@ def read_file(
 
 def _read_set(file: Path) -> Sequence[Atoms] | None:
     """A set of metatrain's, or a large database; a small SQLite is read as other files are."""
+    if is_deepmd(file):
+        return read_deepmd(file)
     large = packed(file)
     if large is not None or is_metatrain_set(file):
         return read_metatrain_set(file) if large is None else large
@@ -244,7 +246,7 @@ def _guess(content: Content) -> str:
         f"ASE cannot read {source}: neither name nor content says which format it is. Say it: "
         "`format: ...` next to `read_from` of the systems, or --format on the command line (`ase "
         "info --formats` lists the names). Extended xyz (.xyz, .extxyz) always works; dpdata makes "
-        "it of outputs that ASE does not know (ABACUS, SIESTA, OpenMX, PWmat, DeePMD-kit...)."
+        "it of outputs that ASE does not know (ABACUS, SIESTA, OpenMX, PWmat...)."
     )
 
 

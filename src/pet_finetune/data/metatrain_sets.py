@@ -45,7 +45,7 @@ def is_metatrain_set(path: Path) -> bool:
 
 def identity_of_set(path: Path) -> str:
     """Changes when the set does: names, sizes and dates of its files."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
     stats = [(file.name, file.stat()) for file in files]
     return str([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
 

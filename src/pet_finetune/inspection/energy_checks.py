@@ -68,7 +68,10 @@ def check_settings(files: Mapping[str, Mapping[str, str]]) -> Iterator[Finding]:
         file for values in differing.values() for own in [*values.values()][1:] for file in own
     )
     shown = (
-        f"{name}: " + ", ".join(f"{value} ({len(own)} files)" for value, own in values.items())
+        f"{name}: "
+        + ", ".join(
+            f"{value} ({len(own)} file{'s' * (len(own) > 1)})" for value, own in values.items()
+        )
         for name, values in differing.items()
     )
     yield Finding(

@@ -552,3 +552,33 @@ def test_arrays_of_md17_and_its_like_are_read(tmp_path, package_log):
     assert first.pbc.tolist() == [True, True, False]
     np.savez(path, **(arrays | {"F": forces[0]}))
     assert "the forces have the shape (3, 3)" in refused(path)
+
+
+def test_folders_of_deepmd_are_read(tmp_path):
+    rng, arrays = np.random.default_rng(0), tmp_path / "water" / "set.000"
+    arrays.mkdir(parents=True)
+    (tmp_path / "water" / "type.raw").write_text("0\n1\n1\n")
+    coordinates, forces, virial = (rng.normal(size=(2, size)) for size in (9, 9, 9))
+    virial = virial + virial.reshape(2, 3, 3).transpose(0, 2, 1).reshape(2, 9)
+    np.save(arrays / "coord.npy", coordinates)
+    np.save(arrays / "force.npy", forces)
+    np.save(arrays / "energy.npy", np.array([-1.0, -2.0]))
+    np.save(arrays / "virial.npy", virial)
+    np.save(arrays / "box.npy", np.tile(8.0 * np.eye(3).ravel(), (2, 1)))
+    assert "write their symbols into type_map.raw" in refused(tmp_path)
+    (tmp_path / "water" / "type_map.raw").write_text("O\nH\n")
+    _, second = read_structures(of(tmp_path))
+    assert second.numbers.tolist() == [8, 1, 1]
+    assert second.labels["energy"].item() == -2.0
+    assert second.labels["energy/forces"].numpy() == pytest.approx(forces[1].reshape(3, 3))
+    assert second.labels["energy/stress"].numpy() == pytest.approx(-virial[1].reshape(3, 3) / 512)
+    np.save(arrays / "real_atom_types.npy", np.array([[1, 0, -1], [0, 1, 1]]))
+    (tmp_path / "water" / "nopbc").touch()
+    first, _ = read_frames(tmp_path)
+    assert (first.get_chemical_formula(), first.pbc.any(), "stress" in first.info) == (
+        "HO",
+        False,
+        False,
+    )
+    np.save(arrays / "force.npy", forces[:1])
+    assert "cannot be read" in refused(tmp_path)

@@ -267,6 +267,6 @@ def test_calculations_with_different_settings():
     ours, theirs = {"ENCUT": "520", "potential of Fe": "PAW_PBE Fe"}, {"ENCUT": "400"}
     (finding,) = check_settings({"a": ours, "b": theirs, "c": ours})
     assert finding.code == "mixed-settings"
-    assert "ENCUT: 520 (2 files), 400 (1 files)" in finding.what
+    assert "ENCUT: 520 (2 files), 400 (1 file)" in finding.what
     assert [place.file for place in finding.where] == ["b"]
     assert not list(check_settings({"a": ours, "b": {"ENCUT": "520"}}))
