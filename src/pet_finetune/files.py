@@ -45,6 +45,19 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         _sync(path.parent)
 
 
+def found_whole(folder: Path, name: str) -> list[Path]:
+    """Files of a name in a folder and below, without what a killed :func:`replacing` left."""
+    return sorted(p for p in folder.rglob(name) if not p.parent.name.startswith(f".{name}."))
+
+
+def remove_half_written(folder: Path) -> None:
+    """Remove what :func:`replacing` left in a folder of this process when it was killed there."""
+    for place in folder.glob(".*.????????"):
+        name = place.name[1:-9]
+        if place.is_dir() and {path.name for path in place.iterdir()} <= {name}:
+            shutil.rmtree(place, ignore_errors=True)
+
+
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Write a file in one step, text as UTF-8: it is whole or as it was.
 
@@ -61,10 +74,15 @@ def writing_explained(folder: Path, kind: type[PetFinetuneError]) -> Iterator[No
     try:
         yield
     except OSError as error:
+        why = error.strerror or error
+        above = next(path for path in (folder, *folder.parents, Path()) if os.path.lexists(path))
+        if not above.is_dir():
+            why = f"'{above}' is {'a link to nothing' if above.is_symlink() else 'a file'}"
+        room = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise kind(
-            f"Cannot write to the output folder '{folder}': {error.strerror or error}. Make room, "
-            "or choose another with -o FOLDER; a run that has saved its state goes on with "
-            "--restart."
+            f"Cannot write to the output folder '{folder}': {why}. "
+            f"{'Make room, or choose' if room else 'Choose'} another with -o FOLDER; a run that "
+            "has saved its state goes on with --restart."
         ) from error
 
 
@@ -111,7 +129,7 @@ def check_new(path: Path, *, makes_folders: bool = False) -> None:
     Raises:
         DataError: with what to do.
     """
-    if path.exists():
+    if os.path.lexists(path):  # a link to nothing, too
         raise DataError(f"'{path}' exists and is not overwritten. Remove it, or name another.")
     if not makes_folders and not path.absolute().parent.is_dir():
         raise DataError(f"'{path}': there is no folder '{path.parent}'. Make it first.")

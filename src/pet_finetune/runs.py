@@ -22,7 +22,7 @@ from pydantic import BaseModel
 from pet_finetune import processes
 from pet_finetune.config.run_options import Options
 from pet_finetune.errors import DataError, RunError
-from pet_finetune.files import read_object, writing_explained
+from pet_finetune.files import found_whole, read_object, remove_half_written, writing_explained
 from pet_finetune.locks import FileLock, Holder
 from pet_finetune.log import get_logger
 
@@ -85,6 +85,7 @@ class RunFolder:
             free = lock.acquire()
         if not free:
             raise _in_use(path, lock)
+        remove_half_written(path)
         return cls(path, lock)
 
     def close(self) -> None:
@@ -182,7 +183,7 @@ def newest_run(root: Path, state: str) -> Path | None:
     Raises:
         RunError: several runs may be the last.
     """
-    folders = dict.fromkeys(_run_of(path) for path in sorted(root.rglob(state)))
+    folders = dict.fromkeys(_run_of(path) for path in found_whole(root, state))
     dated = {folder: when for folder in folders if (when := _last_start(folder)) is not None}
     if dated or not folders:
         newest = max(dated, key=dated.__getitem__) if dated else None
@@ -205,7 +206,7 @@ def _name_dead(
     state: str,
 ) -> None:
     """Log later runs that left no state to continue from."""
-    records = (path for name in _RECORDS for path in sorted(root.rglob(name)))
+    records = (path for name in _RECORDS for path in found_whole(root, name))
     others = [folder for folder in dict.fromkeys(map(_run_of, records)) if folder not in alive]
     later = {folder: when for folder in others if (when := _last_start(folder)) is not None}
     dead = [folder for folder, when in later.items() if since is None or when > since]

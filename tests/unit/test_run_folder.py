@@ -132,7 +132,14 @@ def test_the_newest_run_is_that_of_the_latest_name_and_number(tmp_path):
     folders = [saved(day / name) for name in ("03-04-05", "03-04-05.2", "03-04-05.10")]
     earlier = saved(tmp_path / "outputs/2026-01-01/23-00-00")
     touched_in_turn(earlier, *folders)
+    half, own = folders[-1] / ".last.ckpt.a_b1c2d3", folders[-1] / ".notes.of_mine1"
+    for folder, name in ((half, "last.ckpt"), (own, "todo")):  # a save that was killed
+        folder.mkdir()
+        (folder / name).touch()
     assert newest_run(tmp_path / "outputs", "last.ckpt") == folders[-1]
+    with RunFolder.take(folders[-1]):
+        assert own.exists()
+        assert not half.exists()
     shutil.copytree(tmp_path / "outputs", tmp_path / "copied")  # with new file times
     assert (
         newest_run(tmp_path / "copied", "last.ckpt") == tmp_path / "copied/2026-01-02/03-04-05.10"

@@ -89,9 +89,12 @@ class MDFiles:
     def check_free(folder: Path) -> None:
         """Make sure that a new run in ``folder`` overwrites no older one."""
         if any((folder / name).exists() for name in (STATE, TRAJECTORY, TABLE)):
+            how = f"go on with that one: --restart {folder}"
+            if not (folder / STATE).exists():
+                how = f"remove it: it was ended before it had saved its {STATE}"
             raise DynamicsError(
                 f"The output folder '{folder}' holds a simulation already. Choose another with "
-                f"-o FOLDER, or go on with that one: --restart {folder}."
+                f"-o FOLDER, or {how}."
             )
 
     def write(self, name: str, text: str) -> None:

@@ -284,7 +284,8 @@ def _report(summary: Summary, outcome: Outcome, settings: MDSettings, files: MDF
         "ns_per_day": speed,
     }
     files.write(RESULTS, json.dumps(content, indent=2) + "\n")
-    notes = f"frames: {files / TRAJECTORY}\nplot: {files / PLOT}"
+    there = [(what, files / name) for what, name in (("frames", TRAJECTORY), ("plot", PLOT))]
+    notes = "\n".join(f"{what}: {path}" for what, path in there if path.exists())
     table = Table(title="simulation", title_justify="left", show_header=False, caption=notes)
     table.add_column()
     table.add_column(justify="right")

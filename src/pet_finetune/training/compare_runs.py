@@ -163,7 +163,9 @@ def _train_rest(run: NamedRun, claimed: RunFolder, begin: Callable[..., TrainOut
     """Train one run, or what is left of it; False when it was interrupted."""
     folder = run.folder
     # Of a committee (finetune.ensemble), each member has its own.
-    saved = [path for path in (folder / LAST, *sorted(folder.glob(f"*/{LAST}"))) if path.exists()]
+    saved = [
+        path for path in (folder / LAST, *sorted(folder.glob(f"member_*/{LAST}"))) if path.exists()
+    ]
     if not saved:
         RunFiles(folder).start_over()
     restart, notices = saved[0] if saved else None, run.loaded.notices

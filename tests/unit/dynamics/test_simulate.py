@@ -181,6 +181,8 @@ def test_a_log_without_its_columns_is_damaged(tmp_path: Path, heading: str) -> N
     (tmp_path / "md.csv").write_text(f"{heading}\n0,0.0,300.0\n")
     with pytest.raises(DynamicsError, match="md.csv' cannot be read .no column"):
         MDFiles(tmp_path).read_rows()
+    with pytest.raises(DynamicsError, match=r"or remove it: it was ended before it had saved"):
+        MDFiles.check_free(tmp_path)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "langevin"])

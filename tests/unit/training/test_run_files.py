@@ -10,7 +10,8 @@ import torch
 
 from models import random_potential, trained_adapter
 from pet_finetune.checkpoint.opening import load_checkpoint
-from pet_finetune.errors import TrainingError
+from pet_finetune.errors import DataError, TrainingError
+from pet_finetune.files import check_new
 from pet_finetune.training.metrics import Metrics
 from pet_finetune.training.run_files import ADAPTER, BEST, LAST, OPTIONS, SPLITS, TABLE, RunFiles
 from pet_finetune.training.step import EpochRecord
@@ -65,8 +66,13 @@ def test_rows_that_will_be_done_again_are_dropped(tmp_path):
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(TrainingError, match=r"Cannot write to the output folder.*-o FOLDER"):
-        RunFiles(tmp_path / "file" / "run")
+    (tmp_path / "link").symlink_to("gone")
+    for name, why in (("file/run", "file' is a file"), ("link", "link' is a link to nothing")):
+        told = rf"Cannot write to the output folder.*{why}\. Choose another with -o FOLDER"
+        with pytest.raises(TrainingError, match=told):
+            RunFiles(tmp_path / name)
+    with pytest.raises(DataError, match="exists and is not overwritten"):
+        check_new(tmp_path / "link")
 
 
 def test_a_disk_that_fills_up_is_explained(tmp_path):
