@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from ase import Atoms
+from ase.data import chemical_symbols
 from ase.units import Bohr, Hartree
 
 from pet_finetune.errors import DataError
@@ -31,7 +32,7 @@ def put_right(content: Content) -> str:
     if kind == "orca-output":  # ASE knows the older words, and takes the newer ones for a number
         return text.replace("(SCF not fully converged!)", "(Wavefunction not fully converged!)")
     if kind == "espresso-out":  # of hybrid functionals: the energy has two marks, and ASE wants one
-        return text.replace("!!   total energy", "!    total energy")
+        return _with_elements(text.replace("!!   total energy", "!    total energy"), source)
     if kind == "gaussian-out":
         return _OF_FORCES.sub(r" SCF Done:  E(\1) = \2 A.U.", text)
     if kind == "aims-output":
@@ -53,6 +54,19 @@ _GRADIENT = "ENERGY GRADIENTS"
 _OF_FORCES = re.compile(
     r"^ *(?:Total Energy, E\(|(?=ONIOM: extrapolated))([^\n)=]+)\)? *= *(-?\d+\.\d+\S*)", re.M
 )
+
+_SPECIES = re.compile(r"^ +([\w-]+)(?: +\d+\.\d+){2} +([A-Z][a-z]?) *\( *1\.00\)$", re.M)
+
+
+def _with_elements(text: str, source: str) -> str:
+    """ASE takes the label ``Os`` of Quantum ESPRESSO for osmium, also with oxygen's potential."""
+    for label, element in set(_SPECIES.findall(text)):
+        if label[:2].capitalize() in set(chemical_symbols) - {element}:
+            _logger.info("%s: atoms labelled %s are %s", source, label, element)
+            row = rf"^( *(?:\d+ +)?){re.escape(label)}(?= +(?:tau\(|-?\d*\.\d))"
+            text = re.sub(row, rf"\g<1>{element}", text, flags=re.M)
+    return text
+
 
 _AIMS_CELL = re.compile(r"^ *\| Unit cell: *\n((?: *\|(?: +\S+){3} *\n){3})", re.M)
 _AIMS_STEP = re.compile(

@@ -307,6 +307,16 @@ def test_the_energy_of_a_hybrid_functional_in_quantum_espresso(tmp_path):
     assert atoms.calc.results["energy"] == pytest.approx(-76.0 * Hartree / 2)
 
 
+def test_a_label_of_quantum_espresso_is_its_pseudopotential_s_element(tmp_path):
+    text = espresso([True, True])
+    for row in ("   O   tau", "        O     ", "\nO  "):
+        assert row in text
+        text = text.replace(row, row.replace("O", "Os1"))
+    (tmp_path / "pw.out").write_text(text)
+    for atoms in read_file(tmp_path / "pw.out").frames:
+        assert atoms.get_chemical_formula() == "H2O"
+
+
 def test_a_structure_without_an_energy_at_the_end_of_a_run_is_doubtful():
     frames = [molecule("H2O") for _ in range(3)]
     for atoms in frames[:2]:
