@@ -19,12 +19,13 @@ struct Rows {
 
   // `sums`: what each part has to add up besides, in numbers.
   static Rows of(int64_t rows, int64_t sums) {
-    if (sums > 16384) {  // the gradient of a whole weight: adding up blocks and parts costs, too
-      const int64_t most =
-          std::max(std::min<int64_t>(rows / 32, 2), std::min<int64_t>(rows / 256, 8));
-      return {rows, std::max<int64_t>(most, 1), 128};
+    if (sums > 1024) {  // of a matrix: adding up blocks and parts costs, too
+      const bool whole = sums > 16384;
+      const int64_t most = std::max(std::min<int64_t>(rows / 32, 2),
+                                    std::min<int64_t>(rows / (whole ? 256 : 64), whole ? 8 : 16));
+      return {rows, std::max<int64_t>(most, 1), (whole ? 16 : 8) * kTileRows};
     }
-    const int64_t block = rows <= 512 ? 16 : 32;
+    const int64_t block = (rows <= 512 ? 2 : 4) * kTileRows;
     int64_t most = (rows + block - 1) / block;
     if (sums > 0) most = std::min<int64_t>(most, 16);
     return {rows, std::max<int64_t>(most, 1), block};

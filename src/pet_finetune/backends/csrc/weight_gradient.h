@@ -21,7 +21,7 @@ constexpr int64_t kChunk = 1024;  // rows; a multiple of every tile's and every 
 
 template <typename T>
 class WeightGradient {
-  static constexpr int64_t kSlice = 32;    // rows of dW that a thread takes at a time
+  static constexpr int64_t kSlice = 4 * kTileRows;  // rows of dW that a thread takes at a time
   static constexpr int64_t kDepth = 256;   // rows of p whose share of a slice stays in the caches
 
  public:
