@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import io
 import os
 import sys
@@ -90,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # as of stderr: any name of a file can be shown
         sys.stdout.reconfigure(errors="backslashreplace")
+    atexit.register(gc.freeze)  # or the last collection looks at all of torch: half a second
     parsed = make_parser().parse_args(arguments)
     try:
         with Watch(lambda: _doing(parsed.command)):
