@@ -247,8 +247,8 @@ def _log_isolated(reading: DatasetFiles, offer_baselines: bool) -> None:
             column, factor = energy_column(reading, name, target)
             found = replace(column, chosen=isolated).read(factor, nan_is_missing=True)
             numbers = [int(reading.frames[index].numbers[0]) for index in isolated]
-            known = zip(numbers, found, strict=True)
-            values = {z: round(float(e), 6) for z, e in known if e is not None}
+            known = [(-float(e), z) for z, e in zip(numbers, found, strict=True) if e is not None]
+            values = {z: round(-e, 6) for e, z in sorted(known)}  # of several, the ground state's
             offers |= {name: values} if values else {}
     _logger.info(
         "%s: %s and are left out.%s `isolated_atoms: train` next to `read_from` of the systems, in "

@@ -83,6 +83,14 @@ def test_isolated_atoms_are_left_out_and_their_energies_offered(atoms_and_water,
     assert "atomic_baseline: {'energy': {1: -13.6, 8: -2041.0}}" in line
 
 
+def test_the_energy_of_an_atom_s_ground_state_is_offered(tmp_path, caplog):
+    frames = [labelled(alone(), energy, forces=False) for energy in (-2041.0, -2039.0)]
+    write(tmp_path / "set.xyz", [*frames, labelled(molecule("H2O"), -2080.0)])
+    with caplog.at_level(logging.INFO, "pet_finetune"):
+        read(tmp_path / "set.xyz")
+    assert "{8: -2041.0}" in caplog.text
+
+
 def test_energies_are_offered_in_ev(atoms_and_water, caplog):
     with caplog.at_level(logging.INFO, "pet_finetune"):
         read(atoms_and_water, unit="kcal/mol")
