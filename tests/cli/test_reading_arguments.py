@@ -45,7 +45,7 @@ def test_types_reach_the_reader(tmp_path, capsys):
     assert main(["inspect", str(file)]) == 1
 
 
-@pytest.mark.parametrize(("types", "words"), [("1=Zz", "'Zz'"), ("1", "''"), ("0=H", "form 1=O")])
+@pytest.mark.parametrize(("types", "words"), [("1=Zz", "'Zz'"), ("1", "''"), (" -1=H", "form 1=O")])
 def test_types_that_are_none(tmp_path, capsys, types, words):
     with pytest.raises(SystemExit):
         main(["inspect", "x.dump", "--types", types])

@@ -144,7 +144,7 @@ def _types(text: str) -> dict[int, str]:
             types[int(number)] = element(name)
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{part!r}: {error}") from None
-        if not equals or int(number) < 1:
+        if not equals or int(number) < 0:
             raise argparse.ArgumentTypeError(f"{part!r} is not of the form 1=O")
     return types
 

@@ -78,7 +78,7 @@ Indices = Annotated[
 
 
 def _type(number: Any) -> int:
-    if isinstance(number, bool) or not str(number).isdecimal() or not int(number):
+    if isinstance(number, bool) or not str(number).isdecimal():
         raise ValueError
     return int(number)
 

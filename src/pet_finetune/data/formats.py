@@ -127,8 +127,8 @@ FORMATS: Mapping[str, Format] = {
 _NOTHING = Format()
 #: What ASE takes as it stands; numbers of all other formats it converts to eV and Å.
 OF_ANY_UNITS = frozenset(
-    {"bundletrajectory", "cfg", "db", "extxyz", "json", "mysql", "n2p2", "netcdftrajectory", "npz",
-     "postgresql", "traj", "xyz"}
+    {"bundletrajectory", "cfg", "db", "extxyz", "json", "mlip", "mysql", "n2p2",
+     "netcdftrajectory", "npz", "postgresql", "traj", "xyz"}
 )  # fmt: skip
 
 

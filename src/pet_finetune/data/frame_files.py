@@ -33,6 +33,7 @@ from .corrections import clean_outcar, put_frames_right, put_right
 from .extxyz import read_extxyz
 from .formats import OF_ANY_UNITS, check_complete, check_ends, check_frames, format_of
 from .metatrain_sets import Folder, identity_of_set, is_metatrain_set, read_metatrain_set
+from .mlip_cfg import is_mlip, read_mlip
 from .numpy_sets import is_deepmd, names_in_npz, read_deepmd, read_npz
 from .outputs import doubtful_frames, hint_of, is_cp2k, settings_of
 from .packing import packed
@@ -191,7 +192,7 @@ def _parse(content: Content, format: str, types: Mapping[int, str]) -> FrameFile
         raise DataError(f"{source} holds no structures ASE can find.{hint_of(text, kind)}")
     if kind in LAMMPS:
         with_elements(content, frames, types)
-    elif types and kind not in ("extxyz", "xyz"):
+    elif types and kind not in ("extxyz", "mlip", "xyz"):
         _logger.warning("%s: %s", source, UNUSED_TYPES)
     if kind in NAMING:
         with_named_elements(content, frames)
@@ -223,6 +224,8 @@ def _guess(content: Content) -> str:
             "positions, cell, energies and forces to extended xyz (cp2k-output-tools or dpdata "
             "do that)."
         )
+    if is_mlip(text):
+        return "mlip"
     if looks_like_lammps_data(text):
         return "lammps-data"
     head = text[:50_000].encode() if text else content.data[:50_000]
@@ -282,8 +285,8 @@ def _frames(
     if kind in ("extxyz", "xyz"):
         yield from read_extxyz(text, source, types, plain=kind == "xyz", step=watch.step)
         return
-    if kind == "npz":
-        for atoms in read_npz(content):
+    if kind in ("mlip", "npz"):
+        for atoms in read_npz(content) if kind == "npz" else read_mlip(text, source, types):
             watch.step()
             yield atoms
         return

@@ -40,6 +40,12 @@ _FAILED = re.compile(
     r"|was not enough SCF cycles to converge"  # ABINIT
     r"|SCC is NOT converged"  # DFTB+
 )
+#: Images of a nudged elastic band: the forces of VTST's OUTCAR are those of the band.
+_BANDS = {"vasp-out": r"^ *NEB: Tangent", "vasp-xml": r'name="IMAGES"> *[1-9]'}
+_OF_A_BAND = (
+    "an image of a nudged elastic band, whose forces may be those of the band and not of the "
+    "atoms: compute it once more by itself"
+)
 #: A piece without hydrogen and carbon that has more atoms is a crystal rather than a molecule.
 _CLUSTER = 8
 #: In a table of names and values (``info``, ``key_value_pairs``): false means the same.
@@ -177,6 +183,8 @@ def doubtful_frames(kind: str, text: str, frames: Sequence[Atoms]) -> dict[int, 
         for key, value in atoms.info.items():
             if _FLAGS.match(str(key)) and _is_false(value):
                 found[number] = f"{key} is false"
+    if re.search(_BANDS.get(kind, r"(?!)"), text, re.M):
+        found |= dict.fromkeys(range(len(frames)), _OF_A_BAND)
     if kind == "vasp-xml":
         found |= _vasprun(text, len(frames))
     elif kind not in ("extxyz", "xyz") and text:

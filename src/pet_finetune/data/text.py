@@ -47,11 +47,6 @@ _NO_DATA = (
         "is a pointer of Git LFS, not the data itself: fetch it with `git lfs pull`",
     ),
     (
-        re.compile(r"\s*BEGIN_CFG\b"),
-        "is a .cfg file of MLIP (moment tensor potentials), which ASE does not know: write its "
-        "structures, energies and forces as extended xyz",
-    ),
-    (
         re.compile(r"\s*1\.0 Version\s*\n\s*\*{9}"),
         "is an ML_AB file of VASP, which ASE does not know: write its structures, energies, forces "
         "and stresses (there in kbar and with VASP's sign) as extended xyz",

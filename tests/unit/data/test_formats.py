@@ -364,7 +364,6 @@ def test_units_of_a_database_of_schnetpack_are_used(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("BEGIN_CFG\n Size\n 1\n", "MLIP"),
         (" 1.0 Version\n**************\n", "ML_AB"),
         ('{"@module": "pymatgen.core.structure", "lattice": {}}', "to_ase_atoms"),
         ('[{"structure": {"@module": "pymatgen.core.structure"}, "energy": 1}]', "VASP's sign"),
@@ -582,3 +581,41 @@ def test_folders_of_deepmd_are_read(tmp_path):
     )
     np.save(arrays / "force.npy", forces[:1])
     assert "cannot be read" in refused(tmp_path)
+
+
+MLIP = """BEGIN_CFG
+ Size
+    2
+ Supercell
+         4.0 0.0 0.0
+         0.0 4.0 0.0
+         0.0 0.0 4.0
+ AtomData:  id type       cartes_x      cartes_y      cartes_z           fx          fy          fz
+             1    0       0.0 0.0 0.0     0.1 0.2 0.3
+             2    1       2.0 2.0 2.0    -0.1 -0.2 -0.3
+ Energy
+        -7.5
+ PlusStress:  xx          yy          zz          yz          xz          xy
+         6.4 0.0 0.0 0.0 0.0 -3.2
+ Feature   EFS_by       VASP
+END_CFG
+"""
+
+
+def test_configurations_of_mlip_are_read(tmp_path):
+    path = tmp_path / "train.cfg"
+    path.write_text(MLIP + "\n" + MLIP.replace("-7.5", "-8.5"))
+    assert "types of atoms (0, 1) that no element is given for" in refused(path)
+    systems = {"types": {0: "Na", 1: "Cl"}}
+    _, second = read_structures(of(path, **systems))
+    assert second.numbers.tolist() == [11, 17]
+    assert second.pbc.all()
+    assert second.labels["energy"].item() == -8.5
+    assert second.labels["energy/forces"][1].tolist() == [-0.1, -0.2, -0.3]
+    stress = second.labels["energy/stress"]
+    assert (stress[0, 0].item(), stress[0, 1].item()) == pytest.approx((-0.1, 0.05))
+    cut, missing = MLIP[:-8], MLIP.replace("    2\n", "    3\n")
+    damaged = MLIP.replace(" 0.3\n", "\n")
+    for text, words in ((cut, "END_CFG"), (missing, "2 of 3 atoms"), (damaged, "cannot be read")):
+        path.write_text(text)
+        assert words in refused(path, **systems)

@@ -228,6 +228,9 @@ FAILED_GAUSSIAN = " >>>>>>>>>> Convergence criterion not met.\n" + GAUSSIAN.repl
         ),
         ("castep-castep", " Final energy = -1 eV\n *Warning* max. SCF cycles performed"
          " but system has not reached the groundstate.\n Final energy = -1 eV\n", [1]),
+        ("vasp-out", vasp() + " NEB: Tangent\n", [0, 1]),  # images of a band
+        ("vasp-xml", '<i type="int" name="IMAGES">     5</i>', [0, 1]),
+        ("vasp-xml", '<i type="int" name="IMAGES">     0</i>', []),
         ("gpaw-out", "Did not converge!\n", [0, 1]),  # which one is not known
         (
             "vasp-xml",
