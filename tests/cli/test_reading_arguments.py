@@ -43,6 +43,7 @@ def test_types_reach_the_reader(tmp_path, capsys):
     assert "v_energy" in text  # read, and only the label is missing
     assert "does not say which elements" not in text
     assert main(["inspect", str(file)]) == 1
+    assert main(["convert", str(file), str(tmp_path / "set"), "--types", "1=Na,2=Cl"]) == 0
 
 
 @pytest.mark.parametrize(("types", "words"), [("1=Zz", "'Zz'"), ("1", "''"), (" -1=H", "form 1=O")])

@@ -159,7 +159,7 @@ OF_SYSTEMS: Mapping[str, Option] = {
     "types": (
         _types,
         "1=O,2=H",
-        "elements by type of atom, for LAMMPS files without elements",
+        "elements by type of atom, for files of LAMMPS and MLIP without elements",
     ),
 }
 

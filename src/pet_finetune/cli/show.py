@@ -294,7 +294,7 @@ def add_convert(commands: common.Commands) -> None:
         "file that ASE reads",
     )
     parser.add_argument("output", help="a folder, or a file that ends with .zip")
-    parser.add_argument("--format", default="", help="ASE's name of the format of the source")
+    common.add_options(parser, common.OF_SYSTEMS)
     parser.add_argument(
         "--labels",
         nargs="+",
@@ -324,7 +324,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     done = convert(
         arguments.source,
         arguments.output,
-        format=arguments.format,
+        **common.given(arguments, common.OF_SYSTEMS),
         labels=arguments.labels,
         neighbors=arguments.neighbors,
         workers=arguments.workers,
