@@ -105,9 +105,14 @@ def test_auto_starts_a_first_run_and_goes_on_with_the_right_one_of_a_copy(
 ):
     finetune = {"method": "lora", "read_from": "base.ckpt"}
     write_options(Path("options.yaml"), options({"finetune": finetune}))
+    theirs = Path("outputs/2025-01-01/00-00-00")
+    theirs.mkdir(parents=True)
+    (theirs / "options_restart.yaml").touch()
     answer = command("train", "options.yaml", "--restart", "auto")
+    shutil.rmtree(theirs.parent)
     assert answer.code == 0, answer.err
     assert "there is no run below 'outputs' yet; a new one is started" in answer.err
+    assert f"'{theirs}' is a run of metatrain" in answer.err
     (first,) = Path("outputs").glob("*/*")
     stop(2)
     assert command("train", "options.yaml").code == 130

@@ -290,6 +290,10 @@ def test_what_cannot_be_gone_on_with(here, command):
     write()
     command("train", "mine.yaml", "-o", "run")
     assert "holds a model but no run" in failing(command, "--restart", "run/best_model.ckpt")
+    command("export", "base.ckpt", "--format", "metatrain", "-o", "theirs.ckpt")
+    message = failing(command, "--restart", "theirs.ckpt")
+    assert "theirs.ckpt is a checkpoint of metatrain" in message
+    assert "-c theirs.ckpt -r architecture.training.finetune.method=full" in message
     assert "there is no file 'nowhere'" in failing(command, "--restart", "nowhere")
     assert "give one of them" in failing(command, "--restart", "run", "-c", "base.ckpt")
     assert "holds a run already" in failing(command, "-o", "run")

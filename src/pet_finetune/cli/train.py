@@ -201,7 +201,16 @@ def find_restart(wanted: str | None, output: Path | None) -> tuple[Path | None, 
     root = output or OUTPUTS
     found = newest_run(root, _LAST)
     if found is None:
-        return None, [f"--restart auto: there is no run below '{root}' yet; a new one is started."]
+        theirs = max(root.glob("**/options_restart.yaml"), default=None)
+        remark = (
+            f" '{theirs.parent}' is a run of metatrain, which is not gone on with: to start from "
+            "its weights, give its checkpoint with -c."
+            if theirs
+            else ""
+        )
+        return None, [
+            f"--restart auto: there is no run below '{root}' yet; a new one is started.{remark}"
+        ]
     return _last_of(found), [f"--restart auto: going on with '{found}'."]
 
 

@@ -28,6 +28,7 @@ _RENAMED: tuple[tuple[Path, Path, dict[str, str], bool], ...] = (
             "EPOCH_NUM": "num_epochs",
             "INITIAL_LR": "learning_rate",
             "STRUCTURAL_BATCH_SIZE": "batch_size",
+            "fixed_composition_weights": "atomic_baseline",  # metatrain until 2025
         },
         True,
     ),
@@ -112,16 +113,25 @@ def rewrite(raw: dict[str, Any]) -> Rewriting:
 
 
 def _architecture_name(rewriting: Rewriting) -> None:
-    architecture = rewriting.section(("architecture",))
-    if architecture is not None and architecture.get("name") in (
-        "nativepet",
-        "experimental.nativepet",
-        "experimental.pet",
-    ):
-        rewriting.notices.append(
-            f"architecture.name: {architecture['name']} is an older name; today: pet."
-        )
+    """PET by its older names; of another architecture the name alone is told."""
+    architecture = rewriting.section(("architecture",)) or {}
+    name = architecture.get("name", "pet")
+    if name in ("nativepet", "experimental.nativepet", "experimental.pet"):
+        rewriting.notices.append(f"architecture.name: {name} is an older name; today: pet.")
         architecture["name"] = "pet"
+    elif name == "llpr":
+        rewriting.problems.append(
+            Problem(
+                ("architecture", "name"),
+                "'llpr' wraps a trained model in metatrain. Here it is an option of fine-tuning "
+                "(architecture: {name: pet, training: {finetune: {llpr: true}}}), or, for a model "
+                "that is trained already, pf.add_uncertainty(model, training_set, validation_set) "
+                "in Python.",
+            )
+        )
+        rewriting.raw["architecture"] = {"name": "pet"}
+    elif isinstance(name, str) and name != "pet":
+        rewriting.raw["architecture"] = {"name": name}  # its options are not PET's
 
 
 def _device(rewriting: Rewriting) -> None:

@@ -41,12 +41,18 @@ _SWITCHES = {
 
 
 def expand_gradient(value: Any) -> Any:
-    """``on``, ``off``, ``auto`` or a path as the keys of a gradient section."""
+    """``on``, ``off``, ``auto`` or a path as the keys of a gradient section.
+
+    A ``reader`` of null means that metatrain wrote the section (``options_restart.yaml``), also
+    where the user had not asked for the label.
+    """
     if value is None or isinstance(value, bool):
         return {"mode": _SWITCHES[value]}
     if isinstance(value, str):
         switch = _SWITCHES.get(value.casefold())
         return {"mode": switch} if switch else {"read_from": value}
+    if isinstance(value, Mapping) and "mode" not in value and value.get("reader", "") is None:
+        return {**value, "mode": "auto"}
     return value
 
 

@@ -130,6 +130,12 @@ def open_run(path: str | Path, options: Options) -> SavedRun:
         TrainingError: it holds no run, or options changed that half an epoch depends on.
     """
     checkpoint = load_checkpoint(path, keep_adapter=True)
+    if checkpoint.training is None and checkpoint.kind == "metatrain":
+        raise TrainingError(
+            f"{path} is a checkpoint of metatrain, whose optimizer and schedule cannot be gone on "
+            f"with. Start a new run from its weights: -c {path} "
+            "-r architecture.training.finetune.method=full (or lora)."
+        )
     if checkpoint.training is None:
         raise TrainingError(
             f"{path} holds a model but no run to go on with. Give the run's last.ckpt to "

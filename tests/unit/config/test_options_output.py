@@ -159,6 +159,36 @@ def test_older_names_of_the_architecture() -> None:
     assert loaded.notices == ("architecture.name: nativepet is an older name; today: pet.",)
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("llpr", "'llpr' wraps a trained model in metatrain. Here it is an option of"),
+        ("soap_bpnn", "expected 'pet', got 'soap_bpnn'."),
+    ],
+)
+def test_of_another_architecture_of_metatrain_its_name_alone_is_told(name: str, told: str) -> None:
+    raw = {**PLAIN, "architecture": {"name": name, "training": {"model_checkpoint": "m.ckpt"}}}
+    with pytest.raises(ConfigError) as caught:
+        parse_options(raw)
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"architecture.name: {told}")
+
+
+def test_what_metatrain_writes_of_a_run_asks_for_no_label() -> None:
+    """Its options_restart.yaml spells out labels that the user left to it, and older names."""
+    label = {"read_from": "a.xyz", "reader": None, "key": "stress"}
+    energy = {"unit": "eV", "forces": {"key": "F"}, "stress": label}
+    raw = {
+        "training_set": [{"systems": {"read_from": "a.xyz"}, "targets": {"energy": energy}}],
+        "architecture": {"training": {"fixed_composition_weights": {"energy": {1: -0.5}}}},
+    }
+    loaded = parse_options(raw)
+    target = loaded.options.training_set[0].targets["energy"]
+    assert (target.forces.mode, target.stress.mode) == ("on", "auto")
+    assert loaded.options.training.atomic_baseline == {"energy": {1: -0.5}}
+    assert "today: architecture.training.atomic_baseline" in " ".join(loaded.notices)
+
+
 def test_per_atom_and_sample_kind_that_disagree() -> None:
     target = {"quantity": "charge", "per_atom": True, "sample_kind": "system"}
     raw = {"training_set": [{"systems": "a", "targets": {"q": target}}]}
