@@ -201,6 +201,13 @@ def test_an_options_file_of_mtt_eval(here, command):
         assert "length_unit not given, taken as angstrom: the set." in answer.err
     answer = command("eval", "eval.yaml", "-c", "base.ckpt", "-r", "indices=[1, 2]")
     assert "test.xyz (2 structures)" in answer.out
+    other = "targets.dipole={quantity: dipole, key: energy}"
+    answer = command("eval", "eval.yaml", "-c", "base.ckpt", "-r", other)
+    assert figures(answer) == expected
+    assert "does not predict it: dipole (it predicts energy)" in answer.err
+    other = "targets.energy={quantity: charge, unit: e, forces: off}"
+    answer = command("eval", "eval.yaml", "-c", "base.ckpt", "-r", other)
+    assert "targets.energy: it is in e here, but in eV in the model." in answer.err
 
 
 def test_several_sets_of_an_options_file_of_mtt_eval(here, command):

@@ -26,8 +26,8 @@ from numpy.lib import format as npy
 from torch import Tensor
 
 from pet_finetune.errors import CheckpointError, UnitError
-from pet_finetune.keys import TargetSpec, direct_quantity
-from pet_finetune.units import own_unit, to_own_unit
+from pet_finetune.keys import TargetSpec, base_name, direct_quantity
+from pet_finetune.units import is_energy_unit, own_unit, to_own_unit
 
 from .archive import TorchArchive
 from .safe_pickle import Inert, StoredTensor
@@ -225,15 +225,20 @@ def _spec(name: str, info: Inert, block: TensorBlock) -> TargetSpec:
         raise _Unusable(f"has the components {block.component_names}, which are not supported")
     if set(block.sample_names) - {"system", "atom"}:
         raise _Unusable("is a property of pairs of atoms, which is not supported")
+    outputs = block.num_properties * 3 ** len(block.component_names)
+    per_atom, unit = "atom" in block.sample_names, str(info.get("unit") or "")
     # metatrain does not look at the quantity of a direct force or stress; its name decides.
     quantity = direct_quantity(name) or str(info.get("quantity") or "")
-    outputs = block.num_properties * 3 ** len(block.component_names)
+    # Of others metatrain writes "energy" where the user named none.
+    is_energy = is_energy_unit(unit) if unit else outputs == 1 and not per_atom
+    if quantity == "energy" and not is_energy and base_name(name) != "energy":
+        quantity = ""
     return TargetSpec(
         name=name,
         quantity=quantity,
-        unit=own_unit(quantity, str(info.get("unit") or "")),
+        unit=own_unit(quantity, unit),
         kind=kind,
-        per_atom="atom" in block.sample_names,
+        per_atom=per_atom,
         num_outputs=outputs,
         description=str(info.get("description") or ""),
         block=f"{name}___{block.key['_']}",

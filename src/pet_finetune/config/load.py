@@ -331,10 +331,13 @@ def load_evaluation(
         {**one, "targets": _ANY} if bare else one
         for one, bare in zip(sets, unlabelled, strict=True)
     ]
+    # Whether the model reads charges is not known here.
+    raw = {
+        "training_set": full if isinstance(content, list) else full[0],
+        "architecture": {"model": {"system_conditioning": True}},
+    }
     try:
-        loaded = parse_options(
-            {"training_set": full if isinstance(content, list) else full[0]}, require_start=False
-        )
+        loaded = parse_options(raw, require_start=False)
     except ConfigError as error:
         raise config_error([_own(line) for line in error.problems], str(path)) from None
     datasets = tuple(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from pet_finetune.model.compiled import CompiledPredictions
 from pet_finetune.model.potential import Potential
 from pet_finetune.terminal import show
 
-from .extend import check_known
+from .extend import check_known, check_meaning
 from .loggers import error_table, spread_text, uncertainty_text
 from .loss_features import Spread, rotational_spread
 from .metrics import Metrics, errors_and_predictions
@@ -245,9 +245,9 @@ def evaluate_datasets(
         """Read the sets one after the other."""
         named: set[str] = set()
         for dataset, mark, output in zip(datasets, marks, outputs, strict=True):
-            known = [name for name in dataset.targets if name in model.targets]
             if dataset.targets and target is None:
-                targets = known or [model.target(next(iter(dataset.targets))).name]
+                specs = {name: one.spec(name) for name, one in dataset.targets.items()}
+                targets = _in_both(specs, model, "targets")
             else:
                 targets = [chosen_target(model, target, adapted).name]
             name = dataset.systems.read_from
@@ -291,9 +291,8 @@ def evaluate_options(
         )
     _outputs(how, ["validation", "test"])
     model, _ = open_model(checkpoint, adapter, device or options.device)
-    targets = [name for name in specs if name in model.targets and target in (None, name)]
-    if not targets:
-        model.target(target or next(iter(specs)))  # says what the model has
+    wanted = specs if target is None else {target: specs[target]}
+    targets = _in_both(wanted, model, "training_set.targets")
     if options.seed is None and seed is None:
         _logger.warning("no seed in the options: sets drawn by fraction are not those of training")
     splits = make_splits(options, options.seed if options.seed is not None else seed or 0)
@@ -306,6 +305,23 @@ def evaluate_options(
         for (name, some), output in zip(shown.items(), outputs, strict=True)
     }
     return _evaluate(model, sets.items(), how)
+
+
+def _in_both(specs: Mapping[str, TargetSpec], model: Potential, where: str) -> list[str]:
+    """Targets of the options, in the section ``where``, that the model has, with one meaning."""
+    known = [name for name in specs if name in model.targets]
+    if not known:
+        model.target(next(iter(specs)))  # says what the model has
+    missing = [name for name in specs if name not in model.targets]
+    if missing:
+        _logger.warning(
+            "not compared, because the model does not predict it: %s (it predicts %s)",
+            ", ".join(missing),
+            ", ".join(model.targets),
+        )
+    for name in known:  # the quantity alone changes no number
+        check_meaning(model, replace(specs[name], quantity=""), where, of="")
+    return known
 
 
 #: ASE's names of what the quantity of a direct prediction is.

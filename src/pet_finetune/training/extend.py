@@ -182,7 +182,7 @@ def add_targets(
             )
     for name, spec in specs.items():
         if name in original:
-            _take_over(model, spec)
+            check_meaning(model, spec)
             if name in inherit:
                 _logger.warning(
                     "finetune.inherit_heads: '%s' keeps its own heads, which the model has", name
@@ -201,8 +201,20 @@ def add_targets(
     return tuple(fresh), inherited
 
 
-def _take_over(model: Potential, spec: TargetSpec) -> None:
-    """Make sure that the model means the same by a target; errors are counted as options say."""
+def check_meaning(
+    model: Potential, spec: TargetSpec, where: str = "training_set.targets", of: str = "starting "
+) -> None:
+    """Make sure that the model means the same by a target; errors are counted as options say.
+
+    Args:
+        model: which has a target of this name.
+        spec: the target of the options.
+        where: the section that describes it.
+        of: which model it is.
+
+    Raises:
+        ConfigError: another form, quantity or unit.
+    """
     own = model.targets[spec.name]
     for what, wanted, found in (
         ("", spec.form, own.form),
@@ -212,8 +224,8 @@ def _take_over(model: Potential, spec: TargetSpec) -> None:
         # A quantity or unit that one side does not name contradicts nothing.
         if wanted and found and wanted.casefold() != found.casefold():
             raise ConfigError(
-                f"training_set.targets.{spec.name}: it is {what}{wanted} here, but {what}{found} "
-                "in the starting model. Change the options (`sample_kind`, `type`, "
+                f"{where}.{spec.name}: it is {what}{wanted} here, but {what}{found} "
+                f"in the {of}model. Change the options (`sample_kind`, `type`, "
                 "`num_subtargets`, `quantity`, `unit`), or give the target a name of its own."
             )
     model.targets[spec.name] = replace(own, intensive=spec.intensive)

@@ -17,6 +17,8 @@ from checkpoint_files import (
 )
 
 from pet_finetune.checkpoint.opening import load_checkpoint
+from pet_finetune.checkpoint.safe_pickle import Inert
+from pet_finetune.checkpoint.stored_targets import _spec, read_tensor_map
 from pet_finetune.errors import CheckpointError
 from pet_finetune.keys import TargetSpec
 
@@ -105,7 +107,6 @@ def test_a_missing_unit_is_taken_for_ev_and_said(tmp_path, model):
 @pytest.mark.parametrize(
     ("info", "why"),
     [
-        (target_info(unit="parsec"), "'parsec', which is no known unit of energy"),
         (target_info("force", "parsec"), "'parsec', which is no known unit of force"),
         (target_info(quantity="", components=("o3_mu",)), "the components ('o3_mu',)"),
         (target_info(quantity="", components=("xyz_1", "xyz_2", "xyz_3")), "components"),
@@ -126,6 +127,25 @@ def test_targets_that_cannot_be_used_are_left_out_with_their_heads(tmp_path, inf
     message = refusal(tmp_path, content)
     assert "no target that can be used" in message
     assert why in message
+
+
+@pytest.mark.parametrize(
+    ("info", "expected"),
+    [
+        (target_info(unit="Debye", components=("xyz",)), ("", "Debye")),
+        (target_info(unit="Debye"), ("", "Debye")),
+        (target_info(unit="", components=("xyz",)), ("", "")),
+        (target_info(unit="", per_atom=True), ("", "")),
+        (target_info(unit="", properties=4), ("", "")),
+        (target_info(unit=""), ("energy", "eV")),
+        (target_info(unit="eV", per_atom=True), ("energy", "eV")),
+    ],
+)
+def test_energy_as_the_quantity_of_what_is_none_says_nothing(info, expected):
+    """It is metatrain's default of all targets."""
+    layout = read_tensor_map(info.layout.state[0].numpy().tobytes())[0]
+    spec = _spec("extra", Inert("TargetInfo", (), dict(vars(info))), layout)
+    assert (spec.quantity, spec.unit) == expected
 
 
 def test_vectors_keep_their_heads_and_the_scale_of_each_element(tmp_path):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 from pydantic import BaseModel
 
-from pet_finetune.config.load import parse_options
+from pet_finetune.config.load import load_evaluation, parse_options
 from pet_finetune.config.options_reference import option_entries, options_reference
 from pet_finetune.config.problems import section_in
 from pet_finetune.config.run_options import Options
@@ -172,6 +173,14 @@ def test_of_another_architecture_of_metatrain_its_name_alone_is_told(name: str, 
         parse_options(raw)
     (problem,) = caught.value.problems
     assert problem.startswith(f"architecture.name: {told}")
+
+
+def test_whether_charges_of_an_evaluation_are_read_is_not_known_yet(tmp_path: Path) -> None:
+    (tmp_path / "eval.yaml").write_text(
+        "systems: {read_from: a.xyz, length_unit: angstrom}\n"
+        "targets: {energy: {unit: eV}}\nextra_data: {charge: {key: q}}\n"
+    )
+    assert load_evaluation(tmp_path / "eval.yaml")[1] == []
 
 
 def test_what_metatrain_writes_of_a_run_asks_for_no_label() -> None:
