@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 import warnings
@@ -373,3 +374,6 @@ def export(model: Model, output: str | os.PathLike[str], **settings: Any) -> Exp
         # The file says what it was made from: a name, which a temporary one should not be.
         start = checkpoint_of(model, Path(above, f"{Path(output).stem}.ckpt"))
         return export_model(start, output, **settings)
+
+
+gc.enable()  # the command line waits with it until all is imported
