@@ -33,7 +33,6 @@ from .corrections import clean_outcar, put_frames_right, put_right
 from .extxyz import read_extxyz
 from .formats import OF_ANY_UNITS, check_complete, check_ends, check_frames, format_of
 from .metatrain_sets import Folder, identity_of_set, is_metatrain_set, read_metatrain_set
-from .mlip_cfg import is_mlip, read_mlip
 from .numpy_sets import is_deepmd, names_in_npz, read_deepmd, read_npz
 from .outputs import doubtful_frames, hint_of, is_cp2k, settings_of
 from .packing import packed
@@ -59,6 +58,7 @@ from .text import (
     unpacked_name,
     what_else,
 )
+from .training_sets import is_ml_ab, is_mlip, read_ml_ab, read_mlip
 
 _logger = get_logger(__name__)
 
@@ -226,6 +226,8 @@ def _guess(content: Content) -> str:
         )
     if is_mlip(text):
         return "mlip"
+    if is_ml_ab(text):
+        return "ml-ab"
     if looks_like_lammps_data(text):
         return "lammps-data"
     head = text[:50_000].encode() if text else content.data[:50_000]
@@ -285,8 +287,8 @@ def _frames(
     if kind in ("extxyz", "xyz"):
         yield from read_extxyz(text, source, types, plain=kind == "xyz", step=watch.step)
         return
-    if kind in ("mlip", "npz"):
-        for atoms in read_npz(content) if kind == "npz" else read_mlip(text, source, types):
+    if kind in ("ml-ab", "mlip", "npz"):
+        for atoms in _of_arrays(content, types):
             watch.step()
             yield atoms
         return
@@ -312,6 +314,15 @@ def _frames(
             for atoms in _with_ase(kind, content, part, options):
                 watch.step()
                 yield atoms
+
+
+def _of_arrays(content: Content, types: Mapping[int, str]) -> Iterator[Atoms]:
+    """Frames of the formats that ASE does not know."""
+    if content.kind == "npz":
+        return read_npz(content)
+    if content.kind == "mlip":
+        return read_mlip(content.text, content.source, types)
+    return read_ml_ab(content.text, content.source)
 
 
 def _with_ase(

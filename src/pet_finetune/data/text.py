@@ -47,11 +47,6 @@ _NO_DATA = (
         "is a pointer of Git LFS, not the data itself: fetch it with `git lfs pull`",
     ),
     (
-        re.compile(r"\s*1\.0 Version\s*\n\s*\*{9}"),
-        "is an ML_AB file of VASP, which ASE does not know: write its structures, energies, forces "
-        "and stresses (there in kbar and with VASP's sign) as extended xyz",
-    ),
-    (
         re.compile(r"\s*(?!\{\s*\"\d+\":)[\[{][\s\S]{,20000}?\"@module\":\s*\"(?:pymatgen|emmet)"),
         "is JSON of pymatgen (as MPtrj's and MatPES's): write its structures with "
         "`.to_ase_atoms()` and ase.io.write to extended xyz, with energies and forces; stresses "

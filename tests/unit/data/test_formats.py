@@ -13,7 +13,7 @@ import pytest
 from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
-from ase.units import kcal, mol
+from ase.units import GPa, kcal, mol
 
 from pet_finetune.config.dataset import DatasetOptions
 from pet_finetune.data.frame_files import read_file, read_frames
@@ -364,7 +364,6 @@ def test_units_of_a_database_of_schnetpack_are_used(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (" 1.0 Version\n**************\n", "ML_AB"),
         ('{"@module": "pymatgen.core.structure", "lattice": {}}', "to_ase_atoms"),
         ('[{"structure": {"@module": "pymatgen.core.structure"}, "energy": 1}]', "VASP's sign"),
     ],
@@ -619,3 +618,46 @@ def test_configurations_of_mlip_are_read(tmp_path):
     for text, words in ((cut, "END_CFG"), (missing, "2 of 3 atoms"), (damaged, "cannot be read")):
         path.write_text(text)
         assert words in refused(path, **systems)
+
+
+def ml_ab(count: int = 2) -> str:
+    light, heavy, single = (f"{sign * 50}\n" for sign in ("-", "*", "="))
+    text = f" 1.0 Version\n{heavy}     The number of configurations\n{light}     {count}\n{heavy}"
+    for number in (1, 2):
+        text += f"     Configuration num.      {number}\n{single}"
+        text += single.join(
+            f"     {name}\n{light}{values}"
+            for name, values in (
+                ("System name", "     salt\n"),
+                ("The number of atoms", "     3\n"),
+                ("Atom types and atom numbers", "     Na   1\n     Cl   2\n"),
+                ("Primitive lattice vectors (ang.)", "4.0 0.0 0.0\n0.0 4.0 0.0\n0.0 0.0 5.0\n"),
+                ("Atomic positions (ang.)", "0.0 0.0 0.0\n2.0 0.0 0.0\n0.0 2.0 0.0\n"),
+                ("Total energy (eV)", f"     -{number}.5\n"),
+                ("Forces (eV ang.^-1)", "0.1 0.0 0.0\n0.2 0.0 0.0\n-0.3 0.0 0.0D+00\n"),
+                (
+                    "Stress (kbar)",
+                    f" XX YY ZZ\n{light}1.0 2.0 3.0\n{light} XY YZ ZX\n{light}4 5 6\n",
+                ),
+            )
+        )
+        text += heavy
+    return text
+
+
+def test_data_of_vasp_s_learned_force_fields_are_read(tmp_path):
+    path = tmp_path / "ML_ABN"
+    path.write_text(ml_ab())
+    first, second = read_structures(of(path))
+    assert second.numbers.tolist() == [11, 17, 17]
+    assert second.pbc.all()
+    assert (first.labels["energy"].item(), second.labels["energy"].item()) == (-1.5, -2.5)
+    assert second.labels["energy/forces"][:, 0].tolist() == [0.1, 0.2, -0.3]
+    expected = np.array([[1.0, 4.0, 6.0], [4.0, 2.0, 5.0], [6.0, 5.0, 3.0]]) * -0.1 * GPa
+    assert second.labels["energy/stress"].numpy() == pytest.approx(expected)
+    for text, words in (
+        (ml_ab(3), "says it has 3 configurations, and 2 are there"),
+        (ml_ab()[:-500], "frame 1 of"),
+    ):
+        path.write_text(text)
+        assert words in refused(path)

@@ -1,4 +1,4 @@
-"""Configurations of MLIP (moment tensor potentials): ``.cfg`` files, whose elements are numbers."""
+"""Training sets of other programs as text: MLIP's ``.cfg`` and VASP's ``ML_AB``."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 from ase import Atoms
+from ase.units import GPa
 
 from pet_finetune.errors import DataError, damage_explained
 
 from .structure import place
+from .text import as_number
 
 
 def is_mlip(text: str) -> bool:
@@ -84,4 +86,51 @@ def _configuration(body: str, where: str, types: Mapping[int, str]) -> Atoms:
         virial = dict(zip(headers["PlusStress"], map(float, values["PlusStress"][0]), strict=True))
         order = [virial[name] for name in ("xx", "yy", "zz", "yz", "xz", "xy")]
         atoms.info["stress"] = -np.array(order) / atoms.cell.volume
+    return atoms
+
+
+def is_ml_ab(text: str) -> bool:
+    """Whether a text begins as VASP's data for machine-learned force fields do."""
+    begin = r"\s*(?:\d\.\d Version\s*)?\*{9,}\s*The number of configurations"
+    return re.match(begin, text) is not None
+
+
+#: A section: its name, a rule, and what follows up to a heavier rule.
+_SECTION = re.compile(r"^ *([A-Za-z][^\n]*?) *\n-{20,} *\n(.*?)(?=^[=*]{20,}|\Z)", re.M | re.S)
+
+
+def read_ml_ab(text: str, source: str) -> Iterator[Atoms]:
+    """The calculations of an ``ML_AB`` or ``ML_ABN``, with energy, forces and stress in ASE's sign.
+
+    Raises:
+        DataError: one is missing, cut off or damaged.
+    """
+    header, *parts = re.split(r"^ *Configuration num\. *\d+ *$", text, flags=re.M)
+    count = dict(_SECTION.findall(header)).get("The number of configurations", "0").strip()
+    if str(len(parts)) != count:
+        raise DataError(f"{source} says it has {count} configurations, and {len(parts)} are there.")
+    for number, part in enumerate(parts):
+        where = place(number, source)
+        with damage_explained(lambda met, at=where: DataError(f"{at} cannot be read: {met}.")):  # type: ignore[misc]
+            yield _calculation(dict(_SECTION.findall(part)))
+
+
+def _calculation(sections: Mapping[str, str]) -> Atoms:
+    words = sections["Atom types and atom numbers"].split()
+    symbols = np.repeat(words[::2], np.array(words[1::2], dtype=int))
+
+    def numbers(name: str, *shape: int) -> np.ndarray:
+        values = np.array([as_number(word) for word in sections[name].split()])
+        return values[np.isfinite(values)].reshape(shape)
+
+    atoms = Atoms(
+        symbols,
+        numbers("Atomic positions (ang.)", len(symbols), 3),
+        cell=numbers("Primitive lattice vectors (ang.)", 3, 3),
+        pbc=True,
+    )
+    atoms.info["energy"] = float(numbers("Total energy (eV)", 1)[0])
+    atoms.arrays["forces"] = numbers("Forces (eV ang.^-1)", len(symbols), 3)
+    if "Stress (kbar)" in sections:  # xx yy zz xy yz zx, positive where compressed
+        atoms.info["stress"] = -0.1 * GPa * numbers("Stress (kbar)", 6)[[0, 1, 2, 4, 5, 3]]
     return atoms
