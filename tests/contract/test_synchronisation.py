@@ -197,7 +197,7 @@ FREE = {
 }  # fmt: skip
 #: A step of the default model with LoRA has so many on a GPU (2,085 with derivatives by autograd,
 #: and fewer adapted layers). More is slower there however small the batch.
-MOST_LAUNCHES = 1205
+MOST_LAUNCHES = 1039
 
 
 class Launches(TorchDispatchMode):
@@ -213,7 +213,10 @@ class Launches(TorchDispatchMode):
         return operation(*arguments, **(named or {}))
 
 
-def test_a_step_starts_few_kernels():
+def test_a_step_starts_few_kernels(monkeypatch):
+    # One kernel of a GPU, which is taken apart where there is none.
+    by_one = lambda x, *_: (x.abs(), x.new_empty(*x.shape[:-1], 1))  # noqa: E731
+    monkeypatch.setattr(torch, "_fused_rms_norm", by_one)
     model = Potential(ModelOptions(), [1, 6, 8], [TargetSpec("energy")]).train()
     inject(model, AdapterConfig(rank=8))
     parameters = {n: p for n, p in model.network.named_parameters() if p.requires_grad}

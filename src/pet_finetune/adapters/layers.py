@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from pet_finetune.backends.reference import multiply
 from pet_finetune.errors import AdapterError
 from pet_finetune.model.potential import Potential
 from pet_finetune.nn.block import Attention, PromptTokens
@@ -131,7 +132,15 @@ class LoraLinear(Adapted):
         """Effective weight of the layer, without dropout."""
         if not self.enabled:
             return self.base_weight()
+        if self.made is not None:
+            return self.made
         return self.weight if self.merged else self.updated_weight()
+
+    def factors(self) -> tuple[Tensor, Tensor, Tensor, float] | None:
+        """See :class:`~pet_finetune.nn.projection.Adapted`."""
+        if self.merged or self._goes_apart or not self.enabled:
+            return None
+        return self.weight, self.lora_A, self.lora_B, self.scaling
 
     @property
     def _goes_apart(self) -> bool:
@@ -163,7 +172,7 @@ class LoraLinear(Adapted):
         if self.quantized is not None and not (self.merged and self.enabled):
             out = product(x, self.quantized, self.bias)
         else:
-            out = nn.functional.linear(x, self.effective_weight(), self.bias)
+            out = multiply(x, self.effective_weight(), self.bias)
         apart = self.apart(x)
         return out if apart is None else out + apart
 
@@ -243,6 +252,9 @@ class DoraLinear(LoraLinear):
         """Output added to the base's; dropout applies to both parts."""
         stretch = self._stretch(super().updated_weight())
         return (stretch - 1) * self._times_base(x) + stretch * super()._beside(x)
+
+    def factors(self) -> None:
+        """None: the rows are stretched."""
 
     def low_rank_update(self) -> LowRankUpdate | None:
         """None: the lengths train too, so the weight's gradient is needed whole."""

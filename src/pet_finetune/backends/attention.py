@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from pet_finetune.graph import Layout, Rectangles
 
-from .reference import Formula, Gradients, Tensors, Waiting, autocasts, row_dots, twice
+from .formula import Formula, Gradients, Tensors, Waiting, twice
+from .reference import autocasts, row_dots
 
 
 class _Pad(torch.autograd.Function):
@@ -205,12 +206,12 @@ class Attention(Formula):
             scores = self._square(torch.bmm(q, k.mT), slots)
             weights = torch.add(own, scores, alpha=self.scale).softmax(-1)
             weights = weights.masked_fill(empty.mT, 0.0).flatten(0, 1)
-            mixed.append([torch.bmm(weights, v)])
+            mixed.append(torch.bmm(weights, v))
             kept += [taken, weights]
         return self._tokens(mixed), kept
 
     def backward(
-        self, grad: Tensor, kept: Gradients, waiting: Waiting, asked: Sequence[bool]
+        self, grad: Tensor, kept: Gradients, waiting: Waiting | None, asked: Sequence[bool]
     ) -> tuple[Gradients, Gradients]:
         """See :class:`Formula`."""
         kept = cast("Tensors", kept)
@@ -218,21 +219,31 @@ class Attention(Formula):
         for number, slots in enumerate(self.where.slots):
             (q, k, v), p = kept[2 * number : 2 * number + 2]
             g = self._taken(grad, slots, 1)[0]
-            lefts = [left[number] for left in waiting]
-            to_v, d = torch.bmm(p.mT, g), None
+            lefts = [left[number] for left in waiting or ()]
+            # In place wherever the numbers are ours: a GPU copies what is added to a product first.
+            to_parts = torch.empty_like(kept[2 * number])
+            to_q, to_k, to_v = to_parts
+            to_v.baddbmm_(p.mT, g, beta=0.0)
+            d = None
             for _, _, _, y, e, g1 in lefts:
                 to_v.baddbmm_(e.mT, g1)
-                d = y if d is None else d + y
-            d = torch.bmm(g, v.mT) if d is None else torch.baddbmm(d, g, v.mT)
-            to_scores = torch._softmax_backward_data(d, p, -1, d.dtype)
-            to_q, to_k = self._scaled(to_scores, k), self._scaled(to_scores.mT, q)
+                d = y if d is None else d.add_(y)
+            d = torch.bmm(g, v.mT) if d is None else d.baddbmm_(g, v.mT)
+            if waiting is None:
+                d -= row_dots(d, p)
+                to_scores = p * d
+                first += [g, d, to_scores]
+            else:
+                to_scores = torch._softmax_backward_data(d, p, -1, d.dtype)
+            to_q.baddbmm_(to_scores, k, beta=0.0, alpha=self.scale)
+            to_k.baddbmm_(to_scores.mT, q, beta=0.0, alpha=self.scale)
             for s, cq, ck, *_ in lefts:
                 to_q.baddbmm_(s, ck, alpha=self.scale)
                 to_k.baddbmm_(s.mT, cq, alpha=self.scale)
-            to_qkv.append([to_q, to_k, to_v])
-            to_bias.append(self._square(to_scores, slots).sum((0, 2)).flatten())
-            first.append(g)
-        return (self._tokens(to_qkv), _flat(to_bias)), first
+            to_qkv.append(to_parts)
+            if asked[1]:
+                to_bias.append(self._square(to_scores, slots).sum((0, 2)).flatten())
+        return (self._tokens(to_qkv), _flat(to_bias) if asked[1] else None), first
 
     def second(self, towards: Gradients, kept: Gradients, first: Gradients) -> tuple[Tensor, Any]:
         """See :class:`Formula`."""
@@ -240,20 +251,19 @@ class Attention(Formula):
         assert to_qkv is not None
         if to_bias is None:
             to_bias = to_qkv.new_zeros(self.where.empty.shape)
-        of_grad: list[list[Tensor]] = []
+        of_grad: list[Tensor] = []
         left: list[Tensors] = []
         for number, (slots, cb) in enumerate(self._with(to_bias)):
-            ((q, k, v), p), g = kept[2 * number : 2 * number + 2], cast("Tensor", first[number])
+            (q, k, v), p = kept[2 * number : 2 * number + 2]
+            g, d, to_scores = cast("Tensors", first[3 * number : 3 * number + 3])
             cq, ck, cv = self._taken(to_qkv, slots, 3)
-            d = torch.bmm(g, v.mT)
-            d -= row_dots(d, p)
-            products = self._square(torch.baddbmm(torch.bmm(cq, k.mT), q, ck.mT), slots)
+            products = self._square(torch.bmm(cq, k.mT).baddbmm_(q, ck.mT), slots)
             w = torch.add(cb, products, alpha=self.scale).flatten(0, 1)
             w -= row_dots(w, p)
             e = p * w
-            of_grad.append([torch.baddbmm(torch.bmm(p, cv), e, v)])
-            y = torch.baddbmm(w.mul_(d), g, cv.mT)
-            left.append((p * d, cq, ck, y, e, g))
+            of_grad.append(torch.bmm(p, cv).baddbmm_(e, v))
+            y = w.mul_(d).baddbmm_(g, cv.mT)
+            left.append((to_scores, cq, ck, y, e, g))
         return self._tokens(of_grad), left
 
     def _with(self, flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -271,18 +281,12 @@ class Attention(Formula):
         taken = split.index_select(1, slots.flatten())
         return taken.view(parts, self.heads * atoms, width, split.size(2))
 
-    def _tokens(self, parts: list[list[Tensor]]) -> Tensor:
-        """The opposite of :meth:`_taken`; of each rectangle one array for each part."""
-        rows = [
-            (torch.stack(p) if len(p) > 1 else p[0]).view(len(p) * self.heads, -1, p[0].size(2))
-            for p in parts
-        ]
+    def _tokens(self, parts: list[Tensor]) -> Tensor:
+        """The opposite of :meth:`_taken`; of each rectangle one array."""
+        columns = self.heads * (len(parts[0]) if parts[0].dim() == 4 else 1)
+        rows = [p.view(columns, -1, p.size(-1)) for p in parts]
         joined = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
         return joined.transpose(0, 1).index_select(0, self.where.slot_of_token).flatten(1)
-
-    def _scaled(self, scores: Tensor, rows: Tensor) -> Tensor:
-        """The product of both times the scale; ``rows`` are given a second time for their shape."""
-        return torch.baddbmm(rows, scores, rows, beta=0.0, alpha=self.scale)
 
     def _square(self, scores: Tensor, slots: Tensor) -> Tensor:
         """[heads * atoms, slots, slots] as [heads, atoms, slots, slots]."""

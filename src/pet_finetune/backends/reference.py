@@ -6,13 +6,8 @@ The gradient of ``x[index]`` is a scatter-add in general: slow, and on a GPU not
 each row goes to exactly one place, the gradient is another gather. Both cases of PET are of that
 kind: turning edges around, and laying tokens out in padded rectangles (:mod:`.attention`).
 
-Norms, gates and attention have a first and a second derivative of their own (:func:`twice`).
-
-Autograd forms the derivative of a derivative by the general rule: of one norm some 75 operations,
-each of which reads and writes memory and is started by itself on a GPU. Written down, 20 do.
-
-The second derivative comes in two parts: what follows from the inputs' cotangents at once, and what
-the operator's inputs get, which waits for the gradient of its output and is computed with it.
+Norms, gates, attention and products with weights that train have a first and a second derivative
+of their own (:mod:`.formula`).
 """
 
 from collections.abc import Sequence
@@ -21,116 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-Tensors = Sequence[Tensor]
-Gradients = Sequence[Tensor | None]
-Waiting = Sequence[Any]
-
-
-class Formula:
-    """An operator; what is no tensor of floats is part of it."""
-
-    def plain(self, *inputs: Tensor) -> Tensor:
-        """The operator, which autograd can differentiate."""
-        raise NotImplementedError
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, Gradients]:
-        """The same result, and the values that the derivatives need."""
-        raise NotImplementedError
-
-    def backward(
-        self, grad: Tensor, kept: Gradients, waiting: Waiting, asked: Sequence[bool]
-    ) -> tuple[Gradients, Gradients]:
-        """The gradient of each input (or None), and the values for :meth:`second`.
-
-        Args:
-            grad: of the output.
-            kept: from :meth:`forward`.
-            waiting: from :meth:`second`, whose gradients on the inputs are to be added.
-            asked: of which inputs gradients are needed, beside those of rows.
-        """
-        raise NotImplementedError
-
-    def second(self, towards: Gradients, kept: Gradients, first: Gradients) -> tuple[Tensor, Any]:
-        """The gradient of :meth:`backward` on its ``grad``, and what is left for later.
-
-        Args:
-            towards: the cotangents of the gradients that :meth:`backward` returns; of the first
-                input there is one.
-            kept: from :meth:`forward`.
-            first: from :meth:`backward`.
-        """
-        raise NotImplementedError
-
-
-def twice(formula: Formula, *inputs: Tensor) -> Tensor:
-    """The operator of a formula, which can be differentiated twice."""
-    # Weights as views, for autograd does not tell of leaves whether their gradients are needed.
-    given = [i.view_as(i) if i.is_leaf and i.requires_grad else i for i in inputs]
-    out: Tensor = _Forward.apply(formula, *given)[0]
-    return out
-
-
-class _Forward(torch.autograd.Function):
-    """The operator; only its result, because its inputs have been differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, formula: Formula, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        out, kept = formula.forward(*inputs)
-        nothing = out.new_empty(0)
-        ctx.formula, ctx.count, ctx.waiting = formula, len(inputs), []
-        ctx.shapes = inputs[0].shape, out.shape
-        ctx.save_for_backward(*kept, nothing)
-        return out, nothing
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> Any:
-        *kept, nothing = ctx.saved_tensors
-        # Of this backward pass alone: another one may have had no use for this part of the graph.
-        task = torch._C._current_graph_task_id()
-        waiting = [left for number, left in ctx.waiting if number == task]
-        ctx.waiting.clear()
-        if grad is None:
-            if not waiting:
-                return None, *[None] * ctx.count
-            grad = nothing.new_zeros(ctx.shapes[1])
-        needed = torch._C._will_engine_execute_node
-        asked = [node is not None and needed(node) for node, _ in ctx.next_functions]
-        if torch.is_grad_enabled():
-            return None, *_Backward.apply(ctx, asked, grad, nothing, *kept)
-        return None, *ctx.formula.backward(grad, kept, waiting, asked)[0]
-
-
-class _Backward(torch.autograd.Function):
-    """The first derivative. It reads ``nothing``, so that what is differentiated first is it."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, of: Any, asked: Sequence[bool], grad: Tensor, _: Tensor, *kept: Tensor | None
-    ) -> Any:
-        ctx.set_materialize_grads(False)
-        ctx.formula, ctx.waiting, ctx.count = of.formula, of.waiting, len(kept)
-        ctx.shape = of.shapes[0]
-        gradients, first = ctx.formula.backward(grad, kept, (), asked)
-        ctx.save_for_backward(*kept, *first)
-        return tuple(gradients)
-
-    @staticmethod
-    def backward(ctx: Any, *towards: Tensor | None) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "The network can be differentiated twice: leave create_graph out the second time."
-            )
-        saved, v = ctx.saved_tensors, towards[0]
-        kept, first = saved[: ctx.count], saved[ctx.count :]
-        if v is None:
-            told = next((t for t in towards if t is not None), None)
-            if told is None:
-                return (None,) * (4 + ctx.count)
-            towards = told.new_zeros(ctx.shape), *towards[1:]
-        to_grad, left = ctx.formula.second(towards, kept, first)
-        ctx.waiting.append((torch._C._current_graph_task_id(), left))
-        return None, None, to_grad, None, *[None] * ctx.count
+from .formula import Formula, Gradients, Tensors, Waiting, twice
 
 
 class RowOp(NamedTuple):
@@ -169,9 +55,17 @@ def _apply_rows(x: Tensor, op: RowOp) -> Tensor:
         return twice(Gate(op.kind), x)
     x = x.to(op.weight.dtype)  # torch's autocast has norms in float32
     eps = torch.finfo(x.dtype).eps if op.eps is None else op.eps
+    norm = (RowNorm if _has_kernels(x) else Norm)(op.kind, eps)
     if op.bias is None or op.kind == "rms_norm":
-        return twice(Norm(op.kind, eps), x, op.weight)
-    return twice(Norm(op.kind, eps), x, op.weight, op.bias)
+        return twice(norm, x, op.weight)
+    return twice(norm, x, op.weight, op.bias)
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """:func:`torch.nn.functional.linear` with a weight that trains."""
+    if x.dim() != 2 or not weight.requires_grad or autocasts(x.device.type):
+        return nn.functional.linear(x, weight, bias)
+    return twice(Product(), x, weight) if bias is None else twice(Product(), x, weight, bias)
 
 
 class Gate(Formula):
@@ -192,11 +86,11 @@ class Gate(Formula):
         return self.plain(*inputs), inputs
 
     def backward(
-        self, grad: Tensor, kept: Gradients, waiting: Waiting, asked: Sequence[bool]
+        self, grad: Tensor, kept: Gradients, waiting: Waiting | None, asked: Sequence[bool]
     ) -> tuple[Gradients, Gradients]:
         """See :class:`Formula`."""
         to_x = self._slopes(grad, cast("Tensors", kept)[0])
-        for first, towards, s, a in waiting:
+        for first, towards, s, a in waiting or ():
             slope = torch.addcmul(a, a, s, value=-2.0)  # a (1 - 2 s)
             if self.silu:
                 curvature = torch.ops.aten.sigmoid_backward(slope.add_(2.0), s)
@@ -254,20 +148,21 @@ class Norm(Formula):
         return out, (inverse, n, *inputs[1:])
 
     def backward(
-        self, grad: Tensor, kept: Gradients, waiting: Waiting, asked: Sequence[bool]
+        self, grad: Tensor, kept: Gradients, waiting: Waiting | None, asked: Sequence[bool]
     ) -> tuple[Gradients, Gradients]:
         """See :class:`Formula`."""
         inverse, n, weight, *_ = cast("Tensors", kept)
         h, per = self._part(grad * weight), -1.0 / n.size(-1)
-        along, to_weight = None, _summed(grad * n) if asked[1] else None
-        for *_, vt, of_weight, of_h in waiting:
-            along = vt if along is None else along + vt
+        to_weight = _summed(grad * n) if asked[1] else None
+        for *_, of_weight, of_h in waiting or ():
             if to_weight is not None and of_weight is not None:
-                to_weight = to_weight + of_weight
+                to_weight += of_weight
             h = h if of_h is None else h + of_h
-        along = row_dots(h, n, along)
+        along = row_dots(h, n)
+        for *_, vt, _, _ in waiting or ():
+            along += vt
         to_x = torch.addcmul(h, n, along, value=per)
-        for p, t, nv, nh, *_ in waiting:
+        for p, t, nv, nh, *_ in waiting or ():
             to_x.addcmul_(p, nh, value=per).addcmul_(t, nv, value=per)
         to_x.mul_(inverse)
         to_bias = [_summed(grad) if needed else None for needed in asked[2:]]
@@ -276,26 +171,151 @@ class Norm(Formula):
 
     def second(self, towards: Gradients, kept: Gradients, first: Gradients) -> tuple[Tensor, Any]:
         """See :class:`Formula`."""
-        inverse, n, weight, *_ = cast("Tensors", kept)
         (t, nh, grad), (v, of_weight, *of_bias) = first, towards
         assert t is not None
         assert v is not None
-        v = self._part(v)
-        nv = row_dots(v, n)
-        p = torch.addcmul(v, n, nv, value=-1.0 / n.size(-1)).mul_(inverse)
-        to_grad, to_weight, to_h = p * weight, None, None
+        p, n, nv = self._of_cotangent(v, cast("Tensors", kept))
+        to_grad, to_weight, to_h = p * cast("Tensor", kept[2]), None, None
         if grad is not None:
             to_weight = _summed(grad * p)
             if of_weight is not None:
-                to_grad.addcmul_(n, of_weight)
+                to_grad.addcmul_(self._unit(n, cast("Tensors", kept)), of_weight)
                 to_h = self._part(grad * of_weight)
         for of in of_bias:
             to_grad = to_grad if of is None else to_grad + of
         return to_grad, (p, t, nv, nh, row_dots(v, t), to_weight, to_h)
 
+    def _of_cotangent(self, v: Tensor, kept: Tensors) -> tuple[Tensor, Tensor, Tensor]:
+        """What are called p, n and n v above."""
+        inverse, n, *_ = kept
+        v = self._part(v)
+        nv = row_dots(v, n)
+        return torch.addcmul(v, n, nv, value=-1.0 / n.size(-1)).mul_(inverse), n, nv
+
+    def _unit(self, n: Tensor, kept: Tensors) -> Tensor:
+        """The rows n, made of what :meth:`_of_cotangent` gives in their place."""
+        return n
+
     def _part(self, rows: Tensor) -> Tensor:
         """Rows less their mean, where the norm does that."""
         return rows - rows.mean(-1, keepdim=True) if self.centered else rows
+
+
+class RowNorm(Norm):
+    """:class:`Norm` by torch's kernels for whole rows, each of which is started once on a GPU.
+
+    In place of n it has c, which is x, or x less its mean; n = c / r.
+    """
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Gradients]:
+        """See :class:`Formula`."""
+        x, weight, *bias = inputs
+        if self.centered:
+            out, mean, inverse = torch.native_layer_norm(x, [x.size(-1)], weight, bias[0], self.eps)
+            return out, (inverse, x, weight, mean)
+        out, inverse = torch._fused_rms_norm(x, [x.size(-1)], weight, self.eps)
+        return out, (inverse, x, weight)
+
+    def backward(
+        self, grad: Tensor, kept: Gradients, waiting: Waiting | None, asked: Sequence[bool]
+    ) -> tuple[Gradients, Gradients]:
+        """See :class:`Formula`."""
+        inverse, x, weight, *_ = kept = cast("Tensors", kept)
+        to_x, to_weight = self._slopes(grad, kept, weight, asked[1])
+        for p, t, cv, ch, vt, of_weight, of_h in waiting or ():
+            turned = (self._c(kept) * vt).addcmul_(p, ch).addcmul_(t, cv)
+            to_x.addcmul_(turned, inverse.square(), value=-1.0 / x.size(-1))
+            if of_h is not None:
+                to_x += self._slopes(of_h, kept)[0]
+            if to_weight is not None and of_weight is not None:
+                to_weight += of_weight
+        to_bias = [_summed(grad) if needed else None for needed in asked[2:]]
+        first: Gradients = ()
+        if waiting is None:
+            ch = row_dots(self._c(kept), grad * weight)
+            first = to_x, ch, grad if weight.requires_grad else None
+        return (to_x, to_weight, *to_bias), first
+
+    def _of_cotangent(self, v: Tensor, kept: Tensors) -> tuple[Tensor, Tensor, Tensor]:
+        c = self._c(kept)
+        return self._slopes(v, kept)[0], c, row_dots(c, v)
+
+    def _unit(self, n: Tensor, kept: Tensors) -> Tensor:
+        return n * kept[0]
+
+    def _c(self, kept: Tensors) -> Tensor:
+        return kept[1] - kept[3] if self.centered else kept[1]
+
+    def _slopes(
+        self, grad: Tensor, kept: Tensors, weight: Tensor | None = None, trains: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gradients of the rows and, if it trains, of the weight, or with none of it."""
+        inverse, x, _, *mean = kept
+        shape = [x.size(-1)]
+        if self.centered:
+            found = torch.ops.aten.native_layer_norm_backward(
+                grad, x, shape, *mean, inverse, weight, None, [True, trains, False]
+            )
+        else:
+            found = torch.ops.aten._fused_rms_norm_backward(
+                grad, x, shape, inverse, weight, [True, trains]
+            )
+        return found[0], found[1] if trains else None
+
+
+def _has_kernels(x: Tensor) -> bool:
+    """Whether torch has those of :class:`RowNorm`: for GPUs from 2.9 on."""
+    kind = x.device.type
+    if kind in _SUMMED or type(x) not in (Tensor, nn.Parameter):  # a compiler makes its own
+        return False
+    key = "Meta" if kind == "meta" else kind.upper()
+    return torch._C._dispatch_has_kernel_for_dispatch_key("aten::_fused_rms_norm_backward", key)
+
+
+class Product(Formula):
+    """``x W^T + b`` of rows x [n, in], a weight W [out, in] and maybe a bias b [out].
+
+    Both parts of the weight's gradient, of which one is known with the second derivative, are added
+    up by the product that makes the other.
+    """
+
+    def plain(self, *inputs: Tensor) -> Tensor:
+        """See :class:`Formula`."""
+        return nn.functional.linear(*inputs)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensors]:
+        """See :class:`Formula`."""
+        return self.plain(*inputs), inputs[:2]
+
+    def backward(
+        self, grad: Tensor, kept: Gradients, waiting: Waiting | None, asked: Sequence[bool]
+    ) -> tuple[Gradients, Gradients]:
+        """See :class:`Formula`."""
+        x, weight = cast("Tensors", kept)
+        to_x = torch.mm(grad, weight) if asked[0] else None
+        to_weight = None
+        for partial, of_weight in waiting or ():
+            if to_x is not None and of_weight is not None:
+                to_x.addmm_(*of_weight)
+            to_weight = partial if to_weight is None else to_weight.add_(partial)
+        if asked[1]:
+            own = grad.mT, x
+            to_weight = torch.mm(*own) if to_weight is None else to_weight.addmm_(*own)
+        to_bias = [_summed(grad) if needed else None for needed in asked[2:]]
+        return (to_x, to_weight if asked[1] else None, *to_bias), (grad,)
+
+    def second(self, towards: Gradients, kept: Gradients, first: Gradients) -> tuple[Tensor, Any]:
+        """See :class:`Formula`."""
+        (v, of_weight, *of_bias), (x, weight) = towards, cast("Tensors", kept)
+        (grad,) = cast("Tensors", first)
+        assert v is not None
+        to_grad = torch.mm(v, weight.mT)
+        if of_weight is not None:
+            to_grad.addmm_(x, of_weight.mT)
+        for of in of_bias:
+            to_grad = to_grad if of is None else to_grad + of
+        partial = torch.mm(grad.mT, v) if weight.requires_grad else None
+        return to_grad, (partial, None if of_weight is None else (grad, of_weight))
 
 
 #: Where products of rows are summed in two operations: a batched product is slower there.
@@ -304,17 +324,14 @@ _SUMMED = ["cpu"]
 _MANY_ROWS = 65536
 
 
-def row_dots(one: Tensor, other: Tensor, plus: Tensor | None = None) -> Tensor:
-    """Of each row the product with another one, [..., 1], and what is to be added to it."""
+def row_dots(one: Tensor, other: Tensor) -> Tensor:
+    """Of each row the product with another one, [..., 1]."""
     device, width = one.device.type, one.size(-1)
     followed = type(one) not in (Tensor, nn.Parameter)  # for a compiler, which fuses sums
     if device in _SUMMED or followed or one.numel() >= _MANY_ROWS * width or autocasts(device):
-        dots = (one * other).sum(-1, keepdim=True)
-        return dots if plus is None else dots.add_(plus)
+        return (one * other).sum(-1, keepdim=True)
     left, right = one.reshape(-1, 1, width), other.reshape(-1, width, 1)
-    if plus is None:
-        return torch.bmm(left, right).view(*one.shape[:-1], 1)
-    return torch.baddbmm(plus.view(-1, 1, 1), left, right).view_as(plus)
+    return torch.bmm(left, right).view(*one.shape[:-1], 1)
 
 
 def autocasts(device: str) -> bool:

@@ -322,16 +322,21 @@ def _read_out(
     network: Any = model.network
     if name == "feature":
         nodes = [nodes for nodes, _ in readouts]
-        return torch.cat(
-            nodes + [sum_over_edges(edges, neighborhood, num_atoms) for _, edges in readouts], dim=1
-        )
+        sums = [
+            sum_over_edges(edges, neighborhood, _zeros(edges, num_atoms)) for _, edges in readouts
+        ]
+        return torch.cat(nodes + sums, dim=1)
     target = next(target for target in model.targets if _last_layer(target) == name)
     parts: list[Tensor] = []
     for index, (nodes_in, edges_in) in enumerate(readouts):
         parts.append(network.node_heads[target][index](nodes_in))
         on_edges = network.edge_heads[target][index](edges_in)
-        parts.append(sum_over_edges(on_edges, neighborhood, num_atoms))
+        parts.append(sum_over_edges(on_edges, neighborhood, _zeros(on_edges, num_atoms)))
     return torch.cat(parts, dim=1)
+
+
+def _zeros(like: Tensor, num_atoms: int) -> Tensor:
+    return like.new_zeros(num_atoms, like.size(1))
 
 
 def _pairs(

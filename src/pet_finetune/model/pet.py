@@ -299,7 +299,8 @@ class PET(Accelerated, nn.Module):
                         on_nodes, on_edges = node_head(on_nodes), edge_head(on_edges)
                         if wanted:
                             seen.append(on_nodes)
-                            seen.append(sum_over_edges(on_edges, neighborhood, num_atoms))
+                            zeros = on_edges.new_zeros([num_atoms, on_edges.size(-1)])
+                            seen.append(sum_over_edges(on_edges, neighborhood, zeros))
                         for layer in node_layers.values():
                             on_nodes = layer(on_nodes)
                         for layer in edge_layers.values():
@@ -307,9 +308,8 @@ class PET(Accelerated, nn.Module):
                     else:
                         on_nodes = _head(node_head, node_layers, on_nodes, memory)
                         on_edges = _head(edge_head, edge_layers, on_edges, memory)
-                    parts.append(on_nodes)
-                    parts.append(sum_over_edges(on_edges, neighborhood, num_atoms))
-                outputs[name] = torch.stack(parts).sum(0)
+                    parts.append(sum_over_edges(on_edges, neighborhood, on_nodes))
+                outputs[name] = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
                 if wanted:
                     outputs[features_key(name)] = torch.cat(seen, dim=1)
         return outputs

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pet_finetune.errors import ConfigError, PetFinetuneError, did_you_mean
 from pet_finetune.graph import Batch
 from pet_finetune.keys import TargetSpec, main_energy
+from pet_finetune.nn.projection import together
 from pet_finetune.nn.quantized import num_quantized
 from pet_finetune.profiling import stage
 
@@ -319,7 +320,7 @@ class Potential(nn.Module):
             derive = any(forces or stress for forces, stress in energies.values())
             # Whatever trains, the one derivative taken of this graph is that by the geometry.
             predicts = derive and not create_graph
-            with torch.set_grad_enabled(derive or torch.is_grad_enabled()):
+            with torch.set_grad_enabled(derive or torch.is_grad_enabled()), together(self.network):
                 leafy, leaves = with_leaves(batch, self.hypers.long_range.enable, derive)
                 outputs = self.network(leafy, list(wanted), predicts, list(features_of) or None)
                 repulsion = self._repulsion(leafy)

@@ -193,9 +193,8 @@ class FeedForward(Accelerated, nn.Module):
             memory: one of :class:`~.projection.Memory`.
         """
         if not torch.jit.is_scripting():
-            if self.backend.fused:
-                op, layers = self.activation.op(), (self.w_in, self.w_out)
-                return two_layers(self.backend, *layers, x, norm, op, x, memory)
+            op, layers = self.activation.op(), (self.w_in, self.w_out)
+            return two_layers(self.backend, *layers, x, norm, op, x, memory)
         hidden = self.w_in(x if norm is None else apply_rows(x, norm))
         out: Tensor = x + self.w_out(self.activation(hidden))
         return out

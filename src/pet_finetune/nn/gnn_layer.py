@@ -156,12 +156,10 @@ def make_head(width: int, d_head: int) -> Chain:
     return Chain(nn.Linear(width, d_head), SiLU(), nn.Linear(d_head, d_head), SiLU())
 
 
-def sum_over_edges(values: Tensor, neighborhood: Neighborhood, num_atoms: int) -> Tensor:
-    """Cutoff-weighted sum of [n_edges, k] over the edges of each atom, [n_atoms, k]."""
+def sum_over_edges(values: Tensor, neighborhood: Neighborhood, onto: Tensor) -> Tensor:
+    """Cutoff-weighted sum of [n_edges, k] over the edges of each atom, onto [n_atoms, k]."""
     weighted = values * neighborhood.factors.unsqueeze(-1)
-    return weighted.new_zeros([num_atoms, values.size(-1)]).index_add(
-        0, neighborhood.centers, weighted
-    )
+    return onto.to(weighted.dtype).index_add(0, neighborhood.centers, weighted)
 
 
 #: Message for callers that know which structure it is.

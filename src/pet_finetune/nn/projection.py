@@ -6,18 +6,23 @@ product never leaves the processor's caches. By the layer's own ``forward`` ever
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
-from typing import NamedTuple, cast
+from itertools import chain
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from pet_finetune.backends import fused
 from pet_finetune.backends.choice import Accelerated, Backend
 from pet_finetune.backends.fused import MANY_NUMBERS, PackedLayer, settings
 from pet_finetune.backends.instructions import CannotRecord, Recorder, Row, Rows
-from pet_finetune.backends.reference import RowOp, apply_rows
+from pet_finetune.backends.reference import RowOp, apply_rows, multiply
 
 from .primitives import GroupedLinear, Prologue
 
@@ -61,9 +66,16 @@ class Adapted(nn.Linear):
         """Whether the kernels may multiply with :meth:`effective_weight`."""
         return True
 
+    #: :meth:`effective_weight` in this pass through the network, where :func:`together` made it.
+    made: Tensor | None = None
+
     def effective_weight(self) -> Tensor:
         """[out, in], differentiable."""
         return self.weight
+
+    def factors(self) -> tuple[Tensor, Tensor, Tensor, float] | None:
+        """A weight W, a [r, in], b [out, r] and s, if :meth:`effective_weight` is W + s b a."""
+        return None
 
     def low_rank_update(self) -> LowRankUpdate | None:
         """The trained part of the weight, if it is of low rank and nothing else trains."""
@@ -72,6 +84,61 @@ class Adapted(nn.Linear):
     def apart(self, x: Tensor) -> Tensor | None:
         """[n, in] to [n, out]: what is to be added to the product with the weight, if anything."""
         return None
+
+
+class _Update(torch.autograd.Function):
+    """W + s b a of several layers of one shape, from all W, all a and all b in a row."""
+
+    @staticmethod
+    def forward(ctx: Any, scaling: float, *tensors: Tensor) -> tuple[Tensor, ...]:
+        count = len(tensors) // 3
+        a, b = torch.stack(tensors[count : 2 * count]), torch.stack(tensors[2 * count :])
+        ctx.save_for_backward(a, b)
+        ctx.scaling = scaling
+        updates = torch.bmm(b, a).unbind()
+        return tuple(torch._foreach_add(tensors[:count], updates, alpha=scaling))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (a, b), grad = ctx.saved_tensors, torch.stack(grads)
+        to_a = torch.baddbmm(a, b.mT, grad, beta=0.0, alpha=ctx.scaling)
+        to_b = torch.baddbmm(b, grad, a.mT, beta=0.0, alpha=ctx.scaling)
+        return None, *[None] * len(grads), *to_a.unbind(), *to_b.unbind()
+
+
+#: So many numbers of adapted weights are made together: their gradients are there at once, too.
+_TOGETHER = 2**25
+
+
+@contextmanager
+def together(network: Any) -> Iterator[None]:
+    """Context in which plain torch, in training, makes adapted weights of one shape by one product.
+
+    With small batches it is how many operations there are that takes a GPU's time. What predicts
+    is to give the very numbers of the merged model, which are those of other sums.
+
+    Args:
+        network: a :class:`~pet_finetune.model.pet.PET`.
+    """
+    alike: dict[Any, list[tuple[Adapted, tuple[Tensor, ...]]]] = defaultdict(list)
+    apart = network.backend.fused or network.recompute or not network.training
+    for layer in () if apart else network.modules():
+        found = layer.factors() if isinstance(layer, Adapted) else None
+        if found is not None and type(found[1]) in (Tensor, nn.Parameter):  # and not of a trace
+            *tensors, scaling = found
+            alike[tensors[0].shape, len(tensors[1]), scaling].append((layer, tuple(tensors)))
+    if sum(len(group) * shape.numel() for (shape, *_), group in alike.items()) > _TOGETHER:
+        alike.clear()
+    try:
+        for (*_, scaling), group in alike.items():
+            tensors = [t for kind in zip(*(own for _, own in group), strict=True) for t in kind]
+            for (layer, _), weight in zip(group, _Update.apply(scaling, *tensors), strict=True):
+                layer.made = weight
+        yield
+    finally:
+        for layer, _ in chain.from_iterable(alike.values()):
+            layer.made = None
 
 
 # The weights that do not train, in the kernels' form. Holding on to the tensor itself keeps its
@@ -140,7 +207,11 @@ def project(
             return linear.project(x, prologue, residual)
         if _fits(linear, x):
             return _fused(cast("nn.Linear", linear), x, prologue, residual, backend.rounds)
-    out: Tensor = linear(_rows(backend, x, prologue))
+    rows = _rows(backend, x, prologue)
+    if type(linear) is nn.Linear:
+        out = multiply(rows, linear.weight, linear.bias)
+    else:
+        out = linear(rows)
     return out if residual is None else out + residual
 
 
@@ -241,15 +312,16 @@ class Chain(Accelerated, nn.Sequential):
             memory: one of :class:`Memory`.
         """
         if not torch.jit.is_scripting():
-            if self.backend.fused:
-                return self._fused(x, norm, residual, memory)
+            return self._projected(x, norm, residual, memory)
         if norm is not None:
             x = apply_rows(x, norm)
         for layer in self:
             x = layer(x)
         return x if residual is None else x + residual
 
-    def _fused(self, x: Tensor, norm: RowOp | None, residual: Tensor | None, memory: int) -> Tensor:
+    def _projected(
+        self, x: Tensor, norm: RowOp | None, residual: Tensor | None, memory: int
+    ) -> Tensor:
         pending, members = norm, list(self.children())
         last = members[-1]
         if norm is not None and len(members) == 3 and isinstance(members[1], Prologue):
@@ -262,7 +334,7 @@ class Chain(Accelerated, nn.Sequential):
             else:
                 rest = residual if layer is last else None
                 x, pending = project(self.backend, layer, x, pending, rest), None
-        return x if pending is None else fused.apply_rows(x, pending)
+        return _rows(self.backend, x, pending)
 
 
 def record_chain(

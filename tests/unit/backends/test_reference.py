@@ -16,7 +16,8 @@ from pet_finetune.backends.attention import (
     pad_rows,
     unpad_rows,
 )
-from pet_finetune.backends.reference import Gate, Norm, permute_rows, twice
+from pet_finetune.backends.formula import twice
+from pet_finetune.backends.reference import Gate, Norm, Product, RowNorm, permute_rows
 from pet_finetune.graph import Layout, make_layout
 
 
@@ -84,12 +85,25 @@ def numbers(*shape, seed=0):
     return torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
 
 
+class RMSByRows(RowNorm):
+    """With what a GPU has a kernel for and a CPU does not."""
+
+    def _slopes(self, grad, kept, weight=None, trains=False):
+        inverse, x, *_ = kept
+        h, n = grad if weight is None else grad * weight, x * inverse
+        to_x = (h - n * (h * n).mean(-1, keepdim=True)) * inverse
+        return to_x, (grad * n).sum(0) if trains else None
+
+
 #: Formulas, and the shapes of what they take.
 FORMULAS = {
     "silu": (Gate("silu"), [(5, 6)]),
     "swiglu": (Gate("swiglu"), [(5, 6)]),
     "rms norm": (Norm("rms_norm", 0.1), [(5, 6), (6,)]),
     "layer norm": (Norm("layer_norm", 0.1), [(5, 6), (6,), (6,)]),
+    "rms norm by rows": (RMSByRows("rms_norm", 0.1), [(5, 6), (6,)]),
+    "layer norm by rows": (RowNorm("layer_norm", 0.1), [(5, 6), (6,), (6,)]),
+    "product": (Product(), [(5, 6), (3, 6), (3,)]),
 }
 
 

@@ -168,7 +168,12 @@ def test_edges_are_summed_with_their_factors():
         empty, factors, centers, centers, centers, make_layout(centers, 3, False)
     )
     values = torch.tensor([[1.0, 2.0], [4.0, 6.0], [8.0, 0.0]])
-    assert sum_over_edges(values, neighborhood, 3).tolist() == [[3.0, 5.0], [0.0, 0.0], [2.0, 0.0]]
+    onto = torch.ones(3, 2)
+    assert sum_over_edges(values, neighborhood, onto).tolist() == [
+        [4.0, 6.0],
+        [1.0, 1.0],
+        [3.0, 1.0],
+    ]
 
 
 def test_heads_map_to_their_width():
