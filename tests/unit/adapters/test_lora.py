@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from pet_finetune.adapters.layers import LoraLinear
+from pet_finetune.backends.choice import EAGER
+from pet_finetune.nn.projection import together
 
 
 @pytest.fixture
@@ -98,3 +100,20 @@ def test_layers_without_bias():
     layer = LoraLinear(nn.Linear(5, 4, bias=False).double(), 2, 2.0)
     assert layer(x_of()).shape == (3, 4)
     assert layer.to_linear().bias is None
+
+
+def test_weights_made_together_train_as_those_made_apart(base):
+    network = nn.ModuleList(LoraLinear(base, 2, alpha) for alpha in (6.0, 6.0, 3.0)).train()
+    network.backend, network.recompute = EAGER, False
+    for factor in network.parameters():
+        nn.init.normal_(factor)
+    trained = [p for p in network.parameters() if p.requires_grad]
+
+    def gradients():
+        return torch.autograd.grad(sum(layer(x_of()).square().sum() for layer in network), trained)
+
+    with together(network):
+        assert all(layer.made.requires_grad for layer in network)
+        found = gradients()
+    assert all(layer.made is None for layer in network)
+    torch.testing.assert_close(found, gradients())
