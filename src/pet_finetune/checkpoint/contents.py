@@ -56,9 +56,8 @@ def describe_checkpoint(path: str | Path) -> tuple[Table, ...]:
             f"{target} (last layer, {facts['members'] or 'no'} members)"
             for target, facts in _uncertainties(model).items()
         )
-    targets = Table(title="targets", title_justify="left")
-    for name in ("name", "form", "quantity", "unit", "scale", "description"):
-        targets.add_column(name)
+    headings = ("name", "form", "quantity", "unit", "scale", "description")
+    targets = Table(*headings, title="targets", title_justify="left")
     for spec in model.targets.values():
         scale = f"{float(model.scale.get(spec.name)):.6g}"
         targets.add_row(spec.name, spec.form, spec.quantity, spec.unit, scale, spec.description)

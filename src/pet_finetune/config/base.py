@@ -258,15 +258,11 @@ _OPEN = {**_NUMBER, "exclusiveMinimum": 0}
 PositiveInt = Annotated[int, Expects("a positive integer", integer(1), {**_INTEGER, "minimum": 1})]
 
 
-def _atoms_or_auto(value: Any) -> int | str:
-    return "auto" if value == "auto" else integer(1)(value)
-
-
 AtomsOrAuto = Annotated[
     int | Literal["auto"],
     Expects(
         "a positive integer, or auto",
-        _atoms_or_auto,
+        lambda value: "auto" if value == "auto" else integer(1)(value),
         {"anyOf": [{"const": "auto"}, {**_INTEGER, "minimum": 1}]},
     ),
 ]

@@ -37,7 +37,10 @@ def check(options: Options, raw: dict[str, Any]) -> Iterator[Problem]:
     yield from _check_target_names(options)
     yield from _check_loss(options)
     yield from _check_metric(options)
-    yield from check_recipes(options)
+    yield from _check_averages(options)
+    yield from _check_precision(options)
+    yield from _check_loss_schedule(options)
+    yield from _check_unfreeze(options)
     yield from check_data(options, raw)
     yield from check_keeping(options)
 
@@ -272,14 +275,6 @@ def _given(raw: dict[str, Any], path: Path) -> set[str]:
     for key in path:
         node = node.get(key) if isinstance(node, dict) else None
     return set(node) if isinstance(node, dict) else set()
-
-
-def check_recipes(options: Options) -> Iterator[Problem]:
-    """Yield everything about the course of training that cannot be meant."""
-    yield from _check_averages(options)
-    yield from _check_precision(options)
-    yield from _check_loss_schedule(options)
-    yield from _check_unfreeze(options)
 
 
 def _check_averages(options: Options) -> Iterator[Problem]:

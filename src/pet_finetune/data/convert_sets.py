@@ -151,10 +151,11 @@ def _convert_to_zip(
     with only_one(target):
         if target.exists():
             with zipfile.ZipFile(target) as archive:
-                about = archive.comment.decode(errors="replace")
+                about, names = archive.comment.decode(errors="replace"), archive.namelist()
             if about != key:
                 raise DataError(f"{target} is there and holds something else. Remove it first.")
-            labels = tuple(sorted(_labels_in(target)))
+            entries = sorted(Path(name) for name in names if name.endswith(".mts"))
+            labels = tuple(entry.stem for entry in entries if entry.parent == Path("0"))
             return Converted(target, zip_count(target), labels, made=False)
         aside = target.with_name(f"{target.name}.folder")
         count = write(aside, key)
@@ -167,13 +168,6 @@ def _convert_to_zip(
             raise DataError(f"Cannot write {target}: {error.strerror or error}.") from error
         shutil.rmtree(aside)
     return Converted(target, count, tuple(folder.labels), made=True)
-
-
-def _labels_in(target: Path) -> set[str]:
-    with zipfile.ZipFile(target) as archive:
-        parts = (name.partition("/") for name in archive.namelist())
-        return {field.removesuffix(".mts") for first, _, field in parts
-                if first == "0" and field.endswith(".mts")}  # fmt: skip
 
 
 def _write_zip(archive: zipfile.ZipFile, folder: Folder, workers: int) -> None:

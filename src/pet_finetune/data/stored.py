@@ -98,15 +98,12 @@ class Stored:
     ) -> None:
         self.folder, self.kinds, self._length = folder, dict(kinds), length
         self._labels = [(label, folder.labels[label.column.key]) for label in labels]
-        self._conditions = [
-            None if key is None else folder.labels[key].array.reshape(len(folder), -1)[:, 0]
-            for key in (charge, spin)
-        ]
         self.num_atoms = folder.num_atoms
         self.conditions = np.zeros((len(folder), 2)) + (0, 1)
-        for column, values in enumerate(self._conditions):
-            if values is not None:
-                self.conditions[:, column] = values
+        for column, key in enumerate((charge, spin)):
+            if key is not None:
+                values = folder.labels[key].array.reshape(len(folder), -1)
+                self.conditions[:, column] = values[:, 0]
         self.species, self.atoms_of = self._count_atoms()
         self.states: dict[str, np.ndarray] = {}
         self._sound = np.ones(len(folder), dtype=bool)

@@ -230,8 +230,7 @@ def _compared(inspection: Inspection) -> str:
 
 def _facts_table(facts: Facts) -> Table:
     names = ", ".join(f"{file} ({count})" for file, count in facts.files.items())
-    table = Table(title=names, title_justify="left")
-    table.add_column("")
+    table = Table("", title=names, title_justify="left")
     for name in facts.sets:
         table.add_column(name, overflow="fold")
     columns = [dict(_facts_rows(own)) for own in facts.sets.values()]

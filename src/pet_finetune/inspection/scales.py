@@ -207,12 +207,17 @@ def _bonds(frames: Sequence[InspectedFrame]) -> Iterator[Evidence]:
 def _largest_forces(frames: Sequence[InspectedFrame]) -> Evidence | None:
     """Forces far larger than any thermal ones."""
     squares = [(e.forces**2).mean() for e in frames if e.forces is not None]
+    return _too_large("force", squares, _LARGEST_FORCE, "force", "eV/A")
+
+
+def _too_large(
+    kind: str, squares: Sequence[float], most: float, what: str, unit: str
+) -> Evidence | None:
     size = float(np.sqrt(np.mean(squares))) if squares else 0.0
-    if size <= _LARGEST_FORCE:
+    if size <= most:
         return None
-    text = f"the root mean square force is {digits(size)} eV/A (below {_LARGEST_FORCE:g} expected)"
-    log = float(np.log(size / _LARGEST_FORCE))
-    return Evidence({"force": -1.0}, log, 0.3, text, one_sided=True)
+    text = f"the root mean square {what} is {digits(size)} {unit} (below {most:g} expected)"
+    return Evidence({kind: -1.0}, float(np.log(size / most)), 0.3, text, one_sided=True)
 
 
 def _bulk_modulus(steps: Sequence[FrameStep]) -> Evidence | None:
@@ -239,15 +244,8 @@ def _largest_stresses(frames: Sequence[InspectedFrame]) -> Evidence | None:
     squares = [
         (e.stress**2).mean() * (e.volume / e.size) ** 2 for e in frames if e.stress is not None
     ]
-    size = float(np.sqrt(np.mean(squares))) if squares else 0.0
-    if size <= _LARGEST_VIRIAL:
-        return None
-    text = (
-        f"the root mean square stress times the volume of an atom is {digits(size)} eV (below "
-        f"{_LARGEST_VIRIAL:g} expected)"
-    )
-    log = float(np.log(size / _LARGEST_VIRIAL))
-    return Evidence({"stress": -1.0}, log, 0.3, text, one_sided=True)
+    what = "stress times the volume of an atom"
+    return _too_large("stress", squares, _LARGEST_VIRIAL, what, "eV")
 
 
 def _disorder(frames: Sequence[InspectedFrame]) -> Evidence | None:

@@ -280,9 +280,8 @@ def error_table(
         notes: lines below the table.
         title: line above it.
     """
-    table = Table(title=title, title_justify="left", caption="\n".join(notes) or None)
-    table.add_column("error")
-    table.add_column("unit")
+    notes_below = "\n".join(notes) or None
+    table = Table("error", "unit", title=title, title_justify="left", caption=notes_below)
     for name in next(iter(groups.values())):
         table.add_column(name, justify="right")
     for heading, columns in groups.items():
@@ -313,8 +312,7 @@ def _add_errors(table: Table, heading: str, columns: Sequence[Mapping[str, Metri
 def committee_table(members: Sequence[Metrics], committee: Metrics, title: str = "") -> Table:
     """Errors (columns) of each member, of a member on average, and of the committee's mean."""
     columns = [(kind, name) for kind in committee.kinds for name in ("mae", "rmse")]
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
+    table = Table("", title=title, title_justify="left")
     for kind, name in columns:
         table.add_column(f"{kind} {name.upper()}\n{committee.shown(kind)[2]}", justify="right")
 

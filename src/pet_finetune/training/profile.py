@@ -142,8 +142,7 @@ def stage_table(profile: TrainingProfile) -> Table:
     threads = "1 thread" if profile.threads == 1 else f"{profile.threads} threads"
     machine = f"{profile.device}, {profile.dtype}, {threads}"
     title = f"a training step, mean of {profile.steps} ({machine})"
-    table = Table(title=title, title_justify="left")
-    table.add_column("stage")
+    table = Table("stage", title=title, title_justify="left")
     table.add_column("ms", justify="right")
     table.add_column("share", justify="right")
     table.add_column("what it is (what changes it)")
@@ -187,8 +186,7 @@ def _memory_text(profile: TrainingProfile) -> str:
 
 def operation_table(profile: TrainingProfile) -> Table:
     """The most expensive operations."""
-    table = Table(title="the most expensive operations", title_justify="left")
-    table.add_column("operation")
+    table = Table("operation", title="the most expensive operations", title_justify="left")
     for name in ("calls a step", "ms a step", "share"):
         table.add_column(name, justify="right")
     for operation in profile.operations:
