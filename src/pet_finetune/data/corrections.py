@@ -149,6 +149,7 @@ _PRESSURE = 0.1
 _NUMBERS: Mapping[str, tuple[str, str]] = {
     "aims-output": (r"^ *Charge += +(\S+): Charged system", r"(?!)"),
     "castep-castep": (r"^ *net charge +of system *: *(\S+)", r"(?!)"),
+    "cp2k": (r"^ DFT\| Charge +(-?\d+)", r"^ DFT\| Multiplicity +(\d+)"),
     "gamess-us-out": (r"CHARGE OF MOLECULE *= *(\S+)", r"SPIN MULTIPLICITY *= *(\d+)"),
     "gaussian-out": (r"^ *Charge = *(\S+) Mult", r"^ *Charge = *\S+ Multiplicity = *(\d+)"),
     "gpaw-out": (r"^ *Total [Cc]harge: *(\S+)", r"(?!)"),

@@ -30,6 +30,7 @@ from pet_finetune.terminal import Watch
 
 from .ase_databases import is_database, is_lmdb, rows_of
 from .corrections import clean_outcar, put_frames_right, put_right
+from .cp2k import read_cp2k
 from .extxyz import read_extxyz
 from .formats import OF_ANY_UNITS, check_complete, check_ends, check_frames, format_of
 from .metatrain_sets import Folder, identity_of_set, is_metatrain_set, read_metatrain_set
@@ -219,11 +220,7 @@ def _guess(content: Content) -> str:
     """ASE's name of the format, from the name and the content of a file."""
     source, text = content.source, content.text
     if is_cp2k(text):
-        raise DataError(
-            f"{source} is an output of CP2K, which ASE has no reader for.{hint_of(text)} Convert "
-            "positions, cell, energies and forces to extended xyz (cp2k-output-tools or dpdata "
-            "do that)."
-        )
+        return "cp2k"
     if is_mlip(text):
         return "mlip"
     if is_ml_ab(text):
@@ -287,7 +284,7 @@ def _frames(
     if kind in ("extxyz", "xyz"):
         yield from read_extxyz(text, source, types, plain=kind == "xyz", step=watch.step)
         return
-    if kind in ("ml-ab", "mlip", "npz"):
+    if kind in ("cp2k", "ml-ab", "mlip", "npz"):
         for atoms in _of_arrays(content, types):
             watch.step()
             yield atoms
@@ -322,6 +319,8 @@ def _of_arrays(content: Content, types: Mapping[int, str]) -> Iterator[Atoms]:
         return read_npz(content)
     if content.kind == "mlip":
         return read_mlip(content.text, content.source, types)
+    if content.kind == "cp2k":
+        return iter([read_cp2k(content.text, content.source)])
     return read_ml_ab(content.text, content.source)
 
 

@@ -59,6 +59,10 @@ _SETTINGS: Mapping[str, Mapping[str, str]] = {
         "cutoff": r"plane wave basis set cut-off *: *(\S+)",
         "functional": r"using functional *: *(.*)",
     },
+    "cp2k": {
+        "cutoff": r"QS\| +Density cutoff \[a\.u\.\]: +(\S+)",
+        "functional": r"^ FUNCTIONAL\| +([\w-]+):",
+    },
     "espresso-out": {
         "cutoff": r"kinetic-energy cutoff *= *(\S+)",
         "functional": r"Exchange-correlation *= *([^(\n]*)",

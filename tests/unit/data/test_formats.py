@@ -13,7 +13,7 @@ import pytest
 from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
-from ase.units import GPa, kcal, mol
+from ase.units import Bohr, GPa, Hartree, kcal, mol
 
 from pet_finetune.config.dataset import DatasetOptions
 from pet_finetune.data.frame_files import read_file, read_frames
@@ -173,13 +173,81 @@ def test_a_cell_that_a_format_loses_is_refused(tmp_path):
     assert str(read_frames(tmp_path / "coord")[0].symbols) == "OH"
 
 
-def test_outputs_of_cp2k_get_a_message_of_their_own(tmp_path):
-    (tmp_path / "x.out").write_text(
-        " CP2K| version string: 1\n *** WARNING SCF run NOT converged\n"
-    )
-    message = refused(tmp_path / "x.out")
-    assert "an output of CP2K" in message
-    assert "SCF run NOT converged" in message
+CP2K = """ CP2K| version string:                                    CP2K version 7.1
+ GLOBAL| Run type                                                   ENERGY_FORCE
+ CELL| Vector a [angstrom]:       5.000     0.000     0.000    |a| =       5.000
+ CELL| Vector b [angstrom]:       0.000     6.000     0.000    |b| =       6.000
+ CELL| Vector c [angstrom]:       0.000     0.000     7.000    |c| =       7.000
+ DFT| Charge                                                                  -1
+ MODULE QUICKSTEP:  ATOMIC COORDINATES IN angstrom
+
+  Atom  Kind  Element       X           Y           Z          Z(eff)       Mass
+
+       1     1 Fe  26    0.000000    0.000000    1.000000     16.00      55.8450
+       2     2 Fe  26    2.000000    0.000000   -1.000000     16.00      55.8450
+
+ POISSON| Periodicity                                                         XY
+"""
+CP2K_OLD = (
+    CP2K
+    + """ ENERGY| Total FORCE_EVAL ( QS ) energy (a.u.):       -2.000000000000000
+
+ ATOMIC FORCES in [a.u.]
+
+ # Atom   Kind   Element          X              Y              Z
+      1      1      Fe          0.10000000     0.20000000     0.30000000
+      2      2      Fe         -0.10000000    -0.20000000    -0.30000000
+ SUM OF ATOMIC FORCES           0.00000000     0.00000000     0.00000000     0.00000000
+
+ STRESS TENSOR [GPa]
+
+            X               Y               Z
+  X       1.00000000     0.50000000     0.00000000
+  Y       0.50000000     2.00000000     0.00000000
+  Z       0.00000000     0.00000000     3.00000000
+"""
+)
+CP2K_NEW = (
+    CP2K
+    + """ ENERGY| Total FORCE_EVAL ( QS ) energy [hartree]     -2.000000000000000
+
+ FORCES| Atomic forces [hartree/bohr]
+ FORCES|   Atom     x               y               z               |f|
+ FORCES|      1  1.00000000E-01  2.00000000E-01  3.00000000E-01   3.74165739E-01
+ FORCES|      2 -1.00000000E-01 -2.00000000E-01 -3.00000000E-01   3.74165739E-01
+ FORCES| Sum     0.00000000E+00  0.00000000E+00  0.00000000E+00
+
+ STRESS| Analytical stress tensor [bar]
+ STRESS|                        x                   y                   z
+ STRESS|      x        1.00000000000E+04   5.00000000000E+03   0.00000000000E+00
+ STRESS|      y        5.00000000000E+03   2.00000000000E+04   0.00000000000E+00
+ STRESS|      z        0.00000000000E+00   0.00000000000E+00   3.00000000000E+04
+"""
+)
+
+
+@pytest.mark.parametrize("text", [CP2K_OLD, CP2K_NEW])
+def test_a_single_calculation_of_cp2k_is_read(tmp_path, text):
+    path = tmp_path / "x.out"
+    path.write_text(text)
+    (atoms,) = read_frames(path)
+    assert atoms.numbers.tolist() == [26, 26]
+    assert atoms.pbc.tolist() == [True, True, False]
+    assert atoms.cell.lengths().tolist() == [5.0, 6.0, 7.0]
+    assert atoms.positions[1].tolist() == [2.0, 0.0, -1.0]
+    assert atoms.info["energy"] == pytest.approx(-2.0 * Hartree)
+    assert atoms.info["charge"] == -1
+    assert atoms.arrays["forces"][1] == pytest.approx(np.array([-1, -2, -3]) * Hartree / Bohr / 10)
+    assert atoms.info["stress"][0] == pytest.approx(np.array([-1.0, -0.5, 0.0]) * GPa)
+    path.write_text(text.replace("ENERGY_FORCE", "MD"))
+    assert "dpdata (cp2k/aimd_output)" in refused(path)
+    path.write_text(text.replace("hartree/bohr", "eV/angstrom"))
+    if text == CP2K_NEW:
+        assert "forces in eV/angstrom" in refused(path)
+    path.write_text(text.replace("16.00", " 0.00"))
+    assert "ghost atoms" in refused(path)
+    path.write_text(text + " *** WARNING SCF run NOT converged\n")
+    assert "SCF run NOT converged" in read_file(path).doubtful[0]
 
 
 @pytest.mark.parametrize(
