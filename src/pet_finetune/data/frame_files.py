@@ -30,12 +30,11 @@ from pet_finetune.terminal import Watch
 
 from .ase_databases import is_database, is_lmdb, rows_of
 from .corrections import clean_outcar, put_frames_right, put_right
-from .cp2k import read_cp2k
 from .extxyz import read_extxyz
 from .formats import OF_ANY_UNITS, check_complete, check_ends, check_frames, format_of
 from .metatrain_sets import Folder, identity_of_set, is_metatrain_set, read_metatrain_set
-from .numpy_sets import is_deepmd, names_in_npz, read_deepmd, read_npz
-from .outputs import doubtful_frames, hint_of, is_cp2k, settings_of
+from .outputs import doubtful_frames, hint_of, settings_of
+from .own_formats import is_deepmd, own_kind, read_deepmd, read_own
 from .packing import packed
 from .symbols import (
     LAMMPS,
@@ -59,7 +58,6 @@ from .text import (
     unpacked_name,
     what_else,
 )
-from .training_sets import is_ml_ab, is_mlip, read_ml_ab, read_mlip
 
 _logger = get_logger(__name__)
 
@@ -219,12 +217,8 @@ def _named_format(format: str, source: str) -> str:
 def _guess(content: Content) -> str:
     """ASE's name of the format, from the name and the content of a file."""
     source, text = content.source, content.text
-    if is_cp2k(text):
-        return "cp2k"
-    if is_mlip(text):
-        return "mlip"
-    if is_ml_ab(text):
-        return "ml-ab"
+    if own := own_kind(content):
+        return own
     if looks_like_lammps_data(text):
         return "lammps-data"
     head = text[:50_000].encode() if text else content.data[:50_000]
@@ -236,13 +230,11 @@ def _guess(content: Content) -> str:
         kind = "abinit-out"  # whose echo of the input ASE takes for one
     if kind in ioformats and re.search(_WORDS.get(kind, ""), text):
         return kind
-    if names_in_npz(content):
-        return "npz"
     arrays = arrays_of(content)
     if arrays:
         raise DataError(
             f"{source} holds {arrays}, and nothing says which of it is what. Write the structures "
-            "as extended xyz; docs/finetuning.md shows how for numpy's .npz."
+            "as extended xyz; docs/finetuning.md names the arrays of a numpy .npz that are read."
         )
     raise DataError(
         f"ASE cannot read {source}: neither name nor content says which format it is. Say it: "
@@ -285,7 +277,7 @@ def _frames(
         yield from read_extxyz(text, source, types, plain=kind == "xyz", step=watch.step)
         return
     if kind in ("cp2k", "ml-ab", "mlip", "npz"):
-        for atoms in _of_arrays(content, types):
+        for atoms in read_own(content, types):
             watch.step()
             yield atoms
         return
@@ -311,17 +303,6 @@ def _frames(
             for atoms in _with_ase(kind, content, part, options):
                 watch.step()
                 yield atoms
-
-
-def _of_arrays(content: Content, types: Mapping[int, str]) -> Iterator[Atoms]:
-    """Frames of the formats that ASE does not know."""
-    if content.kind == "npz":
-        return read_npz(content)
-    if content.kind == "mlip":
-        return read_mlip(content.text, content.source, types)
-    if content.kind == "cp2k":
-        return iter([read_cp2k(content.text, content.source)])
-    return read_ml_ab(content.text, content.source)
 
 
 def _with_ase(
