@@ -227,6 +227,8 @@ def _expand_target(name: Any, target: Any, source: Any) -> Any:
     # Only a target named or declared an energy has gradients by default, and a virial takes the
     # place of a stress that is not asked for by name. "energy/x" is a variant of the energy.
     _complete_direct(str(name), target)
+    if target.get("reader", "") is None and target.get("quantity") == "energy":
+        del target["quantity"]  # as metatrain writes it for all (options_restart.yaml)
     declared = base_name(str(name)) == "energy" or target.get("quantity") == "energy"
     _complete_quantity(str(name), target)
     energy = declared and target["quantity"] == "energy" and _is_one_number(target)

@@ -187,13 +187,27 @@ def test_what_metatrain_writes_of_a_run_asks_for_no_label() -> None:
     """Its options_restart.yaml spells out labels that the user left to it, and older names."""
     label = {"read_from": "a.xyz", "reader": None, "key": "stress"}
     energy = {"unit": "eV", "forces": {"key": "F"}, "stress": label}
+    other = {"quantity": "energy", "read_from": "a.xyz", "reader": None, "sample_kind": "system"}
+    targets = {
+        "energy": energy,
+        "mtt::dipole": {**other, "unit": "Debye", "type": {"cartesian": {"rank": 1}}},
+        "mtt::dos": {**other, "unit": "", "type": "scalar", "num_subtargets": 30},
+        "mtt::pbe": {**other, "unit": "hartree", "type": "scalar", "forces": label},
+    }
     raw = {
-        "training_set": [{"systems": {"read_from": "a.xyz"}, "targets": {"energy": energy}}],
+        "training_set": [{"systems": {"read_from": "a.xyz"}, "targets": targets}],
         "architecture": {"training": {"fixed_composition_weights": {"energy": {1: -0.5}}}},
     }
     loaded = parse_options(raw)
-    target = loaded.options.training_set[0].targets["energy"]
-    assert (target.forces.mode, target.stress.mode) == ("on", "auto")
+    read = loaded.options.training_set[0].targets
+    assert (read["energy"].forces.mode, read["energy"].stress.mode) == ("on", "auto")
+    assert {name: (one.quantity, one.unit) for name, one in read.items()} == {
+        "energy": ("energy", "eV"),
+        "mtt::dipole": ("", "Debye"),
+        "mtt::dos": ("", ""),
+        "mtt::pbe": ("energy", "hartree"),
+    }
+    assert read["mtt::pbe"].forces.mode == "auto"
     assert loaded.options.training.atomic_baseline == {"energy": {1: -0.5}}
     assert "today: architecture.training.atomic_baseline" in " ".join(loaded.notices)
 
