@@ -19,6 +19,9 @@ SMALL = 128
 #: A rotated side that is longer is cut into equal parts of at most this size, each with a basis of
 #: its own: the time of a step goes with the size of the bases, and errors hardly do.
 BLOCK = 128
+# A matrix whose update goes nearly everywhere against its gradient moves the rest at most this much
+# further, inversely.
+_LEAST_KEPT = 0.1
 #: Updates between two looks at the eigenbases, which change slowly and cost a decomposition each.
 REFRESH = 10
 
@@ -97,6 +100,8 @@ class SOAP(LightOptimizer):
         refresh: steps between two renewals of the eigenvectors.
         largest: sides longer than this are not rotated, nor those longer than :data:`SMALL` that
             are twice as long as the other; those longer than :data:`BLOCK` in parts.
+        cautious: whether numbers that the mean would move against the present gradient stay,
+            and the others move further in return (arXiv:2411.16085).
 
     Raises:
         ValueError: a parameter is no matrix.
@@ -111,10 +116,11 @@ class SOAP(LightOptimizer):
         weight_decay: float = 0.0,
         refresh: int = REFRESH,
         largest: int = LARGEST,
+        cautious: bool = True,
     ) -> None:
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
-            "refresh": refresh, "largest": largest,
+            "refresh": refresh, "largest": largest, "cautious": cautious,
         }  # fmt: skip
         super().__init__(params, defaults)
         if any(p.dim() != 2 for group in self.param_groups for p in group["params"]):
@@ -122,8 +128,10 @@ class SOAP(LightOptimizer):
         self._stacks = [_stacked(group, self.state) for group in self.param_groups]
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Go on from a saved state; one of earlier runs has no word of caution."""
         super().load_state_dict(dict(state_dict))
+        for group in self.param_groups:
+            group.setdefault("cautious", False)
         self._stacks = [_stacked(group, self.state) for group in self.param_groups]
 
     @torch.no_grad()
@@ -185,7 +193,8 @@ def _step(group: Mapping[str, Any], stack: _Stack, rows: list[int], seen: int) -
     gradient = stack.blocks(torch.stack([p.grad for p in parameters if p.grad is not None]))
     if seen > 0:
         rate, decay = group["lr"], group["lr"] * group["weight_decay"]
-        change = _adam(moments, gradient, seen, group["betas"], group["eps"])
+        own = (group["betas"], group["eps"], group["cautious"])
+        change = _adam(moments, gradient, seen, *own)
         if decay:
             torch._foreach_mul_(parameters, 1.0 - decay)
         torch._foreach_add_(parameters, list(stack.whole(change).unbind()), alpha=-rate)
@@ -211,6 +220,7 @@ def _adam(
     step: int,
     betas: tuple[float, float],
     eps: float,
+    cautious: bool,
 ) -> Tensor:
     """Adam's update, found in the eigenbases, in the parameters' coordinates, [k, b, h, w]."""
     beta1, beta2 = betas
@@ -225,6 +235,9 @@ def _adam(
         lr=-1.0, beta1=beta1, beta2=beta2, weight_decay=0.0, eps=eps / correction, amsgrad=False,
         maximize=False,
     )  # fmt: skip
+    if cautious:
+        kept = (change * rotated > 0).to(change)
+        change *= kept / kept.mean((2, 3), keepdim=True).clamp_min(_LEAST_KEPT)
     return _rotated(change, moments, back=True)
 
 
