@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+from dataclasses import replace
 
 import torch
 
@@ -23,6 +24,8 @@ from pet_finetune.training.weights import Averaging
 from tiny_data import molecules, structures_of
 
 TRAIN, VALIDATION = structures_of(molecules(7)), structures_of(molecules(3, seed=1))
+CELLS = [replace(s, pbc=torch.ones(3, dtype=torch.bool), cell=20 * torch.eye(3).double())
+         for s in TRAIN]  # fmt: skip
 
 
 def at(epoch, index=0):

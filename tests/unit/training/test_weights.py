@@ -16,7 +16,7 @@ from pet_finetune.config.training import TrainingOptions
 from pet_finetune.training.prepare import own_features
 from pet_finetune.training.run_files import RunFiles
 from pet_finetune.training.weights import Averaging, SettledBaselines
-from trainers import TRAIN, make_trainer
+from trainers import CELLS, TRAIN, make_trainer
 
 
 def make(decay=0.9):
@@ -76,10 +76,6 @@ def test_goes_on_from_a_saved_average():
         if n >= 3:
             resumed.after_update(0)
     assert torch.equal(resumed.average["w"], whole.average["w"])
-
-
-CELLS = [replace(s, pbc=torch.ones(3, dtype=torch.bool), cell=20 * torch.eye(3).double())
-         for s in TRAIN]  # fmt: skip
 
 
 def settled_files(trainer, folder):
