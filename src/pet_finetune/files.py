@@ -37,9 +37,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     _check_replaceable(path)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         partial = Path(folder) / path.name
-        yield partial
-        for file in (partial, *partial.rglob("*")):
-            _sync(file)
+        try:
+            yield partial
+            for file in (partial, *partial.rglob("*")):
+                _sync(file)
+        except OSError as error:
+            if error.filename in (None, str(partial)):  # a full disk names no file
+                error.filename = str(path)
+            raise
         os.replace(partial, path)
     with suppress(OSError):  # some file systems cannot do this for a folder
         _sync(path.parent)

@@ -302,6 +302,8 @@ def print_rich(content: RenderableType) -> None:
 
     clear()
     width = None if is_terminal(sys.stdout) else _WIDTH
+    for column in getattr(content, "columns", ()):  # of a table: no name is cut off
+        column.overflow = "fold"
     with suppress(SystemExit):  # rich's, where the reader has gone (| head): it ends no run
         Console(file=sys.stdout, width=width, markup=False, emoji=False).print(content)
 

@@ -39,6 +39,16 @@ def test_an_error_leaves_the_earlier_file_and_nothing_beside_it(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_an_error_names_the_file_that_was_to_be(tmp_path, monkeypatch):
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"device: '.*record.json'") as caught:
+        write_whole(tmp_path / "record.json", "{}")
+    assert caught.value.filename == str(tmp_path / "record.json")
+
+
 def test_a_folder_appears_whole(tmp_path):
     with replacing(tmp_path / "predictions") as partial:
         partial.mkdir()

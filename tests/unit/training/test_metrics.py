@@ -9,12 +9,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from rich.table import Table
 
 from models import random_potential
 from pet_finetune.data.loader import Loader
 from pet_finetune.errors import TrainingError
 from pet_finetune.model.prediction import Prediction
-from pet_finetune.terminal import table_text
+from pet_finetune.terminal import print_rich, table_text
 from pet_finetune.training.loggers import error_table
 from pet_finetune.training.metrics import Metrics, evaluate
 from pet_finetune.training.objectives import best_metric, check_metric
@@ -150,3 +151,11 @@ def test_metrics_without_labels_are_refused_before_training():
         check_metric("mae_prod", ("other",), wanted)
     with pytest.raises(TrainingError, match="needs forces, but none are trained"):
         check_metric("forces_mae", ("energy", FORCES), {"energy": (False, False)})
+
+
+def test_a_narrow_terminal_cuts_off_no_name(monkeypatch, capsys):
+    table = Table("error of forgetting", "unit")
+    table.add_row("forgetting: energy RMSE", "meV/atom")
+    monkeypatch.setattr("pet_finetune.terminal._WIDTH", 18)
+    print_rich(table)
+    assert "\N{HORIZONTAL ELLIPSIS}" not in capsys.readouterr().out
