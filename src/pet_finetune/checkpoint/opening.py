@@ -11,9 +11,10 @@ from typing import Any
 from pet_finetune.adapters.adapted import AdaptedPotential
 from pet_finetune.adapters.inject import active_adapter, merged_copy
 from pet_finetune.adapters.peft_files import load_adapter
+from pet_finetune.backends.choice import choose_backend, use_backend
 from pet_finetune.committee.committee import Committee
 from pet_finetune.committee.committee_files import Adapters, load_committee
-from pet_finetune.device import plain_torch
+from pet_finetune.device import choose_device, plain_torch
 from pet_finetune.errors import CheckpointError, ConfigError, damage_explained
 from pet_finetune.log import get_logger
 from pet_finetune.model.potential import Potential
@@ -154,6 +155,18 @@ def open_potential(
         load_adapter(potential, os.fspath(adapter))
     config = active_adapter(potential)
     return (potential, ()) if config is None else (merged_copy(potential), tuple(config.targets))
+
+
+def open_model(
+    checkpoint: str | os.PathLike[str] | Potential,
+    adapter: str | os.PathLike[str] | None,
+    device: str,
+) -> tuple[Potential, tuple[str, ...]]:
+    """A model ready to predict, and the targets of its adapter."""
+    model, targets = open_potential(checkpoint, adapter)
+    chosen = choose_device(device)
+    use_backend(model, choose_backend(chosen))
+    return model.to(chosen).eval(), targets
 
 
 @plain_torch()

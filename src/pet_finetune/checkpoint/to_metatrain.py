@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pet_finetune.committee.llpr import fresh
+from pet_finetune.data.convert_sets import tensor_block
 from pet_finetune.errors import CheckpointError
 from pet_finetune.keys import TargetSpec, base_name, direct_quantity, output_name
 from pet_finetune.model.pet import HEAD_GROUPS
@@ -31,7 +32,6 @@ from .native import save_content, stored_tensor
 #: The format of the trainer's part, which a restart reads.
 _TRAINER_VERSION = 15
 _PAPER = "https://arxiv.org/abs/2305.19302v3"
-_COMPONENTS = {"scalar": (), "vector": ("xyz",), "tensor": ("xyz_1", "xyz_2")}
 #: Options of the network that metatrain has not.
 _OURS = {"num_prompts"}
 
@@ -195,26 +195,19 @@ def _described(spec: TargetSpec, notices: list[str]) -> tuple[Any, Any]:
 
 def _layout(spec: TargetSpec) -> Any:
     """An empty tensor map with the axes of a target, and of the derivatives of an energy."""
-    from metatensor.torch import Labels, TensorBlock, TensorMap
-
-    def axes(names: Sequence[str]) -> list[Any]:
-        return [Labels([name], torch.arange(3, dtype=torch.int32).view(3, 1)) for name in names]
-
-    def block(samples: list[str], components: Sequence[str]) -> Any:
-        return TensorBlock(
-            # float64 or metatensor cannot write it.
-            values=torch.empty([0, *[3] * len(components), spec.num_subtargets]).double(),
-            samples=Labels(samples, torch.empty((0, len(samples)), dtype=torch.int32)),
-            components=axes(components),
-            properties=properties,
-        )
+    from metatensor.torch import Labels, TensorMap
 
     plain = "energy" if spec.is_energy else base_name(spec.name).replace("mtt::", "")
-    properties = Labels.range(plain, spec.num_subtargets)
-    values = block(["system", "atom"] if spec.per_atom else ["system"], _COMPONENTS[spec.kind])
+
+    def block(names: list[str], rank: int) -> Any:
+        # float64 or metatensor cannot write it.
+        values = torch.empty([0, *[3] * rank, spec.num_subtargets]).double()
+        return tensor_block(values, names, torch.empty(0, len(names)), plain)
+
+    values = block(["system", "atom"] if spec.per_atom else ["system"], spec.rank)
     if spec.is_energy:
-        values.add_gradient("positions", block(["sample", "atom"], _COMPONENTS["vector"]))
-        values.add_gradient("strain", block(["sample"], _COMPONENTS["tensor"]))
+        values.add_gradient("positions", block(["sample", "atom"], 1))
+        values.add_gradient("strain", block(["sample"], 2))
     return TensorMap(Labels.single(), [values])
 
 

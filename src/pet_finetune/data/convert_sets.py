@@ -218,15 +218,27 @@ def _entries(path: Path, first: int) -> list[tuple[str, bytes]]:
 
 def neighbor_block(pairs: NeighborList, positions: torch.Tensor, cell: torch.Tensor) -> Any:
     """A neighbour list as a TensorBlock of metatomic's, with the type of the positions."""
+    rows = torch.cat([pairs.centers[:, None], pairs.neighbors[:, None], pairs.shifts], dim=1)
+    vectors = edge_vectors(positions, cell, pairs).unsqueeze(-1)
+    return tensor_block(vectors, _PAIR, rows, "distance")
+
+
+def tensor_block(values: torch.Tensor, names: list[str], samples: torch.Tensor, column: str) -> Any:
+    """A TensorBlock; the axes between those of the samples and of the columns are Cartesian.
+
+    Args:
+        values: ``[n, 3..., k]``.
+        names: of the columns of ``samples``.
+        samples: ``[n, ...]``.
+        column: name of the last axis.
+    """
     from metatensor.torch import Labels, TensorBlock
 
-    rows = torch.cat([pairs.centers[:, None], pairs.neighbors[:, None], pairs.shifts], dim=1)
-    return TensorBlock(
-        values=edge_vectors(positions, cell, pairs).unsqueeze(-1),
-        samples=Labels(_PAIR, rows.to(torch.int32)),
-        components=[Labels(["xyz"], torch.arange(3).unsqueeze(1))],
-        properties=Labels(["distance"], torch.zeros(1, 1, dtype=torch.int32)),
-    )
+    rank = values.dim() - 2
+    axes = ["xyz"] if rank == 1 else [f"xyz_{index + 1}" for index in range(rank)]
+    rows = Labels(names, samples.to(torch.int32))
+    components = [Labels.range(axis, 3) for axis in axes]
+    return TensorBlock(values, rows, components, Labels.range(column, values.shape[-1]))
 
 
 def _maps(folder: Folder, index: int, cell: torch.Tensor) -> dict[str, Any]:
@@ -261,11 +273,7 @@ def _map(
     gradients: Mapping[str, torch.Tensor],
     volume: float,
 ) -> Any:
-    from metatensor.torch import Labels, TensorBlock, TensorMap
-
-    def axes(count: int, letter: str = "xyz") -> list[Any]:
-        several = count > 1
-        return [Labels.range(f"{letter}_{k + 1}" if several else letter, 3) for k in range(count)]
+    from metatensor.torch import Labels, TensorMap
 
     value = value if of_atoms else value.unsqueeze(0)
     inner = value.shape[1:]
@@ -273,24 +281,19 @@ def _map(
     while cartesian < len(inner) and inner[cartesian] == 3:
         cartesian += 1
     value = value.reshape(*value.shape[: 1 + cartesian], -1)
-    atoms = torch.arange(len(value), dtype=torch.int32)
-    samples = Labels(["system"], torch.tensor([[index]], dtype=torch.int32))
     if of_atoms:
-        system = torch.full_like(atoms, index)
-        samples = Labels(["system", "atom"], torch.stack([system, atoms], dim=1))
-    properties = Labels.range("energy" if name == "energy" else name, value.shape[-1])
-    block = TensorBlock(value, samples, axes(cartesian), properties)
+        atoms = torch.arange(len(value))
+        samples = torch.stack([torch.full_like(atoms, index), atoms], dim=1)
+        block = tensor_block(value, ["system", "atom"], samples, name)
+    else:
+        block = tensor_block(value, ["system"], torch.tensor([[index]]), name)
     if "forces" in gradients:
-        forces = gradients["forces"]
-        count = torch.arange(len(forces), dtype=torch.int32)
-        table = torch.stack([torch.zeros_like(count), torch.full_like(count, index), count], dim=1)
-        block.add_gradient(
-            "positions",
-            TensorBlock(-forces.unsqueeze(-1), Labels(["sample", "system", "atom"], table),
-                        [Labels.range("xyz", 3)], properties),
-        )  # fmt: skip
+        slopes = -gradients["forces"].unsqueeze(-1)
+        atoms = torch.arange(len(slopes))
+        table = torch.stack([torch.zeros_like(atoms), torch.full_like(atoms, index), atoms], dim=1)
+        names = ["sample", "system", "atom"]
+        block.add_gradient("positions", tensor_block(slopes, names, table, name))
     if "stress" in gradients:
         strain = volume * gradients["stress"].reshape(1, 3, 3, 1)
-        only = Labels(["sample"], torch.tensor([[0]], dtype=torch.int32))
-        block.add_gradient("strain", TensorBlock(strain, only, axes(2), properties))
+        block.add_gradient("strain", tensor_block(strain, ["sample"], torch.tensor([[0]]), name))
     return TensorMap(Labels.single(), [block])

@@ -10,15 +10,16 @@ the last layer of a target sees, and ``mtt::feature::PART`` the output of a part
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
-from metatensor.torch import Labels, TensorBlock, TensorMap
+from metatensor.torch import Labels, TensorMap
 from torch import Tensor
 
+from pet_finetune.data.convert_sets import tensor_block
 from pet_finetune.data.labelled_batch import collate
 from pet_finetune.data.neighbors import structure_neighbors
 from pet_finetune.data.structure import Structure
@@ -152,26 +153,16 @@ class _Rows:
 def _joined(parts: Sequence[_Rows]) -> TensorMap:
     """All rows as one tensor map."""
     first = parts[0]
-    block = _block([p.values for p in parts], first.names, [p.samples for p in parts], first.column)
+
+    def joined(names: list[str], rows: Iterable[tuple[Tensor, Tensor]]) -> Any:
+        values, samples = (torch.cat(some).detach().cpu() for some in zip(*rows, strict=True))
+        return tensor_block(values, names, samples, first.column)
+
+    block = joined(first.names, [(part.values, part.samples) for part in parts])
     for name in first.gradients:
-        values, samples = zip(*(part.gradients[name] for part in parts), strict=True)
         names = ["sample", "atom"] if name == "positions" else ["sample"]
-        block.add_gradient(name, _block(values, names, samples, first.column))
+        block.add_gradient(name, joined(names, [part.gradients[name] for part in parts]))
     return TensorMap(Labels.single(), [block])
-
-
-def _block(
-    values: Sequence[Tensor], names: list[str], samples: Sequence[Tensor], column: str
-) -> TensorBlock:
-    joined = torch.cat(list(values)).detach().cpu()
-    rank = joined.dim() - 2
-    axes = ["xyz"] if rank == 1 else [f"xyz_{index + 1}" for index in range(rank)]
-    return TensorBlock(
-        values=joined,
-        samples=Labels(names, torch.cat(list(samples)).to("cpu", torch.int32)),
-        components=[Labels([axis], torch.arange(3, dtype=torch.int32).view(3, 1)) for axis in axes],
-        properties=Labels.range(column, joined.shape[-1]),
-    )
 
 
 def _of_batch(

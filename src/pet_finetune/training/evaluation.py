@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from pet_finetune.backends.choice import choose_backend, use_backend
-from pet_finetune.checkpoint.opening import open_potential
+from pet_finetune.checkpoint.opening import open_model
 from pet_finetune.committee.calibration import Comparison, Deviations
-from pet_finetune.config.dataset import DatasetOptions, SystemsOptions
+from pet_finetune.config.dataset import DatasetOptions
 from pet_finetune.config.load import parse_options
 from pet_finetune.config.run_options import Options
 from pet_finetune.data.frame_files import read_frames
@@ -23,7 +22,7 @@ from pet_finetune.data.splits import make_splits
 from pet_finetune.data.structure import Structure
 from pet_finetune.data.structure_sets import evenly_spread, joined
 from pet_finetune.data.writing import check_prediction_path, numbered
-from pet_finetune.device import choose_device, plain_torch, torchscript
+from pet_finetune.device import plain_torch, torchscript
 from pet_finetune.errors import ConfigError, DataError, did_you_mean
 from pet_finetune.keys import Compile, TargetSpec, direct_quantity
 from pet_finetune.log import get_logger
@@ -112,22 +111,12 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class _Set:
-    """Structures, targets to compare, how each file was read, where predictions go if at all."""
+    """Structures, targets to compare, how they were read, where predictions go if at all."""
 
     structures: Sequence[Structure]
     targets: Sequence[str]
-    systems: Mapping[str, SystemsOptions]
+    datasets: Sequence[DatasetOptions]
     output: str | None
-
-
-def open_model(
-    checkpoint: str | Path | Potential, adapter: str | Path | None, device: str
-) -> tuple[Potential, tuple[str, ...]]:
-    """A model ready to predict, and the targets of its adapter."""
-    model, targets = open_potential(checkpoint, adapter)
-    chosen = choose_device(device)
-    use_backend(model, choose_backend(chosen))
-    return model.to(chosen).eval(), targets
 
 
 @plain_torch()
@@ -170,8 +159,7 @@ def evaluate_files(
         ):
             _logger.info("%s has no %r: nothing is compared, only predicted", file, key)
             options = options.model_copy(update={"targets": {}})
-        systems = _systems([options])
-        sets[name] = _Set(read_structures(options), [spec.name], systems, output)
+        sets[name] = _Set(read_structures(options), [spec.name], [options], output)
     result = _evaluate(model, sets.items(), how)
     compared = [errors[spec.name] for errors in result.errors.values() if spec.name in errors]
     if len(compared) > 1:
@@ -196,10 +184,6 @@ def read_labelled(
 ) -> Sequence[Structure]:
     """The structures of whole files, with the labels of one target."""
     return joined([read_structures(_file_options(file, spec, labels)) for file in files])
-
-
-def _systems(datasets: Sequence[DatasetOptions]) -> dict[str, SystemsOptions]:
-    return {dataset.systems.read_from: dataset.systems for dataset in datasets}
 
 
 def chosen_target(model: Potential, wanted: str | None, of_adapter: Sequence[str]) -> TargetSpec:
@@ -253,7 +237,7 @@ def evaluate_datasets(
             name = dataset.systems.read_from
             shown = f"{name} ({mark})" if name in named else name
             named.add(name)
-            yield shown, _Set(read_structures(dataset), targets, _systems([dataset]), output)
+            yield shown, _Set(read_structures(dataset), targets, [dataset], output)
 
     return _evaluate(model, sets(), how)
 
@@ -296,12 +280,11 @@ def evaluate_options(
     if options.seed is None and seed is None:
         _logger.warning("no seed in the options: sets drawn by fraction are not those of training")
     splits = make_splits(options, options.seed if options.seed is not None else seed or 0)
-    systems = _systems(options.datasets())
     held_out = {"validation": splits.validation, "test": splits.test}
     shown = {name: some for name, some in held_out.items() if some} or {"train": splits.train}
     outputs = _outputs(how, list(shown))
     sets = {
-        name: _Set(some, targets, systems, output)
+        name: _Set(some, targets, options.datasets(), output)
         for (name, some), output in zip(shown.items(), outputs, strict=True)
     }
     return _evaluate(model, sets.items(), how)
@@ -384,9 +367,10 @@ def _evaluate(
         check_known(structures, model)
         loader = Loader(structures, model.cutoff, batch_size=how.batch_size, dtype=model.dtype)
         kept = result.predictions.setdefault(name, []) if how.keep else None
+        systems = {one.systems.read_from: one.systems for one in chosen.datasets}
         comparison = Comparison()
         errors[name] = errors_and_predictions(
-            model, loader, targets, chosen.output, chosen.systems, kept, comparison, compiled
+            model, loader, targets, chosen.output, systems, kept, comparison, compiled
         )
         found = {t: comparison.of(t)["energy"] for t in targets if "energy" in comparison.of(t)}
         if found:

@@ -11,7 +11,7 @@ from rich.table import Table
 from pet_finetune import processes
 from pet_finetune.checkpoint.archive import Checkpoint
 from pet_finetune.checkpoint.native import save_checkpoint
-from pet_finetune.checkpoint.opening import load_checkpoint
+from pet_finetune.checkpoint.opening import load_checkpoint, open_model
 from pet_finetune.committee.calibration import Curves
 from pet_finetune.committee.llpr import fit_last_layers
 from pet_finetune.config.finetune import LastLayerOptions
@@ -23,7 +23,7 @@ from pet_finetune.model.potential import Potential
 from pet_finetune.model.prediction import LastLayer
 from pet_finetune.terminal import show
 
-from .evaluation import LabelNames, chosen_target, open_model, read_labelled
+from .evaluation import LabelNames, chosen_target, read_labelled
 from .extend import check_known
 from .feature import Feature, Plan
 from .loggers import calibration_table
