@@ -294,6 +294,12 @@ def _unused_settings(options: Options, raw: Mapping[str, Any]) -> Iterator[str]:
         yield (
             "architecture.training.min_atoms_per_batch has no effect without max_atoms_per_batch."
         )
+    usual = options.with_training(learning_rate=None).learning_rate()
+    if "optimizer" not in given and options.learning_rate() < usual / 5:
+        yield (
+            f"architecture.training.learning_rate {options.learning_rate():g} is low for soap "
+            f"(default: {usual:g}). metatrain's are for Adam: leave it out, or `optimizer: adamw`."
+        )
     full = options.finetune.method == "full" and training.optimizer == "soap"
     if full and training.batch_size == 1 and "optimizer" not in given:
         yield (

@@ -175,6 +175,18 @@ def test_of_another_architecture_of_metatrain_its_name_alone_is_told(name: str, 
     assert problem.startswith(f"architecture.name: {told}")
 
 
+def test_a_rate_for_adam_is_remarked_on_with_soap() -> None:
+    def remarks(**training: Any) -> list[str]:
+        training["finetune"] = {"method": "full", "read_from": "m.ckpt"}
+        return [line for line in load(training).notices if "for Adam" in line]
+
+    (line,) = remarks(learning_rate=1e-5)
+    assert "learning_rate 1e-05 is low for soap (default: 0.0005)" in line
+    assert not remarks(learning_rate=1e-5, optimizer="adamw")
+    assert not remarks(learning_rate=2e-4)
+    assert not remarks()
+
+
 def test_whether_charges_of_an_evaluation_are_read_is_not_known_yet(tmp_path: Path) -> None:
     (tmp_path / "eval.yaml").write_text(
         "systems: {read_from: a.xyz, length_unit: angstrom}\n"

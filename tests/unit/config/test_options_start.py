@@ -254,9 +254,9 @@ def test_a_wrong_old_value_is_reported_at_todays_place() -> None:
 
 
 def test_other_old_names() -> None:
-    loaded = load({"EPOCH_NUM": 7, "INITIAL_LR": 1e-4, "STRUCTURAL_BATCH_SIZE": 3})
+    loaded = load({"EPOCH_NUM": 7, "INITIAL_LR": 1e-3, "STRUCTURAL_BATCH_SIZE": 3})
     training = loaded.options.training
-    assert (training.num_epochs, training.learning_rate, training.batch_size) == (7, 1e-4, 3)
+    assert (training.num_epochs, training.learning_rate, training.batch_size) == (7, 1e-3, 3)
     assert len(loaded.notices) == 3
 
 
