@@ -229,8 +229,9 @@ def _spec(name: str, info: Inert, block: TensorBlock) -> TargetSpec:
     per_atom, unit = "atom" in block.sample_names, str(info.get("unit") or "")
     # metatrain does not look at the quantity of a direct force or stress; its name decides.
     quantity = direct_quantity(name) or str(info.get("quantity") or "")
-    # Of others metatrain writes "energy" where the user named none.
-    is_energy = is_energy_unit(unit) if unit else outputs == 1 and not per_atom
+    # Of others metatrain writes "energy" where the user named none: read as in options, no unit of
+    # vectors and spectra is converted. It adds ZBL to what is one energy for each atom, too.
+    is_energy = outputs == 1 and (is_energy_unit(unit) if unit else not per_atom)
     if quantity == "energy" and not is_energy and base_name(name) != "energy":
         quantity = ""
     return TargetSpec(

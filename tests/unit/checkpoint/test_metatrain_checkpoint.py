@@ -138,6 +138,8 @@ def test_targets_that_cannot_be_used_are_left_out_with_their_heads(tmp_path, inf
         (target_info(unit="", per_atom=True), ("", "")),
         (target_info(unit="", properties=4), ("", "")),
         (target_info(unit=""), ("energy", "eV")),
+        (target_info(unit="kcal/mol", components=("xyz",)), ("", "kcal/mol")),
+        (target_info(unit="kcal/mol"), ("energy", "eV")),
         (target_info(unit="eV", per_atom=True), ("energy", "eV")),
     ],
 )
