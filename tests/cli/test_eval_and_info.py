@@ -44,7 +44,7 @@ def test_a_model_on_files(run, command):
     assert number(answer, "energy RMSE") == pytest.approx(1000 * expected["energy_rmse"], abs=0.006)
     titles = ("test.xyz (4", "train.xyz (10", "2 files together")
     test, train, both = (number(answer, "energy MAE", title) for title in titles)
-    assert both == pytest.approx((4 * test + 10 * train) / 14, abs=0.006)
+    assert both == pytest.approx((4 * test + 10 * train) / 14, abs=0.011)  # all are rounded
 
 
 def test_orientations_are_compared_where_asked_for(run, command):
