@@ -195,11 +195,6 @@ def settled_rows(tables: Sequence[Mapping[str, Any]], model: Potential) -> list[
     return settled
 
 
-def of_cells(loader: Loader) -> bool:
-    """Whether all structures of a set are periodic, as far as they are looked at."""
-    return all(bool(s.pbc.any()) for s in loader.sampled().structures)
-
-
 def settled_baselines(model: Potential, loader: Loader, target: str, ridge: float) -> Tensor:
     """Baselines of an energy refitted to the model's residuals, [n_species] eV.
 

@@ -26,7 +26,6 @@ from pet_finetune.model.potential import Potential
 from pet_finetune.model.prediction import Prediction, evaluating
 from pet_finetune.rng import Stream, torch_generator
 
-from .baselines import of_cells
 from .feature import Feature, Step, TrainingRun
 from .metrics import labelled_values
 from .objectives import batch_loss, derivatives, objectives_at
@@ -94,10 +93,8 @@ class TrackedOffset(Feature):
     Any change of the weights moves all energies of a set together, much further than it changes
     their differences, so the gradient of the energies' loss is mostly that of their offset. The
     loss gets labels that are moved by a share of the running mean of the errors per atom, and
-    learns the differences; the rest of the offset is trained as before. Of periodic sets the
-    model that is validated and saved has the offset in its baselines: of averaged weights the
-    average of their offsets. Those of molecules drift less, and without it the noise of few
-    validation energies chose models of early epochs, with larger errors of forces.
+    learns the differences; the rest of the offset is trained as before. The model that is validated
+    and saved has the offset in its baselines: of averaged weights the average of their offsets.
     """
 
     name = "energy offset"
@@ -148,7 +145,7 @@ class TrackedOffset(Feature):
     @contextmanager
     def weights(self) -> Iterator[None]:
         """Baselines without the offset, unless the options fix them."""
-        if not (self.trainer.options.baselines_follow and of_cells(self.trainer.training)):
+        if not self.trainer.options.baselines_follow:
             yield
             return
         offsets = self._averaged if self._updates else self._offsets

@@ -23,7 +23,7 @@ from pet_finetune.errors import TrainingError, did_you_mean
 from pet_finetune.log import get_logger
 from pet_finetune.model.pet import PET
 
-from .baselines import of_cells, settled_baselines
+from .baselines import settled_baselines
 from .feature import Feature, TrainingRun
 from .optimizer import depth_names, depth_of, share_of_average
 from .run_files import RunFiles
@@ -174,7 +174,7 @@ class SettledBaselines(Feature):
         """Move the baselines of the model and its adapter, and write both."""
         trainer, model = self.trainer, best.model
         settled: dict[str, Tensor] = {}
-        if not of_cells(trainer.training):
+        if not all(bool(s.pbc.any()) for s in trainer.training.sampled().structures):
             return {}
         with processes.alone():
             if processes.first():

@@ -12,7 +12,7 @@ from pet_finetune.config.training import TrainingOptions
 from pet_finetune.training.feature import Step
 from pet_finetune.training.loss_features import TrackedOffset
 from pet_finetune.training.prepare import own_features
-from trainers import CELLS, make_trainer
+from trainers import make_trainer
 
 
 def tracked(trainer):
@@ -21,8 +21,8 @@ def tracked(trainer):
     return feature
 
 
-def test_labels_follow_most_of_an_offset_and_baselines_of_cells_all_of_its_average():
-    trainer = make_trainer(train=CELLS)
+def test_labels_follow_most_of_an_offset_and_baselines_all_of_its_average():
+    trainer = make_trainer()
     feature, batch = tracked(trainer), next(trainer.batches(0))
     atoms, label = batch.graph.atoms_per_structure, batch.labels["energy"].clone()
     assert torch.equal(feature.labels(batch, 0, 0).labels["energy"], label)
@@ -39,14 +39,12 @@ def test_labels_follow_most_of_an_offset_and_baselines_of_cells_all_of_its_avera
     torch.testing.assert_close(moved["energy"], expected.to(label))
     assert moved["energy/forces"] is batch.labels["energy/forces"]
     assert torch.equal(batch.labels["energy"], label)
-    resumed, molecules = make_trainer(train=CELLS), make_trainer()
-    for run in (resumed, molecules):
-        tracked(run).load_state(feature.state())
+    resumed = make_trainer()
+    tracked(resumed).load_state(feature.state())
     for run, options, part in (
         (trainer, {}, 1 - 2 / 11 * 3 / 12),  # the weights' own average
         (resumed, {}, 1 - 2 / 11 * 3 / 12),
         (trainer, {"baseline": {"mode": "keep"}}, 0),
-        (molecules, {}, 0),
     ):
         run.options = TrainingOptions.model_validate(options)
         baselines = run.model.composition.get("energy")
