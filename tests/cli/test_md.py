@@ -15,12 +15,12 @@ import pytest
 from ase.constraints import FixAtoms, FixBondLengths
 
 from models import crystal, ethanol, random_potential, trained_adapter
-from pet_finetune import calculator
 from pet_finetune.adapters.peft_files import save_adapter
 from pet_finetune.checkpoint.native import save_checkpoint
 from pet_finetune.checkpoint.opening import load_checkpoint
 from pet_finetune.dynamics import md_run as workflow
 from pet_finetune.dynamics.measure import MDDisplay
+from pet_finetune.model import inference
 from pet_finetune.model.inference import predict_mean
 
 SHORT = ("--steps", 6, "--timestep", 0.1, "--every", 2, "--temperature", 50, "--seed", 1)
@@ -113,7 +113,7 @@ def test_a_simulation_is_gone_on_with_from_anywhere(md, command, monkeypatch) ->
 def test_orientations_move_the_atoms_by_their_mean(md, command, monkeypatch) -> None:
     rotated = []
     monkeypatch.setattr(
-        calculator,
+        inference,
         "predict_mean",
         lambda *given: rotated.append(len(given[1])) or predict_mean(*given),
     )
