@@ -1,6 +1,6 @@
 """The ``pet-finetune`` command, which is also ``python -m pet_finetune``.
 
-With ``--job FILE`` it is one of the processes that ``device: 4`` starts.
+With ``job FILE`` it is one of the processes that ``device: 4`` starts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main() -> int:
         from pet_finetune.cli import main as run
 
         launchers.quiet()
-        return work(Path(sys.argv[2])) if sys.argv[1:2] == ["--job"] else run()
+        return work(Path(sys.argv[2])) if sys.argv[1:2] == ["job"] else run()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -22,6 +22,7 @@ from pet_finetune.model.potential import Potential
 from pet_finetune.profiling import forget_peak, peak_gpu_mib, peak_resident_mib, resident_mib
 from pet_finetune.terminal import Watch
 
+from .feature import Feature
 from .metrics import Metrics
 from .objectives import Objective, batch_loss, derivatives
 from .step import mixed
@@ -56,10 +57,12 @@ class InParts:
         place: tuple[int, int],
         parameters: Sequence[nn.Parameter],
         metrics: Mapping[str, Metrics],
+        features: Sequence[Feature] = (),
     ) -> dict[str, Tensor]:
-        """The losses of a batch by name."""
+        """The losses of a batch by name; errors in metrics and sums of features count once."""
         while True:
             before = [None if p.grad is None else p.grad.clone() for p in parameters]
+            sums = [None if f.sums is None else f.sums.clone() for f in features]
             try:
                 return self._losses(take, batch, place, metrics)
             except (RuntimeError, MemoryError) as error:
@@ -69,6 +72,8 @@ class InParts:
             # Outside of the handler, which holds the tensors of the step that failed.
             for parameter, gradient in zip(parameters, before, strict=True):
                 parameter.grad = gradient
+            for feature, value in zip(features, sums, strict=True):
+                feature.sums = value
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             self.count *= 2

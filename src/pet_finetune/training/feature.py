@@ -105,6 +105,8 @@ class Feature:
         shared: whether :meth:`losses` of a part of a batch is already that part's share, as from
             :func:`~.objectives.batch_loss`. Otherwise it is a mean over the structures of the part
             (or equal on all processes) and is weighted by the process's number of structures.
+        sums: numbers that :meth:`losses` adds up until the update; a batch that ran out of memory
+            and is tried again counts once.
         trainer: of the run, from :meth:`start` on.
     """
 
@@ -112,6 +114,7 @@ class Feature:
     heading: str = ""
     heads: tuple[str, ...] = ()
     shared: bool = False
+    sums: Tensor | None = None
     trainer: TrainingRun
 
     def check(self, plan: Plan) -> None:

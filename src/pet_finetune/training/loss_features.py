@@ -98,6 +98,7 @@ class TrackedOffset(Feature):
     """
 
     name = "energy offset"
+    sums: Tensor
 
     def start(self, trainer: TrainingRun, kept: Mapping[str, Any] | None) -> None:
         """Begin without an offset."""
@@ -107,7 +108,7 @@ class TrackedOffset(Feature):
             len(self._targets), dtype=torch.float64, device=trainer.model.device
         )
         self._averaged, self._updates = self._offsets.clone(), 0
-        self._sums = torch.zeros_like(self._offsets).repeat(2, 1)
+        self.sums = torch.zeros_like(self._offsets).repeat(2, 1)
 
     def labels(self, batch: LabelledBatch, epoch: int, index: int) -> LabelledBatch:
         """The batch with labels of energies moved by their share of the offset."""
@@ -127,17 +128,17 @@ class TrackedOffset(Feature):
             if label is None or not isinstance(prediction, Prediction):
                 continue
             errors = (prediction.energy - label) / step.batch.graph.atoms_per_structure
-            self._sums[0, index] += errors.nansum()
-            self._sums[1, index] += (~errors.isnan()).sum()
+            self.sums[0, index] += errors.nansum()
+            self.sums[1, index] += (~errors.isnan()).sum()
         return {}
 
     @torch.no_grad()
     def after_update(self, epoch: int) -> None:
         """Move the running mean towards that of the step, which is that of all processes."""
-        sums, counts = total(self._sums)
+        sums, counts = total(self.sums)
         means = torch.where(counts > 0, sums / counts.clamp_min(1), self._offsets)
         self._offsets.lerp_(means, _NEW)
-        self._sums.zero_()
+        self.sums.zero_()
         share = share_of_average(self.trainer.options, epoch, self._updates)
         self._averaged.lerp_(means, share)
         self._updates += share > 0

@@ -310,7 +310,7 @@ def _run(count: int, job: Path) -> str:
     )
     try:
         with handed_over():
-            elastic_launch(config, sys.executable)("-m", "pet_finetune", "--job", str(job))
+            elastic_launch(config, sys.executable)("-m", "pet_finetune", "job", str(job))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode >= 0:

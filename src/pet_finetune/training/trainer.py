@@ -240,8 +240,8 @@ class Trainer:
         where, structures = [], 0
         for index, batch in enumerate(group, progress.batch):
             take = partial(self._add_gradient, index=index, size=size, parameters=parameters)
-            found = self._in_parts.losses(take, batch, (progress.epoch, index), parameters, metrics)
-            losses.append(found)
+            all_of = take, batch, (progress.epoch, index), parameters, metrics, self.features
+            losses.append(self._in_parts.losses(*all_of))
             where.append(batch.where)
             structures += batch.size
         names = list(dict.fromkeys(name for found in losses for name in found))
