@@ -222,7 +222,7 @@ class Attention(Formula):
             lefts = [left[number] for left in waiting or ()]
             # In place wherever the numbers are ours: a GPU copies what is added to a product first.
             to_parts = torch.empty_like(kept[2 * number])
-            # One by one: if parts that unpacking gives were written to, compiling would fix the sizes.
+            # One by one: compiling fixes sizes where parts that unpacking gives are written to.
             to_q, to_k, to_v = to_parts[0], to_parts[1], to_parts[2]
             to_v.baddbmm_(p.mT, g, beta=0.0)
             d = None
