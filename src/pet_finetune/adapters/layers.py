@@ -253,8 +253,9 @@ class DoraLinear(LoraLinear):
         stretch = self._stretch(super().updated_weight())
         return (stretch - 1) * self._times_base(x) + stretch * super()._beside(x)
 
-    def factors(self) -> None:
+    def factors(self) -> tuple[Tensor, Tensor, Tensor, float] | None:
         """None: the rows are stretched."""
+        return None
 
     def low_rank_update(self) -> LowRankUpdate | None:
         """None: the lengths train too, so the weight's gradient is needed whole."""

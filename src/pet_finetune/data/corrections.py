@@ -146,13 +146,14 @@ def clean_outcar(text: str, source: str) -> str:
 _AENET = re.compile(r"(?i)^ *# *total energy *= *([-+.\dEe]+) *eV", re.M)
 #: GPa, from which on an enthalpy is no energy: 6 meV for 10 Å³.
 _PRESSURE = 0.1
-_NUMBERS: Mapping[str, tuple[str, str]] = {
-    "aims-output": (r"^ *Charge += +(\S+): Charged system", r"(?!)"),
-    "castep-castep": (r"^ *net charge +of system *: *(\S+)", r"(?!)"),
+#: Charge and, where it is printed, multiplicity.
+_NUMBERS: Mapping[str, tuple[str, ...]] = {
+    "aims-output": (r"^ *Charge += +(\S+): Charged system",),
+    "castep-castep": (r"^ *net charge +of system *: *(\S+)",),
     "cp2k": (r"^ DFT\| Charge +(-?\d+)", r"^ DFT\| Multiplicity +(\d+)"),
     "gamess-us-out": (r"CHARGE OF MOLECULE *= *(\S+)", r"SPIN MULTIPLICITY *= *(\d+)"),
     "gaussian-out": (r"^ *Charge = *(\S+) Mult", r"^ *Charge = *\S+ Multiplicity = *(\d+)"),
-    "gpaw-out": (r"^ *Total [Cc]harge: *(\S+)", r"(?!)"),
+    "gpaw-out": (r"^ *Total [Cc]harge: *(\S+)",),
     "nwchem-out": (r"^ *Charge *: *(-?\d+)", r"^ *Spin multiplicity *: *(\d+)"),
     "orca-output": (r"Total Charge +Charge +\.+ +(\S+)", r"Multiplicity +Mult +\.+ +(\d+)"),
 }

@@ -166,7 +166,7 @@ class TrackedOffset(Feature):
         return {"offsets": offsets, "averaged": averaged, "updates": self._updates}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from saved offsets; runs of some days had no average of them."""
+        """Go on from saved offsets; earlier runs had no average of them."""
         self._offsets.copy_(state["offsets"])
         self._averaged.copy_(state.get("averaged", self._offsets))
         self._updates = state.get("updates", 0)

@@ -240,8 +240,9 @@ class Trainer:
         where, structures = [], 0
         for index, batch in enumerate(group, progress.batch):
             take = partial(self._add_gradient, index=index, size=size, parameters=parameters)
-            all_of = take, batch, (progress.epoch, index), parameters, metrics, self.features
-            losses.append(self._in_parts.losses(*all_of))
+            at = progress.epoch, index
+            found = self._in_parts.losses(take, batch, at, parameters, metrics, self.features)
+            losses.append(found)
             where.append(batch.where)
             structures += batch.size
         names = list(dict.fromkeys(name for found in losses for name in found))
